@@ -1,0 +1,25 @@
+"""inlaid: one quantized base model, hundreds of LoRA adapters inlaid in it, each served as its own model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from inlaid.engine.llm import LLM
+    from inlaid.engine.request import SamplingParams
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "SamplingParams", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load the heavy names on first use, so that `import inlaid` stays instant and free of torch."""
+    if name == "LLM":
+        from inlaid.engine.llm import LLM
+
+        return LLM
+    if name == "SamplingParams":
+        from inlaid.engine.request import SamplingParams
+
+        return SamplingParams
+    raise AttributeError(f"module 'inlaid' has no attribute {name!r}")

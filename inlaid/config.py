@@ -1,0 +1,102 @@
+"""Every default, in frozen dataclasses. The CLI's flags are made from these fields (`--kebab-case`, help from the
+field's metadata), so a name, its default and its meaning are written once. Unknown keys raise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A setting is unknown or impossible; the message says which and what is allowed."""
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A field with its help text, for the CLI."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+def from_dict(cls: type[T], values: dict[str, Any]) -> T:
+    """Build a config from a dict; an unknown key raises with the known ones."""
+    known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ConfigError(f"{cls.__name__}: unknown setting {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    return cls(**values)
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Who goes next, and how much fits in a step."""
+
+    policy: str = option("fcfs", "order of waiting and running requests")
+    max_num_seqs: int = option(256, "most sequences in one step")
+    max_num_batched_tokens: int = option(2048, "most tokens in one step; longer prompts are prefilled in chunks")
+    max_num_waiting: int = option(4096, "most requests waiting; more are refused with 429")
+    enable_chunked_prefill: bool = option(True, "split prompts that exceed the token budget over several steps")
+    max_tasks_per_step: int = option(0, "most distinct adapters in one step; 0: no limit")
+    max_sum_of_ranks: int = option(0, "most ranks, summed over distinct adapters, in one step; 0: no limit")
+    max_overtakes: int = option(1000, "how many admissions may pass a request that did not fit before all wait for it")
+    tenant: str = option("api-key", "whom the ledger charges", ("api-key", "user", "header", "adapter"))
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The paged KV cache."""
+
+    block_size: int = option(16, "tokens per KV block")
+    num_blocks: int = option(0, "KV blocks; 0: as many as memory allows")
+    gpu_memory_utilization: float = option(0.9, "share of device memory that weights, adapters and KV may use")
+    cpu_memory_gib: float = option(1.0, "memory for KV blocks on a machine without a GPU, in GiB")
+    enable_prefix_caching: bool = option(True, "reuse KV of shared prefixes (per base version and adapter identity)")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Limits on adapters and where they may come from at run time."""
+
+    max_loras: int = option(32, "adapters resident on the device at once (their pages are of true rank)")
+    max_lora_rank: int = option(256, "largest rank accepted")
+    max_cpu_loras: int = option(4096, "adapters kept in host memory")
+    adapter_memory_gib: float = option(0.0, "bytes for adapter pages on the device, in GiB; 0: sized from max_loras")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything the step loop needs."""
+
+    model: str = option("", "a local Hugging Face folder or a hub id; empty: the bundled demo")
+    dtype: str = option("auto", "compute type", ("auto", "float32", "float16", "bfloat16"))
+    device: str = option("auto", "where the model runs", ("auto", "cpu", "cuda"))
+    max_model_len: int = option(0, "most tokens of prompt plus output; 0: what the model allows")
+    seed: int = option(0, "seed of the draws for requests that bring none")
+    linear_backend: str = option(
+        "auto", "kernel of the quantized linears", ("auto", "reference", "exllama", "humming", "triton")
+    )
+    attention_backend: str = option("auto", "kernel of attention", ("auto", "reference", "flashinfer", "triton"))
+    enforce_eager: bool = option(False, "no CUDA graphs")
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The HTTP side: addresses, keys, limits, safety."""
+
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(8000, "port to listen on; 0: any free one")
+    api_key: str | None = option(None, "key that inference requests must carry; also from INLAID_API_KEY")
+    admin_key: str | None = option(None, "key for loading and unloading adapters; also from INLAID_ADMIN_KEY")
+    served_model_name: str | None = option(None, "the base model's name in the API; default: its folder's name")
+    allow_runtime_lora: bool = option(False, "allow loading and unloading adapters while serving")
+    lora_root: tuple[str, ...] = option((), "folders that adapters may be loaded from at run time")
+    max_body_mib: float = option(8.0, "largest request body, in MiB")
+    max_prompts: int = option(256, "most prompts times n in one request")
+    request_timeout: float = option(0.0, "seconds after which a request is aborted; 0: never")
+    drain_timeout: float = option(60.0, "seconds that SIGTERM waits for requests in flight")
+    on_engine_death: str = option("restart", "what to do when the engine process dies", ("restart", "exit"))
+    max_metric_adapters: int = option(256, "most adapters with metric labels of their own; the rest share one")
+    chat_template: str | None = option(None, "file with a chat template that replaces the model's")

@@ -1,0 +1,197 @@
+"""The engine's nouns: what is asked (SamplingParams, NewRequest), what is remembered (Request), what a step
+does (Work, Batch), what it yields (Sampled, StepResult) and what leaves the engine (Output).
+
+The server fills NewRequest; the scheduler owns Request and makes Batch; the runner reads Batch and makes
+StepResult; the scheduler turns that into Output. Nothing here imports torch: the simulator runs the same objects.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import msgspec
+
+
+class FinishReason(str, enum.Enum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class Grammar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A constraint on the output: exactly one field is set. json_schema holds the schema as JSON text."""
+
+    json_schema: str | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: tuple[str, ...] | None = None
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to choose tokens and when to stop; names and defaults are vLLM's. `n` is expanded above the engine."""
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 and -1: all
+    min_p: float = 0.0
+    seed: int | None = None  # drawn at random by whoever makes the request when None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    stop: tuple[str, ...] = ()  # applied where text is made, above the engine
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None  # how many alternatives beside the chosen token; 0: the chosen token only
+    prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < 1e-5
+
+
+class NewRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A request as it crosses into the engine: tokens, not text."""
+
+    id: str
+    prompt: list[int]
+    params: SamplingParams = SamplingParams()
+    adapter: str | None = None  # a registered name; None is the base
+    tenant: str = ""  # whom the ledger charges
+    priority: int = 0  # smaller goes first, as in vLLM
+    deadline: float | None = None  # absolute, on the engine's clock, for slack-aware policies
+    true_output_len: int | None = None  # experiments only: what an oracle predictor may see
+
+
+class Status(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Request:
+    """One request's state on the host; the scheduler is the only writer.
+
+    Invariants: num_computed <= len(tokens) + num_inflight; blocks cover [0, num_computed) at least.
+    `tokens` is prompt + outputs known to the host; with overlap a sampled token may still be on the device
+    (num_inflight), in which case its successor can be scheduled before its value is known.
+    """
+
+    id: str
+    prompt: list[int]
+    params: SamplingParams
+    adapter: str | None  # the adapter's *identity* (content hash), resolved from the name at arrival
+    adapter_name: str | None
+    tenant: str
+    arrival: float
+    priority: int = 0
+    deadline: float | None = None
+    true_output_len: int | None = None
+    tokens: list[int] = field(default_factory=list)  # starts as a copy of prompt
+    blocks: list[int] = field(default_factory=list)
+    num_computed: int = 0  # tokens whose KV is written or being written by a submitted step
+    num_inflight: int = 0  # tokens sampled by submitted, not yet committed steps
+    num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
+    num_preemptions: int = 0
+    status: Status = Status.WAITING
+    finish_reason: FinishReason | None = None
+    first_scheduled: float | None = None
+    first_token: float | None = None
+    predicted_len: float | None = None  # predicted total output tokens, kept by the predictor
+    grammar: Any = None  # a GrammarState (engine/grammar.py) when params.grammar is set
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.prompt)
+
+    @property
+    def num_outputs(self) -> int:
+        return len(self.tokens) - len(self.prompt)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One request's share of a step: compute tokens [start, start + num_tokens) of request.tokens.
+
+    With overlap, the token at position len(request.tokens) may be the one sampled on the device by the step
+    before; the runner takes it from there. `samples`: the last position yields a new token.
+    """
+
+    request: Request
+    start: int
+    num_tokens: int
+    samples: bool
+
+    @property
+    def is_decode(self) -> bool:
+        return self.num_tokens == 1 and self.start >= self.request.num_prompt
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step computes. Works are ordered: single-token works first, then longer ones."""
+
+    step: int
+    works: tuple[Work, ...]
+    released: tuple[str, ...] = ()  # ids finished, aborted or preempted since the last batch: rows may be reused
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(work.num_tokens for work in self.works)
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """The chosen token's log probability and rank (1 is the most likely), and the top alternatives."""
+
+    token: int
+    logprob: float
+    rank: int
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One sampled token, for one Work with `samples`, in the batch's order."""
+
+    token: int
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True)
+class StepResult:
+    sampled: list[Sampled]  # one per Work with samples=True, in order
+    # request id -> logprobs of prompt positions start+1 .. start+num_tokens computed by this step
+    prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+
+
+class Runner(Protocol):
+    """The device's side of a step. With `overlap` the engine submits step n+1 before it collects step n."""
+
+    overlap: bool
+
+    def submit(self, batch: Batch) -> Any: ...
+
+    def collect(self, ticket: Any) -> StepResult: ...
+
+
+class Output(msgspec.Struct, frozen=True, kw_only=True):
+    """What one step made for one request: zero or more new tokens and, at the end, why it ended."""
+
+    id: str
+    tokens: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # once, with the first output; first entry None
+    finish_reason: FinishReason | None = None
+    stop_token: int | None = None  # the stop_token_ids entry or eos that ended it
+    num_cached: int = 0
+    queue_time: float | None = None  # seconds from arrival to first scheduled, with the first output
+    message: str | None = None  # with FinishReason.ERROR: what went wrong

@@ -1,0 +1,1 @@
+"""The transformer, once, for every family, and where its weights come from."""

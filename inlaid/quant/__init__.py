@@ -1,0 +1,1 @@
+"""The quantizing rail: calibration -> Hessians -> aggregate -> solve -> packed checkpoint."""

@@ -1,0 +1,1 @@
+"""HTTP: the OpenAI routes, adapter administration, metrics and the console."""

@@ -1,0 +1,1 @@
+"""The same scheduler on a virtual clock and a fitted cost model."""
