@@ -123,5 +123,5 @@ def test_no_module_level_mutable_state(path: Path) -> None:
                 continue
             constant = target.id.lstrip("_").isupper()
             assert constant or not isinstance(value, (ast.List, ast.Dict, ast.Set)), (
-                f"{in_package(path)}: {target.id} is module-level mutable state (name it in capitals if it never changes)"
+                f"{in_package(path)}: {target.id} is module-level state (a constant has a name in capitals)"
             )
