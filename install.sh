@@ -45,7 +45,7 @@ install() {
         say "Installing $torch (once; a few minutes on a slow line)"
         .venv/bin/python -m pip install --quiet --disable-pip-version-check "$torch" || die "pip could not install $torch"
         say "Installing inlaid${extras:+ with: $extras}"
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}" ||
+        PYTHONWARNINGS=ignore .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extras:+[$extras]}" ||
             die "pip could not install inlaid's requirements; the lines above say why"
         touch "$stamp"
     fi
