@@ -1,0 +1,472 @@
+"""The joint between quantizing and serving: GPTQ tensors on disk, read and written here and nowhere else.
+
+The format is AutoGPTQ's. A linear of K inputs and N outputs, quantized to `bits` in G groups of inputs, is
+    qweight  int32  [K * bits / 32, N]   codes, packed along K
+    qzeros   int32  [G, N * bits / 32]   zero points, packed along N
+    scales   fp16   [G, N]
+    g_idx    int32  [K]                  group of each input
+    weight_KN[k, n] = scales[g_idx[k], n] * (code[k, n] - zero[g_idx[k], n])
+Codes are a contiguous little-endian bit stream (32 codes of 3 bits fill three words). Files store zero points in one of
+two ways: v1 ("gptq") stores zero - 1, v2 ("gptq_v2") the zero itself. In memory there is only the true zero; where a
+v1 file stores all ones, the zero is 0 (arithmetic modulo 2**bits, as AutoGPTQ's own reader has it).
+
+Legend: K inputs, N outputs, G groups.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+BITS = (2, 3, 4, 8)
+ZERO_FORMATS = ("gptq", "gptq_v2")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read or written; the message says which file and what would fix it."""
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How a linear is quantized. A group size of -1 is one group for all inputs."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    act_order: bool
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise CheckpointError(f"{self.bits} bits: only {', '.join(map(str, BITS))} are supported")
+        if self.group_size != -1 and self.group_size < 1:
+            raise CheckpointError(f"group size {self.group_size}: give a positive number, or -1 for whole columns")
+
+    def groups(self, inputs: int) -> int:
+        """How many groups a linear of so many inputs has."""
+        return 1 if self.group_size == -1 else -(-inputs // self.group_size)
+
+    def why_not(self, inputs: int, outputs: int) -> str | None:
+        """Why a linear of this shape cannot be stored so, or None."""
+        for size, what in ((inputs, "inputs"), (outputs, "outputs")):
+            if size * self.bits % 32:
+                return f"{size} {what} of {self.bits} bits do not fill whole 32-bit words"
+        if self.group_size != -1 and inputs % self.group_size:
+            return f"{inputs} inputs do not divide into groups of {self.group_size}"
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedLinear:
+    """One quantized linear, with true zeros. The spec describes these tensors, whatever a file's header said."""
+
+    spec: QuantSpec
+    qweight: Tensor  # int32 [K * bits / 32, N]
+    qzeros: Tensor  # int32 [G, N * bits / 32]
+    scales: Tensor  # fp16 [G, N]
+    g_idx: Tensor  # int32 [K]
+
+    def __post_init__(self) -> None:
+        bits, groups = self.spec.bits, self.scales.shape[0]
+        inputs, outputs = self.g_idx.shape[0], self.scales.shape[1]
+        want = {
+            "qweight": ((inputs * bits // 32, outputs), torch.int32, self.qweight),
+            "qzeros": ((groups, outputs * bits // 32), torch.int32, self.qzeros),
+            "scales": ((self.spec.groups(inputs), outputs), torch.float16, self.scales),
+            "g_idx": ((inputs,), torch.int32, self.g_idx),
+        }
+        for name, (shape, dtype, tensor) in want.items():
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                raise CheckpointError(
+                    f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {shape} as {self.spec} asks"
+                )
+
+    @property
+    def bits(self) -> int:
+        return self.spec.bits
+
+    @property
+    def group_size(self) -> int:
+        return self.spec.group_size
+
+    @property
+    def in_features(self) -> int:
+        return self.g_idx.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        return self.scales.shape[1]
+
+
+def pack(codes: Tensor, bits: int, dim: int = 0) -> Tensor:
+    """Codes of `bits` bits to int32 words along `dim` (0 or 1 of two), least significant first."""
+    codes = codes.movedim(dim, 0).to(torch.int64)
+    if codes.shape[0] * bits % 32:
+        raise CheckpointError(f"{codes.shape[0]} codes of {bits} bits do not fill whole 32-bit words")
+    per, words = _period(bits)
+    blocks = codes.reshape(-1, per, codes.shape[1]) & (2**bits - 1)
+    out = torch.zeros(blocks.shape[0], words, codes.shape[1], dtype=torch.int64, device=codes.device)
+    for i in range(per):
+        word, shift = divmod(i * bits, 32)
+        out[:, word] |= (blocks[:, i] << shift) & 0xFFFFFFFF
+        if shift + bits > 32:
+            out[:, word + 1] |= blocks[:, i] >> (32 - shift)
+    out = torch.where(out >= 2**31, out - 2**32, out).to(torch.int32)
+    return out.reshape(-1, codes.shape[1]).movedim(0, dim).contiguous()
+
+
+def unpack(packed: Tensor, bits: int, dim: int = 0) -> Tensor:
+    """The inverse of `pack`: uint8 codes along `dim`."""
+    packed = packed.movedim(dim, 0)
+    per, words = _period(bits)
+    blocks = packed.reshape(-1, words, packed.shape[1])
+    mask = 2**bits - 1
+    out = torch.empty(blocks.shape[0], per, packed.shape[1], dtype=torch.uint8, device=packed.device)
+    for i in range(per):
+        word, shift = divmod(i * bits, 32)
+        value = blocks[:, word] >> shift  # sign bits come in from above; the mask drops them
+        if shift + bits > 32:
+            value = (value & ((1 << (32 - shift)) - 1)) | (blocks[:, word + 1] << (32 - shift))
+        out[:, i] = (value & mask).to(torch.uint8)
+    return out.reshape(-1, packed.shape[1]).movedim(0, dim).contiguous()
+
+
+def _period(bits: int) -> tuple[int, int]:
+    """The smallest run of whole codes that fills whole words: (codes, words)."""
+    return (32, bits) if 32 % bits else (32 // bits, 1)
+
+
+def dequantize(linear: QuantizedLinear, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight as [K, N], each element the exact product rounded once to `dtype`."""
+    codes_KN = unpack(linear.qweight, linear.bits).to(torch.int16)
+    zeros_GN = unpack(linear.qzeros, linear.bits, dim=1).to(torch.int16)
+    group_K = linear.g_idx.long()
+    return (linear.scales.float()[group_K] * (codes_KN - zeros_GN[group_K])).to(dtype)
+
+
+def from_codes(
+    codes_KN: Tensor, zeros_GN: Tensor, scales_GN: Tensor, g_idx_K: Tensor, group_size: int, bits: int
+) -> QuantizedLinear:
+    """Pack a solved linear. Zeros are true zeros; the spec is read off the tensors."""
+    groups = scales_GN.shape[0]
+    in_order = torch.arange(len(g_idx_K), device=g_idx_K.device) // (len(g_idx_K) if groups == 1 else group_size)
+    spec = QuantSpec(
+        bits=bits,
+        group_size=group_size,
+        symmetric=bool((zeros_GN == 2 ** (bits - 1)).all()),
+        act_order=not torch.equal(in_order, g_idx_K.long()),
+    )
+    return QuantizedLinear(
+        spec, pack(codes_KN, bits), pack(zeros_GN, bits, dim=1), scales_GN.half(), g_idx_K.to(torch.int32)
+    )
+
+
+def shift_zeros(qzeros: Tensor, bits: int, by: int) -> Tensor:
+    """Add `by` to every packed zero, modulo 2**bits."""
+    return pack(unpack(qzeros, bits, dim=1).to(torch.int64) + by, bits, dim=1)
+
+
+def to_tensors(name: str, linear: QuantizedLinear, zero_format: str = "gptq") -> dict[str, Tensor]:
+    """The four tensors of a linear as a file stores them."""
+    stored = linear.qzeros if zero_format == "gptq_v2" else shift_zeros(linear.qzeros, linear.bits, -1)
+    parts = {"qweight": linear.qweight, "qzeros": stored, "scales": linear.scales, "g_idx": linear.g_idx}
+    return {f"{name}.{part}": tensor.contiguous().cpu() for part, tensor in parts.items()}
+
+
+class Checkpoint:
+    """A model folder, quantized or not, in one file or in shards. Tensors are read when asked for."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config: dict[str, Any] = _read_json(self.path / "config.json")
+        self.quantization = _quantization(self.path, self.config)
+        self._file_of = _index(self.path)
+        self._handles: dict[str, Any] = {}
+        names = self._file_of
+        self.linears: tuple[str, ...] = tuple(n[: -len(".qweight")] for n in names if n.endswith(".qweight"))
+        """Names of the quantized linears, e.g. "model.layers.0.self_attn.q_proj"."""
+        parts = {f"{n}.{part}" for n in self.linears for part in ("qweight", "qzeros", "scales", "g_idx")}
+        self.dense: tuple[str, ...] = tuple(n for n in names if n not in parts)
+        """Names of every other tensor: embeddings, norms, biases, and linears left in 16 bit."""
+        if self.linears and self.quantization is None:
+            raise CheckpointError(
+                f"{self.path} holds quantized tensors but neither config.json has a quantization_config nor is there a "
+                "quantize_config.json; copy it from where the checkpoint came from"
+            )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    @property
+    def is_quantized(self) -> bool:
+        return bool(self.linears)
+
+    @property
+    def zero_format(self) -> str:
+        """What the metadata says of stored zeros; `linear` trusts the values first where they decide."""
+        return str((self.quantization or {}).get("checkpoint_format") or "gptq")
+
+    def tensor(self, name: str) -> Tensor:
+        """A stored tensor as it is."""
+        if name not in self._file_of:
+            raise CheckpointError(f"{self.path} has no tensor {name}")
+        file = self._file_of[name]
+        try:
+            if file not in self._handles:
+                self._handles[file] = safe_open(str(self.path / file), framework="pt")
+            return self._handles[file].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path / file} cannot be read ({error}); fetch it again") from error
+
+    def linear(self, name: str) -> QuantizedLinear:
+        """A quantized linear with its zeros resolved."""
+        if f"{name}.qweight" not in self._file_of:
+            raise CheckpointError(f"{self.path}: {name} is not quantized in this checkpoint")
+        assert self.quantization is not None
+        qweight, stored, scales = (self.tensor(f"{name}.{part}") for part in ("qweight", "qzeros", "scales"))
+        group_size = int(self.quantization["group_size"])
+        bits, g_idx = self._bits_and_groups(name, qweight, stored, scales)
+        zeros = self._true_zeros(stored, bits)
+        spec = QuantSpec(bits, group_size, True, False)
+        inputs = g_idx.shape[0]
+        if spec.groups(inputs) != scales.shape[0] or bool(((g_idx < 0) | (g_idx >= scales.shape[0])).any()):
+            raise CheckpointError(
+                f"{self.path}: {name} has {scales.shape[0]} groups for {inputs} inputs, "
+                f"which a group size of {group_size} does not give, or its g_idx points outside them"
+            )
+        symmetric = bool((unpack(zeros, bits, dim=1) == 2 ** (bits - 1)).all())
+        in_order = torch.arange(inputs) // (inputs if group_size == -1 else group_size)
+        act_order = not torch.equal(in_order, g_idx.long())
+        return QuantizedLinear(
+            QuantSpec(bits, group_size, symmetric, act_order), qweight, zeros, scales.half(), g_idx.to(torch.int32)
+        )
+
+    def fingerprint(self) -> str:
+        """A hash of the configuration and every stored byte: the base's version."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for file in sorted(set(self._file_of.values())):
+            digest.update(file.encode())
+            digest.update(hash_file(self.path / file).encode())
+        return digest.hexdigest()
+
+    def _bits_and_groups(self, name: str, qweight: Tensor, stored: Tensor, scales: Tensor) -> tuple[int, Tensor]:
+        """Bits from the shapes (some writers vary them by module), g_idx from the file or in order."""
+        assert self.quantization is not None
+        bits = stored.shape[1] * 32 // scales.shape[1]
+        if bits not in BITS:
+            raise CheckpointError(f"{self.path}: {name} has codes of {bits} bits; 2, 3, 4 and 8 are supported")
+        inputs = qweight.shape[0] * 32 // bits
+        if f"{name}.g_idx" in self._file_of:
+            g_idx = self.tensor(f"{name}.g_idx")
+            if g_idx.shape != (inputs,):
+                raise CheckpointError(f"{self.path}: {name} has g_idx {tuple(g_idx.shape)} for {inputs} inputs")
+            return bits, g_idx
+        group_size = int(self.quantization["group_size"])
+        return bits, torch.arange(inputs, dtype=torch.int32) // (inputs if group_size == -1 else group_size)
+
+    def _true_zeros(self, stored: Tensor, bits: int) -> Tensor:
+        """Resolve v1 and v2: by the values where the checkpoint is symmetric, else by the metadata."""
+        assert self.quantization is not None
+        middle = 2 ** (bits - 1)
+        if self.quantization.get("sym", False):
+            values = unpack(stored, bits, dim=1)
+            if bool((values == middle).all()):
+                return stored
+            if bool((values == middle - 1).all()):
+                return shift_zeros(stored, bits, 1)
+        return stored if self.zero_format == "gptq_v2" else shift_zeros(stored, bits, 1)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def quantization_config(
+    spec: QuantSpec, damping: float, static_groups: bool, zero_format: str = "gptq"
+) -> dict[str, Any]:
+    """What other readers look for in config.json and quantize_config.json."""
+    return {
+        "quant_method": "gptq",
+        "bits": spec.bits,
+        "group_size": spec.group_size,
+        "desc_act": spec.act_order,
+        "static_groups": static_groups,
+        "sym": spec.symmetric,
+        "damp_percent": damping,
+        "true_sequential": False,
+        "lm_head": False,
+        "checkpoint_format": zero_format,
+    }
+
+
+@contextmanager
+def atomic_folder(path: str | Path, partial: Path | None = None) -> Iterator[Path]:
+    """Fill a new folder beside `path`; only when the body ends well does it take `path`'s place, whole.
+
+    A kill at any moment leaves the old folder (or none) as it was. `partial` names the folder to fill and may hold work
+    of an earlier, killed run; without it a fresh one is made, and removed if the body fails.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    filling = partial or path.parent / f".{path.name}.{os.getpid()}.partial"
+    if partial is None and filling.exists():
+        shutil.rmtree(filling)
+    filling.mkdir(exist_ok=True)
+    try:
+        yield filling
+        sync_folder(filling)
+        replace_folder(filling, path)
+    except BaseException:
+        if partial is None:
+            shutil.rmtree(filling, ignore_errors=True)
+        raise
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Put `new` in the place of `path` in one step, and drop what was there."""
+    if path.exists():
+        _exchange(new, path)
+        _sync_directory(path.parent)
+        shutil.rmtree(new)
+    else:
+        os.rename(new, path)
+        _sync_directory(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make every file below a folder durable."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+    _sync_directory(folder)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write one file so that a kill leaves the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_index(folder: Path) -> None:
+    """Write model.safetensors.index.json over all the safetensors files of a folder."""
+    weight_map: dict[str, str] = {}
+    size = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, entry in _header(file).items():
+            weight_map[name] = file.name
+            size += entry["data_offsets"][1] - entry["data_offsets"][0]
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    write_atomically(folder / "model.safetensors.index.json", json.dumps(index, indent=1).encode())
+
+
+def _exchange(new: Path, path: Path) -> None:
+    """Swap two folders. Linux does it in one step; elsewhere the old one waits under a name of its own meanwhile."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        at_cwd, exchange = -100, 2
+        if libc.renameat2(at_cwd, os.fsencode(new), at_cwd, os.fsencode(path), exchange) == 0:
+            return
+    aside = path.with_name(f".{path.name}.old")
+    os.rename(path, aside)
+    os.rename(new, path)
+    os.rename(aside, new)
+
+
+def _sync_directory(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist; give the folder of a Hugging Face model") from error
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object")
+    return value
+
+
+def _quantization(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """The quantization's metadata, from either place; None for a 16-bit model."""
+    found = config.get("quantization_config")
+    if found is None and (path / "quantize_config.json").exists():
+        found = _read_json(path / "quantize_config.json")
+    if found is None:
+        return None
+    method = str(found.get("quant_method") or "gptq").lower()
+    if method != "gptq" or found.get("is_marlin_format"):
+        raise CheckpointError(
+            f"{path} is quantized by {method!r} or repacked for one kernel; only GPTQ's format is read"
+        )
+    stored = found.get("checkpoint_format") or "gptq"
+    if stored not in ZERO_FORMATS:
+        raise CheckpointError(f"{path} stores checkpoint_format {stored!r}; readable are {', '.join(ZERO_FORMATS)}")
+    for key in ("bits", "group_size"):
+        if not isinstance(found.get(key), int):
+            raise CheckpointError(f"{path}: the quantization's metadata has no whole number {key!r}")
+    return found
+
+
+def _index(path: Path) -> dict[str, str]:
+    """Tensor name to file, from the headers of the files themselves."""
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        files = sorted(set(_read_json(index)["weight_map"].values()))
+    elif (path / "model.safetensors").exists():
+        files = ["model.safetensors"]
+    else:
+        files = sorted(file.name for file in path.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{path} holds no .safetensors file; other formats are not read, convert it first")
+    return {name: file for file in files for name in _header(path / file)}
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """A safetensors header, checked against the file's length so that a cut file is refused before it is used."""
+    try:
+        with file.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            if not 2 <= length <= min(100_000_000, file.stat().st_size - 8):
+                raise CheckpointError(f"{file} is cut short or is not a safetensors file; fetch it again")
+            header = json.loads(handle.read(length))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} is named in the index but does not exist; fetch it again") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is cut short or is not a safetensors file; fetch it again") from error
+    header.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if file.stat().st_size != 8 + length + end:
+        raise CheckpointError(f"{file} is {file.stat().st_size} bytes, not {8 + length + end}; fetch it again")
+    return header

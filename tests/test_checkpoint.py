@@ -1,0 +1,256 @@
+"""The joint: packing, zero points, readers of other writers' folders, and writes that a kill cannot tear."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from inlaid.checkpoint import (
+    BITS,
+    Checkpoint,
+    CheckpointError,
+    QuantizedLinear,
+    QuantSpec,
+    atomic_folder,
+    dequantize,
+    from_codes,
+    pack,
+    quantization_config,
+    to_tensors,
+    unpack,
+)
+
+
+def bit_stream(words: list[int], bits: int) -> list[int]:
+    """Codes from words by the format's description, one bit at a time: the independent unpacker."""
+    flat = [(word >> i) & 1 for word in (w & 0xFFFFFFFF for w in words) for i in range(32)]
+    return [sum(flat[i + j] << j for j in range(bits)) for i in range(0, len(flat), bits)]
+
+
+def independent_weight(tensors: dict[str, torch.Tensor], name: str, bits: int, add: int) -> torch.Tensor:
+    """W[k, n] = scale * (code - (stored zero + add)), element by element in Python numbers."""
+    qweight, qzeros = tensors[f"{name}.qweight"], tensors[f"{name}.qzeros"]
+    scales, g_idx = tensors[f"{name}.scales"], tensors[f"{name}.g_idx"].tolist()
+    columns = [bit_stream(column, bits) for column in qweight.T.tolist()]
+    zeros = [bit_stream(row, bits) for row in qzeros.tolist()]
+    return torch.tensor(
+        [
+            [float(scales[g, n]) * (columns[n][k] - (zeros[g][n] + add) % 2**bits) for n in range(len(columns))]
+            for k, g in enumerate(g_idx)
+        ]
+    )
+
+
+def random_linear(
+    bits: int, inputs: int, outputs: int, group: int, *, act_order: bool, symmetric: bool
+) -> QuantizedLinear:
+    generator = torch.Generator().manual_seed(bits * 1000 + inputs + group)
+    groups = 1 if group == -1 else inputs // group
+    codes = torch.randint(0, 2**bits, (inputs, outputs), generator=generator)
+    zeros = torch.randint(1, 2**bits, (groups, outputs), generator=generator)
+    if symmetric:
+        zeros = torch.full_like(zeros, 2 ** (bits - 1))
+    scales = torch.rand(groups, outputs, generator=generator).half() + 0.01
+    g_idx = torch.arange(inputs) // (inputs if group == -1 else group)
+    if act_order:
+        g_idx = g_idx[torch.randperm(inputs, generator=generator)]
+    return from_codes(codes, zeros, scales, g_idx, group, bits)
+
+
+def write_folder(folder: Path, tensors: dict[str, torch.Tensor], metadata: dict | None) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "llama"} | ({"quantization_config": metadata} if metadata else {}))
+    )
+    save_file(tensors, folder / "model.safetensors")
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(BITS), st.integers(1, 3), st.integers(1, 9), st.integers(0, 1), st.integers(0, 2**31))
+def test_pack_round_trip(bits: int, blocks: int, other: int, dim: int, seed: int) -> None:
+    codes = torch.randint(0, 2**bits, (blocks * 32, other), generator=torch.Generator().manual_seed(seed))
+    codes = codes if dim == 0 else codes.T
+    packed = pack(codes, bits, dim)
+    assert packed.dtype == torch.int32
+    assert packed.shape[dim] == blocks * bits
+    assert torch.equal(unpack(packed, bits, dim).long(), codes)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_packing_is_the_described_bit_stream(bits: int) -> None:
+    codes = torch.randint(0, 2**bits, (64, 3), generator=torch.Generator().manual_seed(bits))
+    packed = pack(codes, bits)
+    for n in range(3):
+        assert bit_stream(packed[:, n].tolist(), bits) == codes[:, n].tolist()
+
+
+def test_a_known_word() -> None:
+    """Eight 4-bit codes 0..7, least significant first, are 0x76543210; a middle zero stored by v1 is 0x77777777."""
+    assert pack(torch.arange(8).reshape(8, 1), 4).item() == 0x76543210
+    linear = random_linear(4, 32, 8, 32, act_order=False, symmetric=True)
+    assert to_tensors("x", linear)["x.qzeros"].tolist() == [[0x77777777]]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("zero_format", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize(("bits", "group"), [(2, 32), (3, 32), (4, 32), (4, -1), (8, 32)])
+def test_folder_against_independent_unpacker(
+    tmp_path: Path, bits: int, group: int, zero_format: str, act_order: bool, symmetric: bool
+) -> None:
+    act_order = act_order and group != -1
+    linear = random_linear(bits, 64, 32, group, act_order=act_order, symmetric=symmetric)
+    tensors = to_tensors("a.b", linear, zero_format)
+    write_folder(
+        tmp_path, tensors | {"norm.weight": torch.ones(4)}, quantization_config(linear.spec, 0.01, False, zero_format)
+    )
+    checkpoint = Checkpoint(tmp_path)
+    assert checkpoint.linears == ("a.b",)
+    assert checkpoint.dense == ("norm.weight",)
+    read = checkpoint.linear("a.b")
+    assert read.spec == linear.spec == QuantSpec(bits, group, symmetric, act_order)
+    assert torch.equal(dequantize(read), independent_weight(tensors, "a.b", bits, add=int(zero_format == "gptq")))
+
+
+@pytest.mark.parametrize("stored", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("claimed", ["gptq", "gptq_v2"])
+def test_symmetric_zeros_are_told_by_value_when_metadata_lies(tmp_path: Path, stored: str, claimed: str) -> None:
+    linear = random_linear(4, 64, 32, 32, act_order=False, symmetric=True)
+    write_folder(tmp_path, to_tensors("a", linear, stored), quantization_config(linear.spec, 0.01, False, claimed))
+    assert torch.equal(dequantize(Checkpoint(tmp_path).linear("a")), dequantize(linear))
+
+
+def test_dequantize_rounds_once() -> None:
+    """In half precision the result is what a half-precision multiplication gives: other readers do that."""
+    linear = random_linear(8, 64, 32, 32, act_order=False, symmetric=False)
+    codes, zeros = unpack(linear.qweight, 8).half(), unpack(linear.qzeros, 8, dim=1).half()
+    expected = linear.scales[linear.g_idx.long()] * (codes - zeros[linear.g_idx.long()])
+    assert torch.equal(dequantize(linear, torch.float16), expected)
+
+
+def test_metadata_in_either_place_and_shards(tmp_path: Path) -> None:
+    linear = random_linear(4, 64, 32, 32, act_order=False, symmetric=True)
+    tensors = to_tensors("a", linear)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "quantize_config.json").write_text(
+        json.dumps({"bits": 4, "group_size": 32, "sym": True, "desc_act": False})
+    )
+    names = sorted(tensors)
+    save_file({n: tensors[n] for n in names[:2]}, tmp_path / "one.safetensors")
+    save_file({n: tensors[n] for n in names[2:]}, tmp_path / "two.safetensors")
+    files = {n: "one.safetensors" if n in names[:2] else "two.safetensors" for n in names}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    assert torch.equal(dequantize(Checkpoint(tmp_path).linear("a")), dequantize(linear))
+
+
+def test_missing_g_idx_means_in_order(tmp_path: Path) -> None:
+    linear = random_linear(4, 64, 32, 32, act_order=False, symmetric=True)
+    tensors = to_tensors("a", linear)
+    del tensors["a.g_idx"]
+    write_folder(tmp_path, tensors, quantization_config(linear.spec, 0.01, False))
+    assert torch.equal(dequantize(Checkpoint(tmp_path).linear("a")), dequantize(linear))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"quant_method": "awq"}, "only GPTQ"),
+        ({"checkpoint_format": "marlin"}, "marlin"),
+        ({"bits": "four"}, "bits"),
+        ({"group_size": 16}, "groups"),
+    ],
+)
+def test_bad_metadata_is_refused(tmp_path: Path, change: dict, words: str) -> None:
+    linear = random_linear(4, 64, 32, 32, act_order=False, symmetric=True)
+    write_folder(tmp_path, to_tensors("a", linear), quantization_config(linear.spec, 0.01, False) | change)
+    with pytest.raises(CheckpointError, match=words):
+        Checkpoint(tmp_path).linear("a")
+
+
+def test_broken_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        Checkpoint(tmp_path / "nowhere")
+    write_folder(tmp_path, {"a.weight": torch.ones(64, 64)}, None)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    for length in (4, 20, len(whole) - 1):
+        (tmp_path / "model.safetensors").write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match="fetch it again"):
+            Checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(CheckpointError, match=r"no \.safetensors"):
+        Checkpoint(tmp_path)
+
+
+def test_group_index_outside_is_refused(tmp_path: Path) -> None:
+    linear = random_linear(4, 64, 32, 32, act_order=False, symmetric=True)
+    tensors = to_tensors("a", linear)
+    tensors["a.g_idx"] = tensors["a.g_idx"] + 1
+    write_folder(tmp_path, tensors, quantization_config(linear.spec, 0.01, False))
+    with pytest.raises(CheckpointError, match="g_idx"):
+        Checkpoint(tmp_path).linear("a")
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape", "words"),
+    [
+        (QuantSpec(3, -1, True, False), (48, 32), "inputs"),
+        (QuantSpec(4, 32, True, False), (32, 12), "outputs"),
+        (QuantSpec(4, 32, True, False), (48, 32), "groups of 32"),
+    ],
+)
+def test_shapes_that_do_not_fit(spec: QuantSpec, shape: tuple[int, int], words: str) -> None:
+    assert words in (spec.why_not(*shape) or "")
+    assert QuantSpec(4, 32, True, False).why_not(64, 32) is None
+
+
+def test_fingerprint_follows_the_bytes(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"a": torch.ones(4)}, None)
+    first = Checkpoint(tmp_path).fingerprint()
+    assert Checkpoint(tmp_path).fingerprint() == first
+    write_folder(tmp_path, {"a": torch.zeros(4)}, None)
+    assert Checkpoint(tmp_path).fingerprint() != first
+
+
+def test_atomic_folder_replaces_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    for text in ("first", "second"):
+        with atomic_folder(target) as folder:
+            (folder / "file").write_text(text)
+        assert (target / "file").read_text() == text
+
+    def fail() -> None:
+        with atomic_folder(target) as folder:
+            (folder / "file").write_text("torn")
+            raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert (target / "file").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_kill_leaves_the_old_folder_whole(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with atomic_folder(target) as folder:
+        (folder / "file").write_text("old")
+    program = (
+        "import os, signal, sys\n"
+        "from inlaid.checkpoint import atomic_folder\n"
+        "with atomic_folder(sys.argv[1]) as folder:\n"
+        "    (folder / 'file').write_text('new')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(target)], env=os.environ | {"PYTHONPATH": os.getcwd()})
+    assert done.returncode == -signal.SIGKILL
+    assert (target / "file").read_text() == "old"
