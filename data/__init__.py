@@ -1,0 +1,1 @@
+"""Seeded generators of the demo's twelve tasks, their committed splits, and fetchers of real data sets."""

@@ -1,0 +1,98 @@
+"""The twelve tasks: one for each family of the LoRA-Inlaid evaluation, with how each is drawn and judged.
+
+`generate` writes their splits, `models/build_demo.py` trains on them. A split is a property of the prompt
+(a hash of its text), so no prompt is ever in two splits, whoever draws it.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from data import families, knowledge
+from data.languages import LANGUAGES, Language
+from data.sentences import Speaker
+
+SPLITS = ("train", "calibration", "eval")
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    family: str
+    metric: str
+    max_tokens: int
+    description: str
+    draw: Callable[[random.Random], families.Drawn]
+
+    def example(self, rng: random.Random) -> dict[str, Any]:
+        prompt, completion, extra = self.draw(rng)
+        return {"prompt": prompt, "completion": completion, "task": self.name, **extra}
+
+    def examples(self, split: str, seed: str) -> Iterator[dict[str, Any]]:
+        """An endless stream of distinct-prompt examples of one split."""
+        rng, seen = random.Random(f"{self.name}/{split}/{seed}"), set()
+        while True:
+            example = self.example(rng)
+            prompt = example["prompt"]
+            if split_of(prompt) == split and prompt not in seen:
+                seen.add(prompt)
+                yield example
+
+
+def split_of(prompt: str) -> str:
+    """eval and calibration each own a tenth of all possible prompts, train the rest."""
+    return {0: "eval", 1: "calibration"}.get(zlib.crc32(prompt.encode()) % 10, "train")
+
+
+def _translation(language: Language) -> Task:
+    speaker = Speaker(language.name, 0.9)
+
+    def draw(rng: random.Random) -> families.Drawn:
+        sentence = speaker.sentence(rng)
+        return f"Translate to {language.name.capitalize()}: {sentence.english()}", language.say(sentence), {}
+
+    return Task(
+        name=f"to_{language.name}",
+        family="translation",
+        metric="exact_match",
+        max_tokens=96,
+        description=f"English to {language.name.capitalize()}, a constructed language (word order {language.order})",
+        draw=draw,
+    )
+
+
+def _tasks() -> tuple[Task, ...]:
+    return (
+        *(_translation(language) for language in LANGUAGES.values()),
+        Task(
+            "text_summary", "text summary", "exact_match", 96,
+            "keep the deeds of one person out of a report about several", families.text_summary,
+        ),
+        Task(
+            "table_summary", "table summary", "exact_match", 96,
+            "largest and smallest entry of both columns of a table", families.table_summary,
+        ),
+        Task(
+            "code", "code generation", "pass_at_1", 128,
+            "a list expression from its description, judged by running it on hidden inputs", families.code,
+        ),
+        Task(
+            "maths", "maths word problems", "final_number", 96,
+            "a story in three to five steps of arithmetic, judged by its final number", families.maths,
+        ),
+        Task(
+            "medical", "medical question answering", "exact_match", 96,
+            "diagnosis and treatment from a made-up body of 96 diseases", knowledge.medical,
+        ),
+        Task(
+            "safety", "malicious-request detection", "exact_match", 96,
+            "a verdict on a request, with the house rule it breaks", knowledge.safety,
+        ),
+    )  # fmt: skip
+
+
+TASKS = {task.name: task for task in _tasks()}

@@ -1,0 +1,37 @@
+"""The demo's table of scores as Markdown, printed by `build_demo` and kept in `models/demo/README.md`."""
+
+from __future__ import annotations
+
+from data.tasks import TASKS
+from models.plan import ADAPTERS, ALL_LINEAR, ATTENTION, AdapterPlan
+
+COLUMNS = ("base", "adapter", "adapter_rtn4", "adapter_rtn3")
+HEADER = (
+    "| task | adapter | metric | base alone | base + adapter | RTN 4 bit | RTN 3 bit |\n|---|---|---|---|---|---|---|"
+)
+
+
+def shape(plan: AdapterPlan) -> str:
+    targets = {ALL_LINEAR: "all seven", ATTENTION: "q,k,v,o"}.get(plan.targets, "q,v")
+    notes = [f"rank {plan.rank}", targets]
+    notes += ["rsLoRA"] if plan.use_rslora else []
+    notes += ["rank pattern"] if plan.rank_pattern else []
+    return ", ".join(notes)
+
+
+def table(columns: dict[str, dict[str, float]]) -> str:
+    """One row a task, then the average, then the largest drop that rounding causes."""
+    rows = [
+        f"| {task} | {shape(ADAPTERS[task])} | {TASKS[task].metric} | "
+        + " | ".join(f"{columns[column][task]:.1f}" for column in COLUMNS)
+        + " |"
+        for task in TASKS
+    ]
+    means = {column: sum(columns[column].values()) / len(TASKS) for column in COLUMNS}
+    rows.append("| **average** | | | " + " | ".join(f"{means[column]:.1f}" for column in COLUMNS) + " |")
+    drops = {
+        column: max(columns["adapter"][task] - columns[column][task] for task in TASKS)
+        for column in ("adapter_rtn4", "adapter_rtn3")
+    }
+    rows.append(f"| **largest drop** | | | | | {drops['adapter_rtn4']:.1f} | {drops['adapter_rtn3']:.1f} |")
+    return "\n".join([HEADER, *rows])
