@@ -1,0 +1,353 @@
+# mypy: disallow_untyped_defs=False, disallow_incomplete_defs=False
+"""Attention over paged keys and values on any GPU that Triton serves: decode split over the context, and prefill of
+chunks. Called by the graph runner and, through `TritonAttention`, by the layers.
+
+All that a step needs to know (lengths, block tables, which query tiles exist) is read on the device, so nothing is
+planned on the host and a captured graph serves every batch of its size. Decode splits each sequence into `splits`
+runs of tokens whose results a second kernel merges in a fixed order: the same bits every time.
+
+Shapes: S sequences, T tokens, H query heads, G key/value heads, C head width; caches are [blocks, page, G, C].
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+if TYPE_CHECKING:
+    from inlaid.layers.context import StepContext
+
+TARGET_PROGRAMS = 132 * 12  # enough to fill a large chip several times over
+MAX_SPLITS = 32
+
+
+@triton.jit
+def _span(length, window, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """Where reading starts, and how many tokens each split reads."""
+    begin = tl.where(window > 0, tl.maximum(length - window, 0), 0)
+    begin = (begin // BLOCK) * BLOCK
+    chunk = tl.cdiv(tl.cdiv(length - begin, SPLITS), BLOCK) * BLOCK
+    return begin, chunk
+
+
+@triton.jit
+def _decode_one_kernel(
+    q, q_row, k_cache, v_cache, cache_row, tables, table_row, lengths, out, out_row, partial, stats, scale, window,
+    H: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One query head per key/value head. Every lane of the block keeps its own running maximum, so that the loop
+    needs no exchange between warps; the lanes are merged once, at the end."""
+    sequence = tl.program_id(0)
+    head = tl.program_id(1)
+    split = tl.program_id(2)
+    length = tl.load(lengths + sequence)
+    first, chunk = _span(length, window, SPLITS, BLOCK)
+    begin = first + split * chunk
+    end = tl.minimum(begin + chunk, length)
+    c = tl.arange(0, C_PAD)
+    c_mask = c < C
+    lane = tl.arange(0, BLOCK)
+    if (begin < end) | (split == 0):
+        q_C = tl.load(q + sequence.to(tl.int64) * q_row + head * C + c, mask=c_mask, other=0.0).to(tl.float32) * scale
+        m = tl.full((BLOCK,), -1e30, tl.float32)
+        total = tl.zeros((BLOCK,), tl.float32)
+        acc = tl.zeros((BLOCK, C_PAD), tl.float32)
+        table = tables + sequence.to(tl.int64) * table_row
+        for start in range(begin, end, BLOCK):
+            t = start + lane
+            inside = t < end
+            page = tl.load(table + t // PAGE, mask=inside, other=0).to(tl.int64)
+            at = (page * PAGE + t % PAGE) * cache_row + head * C
+            mask = inside[:, None] & c_mask[None, :]
+            k_BC = tl.load(k_cache + at[:, None] + c[None, :], mask=mask, other=0.0)
+            v_BC = tl.load(v_cache + at[:, None] + c[None, :], mask=mask, other=0.0)
+            score = tl.sum(k_BC.to(tl.float32) * q_C[None, :], axis=1)
+            seen = inside & ((window <= 0) | (t >= length - window))
+            score = tl.where(seen, score, -1e30)
+            m_new = tl.maximum(m, score)
+            keep = tl.exp2(m - m_new)
+            p = tl.where(seen, tl.exp2(score - m_new), 0.0)
+            total = total * keep + p
+            acc = acc * keep[:, None] + p[:, None] * v_BC.to(tl.float32)
+            m = m_new
+        top = tl.max(m, axis=0)
+        weight = tl.exp2(m - top)
+        total_all = tl.sum(total * weight, axis=0)
+        mixed = tl.sum(acc * weight[:, None], axis=0)
+        if SPLITS == 1:
+            mixed = mixed / tl.maximum(total_all, 1e-30)
+            tl.store(out + sequence.to(tl.int64) * out_row + head * C + c, mixed.to(out.dtype.element_ty), mask=c_mask)
+        else:
+            at_split = (sequence * H + head) * SPLITS + split
+            tl.store(partial + at_split.to(tl.int64) * C + c, mixed, mask=c_mask)
+            tl.store(stats + at_split * 2, top)
+            tl.store(stats + at_split * 2 + 1, total_all)
+
+
+@triton.jit
+def _decode_group_kernel(
+    q, q_row, k_cache, v_cache, cache_row, tables, table_row, lengths, out, out_row, partial, stats, scale, window,
+    H: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """The query heads that share a key/value head together, on the matrix units."""
+    sequence = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    length = tl.load(lengths + sequence)
+    first, chunk = _span(length, window, SPLITS, BLOCK)
+    begin = first + split * chunk
+    end = tl.minimum(begin + chunk, length)
+    c = tl.arange(0, C_PAD)
+    c_mask = c < C
+    g = tl.arange(0, GROUP_PAD)
+    g_mask = g < GROUP
+    lane = tl.arange(0, BLOCK)
+    heads = kv_head * GROUP + g
+    if (begin < end) | (split == 0):
+        q_rows = q + sequence.to(tl.int64) * q_row + heads[:, None] * C + c[None, :]
+        q_GC = tl.load(q_rows, mask=g_mask[:, None] & c_mask[None, :], other=0.0)
+        m = tl.full((GROUP_PAD,), -1e30, tl.float32)
+        total = tl.zeros((GROUP_PAD,), tl.float32)
+        acc = tl.zeros((GROUP_PAD, C_PAD), tl.float32)
+        table = tables + sequence.to(tl.int64) * table_row
+        for start in range(begin, end, BLOCK):
+            t = start + lane
+            inside = t < end
+            page = tl.load(table + t // PAGE, mask=inside, other=0).to(tl.int64)
+            at = (page * PAGE + t % PAGE) * cache_row + kv_head * C
+            mask = inside[:, None] & c_mask[None, :]
+            k_BC = tl.load(k_cache + at[:, None] + c[None, :], mask=mask, other=0.0)
+            v_BC = tl.load(v_cache + at[:, None] + c[None, :], mask=mask, other=0.0)
+            score = tl.dot(q_GC, tl.trans(k_BC)) * scale
+            seen = inside & ((window <= 0) | (t >= length - window))
+            score = tl.where(seen[None, :], score, -1e30)
+            m_new = tl.maximum(m, tl.max(score, axis=1))
+            keep = tl.exp2(m - m_new)
+            p = tl.where(seen[None, :], tl.exp2(score - m_new[:, None]), 0.0)
+            total = total * keep + tl.sum(p, axis=1)
+            acc = acc * keep[:, None] + tl.dot(p.to(v_BC.dtype), v_BC)
+            m = m_new
+        if SPLITS == 1:
+            mixed = acc / tl.maximum(total, 1e-30)[:, None]
+            rows = out + sequence.to(tl.int64) * out_row + heads[:, None] * C + c[None, :]
+            tl.store(rows, mixed.to(out.dtype.element_ty), mask=g_mask[:, None] & c_mask[None, :])
+        else:
+            at_split = (sequence * H + heads) * SPLITS + split
+            rows = partial + at_split[:, None].to(tl.int64) * C + c[None, :]
+            tl.store(rows, acc, mask=g_mask[:, None] & c_mask[None, :])
+            tl.store(stats + at_split * 2, m, mask=g_mask)
+            tl.store(stats + at_split * 2 + 1, total, mask=g_mask)
+
+
+@triton.jit
+def _merge_kernel(
+    partial, stats, lengths, out, out_row, window,
+    H: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Weigh the splits of one head by their maxima and sums."""
+    sequence = tl.program_id(0)
+    head = tl.program_id(1)
+    length = tl.load(lengths + sequence)
+    first, chunk = _span(length, window, SPLITS, BLOCK)
+    used = tl.maximum(tl.cdiv(length - first, tl.maximum(chunk, 1)), 1)
+    s = tl.arange(0, SPLITS)
+    at = (sequence * H + head) * SPLITS + s
+    m = tl.load(stats + at * 2, mask=s < used, other=-1e30)
+    total = tl.load(stats + at * 2 + 1, mask=s < used, other=0.0)
+    weight = tl.exp2(m - tl.max(m, axis=0))
+    c = tl.arange(0, C_PAD)
+    rows = partial + at[:, None].to(tl.int64) * C + c[None, :]
+    acc = tl.load(rows, mask=(s < used)[:, None] & (c < C)[None, :], other=0.0)
+    mixed = tl.sum(acc * weight[:, None], axis=0) / tl.maximum(tl.sum(total * weight, axis=0), 1e-30)
+    tl.store(out + sequence.to(tl.int64) * out_row + head * C + c, mixed.to(out.dtype.element_ty), mask=c < C)
+
+
+@triton.jit
+def _prefill_kernel(
+    q, q_row, k_cache, v_cache, cache_row, tables, table_row, lengths, starts, tiles, num_tiles, out, out_row,
+    scale, window,
+    GROUP: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M queries of one sequence and head against its pages. tiles[0] names the sequence (or -1: no tile),
+    tiles[1] the first query of the tile, counted within the sequence's queries of this step."""
+    tile = tl.program_id(0)
+    head = tl.program_id(1)
+    sequence = tl.load(tiles + tile)
+    if sequence >= 0:
+        offset = tl.load(tiles + num_tiles + tile)
+        row0 = tl.load(starts + sequence)
+        queries = tl.load(starts + sequence + 1) - row0
+        length = tl.load(lengths + sequence)
+        before = length - queries
+        m_lane = offset + tl.arange(0, BLOCK_M)
+        m_mask = m_lane < queries
+        position = before + m_lane
+        c = tl.arange(0, C_PAD)
+        c_mask = c < C
+        rows = (row0 + m_lane).to(tl.int64)
+        q_MC = tl.load(
+            q + rows[:, None] * q_row + head * C + c[None, :], mask=m_mask[:, None] & c_mask[None, :], other=0.0
+        )
+        m = tl.full((BLOCK_M,), -1e30, tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        acc = tl.zeros((BLOCK_M, C_PAD), tl.float32)
+        table = tables + sequence.to(tl.int64) * table_row
+        end = tl.minimum(before + offset + BLOCK_M, length)
+        begin = tl.where(window > 0, tl.maximum(before + offset - window + 1, 0), 0)
+        begin = (begin // BLOCK_N) * BLOCK_N
+        lane = tl.arange(0, BLOCK_N)
+        for start in range(begin, end, BLOCK_N):
+            t = start + lane
+            inside = t < end
+            page = tl.load(table + t // PAGE, mask=inside, other=0).to(tl.int64)
+            at = (page * PAGE + t % PAGE) * cache_row + (head // GROUP) * C
+            mask = inside[:, None] & c_mask[None, :]
+            k_NC = tl.load(k_cache + at[:, None] + c[None, :], mask=mask, other=0.0)
+            v_NC = tl.load(v_cache + at[:, None] + c[None, :], mask=mask, other=0.0)
+            score = tl.dot(q_MC, tl.trans(k_NC)) * scale
+            seen = (t[None, :] <= position[:, None]) & inside[None, :]
+            seen = seen & ((window <= 0) | (t[None, :] > position[:, None] - window))
+            score = tl.where(seen, score, -1e30)
+            m_new = tl.maximum(m, tl.max(score, axis=1))
+            keep = tl.exp2(m - m_new)
+            p = tl.where(seen, tl.exp2(score - m_new[:, None]), 0.0)
+            total = total * keep + tl.sum(p, axis=1)
+            acc = acc * keep[:, None] + tl.dot(p.to(v_NC.dtype), v_NC)
+            m = m_new
+        mixed = acc / tl.maximum(total, 1e-30)[:, None]
+        target = out + rows[:, None] * out_row + head * C + c[None, :]
+        tl.store(target, mixed.to(out.dtype.element_ty), mask=m_mask[:, None] & c_mask[None, :])
+
+
+def num_splits(sequences: int, kv_heads: int) -> int:
+    """A power of two: many splits for few sequences, one when the batch alone fills the chip."""
+    wanted = TARGET_PROGRAMS / max(1, sequences * kv_heads)
+    splits = 1
+    while splits < wanted and splits < MAX_SPLITS:
+        splits *= 2
+    return splits
+
+
+def decode_scratch(
+    sequences: int, heads: int, head_dim: int, splits: int, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 partial outputs and (maximum, sum) pairs for `decode`; one pair serves every layer."""
+    count = sequences * heads * splits
+    return (
+        torch.empty(count * head_dim, dtype=torch.float32, device=device),
+        torch.empty(count * 2, dtype=torch.float32, device=device),
+    )
+
+
+def decode(
+    q_SHC: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    tables_SB: torch.Tensor,
+    lengths_S: torch.Tensor,
+    out_SHC: torch.Tensor,
+    scratch: tuple[torch.Tensor, torch.Tensor],
+    splits: int,
+    window: int = 0,
+    scale: float | None = None,
+    block: int = 0,
+    warps: int = 4,
+    stages: int = 3,
+) -> None:
+    """out[s] = softmax(q[s] k^T) v over the sequence's `lengths[s]` cached tokens; zeros for length 0. S may exceed
+    the live sequences when the rest have length 0."""
+    sequences, heads, width = q_SHC.shape
+    page, kv_heads = k_cache.shape[1], k_cache.shape[2]
+    exponent = (width**-0.5 if scale is None else scale) * 1.4426950408889634  # the kernels work in powers of two
+    pad, group = max(16, triton.next_power_of_2(width)), heads // kv_heads
+    block = block or (32 if group == 1 else 64)
+    shared = (
+        q_SHC, q_SHC.stride(0), k_cache, v_cache, k_cache.stride(1), tables_SB, tables_SB.stride(0), lengths_S,
+        out_SHC, out_SHC.stride(0), *scratch, exponent, window,
+    )  # fmt: skip
+    shape = {"H": heads, "C": width, "C_PAD": pad, "PAGE": page, "BLOCK": block, "SPLITS": splits}
+    if group == 1:
+        _decode_one_kernel[(sequences, kv_heads, splits)](*shared, **shape, num_warps=warps, num_stages=stages)
+    else:
+        _decode_group_kernel[(sequences, kv_heads, splits)](
+            *shared, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)), **shape,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    if splits > 1:
+        _merge_kernel[(sequences, heads)](
+            *scratch, lengths_S, out_SHC, out_SHC.stride(0), window,
+            H=heads, C=width, C_PAD=pad, BLOCK=block, SPLITS=splits, num_warps=1 if splits <= 8 else 4,
+        )  # fmt: skip
+
+
+def prefill(
+    q_THC: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    tables_SB: torch.Tensor,
+    lengths_S: torch.Tensor,
+    starts_S1: torch.Tensor,
+    tiles: torch.Tensor,
+    out_THC: torch.Tensor,
+    window: int = 0,
+    scale: float | None = None,
+    block_m: int = 64,
+    block_n: int = 64,
+    warps: int = 4,
+    stages: int = 3,
+) -> None:
+    """Causal attention for the queries named by `tiles` [2, n]; a sequence's last query is its last cached token."""
+    heads, width = q_THC.shape[1:]
+    page, kv_heads = k_cache.shape[1], k_cache.shape[2]
+    exponent = (width**-0.5 if scale is None else scale) * 1.4426950408889634
+    _prefill_kernel[(tiles.shape[1], heads)](
+        q_THC, q_THC.stride(0), k_cache, v_cache, k_cache.stride(1), tables_SB, tables_SB.stride(0), lengths_S,
+        starts_S1, tiles, tiles.shape[1], out_THC, out_THC.stride(0), exponent, window,
+        GROUP=heads // kv_heads, C=width, C_PAD=max(16, triton.next_power_of_2(width)), PAGE=page,
+        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+def query_tiles(query_lens: tuple[int, ...], first: int, block_m: int = 64) -> list[tuple[int, int]]:
+    """(sequence, first query) of every tile of the sequences from `first` on."""
+    return [(s, at) for s in range(first, len(query_lens)) for at in range(0, query_lens[s], block_m)]
+
+
+class TritonAttention:
+    """The layers' attention backend: decodes the first `num_decodes` sequences, prefills the others."""
+
+    def plan(self, context: StepContext) -> None:
+        tiles = query_tiles(context.query_lens, context.num_decodes)
+        host = torch.tensor(tiles, dtype=torch.int32).reshape(-1, 2).T.contiguous()
+        context.attention_plan = host.to(context.positions_T.device)
+
+    def attend(
+        self,
+        q_THC: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        window: int | None,
+        context: StepContext,
+    ) -> torch.Tensor:
+        out_THC = torch.empty(q_THC.shape, dtype=q_THC.dtype, device=q_THC.device)
+        heads, width = q_THC.shape[1:]
+        count = context.num_decodes
+        if count:
+            splits = num_splits(count, k_cache.shape[2])
+            scratch = decode_scratch(count, heads, width, splits, q_THC.device)
+            decode(
+                q_THC[:count], k_cache, v_cache, context.block_tables_SB, context.context_lens_S,
+                out_THC[:count], scratch, splits, window or 0,
+            )  # fmt: skip
+        if context.attention_plan.shape[1]:
+            prefill(
+                q_THC, k_cache, v_cache, context.block_tables_SB, context.context_lens_S, context.query_starts_S1,
+                context.attention_plan, out_THC, window or 0,
+            )  # fmt: skip
+        return out_THC

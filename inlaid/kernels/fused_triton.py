@@ -1,0 +1,268 @@
+# mypy: disallow_untyped_defs=False, disallow_incomplete_defs=False
+"""The small operations between the GEMMs, each one launch: embedding + norm, residual + norm, rotary + write into paged
+KV, activation. The graph runner calls the fused ones; `TritonOps` offers the layers' separate ones.
+
+Rounding follows reference.py: what it rounds to the compute type, these round too, so that greedy tokens agree.
+
+Shapes: T tokens, D model width, F MLP width, H query heads, G key/value heads, C head width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _normalized(x, weight, D: tl.constexpr, eps, d, mask):
+    """x / sqrt(mean(x^2) + eps), rounded to the weight's type, times the weight."""
+    variance = tl.sum(x * x, axis=0) / D
+    scaled = x * tl.rsqrt(variance + eps)
+    w = tl.load(weight + d, mask=mask, other=0.0)
+    return scaled.to(w.dtype).to(tl.float32) * w.to(tl.float32)
+
+
+@triton.jit
+def _embed_norm_kernel(
+    ids, sources, last, table, weight, residual, out, eps, D: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    source = tl.load(sources + t)
+    fresh = tl.load(last + tl.maximum(source, 0))
+    token = tl.where(source >= 0, fresh, tl.load(ids + t)).to(tl.int64)
+    d = tl.arange(0, BLOCK)
+    mask = d < D
+    row = tl.load(table + token * D + d, mask=mask, other=0.0)
+    tl.store(residual + t * D + d, row, mask=mask)
+    y = _normalized(row.to(tl.float32), weight, D, eps, d, mask)
+    tl.store(out + t * D + d, y.to(row.dtype), mask=mask)
+
+
+@triton.jit
+def _add_norm_kernel(
+    x, residual, weight, rows, out, eps,
+    D: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr, ADD: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    source = tl.load(rows + t).to(tl.int64) if GATHER else t
+    d = tl.arange(0, BLOCK)
+    mask = d < D
+    value = tl.load(x + source * D + d, mask=mask, other=0.0)
+    if ADD:
+        before = tl.load(residual + source * D + d, mask=mask, other=0.0)
+        value = (before.to(tl.float32) + value.to(tl.float32)).to(value.dtype)
+        if KEEP:
+            tl.store(residual + source * D + d, value, mask=mask)
+    y = _normalized(value.to(tl.float32), weight, D, eps, d, mask)
+    tl.store(out + t * D + d, y.to(value.dtype), mask=mask)
+
+
+@triton.jit
+def _head_norm(x_lo, x_hi, weight, c, half: tl.constexpr, C: tl.constexpr, eps, c_mask):
+    """RMS norm of whole heads held as two halves."""
+    variance = (tl.sum(x_lo * x_lo, axis=1) + tl.sum(x_hi * x_hi, axis=1)) / C
+    factor = tl.rsqrt(variance + eps)[:, None]
+    w_lo = tl.load(weight + c, mask=c_mask, other=0.0)
+    w_hi = tl.load(weight + half + c, mask=c_mask, other=0.0)
+    lo = (x_lo * factor).to(w_lo.dtype).to(tl.float32) * w_lo.to(tl.float32)[None, :]
+    hi = (x_hi * factor).to(w_lo.dtype).to(tl.float32) * w_hi.to(tl.float32)[None, :]
+    return lo.to(w_lo.dtype).to(tl.float32), hi.to(w_lo.dtype).to(tl.float32)
+
+
+@triton.jit
+def _rope_store_kernel(
+    qkv, qkv_row, positions, slots, cos, sin, k_cache, v_cache, q_weight, k_weight, eps,
+    H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, HALF_PAD: tl.constexpr, HEADS: tl.constexpr,
+    NORM: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    head0 = tl.program_id(1) * HEADS
+    half: tl.constexpr = C // 2
+    c = tl.arange(0, HALF_PAD)
+    c_mask = c < half
+    h = tl.arange(0, HEADS)
+    mask = (h < HEADS)[:, None] & c_mask[None, :]
+    at = qkv + t * qkv_row + (head0 + h)[:, None] * C + c[None, :]
+    lo = tl.load(at, mask=mask, other=0.0)
+    hi = tl.load(at + half, mask=mask, other=0.0)
+    slot = tl.load(slots + t).to(tl.int64)
+    if head0 >= H + G:  # values: only moved
+        to = v_cache + (slot * G + (head0 - H - G) + h)[:, None] * C + c[None, :]
+        tl.store(to, lo, mask=mask)
+        tl.store(to + half, hi, mask=mask)
+    else:
+        position = tl.load(positions + t).to(tl.int64)
+        x_lo = lo.to(tl.float32)
+        x_hi = hi.to(tl.float32)
+        if NORM:
+            x_lo, x_hi = _head_norm(
+                x_lo, x_hi, q_weight if head0 < H else k_weight, c, half, C, eps, c_mask
+            )  # fmt: skip
+        cos_c = tl.load(cos + position * C + c, mask=c_mask, other=0.0).to(tl.float32)[None, :]
+        sin_c = tl.load(sin + position * C + c, mask=c_mask, other=0.0).to(tl.float32)[None, :]
+        turned_lo = (x_lo * cos_c).to(lo.dtype).to(tl.float32) - x_hi * sin_c
+        turned_hi = (x_hi * cos_c).to(lo.dtype).to(tl.float32) + x_lo * sin_c
+        if head0 < H:
+            tl.store(at, turned_lo.to(lo.dtype), mask=mask)
+            tl.store(at + half, turned_hi.to(lo.dtype), mask=mask)
+        else:
+            to = k_cache + (slot * G + (head0 - H) + h)[:, None] * C + c[None, :]
+            tl.store(to, turned_lo.to(lo.dtype), mask=mask)
+            tl.store(to + half, turned_hi.to(lo.dtype), mask=mask)
+
+
+@triton.jit
+def _silu_mul_kernel(x, out, F: tl.constexpr, BLOCK: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = f < F
+    gate = tl.load(x + t * 2 * F + f, mask=mask, other=0.0)
+    up = tl.load(x + t * 2 * F + F + f, mask=mask, other=0.0)
+    g = gate.to(tl.float32)
+    active = (g / (1.0 + tl.exp(-g))).to(gate.dtype).to(tl.float32)
+    tl.store(out + t * F + f, (active * up.to(tl.float32)).to(gate.dtype), mask=mask)
+
+
+@triton.jit
+def _rotate_kernel(x, x_row, cos, sin, C: tl.constexpr, HALF_PAD: tl.constexpr):
+    t = tl.program_id(0).to(tl.int64)
+    half: tl.constexpr = C // 2
+    c = tl.arange(0, HALF_PAD)
+    mask = c < half
+    at = x + t * x_row + tl.program_id(1) * C + c
+    lo = tl.load(at, mask=mask, other=0.0)
+    hi = tl.load(at + half, mask=mask, other=0.0)
+    cos_c = tl.load(cos + t * C + c, mask=mask, other=0.0).to(tl.float32)
+    sin_c = tl.load(sin + t * C + c, mask=mask, other=0.0).to(tl.float32)
+    turned_lo = (lo.to(tl.float32) * cos_c).to(lo.dtype).to(tl.float32) - hi.to(tl.float32) * sin_c
+    turned_hi = (hi.to(tl.float32) * cos_c).to(lo.dtype).to(tl.float32) + lo.to(tl.float32) * sin_c
+    tl.store(at, turned_lo.to(lo.dtype), mask=mask)
+    tl.store(at + half, turned_hi.to(lo.dtype), mask=mask)
+
+
+@triton.jit
+def _store_kv_kernel(
+    k, k_row, v, v_row, k_cache, v_cache, slots, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + t).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < WIDTH
+    tl.store(k_cache + slot * WIDTH + i, tl.load(k + t * k_row + i, mask=mask), mask=mask)
+    tl.store(v_cache + slot * WIDTH + i, tl.load(v + t * v_row + i, mask=mask), mask=mask)
+
+
+def _warps(width: int) -> int:
+    return 4 if width <= 2048 else 8
+
+
+def embed_norm(
+    ids_T: torch.Tensor,
+    sources_T: torch.Tensor,
+    last_R: torch.Tensor,
+    table_VD: torch.Tensor,
+    weight_D: torch.Tensor,
+    eps: float,
+    residual_TD: torch.Tensor,
+    out_TD: torch.Tensor,
+) -> None:
+    """residual = embedding of each token; out = its norm. Where sources[t] >= 0 the token is last[sources[t]], the one
+    that an earlier step sampled and the host has not seen yet; else ids[t]."""
+    width = table_VD.shape[1]
+    _embed_norm_kernel[(ids_T.shape[0],)](
+        ids_T, sources_T, last_R, table_VD, weight_D, residual_TD, out_TD, eps,
+        D=width, BLOCK=triton.next_power_of_2(width), num_warps=_warps(width),
+    )  # fmt: skip
+
+
+def norm(
+    x_TD: torch.Tensor,
+    weight_D: torch.Tensor,
+    eps: float,
+    out_TD: torch.Tensor,
+    residual_TD: torch.Tensor | None = None,
+    rows_L: torch.Tensor | None = None,
+    keep: bool = True,
+) -> None:
+    """out = rms_norm(x + residual) (the sum is written to residual if `keep`), for all rows or those listed."""
+    width = weight_D.shape[0]
+    count = x_TD.numel() // width if rows_L is None else rows_L.shape[0]
+    _add_norm_kernel[(count,)](
+        x_TD, residual_TD if residual_TD is not None else x_TD, weight_D, rows_L if rows_L is not None else x_TD,
+        out_TD, eps, D=width, BLOCK=triton.next_power_of_2(width), GATHER=rows_L is not None,
+        ADD=residual_TD is not None, KEEP=keep, num_warps=_warps(width),
+    )  # fmt: skip
+
+
+def rope_store(
+    qkv_TN: torch.Tensor,
+    positions_T: torch.Tensor,
+    kv_slots_T: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    num_heads: int,
+    norms: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+) -> None:
+    """Rotate the queries in place; write rotated keys, and values, to their pages. `norms`: per-head RMS norms of
+    queries and keys (weights and eps), applied before the rotation. cos and sin are tables by position."""
+    kv_heads, width = k_cache.shape[2:]
+    together = math.gcd(math.gcd(num_heads, kv_heads), 8)
+    q_weight, k_weight, eps = norms or (cos, cos, 0.0)
+    _rope_store_kernel[(qkv_TN.shape[0], (num_heads + 2 * kv_heads) // together)](
+        qkv_TN, qkv_TN.stride(0), positions_T, kv_slots_T, cos, sin, k_cache, v_cache, q_weight, k_weight, eps,
+        H=num_heads, G=kv_heads, C=width, HALF_PAD=triton.next_power_of_2(width // 2), HEADS=together,
+        NORM=norms is not None, num_warps=1 if together * width <= 512 else 4,
+    )  # fmt: skip
+
+
+def silu_mul(x_T2F: torch.Tensor, out_TF: torch.Tensor) -> None:
+    """out = silu(first half) * second half."""
+    rows, width = out_TF.shape
+    block = 1024
+    _silu_mul_kernel[(rows, triton.cdiv(width, block))](x_T2F, out_TF, F=width, BLOCK=block, num_warps=4)
+
+
+class TritonOps:
+    """The layers' small operations, one launch each."""
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        norm(x, weight, eps, out)
+        return out
+
+    def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        out = torch.empty_like(x)
+        norm(x, weight, eps, out, residual)
+        return out
+
+    def rotate(self, x_THC: torch.Tensor, cos_TC: torch.Tensor, sin_TC: torch.Tensor) -> None:
+        assert x_THC.stride(1) == x_THC.shape[2]
+        _rotate_kernel[x_THC.shape[:2]](
+            x_THC, x_THC.stride(0), cos_TC, sin_TC,
+            C=x_THC.shape[2], HALF_PAD=triton.next_power_of_2(x_THC.shape[2] // 2), num_warps=1,
+        )  # fmt: skip
+
+    def silu_mul(self, x_T2F: torch.Tensor) -> torch.Tensor:
+        out = x_T2F.new_empty(x_T2F.shape[0], x_T2F.shape[1] // 2)
+        silu_mul(x_T2F, out)
+        return out
+
+    def store_kv(
+        self,
+        k_TGC: torch.Tensor,
+        v_TGC: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        slots_T: torch.Tensor,
+    ) -> None:
+        width = k_TGC.shape[1] * k_TGC.shape[2]
+        block = min(1024, triton.next_power_of_2(width))
+        _store_kv_kernel[(k_TGC.shape[0], triton.cdiv(width, block))](
+            k_TGC, k_TGC.stride(0), v_TGC, v_TGC.stride(0), k_cache, v_cache, slots_T, WIDTH=width, BLOCK=block
+        )

@@ -1,0 +1,308 @@
+# mypy: disallow_untyped_defs=False, disallow_incomplete_defs=False
+"""Adapter kernels for a GPU: y += scale * (x A^T) B^T, each row with its own adapter, each adapter at its own rank.
+
+The runner calls `AdapterPlan.fill` once a step on the host and `shrink` / `expand_add` at every adapted linear.
+Weights lie unpadded in one flat pool; `table[slot, site] = (A offset, B offset, rank)` says where. Rows are cut into
+segments of one slot, so a weight is read once per segment; rows of slot 0 are in no segment and cost nothing.
+The inner dimension is split over programs whose partial sums go to fp32 scratch and are added in a fixed order by
+`expand_add`: no atomics, so the same batch gives the same bits every time.
+
+Shapes: T rows, K inputs, N outputs, S segments, G siblings (linears sharing x: q, k, v), P partial sums, R rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from inlaid.kernels.backend import AdapterPages, Site
+
+if TYPE_CHECKING:
+    from inlaid.layers.context import StepContext
+
+OFFSET_ALIGNMENT = 8  # elements; the pool's owner starts every matrix at a multiple of this
+
+
+@triton.jit
+def _shrink_rank_block(
+    x_rows, row_mask, a_base, partial_rows, rank, r0, k_begin, k_end,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """partial[m, r0:r0+BLOCK_R] = sum over k in [k_begin, k_end) of x[m, k] A[r, k]."""
+    r = r0 + tl.arange(0, BLOCK_R)
+    k_lane = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    a_rows = a_base + r[:, None] * K
+    for k0 in range(k_begin, k_end, BLOCK_K):
+        k = k0 + k_lane
+        if K % BLOCK_K == 0:
+            x_MK = tl.load(x_rows[:, None] + k[None, :], mask=row_mask[:, None], other=0.0)
+            a_RK = tl.load(a_rows + k[None, :], mask=r[:, None] < rank, other=0.0)
+        else:
+            inside = k[None, :] < K
+            x_MK = tl.load(x_rows[:, None] + k[None, :], mask=row_mask[:, None] & inside, other=0.0)
+            a_RK = tl.load(a_rows + k[None, :], mask=(r[:, None] < rank) & inside, other=0.0)
+        acc = tl.dot(x_MK, tl.trans(a_RK), acc)
+    tl.store(partial_rows[:, None] + r[None, :], acc, mask=row_mask[:, None] & (r[None, :] < rank))
+
+
+@triton.jit
+def _shrink_kernel(
+    x, x_stride, pool, table, segments, order, partial, partial_stride, capacity, num_sites, site,
+    K: tl.constexpr, G: tl.constexpr, P: tl.constexpr, R_STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    segment = tl.program_id(0)
+    part = tl.program_id(1)
+    sibling = tl.program_id(2)
+    length = tl.load(segments + capacity + segment)
+    if length > 0:
+        start = tl.load(segments + segment)
+        slot = tl.load(segments + 2 * capacity + segment).to(tl.int64)
+        entry = table + (slot * num_sites + site + sibling) * 3
+        rank = tl.load(entry + 2).to(tl.int32)
+        a_base = pool + (tl.load(entry) // ALIGN) * ALIGN  # the division tells the compiler of the alignment
+        m = tl.arange(0, BLOCK_M)
+        row_mask = m < length
+        rows = tl.load(order + start + m, mask=row_mask, other=0).to(tl.int64)
+        span = tl.cdiv(tl.cdiv(K, P), BLOCK_K) * BLOCK_K
+        k_begin = part * span
+        k_end = tl.minimum(k_begin + span, K)
+        partial_rows = partial + (part * G + sibling) * partial_stride + rows * R_STRIDE
+        for r0 in range(0, rank, BLOCK_R):
+            _shrink_rank_block(
+                x + rows * x_stride, row_mask, a_base, partial_rows, rank, r0, k_begin, k_end,
+                K, BLOCK_K, BLOCK_M, BLOCK_R,
+            )  # fmt: skip
+
+
+@triton.jit
+def _expand_tile(
+    partial_rows, partial_step, row_mask, b_base, b_stride, rank, n, n_mask,
+    P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """The sum over r of (sum over p of partial[p, m, r]) B[n, r], in fp32."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    r_lane = tl.arange(0, BLOCK_R)
+    for r0 in range(0, rank, BLOCK_R):
+        r = r0 + r_lane
+        mask = row_mask[:, None] & (r[None, :] < rank)
+        s_MR = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+        for p in tl.static_range(P):
+            s_MR += tl.load(partial_rows[:, None] + p * partial_step + r[None, :], mask=mask, other=0.0)
+        b_NR = tl.load(
+            b_base + n[:, None] * b_stride + r[None, :], mask=n_mask[:, None] & (r[None, :] < rank), other=0.0
+        )
+        # The inner result of a 16-bit float product may exceed that format's range: bring it down first.
+        largest = tl.maximum(tl.max(tl.abs(s_MR), axis=1) * (1.0 / 16384.0), 1.0)
+        down = (s_MR / largest[:, None]).to(b_NR.dtype)
+        acc += tl.dot(down, tl.trans(b_NR)) * largest[:, None]
+    return acc
+
+
+@triton.jit
+def _expand_kernel(
+    partial, partial_stride, pool, table, scale, segments, order, y, y_stride, capacity, num_sites, site,
+    N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, G: tl.constexpr, P: tl.constexpr, R_STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    segment = tl.program_id(0)
+    block = tl.program_id(1)
+    length = tl.load(segments + capacity + segment)
+    if length > 0:
+        blocks0: tl.constexpr = (N0 + BLOCK_N - 1) // BLOCK_N
+        blocks1: tl.constexpr = (N1 + BLOCK_N - 1) // BLOCK_N
+        sibling = (block >= blocks0).to(tl.int32) + (block >= blocks0 + blocks1).to(tl.int32)
+        first_block = tl.where(sibling == 0, 0, tl.where(sibling == 1, blocks0, blocks0 + blocks1))
+        first_column = tl.where(sibling == 0, 0, tl.where(sibling == 1, N0, N0 + N1))
+        width = tl.where(sibling == 0, N0, tl.where(sibling == 1, N1, N2))
+        start = tl.load(segments + segment)
+        slot = tl.load(segments + 2 * capacity + segment).to(tl.int64)
+        entry = table + (slot * num_sites + site + sibling) * 3
+        rank = tl.load(entry + 2).to(tl.int32)
+        if rank > 0:
+            b_base = pool + (tl.load(entry + 1) // ALIGN) * ALIGN
+            factor = tl.load(scale + slot * num_sites + site + sibling)
+            m = tl.arange(0, BLOCK_M)
+            row_mask = m < length
+            rows = tl.load(order + start + m, mask=row_mask, other=0).to(tl.int64)
+            n = (block - first_block) * BLOCK_N + tl.arange(0, BLOCK_N)
+            n_mask = n < width
+            partial_rows = partial + sibling * partial_stride + rows * R_STRIDE
+            if rank % 8 == 0:  # wide loads: the row stride of B is a known multiple of 16 bytes
+                acc = _expand_tile(
+                    partial_rows, G * partial_stride, row_mask, b_base, (rank // 8) * 8, rank, n, n_mask,
+                    P, BLOCK_M, BLOCK_N, BLOCK_R,
+                )  # fmt: skip
+            else:
+                acc = _expand_tile(
+                    partial_rows, G * partial_stride, row_mask, b_base, rank, rank, n, n_mask,
+                    P, BLOCK_M, BLOCK_N, BLOCK_R,
+                )  # fmt: skip
+            target = y + rows[:, None] * y_stride + (first_column + n)[None, :]
+            mask = row_mask[:, None] & n_mask[None, :]
+            base = tl.load(target, mask=mask, other=0.0)
+            tl.store(target, (base.to(tl.float32) + acc * factor).to(base.dtype), mask=mask)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Block shapes; `parts` is how many programs share the inner dimension of one shrink."""
+
+    parts: int
+    block_k: int
+    block_n: int
+    block_r: int = 16
+    shrink_warps: int = 4
+    expand_warps: int = 4
+    shrink_stages: int = 3
+
+
+def tuning_for(rows: int, block_rows: int) -> Tuning:
+    """Few rows need many programs per segment to fill the chip; many rows fill it by themselves."""
+    if block_rows > 16:
+        return Tuning(parts=2, block_k=64, block_n=128, shrink_warps=4, expand_warps=4)
+    if rows <= 8:
+        return Tuning(parts=16, block_k=256, block_n=128)
+    return Tuning(parts=8, block_k=256, block_n=128)
+
+
+def max_segments(rows: int, max_slots: int, block_rows: int) -> int:
+    """A bound on the segments of `rows` rows in at most two sorted runs over `max_slots` adapters."""
+    return max(1, min(rows, rows // block_rows + 2 * max_slots))
+
+
+def cut(slots: np.ndarray, block_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Order of the adapted rows, and segments [3, S] of (start in that order, length, slot), int32."""
+    order = np.argsort(slots, kind="stable").astype(np.int32)
+    order = order[int(np.count_nonzero(slots == 0)) :]
+    ordered = slots[order]
+    if not len(order):
+        return order, np.zeros((3, 0), np.int32)
+    first = np.flatnonzero(np.diff(ordered, prepend=-1))
+    counts = np.diff(first, append=len(ordered))
+    pieces = -(-counts // block_rows)
+    run = np.repeat(np.arange(len(first)), pieces)
+    within = (np.arange(len(run)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * block_rows
+    lengths = np.minimum(block_rows, counts[run] - within)
+    return order, np.stack([first[run] + within, lengths, ordered[first[run]]]).astype(np.int32)
+
+
+class AdapterPlan:
+    """Which rows go to which adapter, in fixed device arrays so that a captured graph serves every mix.
+
+    `host` and `device` hold segments [3, capacity] and then order [rows]; unused segments have length zero.
+    """
+
+    def __init__(self, rows: int, capacity: int, block_rows: int, device: torch.device | str) -> None:
+        self.rows, self.capacity, self.block_rows = rows, capacity, block_rows
+        pinned = torch.device(device).type == "cuda"
+        self.host = torch.zeros(3 * capacity + rows, dtype=torch.int32, pin_memory=pinned)
+        self.device = torch.zeros(3 * capacity + rows, dtype=torch.int32, device=device)
+
+    @property
+    def segments(self) -> torch.Tensor:
+        return self.device[: 3 * self.capacity]
+
+    @property
+    def order(self) -> torch.Tensor:
+        return self.device[3 * self.capacity :]
+
+    def write(self, slots: np.ndarray, target: np.ndarray) -> None:
+        """The plan of `slots` into a host int32 array of this plan's size."""
+        order, segments = cut(slots, self.block_rows)
+        count = segments.shape[1]
+        if count > self.capacity or len(slots) > self.rows:
+            raise ValueError(
+                f"{len(slots)} rows in {count} segments exceed the plan's {self.rows} rows in {self.capacity} segments"
+            )
+        target[self.capacity : 2 * self.capacity] = 0
+        target[: 3 * self.capacity].reshape(3, self.capacity)[:, :count] = segments
+        target[3 * self.capacity : 3 * self.capacity + len(order)] = order
+
+    def fill(self, slots: np.ndarray) -> None:
+        """Plan these rows and send the plan to the device, without waiting for it."""
+        self.write(slots, self.host.numpy())
+        self.device.copy_(self.host, non_blocking=True)
+
+
+def scratch(rows: int, max_rank: int, parts: int, device: torch.device | str, siblings: int = 3) -> torch.Tensor:
+    """Partial sums [P, G, T, R], reused by every site of a step."""
+    stride = triton.cdiv(max_rank, 16) * 16
+    return torch.empty(parts, siblings, rows, stride, dtype=torch.float32, device=device)
+
+
+def shrink(
+    x_TK: torch.Tensor,
+    adapters: AdapterPages,
+    plan: AdapterPlan,
+    partial_PGTR: torch.Tensor,
+    site: Site,
+    tuning: Tuning,
+) -> None:
+    """partial[p, g, t, :rank] = part p of x[t] A^T, for each sibling g; rows without adapter are not touched."""
+    parts, groups, rows, stride = partial_PGTR.shape
+    siblings = len(site.widths)
+    assert siblings <= groups
+    assert parts >= tuning.parts
+    assert x_TK.shape[0] <= rows
+    _shrink_kernel[(plan.capacity, tuning.parts, siblings)](
+        x_TK, x_TK.stride(0), adapters.pool, adapters.table, plan.segments, plan.order,
+        partial_PGTR, rows * stride, plan.capacity, adapters.table.shape[1], site.first,
+        K=x_TK.shape[1], G=groups, P=tuning.parts, R_STRIDE=stride, BLOCK_M=plan.block_rows,
+        BLOCK_K=min(tuning.block_k, triton.next_power_of_2(x_TK.shape[1])), BLOCK_R=tuning.block_r,
+        ALIGN=OFFSET_ALIGNMENT, num_warps=tuning.shrink_warps, num_stages=tuning.shrink_stages,
+    )  # fmt: skip
+
+
+def expand_add(
+    partial_PGTR: torch.Tensor,
+    adapters: AdapterPages,
+    plan: AdapterPlan,
+    y_TN: torch.Tensor,
+    site: Site,
+    tuning: Tuning,
+) -> None:
+    """y[t, columns of g] += scale * (sum over p of partial[p, g, t]) B^T, siblings side by side in y."""
+    _, groups, rows, stride = partial_PGTR.shape
+    blocks = sum(triton.cdiv(width, tuning.block_n) for width in site.widths)
+    n0, n1, n2 = (*site.widths, 0, 0)[:3]
+    _expand_kernel[(plan.capacity, blocks)](
+        partial_PGTR, rows * stride, adapters.pool, adapters.table, adapters.scale, plan.segments, plan.order,
+        y_TN, y_TN.stride(0), plan.capacity, adapters.table.shape[1], site.first,
+        N0=n0, N1=n1, N2=n2, G=groups, P=tuning.parts, R_STRIDE=stride, BLOCK_M=plan.block_rows,
+        BLOCK_N=tuning.block_n, BLOCK_R=tuning.block_r, ALIGN=OFFSET_ALIGNMENT, num_warps=tuning.expand_warps,
+    )  # fmt: skip
+
+
+class TritonLora:
+    """The layers' adapter backend, for steps that no graph replays: plans and scratch are made as needed."""
+
+    def __init__(self, pages: AdapterPages, max_rank: int) -> None:
+        self.pages = pages
+        self.max_rank = max_rank
+
+    def plan(self, context: StepContext) -> None:
+        if not context.has_adapters:
+            return
+        rows, device = context.num_tokens, context.positions_T.device
+        slots = np.repeat(np.array(context.adapter_slots, np.int32), context.query_lens)
+        block_rows = 16 if rows <= 256 else 64
+        tuning = tuning_for(rows, block_rows)
+        plan = AdapterPlan(rows, max_segments(rows, self.pages.table.shape[0], block_rows), block_rows, device)
+        plan.fill(slots)
+        context.lora_plan = plan, tuning, scratch(rows, self.max_rank, tuning.parts, device)
+
+    def shrink(self, x_TK: torch.Tensor, site: Site, context: StepContext) -> torch.Tensor:
+        plan, tuning, partial = context.lora_plan
+        shrink(x_TK, self.pages, plan, partial, site, tuning)
+        return partial
+
+    def expand(self, shrunk: torch.Tensor, site: Site, out_TN: torch.Tensor, context: StepContext) -> None:
+        plan, tuning, _ = context.lora_plan
+        expand_add(shrunk, self.pages, plan, out_TN, site, tuning)
