@@ -1,0 +1,314 @@
+"""`python -m perf.client`: sends a workload to any OpenAI-compatible server (or S-LoRA's) and measures it.
+
+Exit codes: 0 done, 2 bad arguments or no server, 3 too many requests failed, 130 interrupted (what was done
+is kept).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import resource
+import signal
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Coroutine
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import msgspec
+import tqdm
+
+from perf.options import build_parser, workload_from
+from perf.prompts import PromptFormat, PromptMaker, ServerTokenizer, TokenizerFile
+from perf.protocols import PROTOCOLS, WireOptions
+from perf.records import Record, encode_record
+from perf.sender import Prepared, Sender, drive
+from perf.summary import as_table, options_for, summarize
+from perf.workload import PlannedRequest, Workload, plan
+
+LATE_MS = 10.0  # a median lateness above this is worth a warning: the load was not the one asked for
+START_DELAY_S = 0.05  # between the clock's zero and the first request, so that it is not late itself
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM during the run; the records made so far are kept."""
+
+
+class Target(msgspec.Struct, frozen=True):
+    """What the server calls its base model and its adapters."""
+
+    model: str
+    adapters: list[str]
+
+
+class Progress:
+    """The live bar, the records as they come, and the file they go to."""
+
+    def __init__(self, total: int, file: Path | None, shown: bool) -> None:
+        self.records: list[Record] = []
+        self.file = file.open("wb", buffering=1 << 16) if file else None
+        self.bar = tqdm.tqdm(total=total, disable=not shown, unit="req", smoothing=0.05)
+        self.failed = self.tokens = 0
+        self.flushed = time.monotonic()
+
+    def add(self, record: Record) -> None:
+        self.records.append(record)
+        self.failed += record.status != "ok"
+        self.tokens += record.output_len
+        if self.file:
+            self.file.write(encode_record(record))
+            if time.monotonic() - self.flushed > 1.0:
+                self.file.flush()
+                self.flushed = time.monotonic()
+        self.bar.update()
+        elapsed = max(record.finished, 1e-9)
+        self.bar.set_postfix_str(f"{self.tokens / elapsed:.0f} tok/s, {self.failed} failed", refresh=False)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.file:
+            self.file.close()
+
+
+def find_target(arguments: argparse.Namespace) -> Target:
+    """Names from the flags; where they say auto, from the server's own list."""
+    adapters, model = list(arguments.adapters), arguments.model
+    if adapters == ["auto"] or model is None:
+        if arguments.backend == "slora":
+            raise ValueError("S-LoRA lists no models: name them with --model and --adapters")
+        listed = _listed_models(arguments)
+        parents = [card["id"] for card in listed if not card.get("parent")]
+        adapters = [card["id"] for card in listed if card.get("parent")] if adapters == ["auto"] else adapters
+        model = model or (parents[0] if parents else None)
+    if model is None:
+        raise ValueError(f"{arguments.base_url[0]}/v1/models lists no base model: name one with --model")
+    return Target(model, adapters[: arguments.num_adapters])
+
+
+def _listed_models(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    url = arguments.base_url[0].rstrip("/") + "/v1/models"
+    headers = {"Authorization": f"Bearer {arguments.api_key}"} if arguments.api_key else {}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as response:
+            return list(msgspec.json.decode(response.read())["data"])
+    except (urllib.error.URLError, OSError, KeyError, TypeError, msgspec.DecodeError) as error:
+        raise ValueError(f"no list of models at {url} ({error}): is the server up?") from error
+
+
+def wait_until_ready(base_urls: list[str], timeout_s: float) -> None:
+    """Asks every replica's /health until it answers 200."""
+    end = time.monotonic() + timeout_s
+    for base_url in base_urls:
+        while not _healthy(base_url):
+            if time.monotonic() > end:
+                raise ValueError(f"{base_url}/health did not answer within {timeout_s:g} s: is the server up?")
+            time.sleep(0.2)
+
+
+def _healthy(base_url: str) -> bool:
+    try:
+        with urllib.request.urlopen(base_url.rstrip("/") + "/health", timeout=5):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def prompt_maker(arguments: argparse.Namespace, target: Target, seed: int) -> PromptMaker:
+    chat = arguments.backend != "openai"
+    form: PromptFormat = arguments.prompt_format or ("text" if chat else "ids")
+    tokens: TokenizerFile | ServerTokenizer | None = None
+    if arguments.tokenizer:
+        tokens = TokenizerFile(arguments.tokenizer)
+    elif form != "words":
+        tokens = ServerTokenizer(arguments.base_url[0], target.model)
+    return PromptMaker(form, tokens, seed, special=arguments.backend != "openai-chat")
+
+
+def prepare(
+    arguments: argparse.Namespace, target: Target, planned: list[PlannedRequest], warmup: bool = False
+) -> list[Prepared]:
+    """Everything that can be done before a request is due: its URL, headers and encoded body."""
+    protocol = PROTOCOLS[arguments.backend]
+    options = WireOptions(
+        target.model,
+        not arguments.respect_eos,
+        arguments.temperature,
+        arguments.tenant_as == "user",
+        msgspec.json.decode(arguments.extra_body, type=dict[str, Any]),
+    )
+    urls = [url.rstrip("/") + protocol.path for url in arguments.base_url]
+    items = []
+    for request in planned:
+        replica = request.index
+        if arguments.route == "adapter" and request.adapter in target.adapters:
+            replica = target.adapters.index(request.adapter)
+        body = msgspec.json.encode(protocol.body(request, options))
+        early = warmup or request.at < arguments.warmup_s
+        items.append(Prepared(request, urls[replica % len(urls)], body, _headers(arguments, request), early))
+    return items
+
+
+def _headers(arguments: argparse.Namespace, request: PlannedRequest) -> dict[str, str]:
+    headers = {"Content-Type": "application/json", "X-Request-Id": f"perf-{request.index}"}
+    if arguments.api_key:
+        headers["Authorization"] = f"Bearer {arguments.api_key}"
+    if arguments.tenant_as == "api-key":
+        headers["Authorization"] = f"Bearer {request.tenant}"
+    elif arguments.tenant_as.startswith("header:"):
+        headers[arguments.tenant_as.removeprefix("header:")] = request.tenant
+    elif arguments.tenant_as not in ("user", "none"):
+        raise ValueError(f"--tenant-as {arguments.tenant_as}: use user, none, api-key or header:NAME")
+    return headers
+
+
+async def measure(
+    arguments: argparse.Namespace,
+    warmup: list[Prepared],
+    items: list[Prepared],
+    progress: Progress,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
+    """Warms up, then drives the workload; returns the clock's reading at the run's zero."""
+    stop = asyncio.Event()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(signum, stop.set)
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
+    timeout = aiohttp.ClientTimeout(total=arguments.timeout)
+    jar = aiohttp.DummyCookieJar()
+    skip = ["Accept-Encoding", "User-Agent"]
+    async with aiohttp.ClientSession(
+        connector=connector, timeout=timeout, cookie_jar=jar, skip_auto_headers=skip, trust_env=False
+    ) as session:
+        sender = Sender(session, PROTOCOLS[arguments.backend], clock, arguments.max_connections, arguments.save_text)
+        await drive(sender, warmup, progress.add, stop)
+        gc.collect()
+        gc.freeze()  # the plan is large and lives to the end: do not walk it during the run
+        sender.start = clock() + START_DELAY_S
+        await drive(sender, items, progress.add, stop)
+    if stop.is_set():
+        raise Interrupted
+    return sender.start
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The whole run; returns the exit code."""
+    workload = workload_from(arguments)
+    wait_until_ready(arguments.base_url, arguments.ready_timeout)
+    target = find_target(arguments)
+    items = prepare(arguments, target, plan(workload, target.adapters, prompt_maker(arguments, target, workload.seed)))
+    warmup = _warmup_items(arguments, target, workload)
+    out = Path(arguments.out) if arguments.out else None
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    _allow_many_sockets(arguments.max_connections)
+    progress = Progress(len(items) + len(warmup), out.with_suffix(".jsonl") if out else None, not arguments.no_progress)
+    code, clock_start = 0, 0.0
+    try:
+        clock_start = _event_loop_run(measure(arguments, warmup, items, progress))
+    except Interrupted:
+        code = 130
+    finally:
+        progress.close()
+    if not any(not record.warmup for record in progress.records):
+        print("perf.client: interrupted before a request was measured", file=sys.stderr)
+        return 130
+    percentiles = [float(p) for p in arguments.percentiles.split(",")]
+    summary = _heading(arguments, target, len(items), clock_start, code == 130)
+    summary |= summarize(progress.records, options_for(workload, percentiles, arguments.save_detailed))
+    if out:
+        write_atomically(out, msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
+    print(as_table(summary))
+    _warn_if_late(summary)
+    return code or _too_many_failed(summary, arguments.max_failed_share)
+
+
+def _warmup_items(arguments: argparse.Namespace, target: Target, workload: Workload) -> list[Prepared]:
+    """Other prompts than the run's own (or the prefix cache would know them), all due at once."""
+    if not arguments.warmup:
+        return []
+    other = msgspec.structs.replace(workload, seed=workload.seed + 1_000_003)
+    planned = plan(other, target.adapters, prompt_maker(arguments, target, other.seed))[: arguments.warmup]
+    early = [msgspec.structs.replace(request, index=-1 - request.index, at=0.0) for request in planned]
+    return prepare(arguments, target, early, warmup=True)
+
+
+def _event_loop_run(job: Coroutine[Any, Any, float]) -> float:
+    try:
+        import uvloop
+    except ImportError:  # not there on every platform; asyncio's loop is only slower
+        return asyncio.run(job)
+    return uvloop.run(job)
+
+
+def _allow_many_sockets(max_connections: int) -> None:
+    """The usual soft limit of 1024 files is less than a thousand connections need."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = max_connections + 256
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+        if raised < wanted:
+            raise ValueError(f"{max_connections} connections need {wanted} open files, the limit is {hard}: ulimit -n")
+
+
+def _heading(
+    arguments: argparse.Namespace, target: Target, count: int, clock_start: float, interrupted: bool
+) -> dict[str, Any]:
+    """What was run: vLLM's header fields, and the command."""
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S"),
+        "backend": arguments.backend,
+        "label": arguments.label or (Path(arguments.out).stem if arguments.out else ""),
+        "model_id": target.model,
+        "num_prompts": count,
+        "num_adapters": len(target.adapters),
+        "interrupted": interrupted,
+        "command": ["python", "-m", "perf.client", *sys.argv[1:]],
+        "seed": arguments.seed,
+        "clock_start": clock_start,
+    }
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """The file is either the old one or the whole new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    partial.replace(path)
+
+
+def _warn_if_late(summary: dict[str, Any]) -> None:
+    late = summary["lateness_ms"]
+    if late["median"] > LATE_MS:
+        print(
+            f"perf.client: half of the requests were sent more than {late['median']:.0f} ms after they were due: "
+            "the load was lower than asked for. Raise --max-connections or give the generator a free core.",
+            file=sys.stderr,
+        )
+
+
+def _too_many_failed(summary: dict[str, Any], allowed: float) -> int:
+    total = summary["completed"] + summary["failed"]
+    failed = summary["failed"] - summary["statuses"].get("refused", 0)
+    if failed / total <= allowed:
+        return 0
+    print(f"perf.client: {failed} of {total} requests failed: {summary['statuses']}", file=sys.stderr)
+    return 3
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    try:
+        return run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"perf.client: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
