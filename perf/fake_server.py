@@ -122,15 +122,18 @@ class FakeServer:
         async with self.slots:
             response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
             await response.prepare(request)
-            for token in range(limit):
-                if behaviour.fault and token == behaviour.fault_after:
-                    return await self._fault(behaviour.fault, request, response)
-                await asyncio.sleep(behaviour.gap(token))
-                sent.tokens.append(self.clock())
-                await response.write(event(token, limit, prompt_tokens))
-            if openai:
-                await response.write(_usage_event(prompt_tokens, limit) + b"data: [DONE]\n\n")
-            sent.finished = self.clock()
+            try:
+                for token in range(limit):
+                    if behaviour.fault and token == behaviour.fault_after:
+                        return await self._fault(behaviour.fault, request, response)
+                    await asyncio.sleep(behaviour.gap(token))
+                    sent.tokens.append(self.clock())
+                    await response.write(event(token, limit, prompt_tokens))
+                if openai:
+                    await response.write(_usage_event(prompt_tokens, limit) + b"data: [DONE]\n\n")
+                sent.finished = self.clock()
+            except ConnectionResetError:
+                pass  # the client has gone: `finished` stays None
         return response
 
     async def _fault(self, fault: Fault, request: web.Request, response: web.StreamResponse) -> web.StreamResponse:
