@@ -265,13 +265,20 @@ def find_grid(rows_GN: Tensor, importance_G: Tensor, grid: Grid) -> tuple[Tensor
 
 
 def _grid_of_range(low_N: Tensor, high_N: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    width_N = (high_N - low_N) / grid.max_code
-    if float(width_N.max()) > 65504.0:
+    """Codes over [low, high]. A zero of at least 1 is kept, so a range that needs none gives up one code below it."""
+    if float(high_N.max() - low_N.min()) > 65504.0 * grid.max_code:
         raise SolverError("weights are too large for the half-precision scales of the format")
-    scale_N = torch.where(width_N > 0, width_N.half().to(width_N.dtype).clamp(min=2.0**-24), torch.ones_like(width_N))
+    scale_N = _stored((high_N - low_N) / grid.max_code)
     if grid.symmetric:
         return scale_N, torch.full_like(scale_N, 2 ** (grid.bits - 1))
-    return scale_N, torch.round(-low_N / scale_N).clamp(1, grid.max_code)
+    zero_N = torch.round(-low_N / scale_N)
+    scale_N = torch.where(zero_N < 1, _stored(high_N / (grid.max_code - 1)), scale_N)
+    return scale_N, zero_N.clamp(1, grid.max_code)
+
+
+def _stored(step_N: Tensor) -> Tensor:
+    """A step as the file holds it: a half-precision number above zero."""
+    return torch.where(step_N > 0, step_N.half().to(step_N.dtype).clamp(min=2.0**-24), torch.ones_like(step_N))
 
 
 def _weighted_error(rows_GN: Tensor, importance_G: Tensor, scale_N: Tensor, zero_N: Tensor, grid: Grid) -> Tensor:

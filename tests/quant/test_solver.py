@@ -128,7 +128,7 @@ def test_groups_of_zeros_and_of_one_sign() -> None:
     weight[32:] = weight[32:].abs() + 3
     solution = solve(weight, hessian, Grid(4, 32))
     assert torch.equal(solution.weight_KN()[:32], torch.zeros(32, 32))
-    assert torch.allclose(solution.weight_KN(torch.float64)[32:], weight[32:], atol=0.5)
+    assert torch.allclose(solution.weight_KN(torch.float64)[32:], weight[32:], atol=0.8)
 
 
 def test_what_is_refused() -> None:
