@@ -1,0 +1,132 @@
+"""Structured output: which tokens a constraint allows next. The engine compiles a constraint when a request arrives
+(and refuses bad ones); the runner asks for masks. The only file that imports llguidance.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from inlaid.engine.request import Grammar
+
+MAX_GRAMMAR_CHARS = 200_000
+_MAX_COMPILED = 256
+
+
+class GrammarError(ValueError):
+    """A constraint cannot be used; the message says why."""
+
+
+class GrammarState:
+    """One request's place in its grammar; follows the request's outputs."""
+
+    def __init__(self, matcher: Any, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._num_consumed = 0
+        self._num_words = -(-vocab_size // 32)
+
+    def mask(self, outputs: Sequence[int]) -> np.ndarray:
+        """int32 bits of the tokens that may follow these outputs; when the text is complete, only the end."""
+        for token in outputs[self._num_consumed :]:
+            self._matcher.consume_token(token)
+            self._num_consumed += 1
+        bits = np.zeros(self._num_words, dtype=np.int32)
+        self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        if self._matcher.is_error():
+            raise GrammarError(f"the grammar cannot go on: {self._matcher.get_error()}")
+        return bits
+
+    @property
+    def complete(self) -> bool:
+        """Whether the outputs so far may end here."""
+        return bool(self._matcher.is_accepting())
+
+
+class GrammarCompiler:
+    """Turns constraints into states for one tokenizer; compiled ones are kept for the next request."""
+
+    def __init__(self, folder: Path, vocab_size: int, eos_ids: Sequence[int]) -> None:
+        try:
+            import llguidance
+        except ImportError:
+            raise GrammarError("structured output needs llguidance: pip install 'inlaid[grammar]'") from None
+        file = folder / "tokenizer.json"
+        if not file.exists():
+            raise GrammarError(f"structured output needs {file}, which the model does not have")
+        self._library = llguidance
+        self._vocab_size = vocab_size
+        text = _without_padding(file)
+        known = max(vocab_size, _largest_id(text) + 1)
+        self._tokenizer = llguidance.LLTokenizer(text, n_vocab=known, eos_token=list(eos_ids) or None)
+        self._compiled: OrderedDict[Grammar, Any] = OrderedDict()
+
+    def state(self, grammar: Grammar) -> GrammarState:
+        """A fresh state; GrammarError (a ValueError) when the constraint is not a valid one."""
+        matcher = self._compiled.get(grammar)
+        if matcher is None:
+            matcher = self._compile(grammar)
+            self._compiled[grammar] = matcher
+            if len(self._compiled) > _MAX_COMPILED:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(grammar)
+        return GrammarState(matcher.deep_copy(), self._vocab_size)
+
+    def _compile(self, grammar: Grammar) -> Any:
+        matcher_class = self._library.LLMatcher
+        try:
+            source = _source(matcher_class, grammar)
+        except GrammarError:
+            raise
+        except ValueError as error:
+            raise GrammarError(f"the constraint is not valid: {error}") from error
+        fault = matcher_class.validate_grammar(source, self._tokenizer)
+        if fault and not fault.startswith("WARNING"):
+            raise GrammarError(f"the constraint is not valid: {fault}")
+        matcher = matcher_class(self._tokenizer, source, log_level=0)
+        if matcher.is_error():
+            raise GrammarError(f"the constraint is not valid: {matcher.get_error()}")
+        return matcher
+
+
+def _source(matcher_class: Any, grammar: Grammar) -> str:
+    """The library's own form of a constraint."""
+    given = [name for name in grammar.__struct_fields__ if getattr(grammar, name) not in (None, False)]
+    if len(given) != 1:
+        raise GrammarError(f"a constraint has exactly one of json_schema, json_object, regex, choice; got {given}")
+    if sum(len(text) for text in (grammar.json_schema, grammar.regex) if text) > MAX_GRAMMAR_CHARS:
+        raise GrammarError(f"the constraint is longer than {MAX_GRAMMAR_CHARS} characters")
+    if grammar.json_object:
+        return str(matcher_class.grammar_from_json_schema('{"type": "object"}'))
+    if grammar.json_schema is not None:
+        return str(matcher_class.grammar_from_json_schema(_checked_json(grammar.json_schema)))
+    if grammar.regex is not None:
+        return str(matcher_class.grammar_from_regex(grammar.regex))
+    if not grammar.choice or not all(grammar.choice):
+        raise GrammarError("a choice needs at least one text, and none of them empty")
+    return str(matcher_class.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in grammar.choice)))
+
+
+def _checked_json(schema: str) -> str:
+    try:
+        json.loads(schema)
+    except (ValueError, RecursionError) as error:
+        raise GrammarError(f"the schema is not valid JSON: {error}") from error
+    return schema
+
+
+def _without_padding(file: Path) -> str:
+    """The tokenizer's own file, less what would pad or cut the library's probes."""
+    text = json.loads(file.read_text(encoding="utf-8"))
+    return json.dumps({**text, "padding": None, "truncation": None})
+
+
+def _largest_id(text: str) -> int:
+    tokenizer = json.loads(text)
+    vocabulary = tokenizer["model"]["vocab"]
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary) - 1]
+    return max([*ids, *(token["id"] for token in tokenizer.get("added_tokens") or [])], default=-1)

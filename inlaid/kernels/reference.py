@@ -1,0 +1,349 @@
+"""The specification of every kernel in plain torch, and the kernels of a machine without a GPU. Exact first; quick
+where that costs no clarity. Shape letters are those of backend.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from inlaid.checkpoint import QuantizedLinear, QuantSpec, dequantize
+from inlaid.kernels.backend import AdapterPages, Kernels, Site
+
+if TYPE_CHECKING:
+    from inlaid.layers.context import StepContext
+
+
+@dataclass(frozen=True)
+class DensePacked:
+    """A weight in the compute type, [K, N]; on a GPU it is a view of the stored [N, K]."""
+
+    weight_KN: torch.Tensor
+
+    @property
+    def in_features(self) -> int:
+        return self.weight_KN.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight_KN.shape[1]
+
+
+class DenseLinear:
+    """x @ W.T with W in the compute type: unquantized weights, and the output head."""
+
+    name = "dense"
+
+    def pack(self, weight_NK: torch.Tensor) -> DensePacked:
+        """A CPU reads [K, N] a third faster when there is one row; a GPU does not care and shares tied weights."""
+        return DensePacked(weight_NK.t().contiguous() if weight_NK.device.type == "cpu" else weight_NK.t())
+
+    def warmup(self, packed: DensePacked, rows: Sequence[int]) -> None:
+        pass
+
+    def gemm(self, x_TK: torch.Tensor, packed: DensePacked, out_TN: torch.Tensor) -> None:
+        torch.mm(x_TK, packed.weight_KN, out=out_TN)
+
+
+DENSE = DenseLinear()
+
+
+class ReferenceLinear(DenseLinear):
+    """Quantized weights, dequantized once at load and multiplied in the compute type: any bits, group and order."""
+
+    name = "reference"
+
+    def why_not(self, spec: QuantSpec, device: torch.device) -> str | None:
+        return None
+
+    def prepare(self, weight: QuantizedLinear, device: torch.device, dtype: torch.dtype) -> DensePacked:
+        return DensePacked(dequantize(weight).to(device=device, dtype=dtype))
+
+
+class ReferenceOps:
+    """The small operations."""
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, weight.shape, weight, eps)
+        return F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype) * weight
+
+    def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        residual += x
+        return self.rms_norm(residual, weight, eps)
+
+    def rotate(self, x_THC: torch.Tensor, cos_TC: torch.Tensor, sin_TC: torch.Tensor) -> None:
+        half = x_THC.shape[-1] // 2
+        turned = torch.cat((-x_THC[..., half:], x_THC[..., :half]), dim=-1)
+        x_THC.mul_(cos_TC[:, None]).addcmul_(turned, sin_TC[:, None])
+
+    def silu_mul(self, x_T2F: torch.Tensor) -> torch.Tensor:
+        gate, up = x_T2F.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    def store_kv(
+        self,
+        k_TGC: torch.Tensor,
+        v_TGC: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        slots_T: torch.Tensor,
+    ) -> None:
+        k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slots_T, k_TGC)
+        v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slots_T, v_TGC)
+
+
+@dataclass
+class _AttentionPlan:
+    """Which blocks the decodes read, each longer query's share, and masks by window."""
+
+    decode_blocks: torch.Tensor | None
+    decode_len: int
+    chunks: list[_Chunk]
+    decode_masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class _Chunk:
+    """Query tokens [first, first + num_queries) of T, over a context of `context_len` tokens in `blocks`."""
+
+    first: int
+    num_queries: int
+    context_len: int
+    blocks: torch.Tensor
+    masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
+
+
+class ReferenceAttention:
+    """Decodes as one padded batch, longer queries one by one."""
+
+    def plan(self, context: StepContext) -> None:
+        decodes, size = context.num_decodes, context.block_size
+        decode_len = -(-max(context.context_lens[:decodes], default=0) // size) * size
+        blocks = context.block_tables_SB[:decodes, : decode_len // size].reshape(-1) if decodes else None
+        chunks, first = [], decodes
+        for row in range(decodes, len(context.query_lens)):
+            num_queries, length = context.query_lens[row], context.context_lens[row]
+            chunks.append(_Chunk(first, num_queries, length, context.block_tables_SB[row, : -(-length // size)]))
+            first += num_queries
+        context.attention_plan = _AttentionPlan(blocks, decode_len, chunks)
+
+    def attend(
+        self,
+        q_THC: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        window: int | None,
+        context: StepContext,
+    ) -> torch.Tensor:
+        plan: _AttentionPlan = context.attention_plan
+        decodes = context.num_decodes
+        if not plan.chunks:
+            return self._decode(q_THC, k_cache, v_cache, window, context)
+        out_THC = q_THC.new_empty(q_THC.shape)
+        if decodes:
+            out_THC[:decodes] = self._decode(q_THC[:decodes], k_cache, v_cache, window, context)
+        for chunk in plan.chunks:
+            rows = slice(chunk.first, chunk.first + chunk.num_queries)
+            out_THC[rows] = _attend_chunk(q_THC[rows], k_cache, v_cache, window, chunk)
+        return out_THC
+
+    def _decode(
+        self,
+        q_SHC: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        window: int | None,
+        context: StepContext,
+    ) -> torch.Tensor:
+        """A group's query heads stand where a sequence's queries would: they all see the same keys."""
+        plan: _AttentionPlan = context.attention_plan
+        S, H, C = q_SHC.shape
+        G = k_cache.shape[2]
+        assert plan.decode_blocks is not None
+        if window not in plan.decode_masks:
+            plan.decode_masks[window] = _decode_mask(context.context_lens_S[:S], plan.decode_len, window, q_SHC.dtype)
+        k = k_cache.index_select(0, plan.decode_blocks).view(S, plan.decode_len, G, C).transpose(1, 2)
+        v = v_cache.index_select(0, plan.decode_blocks).view(S, plan.decode_len, G, C).transpose(1, 2)
+        q = q_SHC.reshape(S, G, H // G, C)
+        mask = plan.decode_masks[window]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(S, H, C)
+
+
+def _decode_mask(lens_S: torch.Tensor, length: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    """[S, 1, 1, length]: 0 where the newest token may look, -inf elsewhere."""
+    keys = torch.arange(length, device=lens_S.device)
+    hidden = keys >= lens_S[:, None]
+    if window is not None:
+        hidden |= keys < lens_S[:, None] - window
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=lens_S.device).masked_fill_(hidden, -torch.inf)
+    return mask[:, None, None]
+
+
+def _attend_chunk(
+    q_QHC: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, window: int | None, chunk: _Chunk
+) -> torch.Tensor:
+    if window not in chunk.masks:
+        chunk.masks[window] = _chunk_mask(chunk, window, q_QHC.device)
+    H, G = q_QHC.shape[1], k_cache.shape[2]
+    k, v = (
+        cache.index_select(0, chunk.blocks).flatten(0, 1)[: chunk.context_len].transpose(0, 1)[None]
+        for cache in (k_cache, v_cache)
+    )
+    mask = chunk.masks[window]
+    out = F.scaled_dot_product_attention(
+        q_QHC.transpose(0, 1)[None], k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=H != G
+    )
+    return out[0].transpose(0, 1)
+
+
+def _chunk_mask(chunk: _Chunk, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """[queries, context] of what may be seen; None stands for plain causal from the first token."""
+    if chunk.num_queries == chunk.context_len and (window is None or window >= chunk.context_len):
+        return None
+    keys = torch.arange(chunk.context_len, device=device)
+    queries = keys[chunk.context_len - chunk.num_queries :, None]
+    seen = keys <= queries
+    return seen if window is None else seen & (keys > queries - window)
+
+
+@dataclass
+class _LoraPlan:
+    """Rows by adapter. Padded: gather [adapters, rows] and where each adapted row's result stands; or, when padding
+    would cost more than it saves, (stack index, rows) segments. `all_rows`: every row of T has an adapter."""
+
+    stack: _Stack
+    gather: torch.Tensor | None
+    rows: torch.Tensor
+    results: torch.Tensor
+    segments: list[tuple[int, torch.Tensor]]
+    all_rows: bool
+
+
+@dataclass
+class _Stack:
+    """The adapters of some slots side by side; per site A as [n, K, R] and B, scaled, as [n, R, N], made on demand.
+    R is the largest sum of sibling ranks among them."""
+
+    slots: tuple[int, ...]
+    versions: tuple[int, ...]
+    matrices: dict[int, tuple[torch.Tensor, torch.Tensor] | None] = field(default_factory=dict)
+
+
+class ReferenceLora:
+    """Two batched matmuls a site over the adapters at work, stacked once per set of adapters."""
+
+    def __init__(self, pages: AdapterPages) -> None:
+        self.pages = pages
+        self._stack = _Stack((), ())
+        self._last: tuple[object, _LoraPlan] | None = None
+
+    def plan(self, context: StepContext) -> None:
+        if not context.has_adapters:
+            return
+        stack = self._stack_for({slot for slot in context.adapter_slots if slot})
+        key = (stack.slots, stack.versions, context.adapter_slots, context.query_lens)
+        if self._last is None or self._last[0] != key or self._last[1].stack is not stack:
+            self._last = (key, _plan_rows(stack, context))
+        context.lora_plan = self._last[1]
+
+    def shrink(self, x_TK: torch.Tensor, site: Site, context: StepContext) -> list[torch.Tensor] | None:
+        plan: _LoraPlan = context.lora_plan
+        if site.first not in plan.stack.matrices:
+            plan.stack.matrices[site.first] = _stack_site(self.pages, plan.stack.slots, site, x_TK.shape[1])
+        matrices = plan.stack.matrices[site.first]
+        if matrices is None:
+            return None
+        a_nKR = matrices[0]
+        if plan.gather is not None:
+            x_nMK = x_TK.index_select(0, plan.gather).view(a_nKR.shape[0], -1, x_TK.shape[1])
+            return [torch.bmm(x_nMK, a_nKR)]
+        return [x_TK.index_select(0, rows) @ a_nKR[index] for index, rows in plan.segments]
+
+    def expand(self, shrunk: list[torch.Tensor] | None, site: Site, out_TN: torch.Tensor, context: StepContext) -> None:
+        if shrunk is None:
+            return
+        plan: _LoraPlan = context.lora_plan
+        matrices = plan.stack.matrices[site.first]
+        assert matrices is not None
+        b_nRN = matrices[1]
+        if plan.gather is None:
+            for (index, rows), part in zip(plan.segments, shrunk, strict=True):
+                out_TN.index_add_(0, rows, part @ b_nRN[index])
+            return
+        delta = torch.bmm(shrunk[0], b_nRN).flatten(0, 1).index_select(0, plan.results)
+        if plan.all_rows:
+            out_TN += delta
+        else:
+            out_TN.index_add_(0, plan.rows, delta)
+
+    def _stack_for(self, active: set[int]) -> _Stack:
+        """Keep the last stack while it is current, holds all that is active and not much more."""
+        stack, versions = self._stack, self.pages.versions
+        current = stack.versions == tuple(versions[slot] for slot in stack.slots)
+        if not current or not active.issubset(stack.slots) or len(stack.slots) > max(4, 2 * len(active)):
+            slots = tuple(sorted(active))
+            self._stack = _Stack(slots, tuple(versions[slot] for slot in slots))
+        return self._stack
+
+
+def _plan_rows(stack: _Stack, context: StepContext) -> _LoraPlan:
+    device = context.positions_T.device
+    rows_of: dict[int, list[int]] = {slot: [] for slot in stack.slots}
+    row = 0
+    for slot, length in zip(context.adapter_slots, context.query_lens, strict=True):
+        if slot:
+            rows_of[slot].extend(range(row, row + length))
+        row += length
+    adapted = sum(map(len, rows_of.values()))
+    widest = max(map(len, rows_of.values()))
+    empty = torch.empty(0, dtype=torch.int64, device=device)
+    if widest * len(stack.slots) > 2 * adapted + 16:
+        segments = [
+            (index, torch.tensor(rows_of[slot], device=device))
+            for index, slot in enumerate(stack.slots)
+            if rows_of[slot]
+        ]
+        return _LoraPlan(stack, None, empty, empty, segments, adapted == row)
+    placed = [
+        (token, index * widest + place)
+        for index, slot in enumerate(stack.slots)
+        for place, token in enumerate(rows_of[slot])
+    ]
+    placed.sort()
+    gather = torch.zeros(len(stack.slots) * widest, dtype=torch.int64)
+    tokens, results = (torch.tensor(column) for column in zip(*placed, strict=True))
+    gather[results] = tokens
+    return _LoraPlan(stack, gather.to(device), tokens.to(device), results.to(device), [], adapted == row)
+
+
+def _stack_site(
+    pages: AdapterPages, slots: tuple[int, ...], site: Site, in_features: int
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    table = pages.table[list(slots), site.first : site.first + len(site.widths)].tolist()
+    scale = pages.scale[list(slots), site.first : site.first + len(site.widths)].tolist()
+    width = max(sum(rank for _, _, rank in entries) for entries in table)
+    if width == 0:
+        return None
+    a_nKR = pages.pool.new_zeros(len(slots), in_features, width)
+    b_nRN = pages.pool.new_zeros(len(slots), width, sum(site.widths))
+    for n, entries in enumerate(table):
+        column = start = 0
+        for sibling, (a_start, b_start, rank) in enumerate(entries):
+            N = site.widths[sibling]
+            a = pages.pool[a_start : a_start + rank * in_features].view(rank, in_features)
+            b = pages.pool[b_start : b_start + N * rank].view(N, rank)
+            a_nKR[n, :, column : column + rank] = a.t()
+            b_nRN[n, column : column + rank, start : start + N] = b.t() * scale[n][sibling]
+            column, start = column + rank, start + N
+    return a_nKR, b_nRN
+
+
+def reference_kernels(pages: AdapterPages | None = None) -> Kernels:
+    """Every kernel in plain torch."""
+    lora = ReferenceLora(pages) if pages is not None else None
+    return Kernels(quantized=(ReferenceLinear(),), attention=ReferenceAttention(), ops=ReferenceOps(), lora=lora)

@@ -1,0 +1,237 @@
+"""Weights from a Hugging Face folder (or hub id) to a Transformer on a device: dense or GPTQ, sharded or not, tied or
+not. Every tensor of the checkpoint must find its place and every place its tensor; what does not is named.
+The runner's start-up calls `fetch`, `read_spec`, `load` and `base_version`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from inlaid.checkpoint import Checkpoint, QuantizedLinear, QuantSpec, write_atomically
+from inlaid.kernels.backend import MODULES, Gemm, Kernels, LinearBackend, Site
+from inlaid.kernels.reference import DENSE
+from inlaid.layers.attention import Attention
+from inlaid.layers.embedding import Embedding, Head
+from inlaid.layers.linear import Linear
+from inlaid.layers.norm import RMSNorm
+from inlaid.layers.rotary import Rotary
+from inlaid.model.spec import ModelSpec, module_path
+from inlaid.model.transformer import Block, Transformer
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class WeightError(ValueError):
+    """A checkpoint does not hold the model that its config describes."""
+
+
+def fetch(model: str) -> Path:
+    """A local folder as it is; a hub id is downloaded once, with progress."""
+    if Path(model).is_dir():
+        return Path(model)
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise WeightError(f"{model!r} is neither a folder on this machine nor a hub id such as owner/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
+    except (LocalEntryNotFoundError, ConnectionError, OSError) as error:
+        if isinstance(error, HfHubHTTPError):
+            raise WeightError(f"{model!r} could not be downloaded: {error}") from error
+        raise WeightError(
+            f"{model!r} is not a folder on this machine and the hub cannot be reached; "
+            "download it where there is a network and give the folder's path"
+        ) from error
+
+
+def compute_dtype(name: str, spec: ModelSpec, device: torch.device) -> torch.dtype:
+    """`auto` is fp32 on a CPU; on a GPU fp16 for quantized weights and the stored type for others."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cpu":
+        return torch.float32
+    if spec.quantized or spec.dtype not in ("float16", "bfloat16"):
+        return torch.float16
+    return DTYPES[spec.dtype]
+
+
+def base_version(checkpoint: Checkpoint) -> str:
+    """The hash of the base's config and every stored byte. Hashing takes about a second per GB, so it is kept beside
+    the user's other caches, keyed by each file's path, size and modification time."""
+    files = sorted([*checkpoint.path.glob("*.safetensors"), checkpoint.path / "config.json"])
+    key = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "inlaid"
+    store = folder / "versions.json"
+    try:
+        known = json.loads(store.read_text())
+    except (OSError, ValueError):
+        known = {}
+    if known.get(str(checkpoint.path.resolve()), {}).get("key") == key:
+        return str(known[str(checkpoint.path.resolve())]["version"])
+    version = checkpoint.fingerprint()
+    known[str(checkpoint.path.resolve())] = {"key": key, "version": version}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(store, json.dumps(known).encode())
+    except OSError:
+        pass  # a read-only home costs the next start a second, nothing else
+    return version
+
+
+def load(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    kernels: Kernels,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_len: int | None = None,
+    progress: bool = True,
+) -> Transformer:
+    """Build the model; layer by layer, so that no more than one layer is in memory twice."""
+    return _Loader(checkpoint, spec, kernels, device, dtype).build(max_len or spec.max_len, progress)
+
+
+class _Loader:
+    """Takes tensors from the checkpoint and remembers which, to name those left over."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, spec: ModelSpec, kernels: Kernels, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.spec = spec
+        self.kernels = kernels
+        self.device = device
+        self.dtype = dtype
+        self.unused = {name for name in checkpoint.dense if not name.endswith("rotary_emb.inv_freq")}
+        self.unused |= set(checkpoint.linears)
+
+    def build(self, max_len: int, progress: bool) -> Transformer:
+        spec = self.spec
+        embedding = self.tensor("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
+        layers = tqdm(range(spec.num_layers), desc="loading layers", disable=not progress, delay=1, leave=False)
+        blocks = [self.block(layer) for layer in layers]
+        norm = self.norm("model.norm.weight", spec.hidden_size)
+        if spec.tied:
+            self.unused.discard("lm_head.weight")
+            head = embedding
+        else:
+            head = self.tensor("lm_head.weight", (spec.vocab_size, spec.hidden_size))
+        if self.unused:
+            raise WeightError(
+                f"{self.checkpoint.path}: {len(self.unused)} tensors fit nowhere in a {spec.architecture} model: "
+                f"{_some(sorted(self.unused))}"
+            )
+        rotary = Rotary(spec.rope, spec.head_dim, max_len, self.device, self.dtype)
+        return Transformer(spec, self.kernels, Embedding(embedding), blocks, norm, Head(head), rotary)
+
+    def block(self, layer: int) -> Block:
+        spec, prefix = self.spec, f"model.layers.{layer}"
+        attention = Attention(
+            qkv=self.linear(layer, MODULES[0:3], spec.qkv_bias),
+            output=self.linear(layer, MODULES[3:4], spec.output_bias),
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            kernels=self.kernels,
+            window=spec.windows[layer],
+            q_norm=self.norm(f"{prefix}.self_attn.q_norm.weight", spec.head_dim) if spec.qk_norm else None,
+            k_norm=self.norm(f"{prefix}.self_attn.k_norm.weight", spec.head_dim) if spec.qk_norm else None,
+        )
+        return Block(
+            attention_norm=self.norm(f"{prefix}.input_layernorm.weight", spec.hidden_size),
+            attention=attention,
+            mlp_norm=self.norm(f"{prefix}.post_attention_layernorm.weight", spec.hidden_size),
+            gate_up=self.linear(layer, MODULES[4:6], spec.mlp_bias),
+            down=self.linear(layer, MODULES[6:7], spec.mlp_bias),
+        )
+
+    def linear(self, layer: int, modules: Sequence[str], bias: bool) -> Linear:
+        """Siblings of one input, fused when their weights allow it."""
+        paths = [module_path(layer, module) for module in modules]
+        shapes = [self.spec.module_shape(module) for module in modules]
+        site = Site(layer * len(MODULES) + MODULES.index(modules[0]), tuple(shape[0] for shape in shapes))
+        biases = [self.bias(path, shape[0], bias) for path, shape in zip(paths, shapes, strict=True)]
+        whole_bias = None
+        if any(b is not None for b in biases):
+            filled = [
+                b if b is not None else torch.zeros(shape[0], device=self.device, dtype=self.dtype)
+                for b, shape in zip(biases, shapes, strict=True)
+            ]
+            whole_bias = torch.cat(filled)
+        parts = self.parts(paths, shapes)
+        return Linear(parts, whole_bias, site, self.kernels.lora)
+
+    def parts(self, paths: list[str], shapes: list[tuple[int, int]]) -> list[tuple[Gemm, object]]:
+        quantized = [path in self.checkpoint.linears for path in paths]
+        if not any(quantized):
+            weights = [self.tensor(f"{path}.weight", shape) for path, shape in zip(paths, shapes, strict=True)]
+            return [(DENSE, DENSE.pack(torch.cat(weights)))]
+        if not all(quantized):
+            groups = [self.parts([path], [shape]) for path, shape in zip(paths, shapes, strict=True)]
+            return [part for group in groups for part in group]
+        weights_q = [self.quantized(path, shape) for path, shape in zip(paths, shapes, strict=True)]
+        fused = fuse(weights_q)
+        return [self.prepare(weight) for weight in ([fused] if fused is not None else weights_q)]
+
+    def prepare(self, weight: QuantizedLinear) -> tuple[LinearBackend, object]:
+        reasons = []
+        for backend in self.kernels.quantized:
+            reason = backend.why_not(weight.spec, self.device)
+            if reason is None:
+                return backend, backend.prepare(weight, self.device, self.dtype)
+            reasons.append(f"{backend.name}: {reason}")
+        raise WeightError(f"no linear backend serves {weight.spec} on {self.device}: {'; '.join(reasons)}")
+
+    def quantized(self, path: str, shape: tuple[int, int]) -> QuantizedLinear:
+        self.unused.discard(path)
+        weight = self.checkpoint.linear(path)
+        if (weight.out_features, weight.in_features) != shape:
+            found = (weight.out_features, weight.in_features)
+            raise WeightError(f"{self.checkpoint.path}: {path} is {found}, the config says {shape}")
+        return weight
+
+    def bias(self, path: str, width: int, required: bool) -> torch.Tensor | None:
+        """Some quantizers write zero biases where the model has none, so one is taken wherever it is stored."""
+        name = f"{path}.bias"
+        return self.tensor(name, (width,)) if required or name in self.checkpoint else None
+
+    def norm(self, name: str, width: int) -> RMSNorm:
+        return RMSNorm(self.tensor(name, (width,)), self.spec.norm_eps, self.kernels.ops)
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if name not in self.checkpoint:
+            raise WeightError(f"{self.checkpoint.path}: the tensor {name} is missing")
+        self.unused.discard(name)
+        tensor = self.checkpoint.tensor(name)
+        if tuple(tensor.shape) != shape:
+            raise WeightError(f"{self.checkpoint.path}: {name} is {tuple(tensor.shape)}, the config says {shape}")
+        if not tensor.is_floating_point():
+            raise WeightError(f"{self.checkpoint.path}: {name} is {tensor.dtype}, not a floating-point type")
+        return tensor.to(device=self.device, dtype=self.dtype)
+
+
+def fuse(weights: Sequence[QuantizedLinear]) -> QuantizedLinear | None:
+    """Siblings side by side in N; None when their bits, groups or input orders differ."""
+    first = weights[0]
+    if len(weights) == 1:
+        return first
+    for weight in weights[1:]:
+        same = (weight.bits, weight.group_size) == (first.bits, first.group_size)
+        if not same or not torch.equal(weight.g_idx, first.g_idx):
+            return None
+    spec = QuantSpec(first.bits, first.group_size, all(w.spec.symmetric for w in weights), first.spec.act_order)
+    qweight, qzeros, scales = (
+        torch.cat([getattr(w, name) for w in weights], dim=1) for name in ("qweight", "qzeros", "scales")
+    )
+    return QuantizedLinear(spec, qweight, qzeros, scales, first.g_idx)
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
