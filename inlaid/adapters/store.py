@@ -21,6 +21,9 @@ from inlaid.kernels.backend import MODULES, AdapterPages
 from inlaid.model.spec import ModelSpec
 
 
+_GRACE = 256  # wants that an adapter outlasts on the device before the request it was loaded for must run
+
+
 @dataclass
 class _Resident:
     """An adapter's place on the device: its slot and, per entry, where its elements start in the pool."""
@@ -28,6 +31,8 @@ class _Resident:
     slot: int
     starts: list[int]
     copied: Any  # a CUDA event, or None where copies are immediate
+    loaded: int  # the store's clock then
+    used: bool = False  # whether it has been pinned since
 
 
 @dataclass
@@ -39,7 +44,7 @@ class _Held:
     references: int = 0  # requests that resolved it and have not released it
     pins: int = 0  # scheduled requests that need it on the device
     resident: _Resident | None = None
-    last_wanted: int = 0
+    last_used: int = 0  # the store's clock when it was last wanted or pinned
 
 
 class AdapterStore:
@@ -130,13 +135,16 @@ class AdapterStore:
 
     def want(self, identity: str) -> None:
         held = self._held[identity]
-        self._clock += 1
-        held.last_wanted = self._clock
+        self._touch(held)
         if held.resident is None and self._make_room(held):
             self._upload(held)
 
     def pin(self, identity: str) -> None:
-        self._held[identity].pins += 1
+        held = self._held[identity]
+        held.pins += 1
+        self._touch(held)
+        if held.resident is not None:
+            held.resident.used = True
 
     def unpin(self, identity: str) -> None:
         held = self._held[identity]
@@ -224,20 +232,29 @@ class AdapterStore:
             del self._held[identity]
 
     def _make_room(self, held: _Held) -> bool:
-        """Free a slot and elements by evicting what was wanted longest ago; False when all else is in use."""
+        """Free a slot and elements by evicting what was used longest ago; False when all else is in use."""
         sizes = [_size(entry) for entry in held.adapter.entries]
-        idle = sorted(
-            (other for other in self._held.values() if other.resident is not None and not other.pins),
-            key=lambda other: other.last_wanted,
-        )
+        idle = sorted(filter(self._evictable, self._held.values()), key=lambda other: other.last_used)
         while True:
             starts = self.space.take(sizes) if self._free_slots else None
             if starts is not None:
-                held.resident = _Resident(self._free_slots.pop(), starts, None)
+                held.resident = _Resident(self._free_slots.pop(), starts, None, self._clock)
                 return True
             if not idle:
                 return False
             self._evict(idle.pop(0))
+
+    def _evictable(self, held: _Held) -> bool:
+        """Not while pinned; nor, for a while, when it was loaded for a request that has not come to run yet: two
+        adapters that are wanted at the same time would else push each other out for ever."""
+        resident = held.resident
+        if resident is None or held.pins:
+            return False
+        return resident.used or not held.references or self._clock - resident.loaded > _GRACE
+
+    def _touch(self, held: _Held) -> None:
+        self._clock += 1
+        held.last_used = self._clock
 
     def _evict(self, held: _Held) -> None:
         resident, held.resident = held.resident, None

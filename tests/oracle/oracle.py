@@ -3,12 +3,14 @@ them, and transformers + peft as the judge."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -19,6 +21,15 @@ from transformers import (
 )
 
 from inlaid.adapters.peft import read_adapter
+from inlaid.checkpoint import (
+    Checkpoint,
+    QuantizedLinear,
+    QuantSpec,
+    dequantize,
+    from_codes,
+    quantization_config,
+    to_tensors,
+)
 from inlaid.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig
 from inlaid.engine.engine import Engine, make_engine
 from inlaid.engine.model_runner import LoadedModel, load_model
@@ -96,6 +107,13 @@ def save_adapter(folder: Path, model: Path, seed: int, **settings: Any) -> None:
     base = AutoModelForCausalLM.from_pretrained(model)
     adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings))
     adapted.save_pretrained(folder)
+
+
+def prompts(count: int, seed: int, longest: int = 40) -> list[list[int]]:
+    """Random token ids of mixed lengths."""
+    random = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, longest, (count,), generator=random).tolist()
+    return [torch.randint(2, VOCAB, (length,), generator=random).tolist() for length in lengths]
 
 
 def adapter_settings(index: int) -> dict[str, Any]:
@@ -225,3 +243,44 @@ class Judge:
         for place, value in enumerate(answer.prompt_logprobs):
             if value is not None:
                 assert abs(value - float(logprobs[place - 1][request.prompt[place]])) < 1e-4
+
+
+def save_gptq(folder: Path, model: Path, judged: Path, bits: int, group_size: int, act_order: bool) -> None:
+    """A model folder rounded to GPTQ's format in `folder`, and the same weights dequantized in `judged`. With
+    act_order each linear has an input order of its own, so siblings cannot be fused."""
+    checkpoint = Checkpoint(model)
+    random = torch.Generator().manual_seed(bits)
+    packed: dict[str, torch.Tensor] = {}
+    plain: dict[str, torch.Tensor] = {}
+    spec = QuantSpec(bits, group_size, False, act_order)
+    for name in checkpoint.dense:
+        tensor = checkpoint.tensor(name)
+        if not name.endswith("proj.weight"):
+            packed[name] = plain[name] = tensor
+            continue
+        linear = _round(tensor.t().contiguous(), spec, random)
+        packed |= to_tensors(name.removesuffix(".weight"), linear)
+        plain[name] = dequantize(linear).t().contiguous()
+    for target, tensors, extra in (
+        (folder, packed, {"quantization_config": quantization_config(spec, 0.01, False)}),
+        (judged, plain, {}),
+    ):
+        target.mkdir()
+        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+        (target / "config.json").write_text(json.dumps({**checkpoint.config, **extra}))
+
+
+def _round(weight_KN: torch.Tensor, spec: QuantSpec, random: torch.Generator) -> QuantizedLinear:
+    """Nearest codes in groups of inputs."""
+    inputs = weight_KN.shape[0]
+    size = inputs if spec.group_size == -1 else spec.group_size
+    group_K = torch.arange(inputs) // size
+    if spec.act_order:
+        group_K = group_K[torch.randperm(inputs, generator=random)]
+    top = 2**spec.bits - 1
+    grouped = [weight_KN[group_K == group] for group in range(spec.groups(inputs))]
+    low = torch.stack([g.amin(0) for g in grouped]).clamp(max=0)
+    scales = ((torch.stack([g.amax(0) for g in grouped]).clamp(min=0) - low) / top).half()
+    zeros = (-low / scales.float()).round().clamp(0, top)
+    codes = (weight_KN / scales.float()[group_K] + zeros[group_K]).round().clamp(0, top)
+    return from_codes(codes.to(torch.uint8), zeros.to(torch.uint8), scales, group_K, spec.group_size, spec.bits)
