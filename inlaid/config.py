@@ -31,14 +31,23 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
 class SchedulerConfig:
     """Who goes next, and how much fits in a step."""
 
-    policy: str = option("fcfs", "order of waiting and running requests")
+    policy: str = option(
+        "fcfs",
+        "order of requests: fcfs, inlaid, srtf, vtc, lcf, drr, rpm, slo, priority; with options "
+        "after a colon, as in inlaid:beta=5,ageing=2",
+    )
     max_num_seqs: int = option(256, "most sequences in one step")
     max_num_batched_tokens: int = option(2048, "most tokens in one step; longer prompts are prefilled in chunks")
     max_num_waiting: int = option(4096, "most requests waiting; more are refused with 429")
     enable_chunked_prefill: bool = option(True, "split prompts that exceed the token budget over several steps")
     max_tasks_per_step: int = option(0, "most distinct adapters in one step; 0: no limit")
     max_sum_of_ranks: int = option(0, "most ranks, summed over distinct adapters, in one step; 0: no limit")
+    admission_margin: float = option(0.01, "share of KV blocks that admissions leave free for running requests to grow")
     max_overtakes: int = option(1000, "how many admissions may pass a request that did not fit before all wait for it")
+    cost: str = option("linear", "price of service", ("linear", "profiled"))
+    prompt_weight: float = option(1.0, "service that a prompt token costs (linear)")
+    output_weight: float = option(2.0, "service that an output token costs (linear)")
+    cached_price: float = option(0.0, "share of its price that a prompt token found in the prefix cache costs")
     tenant: str = option("api-key", "whom the ledger charges", ("api-key", "user", "header", "adapter"))
 
 
@@ -51,6 +60,9 @@ class CacheConfig:
     gpu_memory_utilization: float = option(0.9, "share of device memory that weights, adapters and KV may use")
     cpu_memory_gib: float = option(1.0, "memory for KV blocks on a machine without a GPU, in GiB")
     enable_prefix_caching: bool = option(True, "reuse KV of shared prefixes (per base version and adapter identity)")
+    isolate_tenants: bool = option(
+        False, "no tenant reuses KV of another's prefixes, so timing tells nothing about them"
+    )
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,20 @@ class Request:
     predicted_len: float | None = None  # predicted total output tokens, kept by the predictor
     grammar: Any = None  # a GrammarState (engine/grammar.py) when params.grammar is set
 
+    # What the scheduler keeps for itself.
+    order: int = 0  # how many requests were added before; breaks ties, so runs repeat exactly
+    limit: int = 0  # most tokens of prompt plus outputs
+    stop_ids: frozenset[int] = frozenset()
+    root: bytes = b""  # where the chain of block_keys starts; empty until it is needed
+    block_keys: list[bytes] = field(default_factory=list)  # names of its full blocks, see kv_cache.py
+    last_step: int = -1  # the last step it was part of: its blocks may be written until that is committed
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # gathered until the first output takes them
+    account: Any = None  # its tenant's Account in the ledger
+    num_charged: int = 0  # prompt tokens charged so far; recomputing them after preemption is free
+    num_prepaid: int = 0  # output tokens charged ahead, by policies that charge predictions
+    passed_since: int | None = None  # admissions so far when it was first found not to fit
+    hopeless: bool = False  # its deadline can no longer be met
+
     @property
     def num_prompt(self) -> int:
         return len(self.prompt)
@@ -118,8 +132,7 @@ class Request:
         return len(self.tokens) - len(self.prompt)
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(msgspec.Struct, frozen=True, gc=False):
     """One request's share of a step: compute tokens [start, start + num_tokens) of request.tokens.
 
     With overlap, the token at position len(request.tokens) may be the one sampled on the device by the step
@@ -142,7 +155,7 @@ class Batch:
 
     step: int
     works: tuple[Work, ...]
-    released: tuple[str, ...] = ()  # ids finished, aborted or preempted since the last batch: rows may be reused
+    released: tuple[str, ...] = ()  # ended or preempted since the last batch: their rows may be reused
 
     @property
     def num_tokens(self) -> int:

@@ -1,0 +1,57 @@
+"""What the host engine needs to know about adapters. The adapters package fulfils this protocol; the simulator
+and the tests have their own. Nothing here touches a device."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class AdapterDirectory(Protocol):
+    """Names, identities and residence of adapters. An identity is a content hash."""
+
+    def resolve(self, name: str) -> str:
+        """The identity that this name stands for now, kept loadable until release. Unknown: raises ValueError."""
+        ...
+
+    def release(self, identity: str) -> None:
+        """Gives back one resolve: its request has ended."""
+        ...
+
+    def ready(self, identity: str) -> bool:
+        """Whether it is on the device. Raises RuntimeError when it can never be, with the reason."""
+        ...
+
+    def want(self, identity: str) -> None:
+        """Please load it: a request near the front of the queue needs it. Cheap, may be repeated."""
+        ...
+
+    def pin(self, identity: str) -> None:
+        """A scheduled request uses it: it must stay on the device until the matching unpin."""
+        ...
+
+    def unpin(self, identity: str) -> None: ...
+
+    def rank(self, identity: str) -> int:
+        """The largest rank of its modules, for the budget of ranks in a step."""
+        ...
+
+
+class NoAdapters:
+    """The directory of an engine that serves its base model only."""
+
+    def resolve(self, name: str) -> str:
+        raise ValueError(f"adapter {name!r} is unknown: this engine has no adapters")
+
+    def release(self, identity: str) -> None: ...
+
+    def ready(self, identity: str) -> bool:
+        raise RuntimeError("this engine has no adapters")
+
+    def want(self, identity: str) -> None: ...
+
+    def pin(self, identity: str) -> None: ...
+
+    def unpin(self, identity: str) -> None: ...
+
+    def rank(self, identity: str) -> int:
+        return 0

@@ -1,0 +1,160 @@
+"""The step loop: schedule, submit, collect, commit. The engine process calls it, and so do LLM and the simulator.
+
+The engine owns nothing on the device: the runner does, behind a protocol. With an overlapping runner the host makes
+step n+1 while the device computes step n.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection
+from typing import Any
+
+from inlaid.config import EngineConfig
+from inlaid.engine.control import change, describe, fairness
+from inlaid.engine.directory import AdapterDirectory, NoAdapters
+from inlaid.engine.policy import Lengths
+from inlaid.engine.request import Batch, Grammar, NewRequest, Output, Request, Runner
+from inlaid.engine.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """One scheduler and one runner, stepped together."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        clock: Callable[[], float],
+        make_grammar: Callable[[Grammar], Any] | None = None,
+    ) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.clock = clock
+        self.num_failures = 0  # steps that raised
+        self.num_failures_in_a_row = 0
+        self.idle = True  # the last step neither gave the runner work nor took any from it
+        self._make_grammar = make_grammar
+        self._pending: tuple[Batch, Any] | None = None
+        self._num_steps = 0
+        self._num_tokens = 0
+
+    def add(self, new: NewRequest) -> Request:
+        """Queue a request. ValueError: it can never be served; Refused (a ValueError with retry_after): not now."""
+        grammar = None
+        if new.params.grammar is not None:
+            if self._make_grammar is None:
+                raise ValueError("structured output needs a grammar library: pip install 'inlaid[grammar]'")
+            grammar = self._make_grammar(new.params.grammar)
+        request = self.scheduler.add(new, self.clock())
+        request.grammar = grammar
+        return request
+
+    def abort(self, request_id: str) -> bool:
+        """End a request at once; its last Output comes with the next step. False: unknown or over already."""
+        return self.scheduler.abort(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        return self._pending is not None or self.scheduler.has_work
+
+    def step(self) -> list[Output]:
+        """One turn of the loop. Nothing to compute (adapters still loading, say) gives what has ended meanwhile, and
+        leaves `idle` set, so that the caller can pause instead of spinning."""
+        outputs: list[Output] = []
+        batch = self.scheduler.schedule(self.clock())
+        current = None
+        if batch is not None:
+            try:
+                current = (batch, self.runner.submit(batch))
+            except Exception as error:  # noqa: BLE001 - whatever the device raises ends this batch, not the server
+                outputs += self._fail(batch, error)
+        if self.runner.overlap:
+            current, self._pending = self._pending, current
+        self.idle = current is None and self._pending is None
+        if current is not None:
+            outputs += self._collect(*current)
+        return outputs + self.scheduler.take_outputs()
+
+    def _collect(self, batch: Batch, ticket: Any) -> list[Output]:
+        try:
+            result = self.runner.collect(ticket)
+        except Exception as error:  # noqa: BLE001 - as in step
+            return self._fail(batch, error)
+        self.num_failures_in_a_row = 0
+        self._num_steps += 1
+        self._num_tokens += batch.num_tokens
+        return self.scheduler.commit(batch, result, self.clock())
+
+    def _fail(self, batch: Batch, error: Exception) -> list[Output]:
+        self.num_failures += 1
+        self.num_failures_in_a_row += 1
+        log.error("step %d of %d requests failed", batch.step, len(batch.works), exc_info=error)
+        message = f"the step failed: {type(error).__name__}: {error}"
+        return self.scheduler.fail(batch, message, self.clock())
+
+    # Seen and changed while it runs.
+
+    def stats(self) -> dict[str, float]:
+        """Gauges and counters, for /metrics."""
+        scheduler = self.scheduler
+        pool = scheduler.pool
+        ledger = scheduler.ledger
+        return {
+            "running": len(scheduler.running),
+            "waiting": scheduler.num_waiting,
+            "kv_blocks": pool.capacity,
+            "kv_blocks_used": pool.capacity - pool.num_available,
+            "kv_blocks_cached": pool.num_cached,
+            "adapters_running": sum(identity is not None for identity in scheduler.active),
+            "preemptions": scheduler.num_preemptions,
+            "steps": self._num_steps,
+            "step_tokens": self._num_tokens,
+            "failures": self.num_failures,
+            "prompt_tokens": ledger.num_prompt_tokens,
+            "cached_tokens": ledger.num_cached_tokens,
+            "output_tokens": ledger.num_output_tokens,
+        }
+
+    def describe_scheduler(self) -> dict[str, Any]:
+        """What GET /v1/scheduler answers."""
+        return describe(self.scheduler)
+
+    def set_scheduler(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """PUT /v1/scheduler: any of policy, options, weights, limits, max_num_waiting. All or nothing: a bad value
+        raises ValueError and changes nothing. Answers the new description."""
+        change(self.scheduler, changes)
+        return describe(self.scheduler)
+
+    def fairness(self, window: float = 60.0) -> dict[str, Any]:
+        """GET /v1/fairness: who was served how much in the last `window` seconds, and who waits."""
+        return fairness(self.scheduler, window, self.clock())
+
+
+def make_engine(
+    config: EngineConfig,
+    runner: Runner,
+    clock: Callable[[], float],
+    *,
+    num_blocks: int,
+    max_model_len: int,
+    adapters: AdapterDirectory | None = None,
+    eos_ids: Collection[int] = (),
+    lengths: Lengths | None = None,
+    base_version: str = "",
+    make_grammar: Callable[[Grammar], Any] | None = None,
+) -> Engine:
+    """An engine from its configuration and what was found out about the model and the device's memory."""
+    scheduler = Scheduler(
+        config.scheduler,
+        config.cache,
+        num_blocks=num_blocks,
+        max_model_len=max_model_len,
+        adapters=adapters or NoAdapters(),
+        eos_ids=eos_ids,
+        lengths=lengths,
+        base_version=base_version,
+    )
+    return Engine(scheduler, runner, clock, make_grammar)

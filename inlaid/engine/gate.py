@@ -1,0 +1,84 @@
+"""Who is let into the queue: the limits on waiting requests and on requests per minute. The scheduler asks at every
+arrival; a refusal is immediate and says when to try again."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+
+import msgspec
+
+from inlaid.engine.ledger import Account
+from inlaid.engine.policy import QueueFull, Refused
+
+MAX_RETRY_SECONDS = 600.0
+
+
+class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Limits of one tenant; None: only the general ones hold."""
+
+    requests_per_minute: int | None = None
+    max_waiting: int | None = None
+
+    def check(self, tenant: str) -> None:
+        for name in self.__struct_fields__:
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"limit {name} of tenant {tenant!r} is {value}; it must be 0 or more")
+
+
+class Gate:
+    """Counts acceptances per tenant in a sliding window, and the pace at which the queue moves."""
+
+    def __init__(self, max_waiting: int) -> None:
+        self.max_waiting = max_waiting
+        self.limits: dict[str, Limits] = {}
+        self._accepted: dict[str, deque[float]] = {}
+        self._interval = 0.0  # smoothed seconds between admissions while requests wait
+        self._admitted_at: float | None = None
+
+    def set_limits(self, limits: Mapping[str, Limits]) -> None:
+        for tenant, limit in limits.items():
+            limit.check(tenant)
+        self.limits = dict(limits)
+
+    def check(self, account: Account, num_waiting: int, num_tenants: int, now: float) -> None:
+        """Raise Refused unless a request of this tenant may wait. When the queue is full, a tenant that holds less
+        than an equal share of it is still let in: a flood by one does not lock out the others."""
+        limit = self.limits.get(account.tenant, Limits())
+        if limit.max_waiting is not None and account.num_waiting >= limit.max_waiting:
+            raise self._full(f"tenant {account.tenant!r} has {account.num_waiting} requests waiting", limit.max_waiting)
+        share = self.max_waiting / max(1, num_tenants + (account.num_waiting == 0))
+        if num_waiting >= self.max_waiting and account.num_waiting + 1 > share:
+            raise self._full(f"{num_waiting} requests are waiting", num_waiting)
+        if limit.requests_per_minute is not None:
+            self.check_rate(account.tenant, limit.requests_per_minute, 60.0, now)
+
+    def check_rate(self, tenant: str, limit: int, window: float, now: float) -> None:
+        """Raise Refused if the tenant was let in `limit` times within the last `window` seconds."""
+        times = self._accepted.get(tenant, deque())
+        while times and times[0] <= now - window:
+            times.popleft()
+        if len(times) >= limit:
+            wait = times[len(times) - limit] + window - now if limit else window
+            raise Refused(
+                f"tenant {tenant!r} may start {limit} requests per {window:g} s; try again in {wait:.0f} s", wait
+            )
+
+    def note_accepted(self, tenant: str, now: float, limited: bool) -> None:
+        """This tenant's request is in; remembered where a rate limit looks at it."""
+        if limited or tenant in self.limits:
+            self._accepted.setdefault(tenant, deque()).append(now)
+
+    def note_admitted(self, now: float, others_wait: bool) -> None:
+        if self._admitted_at is not None and others_wait:
+            self._interval += 0.05 * (now - self._admitted_at - self._interval)
+        self._admitted_at = now
+
+    def expected_wait(self, num_ahead: int) -> float:
+        """Seconds until so many have been admitted, at the present pace."""
+        return num_ahead * self._interval
+
+    def _full(self, message: str, num_ahead: int) -> QueueFull:
+        seconds = min(max(1.0, self.expected_wait(num_ahead)), MAX_RETRY_SECONDS)
+        return QueueFull(f"{message}; try again in {seconds:.0f} s", seconds)

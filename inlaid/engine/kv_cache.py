@@ -1,0 +1,150 @@
+"""Which KV block belongs to whom: reference counts, the free list, and the prefix cache's names for full blocks.
+
+The scheduler is the only caller. Blocks are numbers here; their tensors live in the model runner. Block 0 is the
+scratch block (padding rows write there) and is never given out.
+
+A block is in exactly one of three places: referenced (by one request or more), idle (nobody uses it, but it still
+holds a named prefix and waits, least recently used first, to be reused or overwritten), or free.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+
+Key = bytes  # 128 bits: two different prefixes never meet in practice, so content is not compared again
+
+
+def root_key(base_version: str, adapter: str | None, salt: str = "") -> Key:
+    """Where a chain starts: KV depends on the base weights and on the adapter; a salt keeps tenants apart."""
+    named = (base_version, "base" if adapter is None else "adapter:" + adapter, salt)
+    text = "".join(f"{len(part)}:{part}" for part in named)
+    return blake2b(text.encode(), digest_size=16).digest()
+
+
+def block_key(parent: Key, tokens: Sequence[int]) -> Key:
+    """The name of a full block: everything before it (parent) and what is in it."""
+    return blake2b(parent + array("q", tokens).tobytes(), digest_size=16).digest()
+
+
+def extend_keys(keys: list[Key], root: Key, tokens: Sequence[int], block_size: int) -> None:
+    """Append to keys until it names every full block of tokens."""
+    while (len(keys) + 1) * block_size <= len(tokens):
+        start = len(keys) * block_size
+        keys.append(block_key(keys[-1] if keys else root, tokens[start : start + block_size]))
+
+
+class BlockPool:
+    """Owner of every block's reference count and name."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        if num_blocks < 2:
+            raise ValueError(f"num_blocks is {num_blocks}; at least 2 are needed, as block 0 is scratch")
+        if block_size < 1:
+            raise ValueError(f"block_size is {block_size}; it must be at least 1")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._references = [0] * num_blocks
+        self._key_of: list[Key | None] = [None] * num_blocks
+        self._block_of: dict[Key, int] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._free = list(range(num_blocks - 1, 0, -1))
+
+    @property
+    def capacity(self) -> int:
+        """Blocks that requests may hold together."""
+        return self.num_blocks - 1
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that allocate can give out now; idle ones count, as their content may be dropped."""
+        return len(self._free) + len(self._idle)
+
+    @property
+    def num_cached(self) -> int:
+        return len(self._block_of)
+
+    def allocate(self, count: int) -> list[int]:
+        """New blocks, each with one reference. The caller has looked at num_available."""
+        assert count <= self.num_available, f"{count} blocks wanted, {self.num_available} available"
+        return [self._take() for _ in range(count)]
+
+    def _take(self) -> int:
+        if self._free:
+            block = self._free.pop()
+        else:
+            block, _ = self._idle.popitem(last=False)
+            self._forget(block)
+        self._references[block] = 1
+        return block
+
+    def _forget(self, block: int) -> None:
+        key = self._key_of[block]
+        if key is not None:
+            del self._block_of[key]
+            self._key_of[block] = None
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """One more reference to each of these named or referenced blocks."""
+        for block in blocks:
+            if self._references[block] == 0:
+                del self._idle[block]
+            self._references[block] += 1
+
+    def free(self, blocks: Sequence[int]) -> None:
+        """Drop one reference to each. The last blocks of a chain are the first to be overwritten later."""
+        for block in reversed(blocks):
+            assert self._references[block] > 0, f"block {block} freed twice"
+            self._references[block] -= 1
+            if self._references[block] == 0:
+                if self._key_of[block] is None:
+                    self._free.append(block)
+                else:
+                    self._idle[block] = None
+
+    def publish(self, block: int, key: Key) -> None:
+        """Name a full block whose KV is written. If another block already has this name, that one keeps it."""
+        assert self._references[block] > 0, f"block {block} is named but nobody holds it"
+        if self._key_of[block] is None and key not in self._block_of:
+            self._key_of[block] = key
+            self._block_of[key] = block
+
+    def match(self, keys: Sequence[Key]) -> list[int]:
+        """The blocks of the longest known prefix of keys; not referenced yet, see share."""
+        found: list[int] = []
+        for key in keys:
+            block = self._block_of.get(key)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def num_idle(self, blocks: Iterable[int]) -> int:
+        """How many of these are nobody's: sharing them uses up availability."""
+        return sum(self._references[block] == 0 for block in blocks)
+
+    def clear(self) -> None:
+        """Forget every name; referenced blocks stay with their requests."""
+        for block in list(self._block_of.values()):
+            self._forget(block)
+        self._free.extend(self._idle)
+        self._idle.clear()
+
+    def check(self, holders: Iterable[Sequence[int]]) -> None:
+        """Raise AssertionError unless the pool is whole and exactly these lists hold references."""
+        counts = [0] * self.num_blocks
+        for blocks in holders:
+            for block in blocks:
+                counts[block] += 1
+        assert counts == self._references, "reference counts differ from what requests hold"
+        given = (counts[0], 0 in self._free, 0 in self._idle)
+        assert given == (0, False, False), "the scratch block was given out"
+        used = {block for block, count in enumerate(counts) if count}
+        places = sorted([*self._free, *self._idle, *used])
+        assert places == list(range(1, self.num_blocks)), "a block is lost or in two places"
+        assert all(self._key_of[block] is None for block in self._free), "a free block has a name"
+        assert all(self._key_of[block] is not None for block in self._idle), "an idle block has no name"
+        named = {block: key for block, key in enumerate(self._key_of) if key is not None}
+        assert named == {block: key for key, block in self._block_of.items()}, "names and blocks disagree"

@@ -1,0 +1,251 @@
+"""Who was served how much. The scheduler charges every token here once; policies, /metrics and the fairness view read.
+
+Two amounts per tenant. `service` is exact: what was computed and delivered, at the cost function's prices; it only
+rises. `counter` is the virtual time of fair policies (VTC, DRR): service over
+weight, lifted when a tenant comes back from idleness (nobody saves up credit), and for policies that charge predicted
+outputs, charged ahead and refunded.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from dataclasses import dataclass
+from typing import Protocol
+
+FORGOTTEN = "(forgotten)"
+HISTORY_SECONDS = 3600
+
+
+class Cost(Protocol):
+    """Prices. Service is additive: prefill of [0, n) costs the same in one chunk or in many."""
+
+    def prefill(self, start: int, end: int) -> float:
+        """Computing prompt tokens [start, end)."""
+        ...
+
+    def cached(self, start: int, end: int) -> float:
+        """Finding prompt tokens [start, end) in the prefix cache."""
+        ...
+
+    def output(self, num_prompt: int, first: int, last: int) -> float:
+        """Output tokens number first..last (from 1) of a request with this prompt."""
+        ...
+
+
+@dataclass(frozen=True)
+class LinearCost:
+    """Tokens times weights: VTC's default is 1 for a prompt token and 2 for an output token."""
+
+    prompt_weight: float = 1.0
+    output_weight: float = 2.0
+    cached_price: float = 0.0  # share of the prompt price that a token found in the prefix cache costs
+
+    def prefill(self, start: int, end: int) -> float:
+        return self.prompt_weight * (end - start)
+
+    def cached(self, start: int, end: int) -> float:
+        return self.cached_price * self.prefill(start, end)
+
+    def output(self, num_prompt: int, first: int, last: int) -> float:
+        return self.output_weight * (last - first + 1)
+
+
+@dataclass(frozen=True)
+class ProfiledCost:
+    """Milliseconds a request of x prompt and y output tokens takes of a full A10G batch, as the VTC authors fitted
+    it: h(x, y) = a x + b y + c x y + d y^2 + e."""
+
+    a: float = 0.21001891
+    b: float = 0.10075395
+    c: float = 0.0039868
+    d: float = 0.00324733
+    e: float = 1.14601454
+    cached_price: float = 0.0
+
+    def prefill(self, start: int, end: int) -> float:
+        return self.a * (end - start) + (self.e if start == 0 else 0.0)
+
+    def cached(self, start: int, end: int) -> float:
+        return self.cached_price * self.a * (end - start) + (self.e if start == 0 else 0.0)
+
+    def output(self, num_prompt: int, first: int, last: int) -> float:
+        before = first - 1
+        return (self.b + self.c * num_prompt) * (last - before) + self.d * (last * last - before * before)
+
+
+@dataclass(slots=True, eq=False)
+class Account:
+    """One tenant's sums."""
+
+    tenant: str
+    order: int
+    weight: float = 1.0
+    service: float = 0.0
+    counter: float = 0.0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    num_requests: int = 0
+    num_waiting: int = 0
+    num_running: int = 0
+    version: int = 0  # which of its entries in the backlog heap is current
+    noted: float = 0.0  # service at the last note in the history
+
+
+class Ledger:
+    """Owner of the accounts."""
+
+    def __init__(self, cost: Cost | None = None, max_accounts: int = 20_000) -> None:
+        self.cost: Cost = cost or LinearCost()
+        self.accounts: dict[str, Account] = {}
+        self.num_backlogged = 0  # tenants with requests waiting
+        self.total = 0.0  # everything ever charged
+        self.num_prompt_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_output_tokens = 0
+        self.history: deque[tuple[float, dict[str, float]]] = deque()
+        self._max_accounts = max_accounts
+        self._forgotten = 0.0
+        self._num_seen = 0
+        self._weights: dict[str, float] = {}
+        self._backlog: list[tuple[float, int, int, Account]] = []
+        self._last_departed: Account | None = None
+        self._noted_at = float("-inf")
+
+    def account(self, tenant: str) -> Account:
+        """The tenant's account, opened at its first request."""
+        found = self.accounts.get(tenant)
+        if found is None:
+            if len(self.accounts) >= self._max_accounts:
+                self._forget_idle()
+            found = Account(tenant, self._num_seen, self._weights.get(tenant, 1.0))
+            self.accounts[tenant] = found
+            self._num_seen += 1
+        return found
+
+    def set_weights(self, weights: dict[str, float]) -> None:
+        """Replace all weights; tenants not named get 1. The past stays charged as it was."""
+        for tenant, weight in weights.items():
+            if not 0 < weight < float("inf"):
+                raise ValueError(f"weight of tenant {tenant!r} is {weight}; it must be a positive number")
+        self._weights = dict(weights)
+        for account in self.accounts.values():
+            account.weight = self._weights.get(account.tenant, 1.0)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        return dict(self._weights)
+
+    # The queue: a tenant that comes back is lifted to those who waited meanwhile.
+
+    def enter_queue(self, account: Account, lift: bool = True) -> None:
+        """A request of this tenant starts to wait. A preempted one comes back without a lift."""
+        if account.num_waiting == 0:
+            if lift:
+                self._lift(account)
+            self._rank(account)
+            self.num_backlogged += 1
+        account.num_waiting += 1
+
+    def leave_queue(self, account: Account) -> None:
+        account.num_waiting -= 1
+        assert account.num_waiting >= 0
+        self.num_backlogged -= account.num_waiting == 0
+        self._last_departed = account
+
+    def _lift(self, account: Account) -> None:
+        lowest = self.lowest_backlogged() or self._last_departed
+        if lowest is not None:
+            account.counter = max(account.counter, lowest.counter)
+
+    def lowest_backlogged(self) -> Account | None:
+        """The waiting tenant with the smallest counter. Entries are re-keyed only when they reach the top."""
+        while self._backlog:
+            counter, _, version, account = self._backlog[0]
+            if version != account.version or account.num_waiting == 0:
+                heapq.heappop(self._backlog)
+            elif counter < account.counter:
+                heapq.heapreplace(self._backlog, (account.counter, account.order, version, account))
+            else:
+                return account
+        return None
+
+    def _rank(self, account: Account) -> None:
+        account.version += 1
+        heapq.heappush(self._backlog, (account.counter, account.order, account.version, account))
+
+    # Charges.
+
+    def charge_prefill(self, account: Account, start: int, end: int) -> None:
+        account.prompt_tokens += end - start
+        self.num_prompt_tokens += end - start
+        self._charge(account, self.cost.prefill(start, end))
+
+    def charge_cached(self, account: Account, start: int, end: int) -> None:
+        account.cached_tokens += end - start
+        self.num_cached_tokens += end - start
+        self._charge(account, self.cost.cached(start, end))
+
+    def charge_output(self, account: Account, num_prompt: int, number: int, num_prepaid: int) -> None:
+        """Output token `number` (from 1) was delivered; up to num_prepaid the counter has it already."""
+        cost = self.cost.output(num_prompt, number, number)
+        account.output_tokens += 1
+        self.num_output_tokens += 1
+        account.service += cost
+        self.total += cost
+        if number > num_prepaid:
+            account.counter += cost / account.weight
+
+    def _charge(self, account: Account, cost: float) -> None:
+        account.service += cost
+        self.total += cost
+        account.counter += cost / account.weight
+
+    def prepay(self, account: Account, num_prompt: int, count: int) -> None:
+        """Charge a predicted output ahead: on the counter only, as nothing is delivered yet."""
+        account.counter += self.cost.output(num_prompt, 1, count) / account.weight
+
+    def refund_prepaid(self, account: Account, num_prompt: int, delivered: int, prepaid: int) -> None:
+        """The request ended after fewer outputs than were charged ahead."""
+        account.counter -= self.cost.output(num_prompt, delivered + 1, prepaid) / account.weight
+        if account.num_waiting:
+            self._rank(account)
+
+    # The past.
+
+    def note(self, now: float) -> None:
+        """Once a second or so, write down who was served since the last note."""
+        if now < self._noted_at + 1.0:
+            return
+        served: dict[str, float] = {}
+        for account in self.accounts.values():
+            if account.service != account.noted:
+                served[account.tenant] = account.service - account.noted
+                account.noted = account.service
+        self.history.append((now, served))
+        self._noted_at = now
+        while self.history[0][0] < now - HISTORY_SECONDS:
+            self.history.popleft()
+
+    def served(self, now: float, window: float) -> dict[str, float]:
+        """Service per tenant in the last `window` seconds, to the second."""
+        sums = {account.tenant: account.service - account.noted for account in self.accounts.values()}
+        for when, served in reversed(self.history):
+            if when <= now - window:
+                break
+            for tenant, amount in served.items():
+                sums[tenant] = sums.get(tenant, 0.0) + amount
+        return {tenant: amount for tenant, amount in sums.items() if amount}
+
+    def _forget_idle(self) -> None:
+        """Close accounts of idle tenants, those behind first: on return they would be lifted anyway."""
+        idle = [a for a in self.accounts.values() if not a.num_waiting and not a.num_running]
+        for account in sorted(idle, key=lambda a: (a.counter, a.order))[: max(1, len(idle) // 2)]:
+            self._forgotten += account.service
+            del self.accounts[account.tenant]
+
+    @property
+    def forgotten(self) -> float:
+        """Service of accounts that were closed."""
+        return self._forgotten

@@ -1,0 +1,272 @@
+"""Who goes first: each policy is a pure ordering of requests. Budgets, admission and preemption are the scheduler's.
+
+A policy sorts requests into groups and answers two questions. `rank(request, view)`: where in its group; it may not
+change while the request waits (ageing is written so that it does not: two requests age at the same pace, so their
+order is settled at arrival). `key(group, rank, view)`: where that request stands among all; smaller goes first, and
+the last of the running is preempted when memory runs out. `prepay` says how many predicted output tokens to charge at
+admission. `verdict` lets a policy give a request up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Protocol
+
+from inlaid.engine.ledger import Ledger
+from inlaid.engine.request import Request
+
+Rank = tuple[float, ...]
+GO, LAST, REFUSE = "go", "last", "refuse"
+
+
+class Lengths(Protocol):
+    """What the predictor tells a policy."""
+
+    def remaining(self, request: Request) -> float:
+        """Expected output tokens still to come, given those already made."""
+        ...
+
+
+class MaxTokens:
+    """No prediction: what the request may still produce."""
+
+    def remaining(self, request: Request) -> float:
+        return float(request.limit - len(request.tokens))
+
+
+@dataclass
+class View:
+    """What a policy may look at. The scheduler keeps it current."""
+
+    ledger: Ledger
+    lengths: Lengths = field(default_factory=MaxTokens)
+    now: float = 0.0
+    active: Mapping[str | None, int] = field(default_factory=dict)  # running requests per adapter
+    seconds_per_step: float = 0.0
+    tokens_per_step: int = 1
+
+    def seconds_left(self, request: Request) -> float:
+        """How long the request still takes once it runs, at the present pace."""
+        prefill = (len(request.tokens) - request.num_computed) / self.tokens_per_step
+        return (prefill + self.lengths.remaining(request)) * self.seconds_per_step
+
+
+class Refused(ValueError):
+    """A request the policy or a limit turns away now; HTTP 429, try again after retry_after seconds."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class QueueFull(Refused):
+    """Too many requests wait."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """First come, first served; the base of the others."""
+
+    name: ClassVar[str] = "fcfs"
+
+    def group(self, request: Request) -> Hashable:
+        return ""
+
+    def rank(self, request: Request, view: View) -> Rank:
+        return (request.arrival,)
+
+    def key(self, group: Hashable, rank: Rank, view: View) -> Rank:
+        return rank
+
+    def prepay(self, request: Request, view: View) -> int:
+        return 0
+
+    def verdict(self, request: Request, view: View) -> str:
+        return GO
+
+
+@dataclass(frozen=True)
+class Priority(Policy):
+    """The request's own priority, then arrival."""
+
+    name: ClassVar[str] = "priority"
+
+    def rank(self, request: Request, view: View) -> Rank:
+        return (request.priority, request.arrival)
+
+
+@dataclass(frozen=True)
+class Srtf(Policy):
+    """Shortest predicted remaining output first. Every second of waiting is worth `ageing` tokens, so a request with
+    prediction p is passed only by later ones that arrive within (p - their prediction) / ageing seconds of it."""
+
+    name: ClassVar[str] = "srtf"
+    ageing: float = 4.0
+
+    def rank(self, request: Request, view: View) -> Rank:
+        return (view.lengths.remaining(request) + self.ageing * request.arrival,)
+
+
+@dataclass(frozen=True)
+class Inlaid(Srtf):
+    """Shortest remaining first, with a head start of `grouping` tokens for tasks that are in the running batch, so
+    that adapters are not swapped for a small gain; the scheduler holds at most beta tasks in a step (`beta` is put
+    into its max_tasks_per_step while this policy is on).
+
+    Nobody waits forever: with predictions in [0, P], whoever arrives later than (P + grouping) / ageing seconds after
+    a request goes behind it, whatever its task; those ahead are thus finitely many, and the scheduler's bound on
+    overtaking ends the case where the tasks in the batch never make room."""
+
+    name: ClassVar[str] = "inlaid"
+    grouping: float = 64.0
+    beta: int = 10
+
+    def group(self, request: Request) -> Hashable:
+        return request.adapter
+
+    def key(self, group: Hashable, rank: Rank, view: View) -> Rank:
+        return (rank[0] - self.grouping, *rank[1:]) if group in view.active else rank
+
+
+@dataclass(frozen=True)
+class Vtc(Policy):
+    """Virtual token counter: the tenant served least (over weight, lifted after idleness) goes first. `predict`:
+    charge nothing ahead, the predictor's length, or the true one (experiments)."""
+
+    name: ClassVar[str] = "vtc"
+    predict: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.predict not in ("none", "predicted", "oracle"):
+            raise ValueError(f"vtc: predict is {self.predict!r}; it must be none, predicted or oracle")
+
+    def group(self, request: Request) -> Hashable:
+        return request.tenant
+
+    def key(self, group: Hashable, rank: Rank, view: View) -> Rank:
+        account = view.ledger.account(str(group))
+        return (account.counter, account.order, *rank)
+
+    def prepay(self, request: Request, view: View) -> int:
+        if self.predict == "predicted":
+            return max(1, round(view.lengths.remaining(request)))
+        if self.predict == "oracle" and request.true_output_len is not None:
+            return request.true_output_len
+        return 0
+
+
+@dataclass(frozen=True)
+class Lcf(Policy):
+    """Least counter first: like vtc, but idleness saves up credit (no lift)."""
+
+    name: ClassVar[str] = "lcf"
+
+    def group(self, request: Request) -> Hashable:
+        return request.tenant
+
+    def key(self, group: Hashable, rank: Rank, view: View) -> Rank:
+        account = view.ledger.account(str(group))
+        return (account.service / account.weight, account.order, *rank)
+
+
+@dataclass(frozen=True)
+class Drr(Policy):
+    """Deficit round robin: tenants take turns in a fixed order; a turn lasts until `quantum` of service is used up,
+    and what a turn overdrew is missing from the next. The turn a tenant is in is its counter over the quantum."""
+
+    name: ClassVar[str] = "drr"
+    quantum: float = 500.0
+
+    def group(self, request: Request) -> Hashable:
+        return request.tenant
+
+    def key(self, group: Hashable, rank: Rank, view: View) -> Rank:
+        account = view.ledger.account(str(group))
+        return (account.counter // self.quantum, account.order, *rank)
+
+
+@dataclass(frozen=True)
+class Rpm(Policy):
+    """First come, first served among those let in: a tenant may start `limit` requests per `window` seconds, more are
+    refused at once."""
+
+    name: ClassVar[str] = "rpm"
+    limit: int = 10
+    window: float = 60.0
+
+
+@dataclass(frozen=True)
+class Slo(Policy):
+    """Least slack first: the latest moment a request can start and still meet its deadline. One without a deadline
+    gets `seconds` (0: none). What can no longer make it goes last or is refused, as `late` says."""
+
+    name: ClassVar[str] = "slo"
+    seconds: float = 0.0
+    late: str = LAST
+
+    def __post_init__(self) -> None:
+        if self.late not in (LAST, REFUSE):
+            raise ValueError(f"slo: late is {self.late!r}; it must be last or refuse")
+
+    def group(self, request: Request) -> Hashable:
+        return "late" if request.hopeless else "in time"
+
+    def rank(self, request: Request, view: View) -> Rank:
+        return (self._deadline(request) - view.seconds_left(request), request.arrival)
+
+    def key(self, group: Hashable, rank: Rank, view: View) -> Rank:
+        return (group == "late", *rank)
+
+    def verdict(self, request: Request, view: View) -> str:
+        in_time = view.now + view.seconds_left(request) <= self._deadline(request)
+        return GO if in_time or request.hopeless else self.late
+
+    def _deadline(self, request: Request) -> float:
+        if request.deadline is not None:
+            return request.deadline
+        return request.arrival + self.seconds if self.seconds else float("inf")
+
+
+POLICIES: Mapping[str, type[Policy]] = {
+    policy.name: policy for policy in (Policy, Priority, Srtf, Inlaid, Vtc, Lcf, Drr, Rpm, Slo)
+}
+
+
+def make_policy(name: str, options: Mapping[str, Any] | None = None) -> Policy:
+    """A policy by name, with its own options; what is unknown or negative raises ValueError."""
+    if name not in POLICIES:
+        raise ValueError(f"unknown policy {name!r}; known: {', '.join(sorted(POLICIES))}")
+    kind, options = POLICIES[name], dict(options or {})
+    known = {f.name: f.type for f in fields(kind)}
+    for key, value in options.items():
+        if key not in known:
+            raise ValueError(f"policy {name} has no option {key!r}; known: {', '.join(sorted(known)) or 'none'}")
+        if known[key] == "str" and not isinstance(value, str):
+            raise ValueError(f"policy {name}: {key} must be a string, not {value!r}")
+        if known[key] != "str":
+            _check_number(name, key, value, whole=known[key] == "int")
+    return kind(**options)
+
+
+def parse_policy(text: str) -> Policy:
+    """A policy as it is written on a command line: `vtc`, or `inlaid:beta=5,ageing=2`."""
+    name, _, rest = text.partition(":")
+    options: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"policy {text!r}: {part!r} is not written key=value")
+        try:
+            options[key] = int(value) if value.isdigit() else float(value)
+        except ValueError:
+            options[key] = value
+    return make_policy(name, options)
+
+
+def _check_number(policy: str, key: str, value: Any, whole: bool) -> None:
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 <= value < float("inf"):
+        raise ValueError(f"policy {policy}: {key} must be a {'whole ' if whole else ''}number >= 0, not {value!r}")
+    if value == 0 and key in ("quantum", "window", "beta"):
+        raise ValueError(f"policy {policy}: {key} must be above 0")

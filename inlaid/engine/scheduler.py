@@ -1,0 +1,724 @@
+"""What each step computes: admission, chunked prefill, decode, preemption, finishing, and the blocks behind them.
+
+The engine is the only caller: add and abort at any moment, then schedule and commit (or fail) once per step; with an
+overlapping runner schedule runs one step ahead of commit. Who goes first is the policy's business; budgets are kept
+here, once, for all policies. The scheduler is the only writer of Request, the block pool and the ledger.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+
+from inlaid.config import CacheConfig, SchedulerConfig
+from inlaid.engine.directory import AdapterDirectory
+from inlaid.engine.gate import Gate
+from inlaid.engine.kv_cache import BlockPool, extend_keys, root_key
+from inlaid.engine.ledger import Ledger, LinearCost, ProfiledCost
+from inlaid.engine.policy import GO, REFUSE, Inlaid, Lengths, MaxTokens, Policy, Rpm, View, parse_policy
+from inlaid.engine.request import (
+    Batch,
+    FinishReason,
+    NewRequest,
+    Output,
+    Request,
+    Sampled,
+    Status,
+    StepResult,
+    TokenLogprobs,
+    Work,
+)
+from inlaid.engine.waiting import WaitingQueue
+
+MAX_LOOKED_AT = 32  # requests that do not fit are passed by others at most this deep into the queue
+MAX_PARKED = 64  # adapters that requests near the front wait for at the same time
+
+
+@dataclass(frozen=True)
+class _Limbo:
+    """What an ended or preempted request held, until no submitted step can write it."""
+
+    step: int
+    blocks: list[int]
+    adapter: str | None
+
+
+class Scheduler:
+    """Owner of the requests, their order, and the pool of KV blocks."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        cache: CacheConfig,
+        *,
+        num_blocks: int,
+        max_model_len: int,
+        adapters: AdapterDirectory,
+        eos_ids: Collection[int] = (),
+        lengths: Lengths | None = None,
+        base_version: str = "",
+        on_finish: Callable[[Request], None] | None = None,
+    ) -> None:
+        _check(config)
+        self.config = config
+        self.cache = cache
+        self.max_model_len = max_model_len
+        self.eos_ids = frozenset(eos_ids)
+        self.adapters = adapters
+        self.base_version = base_version
+        self.pool = BlockPool(num_blocks, cache.block_size)
+        self.ledger = Ledger(make_cost(config))
+        self.active: dict[str | None, int] = {}
+        self.view = View(self.ledger, lengths or MaxTokens(), active=self.active)
+        self.view.tokens_per_step = config.max_num_batched_tokens
+        self.gate = Gate(config.max_num_waiting)
+        self.requests: dict[str, Request] = {}  # everyone who has not ended
+        self.running: dict[str, Request] = {}
+        self.waiting = WaitingQueue(parse_policy(config.policy), self.view)
+        self.num_preemptions = 0
+        self.num_admitted = 0
+        self._on_finish = on_finish
+        self._parked: dict[str, list[Request]] = {}  # by the adapter they wait for
+        self._num_parked = 0
+        self._sum_of_ranks = 0
+        self._num_added = 0
+        self._step = 0
+        self._num_promised = 0  # running requests that wait for blocks in limbo
+        self._submitted: deque[tuple[int, float]] = deque()  # steps in flight, and when they were made
+        self._committed_at = 0.0
+        self._limbo: list[_Limbo] = []
+        self._released: list[str] = []
+        self._outputs: list[Output] = []  # ends that no step brought about
+        self._stuck: tuple[int, int, int] | None = None
+        self._max_tasks = 0
+        self.set_policy(self.waiting.policy)
+
+    # Arrival and departure.
+
+    @property
+    def policy(self) -> Policy:
+        return self.waiting.policy
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.waiting) + self._num_parked
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.requests or self._outputs)
+
+    def set_policy(self, policy: Policy) -> None:
+        """Change the order from the next step on; nobody is dropped."""
+        self._max_tasks = self.config.max_tasks_per_step
+        if isinstance(policy, Inlaid):
+            self._max_tasks = min(self._max_tasks or policy.beta, policy.beta)
+        self._stuck = None
+        self.waiting.reorder(policy)
+
+    def check(self, new: NewRequest) -> int:
+        """Raise ValueError for a request that can never be served; else the most tokens it can come to."""
+        params = new.params
+        if new.id in self.requests:
+            raise ValueError(f"request id {new.id!r} is in use")
+        if not new.prompt:
+            raise ValueError("the prompt is empty; at least one token is needed")
+        if params.max_tokens < (0 if params.prompt_logprobs is not None else 1):
+            raise ValueError(f"max_tokens is {params.max_tokens}; it must be at least 1 (0 only with prompt_logprobs)")
+        if params.min_tokens > params.max_tokens:
+            raise ValueError(f"min_tokens {params.min_tokens} is above max_tokens {params.max_tokens}")
+        if len(new.prompt) + (params.max_tokens > 0) > self.max_model_len:
+            raise ValueError(
+                f"the prompt has {len(new.prompt)} tokens; with max_model_len {self.max_model_len} it can have "
+                f"{self.max_model_len - 1} at most"
+            )
+        limit = min(len(new.prompt) + params.max_tokens, self.max_model_len)
+        blocks = self._blocks_for(max(limit - 1, len(new.prompt)))
+        if blocks > self.pool.capacity:
+            raise ValueError(
+                f"prompt and output may take {limit} tokens, {blocks} KV blocks; there are {self.pool.capacity}: "
+                f"ask for at most {self.pool.capacity * self.pool.block_size + 1} tokens together"
+            )
+        if not self.config.enable_chunked_prefill and limit > self.config.max_num_batched_tokens:
+            raise ValueError(
+                f"prompt and output may take {limit} tokens, but chunked prefill is off and a step holds "
+                f"{self.config.max_num_batched_tokens}: raise max_num_batched_tokens or enable chunked prefill"
+            )
+        return limit
+
+    def add(self, new: NewRequest, now: float) -> Request:
+        """Let a request wait its turn. ValueError: it can never be served; Refused: not now."""
+        limit = self.check(new)
+        account = self.ledger.account(new.tenant)
+        rpm = self.policy if isinstance(self.policy, Rpm) else None
+        self.gate.check(account, self.num_waiting, self.ledger.num_backlogged, now)
+        if rpm is not None:
+            self.gate.check_rate(new.tenant, rpm.limit, rpm.window, now)
+        identity = None if new.adapter is None else self.adapters.resolve(new.adapter)
+        request = self._make(new, identity, limit, now)
+        self.gate.note_accepted(new.tenant, now, limited=rpm is not None)
+        self.requests[request.id] = request
+        account.num_requests += 1
+        self.ledger.enter_queue(account)
+        self._enqueue(request)
+        return request
+
+    def _make(self, new: NewRequest, identity: str | None, limit: int, now: float) -> Request:
+        params = new.params
+        self._num_added += 1
+        return Request(
+            id=new.id,
+            prompt=new.prompt,
+            params=params,
+            adapter=identity,
+            adapter_name=new.adapter,
+            tenant=new.tenant,
+            arrival=now,
+            priority=new.priority,
+            deadline=new.deadline,
+            true_output_len=new.true_output_len,
+            tokens=list(new.prompt),
+            order=self._num_added,
+            limit=limit,
+            stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids),
+            prompt_logprobs=None if params.prompt_logprobs is None else [None],
+            account=self.ledger.account(new.tenant),
+        )
+
+    def _enqueue(self, request: Request) -> None:
+        self.waiting.push(request)
+        self._stuck = None
+
+    def abort(self, request_id: str) -> bool:
+        """End a request now, whatever it is doing. False: it is unknown, or has ended already."""
+        request = self.requests.get(request_id)
+        if request is not None:
+            self._end_early(request, FinishReason.ABORT)
+        return request is not None
+
+    def take_outputs(self) -> list[Output]:
+        """Ends that happened between steps (aborts, refusals)."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    # One step ahead: what to compute.
+
+    def schedule(self, now: float) -> Batch | None:
+        """The next step's batch, or None when nothing can be computed now."""
+        self.view.now = now
+        self.ledger.note(now)
+        preemptions = self.num_preemptions
+        singles, prefills, budget = self._running_work()
+        if self._parked:
+            self._unpark()
+        if preemptions == self.num_preemptions:
+            admitted = self._admit(budget, now)
+            singles += [work for work in admitted if work.num_tokens == 1]
+            prefills += [work for work in admitted if work.num_tokens > 1]
+        if self._parked:
+            self._want_adapters()
+        works = singles + prefills
+        if not works:
+            return None
+        self._step += 1
+        self._submitted.append((self._step, now))
+        for work in works:
+            work.request.last_step = self._step
+        released, self._released = tuple(self._released), []
+        return Batch(self._step, tuple(works), released)
+
+    def _running_work(self) -> tuple[list[Work], list[Work], int]:
+        """Decode first, one token each; then the prompts that are under way, as far as the budget goes."""
+        block_size = self.pool.block_size
+        self._num_promised = 0
+        singles: list[Work] = []
+        unfinished: list[Request] = []
+        for request in list(self.running.values()):
+            total = len(request.tokens) + request.num_inflight
+            start = request.num_computed
+            if total - start != 1 or request.num_charged < len(request.prompt):
+                if total > start:
+                    unfinished.append(request)
+                continue
+            if request.num_inflight and (total >= request.limit or request.grammar is not None):
+                continue  # its next token must be seen first, or is the last
+            if start >= len(request.blocks) * block_size and not self._grow(request):
+                continue
+            singles.append(self._work(request, start, 1, total))
+        singles = _still_running(singles)
+        budget = self.config.max_num_batched_tokens - len(singles)
+        prefills: list[Work] = []
+        for request in unfinished:
+            if request.status is Status.RUNNING and budget > 0:
+                work = self._prefill(request, budget)
+                budget -= work.num_tokens
+                (singles if work.num_tokens == 1 else prefills).append(work)
+        return singles, prefills, budget
+
+    def _work(self, request: Request, start: int, count: int, total: int) -> Work:
+        samples = start + count == total and total < request.limit
+        request.num_computed = start + count
+        if samples:
+            request.num_inflight += 1
+        return Work(request, start, count, samples)
+
+    def _prefill(self, request: Request, budget: int) -> Work:
+        start, total = request.num_computed, len(request.tokens)
+        count = min(total - start, budget)
+        first, last = max(start, request.num_charged), min(start + count, request.num_prompt)
+        if first < last:
+            self.ledger.charge_prefill(request.account, first, last)
+            request.num_charged = last
+        return self._work(request, start, count, total)
+
+    def _grow(self, request: Request) -> bool:
+        """One more block; others are preempted for it, last in the policy's order first, maybe itself."""
+        while request.status is Status.RUNNING:
+            if self.pool.num_available:
+                request.blocks += self.pool.allocate(1)
+                return True
+            if self._num_promised < sum(len(held.blocks) for held in self._limbo):
+                self._num_promised += 1  # enough comes free when the step in flight is committed
+                return False
+            self._preempt(max(self.running.values(), key=self.standing))
+        return False
+
+    def standing(self, request: Request) -> tuple[tuple[float, ...], int]:
+        """Its place in the policy's order now; smaller goes first."""
+        policy, view = self.policy, self.view
+        return policy.key(policy.group(request), policy.rank(request, view), view), request.order
+
+    def _preempt(self, request: Request) -> None:
+        """Give up its KV; it waits again, keeps its outputs, and computes everything anew."""
+        self.num_preemptions += 1
+        request.num_preemptions += 1
+        self._leave_running(request)
+        request.num_computed = 0
+        request.status = Status.WAITING
+        self.ledger.enter_queue(request.account, lift=False)
+        self._enqueue(request)
+
+    # Admission.
+
+    def _admit(self, budget: int, now: float) -> list[Work]:
+        """Take requests from the queue while they fit. One that does not fit is passed by those that do, up to a
+        bound; one whose adapter is on its way steps aside."""
+        works: list[Work] = []
+        if self._is_stuck():
+            return works
+        passed: list[Request] = []
+        while budget > 0 and len(self.running) < self._max_running and len(passed) < MAX_LOOKED_AT:
+            request = self.waiting.pop()
+            if request is None:
+                break
+            if self._given_up(request) or self._stands_aside(request):
+                continue
+            hits = self._fits(request, budget, self._overdue_adapter())
+            if hits is None:
+                passed.append(request)
+            else:
+                self._start(request, hits, now)
+                works.append(self._prefill(request, budget))
+                budget -= works[-1].num_tokens
+            if any(self._passed_too_often(other) for other in passed):
+                break
+        for request in passed:
+            self.waiting.push(request)
+        if passed and not works:
+            self._stuck = (self.pool.num_available, len(self.running), self._num_added)
+        return works
+
+    @property
+    def _max_running(self) -> int:
+        return min(self.config.max_num_seqs, self.config.max_num_batched_tokens)
+
+    def _is_stuck(self) -> bool:
+        """Whether the last look found nobody who fits, and nothing has been freed or added since."""
+        if self._stuck is None:
+            return False
+        available, running, added = self._stuck
+        freed = self.pool.num_available > available or len(self.running) < running
+        return not freed and added == self._num_added
+
+    def _given_up(self, request: Request) -> bool:
+        verdict = self.policy.verdict(request, self.view)
+        if verdict == REFUSE:
+            self._end_early(request, FinishReason.ERROR, "its deadline can no longer be met", queued=False)
+        elif verdict != GO:
+            request.hopeless = True
+            self.waiting.push(request)
+        return verdict != GO
+
+    def _stands_aside(self, request: Request) -> bool:
+        """Park a request whose adapter is not on the device."""
+        identity = request.adapter
+        if identity is None or identity in self.active:
+            return False
+        if len(self._parked) >= MAX_PARKED and identity not in self._parked:
+            return False
+        try:
+            if self.adapters.ready(identity):
+                return False
+        except RuntimeError as error:
+            self._end_early(request, FinishReason.ERROR, str(error), queued=False)
+            return True
+        request.passed_since = self.num_admitted if request.passed_since is None else request.passed_since
+        self._parked.setdefault(identity, []).append(request)
+        self._num_parked += 1
+        return True
+
+    def _unpark(self) -> None:
+        for identity in list(self._parked):
+            try:
+                ready, message = self.adapters.ready(identity), ""
+            except RuntimeError as error:
+                ready, message = False, str(error)
+            if not ready and not message:
+                continue
+            requests = self._parked.pop(identity)
+            self._num_parked -= len(requests)
+            for request in requests:
+                if message:
+                    self._end_early(request, FinishReason.ERROR, message, queued=False)
+                else:
+                    self._enqueue(request)
+
+    def _want_adapters(self) -> None:
+        """Ask for what parked requests need. After admission, when what arrived is pinned and cannot be pushed out;
+        and for one that is overdue alone, so that nothing else takes its room."""
+        overdue = self._overdue_adapter()
+        for identity in self._parked if overdue is None else (overdue,):
+            self.adapters.want(identity)
+
+    def _overdue_adapter(self) -> str | None:
+        """The adapter of a parked request that too many have passed: until it is on the device, no request with
+        another adapter is admitted, so that room for it comes free."""
+        for identity, requests in self._parked.items():
+            if self._passed_too_often(requests[0]):
+                return identity
+        return None
+
+    def _passed_too_often(self, request: Request) -> bool:
+        if request.passed_since is None:
+            request.passed_since = self.num_admitted
+        return self.num_admitted - request.passed_since >= self.config.max_overtakes
+
+    def _fits(self, request: Request, budget: int, closed_for: str | None) -> list[int] | None:
+        """The blocks of its cached prefix if every budget allows it now, else None."""
+        identity = request.adapter
+        if identity is not None and identity not in self.active:
+            if closed_for not in (None, identity) or not self.adapters.ready(identity):
+                return None
+            if self._max_tasks and self._num_tasks >= self._max_tasks:
+                return None
+            ranks = self.config.max_sum_of_ranks
+            if ranks and self.active and self._sum_of_ranks + self.adapters.rank(identity) > ranks:
+                return None
+        elif identity is not None and closed_for is not None:
+            return None
+        if request.num_inflight:
+            return None  # preempted while a step was in flight: its token comes first
+        hits = self._prefix(request)
+        remaining = len(request.tokens) - len(hits) * self.pool.block_size
+        if not self.config.enable_chunked_prefill and remaining > budget:
+            return None
+        needed = self._blocks_for(len(request.tokens)) - len(hits)
+        margin = int(self.config.admission_margin * self.pool.capacity) if self.running else 0
+        return hits if needed + margin <= self.pool.num_available - self.pool.num_idle(hits) else None
+
+    @property
+    def _num_tasks(self) -> int:
+        return len(self.active) - (None in self.active)
+
+    def _prefix(self, request: Request) -> list[int]:
+        """Blocks of the longest cached prefix; the last token is always left to compute, for its logits."""
+        if not self.cache.enable_prefix_caching or request.prompt_logprobs is not None:
+            return []
+        self._extend_keys(request)
+        return self.pool.match(request.block_keys[: (len(request.tokens) - 1) // self.pool.block_size])
+
+    def _extend_keys(self, request: Request) -> None:
+        """Name its full blocks. The root is settled when it is first asked for, and again after a preemption."""
+        if not request.root:
+            salt = request.tenant if self.cache.isolate_tenants else ""
+            request.root = root_key(self.base_version, request.adapter, salt)
+        extend_keys(request.block_keys, request.root, request.tokens, self.pool.block_size)
+
+    def set_base_version(self, version: str) -> None:
+        """From now on new KV is made with these base weights. The running requests are preempted, as KV of the old
+        base is never continued with the new one; they keep their outputs."""
+        self.base_version = version
+        for request in list(self.running.values()):
+            self._preempt(request)
+        for request in self.requests.values():
+            request.root, request.block_keys = b"", []
+
+    def _start(self, request: Request, hits: list[int], now: float) -> None:
+        """From waiting to running: blocks for everything it has so far."""
+        self.pool.share(hits)
+        request.blocks = hits + self.pool.allocate(self._blocks_for(len(request.tokens)) - len(hits))
+        request.num_computed = len(hits) * self.pool.block_size
+        request.status = Status.RUNNING
+        request.passed_since = None
+        self.running[request.id] = request
+        self.num_admitted += 1
+        self.gate.note_admitted(now, others_wait=len(self.waiting) > 0)
+        account = request.account
+        account.num_running += 1
+        self.ledger.leave_queue(account)
+        found = min(request.num_computed, request.num_prompt)
+        if found > request.num_charged:
+            self.ledger.charge_cached(account, request.num_charged, found)
+            request.num_charged = found
+        if request.first_scheduled is None:
+            request.first_scheduled = now
+            request.num_cached = request.num_computed
+            request.num_prepaid = self.policy.prepay(request, self.view)
+            if request.num_prepaid:
+                self.ledger.prepay(account, request.num_prompt, request.num_prepaid)
+        self._activate(request.adapter)
+
+    def _activate(self, identity: str | None) -> None:
+        count = self.active.get(identity, 0)
+        self.active[identity] = count + 1
+        if identity is not None:
+            self.adapters.pin(identity)
+        if count == 0:
+            self._sum_of_ranks += 0 if identity is None else self.adapters.rank(identity)
+            self.waiting.touch(identity)  # a task in the batch may move its group forward
+
+    # After the step: what it yielded.
+
+    def commit(self, batch: Batch, result: StepResult, now: float) -> list[Output]:
+        """Take a step's tokens; finish what is finished; make full blocks findable."""
+        outputs = self.take_outputs()
+        sampled = iter(result.sampled)
+        block_size = self.pool.block_size
+        caching = self.cache.enable_prefix_caching
+        for work in batch.works:
+            request = work.request
+            token = next(sampled) if work.samples else None
+            if request.status is Status.FINISHED:
+                continue
+            if request.prompt_logprobs is not None:
+                _gather(request, work, result)
+            end = work.start + work.num_tokens
+            if caching and (end % block_size == 0 or work.num_tokens > 1):
+                self._publish(request, work.start // block_size, end // block_size)
+            if token is not None:
+                outputs.append(self._accept(request, token, now))
+            elif request.limit == end == request.num_prompt:
+                outputs.append(self._end(request, FinishReason.LENGTH, [], None, None))
+        self._settle(batch, now)
+        return outputs
+
+    def _accept(self, request: Request, sampled: Sampled, now: float) -> Output:
+        """One more token of this request."""
+        token = sampled.token
+        request.num_inflight -= 1
+        request.tokens.append(token)
+        number = len(request.tokens) - len(request.prompt)
+        self.ledger.charge_output(request.account, len(request.prompt), number, request.num_prepaid)
+        first = request.first_token is None
+        if first:
+            request.first_token = now
+        if request.grammar is not None:
+            request.grammar.accept(token)
+        logprobs = None if sampled.logprobs is None else [sampled.logprobs]
+        if token in request.stop_ids and number >= request.params.min_tokens:
+            return self._end(request, FinishReason.STOP, [token], logprobs, token, first)
+        if len(request.tokens) >= request.limit:
+            return self._end(request, FinishReason.LENGTH, [token], logprobs, None, first)
+        if first:
+            return _first_output(request, [token], logprobs)
+        return Output(id=request.id, tokens=[token], logprobs=logprobs)
+
+    def fail(self, batch: Batch, message: str, now: float) -> list[Output]:
+        """The step came to nothing: its requests end with an error, everyone else goes on."""
+        for work in batch.works:
+            if work.request.status is not Status.FINISHED:
+                self._end_early(work.request, FinishReason.ERROR, message)
+        self._settle(batch, now)
+        return self.take_outputs()
+
+    def _publish(self, request: Request, first: int, last: int) -> None:
+        if request.status is not Status.RUNNING:
+            return  # preempted meanwhile: its blocks are given up
+        self._extend_keys(request)
+        for index in range(first, last):
+            self.pool.publish(request.blocks[index], request.block_keys[index])
+
+    def _settle(self, batch: Batch, now: float) -> None:
+        """The step is over: measure the pace, and free what only it could still write."""
+        made = next(when for step, when in self._submitted if step == batch.step)
+        self._submitted.remove((batch.step, made))
+        seconds = now - max(made, self._committed_at)
+        self._committed_at = now
+        pace = self.view.seconds_per_step
+        self.view.seconds_per_step = seconds if pace == 0 else 0.9 * pace + 0.1 * seconds
+        if self._limbo:
+            committed = self._committed
+            over = [held for held in self._limbo if held.step <= committed]
+            self._limbo = [held for held in self._limbo if held.step > committed]
+            for held in over:
+                self._free(held.blocks, held.adapter)
+
+    @property
+    def _committed(self) -> int:
+        """No step up to this one is in flight."""
+        return self._submitted[0][0] - 1 if self._submitted else self._step
+
+    # Endings.
+
+    def _end(
+        self,
+        request: Request,
+        reason: FinishReason,
+        tokens: list[int],
+        logprobs: list[TokenLogprobs] | None,
+        stop_token: int | None,
+        first: bool = False,
+    ) -> Output:
+        """A natural end, with its last token."""
+        self._close(request, reason)
+        if first or request.prompt_logprobs is not None:
+            return _first_output(request, tokens, logprobs, reason, stop_token)
+        return Output(id=request.id, tokens=tokens, logprobs=logprobs, finish_reason=reason, stop_token=stop_token)
+
+    def _end_early(
+        self, request: Request, reason: FinishReason, message: str | None = None, queued: bool = True
+    ) -> None:
+        """An end that no token brought about. `queued`: it may still be in the queue or parked."""
+        if request.status is Status.WAITING and not queued:
+            self.ledger.leave_queue(request.account)
+            request.status = Status.FINISHED
+        self._close(request, reason)
+        self._outputs.append(Output(id=request.id, tokens=[], finish_reason=reason, message=message))
+
+    def _close(self, request: Request, reason: FinishReason) -> None:
+        before, request.status, request.finish_reason = request.status, Status.FINISHED, reason
+        if before is Status.WAITING:
+            self._leave_waiting(request)
+        elif before is Status.RUNNING:
+            self._leave_running(request)
+        del self.requests[request.id]
+        if request.num_prepaid > request.num_outputs:
+            account = request.account
+            self.ledger.refund_prepaid(account, request.num_prompt, request.num_outputs, request.num_prepaid)
+            self.waiting.touch(self.policy.group(request))
+        if request.adapter is not None:
+            self.adapters.release(request.adapter)
+        if self._on_finish is not None:
+            self._on_finish(request)
+
+    def _leave_waiting(self, request: Request) -> None:
+        self.ledger.leave_queue(request.account)
+        parked = self._parked.get(request.adapter or "", [])
+        if request not in parked:
+            self.waiting.discard(request)
+            return
+        parked.remove(request)
+        self._num_parked -= 1
+        if not parked:
+            del self._parked[request.adapter or ""]
+
+    def _leave_running(self, request: Request) -> None:
+        del self.running[request.id]
+        request.account.num_running -= 1
+        self._released.append(request.id)
+        count = self.active.pop(request.adapter) - 1
+        if count:
+            self.active[request.adapter] = count
+        elif request.adapter is not None:
+            self._sum_of_ranks -= self.adapters.rank(request.adapter)
+        blocks, request.blocks = request.blocks, []
+        if request.last_step > self._committed:
+            self._limbo.append(_Limbo(request.last_step, blocks, request.adapter))
+        else:
+            self._free(blocks, request.adapter)
+
+    def _free(self, blocks: list[int], adapter: str | None) -> None:
+        self.pool.free(blocks)
+        if adapter is not None:
+            self.adapters.unpin(adapter)
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.pool.block_size)
+
+    def check_whole(self) -> None:
+        """Raise AssertionError unless blocks, queues and counts agree. For tests, and when idle."""
+        holders: list[list[int]] = [request.blocks for request in self.running.values()]
+        self.pool.check([*holders, *(held.blocks for held in self._limbo)])
+        waiting = [r for r in self.requests.values() if r.status is Status.WAITING]
+        assert len(waiting) == self.num_waiting
+        assert len(self.requests) == len(waiting) + len(self.running)
+        assert sum(self.active.values()) == len(self.running)
+        assert sum(a.num_waiting for a in self.ledger.accounts.values()) == len(waiting)
+        assert sum(a.num_running for a in self.ledger.accounts.values()) == len(self.running)
+
+
+def _still_running(works: list[Work]) -> list[Work]:
+    """Without those whose request was preempted after it had been given its share of this step."""
+    for work in works:
+        if work.request.status is not Status.RUNNING and work.samples:
+            work.request.num_inflight -= 1
+    return [work for work in works if work.request.status is Status.RUNNING]
+
+
+def make_cost(config: SchedulerConfig) -> LinearCost | ProfiledCost:
+    """The price list that a configuration names."""
+    if config.cost == "linear":
+        return LinearCost(config.prompt_weight, config.output_weight, config.cached_price)
+    if config.cost == "profiled":
+        return ProfiledCost(cached_price=config.cached_price)
+    raise ValueError(f"unknown cost {config.cost!r}; known: linear, profiled")
+
+
+def _check(config: SchedulerConfig) -> None:
+    least: Iterable[tuple[str, float]] = (
+        ("max_num_seqs", 1),
+        ("max_num_batched_tokens", 1),
+        ("max_num_waiting", 1),
+        ("max_tasks_per_step", 0),
+        ("max_sum_of_ranks", 0),
+        ("max_overtakes", 0),
+        ("admission_margin", 0),
+        ("prompt_weight", 0),
+        ("output_weight", 0),
+        ("cached_price", 0),
+    )
+    for name, smallest in least:
+        if not getattr(config, name) >= smallest:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {smallest}")
+    if config.admission_margin >= 1:
+        raise ValueError(f"admission_margin is {config.admission_margin}; it is a share, below 1")
+
+
+def _gather(request: Request, work: Work, result: StepResult) -> None:
+    """Add a step's prompt logprobs; what is known already (recomputed after preemption) is skipped."""
+    gathered = request.prompt_logprobs
+    assert gathered is not None
+    fresh = result.prompt_logprobs.get(request.id, [])[len(gathered) - work.start - 1 :]
+    gathered += fresh[: request.num_prompt - len(gathered)]
+
+
+def _first_output(
+    request: Request,
+    tokens: list[int],
+    logprobs: list[TokenLogprobs] | None,
+    reason: FinishReason | None = None,
+    stop_token: int | None = None,
+) -> Output:
+    """What a client learns once, with the first token."""
+    prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None
+    assert request.first_scheduled is not None
+    return Output(
+        id=request.id,
+        tokens=tokens,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        finish_reason=reason,
+        stop_token=stop_token,
+        num_cached=request.num_cached,
+        queue_time=request.first_scheduled - request.arrival,
+    )

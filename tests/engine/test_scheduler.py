@@ -1,0 +1,442 @@
+"""The scheduler with a runner that notices every wrong block: outputs equal the oracle's whatever happens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from fake_runner import EOS, FakeAdapters, FakeRunner, generate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inlaid.config import CacheConfig, SchedulerConfig
+from inlaid.engine.engine import Engine
+from inlaid.engine.policy import POLICIES, QueueFull
+from inlaid.engine.request import FinishReason, NewRequest, Output, SamplingParams
+from inlaid.engine.scheduler import Scheduler
+
+ADAPTERS = ("a", "b", "c", "d")
+
+
+class Bench:
+    """An engine on a fake runner and a clock that ticks once a step."""
+
+    def __init__(
+        self,
+        num_blocks: int = 100,
+        block_size: int = 4,
+        max_model_len: int = 64,
+        overlap: bool = False,
+        adapters: FakeAdapters | None = None,
+        cache: dict[str, Any] | None = None,
+        **config: Any,
+    ) -> None:
+        self.time = 0.0
+        self.adapters = adapters or FakeAdapters(ADAPTERS)
+        scheduler = SchedulerConfig(**{"max_num_batched_tokens": 16, "max_num_seqs": 8, **config})
+        self.runner = FakeRunner(block_size, overlap, scheduler.max_num_batched_tokens)
+        self.scheduler = Scheduler(
+            scheduler,
+            CacheConfig(block_size=block_size, **(cache or {})),
+            num_blocks=num_blocks,
+            max_model_len=max_model_len,
+            adapters=self.adapters,
+            eos_ids=(EOS,),
+        )
+        self.engine = Engine(self.scheduler, self.runner, lambda: self.time)
+        self.tokens: dict[str, list[int]] = {}
+        self.ends: dict[str, Output] = {}
+        self.firsts: dict[str, Output] = {}
+        self.wanted: dict[str, NewRequest] = {}
+
+    def add(self, id: str, prompt: list[int], adapter: str | None = None, tenant: str = "", **params: Any) -> None:
+        priority = params.pop("priority", 0)
+        deadline = params.pop("deadline", None)
+        new = NewRequest(
+            id=id,
+            prompt=prompt,
+            params=SamplingParams(**params),
+            adapter=adapter,
+            tenant=tenant,
+            priority=priority,
+            deadline=deadline,
+        )
+        self.engine.add(new)
+        self.wanted[id] = new
+        self.tokens[id] = []
+
+    def step(self) -> list[Output]:
+        self.time += 1.0
+        outputs = self.engine.step()
+        for output in outputs:
+            assert output.id not in self.ends, "an output after the end"
+            self.firsts.setdefault(output.id, output)
+            self.tokens[output.id] += output.tokens
+            if output.finish_reason is not None:
+                self.ends[output.id] = output
+        self.scheduler.check_whole()
+        return outputs
+
+    def run(self, max_steps: int = 2000) -> Bench:
+        steps = 0
+        while self.engine.has_work:
+            self.step()
+            steps += 1
+            assert steps < max_steps, "the engine makes no progress"
+        return self
+
+    def expected(self, id: str) -> list[int]:
+        new = self.wanted[id]
+        stop = frozenset(new.params.stop_token_ids) | (frozenset() if new.params.ignore_eos else {EOS})
+        count = min(new.params.max_tokens, self.scheduler.max_model_len - len(new.prompt))
+        return generate(new.prompt, new.adapter, count, stop)
+
+    def check_all(self) -> None:
+        for id, new in self.wanted.items():
+            reason = self.ends[id].finish_reason
+            if reason in (FinishReason.ABORT, FinishReason.ERROR):
+                assert self.tokens[id] == self.expected(id)[: len(self.tokens[id])]
+                continue
+            assert self.tokens[id] == self.expected(id), id
+            stopped = self.tokens[id][-1:] == [EOS] and not new.params.ignore_eos
+            assert reason == (FinishReason.STOP if stopped else FinishReason.LENGTH) or new.params.stop_token_ids
+        assert not self.scheduler.running
+        assert self.scheduler.num_waiting == 0
+        assert self.scheduler.pool.num_available == self.scheduler.pool.capacity
+        self.adapters.check_idle()
+
+
+def both(test: Callable[..., None]) -> Callable[..., None]:
+    return pytest.mark.parametrize("overlap", [False, True])(test)
+
+
+@both
+def test_one_request_gets_the_oracles_tokens(overlap: bool) -> None:
+    bench = Bench(overlap=overlap)
+    bench.add("r", [1, 2, 3], max_tokens=5, ignore_eos=True)
+    bench.run().check_all()
+    assert len(bench.tokens["r"]) == 5
+    assert bench.firsts["r"].queue_time == 1.0
+
+
+@both
+def test_long_prompts_are_prefilled_in_chunks_beside_decodes(overlap: bool) -> None:
+    bench = Bench(overlap=overlap)
+    bench.add("short", [1], max_tokens=12, ignore_eos=True)
+    bench.step()
+    bench.add("long", list(range(40)), max_tokens=3, ignore_eos=True)
+    bench.run().check_all()
+    chunks = [w.num_tokens for b in bench.runner.batches for w in b.works if w.request.id == "long"]
+    assert chunks[:3] == [15, 15, 10]
+
+
+def test_without_chunking_a_prompt_waits_for_a_step_that_holds_it() -> None:
+    bench = Bench(enable_chunked_prefill=False)
+    for index in range(3):
+        bench.add(f"r{index}", [index + 1] * 9, max_tokens=3, ignore_eos=True)
+    with pytest.raises(ValueError, match="chunked prefill is off"):
+        bench.add("long", [1] * 15, max_tokens=3)
+    bench.run().check_all()
+    assert all(w.num_tokens in (1, 9) for b in bench.runner.batches for w in b.works)
+
+
+@both
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_a_crowd_in_too_little_memory_is_preempted_and_resumed_exactly(overlap: bool, policy: str) -> None:
+    bench = Bench(num_blocks=14, overlap=overlap, policy=policy, admission_margin=0.0)
+    for index in range(9):
+        adapter = (None, *ADAPTERS)[index % 5]
+        bench.add(f"r{index}", [index, 1, 2], adapter, f"t{index % 3}", max_tokens=25, ignore_eos=True)
+    bench.run().check_all()
+    assert bench.scheduler.num_preemptions > 0
+
+
+@both
+def test_a_shared_prefix_is_computed_once_and_its_last_token_always(overlap: bool) -> None:
+    bench = Bench(overlap=overlap)
+    prompt = list(range(16))
+    bench.add("first", prompt, "a", max_tokens=2, ignore_eos=True)
+    bench.run()
+    bench.add("same", prompt, "a", max_tokens=2, ignore_eos=True)
+    bench.add("longer", [*prompt, 3, 4, 5], "a", max_tokens=2, ignore_eos=True)
+    bench.add("other", prompt, "b", max_tokens=2, ignore_eos=True)
+    bench.add("base", prompt, max_tokens=2, ignore_eos=True)
+    bench.run().check_all()
+    assert bench.firsts["first"].num_cached == 0
+    assert bench.firsts["same"].num_cached == 12
+    assert bench.firsts["longer"].num_cached == 16
+    assert bench.firsts["other"].num_cached == 0
+    assert bench.firsts["base"].num_cached == 0
+
+
+def test_outputs_are_found_again_in_the_next_turn_of_a_chat() -> None:
+    bench = Bench()
+    bench.add("turn", [1, 2, 3, 4], max_tokens=6, ignore_eos=True)
+    bench.run()
+    bench.add("next", [1, 2, 3, 4, *bench.tokens["turn"], 9], max_tokens=2, ignore_eos=True)
+    bench.run().check_all()
+    assert bench.firsts["next"].num_cached == 8
+
+
+def test_tenants_share_no_prefix_when_isolated() -> None:
+    bench = Bench(cache={"isolate_tenants": True})
+    for tenant in ("x", "y"):
+        bench.add(tenant, [1] * 9, tenant=tenant, max_tokens=2, ignore_eos=True)
+        bench.run()
+    bench.add("x2", [1] * 9, tenant="x", max_tokens=2, ignore_eos=True)
+    bench.run()
+    assert [bench.firsts[id].num_cached for id in ("x", "y", "x2")] == [0, 0, 8]
+
+
+def test_a_new_base_version_meets_no_old_kv() -> None:
+    bench = Bench()
+    bench.add("old", [1] * 9, max_tokens=30, ignore_eos=True)
+    for _ in range(4):
+        bench.step()
+    bench.scheduler.set_base_version("v2")
+    before = len(bench.runner.batches)
+    bench.run().check_all()
+    assert bench.runner.batches[before].works[0].start == 0
+    bench.add("new", [1] * 9, max_tokens=2, ignore_eos=True)
+    bench.run()
+    assert bench.firsts["new"].num_cached == 8
+
+
+@both
+def test_stop_ids_eos_and_min_tokens(overlap: bool) -> None:
+    prompt = next(p for p in ([k, 2] for k in range(500)) if EOS in generate(p, None, 8) and p)
+    free = generate(prompt, None, 12, frozenset())
+    bench = Bench(overlap=overlap)
+    bench.add("eos", prompt, max_tokens=12)
+    bench.add("ignored", prompt, max_tokens=12, ignore_eos=True)
+    bench.add("id", prompt, max_tokens=12, ignore_eos=True, stop_token_ids=(free[1],))
+    bench.add("late", prompt, max_tokens=12, min_tokens=12)
+    bench.run()
+    assert bench.tokens["eos"] == free[: free.index(EOS) + 1]
+    assert bench.ends["eos"].stop_token == EOS
+    assert bench.tokens["ignored"] == free
+    assert bench.tokens["id"] == free[: free.index(free[1]) + 1]
+    assert bench.ends["id"].stop_token == free[1]
+    assert len(bench.tokens["late"]) == 12
+
+
+@both
+def test_max_model_len_ends_a_request(overlap: bool) -> None:
+    bench = Bench(max_model_len=10, overlap=overlap)
+    bench.add("r", [1] * 6, max_tokens=100, ignore_eos=True)
+    bench.run().check_all()
+    assert len(bench.tokens["r"]) == 4
+    assert bench.ends["r"].finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], {}, "empty"),
+        ([1] * 64, {}, "at most"),
+        ([1], {"max_tokens": 0}, "max_tokens is 0"),
+        ([1], {"max_tokens": 2, "min_tokens": 3}, "min_tokens 3"),
+        ([1] * 30, {"max_tokens": 30}, "KV blocks"),
+    ],
+)
+def test_what_can_never_be_served_is_refused_with_its_reason(prompt: list[int], params: Any, message: str) -> None:
+    bench = Bench(num_blocks=9)
+    with pytest.raises(ValueError, match=message):
+        bench.add("r", prompt, **params)
+    assert not bench.engine.has_work
+
+
+def test_an_id_in_use_and_an_unknown_adapter_are_refused() -> None:
+    bench = Bench()
+    bench.add("r", [1])
+    with pytest.raises(ValueError, match="in use"):
+        bench.add("r", [1])
+    with pytest.raises(ValueError, match="unknown"):
+        bench.add("s", [1], "nobody")
+
+
+@both
+@pytest.mark.parametrize("after", [0, 1, 2, 5])
+def test_abort_at_any_moment_frees_everything(overlap: bool, after: int) -> None:
+    bench = Bench(num_blocks=14, overlap=overlap)
+    for index in range(6):
+        bench.add(f"r{index}", [index, 1, 2, 3, 4], "a", max_tokens=20, ignore_eos=True)
+    for _ in range(after):
+        bench.step()
+    for index in range(0, 6, 2):
+        assert bench.engine.abort(f"r{index}")
+        assert not bench.engine.abort(f"r{index}")
+    bench.run().check_all()
+    assert [bench.ends[f"r{i}"].finish_reason for i in range(6)] == [FinishReason.ABORT, FinishReason.LENGTH] * 3
+
+
+@both
+def test_prompt_logprobs_skip_the_prefix_cache_and_come_once(overlap: bool) -> None:
+    bench = Bench(overlap=overlap)
+    prompt = list(range(20))
+    bench.add("warm", prompt, max_tokens=1, ignore_eos=True)
+    bench.run()
+    bench.add("scored", prompt, max_tokens=2, ignore_eos=True, prompt_logprobs=0)
+    bench.add("only", prompt, max_tokens=0, prompt_logprobs=0)
+    bench.run()
+    for id in ("scored", "only"):
+        logprobs = bench.firsts[id].prompt_logprobs
+        assert logprobs is not None
+        assert logprobs[0] is None
+        assert [entry.token for entry in logprobs[1:] if entry] == prompt[1:]
+        assert bench.firsts[id].num_cached == 0
+    assert bench.tokens["only"] == []
+    assert bench.ends["scored"].prompt_logprobs is None
+    assert len(bench.tokens["scored"]) == 2
+
+
+@both
+@pytest.mark.parametrize("where", ["fail_submit", "fail_collect"])
+def test_a_step_that_raises_ends_its_requests_and_nobody_elses(overlap: bool, where: str) -> None:
+    bench = Bench(overlap=overlap)
+    getattr(bench.runner, where).add(3)
+    bench.add("in it", [1, 2], max_tokens=9, ignore_eos=True)
+    for _ in range(2):
+        bench.step()
+    bench.step()
+    if overlap:
+        bench.step()
+    assert bench.ends["in it"].finish_reason is FinishReason.ERROR
+    assert "RuntimeError: the device" in (bench.ends["in it"].message or "")
+    bench.add("after", [1, 2], max_tokens=9, ignore_eos=True)
+    bench.run().check_all()
+    assert bench.ends["after"].finish_reason is FinishReason.LENGTH
+    assert bench.engine.num_failures == 1
+
+
+def test_a_loading_adapter_holds_up_nobody_else() -> None:
+    bench = Bench(adapters=FakeAdapters(ADAPTERS, load=5))
+    bench.add("slow", [1, 2], "a", max_tokens=2, ignore_eos=True)
+    bench.add("base", [1, 2], max_tokens=2, ignore_eos=True)
+    for _ in range(3):
+        bench.step()
+    assert "base" in bench.ends
+    assert "slow" not in bench.firsts
+    bench.run().check_all()
+
+
+def test_a_broken_adapter_ends_its_requests_with_the_reason() -> None:
+    bench = Bench(adapters=FakeAdapters(ADAPTERS, load=3))
+    bench.add("parked", [1], "a")
+    bench.step()
+    bench.adapters.broken.add("a")
+    bench.add("fresh", [1], "a")
+    bench.run()
+    assert [bench.ends[id].message for id in ("parked", "fresh")] == ["adapter a has NaNs"] * 2
+    bench.check_all()
+
+
+def test_the_overtaking_bound_makes_room_for_an_adapter_that_finds_no_slot() -> None:
+    bench = Bench(adapters=FakeAdapters(ADAPTERS, slots=1), max_overtakes=6, max_num_seqs=2)
+    bench.add("seed", [1], "a", max_tokens=4, ignore_eos=True)
+    bench.step()
+    bench.step()
+    bench.add("lonely", [1], "b", max_tokens=2, ignore_eos=True)
+    for index in range(40):
+        bench.add(f"crowd{index}", [index], "a", max_tokens=4, ignore_eos=True)
+    order: list[str] = []
+    while bench.engine.has_work:
+        order += [output.id for output in bench.step() if output.finish_reason]
+    assert order.index("lonely") <= 10
+    bench.check_all()
+
+
+def test_a_small_request_passes_one_that_does_not_fit_but_not_forever() -> None:
+    bench = Bench(num_blocks=9, max_overtakes=3, admission_margin=0.0)
+    bench.add("holder", [1] * 4, max_tokens=20, ignore_eos=True)
+    bench.step()
+    bench.add("big", [2] * 28, max_tokens=2, ignore_eos=True)
+    for index in range(8):
+        bench.add(f"small{index}", [index], max_tokens=2, ignore_eos=True)
+    started: list[str] = []
+    while bench.engine.has_work:
+        bench.step()
+        started += [id for id in bench.scheduler.running if id not in started]
+    bench.check_all()
+    assert started.index("big") == 4  # the holder, three that passed, then big
+
+
+def test_tasks_and_ranks_in_a_step_are_bounded() -> None:
+    for limits in ({"max_tasks_per_step": 2}, {"max_sum_of_ranks": 16}, {"policy": "inlaid:beta=2"}):
+        bench = Bench(**limits)
+        for index in range(12):
+            bench.add(f"r{index}", [index], ADAPTERS[index % 4], max_tokens=3, ignore_eos=True)
+        bench.run().check_all()
+        most = max(len({work.request.adapter for work in batch.works}) for batch in bench.runner.batches)
+        assert most == 2
+
+
+def test_a_full_queue_refuses_with_a_time_but_not_those_below_their_share() -> None:
+    bench = Bench(max_num_waiting=10)
+    for index in range(10):
+        bench.add(f"r{index}", [1], tenant="flood")
+    with pytest.raises(QueueFull, match="waiting") as caught:
+        bench.add("more", [1], tenant="flood")
+    assert caught.value.retry_after >= 1
+    for index in range(5):
+        bench.add(f"s{index}", [1], tenant="small")
+    with pytest.raises(QueueFull):
+        bench.add("s5", [1], tenant="small")
+    bench.run().check_all()
+
+
+def test_nothing_to_do_is_no_batch() -> None:
+    bench = Bench()
+    assert not bench.engine.has_work
+    assert bench.engine.step() == []
+    assert bench.engine.idle
+    assert bench.runner.batches == []
+
+
+requests = st.lists(
+    st.tuples(
+        st.integers(0, 12),  # the step at which it arrives
+        st.lists(st.integers(0, 2), min_size=1, max_size=24),
+        st.sampled_from([None, *ADAPTERS]),
+        st.integers(1, 20),
+        st.booleans(),
+        st.one_of(st.none(), st.integers(0, 30)),  # the step at which it is aborted
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    requests=requests,
+    overlap=st.booleans(),
+    policy=st.sampled_from(sorted(POLICIES)),
+    num_blocks=st.integers(12, 40),
+    slots=st.integers(1, 4),
+    failing=st.sets(st.integers(1, 30), max_size=2),
+    data=st.data(),
+)
+def test_any_storm_leaves_the_pool_whole_and_every_answer_exact(
+    requests: Any, overlap: bool, policy: str, num_blocks: int, slots: int, failing: set[int], data: st.DataObject
+) -> None:
+    bench = Bench(
+        num_blocks=num_blocks,
+        overlap=overlap,
+        policy=policy,
+        adapters=FakeAdapters(ADAPTERS, slots=slots, load=2),
+        max_num_seqs=4,
+        max_overtakes=3,
+    )
+    getattr(bench.runner, data.draw(st.sampled_from(["fail_submit", "fail_collect"]))).update(failing)
+    for step in range(40):
+        for index, (arrives, prompt, adapter, count, ignore_eos, aborted) in enumerate(requests):
+            if arrives == step:
+                bench.add(f"r{index}", prompt, adapter, f"t{index % 3}", max_tokens=count, ignore_eos=ignore_eos)
+            if aborted == step:
+                bench.engine.abort(f"r{index}")
+        bench.step()
+    bench.run().check_all()
+    ledger = bench.scheduler.ledger
+    assert ledger.total == pytest.approx(sum(a.service for a in ledger.accounts.values()))
