@@ -1,0 +1,143 @@
+"""The task bank: each task's Hessians on disk beside the checkpoint, so that adding a task runs only that task.
+
+An entry is a folder named by a hash of all that decides its content: base, adapter, data, calibration settings and the
+type it was computed in. Another base or other data is another entry; none is ever read for another's sake. A layer's
+file is written whole or not at all, so a killed run resumes with what it had.
+
+A Hessian is symmetric: the upper triangle is kept. In "float32" as it is; in "float16" as correlations with a
+single-precision diagonal, half the size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from inlaid.checkpoint import write_atomically
+
+PRECISIONS = ("float32", "float16")
+
+
+class BankError(ValueError):
+    """An entry cannot be read; the message says which."""
+
+
+def entry_key(**facts: Any) -> str:
+    """The name of the entry that these facts decide."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+class Bank:
+    """All entries below one folder."""
+
+    def __init__(self, path: Path, precision: str = "float32") -> None:
+        if precision not in PRECISIONS:
+            raise BankError(f"the bank keeps {' or '.join(PRECISIONS)}, not {precision!r}")
+        self.path, self.precision = path, precision
+
+    def entry(self, key: str) -> Entry:
+        return Entry(self.path / f"{key}-{self.precision}", self.precision)
+
+    def keep_only(self, keys: set[str]) -> None:
+        """Drop the entries of tasks that are gone."""
+        names = {f"{key}-{self.precision}" for key in keys}
+        for folder in self.path.iterdir() if self.path.is_dir() else ():
+            if folder.name not in names:
+                shutil.rmtree(folder)
+
+
+class Entry:
+    """One task's Hessians, by layer and site."""
+
+    def __init__(self, path: Path, precision: str) -> None:
+        self.path, self.precision = path, precision
+
+    def has(self, layer: int) -> bool:
+        return self._file(layer).exists()
+
+    def complete(self, num_layers: int) -> bool:
+        return all(self.has(layer) for layer in range(num_layers))
+
+    def write(self, layer: int, hessians: dict[str, Tensor], members: dict[str, list[str]], tokens: float) -> None:
+        """Keep a layer. What is read back is what every aggregation sees, from the first run on."""
+        tensors: dict[str, Tensor] = {}
+        for site, hessian_KK in hessians.items():
+            tensors |= {f"{site}/{part}": tensor for part, tensor in _encode(hessian_KK, self.precision).items()}
+        metadata = {"members": json.dumps(members), "tokens": repr(tokens)}
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._file(layer), save(tensors, metadata=metadata))
+
+    def members(self, layer: int) -> dict[str, list[str]]:
+        """The linears of each site."""
+        return json.loads(self._metadata(layer)["members"])
+
+    def tokens(self, layer: int) -> float:
+        return float(self._metadata(layer)["tokens"])
+
+    def read(self, layer: int, site: str, device: torch.device) -> Tensor:
+        try:
+            with safe_open(str(self._file(layer)), framework="pt") as file:
+                names = [name for name in file.keys() if name.startswith(f"{site}/")]  # noqa: SIM118 (not a dict)
+                parts = {name.rsplit("/", 1)[1]: file.get_tensor(name) for name in names}
+        except (SafetensorError, OSError) as error:
+            raise BankError(
+                f"{self._file(layer)} cannot be read ({error}); delete it, it will be made again"
+            ) from error
+        return _decode(parts).to(device)
+
+    def _metadata(self, layer: int) -> dict[str, str]:
+        try:
+            with safe_open(str(self._file(layer)), framework="pt") as file:
+                return file.metadata()
+        except (SafetensorError, OSError) as error:
+            raise BankError(
+                f"{self._file(layer)} cannot be read ({error}); delete it, it will be made again"
+            ) from error
+
+    def _file(self, layer: int) -> Path:
+        return self.path / f"layer-{layer:03d}.safetensors"
+
+
+def _encode(hessian_KK: Tensor, precision: str) -> dict[str, Tensor]:
+    hessian_KK = hessian_KK.float().cpu()
+    if precision == "float32":
+        return {"triangle": _upper(hessian_KK)}
+    diagonal_K = hessian_KK.diagonal().clamp(min=0).contiguous()
+    deviation_K = diagonal_K.sqrt()
+    inverse_K = torch.where(deviation_K > 0, 1 / deviation_K, torch.zeros_like(deviation_K))
+    correlations_KK = hessian_KK * inverse_K[:, None] * inverse_K[None, :]
+    return {"correlations": _upper(correlations_KK.half()), "diagonal": diagonal_K}
+
+
+def _decode(parts: dict[str, Tensor]) -> Tensor:
+    if "triangle" in parts:
+        return _symmetric(parts["triangle"])
+    deviation_K = parts["diagonal"].sqrt()
+    hessian_KK = _symmetric(parts["correlations"].float()) * deviation_K[:, None] * deviation_K[None, :]
+    hessian_KK.diagonal().copy_(parts["diagonal"])
+    return hessian_KK
+
+
+def _upper(matrix_KK: Tensor) -> Tensor:
+    """Rows of the upper triangle end to end, without an index the size of the matrix."""
+    return torch.cat([row[i:] for i, row in enumerate(matrix_KK)])
+
+
+def _symmetric(triangle: Tensor) -> Tensor:
+    size = int(((8 * len(triangle) + 1) ** 0.5 - 1) / 2)
+    matrix_KK = torch.empty(size, size, dtype=triangle.dtype)
+    start = 0
+    for i in range(size):
+        row = triangle[start : start + size - i]
+        matrix_KK[i, i:] = row
+        matrix_KK[i:, i] = row
+        start += size - i
+    return matrix_KK

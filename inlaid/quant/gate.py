@@ -1,0 +1,170 @@
+"""The gate: does a task belong here, and what did quantizing do to every task?
+
+Both are asked of held-out examples, in nats per token of the answer. A new task must fit its own adapter: its answers
+must be likelier than the same answers under other prompts, likelier than a blind guess, no less likely than to the base
+alone, and must not drive activations far beyond the base's own (such a task would own every shared Hessian). After
+quantizing, no task that was there before may have become worse than a tolerance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlaid.quant.adapter import NO_ADAPTER, Adapter
+from inlaid.quant.blocks import BlockModel, Stream
+from inlaid.quant.calibration import Batch, Sequence, batches
+
+MISPAIRED_SHARE = 0.9
+LOUDNESS = 100.0
+
+Report = Callable[[str], None]
+
+
+class GateRefusal(ValueError):
+    """A task was refused; the message holds the numbers."""
+
+
+@dataclass(frozen=True)
+class GateTask:
+    """What the gate needs of a task."""
+
+    name: str
+    adapter: Adapter
+    held_out: tuple[Sequence, ...]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A new task on the full-precision base: losses with its adapter, without, and with answers under wrong prompts;
+    and how many times louder than the base's the loudest input of a linear gets."""
+
+    full: float
+    alone: float
+    mispaired: float | None
+    loudness: float
+
+
+def quantized_losses(model: BlockModel, tasks: list[GateTask], report: Report) -> dict[str, float]:
+    """Each task's held-out loss on a (quantized) folder, adapter attached."""
+    passes = [_Pass(model, task.adapter, batches(task.held_out)) for task in tasks]
+    _run(model, passes, report, "checking quantized")
+    return {task.name: done.loss for task, done in zip(tasks, passes, strict=True)}
+
+
+def fits(model: BlockModel, tasks: list[GateTask], report: Report) -> dict[str, Fit]:
+    """How each task fits the full-precision base."""
+    passes: dict[str, list[_Pass]] = {}
+    for task in tasks:
+        paired, wrong = batches(task.held_out), mispaired(task.held_out)
+        passes[task.name] = [_Pass(model, task.adapter, paired), _Pass(model, NO_ADAPTER, paired)]
+        if wrong:
+            passes[task.name].append(_Pass(model, task.adapter, batches(wrong)))
+    _run(model, [one for parts in passes.values() for one in parts], report, "checking tasks")
+    return {name: _fit(*parts) for name, parts in passes.items()}
+
+
+def why_unfit(fit: Fit, vocabulary: int) -> str | None:
+    """Why a task should not shape the base, in a sentence with the numbers, or None."""
+    if not math.isfinite(fit.full):
+        return "its loss is not finite: the adapter overflows"
+    if fit.loudness > LOUDNESS:
+        return (
+            f"its adapter makes activations up to {fit.loudness:.3g} times as loud as the base's (limit {LOUDNESS:g})"
+        )
+    if fit.full > math.log(vocabulary):
+        return f"its loss of {fit.full:.3f} is worse than a blind guess ({math.log(vocabulary):.3f})"
+    if fit.full > fit.alone + 0.01:
+        return f"its data are less likely with the adapter ({fit.full:.3f} nats a token) than without ({fit.alone:.3f})"
+    if fit.mispaired is not None and fit.full > MISPAIRED_SHARE * fit.mispaired:
+        return (
+            f"its answers are about as likely under wrong prompts ({fit.mispaired:.3f} nats a token) as under their "
+            f"own ({fit.full:.3f}): the data are not what the adapter was trained for"
+        )
+    return None
+
+
+def regressions(before: dict[str, float], after: dict[str, float], tolerance: float) -> list[str]:
+    """The old tasks that a new base makes worse by more than the tolerance, with their numbers."""
+    return [
+        f"{name}: {loss:.4f} -> {after[name]:.4f} nats a token"
+        for name, loss in sorted(before.items())
+        if not after[name] <= loss + tolerance
+    ]
+
+
+def mispaired(sequences: tuple[Sequence, ...]) -> tuple[Sequence, ...]:
+    """The same prompts, each with the answer of the next; nothing where there are no answers to exchange."""
+    answered = [sequence for sequence in sequences if sequence.answer]
+    if len({sequence.ids[sequence.answer :] for sequence in answered}) < 2:
+        return ()
+    nexts = answered[1:] + answered[:1]
+    return tuple(
+        Sequence(one.ids[: one.answer] + other.ids[other.answer :], one.answer) for one, other in zip(answered, nexts)
+    )
+
+
+class _Pass:
+    """One adapter over one set of batches, moved through the blocks with all the others."""
+
+    def __init__(self, model: BlockModel, adapter: Adapter, parts: list[Batch]) -> None:
+        self.model, self.adapter = model, adapter
+        self.streams: list[Stream] = model.start(parts)
+        self.loudness: dict[str, float] = {}
+        self.loss = math.nan
+
+    @torch.no_grad()
+    def advance(self, block: nn.Module, index: int) -> None:
+        with self.adapter.attached(block, self.model.prefix(index)), self._listening(self.model.linears(index)):
+            for stream in self.streams:
+                stream.hidden_BSD = self.model.run(block, index, stream)
+
+    def finish(self) -> None:
+        total = count = 0.0
+        for stream in self.streams:
+            wanted_BS = stream.batch.answer_BS[:, 1:].to(self.model.device)
+            logits_TV = self.model.logits(stream.hidden_BSD[:, :-1][wanted_BS.to(stream.hidden_BSD.device)]).float()
+            targets_T = stream.batch.ids_BS.to(self.model.device)[:, 1:][wanted_BS]
+            total += float(nn.functional.cross_entropy(logits_TV, targets_T, reduction="sum"))
+            count += len(targets_T)
+        self.loss = total / max(count, 1.0)
+        self.streams = []
+
+    @contextmanager
+    def _listening(self, linears: dict[str, nn.Linear]) -> Iterator[None]:
+        handles = [linear.register_forward_pre_hook(self._hook(name)) for name, linear in linears.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, name: str) -> Any:
+        def listen(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            mean_square = float(inputs[0].float().square().mean())
+            self.loudness[name] = max(self.loudness.get(name, 0.0), mean_square)
+
+        return listen
+
+
+def _run(model: BlockModel, passes: list[_Pass], report: Report, what: str) -> None:
+    for index in range(model.num_blocks):
+        report(f"{what}, layer {index}")
+        with model.loaded(index) as block:
+            for one in passes:
+                one.advance(block, index)
+    with model.head():
+        for one in passes:
+            one.finish()
+
+
+def _fit(full: _Pass, alone: _Pass, wrong: _Pass | None = None) -> Fit:
+    ratios = [full.loudness[name] / max(alone.loudness[name], 1e-12) for name in full.loudness]
+    loudness = max(ratios) ** 0.5 if all(map(math.isfinite, ratios)) else math.inf
+    return Fit(full.loss, alone.loss, wrong.loss if wrong else None, loudness)
