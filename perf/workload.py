@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from perf.adapters import AdapterChoice, choose_adapters, name_by_appearance
 from perf.arrivals import Arrivals, arrival_times
 from perf.lengths import Lengths, draw_lengths
-from perf.prompts import Prompt, PromptMaker
+from perf.prompts import Prompt, PromptFormat
 from perf.toml import load_toml
 from perf.traces import Trace, TraceRow, read_trace, repeat_rows, trace_period
 
@@ -82,6 +82,16 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("tenant weights must be above 0")
 
 
+class Maker(Protocol):
+    """What a plan needs of `perf.prompts.PromptMaker`."""
+
+    form: PromptFormat
+
+    def make(self, index: int, length: int) -> Prompt: ...
+    def from_blocks(self, blocks: tuple[int, ...], length: int) -> Prompt: ...
+    def count(self, text: str) -> int | None: ...
+
+
 class PlannedRequest(msgspec.Struct, frozen=True):
     """`at` is seconds after the start of the run; `prompt_len` is None for a text nobody has counted."""
 
@@ -116,7 +126,7 @@ def load_workload(path: str) -> Workload:
         raise ValueError(f"{path}: {error}") from error
 
 
-def plan(workload: Workload, served: list[str], maker: PromptMaker) -> list[PlannedRequest]:
+def plan(workload: Workload, served: list[str], maker: Maker) -> list[PlannedRequest]:
     """Every request of the run in the order in which it is due."""
     drafts: list[_Draft] = []
     for number, stream in enumerate(workload.streams):
@@ -226,7 +236,7 @@ def _classes(workload: Workload, drafts: list[_Draft]) -> list[str]:
     return [by_adapter.get(draft.adapter or "", names[int(pick)]) for draft, pick in zip(drafts, picks, strict=True)]
 
 
-def _finish(index: int, draft: _Draft, service_class: str, maker: PromptMaker) -> PlannedRequest:
+def _finish(index: int, draft: _Draft, service_class: str, maker: Maker) -> PlannedRequest:
     row = draft.row
     prompt: Prompt
     if row is not None and row.prompt is not None:
@@ -249,7 +259,7 @@ def _finish(index: int, draft: _Draft, service_class: str, maker: PromptMaker) -
     )
 
 
-def _output_len(draft: _Draft, maker: PromptMaker) -> int:
+def _output_len(draft: _Draft, maker: Maker) -> int:
     if draft.output_len is not None:
         return draft.output_len
     completion = draft.row.completion if draft.row is not None else None

@@ -1,0 +1,170 @@
+"""The archive of a grid: one folder with every point's config, logs and results, and a checkpoint.
+
+The checkpoint is a file of events, appended and flushed to disk one line at a time, so that a kill at any
+moment loses at most the line being written. A result counts when its summary is whole: it is written beside
+and renamed, so a point that finished just before a kill is found finished. Used by `perf.runner`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from perf.client import write_atomically
+from perf.instance import Instance
+from perf.process import ROOT
+
+EventKind = Literal["started", "passed", "failed", "interrupted", "resumed", "forced"]
+
+
+class Event(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    event: EventKind
+    time: str
+    point: str = ""
+    attempt: int = 0
+    seconds: float = 0.0
+    reason: str = ""
+    revision: str = ""
+
+
+class ArchiveBusy(ValueError):
+    """Another runner, or a process it left, still works on this archive."""
+
+
+class Archive:
+    """Owns the folder, the lock on it and the checkpoint's end."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        if not (home / "points.json").is_file():
+            raise ValueError(f"{home} is not an archive of experiments: it has no points.json")
+        self.points: list[str] = msgspec.json.decode((home / "points.json").read_bytes(), type=list[str])
+        self.lock = os.open(home / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        self.checkpoint = home / "checkpoint.jsonl"
+
+    def acquire(self, timeout_s: float = 40.0) -> None:
+        """Waits for what a killed runner left behind to end: its wardens hold the lock until they are done."""
+        end = time.monotonic() + timeout_s
+        while True:
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise ArchiveBusy(f"{self.home} is in use by another runner (lock held)") from None
+                time.sleep(0.1)
+        self._drop_cut_line()
+
+    def directory(self, point: str) -> Path:
+        return self.home / "points" / point
+
+    def instance(self, point: str) -> Instance:
+        return msgspec.json.decode((self.directory(point) / "instance.json").read_bytes(), type=Instance)
+
+    def append(self, event: EventKind, **fields: Any) -> None:
+        """On disk when this returns."""
+        line = msgspec.json.encode(Event(event, _now(), **fields)) + b"\n"
+        with self.checkpoint.open("ab") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def events(self) -> list[Event]:
+        """Since the last `--force`."""
+        if not self.checkpoint.exists():
+            return []
+        whole = self.checkpoint.read_bytes().splitlines(keepends=True)
+        events = [msgspec.json.decode(line, type=Event) for line in whole if line.endswith(b"\n")]
+        forced = max((i for i, event in enumerate(events) if event.event == "forced"), default=-1)
+        return events[forced + 1 :]
+
+    def passed(self) -> dict[str, int]:
+        """Point -> the attempt whose result counts."""
+        return {event.point: event.attempt for event in self.events() if event.event == "passed"}
+
+    def unfinished(self) -> list[Event]:
+        """Attempts that were started and have no end: the runner died during them."""
+        open_attempts: dict[tuple[str, int], Event] = {}
+        for event in self.events():
+            if event.event == "started":
+                open_attempts[event.point, event.attempt] = event
+            else:
+                open_attempts.pop((event.point, event.attempt), None)
+        return list(open_attempts.values())
+
+    def new_attempt(self, point: str) -> tuple[int, Path]:
+        """The next number and its empty folder."""
+        taken = [int(path.name.removeprefix("attempt-")) for path in self.directory(point).glob("attempt-*")]
+        number = max(taken, default=0) + 1
+        directory = self.directory(point) / f"attempt-{number}"
+        directory.mkdir()
+        return number, directory
+
+    def attempt_directory(self, point: str, attempt: int) -> Path:
+        return self.directory(point) / f"attempt-{attempt}"
+
+    def _drop_cut_line(self) -> None:
+        if self.checkpoint.exists():
+            data = self.checkpoint.read_bytes()
+            if data and not data.endswith(b"\n"):
+                write_atomically(self.checkpoint, data[: data.rfind(b"\n") + 1])
+
+
+def create_archive(log_home: Path, name: str, templates: list[Path], instances: list[Instance]) -> Archive:
+    """Writes everything that is known before the first run; the folder appears whole or not at all."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    log_home.mkdir(parents=True, exist_ok=True)
+    home = _fresh(log_home / f"{stamp}_{name}")
+    partial = home.with_name(f".{home.name}.partial-{os.getpid()}")
+    partial.mkdir()
+    (partial / "templates").mkdir()
+    for number, template in enumerate(templates):
+        (partial / "templates" / f"{number}-{template.name}").write_bytes(template.read_bytes())
+    for instance in instances:
+        directory = partial / "points" / instance.point
+        directory.mkdir(parents=True)
+        instance.write(directory)
+    _write_git(partial)
+    points = msgspec.json.encode([instance.point for instance in instances])
+    (partial / "points.json").write_bytes(msgspec.json.format(points, indent=1) + b"\n")
+    partial.rename(home)
+    return Archive(home)
+
+
+def _fresh(home: Path) -> Path:
+    """Two grids of one second get different folders."""
+    candidate, number = home, 1
+    while candidate.exists():
+        number += 1
+        candidate = home.with_name(f"{home.name}-{number}")
+    return candidate
+
+
+def git_revision() -> str:
+    return _git("rev-parse", "HEAD").strip() or "unknown"
+
+
+def _git(*arguments: str) -> str:
+    """Empty where there is no git or no repository: an archive can be made from an unpacked tarball too."""
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.decode(errors="replace") if done.returncode == 0 else ""
+
+
+def _write_git(directory: Path) -> None:
+    (directory / "git-revision.txt").write_text(git_revision() + "\n")
+    (directory / "git-diff.patch").write_text(_git("diff", "--binary", "HEAD"))
+    (directory / "git-untracked.txt").write_text(_git("ls-files", "--others", "--exclude-standard"))
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")

@@ -1,0 +1,137 @@
+"""Draws the figures of `perf.report` as PNG. The only file that imports matplotlib, an optional extra."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from perf import series
+from perf.series import Points, Run
+
+# Okabe and Ito's colours: told apart by people who do not see red and green as different.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+MAX_CURVES = len(COLOURS)
+
+
+def draw_all(runs: list[Run]) -> dict[str, bytes]:
+    """Title -> PNG. Series are drawn for at most MAX_CURVES runs; curves against rate take all of them."""
+    shown = runs[:MAX_CURVES]
+    width = series.bucket_width(max(run.duration for run in shown))
+    figures = {
+        "Rate": _panels(shown, _rate_panels(width), "seconds since the start"),
+        "TTFT over time": _panels(shown, _percentile_panels("ttft", width), "seconds since the start"),
+        "Inter-token latency over time": _panels(shown, _percentile_panels("itl", width), "seconds since the start"),
+        "Distributions": _panels(shown, _distribution_panels(), "milliseconds"),
+        "Service by tenant": _service(shown),
+    }
+    swept = _against_rate(runs)
+    if swept is not None:
+        figures["Against rate"] = swept
+    return figures
+
+
+Panel = tuple[str, Callable[[Run], Points]]
+
+
+def _rate_panels(width: float) -> list[Panel]:
+    return [
+        ("requests due a second", lambda run: series.rate(run, width, finished=False)),
+        ("requests answered a second", lambda run: series.rate(run, width, finished=True)),
+        ("output tokens a second", lambda run: series.output_rate(run, width)),
+    ]
+
+
+def _percentile_panels(kind: str, width: float) -> list[Panel]:
+    return [
+        ("median (ms)", lambda run: series.percentile_over_time(run, kind, 50, width)),
+        ("p99 (ms)", lambda run: series.percentile_over_time(run, kind, 99, width)),
+    ]
+
+
+def _distribution_panels() -> list[Panel]:
+    names = {"ttft": "TTFT", "itl": "inter-token latency", "e2el": "end to end"}
+    return [(f"share of {title} up to x", _distribution(kind)) for kind, title in names.items()]
+
+
+def _distribution(kind: str) -> Callable[[Run], Points]:
+    return lambda run: series.distribution(run, kind)
+
+
+def _panels(runs: list[Run], panels: list[Panel], x_label: str) -> bytes:
+    figure, axes = _figure(len(panels))
+    for axis, (title, points) in zip(axes, panels, strict=True):
+        for run, colour in zip(runs, COLOURS, strict=False):
+            curve = points(run)
+            marker = "." if len(curve[0]) < 12 else ""  # a single bucket would make no line
+            axis.plot(*curve, color=colour, label=run.label, linewidth=1.6, marker=marker)
+        _dress(axis, title, x_label)
+    _legend(figure, axes[0])
+    return _png(figure)
+
+
+def _service(runs: list[Run]) -> bytes:
+    """A panel a run, at most four: each tenant's service since the start."""
+    chosen = runs[:4]
+    figure, axes = _figure(len(chosen))
+    for axis, run in zip(axes, chosen, strict=True):
+        for (tenant, points), colour in zip(series.cumulative_service(run).items(), COLOURS, strict=False):
+            axis.plot(*points, color=colour, label=tenant, linewidth=1.6)
+        _dress(axis, run.label, "seconds since the start")
+        axis.legend(fontsize=7, frameon=False)
+    axes[0].set_ylabel("input + 2 x output tokens", fontsize=8)
+    return _png(figure)
+
+
+def _against_rate(runs: list[Run]) -> bytes | None:
+    """Nothing to draw unless some curve has two rates."""
+    panels = [
+        ("SLO attainment", "attainment"),
+        ("output tokens a second", "output_throughput"),
+        ("mean TTFT (ms)", "mean_ttft_ms"),
+    ]
+    curves = {title: series.against_rate(runs, figure) for title, figure in panels}
+    curves = {title: named for title, named in curves.items() if any(len(x) > 1 for x, _ in named.values())}
+    if not curves:
+        return None
+    figure, axes = _figure(len(curves))
+    for axis, (title, named) in zip(axes, curves.items(), strict=True):
+        for (name, points), colour in zip(named.items(), COLOURS, strict=False):
+            axis.plot(*points, color=colour, label=name, marker="o", markersize=4, linewidth=1.6)
+        _dress(axis, title, "requests offered a second")
+        if title == "SLO attainment":
+            axis.set_ylim(-0.03, 1.03)
+    _legend(figure, axes[0])
+    return _png(figure)
+
+
+def _figure(panels: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(12.6, 3.6), dpi=110, layout="constrained")
+    axes: Any = figure.subplots(1, panels, squeeze=False)
+    return figure, list(axes[0])
+
+
+def _dress(axis: Axes, title: str, x_label: str) -> None:
+    axis.set_title(title, fontsize=9, wrap=True)
+    axis.set_xlabel(x_label, fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.grid(alpha=0.25)
+    axis.set_ylim(bottom=0)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _legend(figure: Figure, axis: Axes) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(2, len(labels)), fontsize=7, frameon=False)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

@@ -1,0 +1,236 @@
+"""`python -m perf.report A.json B.json ...`: one self-contained HTML page (and PNGs) from summaries of runs.
+
+The first run is what the others are compared with. Records are read from the .jsonl beside each summary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from perf.records import read_records
+from perf.series import Run
+
+NO_MATPLOTLIB = "The figures need matplotlib: pip install matplotlib (the extra `plot`)."
+MAX_ROWS = 50
+
+# title, key in the summary, whether more is better
+FIGURES: tuple[tuple[str, str, bool], ...] = (
+    ("requests/s", "request_throughput", True),
+    ("output tokens/s", "output_throughput", True),
+    ("goodput (req/s)", "request_goodput", True),
+    ("SLO attainment", "slo.attainment", True),
+    ("mean TTFT (ms)", "mean_ttft_ms", False),
+    ("p99 TTFT (ms)", "p99_ttft_ms", False),
+    ("mean TPOT (ms)", "mean_tpot_ms", False),
+    ("p99 TPOT (ms)", "p99_tpot_ms", False),
+    ("mean ITL (ms)", "mean_itl_ms", False),
+    ("p99 ITL (ms)", "p99_itl_ms", False),
+    ("mean end to end (ms)", "mean_e2el_ms", False),
+    ("mean task completion (s)", "jct.mean_s", False),
+    ("Jain's index", "fairness.jain_service", True),
+    ("largest service gap", "fairness.gap_max", False),
+)
+PLAIN: tuple[tuple[str, str], ...] = (
+    ("answered", "completed"),
+    ("failed", "failed"),
+    ("offered (req/s)", "offered_rate"),
+    ("generator late p99 (ms)", "lateness_ms.p99"),
+)
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1180px; padding: 1.5rem; color: #1c2530; }
+h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .6rem; }
+p.note { color: #5a6572; margin: .2rem 0 1rem; }
+.scroll { overflow-x: auto; border: 1px solid #dde3ea; border-radius: 8px; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 13px; }
+th, td { padding: .35rem .7rem; text-align: right; white-space: nowrap; border-top: 1px solid #edf1f5; }
+thead th { background: #f5f7fa; border-top: 0; text-align: right; font-weight: 600; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
+thead th:first-child { background: #f5f7fa; }
+.better { color: #00704f; } .worse { color: #b34700; } .ratio { font-size: 12px; margin-left: .35rem; }
+.warning { background: #fff4e5; border-left: 4px solid #e69f00; padding: .5rem .8rem; border-radius: 4px; }
+figure { margin: 0 0 1.5rem; } figcaption { font-weight: 600; margin-bottom: .3rem; }
+img { max-width: 100%; height: auto; } summary { cursor: pointer; font-weight: 600; margin: .6rem 0; }
+code { font-size: 12px; word-break: break-all; }
+"""
+
+
+def load_runs(paths: list[Path]) -> list[Run]:
+    """Runs with labels that differ: what all have in common at the front is left out, and twins are numbered."""
+    runs = []
+    for path in paths:
+        try:
+            summary = json.loads(path.read_text())
+            label = summary["label"] or path.stem
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not a summary of a run: {type(error).__name__} {error}") from error
+        records = [record for record in read_records(path.with_suffix(".jsonl")) if not record.warmup]
+        runs.append(Run(label, summary, records))
+    names = _apart([run.label for run in runs])
+    return [Run(name, run.summary, run.records) for name, run in zip(names, runs, strict=True)]
+
+
+def _apart(labels: list[str]) -> list[str]:
+    seen: dict[str, int] = {}
+    names = []
+    for label in labels:
+        seen[label] = seen.get(label, 0) + 1
+        names.append(label if seen[label] == 1 else f"{label} ({seen[label]})")
+    return names
+
+
+def figure_of(summary: dict[str, Any], key: str) -> float | None:
+    """`slo.attainment` looks inside; None where the run has no such figure."""
+    value: Any = summary
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return None if value is None else float(value)
+
+
+def comparison_table(runs: list[Run]) -> str:
+    """A row a run; behind each figure its ratio to the first run's, coloured by which direction is better."""
+    shown = [f for f in FIGURES if any(figure_of(run.summary, f[1]) is not None for run in runs)]
+    head = [title for title, _ in PLAIN] + [title for title, _, _ in shown]
+    rows = []
+    for run in runs:
+        cells = [_number(figure_of(run.summary, key)) for _, key in PLAIN]
+        for _, key, more_is_better in shown:
+            value, base = figure_of(run.summary, key), figure_of(runs[0].summary, key)
+            cells.append(_number(value) + ("" if run is runs[0] else _ratio(value, base, more_is_better)))
+        rows.append([html.escape(run.label), *cells])
+    return _table(["run", *head], rows)
+
+
+def _ratio(value: float | None, base: float | None, more_is_better: bool) -> str:
+    if value is None or not base:
+        return ""
+    ratio = value / base
+    kind = "" if abs(ratio - 1) < 0.02 else "better" if (ratio > 1) == more_is_better else "worse"
+    return f'<span class="ratio {kind}">&times;{ratio:.2f}</span>'
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "&ndash;"
+    return (
+        f"{value:,.0f}"
+        if value == int(value) and abs(value) < 1e9
+        else f"{value:,.3g}"
+        if abs(value) < 1
+        else f"{value:,.1f}"
+    )
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    titles = "".join(f"<th>{html.escape(title)}</th>" for title in head)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def group_table(run: Run, kind: str) -> str:
+    """Per adapter or per tenant; the busiest first, and at most MAX_ROWS of them."""
+    groups = sorted(run.summary[kind].items(), key=lambda item: -item[1]["total_output_tokens"])
+    present = [column for column in _GROUP_COLUMNS if any(column in figures for _, figures in groups)]
+    rows = [[html.escape(name), *(_number(figures.get(c)) for c in present)] for name, figures in groups[:MAX_ROWS]]
+    left = f'<p class="note">and {len(groups) - MAX_ROWS} more</p>' if len(groups) > MAX_ROWS else ""
+    return _table([kind.removeprefix("per_"), *(c.replace("_", " ") for c in present)], rows) + left
+
+
+def run_details(run: Run) -> str:
+    parts = [f"<summary>{html.escape(run.label)}</summary>"]
+    statuses = ", ".join(f"{count} {status}" for status, count in run.summary["statuses"].items())
+    parts.append(f'<p class="note">{html.escape(statuses)}; {html.escape(run.summary["date"])}</p>')
+    parts += [f"<h3>{title}</h3>{group_table(run, kind)}" for title, kind in _GROUPS]
+    if run.summary.get("slo"):
+        by_class = run.summary["slo"]["by_class"].items()
+        rows = [[html.escape(n), *(_number(c[k]) for k in _SLO_COLUMNS)] for n, c in by_class]
+        parts.append("<h3>Objectives by class</h3>" + _table(["class", *_SLO_COLUMNS], rows))
+    parts.append(f"<p><code>{html.escape(' '.join(run.summary['command']))}</code></p>")
+    return f"<details>{''.join(parts)}</details>"
+
+
+_GROUP_COLUMNS = (
+    "completed", "failed", "total_output_tokens", "slo_attainment", "mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms",
+    "p99_tpot_ms", "mean_e2el_ms",
+)  # fmt: skip
+_GROUPS = (("By adapter", "per_adapter"), ("By tenant", "per_tenant"))
+_SLO_COLUMNS = ("requests", "met", "attainment", "ttft", "tpot", "e2el")
+
+
+def warnings(runs: list[Run]) -> list[str]:
+    """What a reader must know before believing a figure."""
+    found = []
+    for run in runs:
+        if run.summary["interrupted"]:
+            found.append(f"{run.label} was interrupted: its figures cover a part of the workload.")
+        late, total = run.summary["lateness_ms"]["median"], run.summary["completed"] + run.summary["failed"]
+        if late > 10:
+            found.append(f"{run.label}: half of the requests were sent more than {late:.0f} ms late.")
+        failed = run.summary["failed"]
+        if failed:
+            found.append(f"{run.label}: {failed} of {total} requests got no full answer; latencies leave them out.")
+    return found
+
+
+def page(runs: list[Run], images: dict[str, bytes], note: str = "") -> str:
+    title = "Performance report"
+    drawn = "".join(
+        f'<figure><figcaption>{html.escape(name)}</figcaption><img alt="{html.escape(name)}" '
+        f'src="data:image/png;base64,{base64.b64encode(png).decode()}"></figure>'
+        for name, png in images.items()
+    )
+    notes = "".join(f'<p class="warning">{html.escape(text)}</p>' for text in [*warnings(runs), *filter(None, [note])])
+    base = f"Ratios are to the first run, {html.escape(runs[0].label)}." if len(runs) > 1 else ""
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>'
+        f'<h1>{title}</h1><p class="note">{len(runs)} run{"s" * (len(runs) > 1)}. {base}</p>{notes}'
+        f"{comparison_table(runs)}<h2>Figures</h2>{drawn or '<p class=note>none</p>'}"
+        f"<h2>Runs</h2>{''.join(map(run_details, runs))}</body></html>\n"
+    )
+
+
+def draw(runs: list[Run]) -> tuple[dict[str, bytes], str]:
+    """The figures, and what to say in their place or beside them."""
+    try:
+        from perf import plots
+    except ImportError:
+        return {}, NO_MATPLOTLIB
+    too_many = len(runs) > plots.MAX_CURVES
+    note = f"Series and distributions show the first {plots.MAX_CURVES} of {len(runs)} runs." if too_many else ""
+    return plots.draw_all(runs), note
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="perf.report", description="One HTML page from summaries of runs.")
+    parser.add_argument("summaries", nargs="+", type=Path, metavar="SUMMARY.json")
+    parser.add_argument("--out", type=Path, default=Path("report.html"))
+    parser.add_argument("--no-png", action="store_true", help="do not write the figures as files beside the page")
+    arguments = parser.parse_args(argv)
+    try:
+        runs = load_runs(arguments.summaries)
+        images, note = draw(runs)
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(page(runs, images, note), encoding="utf-8")
+    except (OSError, ValueError) as error:
+        print(f"perf.report: {error}", file=sys.stderr)
+        return 2
+    if not images:
+        print(f"perf.report: {note}", file=sys.stderr)
+    for name, png in {} if arguments.no_png else images.items():
+        file = f"{arguments.out.stem}-{re.sub(r'[^a-z]+', '-', name.lower())}.png"
+        arguments.out.with_name(file).write_bytes(png)
+    print(arguments.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
