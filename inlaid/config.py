@@ -44,6 +44,8 @@ class SchedulerConfig:
     max_sum_of_ranks: int = option(0, "most ranks, summed over distinct adapters, in one step; 0: no limit")
     admission_margin: float = option(0.01, "share of KV blocks that admissions leave free for running requests to grow")
     max_overtakes: int = option(1000, "how many admissions may pass a request that did not fit before all wait for it")
+    predictor: str = option("history", "lengths of answers: learned from history, or max_tokens", ("history", "none"))
+    predictor_file: str = option("", "where what the predictor has learned is kept between runs; empty: nowhere")
     cost: str = option("linear", "price of service", ("linear", "profiled"))
     prompt_weight: float = option(1.0, "service that a prompt token costs (linear)")
     output_weight: float = option(2.0, "service that an output token costs (linear)")

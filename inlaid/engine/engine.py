@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
-from inlaid.config import EngineConfig
+from inlaid.config import EngineConfig, SchedulerConfig
 from inlaid.engine.control import change, describe, fairness
 from inlaid.engine.directory import AdapterDirectory, NoAdapters
-from inlaid.engine.policy import Lengths
+from inlaid.engine.policy import Lengths, MaxTokens
+from inlaid.engine.predictor import Predictor
 from inlaid.engine.request import Batch, Grammar, NewRequest, Output, Request, Runner
 from inlaid.engine.scheduler import Scheduler
 
@@ -95,6 +97,12 @@ class Engine:
         message = f"the step failed: {type(error).__name__}: {error}"
         return self.scheduler.fail(batch, message, self.clock())
 
+    def close(self) -> None:
+        """Keep what the predictor has learned, if the configuration names a file."""
+        lengths, path = self.scheduler.view.lengths, self.scheduler.config.predictor_file
+        if isinstance(lengths, Predictor) and path:
+            lengths.save(Path(path))
+
     # Seen and changed while it runs.
 
     def stats(self) -> dict[str, float]:
@@ -142,7 +150,6 @@ def make_engine(
     max_model_len: int,
     adapters: AdapterDirectory | None = None,
     eos_ids: Collection[int] = (),
-    lengths: Lengths | None = None,
     base_version: str = "",
     make_grammar: Callable[[Grammar], Any] | None = None,
 ) -> Engine:
@@ -154,7 +161,17 @@ def make_engine(
         max_model_len=max_model_len,
         adapters=adapters or NoAdapters(),
         eos_ids=eos_ids,
-        lengths=lengths,
+        lengths=make_lengths(config.scheduler),
         base_version=base_version,
     )
     return Engine(scheduler, runner, clock, make_grammar)
+
+
+def make_lengths(config: SchedulerConfig) -> Lengths:
+    """The predictor that a configuration names, with what it had learned before."""
+    if config.predictor == "none":
+        return MaxTokens()
+    if config.predictor != "history":
+        raise ValueError(f"unknown predictor {config.predictor!r}; known: history, none")
+    path = Path(config.predictor_file)
+    return Predictor.load(path) if config.predictor_file and path.exists() else Predictor()

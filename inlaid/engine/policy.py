@@ -27,12 +27,19 @@ class Lengths(Protocol):
         """Expected output tokens still to come, given those already made."""
         ...
 
+    def observe(self, request: Request) -> None:
+        """This request has ended: learn from it."""
+        ...
+
 
 class MaxTokens:
     """No prediction: what the request may still produce."""
 
     def remaining(self, request: Request) -> float:
         return float(request.limit - len(request.tokens))
+
+    def observe(self, request: Request) -> None:
+        """It has nothing to learn."""
 
 
 @dataclass

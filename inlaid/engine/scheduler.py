@@ -8,7 +8,7 @@ here, once, for all policies. The scheduler is the only writer of Request, the b
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from inlaid.config import CacheConfig, SchedulerConfig
@@ -58,7 +58,6 @@ class Scheduler:
         eos_ids: Collection[int] = (),
         lengths: Lengths | None = None,
         base_version: str = "",
-        on_finish: Callable[[Request], None] | None = None,
     ) -> None:
         _check(config)
         self.config = config
@@ -78,7 +77,6 @@ class Scheduler:
         self.waiting = WaitingQueue(parse_policy(config.policy), self.view)
         self.num_preemptions = 0
         self.num_admitted = 0
-        self._on_finish = on_finish
         self._parked: dict[str, list[Request]] = {}  # by the adapter they wait for
         self._num_parked = 0
         self._sum_of_ranks = 0
@@ -522,8 +520,6 @@ class Scheduler:
         first = request.first_token is None
         if first:
             request.first_token = now
-        if request.grammar is not None:
-            request.grammar.accept(token)
         logprobs = None if sampled.logprobs is None else [sampled.logprobs]
         if token in request.stop_ids and number >= request.params.min_tokens:
             return self._end(request, FinishReason.STOP, [token], logprobs, token, first)
@@ -608,8 +604,7 @@ class Scheduler:
             self.waiting.touch(self.policy.group(request))
         if request.adapter is not None:
             self.adapters.release(request.adapter)
-        if self._on_finish is not None:
-            self._on_finish(request)
+        self.view.lengths.observe(request)
 
     def _leave_waiting(self, request: Request) -> None:
         self.ledger.leave_queue(request.account)

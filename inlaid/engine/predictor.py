@@ -1,0 +1,226 @@
+"""How long an answer will be: learned online from the server's own history, per task, in microseconds.
+
+Two parts. A sparse linear model guesses the logarithm of the length from the task, the prompt's length and its last
+tokens. A histogram per task of how far off that guess was turns it into a distribution; what is still to come is its
+mean given that the answer is already longer than what was made, so a long tail is taken for what it is: the longer an
+answer has run, the more is expected. Answers cut off (by max_tokens or a client) only ever raise a guess that was too
+low. Policies ask `remaining`; the scheduler reports ends to `observe`. Oracles for experiments are here too.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from zlib import crc32
+
+import msgspec
+
+from inlaid.engine.request import FinishReason, Request
+
+NUM_WEIGHTS = 1 << 14
+NUM_TAIL_TOKENS = 12  # where instructions like "in three words" tend to be
+BIN_WIDTH = 0.125  # of a residual histogram, in logarithms: one bin is a factor of 1.13
+NUM_BINS = 96
+CENTRE = NUM_BINS // 2
+LEARNING_RATE = 0.5
+FORGETTING = 0.995  # weight of the past in a histogram, per answer: about 200 answers count
+PRIOR_ANSWERS = 8.0  # how many answers of its own a task needs before its histogram outweighs everyone's
+FIRST_GUESS = math.log(128.0)
+ALL_TASKS = ""
+
+Feature = tuple[int, float]
+
+
+class _Histogram:
+    """Decayed counts of residuals log(length) - guess."""
+
+    __slots__ = ("counts", "total")
+
+    def __init__(self, counts: Sequence[float] = ()) -> None:
+        self.counts = list(counts) or [0.0] * NUM_BINS
+        self.total = sum(self.counts)
+
+    def add(self, residual: float) -> None:
+        self.counts = [count * FORGETTING for count in self.counts]
+        index = min(max(round(residual / BIN_WIDTH) + CENTRE, 0), NUM_BINS - 1)
+        self.counts[index] += 1.0
+        self.total = self.total * FORGETTING + 1.0
+
+
+class _State(msgspec.Struct):
+    """What is kept on disk."""
+
+    version: int
+    weights: dict[int, float]
+    squares: dict[int, float]
+    histograms: dict[str, list[float]]
+
+
+class Predictor:
+    """Owner of the weights and histograms."""
+
+    def __init__(self, max_tasks: int = 4096) -> None:
+        self._weights = [0.0] * NUM_WEIGHTS
+        self._squares = [0.0] * NUM_WEIGHTS  # of gradients, so that each weight has its own pace
+        self._histograms: dict[str, _Histogram] = {ALL_TASKS: _Histogram(_normal_prior())}
+        self._max_tasks = max_tasks
+
+    # What policies ask.
+
+    def remaining(self, request: Request) -> float:
+        """Expected output tokens still to come."""
+        if request.predicted_log is None:
+            request.predicted_log = self._guess(_features(request))
+            request.predicted_len = self._mean_beyond(request, 0)
+        if request.num_outputs == 0:
+            assert request.predicted_len is not None
+            return request.predicted_len
+        return self._mean_beyond(request, request.num_outputs)
+
+    def quantile(self, request: Request, share: float) -> float:
+        """The length that a given share of such answers stays within; for calibration."""
+        guess = self._guess(_features(request))
+        counts = self._mixture(request)
+        wanted, seen = share * sum(counts), 0.0
+        for index, count in enumerate(counts):
+            if count > 0 and seen + count >= wanted:
+                edge = index - CENTRE - 0.5 + (wanted - seen) / count
+                return math.exp(guess + edge * BIN_WIDTH)
+            seen += count
+        return math.exp(guess + (NUM_BINS - CENTRE) * BIN_WIDTH)
+
+    def observe(self, request: Request) -> None:
+        """Learn from an answer that has ended."""
+        if request.num_outputs == 0 or request.finish_reason is FinishReason.ERROR:
+            return
+        features = _features(request)
+        residual = math.log(request.num_outputs) - self._guess(features)
+        whole = request.finish_reason is FinishReason.STOP
+        if not whole and residual <= 0:
+            return  # it was cut off before its guess: nothing is learned
+        before = residual if request.predicted_log is None else math.log(request.num_outputs) - request.predicted_log
+        for task in (ALL_TASKS, _task(request)):
+            self._histogram(task).add(before)
+        self._learn(features, residual)
+
+    # The model.
+
+    def _guess(self, features: list[Feature]) -> float:
+        weights = self._weights
+        return FIRST_GUESS + sum(weights[index] * value for index, value in features)
+
+    def _learn(self, features: list[Feature], residual: float) -> None:
+        step = max(-2.0, min(2.0, residual))  # one odd answer moves nothing far
+        for index, value in features:
+            gradient = step * value
+            self._squares[index] += gradient * gradient
+            self._weights[index] += LEARNING_RATE * gradient / (1.0 + math.sqrt(self._squares[index]))
+
+    def _mixture(self, request: Request) -> list[float]:
+        """The task's own histogram, filled up with everyone's while it has seen little."""
+        everyone = self._histograms[ALL_TASKS]
+        scale = PRIOR_ANSWERS / everyone.total
+        own = self._histograms.get(_task(request))
+        if own is None:
+            return everyone.counts
+        return [count + scale * other for count, other in zip(own.counts, everyone.counts)]
+
+    def _mean_beyond(self, request: Request, made: int) -> float:
+        """E[min(length, most) - made | length > made]."""
+        assert request.predicted_log is not None
+        most = request.limit - request.num_prompt
+        length = math.exp(request.predicted_log - CENTRE * BIN_WIDTH)
+        factor = math.exp(BIN_WIDTH)
+        mass = total = 0.0
+        for count in self._mixture(request):
+            if count and length > made:
+                mass += count
+                total += count * ((length if length < most else most) - made)
+            length *= factor
+        return max(1.0, total / mass) if mass else float(max(1, min(made, most - made)))
+
+    def _histogram(self, task: str) -> _Histogram:
+        found = self._histograms.get(task)
+        if found is None:
+            if len(self._histograms) >= self._max_tasks:
+                least = min((t for t in self._histograms if t != ALL_TASKS), key=lambda t: self._histograms[t].total)
+                del self._histograms[least]
+            found = self._histograms[task] = _Histogram()
+        return found
+
+    # On disk.
+
+    def save(self, path: Path) -> None:
+        """Write everything learned as JSON; the file is replaced whole or not at all."""
+        state = _State(
+            version=1,
+            weights={i: round(w, 6) for i, w in enumerate(self._weights) if w},
+            squares={i: round(s, 6) for i, s in enumerate(self._squares) if s},
+            histograms={task: [round(c, 4) for c in h.counts] for task, h in self._histograms.items()},
+        )
+        staged = path.with_suffix(path.suffix + ".tmp")
+        staged.write_bytes(msgspec.json.encode(state))
+        os.replace(staged, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Predictor:
+        """What save wrote. A file that is not that raises ValueError."""
+        try:
+            state = msgspec.json.decode(path.read_bytes(), type=_State)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not a predictor's file: {error}; delete it to start afresh") from error
+        sizes = {len(counts) for counts in state.histograms.values()}
+        indices = {*state.weights, *state.squares}
+        if state.version != 1 or sizes != {NUM_BINS} or any(not 0 <= i < NUM_WEIGHTS for i in indices):
+            raise ValueError(f"{path} is of another version of the predictor; delete it to start afresh")
+        predictor = cls()
+        for index, weight in state.weights.items():
+            predictor._weights[index] = weight
+        for index, square in state.squares.items():
+            predictor._squares[index] = square
+        predictor._histograms = {task: _Histogram(counts) for task, counts in state.histograms.items()}
+        predictor._histograms.setdefault(ALL_TASKS, _Histogram(_normal_prior()))
+        return predictor
+
+
+def _task(request: Request) -> str:
+    return "base" if request.adapter_name is None else "adapter:" + request.adapter_name
+
+
+def _features(request: Request) -> list[Feature]:
+    """Sparse: (index of a weight, value). Every feature is the task's own, by hashing."""
+    seed = crc32(_task(request).encode())
+    mask = NUM_WEIGHTS - 1
+    features: list[Feature] = [(seed & mask, 1.0), ((seed >> 8) & mask, math.log(len(request.prompt)) / 8.0)]
+    for token in request.prompt[-NUM_TAIL_TOKENS:]:
+        features.append(((token * 2654435761 ^ seed) >> 4 & mask, 0.25))
+    return features
+
+
+def _normal_prior() -> list[float]:
+    """Before anything is seen: within a factor of about e, a little of it for sure anywhere."""
+    return [0.001 + 0.01 * math.exp(-0.5 * ((index - CENTRE) * BIN_WIDTH) ** 2) for index in range(NUM_BINS)]
+
+
+class Oracle:
+    """Knows the true length, or that times a factor drawn within [1 / (1 + noise), 1 + noise], the same at every
+    asking. For experiments; requests without a true length count as their max_tokens."""
+
+    def __init__(self, noise: float = 0.0, seed: int = 0) -> None:
+        if not 0 <= noise < math.inf:
+            raise ValueError(f"noise is {noise}; it must be 0 or more")
+        self._spread = math.log1p(noise)
+        self._seed = seed
+
+    def remaining(self, request: Request) -> float:
+        length = request.true_output_len or request.limit - request.num_prompt
+        if self._spread:
+            draw = random.Random(f"{self._seed}:{request.id}").uniform(-self._spread, self._spread)
+            length = max(1, round(length * math.exp(draw)))
+        return float(max(1, length - request.num_outputs))
+
+    def observe(self, request: Request) -> None:
+        """It has nothing to learn."""
