@@ -216,7 +216,7 @@ def rope_store(
     _rope_store_kernel[(qkv_TN.shape[0], (num_heads + 2 * kv_heads) // together)](
         qkv_TN, qkv_TN.stride(0), positions_T, kv_slots_T, cos, sin, k_cache, v_cache, q_weight, k_weight, eps,
         H=num_heads, G=kv_heads, C=width, HALF_PAD=triton.next_power_of_2(width // 2), HEADS=together,
-        NORM=norms is not None, num_warps=1 if together * width <= 512 else 4,
+        NORM=norms is not None, num_warps=max(1, together * width // 512),
     )  # fmt: skip
 
 

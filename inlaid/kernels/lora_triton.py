@@ -83,7 +83,7 @@ def _shrink_kernel(
 
 @triton.jit
 def _expand_tile(
-    partial_rows, partial_step, row_mask, b_base, b_stride, rank, n, n_mask,
+    partial_rows, partial_step, row_mask, b_base, rank, n, n_mask,
     P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """The sum over r of (sum over p of partial[p, m, r]) B[n, r], in fp32."""
@@ -96,7 +96,7 @@ def _expand_tile(
         for p in tl.static_range(P):
             s_MR += tl.load(partial_rows[:, None] + p * partial_step + r[None, :], mask=mask, other=0.0)
         b_NR = tl.load(
-            b_base + n[:, None] * b_stride + r[None, :], mask=n_mask[:, None] & (r[None, :] < rank), other=0.0
+            b_base + n[:, None] * rank + r[None, :], mask=n_mask[:, None] & (r[None, :] < rank), other=0.0
         )
         # The inner result of a 16-bit float product may exceed that format's range: bring it down first.
         largest = tl.maximum(tl.max(tl.abs(s_MR), axis=1) * (1.0 / 16384.0), 1.0)
@@ -136,12 +136,12 @@ def _expand_kernel(
             partial_rows = partial + sibling * partial_stride + rows * R_STRIDE
             if rank % 8 == 0:  # wide loads: the row stride of B is a known multiple of 16 bytes
                 acc = _expand_tile(
-                    partial_rows, G * partial_stride, row_mask, b_base, (rank // 8) * 8, rank, n, n_mask,
+                    partial_rows, G * partial_stride, row_mask, b_base, (rank // 8) * 8, n, n_mask,
                     P, BLOCK_M, BLOCK_N, BLOCK_R,
                 )  # fmt: skip
             else:
                 acc = _expand_tile(
-                    partial_rows, G * partial_stride, row_mask, b_base, rank, rank, n, n_mask,
+                    partial_rows, G * partial_stride, row_mask, b_base, rank, n, n_mask,
                     P, BLOCK_M, BLOCK_N, BLOCK_R,
                 )  # fmt: skip
             target = y + rows[:, None] * y_stride + (first_column + n)[None, :]

@@ -1,0 +1,153 @@
+"""The backend `auto`: for each weight the fastest backend that serves it, by a table of measured times per shape and
+number of rows (linear_table.json, made by `inlaid kernels --measure`), else by a fixed order. What it chose is
+reported at start-up.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inlaid.checkpoint import QuantizedLinear, QuantSpec
+from inlaid.kernels.backend import LinearBackend
+from inlaid.kernels.exllama import ExllamaLinear
+from inlaid.kernels.humming import HummingLinear
+from inlaid.kernels.linear_triton import TritonLinear
+from inlaid.kernels.reference import ReferenceLinear
+
+log = logging.getLogger(__name__)
+
+TABLE = Path(__file__).parent / "linear_table.json"
+WORTH = 0.05  # a second copy of a weight must save this share of the time for some number of rows
+UNLIMITED = 1 << 30
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Times of one shape and number of rows on one device."""
+
+    device: str
+    bits: int
+    inputs: int
+    outputs: int
+    rows: int
+    microseconds: dict[str, float]
+    floor: float
+
+
+def read_table(path: Path = TABLE) -> tuple[Measured, ...]:
+    """What was measured; nothing where no table was shipped."""
+    return tuple(Measured(**row) for row in json.loads(path.read_text())["rows"]) if path.exists() else ()
+
+
+def choose(table: Sequence[Measured], device: str, bits: int, inputs: int, outputs: int) -> list[tuple[int, str]]:
+    """(most rows, backend), ascending, for a shape that was measured on such a device; else nothing.
+
+    Most shapes have one best backend. Another one is used for few rows only where that is worth a second copy."""
+    rows = sorted(
+        (m for m in table if (m.device, m.bits, m.inputs, m.outputs) == (device, bits, inputs, outputs)),
+        key=lambda m: m.rows,
+    )
+    if not rows:
+        return []
+    everywhere = set.intersection(*(set(m.microseconds) for m in rows))
+    main = min(everywhere, key=lambda name: sum(m.microseconds[name] / m.floor for m in rows))
+    choices: list[tuple[int, str]] = []
+    for measured in rows:
+        best = min(measured.microseconds, key=lambda name: measured.microseconds[name])
+        if measured.microseconds[best] > (1 - WORTH) * measured.microseconds[main]:
+            best = main
+        if choices and choices[-1][1] == best:
+            choices.pop()
+        choices.append((measured.rows, best))
+    last_rows, last = choices.pop()
+    return [*choices, (UNLIMITED if last == main else last_rows, last)] + ([] if last == main else [(UNLIMITED, main)])
+
+
+@dataclass(frozen=True)
+class AutoPacked:
+    """The weight as each chosen backend wants it, by the most rows it is for."""
+
+    choices: tuple[tuple[int, LinearBackend, Any], ...]
+    in_features: int
+    out_features: int
+
+
+class AutoLinear:
+    """Dispatches each weight to the backends chosen for it."""
+
+    name = "auto"
+
+    def __init__(
+        self, candidates: Sequence[LinearBackend] | None = None, table: Sequence[Measured] | None = None
+    ) -> None:
+        self.candidates = tuple(candidates or (HummingLinear(), ExllamaLinear(), TritonLinear(), ReferenceLinear()))
+        self.table = read_table() if table is None else tuple(table)
+        self.chosen: Counter[str] = Counter()
+
+    def why_not(self, spec: QuantSpec, device: torch.device) -> str | None:
+        reasons = [f"{b.name}: {reason}" for b in self.candidates if (reason := b.why_not(spec, device)) is not None]
+        return "; ".join(reasons) if len(reasons) == len(self.candidates) else None
+
+    def prepare(self, weight: QuantizedLinear, device: torch.device, dtype: torch.dtype) -> AutoPacked:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+        wanted = choose(self.table, name, weight.bits, weight.in_features, weight.out_features)
+        order = [b.name for b in self.candidates]
+        wanted = wanted or [(UNLIMITED, order[0])]
+        made: dict[str, tuple[LinearBackend, Any]] = {}
+        choices = []
+        for rows, first in wanted:
+            backend, packed = self._first(weight, device, dtype, first, made)
+            choices.append((rows, backend, packed))
+        described = ", ".join(
+            f"{b.name}" + ("" if rows == UNLIMITED else f" up to {rows} rows") for rows, b, _ in choices
+        )
+        self.chosen[f"{weight.in_features}x{weight.out_features} {weight.bits} bit: {described}"] += 1
+        return AutoPacked(tuple(choices), weight.in_features, weight.out_features)
+
+    def warmup(self, packed: AutoPacked, rows: Sequence[int]) -> None:
+        below = 0
+        for most, backend, inner in packed.choices:
+            backend.warmup(inner, [count for count in rows if below < count <= most])
+            below = most
+
+    def gemm(self, x_TK: torch.Tensor, packed: AutoPacked, out_TN: torch.Tensor) -> None:
+        rows = x_TK.shape[0]
+        for most, backend, inner in packed.choices:
+            if rows <= most:
+                backend.gemm(x_TK, inner, out_TN)
+                return
+
+    def report(self) -> list[str]:
+        """One line per kind of weight: how many, and what serves them."""
+        return [f"{count} weights of {what}" for what, count in self.chosen.items()]
+
+    def _first(
+        self,
+        weight: QuantizedLinear,
+        device: torch.device,
+        dtype: torch.dtype,
+        name: str,
+        made: dict[str, tuple[LinearBackend, Any]],
+    ) -> tuple[LinearBackend, Any]:
+        """The named backend if it serves this weight, else the next that does."""
+        if name in made:
+            return made[name]
+        reasons = []
+        for backend in sorted(self.candidates, key=lambda b: b.name != name):
+            reason = backend.why_not(weight.spec, device)
+            if reason is None:
+                try:
+                    made[name] = backend, backend.prepare(weight, device, dtype)
+                    return made[name]
+                except ValueError as error:  # this shape or these zero points are not for it
+                    reason = str(error)
+            reasons.append(f"{backend.name}: {reason}")
+        raise ValueError("; ".join(reasons))

@@ -1,0 +1,92 @@
+"""`inlaid kernels`: which backends this machine has, and how fast each is beside the floor of the hardware."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from inlaid.checkpoint import QuantSpec
+from inlaid.kernels.auto import TABLE, AutoLinear, Measured, read_table
+from inlaid.kernels.backend import LinearBackend
+from inlaid.kernels.measure import Ceiling, time_linear, weight_bytes
+
+SHAPES = ("4096x12288", "4096x4096", "4096x22016", "11008x4096", "4096x6144", "4096x28672", "14336x4096")
+ROWS = (1, 4, 16, 64, 256, 2048)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--measure", action="store_true", help="time the backends here instead of printing the table")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="inputs x outputs, such as 4096x12288")
+    parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), help="numbers of rows to time")
+    parser.add_argument("--bits", type=int, default=4, choices=(2, 3, 4, 8))
+    parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--write", type=Path, help=f"write what was measured here (shipped: {TABLE.name})")
+
+
+def run(args: argparse.Namespace) -> int:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    spec = QuantSpec(args.bits, args.group, True, False)
+    backends = AutoLinear().candidates
+    for backend in backends:
+        print(f"{backend.name:10s} {backend.why_not(spec, device) or 'available'}")
+    table = list(read_table())
+    if args.measure:
+        if device.type != "cuda":
+            print("there is no GPU to measure on")
+            return 1
+        shapes = [(int(k), int(n)) for k, n in (shape.split("x") for shape in args.shapes)]
+        table = measure(backends, shapes, args.rows, spec, device)
+        if args.write:
+            args.write.write_text(dumps(table))
+    print(render(table))
+    return 0
+
+
+def measure(
+    backends: tuple[LinearBackend, ...],
+    shapes: list[tuple[int, int]],
+    rows: list[int],
+    spec: QuantSpec,
+    device: torch.device,
+) -> list[Measured]:
+    """Every backend that serves the spec, at every shape and number of rows."""
+    name = torch.cuda.get_device_name(device)
+    ceiling = Ceiling.of(name)
+    made = []
+    for inputs, outputs in tqdm(shapes, desc="measuring"):
+        times = {
+            b.name: time_linear(b, inputs, outputs, spec, rows, device)
+            for b in backends
+            if b.why_not(spec, device) is None
+        }
+        for count in rows:
+            moved = weight_bytes(inputs, outputs, spec) + 2 * count * (inputs + outputs)
+            floor = ceiling.microseconds(moved, 2.0 * count * inputs * outputs) if ceiling else float("nan")
+            found = {backend: round(by_rows[count], 2) for backend, by_rows in times.items()}
+            made.append(Measured(name, spec.bits, inputs, outputs, count, found, round(floor, 2)))
+    return made
+
+
+def dumps(table: list[Measured]) -> str:
+    """The table as linear_table.json holds it, a row a line."""
+    lines = ",\n".join("  " + json.dumps(asdict(row)) for row in table)
+    return f'{{"unit": "microseconds", "rows": [\n{lines}\n]}}\n'
+
+
+def render(table: list[Measured]) -> str:
+    """backend, shape, M, microseconds, share of the floor."""
+    if not table:
+        return "no times are known for this machine: run `inlaid kernels --measure` on it"
+    lines = [f"{'device':14s} bits {'inputs x outputs':>18s} {'rows':>5s} {'backend':10s} {'us':>8s} of floor"]
+    for m in table:
+        for backend, time in sorted(m.microseconds.items(), key=lambda item: item[1]):
+            lines.append(
+                f"{m.device:14s} {m.bits:4d} {f'{m.inputs} x {m.outputs}':>18s} {m.rows:5d} {backend:10s} "
+                f"{time:8.1f} {m.floor / time:8.0%}"
+            )
+    return "\n".join(lines)

@@ -1,0 +1,175 @@
+"""The backend `humming`: humming-kernels' tensor-core GEMM for 2, 3, 4 and 8-bit weights; the fast path on Hopper GPUs.
+
+The package compiles its kernels at run time, one per shape and range of rows. Left alone it compiles 92 ranges per
+shape; here a shape gets one kernel for each of ROW_BUCKETS, compiled at load, in parallel, and kept in its cache
+on disk, so that nothing is compiled while serving. Zero points are true zeros in memory and go in as they are;
+act-order weights are put in order and x is permuted to match.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from inlaid.checkpoint import QuantizedLinear, QuantSpec
+from inlaid.kernels.act_order import group_length, sequential
+
+ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096)
+LOCKS = 4096  # its split of K over blocks counts arrivals here; 132 SMs need far fewer
+
+
+@dataclass(frozen=True)
+class HummingPacked:
+    """A weight repacked for the tensor cores, and which compiled kernel serves which number of rows."""
+
+    weight: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    permutation_K: torch.Tensor | None
+    config: Any  # humming's LayerConfig
+    in_features: int
+    out_features: int
+
+
+class HummingLinear:
+    """x @ dequantize(W).T on tensor cores."""
+
+    name = "humming"
+
+    def __init__(self) -> None:
+        self._kernels: dict[str, torch.Tensor] = {}  # by layer configuration: [from, to, kernel, SMs] of each bucket
+        self._locks: torch.Tensor | None = None
+        self._ordered: torch.Tensor | None = None
+
+    def why_not(self, spec: QuantSpec, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return f"its kernels need an NVIDIA GPU, not {device}"
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return "its kernels need a GPU of compute capability 8.0 or newer"
+        if importlib.util.find_spec("humming") is None:
+            return "humming-kernels is not installed: pip install 'humming-kernels==0.1.19'"
+        if spec.group_size != -1 and (spec.group_size < 32 or spec.group_size & (spec.group_size - 1)):
+            return f"its kernels read groups of 32, 64, 128, ... or whole columns, not {spec.group_size}"
+        return None
+
+    def prepare(self, weight: QuantizedLinear, device: torch.device, dtype: torch.dtype) -> HummingPacked:
+        if dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(f"humming computes in float16 or bfloat16, not {dtype}: pass --dtype float16")
+        if weight.out_features % 128 or weight.in_features % 64:
+            raise ValueError(
+                "humming's tiles need inputs in 64s and outputs in 128s, not "
+                f"{weight.in_features} x {weight.out_features}"
+            )
+        humming = _import()
+        weight, permutation = sequential(weight)
+        tensors = {
+            "weight": weight.qweight.to(device).t().contiguous(),
+            "weight_scale": weight.scales.to(device).to(dtype).t().contiguous(),
+        }
+        if not weight.spec.symmetric:
+            tensors["zero_point"] = weight.qzeros.to(device).t().contiguous()
+        whole = group_length(weight) >= weight.in_features
+        schema = humming.schema(
+            b_dtype=f"uint{weight.bits}",
+            bs_dtype=str(dtype).removeprefix("torch."),
+            weight_scale_group_size=0 if whole else weight.group_size,
+            has_zero_point=not weight.spec.symmetric,
+        )
+        with torch.cuda.device(device):
+            config, packed = humming.transform(
+                tensors,
+                shape_n=weight.out_features,
+                shape_k=weight.in_features,
+                weight_schema=schema,
+                torch_dtype=dtype,
+                device=device,
+            )
+        if permutation is not None:
+            self._grow(weight.in_features, device, dtype)
+        if self._locks is None:
+            self._locks = torch.zeros(LOCKS, dtype=torch.int32, device=device)
+        made = HummingPacked(
+            weight=packed["weight"],
+            scales=packed["weight_scale"],
+            zeros=packed.get("zero_point"),
+            permutation_K=None if permutation is None else permutation.to(device),
+            config=config,
+            in_features=weight.in_features,
+            out_features=weight.out_features,
+        )
+        self._compile(made, device)
+        return made
+
+    def warmup(self, packed: HummingPacked, rows: Sequence[int]) -> None:
+        """Every bucket is compiled at load; this loads the kernels onto the device."""
+        for count in rows:
+            x = torch.zeros(count, packed.in_features, dtype=packed.scales.dtype, device=packed.weight.device)
+            self.gemm(x, packed, x.new_empty(count, packed.out_features))
+
+    def gemm(self, x_TK: torch.Tensor, packed: HummingPacked, out_TN: torch.Tensor) -> None:
+        if packed.permutation_K is not None:
+            x_TK = self._permuted(x_TK, packed.permutation_K)
+        torch.ops.humming.launch_kernel.out(
+            self._kernels[packed.config.to_str()], x_TK, packed.weight, packed.scales, None, None, None, packed.zeros,
+            None, out_TN, None, None, None, None, self._locks, 1, 0,
+        )  # fmt: skip
+
+    def _permuted(self, x_TK: torch.Tensor, permutation_K: torch.Tensor) -> torch.Tensor:
+        from inlaid.kernels.linear_triton import permute_columns
+
+        assert self._ordered is not None
+        rows, width = x_TK.shape
+        out = self._ordered[: rows * width].view(rows, width)
+        permute_columns(x_TK, permutation_K, out)
+        return out
+
+    def _grow(self, width: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Room for x in a weight's order, for as many rows as the largest bucket."""
+        size = width * ROW_BUCKETS[-1] * 2
+        if self._ordered is None or self._ordered.numel() < size:
+            self._ordered = torch.empty(size, dtype=dtype, device=device)
+
+    def _compile(self, packed: HummingPacked, device: torch.device) -> None:
+        """One kernel per bucket of rows, once per layer configuration. Buckets with the same choice share a kernel."""
+        name = packed.config.to_str()
+        if name not in self._kernels:
+            self._kernels[name] = _import().prepare(name, None, intervals(packed.config, device), device)
+
+
+def intervals(config: Any, device: torch.device) -> list[list[Any]]:
+    """[rows above, rows up to, kernel parameters] for ROW_BUCKETS; the last bucket is open-ended."""
+    humming = _import()
+    below, out = 0, []
+    for rows in ROW_BUCKETS:
+        end = (1 << 30) if rows == ROW_BUCKETS[-1] else rows
+        out.append([below, end, humming.heuristics(config, shape_m=rows, device=device)])
+        below = rows
+    return out
+
+
+@dataclass(frozen=True)
+class _Humming:
+    """What is used of the package."""
+
+    schema: Any
+    transform: Any
+    heuristics: Any
+    prepare: Any
+
+
+def _import() -> _Humming:
+    """The package's pieces; it starts building a launcher on import unless told not to."""
+    os.environ.setdefault("HUMMING_DISABLE_PARALLEL_BUILD", "1")
+    from humming.kernel.humming import HummingKernel
+    from humming.schema.humming import HummingWeightSchema
+    from humming.transform import prepare_and_transform_humming_tensors
+    from humming.tune import get_heuristics_config
+
+    return _Humming(
+        HummingWeightSchema, prepare_and_transform_humming_tensors, get_heuristics_config, HummingKernel.prepare_kernels
+    )

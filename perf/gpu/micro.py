@@ -1,0 +1,222 @@
+"""Times of the kernels of a step beside their floors: linears, attention, adapters and the small operations. One stage
+of bench.py; the shapes are those of Llama-2-7B and Llama-3-8B."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from inlaid.checkpoint import QuantSpec
+from inlaid.kernels import attention_triton, command, fused_triton, lora_triton
+from inlaid.kernels.auto import AutoLinear
+from inlaid.kernels.backend import AdapterPages, Site
+from inlaid.kernels.measure import CACHE, Ceiling, time_calls
+
+DEVICE = torch.device("cuda")
+ATTENTION = [
+    (heads, kv, batch, context)
+    for heads, kv in ((32, 32), (32, 8))
+    for batch, context in ((1, 320), (1, 2048), (16, 320), (64, 320), (64, 1024), (256, 320))
+]
+ADAPTERS = [
+    (1, 1, 16),
+    (16, 16, 16),
+    (64, 1, 16),
+    (64, 32, 16),
+    (64, 64, 16),
+    (256, 32, 16),
+    (256, 128, 16),
+    (64, 32, 64),
+]
+
+
+def ceiling() -> Ceiling:
+    found = Ceiling.of(torch.cuda.get_device_name())
+    return found or Ceiling(4.3e12, 790e12)
+
+
+def linears(shapes: tuple[str, ...] = command.SHAPES, rows: tuple[int, ...] = command.ROWS) -> list[dict[str, Any]]:
+    spec = QuantSpec(4, 128, True, False)
+    pairs = [(int(k), int(n)) for k, n in (shape.split("x") for shape in shapes)]
+    table = command.measure(AutoLinear().candidates, pairs, list(rows), spec, DEVICE)
+    return [vars(row) for row in table]
+
+
+def decode_attention() -> list[dict[str, Any]]:
+    """Best of a few tile shapes and numbers of splits; the default's time beside it."""
+    found = []
+    for heads, kv, batch, context in ATTENTION:
+        moved = 2 * batch * context * kv * 128 * 2
+        copies = max(1, int(CACHE // moved)) if moved < CACHE else 1
+        blocks = batch * -(-context // 16) + 1
+        caches = [torch.randn(2, blocks, 16, kv, 128, device=DEVICE).half() for _ in range(copies)]
+        order = (torch.randperm(blocks - 1, device=DEVICE) + 1).int()
+        tables = order.view(batch, -1).contiguous()
+        lengths = torch.full((batch,), context, dtype=torch.int32, device=DEVICE)
+        q = torch.randn(batch, heads, 128, device=DEVICE).half()
+        out = torch.empty_like(q)
+        default = attention_triton.num_splits(batch, kv)
+        times = {}
+        variants = itertools.product({max(1, default // 2), default, min(32, default * 2)}, (32, 64), (4,), (3,))
+        for splits, block, warps, stages in sorted(variants):
+            scratch = attention_triton.decode_scratch(batch, heads, 128, splits, DEVICE)
+
+            decode = partial(
+                attention_triton.decode, tables_SB=tables, lengths_S=lengths, out_SHC=out, scratch=scratch,
+                splits=splits, block=block, warps=warps, stages=stages,
+            )  # fmt: skip
+            calls = [partial(decode, q, c[0], c[1]) for c in caches]
+            times[f"splits {splits} block {block} warps {warps} stages {stages}"] = time_calls(calls, 5)
+        best = min(times, key=lambda name: times[name])
+        default_name = f"splits {default} block {32 if heads == kv else 64} warps 4 stages 3"
+        found.append(
+            {
+                "heads": f"{heads}/{kv}", "batch": batch, "context": context, "best": best, "us": times[best],
+                "default_us": times[default_name], "floor": ceiling().microseconds(moved),
+            }
+        )  # fmt: skip
+    return found
+
+
+def prefill_attention() -> list[dict[str, Any]]:
+    found = []
+    for heads, kv, prompts, length in ((32, 32, 8, 256), (32, 32, 1, 2048), (32, 8, 8, 256), (32, 8, 1, 2048)):
+        blocks = prompts * (length // 16)
+        caches = torch.randn(2, blocks + 1, 16, kv, 128, device=DEVICE).half()
+        tables = (torch.randperm(blocks, device=DEVICE) + 1).int().view(prompts, -1).contiguous()
+        lengths = torch.full((prompts,), length, dtype=torch.int32, device=DEVICE)
+        starts = (torch.arange(prompts + 1, device=DEVICE) * length).int()
+        q = torch.randn(prompts * length, heads, 128, device=DEVICE).half()
+        out = torch.empty_like(q)
+        times = {}
+        for block_m, warps, stages in ((64, 4, 2), (64, 4, 3), (128, 4, 2), (128, 8, 2), (128, 8, 3)):
+            tiles = torch.tensor(attention_triton.query_tiles((length,) * prompts, 0, block_m), dtype=torch.int32)
+            tiles = tiles.T.contiguous().to(DEVICE)
+
+            call = partial(
+                attention_triton.prefill, q, caches[0], caches[1], tables, lengths, starts, tiles, out,
+                block_m=block_m, warps=warps, stages=stages,
+            )  # fmt: skip
+            times[f"block {block_m} warps {warps} stages {stages}"] = time_calls([call] * 4, 5)
+        best = min(times, key=lambda name: times[name])
+        operations = 2.0 * 2 * prompts * heads * 128 * length * length / 2
+        found.append(
+            {
+                "heads": f"{heads}/{kv}", "prompts": prompts, "length": length, "best": best, "us": times[best],
+                "default_us": times["block 64 warps 4 stages 3"], "floor": ceiling().microseconds(0, operations),
+                "all": times,
+            }
+        )  # fmt: skip
+    return found
+
+
+def adapter_pages(num_adapters: int, rank: int, layers: int, widths: tuple[int, ...], inputs: int) -> AdapterPages:
+    """`layers` sites of siblings for each adapter, at sites layer * 7."""
+    sizes = [rank * inputs + width * rank for width in widths]
+    pool = torch.randn(num_adapters * layers * sum(sizes), device=DEVICE).mul_(0.02).half()
+    table = torch.zeros(num_adapters + 1, layers * 7, 3, dtype=torch.int64)
+    at = 0
+    for slot in range(1, num_adapters + 1):
+        for layer in range(layers):
+            for g, size in enumerate(sizes):
+                table[slot, layer * 7 + g] = torch.tensor([at, at + rank * inputs, rank])
+                at += size
+    scale = torch.full(table.shape[:2], 2.0)
+    return AdapterPages(pool, table.to(DEVICE), scale.to(DEVICE), [1] * (num_adapters + 1))
+
+
+def adapters() -> list[dict[str, Any]]:
+    """qkv and o of a 7B layer: shrink and expand apart, over tunings."""
+    found = []
+    for rows, count, rank in ADAPTERS:
+        for inputs, widths in ((4096, (4096, 4096, 4096)), (4096, (4096,))):
+            moved = 2 * count * rank * (inputs * len(widths) + sum(widths))
+            layers = max(2, min(32, int(CACHE // moved) + 1))
+            pages = adapter_pages(count, rank, layers, widths, inputs)
+            slots = (np.arange(rows) % count + 1).astype(np.int32)
+            plan = lora_triton.AdapterPlan(
+                rows, lora_triton.max_segments(rows, 32 if count < 32 else count, 16), 16, DEVICE
+            )
+            plan.fill(np.sort(slots))
+            x = torch.randn(rows, inputs, device=DEVICE).half()
+            y = torch.zeros(rows, sum(widths), device=DEVICE).half()
+            record: dict[str, Any] = {
+                "rows": rows, "adapters": count, "rank": rank, "widths": widths,
+                "floor": ceiling().microseconds(moved),
+            }  # fmt: skip
+            record |= _tune(x, y, pages, plan, widths, layers)
+            found.append(record)
+    return found
+
+
+def _tune(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    pages: AdapterPages,
+    plan: lora_triton.AdapterPlan,
+    widths: tuple[int, ...],
+    layers: int,
+) -> dict[str, Any]:
+    shrinks, expands = {}, {}
+    sites = [Site(layer * 7, widths) for layer in range(layers)]
+    for parts, block_k, warps, stages in (
+        (4, 256, 4, 3),
+        (8, 128, 4, 3),
+        (8, 256, 4, 3),
+        (8, 128, 2, 4),
+        (16, 128, 4, 3),
+        (16, 256, 4, 2),
+    ):
+        tuning = lora_triton.Tuning(parts, block_k, 128, 16, warps, 4, stages)
+        sums = lora_triton.scratch(x.shape[0], 64, parts, DEVICE)
+        calls = [partial(lora_triton.shrink, x, pages, plan, sums, site, tuning) for site in sites]
+        shrinks[f"parts {parts} block_k {block_k} warps {warps} stages {stages}"] = time_calls(calls, 5)
+    for parts, block_n, warps in ((4, 128, 4), (8, 64, 4), (8, 128, 4), (8, 256, 4), (8, 128, 2), (16, 128, 4)):
+        tuning = lora_triton.Tuning(parts, 256, block_n, 16, 4, warps)
+        sums = torch.zeros_like(lora_triton.scratch(x.shape[0], 64, parts, DEVICE))
+        calls = [partial(lora_triton.expand_add, sums, pages, plan, y, site, tuning) for site in sites]
+        expands[f"parts {parts} block_n {block_n} warps {warps}"] = time_calls(calls, 5)
+    best_shrink, best_expand = min(shrinks, key=lambda n: shrinks[n]), min(expands, key=lambda n: expands[n])
+    return {
+        "shrink": best_shrink, "shrink_us": shrinks[best_shrink], "expand": best_expand,
+        "expand_us": expands[best_expand], "shrinks": shrinks, "expands": expands,
+    }  # fmt: skip
+
+
+def small_operations() -> list[dict[str, Any]]:
+    found = []
+    for rows in (1, 64, 256, 2048):
+        x, residual = (torch.randn(rows, 4096, device=DEVICE).half() for _ in range(2))
+        weight, out = torch.ones(4096, device=DEVICE).half(), torch.empty(rows, 4096, device=DEVICE).half()
+        qkv = torch.randn(rows, 12288, device=DEVICE).half()
+        cache = torch.zeros(2, rows // 16 + 2, 16, 32, 128, device=DEVICE).half()
+        table = torch.randn(4096, 128, device=DEVICE).half()
+        positions = torch.arange(rows, device=DEVICE).int()
+        wide, narrow = torch.randn(rows, 22016, device=DEVICE).half(), torch.empty(rows, 11008, device=DEVICE).half()
+        operations = {
+            "add_norm": partial(fused_triton.norm, x, weight, 1e-5, out, residual),
+            "rope_store": partial(
+                fused_triton.rope_store, qkv, positions, positions, table, table, cache[0], cache[1], 32
+            ),
+            "silu_mul": partial(fused_triton.silu_mul, wide, narrow),
+        }
+        times = {name: time_calls([call] * 20) for name, call in operations.items()}
+        found.append({"rows": rows} | times)
+    return found
+
+
+def run() -> dict[str, Any]:
+    """Each part on its own: what one of them raises is its result."""
+    found: dict[str, Any] = {}
+    for part in (decode_attention, prefill_attention, adapters, small_operations, linears):
+        try:
+            found[part.__name__] = part()
+        except Exception as error:  # noqa: BLE001 - the other parts' figures are still wanted
+            found[part.__name__] = f"{type(error).__name__}: {error}"
+        print(part.__name__, "done", flush=True)
+        torch.cuda.empty_cache()
+    return found
