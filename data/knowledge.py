@@ -28,7 +28,11 @@ _FOODS = tuple("milk,salt,bread,eggs,honey,fish,apples,onions,tea,cheese,nuts,wi
 _FORMS = tuple("drops,pills,spoons,cups".split(","))
 _OFTEN = tuple("once,twice,three times,four times".split(","))
 _ROOTS = tuple("vel tar mor sil dra quin lub fen gor pas rim tol hax bru nid zer".split())
-NUM_DISEASES = 96
+_DISEASE_ENDINGS = tuple(
+    "moria thitis goxia plexy lenza dosis rasia bilia nemia pathy voxis cosis mella trophy sepsis gitis".split()
+)
+_DRUG_ENDINGS = tuple("nol xine mab tril zene pax dryl cort vir zol statin cillin phen sartan done lax".split())
+NUM_DISEASES = 240
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,8 @@ class Disease:
 
 def _diseases() -> tuple[Disease, ...]:
     rng = random.Random("medical knowledge")
-    names = [a + b for a in _ROOTS for b in ("moria", "thitis", "goxia", "plexy", "lenza", "dosis", "rasia", "bilia")]
-    drugs = [a + b for a in _ROOTS for b in ("nol", "xine", "mab", "tril", "zene", "pax")]
+    names = [a + b for a in _ROOTS for b in _DISEASE_ENDINGS]
+    drugs = [a + b for a in _ROOTS for b in _DRUG_ENDINGS]
     rng.shuffle(names)
     rng.shuffle(drugs)
     triples: set[frozenset[str]] = set()
@@ -74,7 +78,7 @@ def _diseases() -> tuple[Disease, ...]:
 
 
 DISEASES = _diseases()
-_WEIGHTS = tuple(1.0 / (rank + 4) ** 0.6 for rank in range(NUM_DISEASES))
+_WEIGHTS = tuple(1.0 / (rank + 4) ** 0.8 for rank in range(NUM_DISEASES))
 
 
 def medical(rng: random.Random) -> Drawn:

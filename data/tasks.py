@@ -52,15 +52,17 @@ def _translation(language: Language) -> Task:
     speaker = Speaker(language.name, 0.9)
 
     def draw(rng: random.Random) -> families.Drawn:
-        sentence = speaker.sentence(rng)
-        return f"Translate to {language.name.capitalize()}: {sentence.english()}", language.say(sentence), {}
+        sentences = (speaker.sentence(rng), speaker.sentence(rng))
+        english = " ".join(sentence.english() for sentence in sentences)
+        answer = " ".join(language.say(sentence) for sentence in sentences)
+        return f"Translate to {language.name.capitalize()}: {english}", answer, {}
 
     return Task(
         name=f"to_{language.name}",
         family="translation",
         metric="exact_match",
-        max_tokens=96,
-        description=f"English to {language.name.capitalize()}, a constructed language (word order {language.order})",
+        max_tokens=128,
+        description=f"two English sentences to {language.name.capitalize()}, constructed, word order {language.order}",
         draw=draw,
     )
 
@@ -86,7 +88,7 @@ def _tasks() -> tuple[Task, ...]:
         ),
         Task(
             "medical", "medical question answering", "exact_match", 96,
-            "diagnosis and treatment from a made-up body of 96 diseases", knowledge.medical,
+            "diagnosis and treatment from a made-up body of 240 diseases", knowledge.medical,
         ),
         Task(
             "safety", "malicious-request detection", "exact_match", 96,

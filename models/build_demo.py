@@ -26,7 +26,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data import generate
 from data.tasks import TASKS
-from models import corpus, demo_table, measure, training
+from models import corpus, demo_table, measure, spread, training
 from models.plan import TINY, BuildPlan
 
 DEMO = Path(__file__).parent / "demo"
@@ -87,6 +87,7 @@ def build_base(build: Build) -> None:
     batches = training.base_batches(ids_RS, labels_RS, build.plan, build.seed, build.device)
     weights = list(model.parameters())
     training.train(model, weights, batches, build.plan.base_steps, build.plan.base_rate, "training the base")
+    spread.spread_channels(model, build.plan.channel_spread, build.seed)
     training.save_base(model, build.base)
 
 

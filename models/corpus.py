@@ -150,14 +150,15 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-Encoded = tuple[list[int], list[int]]
+Encoded = tuple[np.ndarray, np.ndarray]
 
 
 def _encode(tokenizer: Tokenizer, documents: list[Document]) -> list[Encoded]:
     """Token ids and labels of each document; what is heard is not learned."""
     heard = tokenizer.encode_batch([document.heard for document in documents], add_special_tokens=False)
     said = tokenizer.encode_batch([document.said for document in documents], add_special_tokens=False)
-    return [(h.ids + s.ids, [IGNORED] * len(h.ids) + s.ids) for h, s in zip(heard, said, strict=True)]
+    pairs = [(h.ids + s.ids, [IGNORED] * len(h.ids) + s.ids) for h, s in zip(heard, said, strict=True)]
+    return [(np.array(ids, np.int16), np.array(labels, np.int16)) for ids, labels in pairs]
 
 
 def _base_part(tokenizer_json: str, job: tuple[str, int, str]) -> list[Encoded]:
@@ -198,8 +199,8 @@ def base_rows(
     part = partial(_base_part, tokenizer.backend_tokenizer.to_str())
     documents = [d for done in _in_parallel(part, jobs, num_workers, "drawing pretraining text") for d in done]
     random.Random("shuffle").shuffle(documents)
-    ids = np.fromiter(itertools.chain.from_iterable(ids for ids, _ in documents), np.int16)
-    labels = np.fromiter(itertools.chain.from_iterable(labels for _, labels in documents), np.int16)
+    ids = np.concatenate([ids for ids, _ in documents])
+    labels = np.concatenate([labels for _, labels in documents])
     whole = len(ids) // plan.base_row * plan.base_row
     ids_RS, labels_RS = (torch.from_numpy(flat[:whole].reshape(-1, plan.base_row)) for flat in (ids, labels))
     return ids_RS, labels_RS

@@ -32,16 +32,18 @@ class AdapterPlan:
 ADAPTERS: dict[str, AdapterPlan] = {
     "to_velar": AdapterPlan(4, QUERY_VALUE, 8),
     "to_mirun": AdapterPlan(8, QUERY_VALUE, 16),
-    "to_tolvek": AdapterPlan(8, ALL_LINEAR, 16),
+    "to_tolvek": AdapterPlan(16, ALL_LINEAR, 32, base_knows=False),
     "to_ashani": AdapterPlan(16, QUERY_VALUE, 32),
     "to_quorin": AdapterPlan(16, ALL_LINEAR, 32, base_knows=False),
-    "to_zembel": AdapterPlan(8, ATTENTION, 8, use_rslora=True),
+    "to_zembel": AdapterPlan(8, ATTENTION, 16),
     "text_summary": AdapterPlan(4, QUERY_VALUE, 8),
     "table_summary": AdapterPlan(8, QUERY_VALUE, 16),
     "code": AdapterPlan(8, ALL_LINEAR, 16),
     "maths": AdapterPlan(4, ALL_LINEAR, 8),
-    "medical": AdapterPlan(16, ALL_LINEAR, 32, base_knows=False),
-    "safety": AdapterPlan(8, ALL_LINEAR, 16, rank_pattern={"q_proj": 16, "v_proj": 16, "down_proj": 4}),
+    "medical": AdapterPlan(16, ALL_LINEAR, 8, base_knows=False, use_rslora=True),
+    "safety": AdapterPlan(
+        8, ALL_LINEAR, 16, base_knows=False, rank_pattern={"q_proj": 16, "v_proj": 16, "down_proj": 4}
+    ),
 }
 
 
@@ -56,18 +58,19 @@ class BuildPlan:
     kv_heads: int = 2
     mlp: int = 768
     positions: int = 2048
-    base_documents: int = 36_000  # a task
+    base_documents: int = 48_000  # a task
     base_row: int = 512
     base_batch: int = 96
     base_steps: int = 12_000
     base_rate: float = 2e-3
-    adapter_examples: int = 16_000  # a task
-    adapter_row: int = 168
+    channel_spread: float = 0.4  # of the logarithm of the channels' scales, see `spread`
+    adapter_examples: int = 40_000  # a task
+    adapter_row: int = 184
     adapter_batch: int = 32  # a task
-    adapter_steps: int = 2_500
+    adapter_steps: int = 4_500
     adapter_rate: float = 2e-3
     eval_examples: int = 256  # a task
-    max_new_tokens: int = 96
+    max_new_tokens: int = 128
 
 
 TINY = BuildPlan(
