@@ -44,7 +44,7 @@ def _server_flags(group: Any) -> None:
 
 def _workload_flags(group: Any) -> None:
     group.add_argument("--workload", help="TOML or JSON file with streams, classes and weights")
-    group.add_argument("--arrival", choices=get_args(Process), default="poisson")
+    group.add_argument("--arrival", choices=get_args(Process), help="default: poisson, or the --trace's own times")
     group.add_argument("--rate", type=float, help="requests a second (default 1; rescales --workload)")
     group.add_argument("--end-rate", type=float, help="a ramp's last rate")
     group.add_argument("--cv", type=float, default=1.0, help="gamma: coefficient of variation of the gaps")
@@ -57,9 +57,10 @@ def _workload_flags(group: Any) -> None:
     group.add_argument("--alpha", type=float, default=1.0, help="of zipf, skewed and power")
     group.add_argument("--adapter-rates", nargs="*", default=[], metavar="NAME=WEIGHT")
     group.add_argument(
-        "--input", default="fixed:128", help="fixed:N | uniform:LOW:HIGH | lognormal:MEDIAN:SIGMA | trace"
+        "--input",
+        help="fixed:N | uniform:LOW:HIGH | lognormal:MEDIAN:SIGMA | trace (default fixed:128, or trace with --trace)",
     )
-    group.add_argument("--output", default="fixed:128", help="as --input")
+    group.add_argument("--output", help="as --input")
     group.add_argument("--max-input", type=int, help="shorten longer prompts")
     group.add_argument("--max-output", type=int, help="shorten longer answers")
     group.add_argument("--trace", help="trace or prompt file")
@@ -105,10 +106,12 @@ def workload_from(arguments: argparse.Namespace) -> Workload:
 
 
 def _stream(arguments: argparse.Namespace) -> Stream:
-    bounded = arguments.num_requests or arguments.duration or arguments.trace
+    process: Process = arguments.arrival or ("trace" if arguments.trace else "poisson")
+    lengths = "trace" if arguments.trace else "fixed:128"
+    bounded = arguments.num_requests or arguments.duration or process == "trace"
     return Stream(
         arrival=Arrivals(
-            process=arguments.arrival,
+            process=process,
             rate=1.0 if arguments.rate is None else arguments.rate,
             cv=arguments.cv,
             on_s=arguments.on_s,
@@ -117,8 +120,8 @@ def _stream(arguments: argparse.Namespace) -> Stream:
             within=arguments.within,
         ),
         adapters=_adapter_choice(arguments),
-        input=parse_lengths(arguments.input, arguments.max_input),
-        output=parse_lengths(arguments.output, arguments.max_output),
+        input=parse_lengths(arguments.input or lengths, arguments.max_input),
+        output=parse_lengths(arguments.output or lengths, arguments.max_output),
         duration_s=arguments.duration,
         num_requests=arguments.num_requests if bounded else 100,
         tenant=arguments.tenant,

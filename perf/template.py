@@ -226,7 +226,7 @@ def _instance(table: dict[str, Any], triple: Triple, labels: dict[str, str], dat
     model_path = _model_path(point.model, axes.quant, triple.model)
     adapters, random_adapters = _adapters(point.model, axes.adapters, model_path)
     server = _server(point, _feature_arguments(feature, triple.feature), model_path, adapters)
-    workload = _workload(point, axes)
+    workload = _workload(point, axes, bool(adapters))
     plan(workload, [name for name, _ in adapters], LengthsOnly())
     return Instance(
         point=_point_name(triple, labels),
@@ -304,22 +304,24 @@ def _client(point: Point) -> dict[str, Any]:
     return tokenizer | {key.replace("-", "_"): value for key, value in point.client.items()}
 
 
-def _workload(point: Point, axes: Axes) -> Workload:
+def _workload(point: Point, axes: Axes, has_adapters: bool) -> Workload:
+    """Without adapters, requests that do not say otherwise go to the base model."""
     dataset = point.dataset
+    default = AdapterChoice() if has_adapters else AdapterChoice("none")
     if dataset.workload:
         workload = load_workload(dataset.workload)
     else:
-        workload = Workload(dataset.streams or [_single_stream(dataset)], dataset.seed, {}, dataset.weights)
+        workload = Workload(dataset.streams or [_single_stream(dataset, default)], dataset.seed, {}, dataset.weights)
     if point.slo:
         workload = msgspec.structs.replace(workload, classes=point.slo)
-    if axes.skew is not None:
-        choice = parse_skew(axes.skew)
+    if axes.skew is not None or axes.adapters == 0:
+        choice = parse_skew(axes.skew) if has_adapters and axes.skew is not None else AdapterChoice("none")
         streams = [msgspec.structs.replace(stream, adapters=choice) for stream in workload.streams]
         workload = msgspec.structs.replace(workload, streams=streams)
     return workload if axes.rate is None else rescale_rate(workload, axes.rate)
 
 
-def _single_stream(dataset: Dataset) -> Stream:
+def _single_stream(dataset: Dataset, default: AdapterChoice) -> Stream:
     """A trace replays itself, again and again until time_in_secs is over; what the dataset sets is not taken
     from the trace."""
     trace = _trace(dataset)
@@ -327,7 +329,7 @@ def _single_stream(dataset: Dataset) -> Stream:
     lengths = Lengths("trace") if trace else Lengths()
     return Stream(
         arrival=Arrivals("trace") if own_times else dataset.arrival or Arrivals(),
-        adapters=dataset.adapters or AdapterChoice(),
+        adapters=dataset.adapters or default,
         input=dataset.input or lengths,
         output=dataset.output or lengths,
         duration_s=dataset.time_in_secs,

@@ -1,0 +1,148 @@
+"""The command: a real server in another process, flags in, files out; Ctrl-C keeps what is done."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from perf.client import Target, main, prepare, wait_until_ready
+from perf.options import build_parser, workload_from
+from perf.process import free_port
+from perf.records import read_records
+from perf.sender import Prepared
+from perf.workload import PlannedRequest
+
+
+@pytest.fixture(scope="module")
+def fake() -> Iterator[str]:
+    """A fake server with three adapters."""
+    port = free_port()
+    command = [sys.executable, "-m", "perf.fake_server", "--port", str(port), "--ttft-ms", "5", "--itl-ms", "2"]
+    server = subprocess.Popen([*command, *(part for name in "abc" for part in ("--adapter", f"{name}=x"))])
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until_ready([url], 30)
+        yield url
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def run(url: str, *flags: str) -> int:
+    return main(["--base-url", url, "--no-progress", *flags])
+
+
+@pytest.mark.parametrize("backend", ["openai", "openai-chat"])
+def test_a_run_writes_summary_and_records(fake: str, tmp_path: Path, backend: str) -> None:
+    out = tmp_path / "deep" / "run.json"
+    flags = ["--rate", "200", "--num-requests", "30", "--input", "uniform:4:9", "--output", "fixed:5", "--warmup", "4"]
+    assert run(fake, "--backend", backend, *flags, "--slo", "ttft_ms=5000", "--out", str(out)) == 0
+    summary, records = json.loads(out.read_text()), read_records(out.with_suffix(".jsonl"))
+    assert (summary["completed"], summary["failed"], summary["model_id"]) == (30, 0, "fake")
+    assert set(summary["per_adapter"]) == {"a", "b", "c"}
+    assert (summary["slo"]["attainment"], summary["interrupted"]) == (1.0, False)
+    assert sum(record.warmup for record in records) == 4
+    assert all(record.output_len == 5 and 4 <= record.input_len <= 9 for record in records)
+
+
+def test_slora_needs_names_and_then_works(fake: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--backend", "slora", "--num-requests", "5", "--arrival", "burst", "--prompt-format", "words"]
+    assert run(fake, *flags) == 2
+    assert "S-LoRA lists no models" in capsys.readouterr().err
+    assert run(fake, *flags, "--model", "m", "--adapters", "a", "b") == 0
+
+
+def test_text_prompts_are_exact_by_the_servers_own_tokenizer(fake: str, tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    flags = ["--prompt-format", "text", "--num-requests", "6", "--arrival", "burst", "--input", "fixed:11"]
+    assert run(fake, *flags, "--output", "fixed:2", "--out", str(out)) == 0
+    assert {record.input_len for record in read_records(out.with_suffix(".jsonl"))} == {11}
+
+
+def test_ctrl_c_keeps_what_is_done(fake: str, tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    command = [sys.executable, "-m", "perf.client", "--base-url", fake, "--arrival", "fixed", "--rate", "40"]
+    command += ["--duration", "600", "--output", "fixed:3", "--out", str(out), "--no-progress"]
+    client = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    records = out.with_suffix(".jsonl")
+    while not (records.exists() and records.stat().st_size > 0):
+        assert client.poll() is None
+        time.sleep(0.02)
+    client.send_signal(signal.SIGINT)
+    assert client.wait(30) == 130
+    summary = json.loads(out.read_text())
+    assert summary["interrupted"] is True
+    assert summary["completed"] == sum(record.status == "ok" for record in read_records(records)) > 0
+
+
+def test_failures_above_the_share_are_an_exit_code(fake: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--num-requests", "4", "--arrival", "burst", "--output", "fixed:400", "--timeout", "0.3"]
+    assert run(fake, *flags, "--max-failed-share", "0.5") == 3
+    assert "4 of 4 requests failed: {'timeout': 4}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--input", "fixed:none"], "length 'fixed:none'"),
+        (["--rate", "-1"], "rates must be above 0"),
+        (["--trace", "/no/such"], "dataset /no/such does not exist"),
+        (["--workload", "/no/such.toml"], "workload /no/such.toml does not exist"),
+        (["--slo", "ttft=3"], "unknown field `ttft`"),
+        (["--slo", "ttft_ms"], "is not NAME=VALUE"),
+        (["--tenant-as", "shoe-size"], "use user, none, api-key or header:NAME"),
+        (["--arrival", "ramp", "--end-rate", "3"], "needs duration_s"),
+        (["--base-url", "http://127.0.0.1:9"], "is the server up?"),
+        (["--tokenizer", "/no/such"], "no tokenizer.json there"),
+    ],
+)
+def test_bad_flags_are_one_clear_line(
+    fake: str, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(fake, *flags) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_replicas_are_taken_in_turn_or_chosen_by_adapter() -> None:
+    """Five requests for a, b, c, a, b over two replicas."""
+    planned = [PlannedRequest(i, 0.0, "abc"[i % 3], "t", "default", "p", 1, 1) for i in range(5)]
+    urls = ["--base-url", "http://one", "http://two/"]
+    target = Target("m", ["a", "b", "c"])
+    for route, expected in (("round-robin", "01010"), ("adapter", "01001")):
+        items = prepare(build_parser().parse_args([*urls, "--route", route]), target, planned)
+        hosts = ["http://one/v1/completions", "http://two/v1/completions"]
+        assert "".join(str(hosts.index(item.url)) for item in items) == expected
+
+
+def test_tenants_travel_as_asked() -> None:
+    planned = [PlannedRequest(0, 0.0, "a", "acme", "default", "p", 1, 1)]
+    target = Target("m", ["a"])
+
+    def item(tenant_as: str) -> Prepared:
+        return prepare(build_parser().parse_args(["--tenant-as", tenant_as]), target, planned)[0]
+
+    assert json.loads(item("user").body)["user"] == "acme"
+    assert item("header:X-Tenant").headers["X-Tenant"] == "acme"
+    assert item("api-key").headers["Authorization"] == "Bearer acme"
+    none = item("none")
+    assert b"acme" not in none.body
+    assert "acme" not in str(none.headers)
+
+
+def test_flags_make_the_stream_they_say() -> None:
+    flags = ["--arrival", "gamma", "--cv", "3", "--rate", "7", "--duration", "9", "--distribution", "zipf"]
+    stream = workload_from(
+        build_parser().parse_args([*flags, "--alpha", "1.4", "--input", "lognormal:90:0.4"])
+    ).streams[0]
+    assert (stream.arrival.process, stream.arrival.cv, stream.arrival.rate) == ("gamma", 3, 7)
+    assert (stream.adapters.distribution, stream.adapters.alpha, stream.duration_s) == ("zipf", 1.4, 9)
+    assert stream.input.median == 90
