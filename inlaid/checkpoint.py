@@ -182,7 +182,10 @@ def to_tensors(name: str, linear: QuantizedLinear, zero_format: str = "gptq") ->
     """The four tensors of a linear as a file stores them."""
     stored = linear.qzeros if zero_format == "gptq_v2" else shift_zeros(linear.qzeros, linear.bits, -1)
     parts = {"qweight": linear.qweight, "qzeros": stored, "scales": linear.scales, "g_idx": linear.g_idx}
-    return {f"{name}.{part}": tensor.contiguous().cpu() for part, tensor in parts.items()}
+    # Cloned: linears solved together share g_idx, and a file must not.
+    return {
+        f"{name}.{part}": tensor.cpu().clone(memory_format=torch.contiguous_format) for part, tensor in parts.items()
+    }
 
 
 class Checkpoint:

@@ -162,7 +162,7 @@ class _Job:
         self.model = BlockModel(self.checkpoint, place.device, DTYPES[settings.dtype], place.offload)
         self._check_shapes()
         self.fingerprint = self.checkpoint.fingerprint()
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = _tokenizer(base)
         # Sorted: any history of additions and removals must sum in the same order.
         self.tasks = [self._task(source, tokenizer) for source in sorted(sources, key=lambda source: source.name)]
         self.bank = Bank(bank_path(out), settings.bank_precision)
@@ -187,8 +187,7 @@ class _Job:
         self._finish_folder(partial)
         after = self._check_quantized(partial, {name: task["loss_quantized"] for name, task in known.items()})
         record = self._record(full, after, facts)
-        written = {"version": 1, **{name: value for name, value in asdict(record).items() if name != "out"}}
-        write_atomically(partial / RECORD, json.dumps(written, indent=1).encode())
+        write_atomically(partial / RECORD, json.dumps(record.values(), indent=1).encode())
         sync_folder(partial)
         replace_folder(partial, self.out)
         self.bank.keep_only({task.key for task in self.tasks})
@@ -392,6 +391,13 @@ class _Job:
 
     def _say(self, what: str) -> None:
         self.place.progress(what, self.done, self.total)
+
+
+def _tokenizer(base: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(base, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise QuantizeError(f"{base} holds no tokenizer that can be read; copy it beside the weights") from error
 
 
 def _held(hessian_KK: Tensor, tokens: float) -> TaskHessian:

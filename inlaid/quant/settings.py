@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,10 @@ class Record:
             raise QuantizeError(f"{out} has no {RECORD}: only folders made by `inlaid quantize` have tasks") from error
         except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
             raise QuantizeError(f"{out / RECORD} cannot be used: {error}; quantize again") from error
+
+    def values(self) -> dict[str, Any]:
+        """As it is written."""
+        return {"version": 1, **{name: value for name, value in asdict(self).items() if name != "out"}}
 
     @property
     def base_path(self) -> Path:

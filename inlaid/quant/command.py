@@ -1,0 +1,178 @@
+"""`inlaid quantize` and `inlaid task add | remove | list`: arguments, a progress bar, and errors in one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from inlaid.checkpoint import BITS
+from inlaid.quant.aggregate import AGGREGATIONS
+from inlaid.quant.bank import PRECISIONS
+from inlaid.quant.calibration import CalibrationSettings
+from inlaid.quant.quantize import add_task, quantize, remove_task
+from inlaid.quant.settings import DTYPES, Gate, Place, Record, Settings, TaskSource, bank_path
+from inlaid.quant.solver import Grid
+
+Progress = Callable[[str, int, int], None]
+
+
+def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `inlaid quantize`."""
+    grid, calibration, settings = Grid(), CalibrationSettings(), Settings()
+    parser.add_argument("base", type=Path, help="folder of the 16-bit base model")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; an older one is replaced at the end")
+    parser.add_argument(
+        "--task",
+        action="append",
+        default=[],
+        metavar="NAME=ADAPTER:DATA",
+        help="a task: its PEFT folder (or 'none' for the base alone) and a .jsonl file of prompts and completions",
+    )
+    parser.add_argument("--bits", type=int, choices=BITS, default=grid.bits)
+    parser.add_argument("--group-size", type=int, default=grid.group_size, help="inputs that share a scale; -1: all")
+    parser.add_argument("--symmetric", action=argparse.BooleanOptionalAction, default=grid.symmetric)
+    parser.add_argument("--act-order", action="store_true", help="choose the inputs that matter most first")
+    parser.add_argument("--static-groups", action="store_true", help="with --act-order: groups stay in place")
+    parser.add_argument(
+        "--clip", action=argparse.BooleanOptionalAction, default=grid.clip, help="search each group's range"
+    )
+    parser.add_argument("--damping", type=float, default=grid.damping, help="share of the Hessian's mean diagonal")
+    parser.add_argument("--aggregation", choices=AGGREGATIONS, default=settings.aggregation)
+    parser.add_argument(
+        "--highlight", type=float, default=calibration.highlight, help="what a token of an answer counts"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=calibration.max_tokens, help="calibration tokens for each task"
+    )
+    parser.add_argument("--max-length", type=int, default=calibration.max_length, help="most tokens of one example")
+    parser.add_argument("--held-out", type=float, default=calibration.held_out, help="share of examples for the gate")
+    parser.add_argument("--seed", type=int, default=calibration.seed, help="which examples are drawn")
+    parser.add_argument(
+        "--sequential",
+        action="store_true",
+        help="calibrate on quantized predecessors; adding a task later then runs every task again",
+    )
+    parser.add_argument("--bank-precision", choices=PRECISIONS, default=settings.bank_precision)
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), default=None, help="compute type; default: float32, float16 on a GPU"
+    )
+    _add_place_arguments(parser)
+
+
+def run_quantize(args: argparse.Namespace) -> int:
+    """Run `inlaid quantize`; the exit status."""
+
+    def job(progress: Progress) -> Record:
+        place = _place(args, progress)
+        dtype = args.dtype or ("float16" if place.device.startswith("cuda") else "float32")
+        grid = Grid(
+            args.bits, args.group_size, args.symmetric, args.act_order, args.static_groups, args.clip, args.damping
+        )
+        calibration = CalibrationSettings(args.max_tokens, args.max_length, args.held_out, args.highlight, args.seed)
+        settings = Settings(grid, calibration, args.aggregation, args.sequential, args.bank_precision, dtype)
+        sources = [TaskSource.parse(text) for text in args.task]
+        return quantize(args.base, sources, settings, args.out, place, Gate(args.tolerance, args.force))
+
+    return _attempt(lambda: _shown(job))
+
+
+def add_task_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verbs of `inlaid task`."""
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    add = verbs.add_parser("add", help="take one more task into a quantized base; only its own data are run")
+    add.add_argument("folder", type=Path)
+    add.add_argument("task", metavar="NAME=ADAPTER:DATA")
+    remove = verbs.add_parser("remove", help="take a task out; the others are solved again from the bank")
+    remove.add_argument("folder", type=Path)
+    remove.add_argument("name")
+    listing = verbs.add_parser("list", help="tasks, hashes, losses and when they were last checked")
+    listing.add_argument("folder", type=Path)
+    listing.add_argument("--json", action="store_true", help="the whole record as JSON")
+    _add_place_arguments(add)
+    _add_place_arguments(remove)
+
+
+def run_task(args: argparse.Namespace) -> int:
+    """Run `inlaid task`; the exit status."""
+    if args.verb == "list":
+        return _attempt(lambda: Record.read(args.folder), as_json=args.json)
+
+    def job(progress: Progress) -> Record:
+        place, gate = _place(args, progress), Gate(args.tolerance, args.force)
+        if args.verb == "add":
+            return add_task(args.folder, TaskSource.parse(args.task), place, gate)
+        return remove_task(args.folder, args.name, place, gate)
+
+    return _attempt(lambda: _shown(job))
+
+
+def _add_place_arguments(parser: argparse.ArgumentParser) -> None:
+    gate = Gate()
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--offload", action="store_true", help="keep hidden states in host memory")
+    parser.add_argument(
+        "--tolerance", type=float, default=gate.tolerance, help="how much worse an old task may get, in nats a token"
+    )
+    parser.add_argument("--force", action="store_true", help="write even what the gate refuses")
+
+
+def _place(args: argparse.Namespace, progress: Progress) -> Place:
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: no CUDA device is available; use --device cpu")
+    return Place(device, args.offload, progress)
+
+
+def _shown(job: Callable[[Progress], Record]) -> Record:
+    """Run a job under a bar that shows layer, task and the time that is left."""
+    form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"
+    with tqdm(total=1, desc="quantizing", bar_format=form, file=sys.stderr) as bar:
+
+        def show(step: str, done: int, total: int) -> None:
+            bar.total = total
+            bar.set_postfix_str(step, refresh=False)
+            bar.update(done - bar.n)
+            bar.refresh()
+
+        return job(show)
+
+
+def _attempt(job: Callable[[], Record], as_json: bool = False) -> int:
+    """Run a job and print what it made, or why it could not, in one sentence."""
+    try:
+        record = job()
+    except ValueError as error:
+        print(f"inlaid: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        hint = (
+            "; free some space and run the same command, it goes on from there" if error.errno == errno.ENOSPC else ""
+        )
+        print(f"inlaid: {error}{hint}", file=sys.stderr)
+        return 1
+    print(json.dumps(record.values(), indent=1) if as_json else _table(record))
+    return 0
+
+
+def _table(record: Record) -> str:
+    grid, settings = record.settings.grid, record.settings
+    lines = [
+        f"{record.out}: {grid.bits} bits, groups of {grid.group_size}, {settings.aggregation}, "
+        f"{'sequential' if settings.sequential else 'independent'}; base {record.base['fingerprint'][:12]}; "
+        f"bank {bank_path(record.out)}",
+        f"{'task':24} {'adapter':12} {'data':12} {'tokens':>8} {'loss 16-bit':>12} {'quantized':>10}  last check",
+    ]
+    for name, task in sorted(record.tasks.items()):
+        hashes = f"{task['adapter_hash'][:12]:12} {task['data_hash'][:12]:12}"
+        losses = f"{task['loss_full']:>12.5f} {task['loss_quantized']:>10.5f}"
+        lines.append(f"{name:24} {hashes} {task['tokens']:>8} {losses}  {task['checked']}")
+    return "\n".join(lines)
