@@ -98,6 +98,8 @@ class Ledger:
 
     def __init__(self, cost: Cost | None = None, max_accounts: int = 20_000) -> None:
         self.cost: Cost = cost or LinearCost()
+        # Charged for every token: where the price is flat it is not asked for again.
+        self._output_price = self.cost.output_weight if isinstance(self.cost, LinearCost) else None
         self.accounts: dict[str, Account] = {}
         self.num_backlogged = 0  # tenants with requests waiting
         self.total = 0.0  # everything ever charged
@@ -189,7 +191,9 @@ class Ledger:
 
     def charge_output(self, account: Account, num_prompt: int, number: int, num_prepaid: int) -> None:
         """Output token `number` (from 1) was delivered; up to num_prepaid the counter has it already."""
-        cost = self.cost.output(num_prompt, number, number)
+        cost = self._output_price
+        if cost is None:
+            cost = self.cost.output(num_prompt, number, number)
         account.output_tokens += 1
         self.num_output_tokens += 1
         account.service += cost

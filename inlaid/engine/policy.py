@@ -76,6 +76,8 @@ class Policy:
     """First come, first served; the base of the others."""
 
     name: ClassVar[str] = "fcfs"
+    groups_are_tasks: ClassVar[bool] = False  # whether group is the adapter
+    strict: ClassVar[bool] = False  # nobody passes a request that does not fit: the bound on unfairness needs it
 
     def group(self, request: Request) -> Hashable:
         return ""
@@ -126,6 +128,7 @@ class Inlaid(Srtf):
     overtaking ends the case where the tasks in the batch never make room."""
 
     name: ClassVar[str] = "inlaid"
+    groups_are_tasks: ClassVar[bool] = True
     grouping: float = 64.0
     beta: int = 10
 
@@ -142,6 +145,7 @@ class Vtc(Policy):
     charge nothing ahead, the predictor's length, or the true one (experiments)."""
 
     name: ClassVar[str] = "vtc"
+    strict: ClassVar[bool] = True
     predict: str = "none"
 
     def __post_init__(self) -> None:
@@ -168,6 +172,7 @@ class Lcf(Policy):
     """Least counter first: like vtc, but idleness saves up credit (no lift)."""
 
     name: ClassVar[str] = "lcf"
+    strict: ClassVar[bool] = True
 
     def group(self, request: Request) -> Hashable:
         return request.tenant
@@ -183,6 +188,7 @@ class Drr(Policy):
     and what a turn overdrew is missing from the next. The turn a tenant is in is its counter over the quantum."""
 
     name: ClassVar[str] = "drr"
+    strict: ClassVar[bool] = True
     quantum: float = 500.0
 
     def group(self, request: Request) -> Hashable:

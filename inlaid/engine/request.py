@@ -3,6 +3,7 @@ does (Work, Batch), what it yields (Sampled, StepResult) and what leaves the eng
 
 The server fills NewRequest; the scheduler owns Request and makes Batch; the runner reads Batch and makes
 StepResult; the scheduler turns that into Output. Nothing here imports torch: the simulator runs the same objects.
+What is made for every token (Work, Sampled, Output) is a struct outside the garbage collector, as it holds no cycles.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Status(enum.Enum):
     FINISHED = "finished"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Request:
     """One request's state on the host; the scheduler is the only writer.
 
@@ -163,7 +164,7 @@ class Batch:
         return sum(work.num_tokens for work in self.works)
 
 
-class TokenLogprobs(msgspec.Struct, frozen=True):
+class TokenLogprobs(msgspec.Struct, frozen=True, gc=False):
     """The chosen token's log probability and rank (1 is the most likely), and the top alternatives."""
 
     token: int
@@ -172,8 +173,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
     top: list[tuple[int, float]]
 
 
-@dataclass(frozen=True)
-class Sampled:
+class Sampled(msgspec.Struct, frozen=True, gc=False):
     """One sampled token, for one Work with `samples`, in the batch's order."""
 
     token: int
@@ -197,7 +197,7 @@ class Runner(Protocol):
     def collect(self, ticket: Any) -> StepResult: ...
 
 
-class Output(msgspec.Struct, frozen=True, kw_only=True):
+class Output(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What one step made for one request: zero or more new tokens and, at the end, why it ended."""
 
     id: str

@@ -229,6 +229,7 @@ class Scheduler:
         """Decode first, one token each; then the prompts that are under way, as far as the budget goes."""
         block_size = self.pool.block_size
         self._num_promised = 0
+        preemptions = self.num_preemptions
         singles: list[Work] = []
         unfinished: list[Request] = []
         for request in list(self.running.values()):
@@ -242,8 +243,12 @@ class Scheduler:
                 continue  # its next token must be seen first, or is the last
             if start >= len(request.blocks) * block_size and not self._grow(request):
                 continue
-            singles.append(self._work(request, start, 1, total))
-        singles = _still_running(singles)
+            samples = total < request.limit
+            request.num_computed = total
+            request.num_inflight += samples
+            singles.append(Work(request, start, 1, samples))
+        if self.num_preemptions != preemptions:
+            singles = _still_running(singles)
         budget = self.config.max_num_batched_tokens - len(singles)
         prefills: list[Work] = []
         for request in unfinished:
@@ -253,13 +258,6 @@ class Scheduler:
                 (singles if work.num_tokens == 1 else prefills).append(work)
         return singles, prefills, budget
 
-    def _work(self, request: Request, start: int, count: int, total: int) -> Work:
-        samples = start + count == total and total < request.limit
-        request.num_computed = start + count
-        if samples:
-            request.num_inflight += 1
-        return Work(request, start, count, samples)
-
     def _prefill(self, request: Request, budget: int) -> Work:
         start, total = request.num_computed, len(request.tokens)
         count = min(total - start, budget)
@@ -267,7 +265,10 @@ class Scheduler:
         if first < last:
             self.ledger.charge_prefill(request.account, first, last)
             request.num_charged = last
-        return self._work(request, start, count, total)
+        samples = start + count == total and total < request.limit
+        request.num_computed = start + count
+        request.num_inflight += samples
+        return Work(request, start, count, samples)
 
     def _grow(self, request: Request) -> bool:
         """One more block; others are preempted for it, last in the policy's order first, maybe itself."""
@@ -306,7 +307,7 @@ class Scheduler:
             return works
         passed: list[Request] = []
         while budget > 0 and len(self.running) < self._max_running and len(passed) < MAX_LOOKED_AT:
-            request = self.waiting.pop()
+            request = self._next()
             if request is None:
                 break
             if self._given_up(request) or self._stands_aside(request):
@@ -318,13 +319,24 @@ class Scheduler:
                 self._start(request, hits, now)
                 works.append(self._prefill(request, budget))
                 budget -= works[-1].num_tokens
-            if any(self._passed_too_often(other) for other in passed):
+            if passed and (self.policy.strict or any(self._passed_too_often(other) for other in passed)):
                 break
         for request in passed:
             self.waiting.push(request)
         if passed and not works:
             self._stuck = (self.pool.num_available, len(self.running), self._num_added)
         return works
+
+    def _next(self) -> Request | None:
+        """The first in the queue; where no further task may enter the batch and the policy sorts by task, the first of
+        those that may, as long as the bound on passing allows."""
+        if not self._max_tasks or self._num_tasks < self._max_tasks or not self.policy.groups_are_tasks:
+            return self.waiting.pop()
+        first = self.waiting.peek()
+        shut_out = first is not None and first.adapter is not None and first.adapter not in self.active
+        if first is not None and shut_out and self._passed_too_often(first):
+            return None
+        return self.waiting.pop_among({*self.active, None})
 
     @property
     def _max_running(self) -> int:
@@ -491,8 +503,7 @@ class Scheduler:
         """Take a step's tokens; finish what is finished; make full blocks findable."""
         outputs = self.take_outputs()
         sampled = iter(result.sampled)
-        block_size = self.pool.block_size
-        caching = self.cache.enable_prefix_caching
+        block_size = self.pool.block_size if self.cache.enable_prefix_caching else self.max_model_len + 1
         for work in batch.works:
             request = work.request
             token = next(sampled) if work.samples else None
@@ -501,7 +512,7 @@ class Scheduler:
             if request.prompt_logprobs is not None:
                 _gather(request, work, result)
             end = work.start + work.num_tokens
-            if caching and (end % block_size == 0 or work.num_tokens > 1):
+            if end % block_size == 0 or work.num_tokens > 1:
                 self._publish(request, work.start // block_size, end // block_size)
             if token is not None:
                 outputs.append(self._accept(request, token, now))
@@ -512,22 +523,24 @@ class Scheduler:
 
     def _accept(self, request: Request, sampled: Sampled, now: float) -> Output:
         """One more token of this request."""
-        token = sampled.token
+        token, tokens = sampled.token, request.tokens
+        num_prompt = len(request.prompt)
         request.num_inflight -= 1
-        request.tokens.append(token)
-        number = len(request.tokens) - len(request.prompt)
-        self.ledger.charge_output(request.account, len(request.prompt), number, request.num_prepaid)
+        tokens.append(token)
+        length = len(tokens)
+        self.ledger.charge_output(request.account, num_prompt, length - num_prompt, request.num_prepaid)
+        logprobs = None if sampled.logprobs is None else [sampled.logprobs]
+        stops = token in request.stop_ids and length - num_prompt >= request.params.min_tokens
+        if request.first_token is not None and length < request.limit and not stops:
+            return Output(id=request.id, tokens=[token], logprobs=logprobs)
         first = request.first_token is None
         if first:
             request.first_token = now
-        logprobs = None if sampled.logprobs is None else [sampled.logprobs]
-        if token in request.stop_ids and number >= request.params.min_tokens:
+        if stops:
             return self._end(request, FinishReason.STOP, [token], logprobs, token, first)
-        if len(request.tokens) >= request.limit:
+        if length >= request.limit:
             return self._end(request, FinishReason.LENGTH, [token], logprobs, None, first)
-        if first:
-            return _first_output(request, [token], logprobs)
-        return Output(id=request.id, tokens=[token], logprobs=logprobs)
+        return _first_output(request, [token], logprobs)
 
     def fail(self, batch: Batch, message: str, now: float) -> list[Output]:
         """The step came to nothing: its requests end with an error, everyone else goes on."""

@@ -9,7 +9,7 @@ that fell must be announced with `touch`.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 
 from inlaid.engine.policy import Policy, Rank, View
 from inlaid.engine.request import Request, Status
@@ -59,6 +59,23 @@ class WaitingQueue:
 
     def pop(self) -> Request | None:
         """Take out the first."""
+        group = self._first_group()
+        return None if group is None else self._take(group)
+
+    def peek(self) -> Request | None:
+        """The first, left where it is."""
+        group = self._first_group()
+        return None if group is None else group.entries[0][2]
+
+    def pop_among(self, names: Iterable[Hashable]) -> Request | None:
+        """Take out the first of these few groups."""
+        groups = [group for name in names if (group := self._groups.get(name)) is not None]
+        for group in groups:
+            self._drop_dead(group)
+        alive = [group for group in groups if group.entries]
+        return self._take(min(alive, key=self._key)) if alive else None
+
+    def _first_group(self) -> _Group | None:
         while self._front:
             key, _, version, group = self._front[0]
             if version != group.version:
@@ -69,17 +86,20 @@ class WaitingQueue:
                 heapq.heappop(self._front)
                 del self._groups[group.name]
                 continue
-            current = self.policy.key(group.name, group.entries[0][0], self._view)
-            if key < current:
-                heapq.heapreplace(self._front, (current, group.entries[0][1], version, group))
-                continue
-            request = heapq.heappop(group.entries)[2]
-            self._length -= 1
-            if group.entries:
-                key = self.policy.key(group.name, group.entries[0][0], self._view)
-                heapq.heapreplace(self._front, (key, group.entries[0][1], version, group))
-            return request
+            current, order = self._key(group)
+            if key >= current:
+                return group
+            heapq.heapreplace(self._front, (current, order, version, group))
         return None
+
+    def _key(self, group: _Group) -> tuple[Rank, int]:
+        rank, order, _ = group.entries[0]
+        return self.policy.key(group.name, rank, self._view), order
+
+    def _take(self, group: _Group) -> Request:
+        """The head of a group. Its place among the groups is behind now, which _first_group will notice."""
+        self._length -= 1
+        return heapq.heappop(group.entries)[2]
 
     def discard(self, request: Request) -> None:
         """This request was in the queue and has just stopped waiting (its status says so)."""
@@ -104,8 +124,7 @@ class WaitingQueue:
 
     def _place(self, group: _Group) -> None:
         group.version += 1
-        rank, order, _ = group.entries[0]
-        key = self.policy.key(group.name, rank, self._view)
+        key, order = self._key(group)
         heapq.heappush(self._front, (key, order, group.version, group))
 
     def _drop_dead(self, group: _Group) -> None:
