@@ -43,6 +43,9 @@ class SchedulerConfig:
     max_tasks_per_step: int = option(0, "most distinct adapters in one step; 0: no limit")
     max_sum_of_ranks: int = option(0, "most ranks, summed over distinct adapters, in one step; 0: no limit")
     admission_margin: float = option(0.01, "share of KV blocks that admissions leave free for running requests to grow")
+    reserve: float = option(
+        0.5, "share of its predicted answer for which KV must be free when a request is admitted; less preempts more"
+    )
     max_overtakes: int = option(1000, "how many admissions may pass a request that did not fit before all wait for it")
     predictor: str = option("history", "lengths of answers: learned from history, or max_tokens", ("history", "none"))
     predictor_file: str = option("", "where what the predictor has learned is kept between runs; empty: nowhere")
@@ -102,8 +105,12 @@ class ServerConfig:
 
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "port to listen on; 0: any free one")
-    api_key: str | None = option(None, "key that inference requests must carry; also from INLAID_API_KEY")
-    admin_key: str | None = option(None, "key for loading and unloading adapters; also from INLAID_ADMIN_KEY")
+    api_key: tuple[str, ...] = option(
+        (), "key that inference requests must carry, may be repeated; also from INLAID_API_KEY, separated by commas"
+    )
+    admin_key: str | None = option(
+        None, "another key, for loading adapters and changing the scheduler; also from INLAID_ADMIN_KEY"
+    )
     served_model_name: str | None = option(None, "the base model's name in the API; default: its folder's name")
     allow_runtime_lora: bool = option(False, "allow loading and unloading adapters while serving")
     lora_root: tuple[str, ...] = option((), "folders that adapters may be loaded from at run time")

@@ -80,6 +80,7 @@ class Scheduler:
         self._parked: dict[str, list[Request]] = {}  # by the adapter they wait for
         self._num_parked = 0
         self._sum_of_ranks = 0
+        self._num_reserved = 0  # blocks that the running were admitted on
         self._num_added = 0
         self._step = 0
         self._num_promised = 0  # running requests that wait for blocks in limbo
@@ -432,9 +433,19 @@ class Scheduler:
         remaining = len(request.tokens) - len(hits) * self.pool.block_size
         if not self.config.enable_chunked_prefill and remaining > budget:
             return None
-        needed = self._blocks_for(len(request.tokens)) - len(hits)
-        margin = int(self.config.admission_margin * self.pool.capacity) if self.running else 0
-        return hits if needed + margin <= self.pool.num_available - self.pool.num_idle(hits) else None
+        return hits if self._has_memory(request, hits) else None
+
+    def _has_memory(self, request: Request, hits: list[int]) -> bool:
+        """Blocks for what it has so far must be free; and a share of everyone's predicted answers must fit too."""
+        pool = self.pool
+        fresh = self._blocks_for(len(request.tokens)) - len(hits) + pool.num_idle(hits)
+        if not self.running:
+            return fresh <= pool.num_available
+        if fresh + int(self.config.admission_margin * pool.capacity) > pool.num_available:
+            return False
+        growth = int(self.config.reserve * self.view.lengths.remaining(request)) // pool.block_size
+        request.num_reserved = fresh + growth
+        return self._num_reserved + request.num_reserved <= pool.capacity
 
     @property
     def _num_tasks(self) -> int:
@@ -470,6 +481,7 @@ class Scheduler:
         request.num_computed = len(hits) * self.pool.block_size
         request.status = Status.RUNNING
         request.passed_since = None
+        self._num_reserved += request.num_reserved
         self.running[request.id] = request
         self.num_admitted += 1
         self.gate.note_admitted(now, others_wait=len(self.waiting) > 0)
@@ -632,6 +644,7 @@ class Scheduler:
 
     def _leave_running(self, request: Request) -> None:
         del self.running[request.id]
+        self._num_reserved -= request.num_reserved
         request.account.num_running -= 1
         self._released.append(request.id)
         count = self.active.pop(request.adapter) - 1
@@ -691,6 +704,7 @@ def _check(config: SchedulerConfig) -> None:
         ("max_sum_of_ranks", 0),
         ("max_overtakes", 0),
         ("admission_margin", 0),
+        ("reserve", 0),
         ("prompt_weight", 0),
         ("output_weight", 0),
         ("cached_price", 0),

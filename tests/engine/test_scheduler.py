@@ -144,7 +144,7 @@ def test_without_chunking_a_prompt_waits_for_a_step_that_holds_it() -> None:
 @both
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_a_crowd_in_too_little_memory_is_preempted_and_resumed_exactly(overlap: bool, policy: str) -> None:
-    bench = Bench(num_blocks=14, overlap=overlap, policy=policy, admission_margin=0.0)
+    bench = Bench(num_blocks=14, overlap=overlap, policy=policy, admission_margin=0.0, reserve=0.0)
     for index in range(9):
         adapter = (None, *ADAPTERS)[index % 5]
         bench.add(f"r{index}", [index, 1, 2], adapter, f"t{index % 3}", max_tokens=25, ignore_eos=True)
@@ -428,6 +428,7 @@ def test_any_storm_leaves_the_pool_whole_and_every_answer_exact(
         adapters=FakeAdapters(ADAPTERS, slots=slots, load=2),
         max_num_seqs=4,
         max_overtakes=3,
+        reserve=data.draw(st.sampled_from([0.0, 0.5])),
     )
     getattr(bench.runner, data.draw(st.sampled_from(["fail_submit", "fail_collect"]))).update(failing)
     for step in range(40):

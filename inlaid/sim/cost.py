@@ -1,0 +1,111 @@
+"""How long a step takes on a machine: a linear model of what the batch holds, read from a measured file.
+
+The coefficients of a machine are a JSON file (`sim/machines/`, or one that `python -m inlaid.sim.fit` wrote). The
+simulator's runner asks `step_seconds`; its adapter directory asks `load_seconds`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import msgspec
+
+from inlaid.engine.request import Batch
+
+MACHINES = Path(__file__).parent / "machines"
+
+
+class Load(msgspec.Struct, frozen=True):
+    """What a step holds: the regressors of the model. Attention reads a prompt's keys for each of its tokens."""
+
+    prefill_tokens: int = 0
+    prefills: int = 0
+    decodes: int = 0
+    prompt_context: int = 0  # prompt tokens that decodes attend to
+    output_context: int = 0  # output tokens that decodes attend to
+    prefill_attention: int = 0  # pairs of tokens
+    adapters: int = 0
+    adapter_rows: int = 0  # requests with an adapter
+    ranks: int = 0
+
+    @classmethod
+    def of(cls, batch: Batch, ranks: dict[str, int]) -> Load:
+        """The load of a batch, given the ranks of its adapters."""
+        tokens = prefills = attention = decodes = prompts = outputs = rows = 0
+        adapters: set[str] = set()
+        for work in batch.works:
+            request = work.request
+            if work.is_decode:
+                decodes += 1
+                prompts += len(request.prompt)
+                outputs += work.start - len(request.prompt) + 1
+            else:
+                prefills += 1
+                tokens += work.num_tokens
+                attention += work.num_tokens * (2 * work.start + work.num_tokens) // 2
+            if request.adapter is not None:
+                rows += 1
+                adapters.add(request.adapter)
+        ranks_sum = sum(ranks.get(adapter, 0) for adapter in adapters)
+        return cls(tokens, prefills, decodes, prompts, outputs, attention, len(adapters), rows, ranks_sum)
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds per unit of load. A step takes at least `floor`; a load of an adapter `load_base` + rank * `load_rank`."""
+
+    name: str
+    source: str
+    step: float = 0.0
+    floor: float = 0.0
+    prefill_tokens: float = 0.0
+    prefills: float = 0.0
+    decodes: float = 0.0
+    prompt_context: float = 0.0
+    output_context: float = 0.0
+    prefill_attention: float = 0.0
+    adapters: float = 0.0
+    adapter_rows: float = 0.0
+    ranks: float = 0.0
+    load_base: float = 0.0
+    load_rank: float = 0.0
+
+    def step_seconds(self, load: Load) -> float:
+        seconds = (
+            self.step
+            + self.prefill_tokens * load.prefill_tokens
+            + self.prefills * load.prefills
+            + self.decodes * load.decodes
+            + self.prompt_context * load.prompt_context
+            + self.output_context * load.output_context
+            + self.prefill_attention * load.prefill_attention
+            + self.adapters * load.adapters
+            + self.adapter_rows * load.adapter_rows
+            + self.ranks * load.ranks
+        )
+        return max(self.floor, seconds)
+
+    def load_seconds(self, rank: int) -> float:
+        return self.load_base + self.load_rank * rank
+
+    def scaled(self, factor: float, name: str) -> CostModel:
+        """The same machine, slower or faster by a factor."""
+        times = {f.name: getattr(self, f.name) * factor for f in fields(self) if f.type == "float"}
+        return CostModel(name=name, source=f"{self.source}, times {factor:g}", **times)
+
+    def save(self, path: Path) -> None:
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(asdict(self)), indent=1) + b"\n")
+
+
+def load_cost(name: str) -> CostModel:
+    """A machine by name (a10g, a10g-13b, h200) or the path of a fitted file."""
+    path = Path(name) if name.endswith(".json") else MACHINES / f"{name}.json"
+    if not path.exists():
+        known = ", ".join(sorted(file.stem for file in MACHINES.glob("*.json")))
+        raise ValueError(f"no machine {name!r}; known: {known}; or give the path of a file from inlaid.sim.fit")
+    try:
+        values = msgspec.json.decode(path.read_bytes(), type=dict[str, str | float])
+        return CostModel(**{k: v for k, v in values.items() if k in {f.name for f in fields(CostModel)}})  # type: ignore[arg-type]
+    except (msgspec.DecodeError, TypeError) as error:
+        raise ValueError(f"{path} is not a cost file: {error}") from error

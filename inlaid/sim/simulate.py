@@ -1,0 +1,316 @@
+"""A trace served on a virtual clock: the engine, scheduler, policies, ledger and predictor are the real ones; only the
+runner and the adapters' residence are replaced by the cost model. Deterministic: no clock, no thread, no device."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from inlaid.config import CacheConfig, SchedulerConfig
+from inlaid.engine.engine import Engine
+from inlaid.engine.policy import Lengths, MaxTokens, Refused
+from inlaid.engine.predictor import Oracle, Predictor
+from inlaid.engine.request import Batch, FinishReason, NewRequest, Sampled, StepResult
+from inlaid.engine.scheduler import Scheduler
+from inlaid.sim.cost import CostModel, Load
+
+EOS = 1
+MAX_PAIRED_TENANTS = 64  # gaps between pairs are followed up to so many tenants
+
+
+class Arrival(msgspec.Struct, frozen=True):
+    """One line of a trace."""
+
+    time: float
+    request: NewRequest
+
+
+@dataclass(frozen=True)
+class Record:
+    """What became of a request. Refused and ended early: no first token or no finish."""
+
+    id: str
+    tenant: str
+    adapter: str | None
+    arrival: float
+    prompt_len: int
+    output_len: int
+    deadline: float | None = None
+    first_token: float | None = None
+    finish: float | None = None
+    refused: bool = False
+    preemptions: int = 0
+
+    @property
+    def ttft(self) -> float | None:
+        return None if self.first_token is None else self.first_token - self.arrival
+
+    @property
+    def latency(self) -> float | None:
+        return None if self.finish is None else self.finish - self.arrival
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A machine, its memory, and how it is scheduled."""
+
+    cost: CostModel
+    policy: str = "fcfs"
+    num_tokens: int = 10_000  # KV memory, in tokens
+    block_size: int = 16
+    lengths: str = "history"
+    slots: int = 1_000_000  # adapters that fit on the device together
+    ranks: dict[str, int] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    max_model_len: int = 4096
+    scheduler: dict[str, Any] = field(default_factory=dict)  # further SchedulerConfig fields
+    prefix_caching: bool = False
+    seed: int = 0
+
+
+@dataclass
+class Clock:
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class SimRunner:
+    """Makes no tokens: an answer ends at its true length, and a step takes what the cost model says."""
+
+    overlap = False
+
+    def __init__(self, cost: CostModel, clock: Clock, ranks: dict[str, int]) -> None:
+        self._cost = cost
+        self._clock = clock
+        self._ranks = ranks
+        self._word = Sampled(0)
+        self._end = Sampled(EOS)
+        self.busy = 0.0
+
+    def submit(self, batch: Batch) -> Batch:
+        return batch
+
+    def collect(self, ticket: Batch) -> StepResult:
+        seconds = self._cost.step_seconds(Load.of(ticket, self._ranks))
+        self._clock.now += seconds
+        self.busy += seconds
+        sampled = []
+        for work in ticket.works:
+            if work.samples:
+                request = work.request
+                last = request.num_outputs + 1 == request.true_output_len
+                sampled.append(self._end if last else self._word)
+        return StepResult(sampled)
+
+
+class SimAdapters:
+    """Room for so many adapters, least recently used out first; loads follow each other on one link."""
+
+    def __init__(self, cost: CostModel, clock: Clock, slots: int, ranks: dict[str, int]) -> None:
+        self._cost = cost
+        self._clock = clock
+        self._slots = slots
+        self._ranks = ranks
+        self._resident: OrderedDict[str, float] = OrderedDict()  # when it is or will be there
+        self._pins: dict[str, int] = {}
+        self._link_free = 0.0
+        self.num_loads = 0
+
+    def resolve(self, name: str) -> str:
+        return name
+
+    def release(self, identity: str) -> None: ...
+
+    def ready(self, identity: str) -> bool:
+        return self._resident.get(identity, float("inf")) <= self._clock.now
+
+    def want(self, identity: str) -> None:
+        if identity in self._resident:
+            return
+        if len(self._resident) >= self._slots:
+            now = self._clock.now
+            idle = (n for n, when in self._resident.items() if not self._pins.get(n) and when <= now)
+            victim = next(idle, None)
+            if victim is None:
+                return
+            del self._resident[victim]
+        self._link_free = max(self._link_free, self._clock.now) + self._cost.load_seconds(self.rank(identity))
+        self._resident[identity] = self._link_free
+        self.num_loads += 1
+
+    def pin(self, identity: str) -> None:
+        self._pins[identity] = self._pins.get(identity, 0) + 1
+        self._resident.move_to_end(identity)
+
+    def unpin(self, identity: str) -> None:
+        self._pins[identity] -= 1
+
+    def rank(self, identity: str) -> int:
+        return self._ranks.get(identity, 16)
+
+    @property
+    def next_ready(self) -> float:
+        """When the next load on its way is done."""
+        return min((when for when in self._resident.values() if when > self._clock.now), default=float("inf"))
+
+
+class GapWatch:
+    """The largest difference in weighted service between two tenants over any interval in which both had requests
+    waiting all the time: what VTC bounds."""
+
+    def __init__(self, tenants: Sequence[str]) -> None:
+        self._index = {tenant: i for i, tenant in enumerate(tenants)}
+        size = len(tenants)
+        self._low = np.full((size, size), np.inf)
+        self._high = np.full((size, size), -np.inf)
+        self.largest = 0.0
+
+    def look(self, scheduler: Scheduler) -> None:
+        size = len(self._index)
+        served, waits = np.zeros(size), np.zeros(size, dtype=bool)
+        for account in scheduler.ledger.accounts.values():
+            place = self._index[account.tenant]
+            served[place] = account.service / account.weight
+            waits[place] = account.num_waiting > 0
+        gap = served[:, None] - served[None, :]
+        both = waits[:, None] & waits[None, :]
+        self._low = np.where(both, np.minimum(self._low, gap), np.inf)
+        self._high = np.where(both, np.maximum(self._high, gap), -np.inf)
+        if both.any():
+            self.largest = max(self.largest, float((self._high - self._low)[both].max()))
+
+
+@dataclass
+class Outcome:
+    """What a simulation leaves."""
+
+    policy: str
+    records: list[Record]
+    end: float
+    busy: float
+    history: list[tuple[float, dict[str, float]]]  # exact service per tenant, about a second apart
+    largest_gap: float | None  # between tenants that both waited, see GapWatch
+    gap_series: list[tuple[float, float]]
+    preemptions: int
+    loads: int
+    steps: int
+    service: dict[str, float]
+    longest_prompt: int
+    most_tokens: int  # in running requests together
+
+
+def make_lengths(name: str, seed: int) -> Lengths:
+    """`history`, `none`, `oracle`, or `noisy:0.5`."""
+    kind, _, value = name.partition(":")
+    if kind == "history":
+        return Predictor()
+    if kind == "none":
+        return MaxTokens()
+    if kind == "oracle":
+        return Oracle()
+    if kind == "noisy":
+        return Oracle(float(value), seed)
+    raise ValueError(f"unknown lengths {name!r}; known: history, none, oracle, noisy:FACTOR")
+
+
+def make_engine(setup: Setup, clock: Clock) -> tuple[Engine, SimRunner, SimAdapters]:
+    """The real engine on a simulated device."""
+    adapters = SimAdapters(setup.cost, clock, setup.slots, setup.ranks)
+    settings = {"max_num_seqs": 1000, "max_num_batched_tokens": 3072, "max_num_waiting": 10**9, **setup.scheduler}
+    scheduler = Scheduler(
+        SchedulerConfig(policy=setup.policy, **settings),
+        CacheConfig(block_size=setup.block_size, enable_prefix_caching=setup.prefix_caching),
+        num_blocks=setup.num_tokens // setup.block_size + 1,
+        max_model_len=min(setup.max_model_len, setup.num_tokens),
+        adapters=adapters,
+        eos_ids=(EOS,),
+        lengths=make_lengths(setup.lengths, setup.seed),
+    )
+    scheduler.ledger.set_weights(setup.weights)
+    runner = SimRunner(setup.cost, clock, setup.ranks)
+    return Engine(scheduler, runner, clock), runner, adapters
+
+
+def simulate(
+    trace: Sequence[Arrival], setup: Setup, on_progress: Callable[[int], None] | None = None, until: float | None = None
+) -> Outcome:
+    """Serve a trace, in order of time, until everyone has an answer, or until a moment."""
+    clock = Clock()
+    engine, runner, adapters = make_engine(setup, clock)
+    scheduler = engine.scheduler
+    records: dict[str, Record] = {}
+    ended: list[Record] = []
+    tenants = sorted({arrival.request.tenant for arrival in trace})
+    watch = GapWatch(tenants) if 1 < len(tenants) <= MAX_PAIRED_TENANTS else None
+    series: list[tuple[float, float]] = []
+    place = steps = most_tokens = 0
+    while (place < len(trace) or engine.has_work) and (until is None or clock.now < until):
+        while place < len(trace) and trace[place].time <= clock.now:
+            _add(engine, trace[place], records, ended)
+            place += 1
+            if on_progress is not None:
+                on_progress(1)
+        if not engine.has_work:
+            if place < len(trace):
+                clock.now = trace[place].time
+            continue
+        for output in engine.step():
+            known = records[output.id]
+            if known.first_token is None and output.tokens:
+                known = records[output.id] = replace(known, first_token=clock.now)
+            if output.finish_reason is not None:
+                well = output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+                ended.append(replace(known, finish=clock.now if well else None, refused=not well))
+                del records[output.id]
+        steps += 1
+        most_tokens = max(most_tokens, scheduler.pool.capacity - scheduler.pool.num_available)
+        if watch is not None:
+            watch.look(scheduler)
+            if not series or clock.now >= series[-1][0] + 1.0:
+                series.append((clock.now, watch.largest))
+        if engine.idle:
+            following = trace[place].time if place < len(trace) else float("inf")
+            clock.now = max(clock.now + 1e-6, min(following, adapters.next_ready, clock.now + 0.1))
+    scheduler.ledger.note(clock.now + 1.0)
+    return Outcome(
+        policy=setup.policy,
+        records=sorted([*ended, *records.values()], key=lambda record: record.arrival),
+        end=clock.now,
+        busy=runner.busy,
+        history=list(scheduler.ledger.history),
+        largest_gap=None if watch is None else watch.largest,
+        gap_series=series,
+        preemptions=scheduler.num_preemptions,
+        loads=adapters.num_loads,
+        steps=steps,
+        service={account.tenant: account.service for account in scheduler.ledger.accounts.values()},
+        longest_prompt=max((len(arrival.request.prompt) for arrival in trace), default=0),
+        most_tokens=most_tokens * setup.block_size,
+    )
+
+
+def _add(engine: Engine, arrival: Arrival, records: dict[str, Record], ended: list[Record]) -> None:
+    new = arrival.request
+    record = Record(
+        id=new.id,
+        tenant=new.tenant,
+        adapter=new.adapter,
+        arrival=arrival.time,
+        prompt_len=len(new.prompt),
+        output_len=new.true_output_len or new.params.max_tokens,
+        deadline=new.deadline,
+    )
+    try:
+        request = engine.add(new)
+    except Refused:
+        ended.append(replace(record, refused=True))
+        return
+    request.arrival = arrival.time  # it came while a step was running
+    records[new.id] = record
