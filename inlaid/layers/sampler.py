@@ -121,12 +121,13 @@ def seed_key(seed: int) -> int:
 
 
 def gumbel(keys_S: torch.Tensor, positions_S: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """[S, V] Gumbel noise: token t of row s gets mix(mix(t + p) ^ q), where p = mix(key + position), q = mix(p + 1).
+    """[S, V] Gumbel noise: token t of row s gets mix(mix(t + p) ^ q), where p = mix(key + position) and q =
+    mix(p + 0x9E3779B9): an offset that no token has, else that token's bits would always be zero.
 
     The 32 bits become u = (bits + 0.5) / 2^32 and the noise -log(-log(1 - u)): small u, which is precise, makes the
     large values that decide."""
     p_S1 = _mix((keys_S + positions_S) & _MASK32)[:, None]
-    q_S1 = _mix((p_S1 + 1) & _MASK32)
+    q_S1 = _mix((p_S1 + 0x9E3779B9) & _MASK32)
     tokens_V = torch.arange(vocab_size, dtype=torch.int64, device=keys_S.device)
     bits_SV = _mix(_mix((tokens_V + p_S1) & _MASK32) ^ q_S1)
     u_SV = ((bits_SV.to(torch.float32) + 0.5) * 2.0**-32).clamp_(max=1 - 2.0**-24)
