@@ -155,6 +155,14 @@ class AdapterStore:
     def rank(self, identity: str) -> int:
         return self._held[identity].adapter.rank
 
+    def nbytes(self, identity: str) -> int:
+        """Bytes of its weights, on the host as on the device."""
+        return int(self._held[identity].adapter.flat.nbytes)
+
+    def references(self, identity: str) -> int:
+        """Requests that hold it now."""
+        return self._held[identity].references
+
     # The device
 
     def slot(self, identity: str | None) -> int:

@@ -1,0 +1,184 @@
+"""LLM: the engine in this process, for scripts: `LLM(model).generate(prompts)`, and `chat` with the chat template."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+
+from inlaid.config import EngineConfig, from_dict
+from inlaid.engine.engine import Engine
+from inlaid.engine.params import check
+from inlaid.engine.policy import Refused
+from inlaid.engine.process import build_engine
+from inlaid.engine.request import FinishReason, NewRequest, Output, SamplingParams, TokenLogprobs
+from inlaid.engine.text import Piece, TextStream, Tokenizer
+
+Conversation = Sequence[dict[str, Any]]
+_PAUSE = 0.001  # seconds, while adapters load and there is nothing to compute
+
+
+class GenerationError(RuntimeError):
+    """A request failed inside the engine."""
+
+
+@dataclass
+class Completion:
+    """One answer."""
+
+    prompt_tokens: list[int]
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    num_cached: int = 0
+
+    def add(self, piece: Piece) -> None:
+        self.text += piece.text
+        self.tokens += piece.tokens
+        if piece.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + piece.logprobs
+        self.prompt_logprobs = self.prompt_logprobs or piece.prompt_logprobs
+        self.finish_reason, self.stop_reason = piece.finish_reason, piece.stop_reason
+        self.num_cached = max(self.num_cached, piece.num_cached)
+
+
+class LLM:
+    """A model and its adapters, generating in this process.
+
+    `settings` are fields of EngineConfig; scheduler, cache and adapter settings come as dicts or as their config.
+    """
+
+    def __init__(self, model: str, adapters: Mapping[str, str] | None = None, **settings: Any) -> None:
+        config = settings.pop("config", None) or _config(model, settings)
+        self._loaded = build_engine(config, adapters or {})
+        self.engine: Engine = self._loaded.engine
+        self.tokenizer = Tokenizer(self._loaded.model.folder)
+        self._numbers = itertools.count()
+
+    @property
+    def adapters(self) -> list[str]:
+        return [info.name for info in self._loaded.adapters.list()]
+
+    def load_adapter(self, name: str, path: str, in_place: bool = False) -> None:
+        started = time.monotonic()
+        adapter = self._loaded.adapters.read(path)
+        self._loaded.adapters.install(name, adapter, in_place, time.monotonic() - started)
+
+    def unload_adapter(self, name: str) -> None:
+        self._loaded.adapters.remove(name)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
+        progress: bool = True,
+    ) -> list[Completion]:
+        """An answer for each prompt, in order. Params and adapter: one for all, or one for each. ValueError names what
+        cannot be served; GenerationError what failed."""
+        tokens = [self._tokens(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+        requests = self._requests(tokens, params, adapter)
+        answers = {request.id: Completion(list(request.prompt)) for request in requests}
+        with tqdm(total=len(requests), desc="generating", delay=1, leave=False, disable=not progress) as bar:
+            for request_id, piece in self._run(requests):
+                answers[request_id].add(piece)
+                bar.update(piece.finish_reason is not None)
+        return [answers[request.id] for request in requests]
+
+    def chat(
+        self,
+        conversations: Conversation | Sequence[Conversation],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        adapter: str | Sequence[str | None] | None = None,
+        progress: bool = True,
+        **template: Any,
+    ) -> list[Completion]:
+        """As generate, for one conversation or several, each a list of messages."""
+        listed: Any = [conversations] if conversations and isinstance(conversations[0], dict) else conversations
+        prompts = [self.tokenizer.encode(self.tokenizer.render(one, **template), False) for one in listed]
+        return self.generate(prompts, params, adapter, progress)
+
+    def stream(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, adapter: str | None = None
+    ) -> Iterator[Piece]:
+        """One answer, piece by piece. Closing the iterator ends the request."""
+        for _, piece in self._run(self._requests([self._tokens(prompt)], params, adapter)):
+            yield piece
+
+    def _tokens(self, prompt: str | Sequence[int]) -> list[int]:
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+    def _requests(
+        self,
+        prompts: Sequence[list[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        adapter: str | Sequence[str | None] | None,
+    ) -> list[NewRequest]:
+        one = SamplingParams() if params is None else params
+        each = [one] * len(prompts) if isinstance(one, SamplingParams) else list(one)
+        adapters = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
+        if not len(prompts) == len(each) == len(adapters):
+            raise ValueError(f"{len(prompts)} prompts, {len(each)} params and {len(adapters)} adapters do not match")
+        for sampling in each:
+            check(sampling, self._loaded.model.vocab_size)
+        return [
+            NewRequest(id=str(next(self._numbers)), prompt=tokens, params=sampling, adapter=name)
+            for tokens, sampling, name in zip(prompts, each, adapters, strict=True)
+        ]
+
+    def _run(self, requests: Sequence[NewRequest]) -> Iterator[tuple[str, Piece]]:
+        """Step until all have ended. What is left when the caller goes away is aborted."""
+        streams = {r.id: TextStream(self.tokenizer, r.prompt, r.params) for r in requests}
+        waiting = list(reversed(requests))
+        try:
+            while streams:
+                self._submit(waiting)
+                for output in self.engine.step():
+                    if output.id in streams:
+                        yield output.id, self._take(streams, output)
+                if self.engine.idle and streams:
+                    time.sleep(_PAUSE)
+        finally:
+            self._abort(streams)
+
+    def _submit(self, waiting: list[NewRequest]) -> None:
+        """As many as the queue takes; the others when it has room."""
+        while waiting:
+            try:
+                self.engine.add(waiting[-1])
+            except Refused:
+                if not self.engine.has_work:
+                    raise
+                return
+            waiting.pop()
+
+    def _take(self, streams: dict[str, TextStream], output: Output) -> Piece:
+        if output.finish_reason is FinishReason.ERROR:
+            raise GenerationError(output.message or "the request failed in the engine")
+        piece = streams[output.id].take(output)
+        if piece.finish_reason is not None:
+            del streams[output.id]
+            if output.finish_reason is None:  # a stop string ended it here
+                self.engine.abort(output.id)
+        return piece
+
+    def _abort(self, streams: Mapping[str, TextStream]) -> None:
+        for request_id in streams:
+            self.engine.abort(request_id)
+
+
+def _config(model: str, settings: Mapping[str, Any]) -> EngineConfig:
+    """Nested settings may be dicts."""
+    plain = {"model": model, **settings}
+    defaults = EngineConfig()
+    for name in ("scheduler", "cache", "adapters"):
+        if isinstance(plain.get(name), dict):
+            plain[name] = from_dict(type(getattr(defaults, name)), plain[name])
+    return from_dict(EngineConfig, plain)

@@ -1,0 +1,156 @@
+"""What the server and the engine process say to each other, and how it is framed: length-prefixed msgpack of tagged
+structs over a socket pair. `async_engine.py` speaks the one side, `process.py` the other.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import msgspec
+
+from inlaid.config import EngineConfig
+from inlaid.engine.request import NewRequest, Output
+
+_LENGTH = struct.Struct("<I")
+MAX_MESSAGE = 1 << 30
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Its class's name travels with it."""
+
+
+class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """An adapter as seen from outside."""
+
+    name: str
+    identity: str
+    path: str
+    rank: int
+    bytes: int
+    tier: str  # "device", or "host" when it has to be copied before its next request
+    requests: int = 0  # that hold it now
+    load_seconds: float = 0.0  # from disk to host memory, the last time
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What the server has to know about the loaded model."""
+
+    folder: str
+    vocab_size: int
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+    max_loras: int
+    base_version: str
+    device: str
+    dtype: str
+    eos_ids: tuple[int, ...] = ()
+
+
+# From the server.
+
+
+class Start(Message, frozen=True, kw_only=True):
+    """The first message. With `strict`, an adapter that cannot be loaded ends the start; else it is left out."""
+
+    config: EngineConfig
+    adapters: dict[str, str]
+    factory: str  # "module:function" that makes what process.py steps
+    strict: bool = True
+
+
+class Add(Message, frozen=True, kw_only=True):
+    request: NewRequest
+
+
+class Abort(Message, frozen=True, kw_only=True):
+    id: str
+
+
+class Call(Message, frozen=True, kw_only=True):
+    """A question with one Reply or Failure."""
+
+    call: int
+    name: str  # a method of process.Calls
+    arguments: dict[str, Any] = {}
+
+
+# From the engine.
+
+
+class Loading(Message, frozen=True, kw_only=True):
+    """How far the start has come, for people who wait."""
+
+    what: str
+
+
+class Ready(Message, frozen=True, kw_only=True):
+    model: ModelInfo
+    adapters: list[AdapterInfo]
+    left_out: dict[str, str] = {}  # adapters that could not be loaded, and why
+
+
+class Fatal(Message, frozen=True, kw_only=True):
+    """The engine cannot start, or cannot go on."""
+
+    message: str
+
+
+class Outputs(Message, frozen=True, kw_only=True):
+    outputs: list[Output]
+
+
+class Refusal(Message, frozen=True, kw_only=True):
+    """A request that was not taken. With retry_after it may be later."""
+
+    id: str
+    message: str
+    retry_after: float | None = None
+    fault: bool = False  # ours, not the request's
+
+
+class Reply(Message, frozen=True, kw_only=True):
+    call: int
+    value: Any
+
+
+class Failure(Message, frozen=True, kw_only=True):
+    call: int
+    message: str
+    fault: bool = False
+
+
+Command = Start | Add | Abort | Call
+Event = Loading | Ready | Fatal | Outputs | Refusal | Reply | Failure
+
+
+class Framing:
+    """Messages out of a byte stream that arrives in pieces of any size."""
+
+    def __init__(self, kind: Any) -> None:
+        self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(kind)
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[Any]:
+        """The messages that these bytes complete. ValueError: this is no stream of ours."""
+        self._buffer += data
+        messages = []
+        start = 0
+        while len(self._buffer) - start >= _LENGTH.size:
+            (size,) = _LENGTH.unpack_from(self._buffer, start)
+            if size > MAX_MESSAGE:
+                raise ValueError(f"a message of {size} bytes is announced, more than {MAX_MESSAGE}")
+            end = start + _LENGTH.size + size
+            if len(self._buffer) < end:
+                break
+            messages.append(self._decoder.decode(memoryview(self._buffer)[start + _LENGTH.size : end]))
+            start = end
+        del self._buffer[:start]
+        return messages
+
+
+def frame(message: Message) -> bytes:
+    """A message as it crosses the socket."""
+    body = msgspec.msgpack.encode(message)
+    return _LENGTH.pack(len(body)) + body

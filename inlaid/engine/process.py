@@ -1,0 +1,341 @@
+"""The engine process: `python -m inlaid.engine.process FD`. It loads the model, then steps the engine for whoever holds
+the other end of the socket, and ends when that end closes.
+
+`build_engine` puts the parts together; LLM calls it too, in its own process.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+from inlaid.config import EngineConfig
+from inlaid.engine import messages
+from inlaid.engine.engine import Engine, make_engine
+from inlaid.engine.messages import AdapterInfo, ModelInfo
+from inlaid.engine.policy import Refused
+
+if TYPE_CHECKING:
+    from inlaid.engine.model_runner import LoadedModel
+
+log = logging.getLogger("inlaid.engine")
+
+FACTORY = "inlaid.engine.process:build_engine"
+_PAUSE = 0.001  # seconds between looks at what is loading, when there is nothing to compute
+_MAX_FAILURES = 8  # steps that fail in a row before the process gives up
+_READ_SIZE = 1 << 20
+
+
+class Adapters(Protocol):
+    """Adapters as the process handles them: `read` takes long and touches nothing shared, the rest is quick."""
+
+    def read(self, path: str) -> Any: ...
+
+    def install(self, name: str, adapter: Any, in_place: bool, seconds: float) -> None: ...
+
+    def remove(self, name: str) -> int: ...
+
+    def list(self) -> list[AdapterInfo]: ...
+
+
+@dataclass
+class Loaded:
+    """An engine that can be stepped, what it serves, and its adapters."""
+
+    engine: Engine
+    model: ModelInfo
+    adapters: Adapters
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def build_engine(config: EngineConfig, adapters: Mapping[str, str], *, strict: bool = True) -> Loaded:
+    """Load the model and the adapters named. With strict an adapter that cannot be served raises; else it is left out
+    and named."""
+    from inlaid.engine.model_runner import load_model
+
+    model = load_model(config)
+    engine = make_engine(
+        config,
+        model.runner,
+        time.monotonic,
+        num_blocks=model.num_blocks,
+        max_model_len=model.max_model_len,
+        adapters=model.adapters,
+        eos_ids=model.spec.eos_token_ids,
+        base_version=model.base_version,
+        make_grammar=model.grammars,
+    )
+    loaded = Loaded(engine, _describe(config, model), LoraAdapters(config, model))
+    load_adapters(loaded, adapters, strict)
+    return loaded
+
+
+def load_adapters(loaded: Loaded, adapters: Mapping[str, str], strict: bool) -> None:
+    """Read and install adapters, with a progress bar when it takes long."""
+    from tqdm import tqdm
+
+    for name, path in tqdm(adapters.items(), desc="loading adapters", delay=1, leave=False):
+        started = time.monotonic()
+        try:
+            adapter = loaded.adapters.read(path)
+            loaded.adapters.install(name, adapter, False, time.monotonic() - started)
+        except (ValueError, OSError) as error:
+            if strict:
+                raise
+            loaded.left_out[name] = str(error)
+
+
+def _describe(config: EngineConfig, model: LoadedModel) -> ModelInfo:
+    return ModelInfo(
+        folder=str(model.folder),
+        vocab_size=model.spec.vocab_size,
+        max_model_len=model.max_model_len,
+        num_blocks=model.num_blocks,
+        block_size=config.cache.block_size,
+        max_loras=config.adapters.max_loras,
+        base_version=model.base_version,
+        device=str(model.runner.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        eos_ids=tuple(model.spec.eos_token_ids),
+    )
+
+
+class LoraAdapters:
+    """The store, read from disk and described."""
+
+    def __init__(self, config: EngineConfig, model: LoadedModel) -> None:
+        self._max_rank = config.adapters.max_lora_rank
+        self._model = model
+        self._seconds: dict[str, float] = {}
+
+    def read(self, path: str) -> Any:
+        from inlaid.adapters.peft import read_adapter
+
+        return read_adapter(path, self._model.spec, self._model.dtype, self._max_rank)
+
+    def install(self, name: str, adapter: Any, in_place: bool, seconds: float) -> None:
+        store = self._model.adapters
+        identity = store.replace(name, adapter) if in_place else store.add(name, adapter)
+        self._seconds[identity] = seconds
+
+    def remove(self, name: str) -> int:
+        return self._model.adapters.remove(name)
+
+    def list(self) -> list[AdapterInfo]:
+        store = self._model.adapters
+        resident = set(store.resident())
+        return [self._info(name, store.identity(name) or "", resident) for name in store.names()]
+
+    def _info(self, name: str, identity: str, resident: set[str]) -> AdapterInfo:
+        store = self._model.adapters
+        return AdapterInfo(
+            name=name,
+            identity=identity,
+            path=store.path(name),
+            rank=store.rank(identity),
+            bytes=store.nbytes(identity),
+            tier="device" if identity in resident else "host",
+            requests=store.references(identity),
+            load_seconds=self._seconds.get(identity, 0.0),
+        )
+
+
+class Calls:
+    """What a Call may ask for: the public methods, by name."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self._loaded = loaded
+
+    def stats(self) -> dict[str, float]:
+        return self._loaded.engine.stats()
+
+    def adapters(self) -> list[AdapterInfo]:
+        return self._loaded.adapters.list()
+
+    def unload_adapter(self, name: str) -> int:
+        return self._loaded.adapters.remove(name)
+
+    def scheduler(self) -> dict[str, Any]:
+        return self._loaded.engine.describe_scheduler()
+
+    def set_scheduler(self, changes: dict[str, Any]) -> dict[str, Any]:
+        return self._loaded.engine.set_scheduler(changes)
+
+    def fairness(self, window: float = 60.0) -> dict[str, Any]:
+        return self._loaded.engine.fairness(window)
+
+
+class EngineProcess:
+    """The loop. Everything but reading adapter files happens on its one thread."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._framing = messages.Framing(messages.Command)
+        self._poller = select.poll()
+        self._poller.register(connection, select.POLLIN)
+        self._readers = ThreadPoolExecutor(1, "adapter-reader")
+        self._done: list[Callable[[], None]] = []  # what finished reads want done on this thread
+        self._woken, self._wake = os.pipe()
+        os.set_blocking(self._woken, False)
+        self._poller.register(self._woken, select.POLLIN)
+
+    def run(self) -> int:
+        """Serve until the other end closes. The exit status."""
+        start = self._first_message()
+        threading.Thread(target=_end_with, args=(self._socket,), daemon=True).start()
+        try:
+            self._loaded = _factory(start.factory)(start.config, start.adapters, strict=start.strict)
+        except Exception as error:
+            expected = isinstance(error, (ValueError, OSError, ImportError, MemoryError))
+            if not expected:
+                log.error("the engine could not start", exc_info=error)
+            self._send(messages.Fatal(message=str(error) if expected and str(error) else repr(error)))
+            return 1
+        self._engine = self._loaded.engine
+        self._calls = Calls(self._loaded)
+        self._send(
+            messages.Ready(
+                model=self._loaded.model, adapters=self._loaded.adapters.list(), left_out=self._loaded.left_out
+            )
+        )
+        return self._loop()
+
+    def _first_message(self) -> messages.Start:
+        found: list[Any] = []
+        while not found:
+            data = self._socket.recv(_READ_SIZE)
+            if not data:
+                sys.exit(0)
+            found = self._framing.feed(data)
+        assert isinstance(found[0], messages.Start), "the first message is Start"
+        self._early = found[1:]
+        return found[0]
+
+    def _loop(self) -> int:
+        for command in self._early:
+            self._obey(command)
+        engine = self._engine
+        while True:
+            pause = None if not engine.has_work else _PAUSE if engine.idle else 0
+            if not self._receive(pause):
+                return 0
+            if not engine.has_work:
+                continue
+            outputs = engine.step()
+            if outputs:
+                self._send(messages.Outputs(outputs=outputs))
+            if engine.num_failures_in_a_row >= _MAX_FAILURES:
+                self._send(messages.Fatal(message=f"{_MAX_FAILURES} steps in a row failed; see the log"))
+                return 1
+
+    def _receive(self, pause: float | None) -> bool:
+        """Obey what has come; wait for something for `pause` seconds (None: as long as it takes). False: closed."""
+        for descriptor, _ in self._poller.poll(None if pause is None else pause * 1000):
+            if descriptor == self._woken:
+                os.read(self._woken, 4096)
+                while self._done:
+                    self._done.pop(0)()
+                continue
+            data = self._socket.recv(_READ_SIZE)
+            if not data:
+                return False
+            for command in self._framing.feed(data):
+                self._obey(command)
+        return True
+
+    def _obey(self, command: messages.Command) -> None:
+        match command:
+            case messages.Add(request=request):
+                self._add(request)
+            case messages.Abort(id=request_id):
+                self._engine.abort(request_id)
+            case messages.Call(name="load_adapter"):
+                self._load_adapter(command)
+            case messages.Call():
+                self._answer(command, lambda: self._dispatch(command))
+            case _:
+                log.error("unexpected message %r", command)
+
+    def _add(self, request: Any) -> None:
+        refusal = partial(messages.Refusal, id=request.id)
+        try:
+            self._engine.add(request)
+        except Refused as error:
+            self._send(refusal(message=str(error), retry_after=error.retry_after))
+        except ValueError as error:
+            self._send(refusal(message=str(error)))
+        except Exception as error:
+            log.error("request %s could not be added", request.id, exc_info=error)
+            self._send(refusal(message=f"{type(error).__name__}: {error}", fault=True))
+
+    def _dispatch(self, call: messages.Call) -> Any:
+        if call.name.startswith("_") or not hasattr(Calls, call.name):
+            raise ValueError(f"unknown call {call.name!r}")
+        return getattr(self._calls, call.name)(**call.arguments)
+
+    def _answer(self, call: messages.Call, ask: Callable[[], Any]) -> None:
+        try:
+            self._send(messages.Reply(call=call.call, value=ask()))
+        except (ValueError, OSError) as error:
+            self._send(messages.Failure(call=call.call, message=str(error)))
+        except Exception as error:
+            log.error("call %s failed", call.name, exc_info=error)
+            self._send(messages.Failure(call=call.call, message=f"{type(error).__name__}: {error}", fault=True))
+
+    def _load_adapter(self, call: messages.Call) -> None:
+        """Read the files on a thread, then install the adapter on this one."""
+        started = time.monotonic()
+
+        def finish(read: Future[Any]) -> None:
+            self._done.append(lambda: self._answer(call, lambda: install(read)))
+            os.write(self._wake, b"!")
+
+        def install(read: Future[Any]) -> AdapterInfo:
+            name, in_place = call.arguments["name"], call.arguments["in_place"]
+            self._loaded.adapters.install(name, read.result(), in_place, time.monotonic() - started)
+            return next(info for info in self._loaded.adapters.list() if info.name == name)
+
+        self._readers.submit(self._loaded.adapters.read, call.arguments["path"]).add_done_callback(finish)
+
+    def _send(self, message: messages.Event) -> None:
+        self._socket.sendall(messages.frame(message))
+
+
+def _factory(name: str) -> Callable[..., Loaded]:
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _end_with(connection: socket.socket) -> None:
+    """End this process when the other end closes, even in the middle of a long load or step."""
+    poller = select.poll()
+    poller.register(connection, select.POLLRDHUP if hasattr(select, "POLLRDHUP") else 0)
+    poller.poll()
+    os._exit(0)
+
+
+def main() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="engine: %(levelname)s %(message)s", stream=sys.stderr)
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    try:
+        return EngineProcess(connection).run()
+    except (BrokenPipeError, ConnectionResetError):
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
