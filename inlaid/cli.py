@@ -1,0 +1,328 @@
+"""The `inlaid` command. Flags of `serve` and `generate` are made from the fields of `config.py`; other commands bring
+their own from their package, which is imported only when the command is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib
+import importlib.util
+import json
+import logging
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import Field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from inlaid import __version__
+from inlaid.config import AdapterConfig, CacheConfig, ConfigError, EngineConfig, SchedulerConfig, ServerConfig
+
+DEMO = Path(__file__).resolve().parents[1] / "models" / "demo"
+_SIZES = {"k": 1000, "m": 1000**2, "g": 1000**3, "K": 1024, "M": 1024**2, "G": 1024**3}
+
+# name: module, function that adds its arguments, function that runs it, help
+_PARTS = {
+    "quantize": ("inlaid.quant.command", "add_quantize_arguments", "run_quantize", "quantize a base for several tasks"),
+    "task": ("inlaid.quant.command", "add_task_arguments", "run_task", "add, remove or list the tasks of a base"),
+    "sim": ("inlaid.sim.command", "add_arguments", "run", "run a workload on the simulated engine"),
+    "cluster": ("inlaid.cluster.command", "add_arguments", "run", "serve on several GPUs or machines"),
+}
+
+
+class UsageError(ValueError):
+    """What was typed cannot be done; the message says what would do."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser(arguments[0] if arguments else None)
+    args = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        return int(args.run(args))
+    except (ConfigError, UsageError) as error:
+        print(f"inlaid: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser(command: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="inlaid", description="One quantized base, hundreds of LoRA adapters.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_serve(commands.add_parser("serve", help="serve a model and its adapters", allow_abbrev=False))
+    _add_generate(commands.add_parser("generate", help="answer one prompt, or chat in the terminal"))
+    for name, (module, add, run, help) in _PARTS.items():
+        if importlib.util.find_spec(module.rpartition(".")[0]) and importlib.util.find_spec(module):
+            _add_part(commands.add_parser(name, help=help), name == command, module, add, run)
+    version = commands.add_parser("version", help="print versions")
+    version.set_defaults(run=run_version)
+    return parser
+
+
+def _add_part(parser: argparse.ArgumentParser, chosen: bool, module: str, add: str, run: str) -> None:
+    """Import a part only when it is the one that was asked for."""
+    if chosen:
+        part = importlib.import_module(module)
+        getattr(part, add)(parser)
+        parser.set_defaults(run=getattr(part, run))
+
+
+# Flags from configurations
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, config: type[Any]) -> None:
+    """A flag for each field, in a group of its own; one that was not given stays out of the result."""
+    hints = get_type_hints(config)
+    group = parser.add_argument_group((config.__doc__ or "").split("\n")[0].rstrip("."))
+    for each in fields(config):
+        if not is_dataclass(hints[each.name]) and each.name != "model":
+            _add_flag(group, each, hints[each.name])
+
+
+def _add_flag(group: Any, each: Field[Any], hint: Any) -> None:
+    flag = "--" + each.name.replace("_", "-")
+    help = str(each.metadata.get("help", "")).replace("%", "%%")
+    choices = each.metadata.get("choices")
+    if each.default not in (None, "", ()) and not isinstance(each.default, bool):
+        help += f" (default: {each.default})"
+    common: dict[str, Any] = {"dest": each.name, "default": argparse.SUPPRESS, "help": help}
+    if hint is bool:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+    elif getattr(hint, "__origin__", None) is tuple:
+        group.add_argument(flag, action="append", metavar=flag[2:].upper(), **common)
+    else:
+        kind = next(kind for kind in (get_args(hint) or (hint,)) if kind is not type(None))
+        parse: Callable[[str], Any] = size if kind is int else kind
+        group.add_argument(flag, type=parse, choices=choices, metavar=None if choices else kind.__name__, **common)
+
+
+def size(text: str) -> int:
+    """An integer, with vLLM's suffixes: 1k is 1000, 1K is 1024."""
+    scale = _SIZES.get(text[-1:], 1)
+    number = text[:-1] if scale > 1 else text
+    try:
+        value = float(number) * scale if scale > 1 else int(number)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number (4096, 4k and 4K are)") from None
+    if value != int(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(value)
+
+
+def config_from(args: argparse.Namespace, config: type[Any], **more: Any) -> Any:
+    """The configuration that the given flags make."""
+    given = {f.name: getattr(args, f.name) for f in fields(config) if hasattr(args, f.name) and f.name not in more}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return config(**values, **more)
+
+
+def engine_config(args: argparse.Namespace, model: str) -> EngineConfig:
+    config: EngineConfig = config_from(
+        args,
+        EngineConfig,
+        model=model,
+        scheduler=config_from(args, SchedulerConfig),
+        cache=config_from(args, CacheConfig),
+        adapters=config_from(args, AdapterConfig),
+    )
+    return config
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", default="", help="a Hugging Face folder or hub id; none: the bundled demo")
+    for config in (EngineConfig, SchedulerConfig, CacheConfig, AdapterConfig):
+        add_config_arguments(parser, config)
+
+
+def parse_adapters(given: Sequence[str]) -> dict[str, str]:
+    """NAME=PATH, or vLLM's JSON {"name": …, "path": …}."""
+    adapters: dict[str, str] = {}
+    for text in given:
+        name, path = _parse_adapter(text)
+        if name in adapters:
+            raise UsageError(f"adapter {name!r} is given twice")
+        adapters[name] = path
+    return adapters
+
+
+def _parse_adapter(text: str) -> tuple[str, str]:
+    if text.startswith("{"):
+        try:
+            values = json.loads(text)
+            return str(values["name"]), str(values["path"])
+        except (ValueError, KeyError) as error:
+            raise UsageError(f'{text!r} is not an adapter: write NAME=PATH or {{"name": …, "path": …}}') from error
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise UsageError(f"{text!r} is not an adapter: write NAME=PATH")
+    return name, path
+
+
+def demo_adapters() -> dict[str, str]:
+    """The bundled adapters by name. UsageError where there is no demo."""
+    folder = DEMO / "adapters"
+    if not (DEMO / "base" / "config.json").exists():
+        raise UsageError(f"no model named, and the bundled demo is not at {DEMO}; name a model")
+    return {path.name: str(path) for path in sorted(folder.iterdir()) if (path / "adapter_config.json").exists()}
+
+
+def model_and_adapters(model: str, given: dict[str, str]) -> tuple[str, dict[str, str]]:
+    """The model to load, and with the demo its own adapters beside those given."""
+    if model:
+        return model, given
+    return str(DEMO / "base"), {**demo_adapters(), **given}
+
+
+# serve
+
+
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--adapter",
+        "--lora-modules",
+        dest="adapter",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=PATH",
+        help="serve a LoRA adapter under a name; may be repeated",
+    )
+    parser.add_argument("--enable-lora", action="store_true", help="accepted as vLLM has it; adapters always work")
+    _add_model_arguments(parser)
+    add_config_arguments(parser, ServerConfig)
+    parser.set_defaults(run=run_serve)
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    from inlaid.server.app import serve
+
+    model, adapters = model_and_adapters(args.model, parse_adapters(args.adapter))
+    config = config_from(args, ServerConfig)
+    if not args.model and not config.served_model_name:
+        config = config_from(args, ServerConfig, served_model_name="demo")
+    print(f"Loading {model} and {len(adapters)} adapters …", file=sys.stderr, flush=True)
+    return run_loop(serve(config, engine_config(args, model), adapters, announce))
+
+
+def run_loop(main: Any) -> int:
+    """On uvloop where there is one."""
+    make: Any = importlib.import_module("uvloop" if importlib.util.find_spec("uvloop") else "asyncio")
+    loop = make.new_event_loop()
+    asyncio.set_event_loop(loop)
+    try:
+        return int(loop.run_until_complete(main))
+    finally:
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+
+def announce(service: Any, address: str) -> None:
+    """What is served, where, and how to ask it."""
+    model = service.engine.model
+    names = sorted(service.engine.adapters)
+    asked = names[0] if names else service.model_name
+    body = json.dumps({"model": asked, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32})
+    path = "/v1/chat/completions"
+    if not service.tokenizer.has_template:
+        path, body = "/v1/completions", json.dumps({"model": asked, "prompt": "Hello", "max_tokens": 32})
+    lines = [
+        f"Serving {service.model_name} ({model.device}, {model.dtype}, up to {model.max_model_len} tokens, "
+        f"{model.num_blocks} KV blocks of {model.block_size})",
+        f"  adapters: {', '.join(names) if names else 'none'}",
+        f"  at:       {address}/v1  (metrics: {address}/metrics, API: {address}/openapi.json)",
+        f"  ask it:   curl {address}{path} -H 'Content-Type: application/json' -d '{body}'",
+    ]
+    print("\n".join(lines), flush=True)
+
+
+# generate
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt", help="answer this and end; without it: a chat in the terminal")
+    parser.add_argument("--adapter", help="answer with this adapter: NAME of the demo's, or NAME=PATH or a PATH")
+    parser.add_argument("--raw", action="store_true", help="give the prompt as it is, without the chat template")
+    parser.add_argument("--max-tokens", type=size, default=256, help="most tokens of an answer (default: 256)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token (default)")
+    _add_model_arguments(parser)
+    parser.set_defaults(run=run_generate)
+
+
+def run_generate(args: argparse.Namespace) -> int:
+    from inlaid.engine.llm import LLM
+    from inlaid.engine.request import SamplingParams
+
+    model, adapters, chosen = _generate_adapters(args)
+    params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature)
+    try:
+        llm = LLM(model, adapters, config=engine_config(args, model))
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+    chat = llm.tokenizer.has_template and not args.raw
+
+    def say(conversation: list[dict[str, str]]) -> str:
+        prompt: Any = conversation[-1]["content"]
+        if chat:
+            prompt = llm.tokenizer.encode(llm.tokenizer.render(conversation), False)
+        text = ""
+        for piece in llm.stream(prompt, params, chosen):
+            print(piece.text, end="", flush=True)
+            text += piece.text
+        print(flush=True)
+        return text
+
+    if args.prompt is not None:
+        try:
+            say([{"role": "user", "content": args.prompt}])
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        return 0
+    return _chat(say, chosen or "the base", remember=chat)
+
+
+def _generate_adapters(args: argparse.Namespace) -> tuple[str, dict[str, str], str | None]:
+    """The model, the adapters to load (the chosen one only) and its name."""
+    if args.adapter is None:
+        return args.model or model_and_adapters("", {})[0], {}, None
+    if "=" in args.adapter:
+        (name, path), *_ = parse_adapters([args.adapter]).items()
+    elif not args.model and args.adapter in (bundled := demo_adapters()):
+        name, path = args.adapter, bundled[args.adapter]
+    elif Path(args.adapter).is_dir():
+        name, path = Path(args.adapter).resolve().name, args.adapter
+    else:
+        known = "" if args.model else f", nor one of the demo's: {', '.join(demo_adapters())}"
+        raise UsageError(f"--adapter {args.adapter}: neither NAME=PATH nor a folder{known}")
+    return args.model or str(DEMO / "base"), {name: path}, name
+
+
+def _chat(say: Callable[[list[dict[str, str]]], str], who: str, remember: bool) -> int:
+    """Questions from the terminal until its end."""
+    print(f"Chatting with {who}; an empty line starts anew, Ctrl-D ends.", file=sys.stderr)
+    conversation: list[dict[str, str]] = []
+    while True:
+        try:
+            question = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return 0
+        if not question.strip():
+            conversation = []
+            continue
+        conversation = [*(conversation if remember else []), {"role": "user", "content": question}]
+        try:
+            conversation.append({"role": "assistant", "content": say(conversation)})
+        except ValueError as error:
+            print(f"inlaid: {error}; starting anew", file=sys.stderr)
+            conversation = []
+
+
+def run_version(args: argparse.Namespace) -> int:
+    import torch
+
+    print(f"inlaid {__version__} (Python {platform.python_version()}, torch {torch.__version__})")
+    return 0

@@ -1,0 +1,121 @@
+"""Adapters and the scheduler, seen and changed while serving. Changing needs the admin key; loading must be switched on
+and is confined to allow-listed folders.
+"""
+
+from __future__ import annotations
+
+import msgspec
+from aiohttp import web
+
+from inlaid.server.completions import answer
+from inlaid.server.errors import BadRequest, Conflict, Forbidden, NotFound, TooMany
+from inlaid.server.protocol import (
+    AdapterCard,
+    AdapterList,
+    LoadAdapterBody,
+    LoadResult,
+    SchedulerBody,
+    UnloadAdapterBody,
+)
+from inlaid.server.safety import check_depth
+from inlaid.server.service import SERVICE, Service
+
+_MAX_LOADS = 32  # waiting or under way
+
+
+async def list_adapters(request: web.Request) -> web.Response:
+    """Every adapter with its rank, bytes and where it is."""
+    engine = request.app[SERVICE].engine
+    cards = [AdapterCard(**msgspec.structs.asdict(info)) for info in await engine.list_adapters()]
+    assert engine.model is not None
+    return answer(AdapterList(adapters=cards, max_loras=engine.model.max_loras))
+
+
+async def load_adapter(request: web.Request, body: LoadAdapterBody) -> web.Response:
+    """Load an adapter from one of the allowed folders."""
+    await _load(request.app[SERVICE], body)
+    return web.Response(text=f"Success: LoRA adapter '{body.lora_name}' added successfully")
+
+
+async def unload_adapter(request: web.Request, body: UnloadAdapterBody) -> web.Response:
+    """Forget an adapter; requests that run on it finish."""
+    await _unload(request.app[SERVICE], body)
+    return web.Response(text=f"Success: LoRA adapter '{body.lora_name}' removed successfully")
+
+
+async def load_adapter_sglang(request: web.Request, body: LoadAdapterBody) -> web.Response:
+    """Load an adapter; SGLang's path and answer."""
+    service = request.app[SERVICE]
+    await _load(service, body)
+    return answer(LoadResult(loaded_adapters=_paths(service)))
+
+
+async def unload_adapter_sglang(request: web.Request, body: UnloadAdapterBody) -> web.Response:
+    """Forget an adapter; SGLang's path and answer."""
+    service = request.app[SERVICE]
+    await _unload(service, body)
+    return answer(LoadResult(loaded_adapters=_paths(service)))
+
+
+async def get_scheduler(request: web.Request) -> web.Response:
+    """The policy in force, its options, weights and limits."""
+    return answer(await request.app[SERVICE].engine.call("scheduler"))
+
+
+async def put_scheduler(request: web.Request, body: SchedulerBody) -> web.Response:
+    """Change policy, options, weights or limits; all or nothing, and no request is dropped."""
+    changes = {name: value for name, value in msgspec.structs.asdict(body).items() if value is not None}
+    for name, value in changes.items():
+        check_depth(name, value)
+    try:
+        return answer(await request.app[SERVICE].engine.call("set_scheduler", changes=changes))
+    except ValueError as error:
+        raise BadRequest(str(error)) from error
+
+
+async def fairness(request: web.Request) -> web.Response:
+    """Service per tenant in the last `window` seconds, gaps, and who waits."""
+    try:
+        window = float(request.query.get("window", "60"))
+        return answer(await request.app[SERVICE].engine.call("fairness", window=window))
+    except ValueError as error:
+        raise BadRequest(str(error), "window") from error
+
+
+def _check_on(service: Service) -> None:
+    if not service.config.allow_runtime_lora:
+        raise Forbidden("loading and unloading adapters while serving is off; start with --allow-runtime-lora")
+
+
+async def _load(service: Service, body: LoadAdapterBody) -> None:
+    _check_on(service)
+    name = body.lora_name
+    if name == service.model_name or not name.isprintable():
+        raise BadRequest(f"{name!r} cannot be an adapter's name", "lora_name")
+    folder = service.folders.resolve(body.lora_path)
+    in_place = bool(body.load_inplace)
+    if name in service.engine.adapters and not in_place:
+        raise Conflict(f"adapter {name!r} is loaded already; unload it first or set load_inplace", "lora_name")
+    if service.num_loads >= _MAX_LOADS:
+        raise TooMany(f"{service.num_loads} adapters are being loaded already", retry_after=5)
+    service.num_loads += 1
+    try:
+        await service.engine.load_adapter(name, str(folder), in_place)
+    except ValueError as error:
+        raise BadRequest(str(error), "lora_path") from error
+    finally:
+        service.num_loads -= 1
+
+
+async def _unload(service: Service, body: UnloadAdapterBody) -> None:
+    _check_on(service)
+    if body.lora_name not in service.engine.adapters:
+        raise NotFound(f"adapter {body.lora_name!r} is not loaded", "lora_name", "model_not_found")
+    try:
+        await service.engine.unload_adapter(body.lora_name)
+    except ValueError as error:
+        raise BadRequest(str(error), "lora_name") from error
+
+
+def _paths(service: Service) -> dict[str, str]:
+    return {info.name: info.path for info in service.engine.adapters.values()}

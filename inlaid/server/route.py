@@ -1,0 +1,29 @@
+"""Route: one line of the API. `app.py` serves the table of them and `openapi.py` describes it."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+class Guard(enum.Enum):
+    OPEN = "open"  # no key: for probes and scrapers
+    INFERENCE = "inference"
+    ADMIN = "admin"
+
+
+@dataclass(frozen=True)
+class Route:
+    """A handler takes the request, and the decoded body where there is one."""
+
+    method: str
+    path: str
+    handler: Callable[..., Any]
+    guard: Guard = Guard.INFERENCE
+    body: type[Any] | None = None
+    answers: tuple[type[Any], ...] = ()  # whole, and each event of a stream
+    text: bool = False  # the answer is plain text
+    query: tuple[tuple[str, str], ...] = ()  # name and JSON type
+    answering: bool = False  # makes tokens: waited for when the server drains

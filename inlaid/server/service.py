@@ -1,0 +1,34 @@
+"""Service: what every route needs, made once at start and found on the application."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from inlaid.config import ServerConfig
+from inlaid.engine.async_engine import AsyncEngine
+from inlaid.engine.text import Tokenizer
+from inlaid.server.metrics import Metrics
+from inlaid.server.safety import AllowedFolders, Keys
+
+
+@dataclass
+class Service:
+    config: ServerConfig
+    engine: AsyncEngine
+    tokenizer: Tokenizer
+    metrics: Metrics
+    keys: Keys
+    folders: AllowedFolders
+    model_name: str
+    model_path: str
+    max_model_len: int
+    vocab_size: int
+    started: int  # Unix seconds
+    draining: bool = False
+    num_in_flight: int = 0  # requests for answers being worked on
+    num_loads: int = 0  # adapters being loaded, or waiting for that
+
+
+SERVICE: web.AppKey[Service] = web.AppKey("service", Service)
