@@ -54,6 +54,7 @@ class ModelRunner:
         self.adapters = adapters
         self.seed = seed
         self.cache = new_cache(model.spec, num_blocks, block_size, device, dtype)
+        self._decodes: list[tuple[Request, int, int]] = []  # of the step before: request, next start, preemptions
         self._keys: dict[str, int] = {}  # request id -> key of its noise
         self._counts: dict[str, _Counts] = {}
 
@@ -114,8 +115,17 @@ class ModelRunner:
             context_lens=tuple(lens),
             adapter_slots=slots,
             has_adapters=any(slots),
+            decodes_go_on=self._decodes_go_on(works),
         )
         return context, self._tensor(np.array(ids, dtype=np.int64))
+
+    def _decodes_go_on(self, works: Sequence[Work]) -> bool:
+        """Remembers this step's decodes; true when they carry on those of the step before."""
+        singles = [work for work in works if work.num_tokens == 1]
+        now = [(work.request, work.start, work.request.num_preemptions) for work in singles]
+        carried_on = bool(now) and now == self._decodes
+        self._decodes = [(request, start + 1, preemptions) for request, start, preemptions in now]
+        return carried_on
 
     def sampling_batch(self, works: Sequence[Work]) -> SamplingBatch:
         """What these requests ask of the sampler, feature by feature."""

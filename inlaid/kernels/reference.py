@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from inlaid.checkpoint import QuantizedLinear, QuantSpec, dequantize
-from inlaid.kernels.backend import AdapterPages, Kernels, Site
+from inlaid.kernels.backend import MODULES, AdapterPages, Kernels, Site
 
 if TYPE_CHECKING:
     from inlaid.layers.context import StepContext
@@ -97,12 +97,20 @@ class ReferenceOps:
         v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slots_T, v_TGC)
 
 
+_SPARE_BLOCKS = 2  # read beyond the longest decode, so that a few more steps fit into what was gathered
+
+_MOST_KEPT = 32 << 20  # bytes per cache tensor that the decodes of the step before may keep gathered
+
+
 @dataclass
 class _AttentionPlan:
-    """Which blocks the decodes read, each longer query's share, and masks by window."""
+    """Which blocks the decodes read and how far, each longer query's share, and masks by window. `gathered` holds
+    the decodes' keys and values by cache, [S, G, decode_len, C]; `newest` is where in them the latest token goes."""
 
     decode_blocks: torch.Tensor | None
     decode_len: int
+    gathered: dict[int, torch.Tensor]
+    newest: tuple[torch.Tensor, torch.Tensor] | None
     chunks: list[_Chunk]
     decode_masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
@@ -119,18 +127,34 @@ class _Chunk:
 
 
 class ReferenceAttention:
-    """Decodes as one padded batch, longer queries one by one."""
+    """Decodes as one padded batch, longer queries one by one.
+
+    While the same sequences decode on, their gathered keys and values are kept and only the newest token is added: on
+    a CPU reading the pages anew each step takes as long as attention itself."""
+
+    def __init__(self) -> None:
+        self._last: _AttentionPlan | None = None
 
     def plan(self, context: StepContext) -> None:
         decodes, size = context.num_decodes, context.block_size
-        decode_len = -(-max(context.context_lens[:decodes], default=0) // size) * size
-        blocks = context.block_tables_SB[:decodes, : decode_len // size].reshape(-1) if decodes else None
+        longest = max(context.context_lens[:decodes], default=0)
         chunks, first = [], decodes
         for row in range(decodes, len(context.query_lens)):
             num_queries, length = context.query_lens[row], context.context_lens[row]
             chunks.append(_Chunk(first, num_queries, length, context.block_tables_SB[row, : -(-length // size)]))
             first += num_queries
-        context.attention_plan = _AttentionPlan(blocks, decode_len, chunks)
+        last = self._last
+        if context.decodes_go_on and last is not None and last.gathered and longest <= last.decode_len:
+            rows = torch.arange(decodes, device=context.positions_T.device)
+            self._last = _AttentionPlan(
+                None, last.decode_len, last.gathered, (rows, context.positions_T[:decodes]), chunks
+            )
+        else:
+            num_blocks = -(-longest // size) if longest else 0
+            blocks = _wider(context.block_tables_SB[:decodes], num_blocks + _SPARE_BLOCKS) if decodes else None
+            width = (num_blocks + _SPARE_BLOCKS) * size
+            self._last = _AttentionPlan(blocks, width, {}, None, chunks)
+        context.attention_plan = self._last
 
     def attend(
         self,
@@ -164,24 +188,47 @@ class ReferenceAttention:
         plan: _AttentionPlan = context.attention_plan
         S, H, C = q_SHC.shape
         G = k_cache.shape[2]
-        assert plan.decode_blocks is not None
         if window not in plan.decode_masks:
-            plan.decode_masks[window] = _decode_mask(context.context_lens_S[:S], plan.decode_len, window, q_SHC.dtype)
-        k = k_cache.index_select(0, plan.decode_blocks).view(S, plan.decode_len, G, C).transpose(1, 2)
-        v = v_cache.index_select(0, plan.decode_blocks).view(S, plan.decode_len, G, C).transpose(1, 2)
-        q = q_SHC.reshape(S, G, H // G, C)
-        mask = plan.decode_masks[window]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(S, H, C)
+            mask = _decode_mask(context.context_lens_S[:S], plan.decode_len, window, q_SHC.dtype)
+            plan.decode_masks[window] = mask.repeat_interleave(G, dim=0).expand(-1, H // G, -1)
+        k = _gathered(plan, k_cache, context.kv_slots_T[:S]).flatten(0, 1)
+        v = _gathered(plan, v_cache, context.kv_slots_T[:S]).flatten(0, 1)
+        q = q_SHC.reshape(S * G, H // G, C)
+        scores = torch.baddbmm(plan.decode_masks[window], q, k.transpose(1, 2), alpha=C**-0.5)
+        return torch.bmm(scores.softmax(dim=-1), v).view(S, H, C)
+
+
+def _wider(table_SB: torch.Tensor, num_blocks: int) -> torch.Tensor:
+    """The block table cut or padded with block 0 to a width, flat."""
+    missing = num_blocks - table_SB.shape[1]
+    table_SB = F.pad(table_SB, (0, missing)) if missing > 0 else table_SB[:, :num_blocks]
+    return table_SB.reshape(-1)
+
+
+def _gathered(plan: _AttentionPlan, cache: torch.Tensor, newest_slots_S: torch.Tensor) -> torch.Tensor:
+    """The decodes' keys or values, side by side: kept from the step before and extended, or read from the pages."""
+    key = cache.data_ptr()
+    if plan.newest is not None:
+        kept = plan.gathered[key]
+        rows, positions = plan.newest
+        kept[rows, :, positions] = cache.view(-1, *cache.shape[2:]).index_select(0, newest_slots_S)
+        return kept
+    assert plan.decode_blocks is not None
+    read = cache.index_select(0, plan.decode_blocks).view(newest_slots_S.shape[0], plan.decode_len, *cache.shape[2:])
+    read = read.transpose(1, 2).contiguous()
+    if read.nbytes <= _MOST_KEPT:
+        plan.gathered[key] = read
+    return read
 
 
 def _decode_mask(lens_S: torch.Tensor, length: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-    """[S, 1, 1, length]: 0 where the newest token may look, -inf elsewhere."""
+    """[S, 1, length]: 0 where the newest token may look, -inf elsewhere."""
     keys = torch.arange(length, device=lens_S.device)
     hidden = keys >= lens_S[:, None]
     if window is not None:
         hidden |= keys < lens_S[:, None] - window
     mask = torch.zeros(hidden.shape, dtype=dtype, device=lens_S.device).masked_fill_(hidden, -torch.inf)
-    return mask[:, None, None]
+    return mask[:, None]
 
 
 def _attend_chunk(
@@ -212,74 +259,83 @@ def _chunk_mask(chunk: _Chunk, window: int | None, device: torch.device) -> torc
 
 
 @dataclass
-class _LoraPlan:
-    """Rows by adapter. Padded: gather [adapters, rows] and where each adapted row's result stands; or, when padding
-    would cost more than it saves, (stack index, rows) segments. `all_rows`: every row of T has an adapter."""
+class _Group:
+    """Adapters of about the same size side by side: per site A as [n, K, R] and B, scaled, as [n, R, N], made on
+    demand, None where none of them acts. R is the largest sum of sibling ranks among them."""
 
-    stack: _Stack
-    gather: torch.Tensor | None
-    rows: torch.Tensor
-    results: torch.Tensor
-    segments: list[tuple[int, torch.Tensor]]
-    all_rows: bool
+    slots: tuple[int, ...]
+    matrices: dict[int, tuple[torch.Tensor, torch.Tensor] | None] = field(default_factory=dict)
 
 
 @dataclass
 class _Stack:
-    """The adapters of some slots side by side; per site A as [n, K, R] and B, scaled, as [n, R, N], made on demand.
-    R is the largest sum of sibling ranks among them."""
+    """The groups of the adapters at work, and what they were made from."""
 
     slots: tuple[int, ...]
     versions: tuple[int, ...]
-    matrices: dict[int, tuple[torch.Tensor, torch.Tensor] | None] = field(default_factory=dict)
+    groups: list[_Group]
+
+
+@dataclass
+class _Rows:
+    """The rows of T that a group adapts. Padded: `gather` lists rows [adapters, most rows] and `results` says where
+    each of `rows` stands in that; or, when padding would cost more than it saves, (adapter, rows) segments."""
+
+    group: _Group
+    gather: torch.Tensor | None
+    rows: torch.Tensor
+    results: torch.Tensor
+    segments: list[tuple[int, torch.Tensor]]
+
+
+_Shrunk = list[tuple[_Rows, torch.Tensor, list[torch.Tensor]]]  # rows, B, products with A
 
 
 class ReferenceLora:
-    """Two batched matmuls a site over the adapters at work, stacked once per set of adapters."""
+    """Two batched matmuls a site and group over the adapters at work, stacked once per set of adapters."""
 
     def __init__(self, pages: AdapterPages) -> None:
         self.pages = pages
-        self._stack = _Stack((), ())
-        self._last: tuple[object, _LoraPlan] | None = None
+        self._stack = _Stack((), (), [])
+        self._last: tuple[object, list[_Rows]] = (None, [])
 
     def plan(self, context: StepContext) -> None:
         if not context.has_adapters:
             return
         stack = self._stack_for({slot for slot in context.adapter_slots if slot})
-        key = (stack.slots, stack.versions, context.adapter_slots, context.query_lens)
-        if self._last is None or self._last[0] != key or self._last[1].stack is not stack:
-            self._last = (key, _plan_rows(stack, context))
+        key = (id(stack), stack.versions, context.adapter_slots, context.query_lens)
+        if self._last[0] != key:
+            rows_of = _rows_by_slot(context)
+            plans = [_plan_rows(group, rows_of, context.positions_T.device) for group in stack.groups]
+            self._last = (key, [plan for plan in plans if plan is not None])
         context.lora_plan = self._last[1]
 
-    def shrink(self, x_TK: torch.Tensor, site: Site, context: StepContext) -> list[torch.Tensor] | None:
-        plan: _LoraPlan = context.lora_plan
-        if site.first not in plan.stack.matrices:
-            plan.stack.matrices[site.first] = _stack_site(self.pages, plan.stack.slots, site, x_TK.shape[1])
-        matrices = plan.stack.matrices[site.first]
-        if matrices is None:
-            return None
-        a_nKR = matrices[0]
-        if plan.gather is not None:
-            x_nMK = x_TK.index_select(0, plan.gather).view(a_nKR.shape[0], -1, x_TK.shape[1])
-            return [torch.bmm(x_nMK, a_nKR)]
-        return [x_TK.index_select(0, rows) @ a_nKR[index] for index, rows in plan.segments]
+    def shrink(self, x_TK: torch.Tensor, site: Site, context: StepContext) -> _Shrunk:
+        shrunk: _Shrunk = []
+        for plan in context.lora_plan:
+            group = plan.group
+            if site.first not in group.matrices:
+                group.matrices[site.first] = _stack_site(self.pages, group.slots, site, x_TK.shape[1])
+            matrices = group.matrices[site.first]
+            if matrices is None:
+                continue
+            a_nKR, b_nRN = matrices
+            if plan.gather is not None:
+                x_nMK = x_TK.index_select(0, plan.gather).view(len(group.slots), -1, x_TK.shape[1])
+                parts = [torch.bmm(x_nMK, a_nKR)]
+            else:
+                parts = [x_TK.index_select(0, rows) @ a_nKR[index] for index, rows in plan.segments]
+            shrunk.append((plan, b_nRN, parts))
+        return shrunk
 
-    def expand(self, shrunk: list[torch.Tensor] | None, site: Site, out_TN: torch.Tensor, context: StepContext) -> None:
-        if shrunk is None:
-            return
-        plan: _LoraPlan = context.lora_plan
-        matrices = plan.stack.matrices[site.first]
-        assert matrices is not None
-        b_nRN = matrices[1]
-        if plan.gather is None:
-            for (index, rows), part in zip(plan.segments, shrunk, strict=True):
+    def expand(self, shrunk: _Shrunk, site: Site, out_TN: torch.Tensor, context: StepContext) -> None:
+        for plan, b_nRN, parts in shrunk:
+            if plan.gather is not None:
+                delta = torch.bmm(parts[0], b_nRN).flatten(0, 1).index_select(0, plan.results)
+                out_TN.index_add_(0, plan.rows, delta)
+                continue
+            for (index, rows), part in zip(plan.segments, parts, strict=True):
                 out_TN.index_add_(0, rows, part @ b_nRN[index])
-            return
-        delta = torch.bmm(shrunk[0], b_nRN).flatten(0, 1).index_select(0, plan.results)
-        if plan.all_rows:
-            out_TN += delta
-        else:
-            out_TN.index_add_(0, plan.rows, delta)
 
     def _stack_for(self, active: set[int]) -> _Stack:
         """Keep the last stack while it is current, holds all that is active and not much more."""
@@ -287,38 +343,43 @@ class ReferenceLora:
         current = stack.versions == tuple(versions[slot] for slot in stack.slots)
         if not current or not active.issubset(stack.slots) or len(stack.slots) > max(4, 2 * len(active)):
             slots = tuple(sorted(active))
-            self._stack = _Stack(slots, tuple(versions[slot] for slot in slots))
+            self._stack = _Stack(slots, tuple(versions[slot] for slot in slots), _group(self.pages, slots))
         return self._stack
 
 
-def _plan_rows(stack: _Stack, context: StepContext) -> _LoraPlan:
-    device = context.positions_T.device
-    rows_of: dict[int, list[int]] = {slot: [] for slot in stack.slots}
+def _group(pages: AdapterPages, slots: tuple[int, ...]) -> list[_Group]:
+    """By size within a factor of two, and those that leave the MLP alone apart: then stacking wastes little, and the
+    groups stay few (finer groups were slower)."""
+    ranks = pages.table[list(slots), :, 2].view(len(slots), -1, len(MODULES)).amax(dim=1).tolist()
+    groups: dict[tuple[bool, int], list[int]] = {}
+    for slot, by_module in zip(slots, ranks, strict=True):
+        groups.setdefault((any(by_module[4:]), sum(by_module).bit_length()), []).append(slot)
+    return [_Group(tuple(members)) for members in groups.values()]
+
+
+def _rows_by_slot(context: StepContext) -> dict[int, list[int]]:
+    rows_of: dict[int, list[int]] = {}
     row = 0
     for slot, length in zip(context.adapter_slots, context.query_lens, strict=True):
-        if slot:
-            rows_of[slot].extend(range(row, row + length))
+        rows_of.setdefault(slot, []).extend(range(row, row + length))
         row += length
-    adapted = sum(map(len, rows_of.values()))
-    widest = max(map(len, rows_of.values()))
+    return rows_of
+
+
+def _plan_rows(group: _Group, rows_of: dict[int, list[int]], device: torch.device) -> _Rows | None:
+    mine = [(index, rows_of[slot]) for index, slot in enumerate(group.slots) if slot in rows_of]
+    if not mine:
+        return None
+    num_rows, widest = sum(len(rows) for _, rows in mine), max(len(rows) for _, rows in mine)
     empty = torch.empty(0, dtype=torch.int64, device=device)
-    if widest * len(stack.slots) > 2 * adapted + 16:
-        segments = [
-            (index, torch.tensor(rows_of[slot], device=device))
-            for index, slot in enumerate(stack.slots)
-            if rows_of[slot]
-        ]
-        return _LoraPlan(stack, None, empty, empty, segments, adapted == row)
-    placed = [
-        (token, index * widest + place)
-        for index, slot in enumerate(stack.slots)
-        for place, token in enumerate(rows_of[slot])
-    ]
-    placed.sort()
-    gather = torch.zeros(len(stack.slots) * widest, dtype=torch.int64)
-    tokens, results = (torch.tensor(column) for column in zip(*placed, strict=True))
-    gather[results] = tokens
-    return _LoraPlan(stack, gather.to(device), tokens.to(device), results.to(device), [], adapted == row)
+    if widest * len(group.slots) > 2 * num_rows + 16:
+        segments = [(index, torch.tensor(rows, device=device)) for index, rows in mine]
+        return _Rows(group, None, empty, empty, segments)
+    placed = sorted((row, index * widest + place) for index, rows in mine for place, row in enumerate(rows))
+    rows, results = (torch.tensor(column) for column in zip(*placed, strict=True))
+    gather = torch.zeros(len(group.slots) * widest, dtype=torch.int64)
+    gather[results] = rows
+    return _Rows(group, gather.to(device), rows.to(device), results.to(device), [])
 
 
 def _stack_site(

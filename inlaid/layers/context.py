@@ -30,6 +30,7 @@ class StepContext:
     context_lens: tuple[int, ...]
     adapter_slots: tuple[int, ...]  # per sequence
     has_adapters: bool
+    decodes_go_on: bool = False  # the decodes are those of the step before, in order, each one token further
 
     attention_plan: Any = None
     lora_plan: Any = None
