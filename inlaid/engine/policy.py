@@ -130,7 +130,7 @@ class Inlaid(Srtf):
     name: ClassVar[str] = "inlaid"
     groups_are_tasks: ClassVar[bool] = True
     grouping: float = 64.0
-    beta: int = 10
+    beta: int = 32
 
     def group(self, request: Request) -> Hashable:
         return request.adapter

@@ -53,7 +53,7 @@ class Load(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds per unit of load. A step takes at least `floor`; a load of an adapter `load_base` + rank * `load_rank`."""
+    """Seconds per unit of load. A step takes at least `floor`, loading an adapter `load_base` + rank * `load_rank`."""
 
     name: str
     source: str

@@ -189,8 +189,8 @@ def tasks_trace(suite: Suite, seed: int, rate: float, zipf: float = 1.0, max_tok
     shares = [1.0 / (place + 1) ** zipf for place in range(suite.num_tasks)]
     order = list(range(suite.num_tasks))
     rng.shuffle(order)
-    time, trace = 0.0, []
-    number = 0
+    trace: list[Arrival] = []
+    time, number = 0.0, 0
     while True:
         time += rng.expovariate(rate)
         if time >= suite.duration:

@@ -1,0 +1,94 @@
+"""The paper's figures from outcomes: service and response over time per client, and the gap. The only file that
+imports matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from inlaid.sim.metrics import by_tenant, rates, response
+from inlaid.sim.simulate import Outcome
+
+MAX_CLIENTS = 8  # lines in one panel
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise RuntimeError("figures need matplotlib: pip install 'inlaid[plot]', or give --no-figures") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def draw_suite(path: Path, title: str, outcomes: Sequence[Outcome], duration: float, bound: float | None) -> None:
+    """One column per policy: service rate, response time; and one panel with every policy's gap. PNG and PDF."""
+    pyplot = _pyplot()
+    count = len(outcomes)
+    figure, axes = pyplot.subplots(3, count, figsize=(4.2 * count, 8.4), squeeze=False, layout="constrained")
+    times = np.linspace(0, duration, 61)
+    for column, outcome in enumerate(outcomes):
+        groups = by_tenant(outcome.records)
+        busiest = sorted(groups, key=lambda tenant: -len(groups[tenant]))[:MAX_CLIENTS]
+        for tenant in sorted(busiest):
+            axes[0][column].plot(times, rates(groups[tenant], times), label=tenant)
+            axes[1][column].plot(times, response(groups[tenant], times), label=tenant)
+        axes[0][column].set_title(outcome.policy)
+        gaps = np.array(outcome.gap_series)
+        if len(gaps):
+            axes[2][column].plot(gaps[:, 0], gaps[:, 1], color="black", label="largest gap so far")
+        if bound is not None:
+            axes[2][column].axhline(bound, color="red", linestyle="--", label="VTC's bound")
+        axes[2][column].set_xlabel("time, s")
+        axes[2][column].legend(fontsize="small")
+    for row, label in enumerate(("service per second", "time to first token, s", "gap in service")):
+        axes[row][0].set_ylabel(label)
+    axes[0][0].legend(fontsize="small")
+    figure.suptitle(title)
+    _save(figure, path)
+    pyplot.close(figure)
+
+
+def draw_bars(path: Path, title: str, label: str, groups: Mapping[str, Mapping[str, float]]) -> None:
+    """Bars of one figure: group -> name -> value."""
+    pyplot = _pyplot()
+    names = list(dict.fromkeys(name for values in groups.values() for name in values))
+    figure, axis = pyplot.subplots(figsize=(1.6 + 1.1 * len(groups) * max(1, len(names) / 3), 4), layout="constrained")
+    width = 0.8 / max(1, len(names))
+    for place, name in enumerate(names):
+        left = np.arange(len(groups)) + (place - (len(names) - 1) / 2) * width
+        axis.bar(left, [values.get(name, np.nan) for values in groups.values()], width, label=name)
+    axis.set_xticks(range(len(groups)), list(groups))
+    axis.set_ylabel(label)
+    axis.legend(fontsize="small")
+    axis.set_title(title)
+    _save(figure, path)
+    pyplot.close(figure)
+
+
+def draw_lines(
+    path: Path, title: str, labels: tuple[str, str], lines: Mapping[str, Sequence[tuple[float, float]]]
+) -> None:
+    """One line per name."""
+    pyplot = _pyplot()
+    figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for name, points in lines.items():
+        values = np.array(points)
+        axis.plot(values[:, 0], values[:, 1], label=name)
+    axis.set_xlabel(labels[0])
+    axis.set_ylabel(labels[1])
+    axis.legend(fontsize="small")
+    axis.set_title(title)
+    _save(figure, path)
+    pyplot.close(figure)
+
+
+def _save(figure: Any, path: Path) -> None:
+    for kind in (".png", ".pdf"):
+        metadata = {"CreationDate": None} if kind == ".pdf" else {"Software": None}
+        figure.savefig(path.with_suffix(kind), dpi=110, metadata=metadata)

@@ -1,0 +1,63 @@
+"""Results on disk: a JSONL of requests per run, the table as JSON and Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from inlaid.sim.simulate import Outcome
+
+COLUMNS = (
+    ("policy", "policy", "{}"),
+    ("max_difference", "max diff", "{:.1f}"),
+    ("mean_difference", "avg diff", "{:.1f}"),
+    ("variance_difference", "diff var", "{:.0f}"),
+    ("throughput", "tok/s", "{:.0f}"),
+    ("mean_ttft", "mean TTFT s", "{:.2f}"),
+    ("p99_ttft", "p99 TTFT s", "{:.2f}"),
+    ("mean_latency", "mean latency s", "{:.2f}"),
+    ("slo_attainment", "SLO", "{:.1%}"),
+    ("refused", "refused", "{}"),
+    ("largest_gap", "largest gap", "{:.0f}"),
+    ("bound", "VTC's bound", "{:.0f}"),
+    ("isolation", "isolation", "{}"),
+    ("preemptions", "preempted", "{}"),
+    ("adapter_loads", "loads", "{}"),
+)
+
+
+def file_name(policy: str) -> str:
+    """A policy with options as part of a file's name."""
+    return re.sub(r"[^a-zA-Z0-9_.]+", "-", policy)
+
+
+def write_records(path: Path, manifest: dict[str, Any], outcome: Outcome) -> None:
+    """First what made it, then one line per request."""
+    encode = msgspec.json.encode
+    lines = [encode({"manifest": manifest}), *(encode(asdict(record)) for record in outcome.records)]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The table; columns that nobody fills are left out."""
+    columns = [column for column in COLUMNS if any(row.get(column[0]) is not None for row in rows)]
+    lines = [
+        "| " + " | ".join(title for _, title, _ in columns) + " |",
+        "|" + "|".join("---" if key in ("policy", "isolation") else "---:" for key, _, _ in columns) + "|",
+    ]
+    for row in rows:
+        cells = ["-" if row.get(key) is None else form.format(row[key]) for key, _, form in columns]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write_table(folder: Path, name: str, about: str, manifest: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    record = msgspec.json.format(msgspec.json.encode({**manifest, "rows": rows}), indent=1)
+    (folder / f"{name}.json").write_bytes(record + b"\n")
+    made = f"Made by `{manifest['command']}` at {manifest['commit']}, machine {manifest['machine']}."
+    (folder / f"{name}.md").write_text(f"# {name}\n\n{about}. {made}\n\n{markdown(rows)}")
