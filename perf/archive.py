@@ -7,10 +7,12 @@ and renamed, so a point that finished just before a kill is found finished. Used
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import subprocess
 import time
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -46,11 +48,21 @@ class Archive:
         if not (home / "points.json").is_file():
             raise ValueError(f"{home} is not an archive of experiments: it has no points.json")
         self.points: list[str] = msgspec.json.decode((home / "points.json").read_bytes(), type=list[str])
-        self.lock = os.open(home / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        self.lock = -1
         self.checkpoint = home / "checkpoint.jsonl"
+
+    @contextlib.contextmanager
+    def held(self, timeout_s: float = 40.0) -> Iterator[None]:
+        """The archive is ours alone inside; a runner that is killed lets go of it when its processes have ended."""
+        self.acquire(timeout_s)
+        try:
+            yield
+        finally:
+            os.close(self.lock)
 
     def acquire(self, timeout_s: float = 40.0) -> None:
         """Waits for what a killed runner left behind to end: its wardens hold the lock until they are done."""
+        self.lock = os.open(self.home / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         end = time.monotonic() + timeout_s
         while True:
             try:

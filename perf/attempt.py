@@ -71,7 +71,7 @@ def _record_environment(instance: Instance, directory: Path) -> None:
 def _watch(server: Supervised, client: Supervised, timeout_s: float) -> str:
     """Until the client ends; a server that dies under it, or too long a run, is a failure."""
     end = time.monotonic() + timeout_s
-    while (code := client.wait(0.2)) is None:
+    while (code := client.wait(0.1)) is None:
         server_code = server.ended()
         if server_code is not None:
             return f"the server exited with {server_code} during the run: {server.last_words()}"

@@ -24,7 +24,7 @@ class Supervised:
     ) -> None:
         self.name, self.log = name, directory / f"{name}.log"
         self.error_log = directory / f"{name}.error.log"
-        warden = [sys.executable, "-m", "perf.warden", "--grace", str(GRACE_S), "--", *command]
+        warden = [sys.executable, "-I", "-S", str(ROOT / "perf" / "warden.py"), "--grace", str(GRACE_S), "--", *command]
         with self.log.open("wb") as out, self.error_log.open("wb") as err:
             self.process = subprocess.Popen(
                 warden,
@@ -95,7 +95,7 @@ def wait_ready(server: Supervised, url: str, timeout_s: float) -> str:
     """Empty when the server answers 200, else why it will not."""
     end = time.monotonic() + timeout_s
     while not answers(url):
-        code = server.wait(0.2)
+        code = server.wait(0.1)
         if code is not None:
             return f"the server exited with {code} before it was ready: {server.last_words()}"
         if time.monotonic() > end:

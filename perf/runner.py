@@ -239,23 +239,23 @@ def _say_dry(instances: list[Instance]) -> None:
 
 def resume(arguments: argparse.Namespace) -> int:
     archive = Archive(arguments.checkpoint)
-    archive.acquire()
-    if arguments.force and not arguments.dry_run:
-        archive.append("forced")
-    left = [archive.instance(point) for point in archive.points if point not in archive.passed()]
-    if arguments.dry_run:
-        _say_dry(left)
-        return 0
-    if left:
-        check_startable(left)
-    template = sorted((archive.home / "templates").iterdir())[0]
-    archive.append("resumed", revision=git_revision())
-    return Runner(archive, template_settings(template).retries, arguments.color).run()
+    with archive.held():
+        if arguments.force and not arguments.dry_run:
+            archive.append("forced")
+        left = [archive.instance(point) for point in archive.points if point not in archive.passed()]
+        if arguments.dry_run:
+            _say_dry(left)
+            return 0
+        if left:
+            check_startable(left)
+        archive.append("resumed", revision=git_revision())
+        template = sorted((archive.home / "templates").iterdir())[0]
+        return Runner(archive, template_settings(template).retries, arguments.color).run()
 
 
 def _run(archive: Archive, settings: Global, colour: bool) -> int:
-    archive.acquire()
-    return Runner(archive, settings.retries, colour).run()
+    with archive.held():
+        return Runner(archive, settings.retries, colour).run()
 
 
 if __name__ == "__main__":
