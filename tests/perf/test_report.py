@@ -1,0 +1,168 @@
+"""The report: numbers, ratios and warnings as text, and the page as a real browser shows it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from browser import Page, find_browser, with_page
+
+import perf
+from perf.records import Record, write_records
+from perf.report import main
+from perf.summary import Options, summarize
+from perf.workload import Objective
+
+
+def written(folder: Path, label: str, rate: float, slow: float = 1.0, late: float = 0.0, failed: int = 0) -> Path:
+    """A run of 60 requests over three adapters, as `perf.client` would leave it."""
+    rng = np.random.default_rng(int(rate * 10))
+    records = []
+    for i in range(60):
+        gaps = (slow * rng.gamma(4, 0.005, 20)).round(6).tolist()
+        ttft, sent = slow * float(rng.gamma(2, 0.05)), i / rate + late
+        name, status = f"task-{i % 3}", "error" if i < failed else "ok"
+        end = sent + ttft + sum(gaps)
+        records.append(
+            Record(i, name, name, "default", i / rate, sent, end, status, 32, 21, 21, ttft, gaps, 200)  # type: ignore[arg-type]
+        )
+    options = Options(objectives={"default": Objective(ttft_ms=100)})
+    heading = {"label": label, "date": "20250101-000000", "interrupted": False, "command": ["perf.client", "<x>"]}
+    summary = heading | summarize(records, options)
+    path = folder / f"{label.replace('/', '_')}.json"
+    path.write_bytes(msgspec.json.encode(summary))
+    write_records(path.with_suffix(".jsonl"), records)
+    return path
+
+
+def report(folder: Path, *paths: Path) -> str:
+    out = folder / "report.html"
+    assert main([*map(str, paths), "--out", str(out)]) == 0
+    return out.read_text()
+
+
+def cells(page: str, run: str) -> list[str]:
+    """The texts of a run's row in the first table."""
+    row = next(row for row in re.findall(r"<tr>(.*?)</tr>", page) if f"<td>{run}</td>" in row)
+    return [re.sub(r"<[^>]+>", "", cell) for cell in re.findall(r"<td>(.*?)</td>", row)]
+
+
+def test_ratios_are_to_the_first_run_and_coloured_by_what_is_better(tmp_path: Path) -> None:
+    page = report(tmp_path, written(tmp_path, "base", 10), written(tmp_path, "half", 10, slow=0.5))
+    head = re.findall(r"<th>(.*?)</th>", page)
+    found = dict(zip(head, cells(page, "half"), strict=False))
+    assert found["mean TTFT (ms)"].endswith("&times;0.50")
+    assert found["mean ITL (ms)"].endswith("&times;0.50")
+    assert re.search(r'<span class="ratio better">&times;0\.50</span>', page)
+    back = report(tmp_path, tmp_path / "half.json", tmp_path / "base.json")
+    assert re.search(r'<span class="ratio worse">&times;2\.00</span>', back)
+
+
+def test_what_spoils_a_figure_is_said_above_it(tmp_path: Path) -> None:
+    page = report(tmp_path, written(tmp_path, "late", 10, late=0.5), written(tmp_path, "broken", 10, failed=7))
+    assert "late: half of the requests were sent more than 500 ms late" in page
+    assert "broken: 7 of 60 requests got no full answer" in page
+
+
+def test_labels_are_escaped(tmp_path: Path) -> None:
+    page = report(tmp_path, written(tmp_path, "<script>alert(1)<", 10))
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_pictures_are_written_beside_the_page(tmp_path: Path) -> None:
+    report(tmp_path, *[written(tmp_path, f"m/rate-{rate}", rate) for rate in (5.0, 10.0, 20.0)])
+    names = {path.name for path in tmp_path.glob("*.png")}
+    assert names == {
+        f"report-{name}.png"
+        for name in (
+            "rate", "ttft-over-time", "inter-token-latency-over-time", "distributions", "service-by-tenant",
+            "against-rate",
+        )
+    }  # fmt: skip
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.glob("*.png"))
+
+
+def test_without_matplotlib_the_tables_remain_and_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "perf.plots", raising=False)
+    monkeypatch.delattr(perf, "plots", raising=False)
+    page = report(tmp_path, written(tmp_path, "base", 10))
+    assert "pip install matplotlib" in page
+    assert "pip install matplotlib" in capsys.readouterr().err
+    assert cells(page, "base")[1] == "60"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("{}", "is not a summary of a run"), ("[", "is not a summary"), (None, "No such file")]
+)
+def test_what_is_no_run_is_one_clear_line(
+    tmp_path: Path, content: str | None, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_text(content)
+    assert main([str(path), "--out", str(tmp_path / "r.html")]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_real_browser_shows_it_whole(tmp_path: Path, width: int) -> None:
+    """Every picture decoded and in view, no error, nothing fetched, no sideways scrolling of the page."""
+    browser = find_browser()
+    if browser is None:
+        pytest.skip("no Chromium here: apt-get install chromium to let the report be looked at")
+    paths = [written(tmp_path, f"m/rate-{rate}/policy-{policy}", rate) for policy in "ab" for rate in (5.0, 10.0, 20.0)]
+    report(tmp_path, *paths)
+    url = (tmp_path / "report.html").as_uri()
+
+    async def look(page: Page) -> dict[str, Any]:
+        await page.open(url, width)
+        seen = {
+            "images": await page.ask("[...document.images].map(i => [i.alt, i.naturalWidth, i.clientWidth])"),
+            "title": await page.ask("document.querySelector('h1').innerText"),
+            "rows": await page.ask("document.querySelectorAll('table')[0].tBodies[0].rows.length"),
+            "overflow": await page.ask("document.documentElement.scrollWidth - window.innerWidth"),
+            "ink": await page.ask(INK),
+            "closed": await page.ask("document.querySelector('details').open"),
+        }
+        await page.ask("document.querySelector('details summary').click()")
+        seen["opened"] = await page.ask("document.querySelector('details').open")
+        seen["picture"] = await page.picture()
+        return seen | {"errors": page.errors, "requests": page.requests}
+
+    profile = tmp_path / "profile"
+    profile.mkdir()
+    seen = asyncio.run(with_page(browser, profile, look))
+    assert [name for name, _, _ in seen["images"]] == [
+        "Rate", "TTFT over time", "Inter-token latency over time", "Distributions", "Service by tenant",
+        "Against rate",
+    ]  # fmt: skip
+    assert all(natural > 800 and 300 < shown <= width for _, natural, shown in seen["images"])
+    assert (seen["title"], seen["rows"], seen["errors"]) == ("Performance report", 6, [])
+    assert [request for request in seen["requests"] if not request.startswith("data:")] == [url]
+    assert seen["overflow"] <= 0
+    assert min(seen["ink"]) > 0.005
+    assert (seen["closed"], seen["opened"]) == (False, True)
+    assert seen["picture"].startswith(b"\x89PNG")
+
+
+# The share of pixels of each picture that are not white, as the browser decoded them: an empty plot would have few.
+INK = """Promise.all([...document.images].map(image => {
+    const canvas = document.createElement('canvas');
+    canvas.width = image.naturalWidth; canvas.height = image.naturalHeight;
+    const context = canvas.getContext('2d');
+    context.drawImage(image, 0, 0);
+    const data = context.getImageData(0, 0, canvas.width, canvas.height).data;
+    let dark = 0;
+    for (let i = 0; i < data.length; i += 4) if (data[i] + data[i + 1] + data[i + 2] < 700 && data[i + 3] > 0) dark++;
+    return dark / (data.length / 4);
+}))"""
