@@ -13,7 +13,7 @@ from inlaid.config import EngineConfig
 from inlaid.engine.request import NewRequest, Output
 
 _LENGTH = struct.Struct("<I")
-MAX_MESSAGE = 1 << 30
+MAX_MESSAGE = 1 << 28
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):

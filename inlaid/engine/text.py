@@ -151,10 +151,12 @@ class TextStream:
 
     def _cut(self, last: bool) -> str:
         """Pending text up to a stop string, or up to what could still become one."""
-        found = [(at, stop) for stop in self._params.stop if (at := self._pending.find(stop)) >= 0]
-        if found:
-            at, self.stopped = min(found, key=lambda hit: (hit[0], -len(hit[1])))
-            end = at + len(self.stopped) if self._params.include_stop_str_in_output else at
+        places = [(self._pending.find(stop), stop) for stop in self._params.stop]
+        found = [(at + len(stop), -len(stop), stop) for at, stop in places if at >= 0]
+        if found:  # the one that ends first, whatever pieces the text came in; of two, the longer
+            end, _, self.stopped = min(found)
+            if not self._params.include_stop_str_in_output:
+                end -= len(self.stopped)
             return self._pending[:end]
         keep = 0 if last else max(_overlap(self._pending, stop) for stop in self._params.stop)
         cut = len(self._pending) - keep

@@ -1,0 +1,93 @@
+"""An engine process's insides without a model: the real scheduler over FakeRunner, with prompts that misbehave on
+request. `FACTORY` names it to AsyncEngine, `ENVIRONMENT` lets the process find it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fake_runner import EOS, VOCABULARY, FakeAdapters, FakeRunner
+
+from inlaid.config import EngineConfig
+from inlaid.engine.engine import Engine, make_engine
+from inlaid.engine.messages import AdapterInfo, ModelInfo
+from inlaid.engine.process import Loaded, load_adapters
+from inlaid.engine.request import Batch, NewRequest, Request
+
+FACTORY = "fake_engine:build"
+ENVIRONMENT = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])}
+FAULTY = [40]  # this prompt makes add raise what nobody expects
+DEADLY = [41]  # this prompt ends the process in the middle of a step
+BLOCKS = 64
+
+
+class _Runner(FakeRunner):
+    def submit(self, batch: Batch) -> Any:
+        if any(work.request.prompt == DEADLY for work in batch.works):
+            os._exit(7)
+        return super().submit(batch)
+
+
+class _Adapters:
+    """Folders are only looked for; installing makes the name known to the scheduler."""
+
+    def __init__(self, directory: FakeAdapters) -> None:
+        self._directory = directory
+        self._paths: dict[str, str] = {}
+
+    def read(self, path: str) -> str:
+        if not Path(path).is_dir():
+            raise ValueError(f"adapter {path}: no such folder")
+        return path
+
+    def install(self, name: str, adapter: Any, in_place: bool, seconds: float) -> None:
+        if name in self._paths and not in_place:
+            raise ValueError(f"adapter {name!r} is already loaded")
+        self._paths[name] = adapter
+        self._directory.names = tuple(self._paths)
+
+    def remove(self, name: str) -> int:
+        del self._paths[name]
+        self._directory.names = tuple(self._paths)
+        return 0
+
+    def list(self) -> list[AdapterInfo]:
+        return [
+            AdapterInfo(name=name, identity=name, path=path, rank=8, bytes=1, tier="host")
+            for name, path in self._paths.items()
+        ]
+
+
+class _Engine(Engine):
+    def add(self, new: NewRequest) -> Request:
+        if new.prompt == FAULTY:
+            raise KeyError("a defect")
+        return super().add(new)
+
+
+def build(config: EngineConfig, adapters: Mapping[str, str], *, strict: bool = True) -> Loaded:
+    if config.model == "broken":
+        raise ValueError("the model is broken; mend it")
+    directory = FakeAdapters()
+    runner = _Runner(config.cache.block_size)
+    made = make_engine(
+        config, runner, time.monotonic, num_blocks=BLOCKS, max_model_len=900, adapters=directory, eos_ids={EOS}
+    )
+    engine = _Engine(made.scheduler, runner, time.monotonic)
+    model = ModelInfo(
+        folder=config.model,
+        vocab_size=VOCABULARY,
+        max_model_len=900,
+        num_blocks=BLOCKS,
+        block_size=config.cache.block_size,
+        max_loras=100,
+        base_version="fake",
+        device="cpu",
+        dtype="none",
+    )
+    loaded = Loaded(engine, model, _Adapters(directory))
+    load_adapters(loaded, adapters, strict)
+    return loaded

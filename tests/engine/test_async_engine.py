@@ -1,0 +1,232 @@
+"""AsyncEngine over a real process with a fake model: outputs, aborts, refusals, deaths and restarts."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_engine import DEADLY, ENVIRONMENT, FACTORY, FAULTY
+from fake_runner import generate
+
+from inlaid.config import EngineConfig, SchedulerConfig
+from inlaid.engine.async_engine import AsyncEngine, EngineDead, EngineError, RequestRefused, RequestTimeout, merge
+from inlaid.engine.request import FinishReason, NewRequest, Output, SamplingParams, TokenLogprobs
+
+LONG = SamplingParams(max_tokens=800, ignore_eos=True, temperature=0.0)
+
+
+@asynccontextmanager
+async def running(adapters: dict[str, str] | None = None, **options: Any) -> AsyncIterator[AsyncEngine]:
+    config = options.pop("config", EngineConfig(model="fake"))
+    engine = AsyncEngine(config, adapters, factory=FACTORY, environment=ENVIRONMENT, **options)
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+async def tokens(engine: AsyncEngine, request: NewRequest, timeout: float = 0.0) -> list[int]:
+    made: list[int] = []
+    async with aclosing(engine.generate(request, timeout)) as outputs:
+        async for output in outputs:
+            made += output.tokens
+    return made
+
+
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Ask again and again; the test's own timeout ends what never comes true."""
+    while not await condition():
+        await asyncio.sleep(0.01)
+
+
+def test_many_requests_at_once_each_get_their_own_tokens() -> None:
+    async def main() -> None:
+        async with running() as engine:
+            prompts = [[n, n + 1, n + 2] for n in range(20)]
+            params = SamplingParams(max_tokens=12, temperature=0.0)
+            made = await asyncio.gather(
+                *(tokens(engine, NewRequest(id=str(n), prompt=p, params=params)) for n, p in enumerate(prompts))
+            )
+            assert made == [generate(prompt, None, 12) for prompt in prompts]
+            assert engine.num_requests == 0
+
+    asyncio.run(main())
+
+
+def test_a_request_that_is_left_frees_its_blocks() -> None:
+    async def main() -> None:
+        async with running() as engine:
+            outputs = engine.generate(NewRequest(id="a", prompt=[1] * 100, params=LONG))
+            await anext(outputs)
+            assert (await engine.call("stats"))["kv_blocks_used"] > 0
+            await outputs.aclose()
+
+            async def free() -> bool:
+                return (await engine.call("stats"))["kv_blocks_used"] == 0
+
+            await until(free)
+
+    asyncio.run(main())
+
+
+def test_cancelling_a_reader_aborts_its_request() -> None:
+    async def main() -> None:
+        async with running() as engine:
+            reader = asyncio.create_task(tokens(engine, NewRequest(id="a", prompt=[1], params=LONG)))
+
+            async def started() -> bool:
+                return (await engine.call("stats"))["running"] == 1
+
+            await until(started)
+            reader.cancel()
+
+            async def ended() -> bool:
+                return (await engine.call("stats"))["running"] == 0
+
+            await until(ended)
+
+    asyncio.run(main())
+
+
+def test_refusals_say_why_and_when() -> None:
+    async def main() -> None:
+        limits = SchedulerConfig(max_num_seqs=1, max_num_waiting=1)
+        async with running(config=EngineConfig(model="fake", scheduler=limits)) as engine:
+            with pytest.raises(RequestRefused, match="prompt has 901 tokens") as refused:
+                await tokens(engine, NewRequest(id="long", prompt=[1] * 901))
+            assert refused.value.retry_after is None
+            readers = [
+                asyncio.create_task(tokens(engine, NewRequest(id=str(n), prompt=[n], params=LONG, tenant="t")))
+                for n in range(5)
+            ]
+            done, _ = await asyncio.wait(readers, return_when=asyncio.FIRST_EXCEPTION)
+            later = [error.retry_after for reader in done if isinstance(error := reader.exception(), RequestRefused)]
+            assert later
+            assert all(seconds is not None and seconds > 0 for seconds in later)
+            for reader in readers:
+                reader.cancel()
+            await asyncio.gather(*readers, return_exceptions=True)
+
+    asyncio.run(main())
+
+
+def test_a_defect_in_one_request_leaves_the_others() -> None:
+    async def main() -> None:
+        async with running() as engine:
+            with pytest.raises(EngineError, match="a defect"):
+                await tokens(engine, NewRequest(id="bad", prompt=FAULTY))
+            with pytest.raises(ValueError, match="unknown call"):
+                await engine.call("_engine")
+            with pytest.raises(EngineError, match="TypeError"):
+                await engine.call("stats", surprise=1)
+            assert await tokens(engine, NewRequest(id="good", prompt=[5])) == generate([5], None, 16)
+
+    asyncio.run(main())
+
+
+def test_a_request_that_takes_too_long_is_ended() -> None:
+    async def main() -> None:
+        async with running() as engine:
+            with pytest.raises(RequestTimeout, match=r"0\.001 s"):
+                await tokens(engine, NewRequest(id="a", prompt=[1], params=LONG), timeout=0.001)
+
+    asyncio.run(main())
+
+
+def test_death_fails_what_is_in_flight_and_the_process_comes_back(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with running({"kept": str(tmp_path)}) as engine:
+            (tmp_path / "second").mkdir()
+            await engine.load_adapter("loaded", str(tmp_path / "second"))
+            first = engine.process_id
+            waiting = [
+                asyncio.create_task(tokens(engine, NewRequest(id=str(n), prompt=[n], params=LONG))) for n in range(3)
+            ]
+            await asyncio.sleep(0)
+            with pytest.raises(EngineDead, match="status 7"):
+                await tokens(engine, NewRequest(id="deadly", prompt=DEADLY))
+            failures = await asyncio.gather(*waiting, return_exceptions=True)
+            assert all(isinstance(failure, EngineDead) for failure in failures)
+
+            async def back() -> bool:
+                return engine.ready
+
+            await until(back)
+            assert engine.process_id != first
+            assert engine.num_restarts == 1
+            assert sorted(engine.adapters) == ["kept", "loaded"]
+            answer = await tokens(engine, NewRequest(id="again", prompt=[5], adapter="loaded"))
+            assert answer == generate([5], "loaded", 16)
+
+    asyncio.run(main())
+
+
+def test_an_adapter_that_is_gone_at_the_restart_is_left_out(tmp_path: Path) -> None:
+    async def main() -> None:
+        folder = tmp_path / "gone"
+        folder.mkdir()
+        async with running({"gone": str(folder)}) as engine:
+            folder.rmdir()
+            assert engine.process_id is not None
+            os.kill(engine.process_id, signal.SIGKILL)
+
+            async def back() -> bool:
+                return engine.num_restarts == 1 and engine.ready
+
+            await until(back)
+            assert engine.adapters == {}
+
+    asyncio.run(main())
+
+
+def test_with_exit_a_death_is_reported_and_final() -> None:
+    async def main() -> None:
+        reasons: list[str] = []
+        async with running(on_death="exit", give_up=reasons.append) as engine:
+            assert engine.process_id is not None
+            os.kill(engine.process_id, signal.SIGKILL)
+
+            async def told() -> bool:
+                return bool(reasons)
+
+            await until(told)
+            assert "-9" in reasons[0]
+            with pytest.raises(EngineDead, match="-9"):
+                await tokens(engine, NewRequest(id="a", prompt=[1]))
+
+    asyncio.run(main())
+
+
+def test_a_model_that_cannot_be_loaded_is_named() -> None:
+    async def main() -> None:
+        engine = AsyncEngine(EngineConfig(model="broken"), factory=FACTORY, environment=ENVIRONMENT)
+        with pytest.raises(EngineDead, match="the model is broken; mend it"):
+            await engine.start()
+        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_outputs_merge_into_one() -> None:
+    def logprobs(token: int) -> list[TokenLogprobs]:
+        return [TokenLogprobs(token, -1.0, 1, [])]
+
+    first = Output(id="a", tokens=[1], logprobs=logprobs(1), prompt_logprobs=[None], num_cached=3, queue_time=0.5)
+    second = Output(id="a", tokens=[2, 3], logprobs=logprobs(2), finish_reason=FinishReason.STOP, stop_token=3)
+    assert merge(first, second) == Output(
+        id="a",
+        tokens=[1, 2, 3],
+        logprobs=logprobs(1) + logprobs(2),
+        prompt_logprobs=[None],
+        num_cached=3,
+        queue_time=0.5,
+        finish_reason=FinishReason.STOP,
+        stop_token=3,
+    )

@@ -1,0 +1,85 @@
+"""The process itself: it ends with its socket, reports what it cannot load, and builds the demo."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_engine import ENVIRONMENT, FACTORY
+
+from inlaid.config import EngineConfig
+from inlaid.engine import messages
+from inlaid.engine.process import build_engine
+from inlaid.engine.request import NewRequest, SamplingParams
+
+DEMO = Path(__file__).parents[2] / "models" / "demo"
+
+
+class Child:
+    """The process, spoken to by hand."""
+
+    def __init__(self, start: messages.Start) -> None:
+        self.socket, theirs = socket.socketpair()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "inlaid.engine.process", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, **ENVIRONMENT},
+            )
+        self.framing = messages.Framing(messages.Event)
+        self.socket.settimeout(60)
+        self.send(start)
+
+    def send(self, *sent: messages.Message) -> None:
+        self.socket.sendall(b"".join(messages.frame(message) for message in sent))
+
+    def receive(self) -> list[messages.Message]:
+        data = self.socket.recv(1 << 20)
+        return self.framing.feed(data) if data else []
+
+
+def start(model: str = "fake") -> messages.Start:
+    return messages.Start(config=EngineConfig(model=model), adapters={}, factory=FACTORY)
+
+
+def test_it_ends_when_the_other_end_closes_even_in_the_middle_of_work() -> None:
+    child = Child(start())
+    assert isinstance(child.receive()[0], messages.Ready)
+    child.send(
+        messages.Add(request=NewRequest(id="a", prompt=[1], params=SamplingParams(max_tokens=800, ignore_eos=True)))
+    )
+    assert isinstance(child.receive()[0], messages.Outputs)
+    child.socket.close()
+    assert child.process.wait(30) == 0
+
+
+def test_commands_that_came_during_the_load_are_obeyed() -> None:
+    child = Child(start())
+    child.send(messages.Call(call=1, name="stats"), messages.Call(call=2, name="scheduler"))
+    replies: list[messages.Message] = []
+    while len(replies) < 3:
+        replies += child.receive()
+    assert [getattr(reply, "call", None) for reply in replies] == [None, 1, 2]
+    child.socket.close()
+    assert child.process.wait(30) == 0
+
+
+def test_what_cannot_be_loaded_is_said_in_one_sentence() -> None:
+    child = Child(start("broken"))
+    assert child.receive() == [messages.Fatal(message="the model is broken; mend it")]
+    assert child.process.wait(30) == 1
+    child.socket.close()
+
+
+def test_an_adapter_that_cannot_be_served_ends_a_strict_start_and_is_left_out_of_others(tmp_path: Path) -> None:
+    config = EngineConfig(model=str(DEMO / "base"))
+    adapters = {"good": str(DEMO / "adapters" / "to_velar"), "bad": str(tmp_path)}
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        build_engine(config, adapters)
+    loaded = build_engine(config, adapters, strict=False)
+    assert [info.name for info in loaded.adapters.list()] == ["good"]
+    assert list(loaded.left_out) == ["bad"]
