@@ -1,0 +1,233 @@
+"""Reading PEFT folders: what is accepted means what peft means by it, and all else is refused with its reason."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from inlaid.adapters.peft import AdapterError, read_adapter, site_path
+from inlaid.model.spec import ModelSpec, spec_from_config
+
+CONFIG = LlamaConfig(
+    vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=8,
+)  # fmt: skip
+SPEC: ModelSpec = spec_from_config(CONFIG.to_dict())
+QV = ["q_proj", "v_proj"]
+
+
+def write(folder: Path, **settings: Any) -> Path:
+    """An adapter as peft writes it, with random factors."""
+    torch.manual_seed(0)
+    model = get_peft_model(AutoModelForCausalLM.from_config(CONFIG), LoraConfig(init_lora_weights=False, **settings))
+    model.save_pretrained(folder)
+    return folder
+
+
+def edit_config(folder: Path, **changes: Any) -> Path:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    return folder
+
+
+def edit_weights(folder: Path, change: Any) -> Path:
+    file = folder / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file)
+    return folder
+
+
+def read(folder: Path, **options: Any) -> Any:
+    return read_adapter(folder, SPEC, torch.float32, **options)
+
+
+ACCEPTED: list[dict[str, Any]] = [
+    {"r": 4, "target_modules": QV},
+    {"r": 3, "target_modules": "all-linear", "lora_alpha": 5},
+    {"r": 4, "target_modules": ["up_proj"], "use_rslora": True, "lora_alpha": 6},
+    {"r": 2, "target_modules": [*QV, "down_proj"], "layers_to_transform": [0, 2]},
+    {"r": 2, "target_modules": QV, "layers_to_transform": 1, "layers_pattern": "layers"},
+    {"r": 2, "target_modules": r".*layers\.[01]\.(self_attn\.k_proj|mlp\.gate_proj)"},
+    {"r": 2, "target_modules": "all-linear", "exclude_modules": r".*mlp.*"},
+    {"r": 2, "target_modules": ["model.layers.1.self_attn.o_proj"]},
+    {
+        "r": 4,
+        "target_modules": ["q_proj", "o_proj", "up_proj"],
+        "rank_pattern": {"o_proj": 7, r"layers\.1\.self_attn\.q_proj": 1, "proj": 9},
+        "alpha_pattern": {r".*\.2\.mlp\.up_proj": 11, "self_attn.o_proj": 3},
+    },
+]
+
+
+@pytest.mark.parametrize("settings", ACCEPTED)
+def test_reads_what_peft_means(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Every adapted module of peft's own model, with its product scale * B @ A, and no other."""
+    torch.manual_seed(0)
+    model = get_peft_model(AutoModelForCausalLM.from_config(CONFIG), LoraConfig(init_lora_weights=False, **settings))
+    model.save_pretrained(tmp_path)
+    adapter = read(tmp_path)
+    layers = {name: m for name, m in model.base_model.model.named_modules() if hasattr(m, "lora_A")}
+    assert {site_path(entry.site) for entry in adapter.entries} == set(layers)
+    for entry in adapter.entries:
+        layer = layers[site_path(entry.site)]
+        outputs, inputs = layer.base_layer.weight.shape
+        a = adapter.flat[entry.a_start : entry.a_start + entry.rank * inputs].view(entry.rank, inputs)
+        b = adapter.flat[entry.b_start : entry.b_start + outputs * entry.rank].view(outputs, entry.rank)
+        torch.testing.assert_close(entry.scale * b @ a, layer.get_delta_weight("default"))
+        assert entry.a_start % 64 == 0
+        assert entry.b_start % 64 == 0
+    assert adapter.rank == max(layer.r["default"] for layer in layers.values())
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: name.removeprefix("base_model."),
+        lambda name: name.removeprefix("base_model.model."),
+        lambda name: name.removeprefix("base_model.model.model."),
+        lambda name: name.replace(".lora_A.weight", ".lora_A.default.weight"),
+        lambda name: "base_model.model." + name,
+    ],
+)
+def test_prefixes(rename: Any, tmp_path: Path) -> None:
+    write(tmp_path / "a", r=4, target_modules=QV)
+    want = read(tmp_path / "a")
+    edit_weights(tmp_path / "a", lambda tensors: {rename(name): tensor for name, tensor in tensors.items()})
+    assert torch.equal(read(tmp_path / "a").flat, want.flat)
+
+
+def test_identity_is_the_content(tmp_path: Path) -> None:
+    one, two = write(tmp_path / "a", r=4, target_modules=QV), write(tmp_path / "b", r=4, target_modules=QV)
+    for folder in (one, two):  # peft writes target_modules from a set
+        edit_config(folder, target_modules=QV)
+    assert read(one).identity == read(two).identity
+    edit_config(two, lora_alpha=99)
+    assert read(one).identity != read(two).identity
+    edit_weights(one, lambda tensors: {name: tensor * 1.5 for name, tensor in tensors.items()})
+    assert (
+        len({read(one).identity, read(two).identity, read(write(tmp_path / "c", r=4, target_modules=QV)).identity}) == 3
+    )
+
+
+REFUSED_SETTINGS: list[tuple[dict[str, Any], str]] = [
+    ({"use_dora": True}, "DoRA"),
+    ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ({"bias": "all"}, "bias 'all'"),
+    ({"fan_in_fan_out": True}, "Conv1D"),
+    ({"lora_bias": True}, "lora_bias"),
+    ({"peft_type": "IA3"}, "peft_type 'IA3'"),
+    ({"peft_type": None}, "peft_type None"),
+    ({"init_lora_weights": "pissa_niter_16"}, "changes the base weights"),
+    ({"layer_replication": [[0, 2]]}, "layer_replication"),
+    ({"trainable_token_indices": [1]}, "trained embeddings"),
+    ({"alora_invocation_tokens": [1]}, "alora"),
+    ({"target_parameters": ["x"]}, "target_parameters"),
+    ({"some_new_method": {"k": 1}}, "some_new_method"),
+    ({"r": 0}, "r must be"),
+    ({"r": "8"}, "r must be"),
+    ({"r": 5}, "has rank 4, the config says 5"),
+    ({"rank_pattern": {"v_proj": 2}}, "v_proj has rank 4, the config says 2"),
+    ({"rank_pattern": {"(": 2}}, "not a regular expression"),
+    ({"rank_pattern": ["v_proj"]}, "rank_pattern must map"),
+    ({"lora_alpha": None}, "lora_alpha"),
+    ({"lora_alpha": float("inf")}, "lora_alpha"),
+    ({"lora_alpha": 0}, "changes nothing"),
+    ({"target_modules": None}, "target_modules"),
+    ({"target_modules": []}, "target_modules"),
+    ({"target_modules": ["q_proj"]}, r"tensors for model\.layers\.0\.self_attn\.v_proj, which the config does not"),
+    ({"target_modules": [*QV, "k_proj"]}, r"targets model\.layers\.0\.self_attn\.k_proj but there are no tensors"),
+    ({"target_modules": [*QV, "lm_head"]}, "'lm_head' is none of the base's"),
+    ({"target_modules": "["}, "not a regular expression"),
+    ({"layers_to_transform": [0]}, "does not target"),
+    ({"layers_to_transform": "0"}, "layers_to_transform"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), REFUSED_SETTINGS)
+def test_settings_refused(change: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    edit_config(write(tmp_path, r=4, target_modules=QV), **change)
+    with pytest.raises(AdapterError, match=reason) as caught:
+        read(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+A0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+B0 = A0.replace("lora_A", "lora_B")
+
+
+def without(name: str) -> Any:
+    return lambda tensors: {key: tensor for key, tensor in tensors.items() if key != name}
+
+
+def put(name: str, value: Any) -> Any:
+    return lambda tensors: {**tensors, name: value(tensors) if callable(value) else value}
+
+
+REFUSED_WEIGHTS: list[tuple[Any, str]] = [
+    (without(B0), "q_proj has no lora_B"),
+    (without(A0), "q_proj has no lora_A"),
+    (put("base_model.model.lm_head.lora_A.weight", torch.zeros(4, 16)), "output head"),
+    (put("base_model.model.model.embed_tokens.lora_embedding_A", torch.zeros(4, 50)), "embedding"),
+    (put(A0.replace("lora_A.weight", "lora_magnitude_vector"), torch.zeros(16)), "DoRA"),
+    (put(B0.replace("weight", "bias"), torch.zeros(16)), "biases"),
+    (put(A0.replace("layers.0", "layers.7"), torch.zeros(4, 16)), "no such module"),
+    (put(A0.replace("self_attn", "mlp"), torch.zeros(4, 16)), "no such module"),
+    (put("something.else", torch.zeros(1)), "something.else fits nowhere"),
+    (put(A0.removeprefix("base_model.model."), torch.zeros(4, 16)), "two tensors claim lora_A"),
+    (put(A0, torch.zeros(4, 17)), "made for another base"),
+    (put(A0, torch.zeros(16)), "made for another base"),
+    (put(A0, torch.zeros(3, 16)), "A has rank 3 and B has rank 4"),
+    (put(A0, torch.zeros(4, 16, dtype=torch.int64)), "not a floating-point type"),
+    (put(A0, lambda tensors: tensors[A0].index_fill(0, torch.tensor([1]), math.nan)), "NaN or infinity"),
+    (put(B0, lambda tensors: tensors[B0] * math.inf), "NaN or infinity"),
+    (lambda tensors: {name: tensor * ("lora_A" in name) for name, tensor in tensors.items()}, "changes nothing"),
+    (lambda tensors: {}, "empty"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), REFUSED_WEIGHTS)
+def test_weights_refused(change: Any, reason: str, tmp_path: Path) -> None:
+    edit_weights(write(tmp_path, r=4, target_modules=QV), change)
+    with pytest.raises(AdapterError, match=reason):
+        read(tmp_path)
+
+
+def test_every_truncation_is_refused(tmp_path: Path) -> None:
+    file = write(tmp_path, r=4, target_modules=QV) / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    for length in (0, 7, 8, 100, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        with pytest.raises(AdapterError, match="damaged or cut short"):
+            read(tmp_path)
+
+
+def test_pickles_and_bare_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="no such folder"):
+        read(tmp_path / "nowhere")
+    with pytest.raises(AdapterError, match="not a PEFT adapter"):
+        read(tmp_path)
+    write(tmp_path, r=4, target_modules=QV)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(AdapterError, match="pickled"):
+        read(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("[")
+    (tmp_path / "adapter_model.bin").rename(tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="not valid JSON"):
+        read(tmp_path)
+
+
+def test_limits(tmp_path: Path) -> None:
+    write(tmp_path, r=4, target_modules=QV)
+    with pytest.raises(AdapterError, match=re.escape("above the limit of 3 (--max-lora-rank)")):
+        read(tmp_path, max_rank=3)
+    edit_weights(tmp_path, lambda tensors: {name: tensor * 1e6 for name, tensor in tensors.items()})
+    with pytest.raises(AdapterError, match=r"does not fit into torch\.float16"):
+        read_adapter(tmp_path, SPEC, torch.float16)
