@@ -33,6 +33,7 @@ from inlaid.engine.waiting import WaitingQueue
 
 MAX_LOOKED_AT = 32  # requests that do not fit are passed by others at most this deep into the queue
 MAX_PARKED = 64  # adapters that requests near the front wait for at the same time
+MAX_PREFETCHED = 8  # of them while there is no room for their requests yet
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,8 @@ class Scheduler:
             admitted = self._admit(budget, now)
             singles += [work for work in admitted if work.num_tokens == 1]
             prefills += [work for work in admitted if work.num_tokens > 1]
+        if len(self.waiting) and len(self._parked) < MAX_PREFETCHED:
+            self._prefetch()
         if self._parked:
             self._want_adapters()
         works = singles + prefills
@@ -393,6 +396,16 @@ class Scheduler:
                     self._end_early(request, FinishReason.ERROR, message, queued=False)
                 else:
                     self._enqueue(request)
+
+    def _prefetch(self) -> None:
+        """While the batch is full, the adapters of those who come next are loaded already."""
+        while len(self._parked) < MAX_PREFETCHED:
+            request = self.waiting.pop()
+            if request is None:
+                return
+            if not self._stands_aside(request):
+                self.waiting.push(request)
+                return
 
     def _want_adapters(self) -> None:
         """Ask for what parked requests need. After admission, when what arrived is pinned and cannot be pushed out;

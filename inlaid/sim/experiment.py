@@ -57,7 +57,7 @@ def table(experiment: Experiment, outcomes: Sequence[Outcome]) -> list[dict[str,
     """One row per policy, isolation computed by serving each modest client alone."""
     suite = experiment.suite
     limit = bound(experiment) if suite.fair else None
-    rows = [summarize(outcome, suite.duration, limit) for outcome in outcomes]
+    rows = [summarize(outcome, suite.duration, limit, suite.weights) for outcome in outcomes]
     capacity = max((sum(outcome.service.values()) / outcome.end for outcome in outcomes if outcome.end), default=0.0)
     modest = modest_clients(experiment, capacity) if suite.fair else []
     alone = {tenant: _alone(experiment, tenant) for tenant in modest}
@@ -68,16 +68,19 @@ def table(experiment: Experiment, outcomes: Sequence[Outcome]) -> list[dict[str,
 
 
 def modest_clients(experiment: Experiment, capacity: float) -> list[str]:
-    """Who asks for less than 90% of an equal share of what the machine delivers."""
-    asked: dict[str, float] = {}
+    """Who asks, in every minute, for no more than an equal share of what the machine delivers; nobody where all
+    together ask for less than 90% of that: there is no company to be protected from."""
+    asked: dict[str, dict[int, float]] = {}
     for arrival in experiment.trace:
         request = arrival.request
         cost = len(request.prompt) + 2.0 * (request.true_output_len or request.params.max_tokens)
-        asked[request.tenant] = asked.get(request.tenant, 0.0) + cost
-    share = 0.9 * capacity * experiment.suite.duration / max(1, len(asked))
-    if sum(asked.values()) < 0.9 * capacity * experiment.suite.duration:
-        return []  # no company to be protected from
-    return sorted(tenant for tenant, cost in asked.items() if cost < share)
+        minutes = asked.setdefault(request.tenant, {})
+        minute = int(arrival.time // 60)
+        minutes[minute] = minutes.get(minute, 0.0) + cost
+    if sum(sum(minutes.values()) for minutes in asked.values()) < 0.9 * capacity * experiment.suite.duration:
+        return []
+    share = 60.0 * capacity / len(asked)
+    return sorted(tenant for tenant, minutes in asked.items() if max(minutes.values()) <= share)
 
 
 def _alone(experiment: Experiment, tenant: str) -> float:

@@ -8,7 +8,7 @@ the ledger's own history, are in Outcome.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,13 +48,13 @@ def by_tenant(records: Sequence[Record]) -> dict[str, list[Record]]:
     return groups
 
 
-def difference(records: Sequence[Record], duration: float = 600.0) -> Series:
+def difference(records: Sequence[Record], duration: float, weights: Mapping[str, float]) -> Series:
     """At 19 times, the sum over clients of how far each is behind the best served, or behind what it asked for if
-    that is nearer. Refused requests do not count as asked for."""
+    that is nearer, both over its weight. Refused requests do not count as asked for."""
     times = np.array([duration / 20 * 0.95 * i for i in range(1, 20)]) + WARM_UP
     groups = by_tenant([record for record in records if not record.refused])
-    served = np.array([rates(group, times) for group in groups.values()])
-    asked = np.array([rates(group, times, "demand") for group in groups.values()])
+    served = np.array([rates(group, times) / weights.get(tenant, 1.0) for tenant, group in groups.items()])
+    asked = np.array([rates(group, times, "demand") / weights.get(tenant, 1.0) for tenant, group in groups.items()])
     if not len(served):
         return np.zeros(len(times))
     return np.asarray(np.minimum(served.max(axis=0) - served, np.abs(asked - served)).sum(axis=0))
@@ -80,13 +80,13 @@ def percentile(values: Sequence[float], share: float) -> float:
     return float(np.percentile(values, 100 * share)) if values else 0.0
 
 
-def summarize(outcome: Outcome, duration: float, bound: float | None) -> dict[str, Any]:
+def summarize(outcome: Outcome, duration: float, bound: float | None, weights: Mapping[str, float]) -> dict[str, Any]:
     """One row of the table."""
     records = outcome.records
     finished = [record for record in records if record.finish is not None]
     ttfts = [record.ttft for record in finished if record.ttft is not None]
     latencies = [record.latency for record in finished if record.latency is not None]
-    spread = difference(records, duration)
+    spread = difference(records, duration, weights)
     slo = [record for record in records if record.deadline is not None]
     met = [r for r in slo if r.finish is not None and r.deadline is not None and r.finish <= r.deadline]
     return {

@@ -6,7 +6,7 @@ all the time is the scheduler's, the ledger's, the policy's and the predictor's.
 
     python -m perf.scheduling.measure --out perf/results/scheduling-cost.json
 
-The state is steady: 256 running, 10,000 waiting, 1,000 tenants, 100 adapters; each answer that ends is replaced by a new
+The state is steady: 256 running, 10,000 waiting, 1,000 tenants, 100 adapters; an answer that ends is replaced by a new
 arrival, so every step decodes, admits, ends and refills.
 """
 

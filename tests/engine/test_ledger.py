@@ -1,0 +1,165 @@
+"""Every token is charged once, to the right tenant, at the stated price; and nothing is lost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from bench import Bench
+from fake_runner import FakeAdapters
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inlaid.engine.ledger import Ledger, LinearCost, ProfiledCost
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    requests=st.lists(
+        st.tuples(
+            st.integers(0, 2),
+            st.lists(st.integers(0, 1), min_size=1, max_size=20),
+            st.integers(1, 15),
+            st.one_of(st.none(), st.integers(0, 20)),
+        ),
+        min_size=1,
+        max_size=10,
+    ),
+    policy=st.sampled_from(["fcfs", "vtc", "vtc:predict=predicted", "drr", "inlaid"]),
+    cost=st.sampled_from(["linear", "profiled"]),
+    price=st.sampled_from([0.0, 0.25, 1.0]),
+    overlap=st.booleans(),
+    num_blocks=st.integers(12, 30),
+)
+def test_the_sum_over_tenants_is_the_sum_over_steps(
+    requests: Any, policy: str, cost: str, price: float, overlap: bool, num_blocks: int
+) -> None:
+    bench = Bench(num_blocks=num_blocks, overlap=overlap, policy=policy, cost=cost, cached_price=price, reserve=0.0)
+    ledger = bench.scheduler.ledger
+    for index, (tenant, prompt, count, _) in enumerate(requests):
+        bench.add(f"r{index}", prompt, tenant=f"t{tenant}", max_tokens=count, ignore_eos=True)
+    by_step, delivered, before, step = 0.0, 0, 0.0, 0
+    while bench.engine.has_work:
+        for index, (*_, aborted) in enumerate(requests):
+            if aborted == step:
+                bench.engine.abort(f"r{index}")
+        delivered += sum(len(output.tokens) for output in bench.step())
+        by_step += ledger.total - before
+        before = ledger.total
+        step += 1
+        assert ledger.total >= by_step - 1e-6
+    accounts = ledger.accounts.values()
+    assert sum(a.service for a in accounts) == pytest.approx(ledger.total)
+    assert by_step == pytest.approx(ledger.total)
+    assert sum(a.output_tokens for a in accounts) == delivered == ledger.num_output_tokens
+    # Whatever was charged ahead is given back: at the end the counters hold the service and the lifts alone.
+    if policy.startswith("vtc") and len(ledger.accounts) == 1:
+        (account,) = accounts
+        assert account.counter == pytest.approx(account.service)
+
+
+def test_a_request_costs_its_tokens_however_it_was_chunked_preempted_or_cached() -> None:
+    bench = Bench(num_blocks=12, policy="vtc", max_num_batched_tokens=5, reserve=0.0, admission_margin=0.0)
+    for index in range(4):
+        bench.add(f"r{index}", [index] * 9, tenant=f"t{index}", max_tokens=12, ignore_eos=True)
+    bench.run().check_all()
+    assert bench.scheduler.num_preemptions > 0
+    for account in bench.scheduler.ledger.accounts.values():
+        assert account.prompt_tokens + account.cached_tokens == 9
+        assert account.output_tokens == 12
+        assert account.service == 9 + 2 * 12
+
+
+def test_cached_prompt_tokens_cost_their_stated_share() -> None:
+    bench = Bench(cached_price=0.25)
+    for tenant in ("first", "second"):
+        bench.add(tenant, [1] * 16, tenant=tenant, max_tokens=1, ignore_eos=True)
+        bench.run()
+    accounts = bench.scheduler.ledger.accounts
+    assert accounts["first"].service == 16 + 2
+    assert accounts["second"].cached_tokens == 12
+    assert accounts["second"].service == 0.25 * 12 + 4 + 2
+
+
+@pytest.mark.parametrize("cost", [LinearCost(), LinearCost(0.5, 3.0, 0.1), ProfiledCost()])
+def test_prices_add_up(cost: Any) -> None:
+    assert cost.prefill(0, 100) == pytest.approx(cost.prefill(0, 7) + cost.prefill(7, 60) + cost.prefill(60, 100))
+    assert cost.output(50, 1, 90) == pytest.approx(sum(cost.output(50, n, n) for n in range(1, 91)))
+
+
+def test_the_profiled_price_is_the_published_function() -> None:
+    cost = ProfiledCost()
+    x, y = 256, 128
+    h = 0.21001891 * x + 0.10075395 * y + 0.0039868 * x * y + 0.00324733 * y * y + 1.14601454
+    assert cost.prefill(0, x) + cost.output(x, 1, y) == pytest.approx(h)
+
+
+def test_a_tenant_back_from_idleness_is_lifted_to_who_waits_or_else_to_who_left_last() -> None:
+    ledger = Ledger()
+    old, young = ledger.account("old"), ledger.account("young")
+    ledger.enter_queue(old)
+    ledger.charge_prefill(old, 0, 500)
+    ledger.enter_queue(young)
+    assert young.counter == 500
+    assert young.service == 0
+    ledger.leave_queue(old)
+    ledger.leave_queue(young)
+    ledger.charge_prefill(young, 0, 100)
+    ledger.enter_queue(old)  # nobody waits; young left last
+    assert old.counter == 600
+
+
+def test_a_lift_never_lowers_and_a_preempted_tenant_is_not_lifted() -> None:
+    ledger = Ledger()
+    rich, poor = ledger.account("rich"), ledger.account("poor")
+    ledger.charge_prefill(rich, 0, 500)
+    ledger.enter_queue(poor)
+    ledger.enter_queue(rich)
+    assert rich.counter == 500
+    other = ledger.account("other")
+    ledger.leave_queue(poor)
+    ledger.enter_queue(other, lift=False)
+    assert other.counter == 0
+
+
+def test_weights_divide_the_counter_and_bad_ones_change_nothing() -> None:
+    ledger = Ledger()
+    ledger.set_weights({"gold": 4.0})
+    gold = ledger.account("gold")
+    ledger.charge_prefill(gold, 0, 100)
+    assert (gold.service, gold.counter) == (100, 25)
+    for weight in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="positive"):
+            ledger.set_weights({"gold": 2.0, "bad": weight})
+    assert ledger.weights == {"gold": 4.0}
+
+
+def test_a_failed_step_and_an_abort_give_back_what_was_charged_ahead() -> None:
+    bench = Bench(policy="vtc:predict=oracle", adapters=FakeAdapters())
+    bench.add("r", [1, 2, 3], tenant="t", max_tokens=20, ignore_eos=True, true_output_len=20)
+    bench.step()
+    account = bench.scheduler.ledger.accounts["t"]
+    assert account.counter == 3 + 2 * 20
+    assert account.service == 3 + 2
+    bench.step()
+    bench.engine.abort("r")
+    bench.run()
+    assert account.counter == account.service == 3 + 2 * 2
+
+
+def test_the_window_holds_what_was_served_in_it() -> None:
+    ledger = Ledger()
+    account = ledger.account("t")
+    for second in range(100):
+        ledger.note(float(second))
+        ledger.charge_prefill(account, 0, 10)
+    assert ledger.served(99.0, 10.0)["t"] == pytest.approx(100, abs=10)
+    assert ledger.served(99.0, 1000.0)["t"] == pytest.approx(1000)
+
+
+def test_a_flood_of_tenants_is_forgotten_without_losing_a_token() -> None:
+    ledger = Ledger(max_accounts=100)
+    for number in range(1000):
+        ledger.charge_prefill(ledger.account(f"t{number}"), 0, 7)
+    assert len(ledger.accounts) <= 100
+    assert ledger.forgotten + sum(a.service for a in ledger.accounts.values()) == ledger.total == 7000
