@@ -1,0 +1,140 @@
+"""Structured output: what the engine makes of a constraint, through real steps; bad ones are ValueErrors at once."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.decoders import ByteLevel
+
+from inlaid.engine.grammar import GrammarCompiler, GrammarError
+from inlaid.engine.request import Grammar
+
+END = 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level tokenizer with an end token and a few merged words."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ["<pad>", "<bos>", "<end>", *alphabet, "tr", "true", '":', '{"']
+    tokenizer = Tokenizer(
+        models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[("t", "r"), ('"', ":"), ("{", '"')])
+    )
+    tokenizer.add_special_tokens(["<pad>", "<bos>", "<end>"])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevel()
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compiler(folder: Path) -> GrammarCompiler:
+    return GrammarCompiler(folder, vocab_size=300, eos_ids=(END,))
+
+
+def allowed(bits: np.ndarray) -> set[int]:
+    return set(np.flatnonzero(np.unpackbits(bits.view(np.uint8), bitorder="little")).tolist())
+
+
+def write(compiler: GrammarCompiler, folder: Path, grammar: Grammar, seed: int, most: int = 400) -> str | None:
+    """Random tokens within the mask until the end; None when that took too long."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    random = np.random.default_rng(seed)
+    state, outputs = compiler.state(grammar), []
+    for _ in range(most):
+        choices = sorted(allowed(state.mask(outputs)))
+        assert choices, "nothing is allowed"
+        assert max(choices) < tokenizer.get_vocab_size()
+        if choices == [END] or (END in choices and random.random() < 0.5):
+            return str(tokenizer.decode(outputs))
+        outputs.append(int(random.choice([token for token in choices if token != END])))
+    return None
+
+
+def test_choice(compiler: GrammarCompiler, folder: Path) -> None:
+    texts = ("yes", "no", 'a "quoted" one', "back\\slash", "grün")
+    written = {write(compiler, folder, Grammar(choice=texts), seed) for seed in range(60)}
+    assert written == set(texts)
+
+
+def test_regex(compiler: GrammarCompiler, folder: Path) -> None:
+    pattern = r"[a-c]{2,4}-[0-9]+"
+    for seed in range(20):
+        text = write(compiler, folder, Grammar(regex=pattern), seed)
+        assert text is not None
+        assert re.fullmatch(pattern, text)
+
+
+def test_json_schema(compiler: GrammarCompiler, folder: Path) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"ok": {"type": "boolean"}, "kind": {"enum": ["a", "b"]}},
+        "required": ["ok", "kind"],
+        "additionalProperties": False,
+    }
+    finished = 0
+    for seed in range(20):
+        text = write(compiler, folder, Grammar(json_schema=json.dumps(schema)), seed)
+        if text is not None:
+            finished += 1
+            value = json.loads(text)
+            assert set(value) == {"ok", "kind"}
+            assert isinstance(value["ok"], bool)
+    assert finished > 5
+
+
+def test_json_object_starts_like_one(compiler: GrammarCompiler) -> None:
+    tokens = allowed(compiler.state(Grammar(json_object=True)).mask([]))
+    assert END not in tokens
+    assert tokens
+
+
+def test_only_the_end_when_complete(compiler: GrammarCompiler, folder: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    state = compiler.state(Grammar(choice=("ab",)))
+    outputs = tokenizer.encode("ab").ids
+    assert allowed(state.mask(outputs)) == {END}
+    assert state.complete
+
+
+def test_states_do_not_share_their_place(compiler: GrammarCompiler, folder: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    first, second = (compiler.state(Grammar(choice=("ab", "cd"))) for _ in range(2))
+    before = allowed(second.mask([]))
+    first.mask(tokenizer.encode("a").ids)
+    assert allowed(second.mask([])) == before
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        Grammar(),
+        Grammar(regex="a", json_object=True),
+        Grammar(regex="(["),
+        Grammar(json_schema="{"),
+        Grammar(json_schema='{"type": "nonsense"}'),
+        Grammar(json_schema="[" * 100_000),
+        Grammar(regex="a" * 300_000),
+        Grammar(choice=()),
+        Grammar(choice=("a", "")),
+    ],
+)
+def test_bad_constraints_are_value_errors(compiler: GrammarCompiler, grammar: Grammar) -> None:
+    with pytest.raises(GrammarError):
+        compiler.state(grammar)
+    assert issubclass(GrammarError, ValueError)
+
+
+def test_absent_library_and_tokenizer(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(GrammarError, match=r"needs .*tokenizer\.json"):
+        GrammarCompiler(tmp_path, 300, (END,))
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(GrammarError, match=r"pip install 'inlaid\[grammar\]'"):
+        GrammarCompiler(folder, 300, (END,))
