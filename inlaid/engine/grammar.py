@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from inlaid.engine.request import Grammar
+
+log = logging.getLogger(__name__)
 
 MAX_GRAMMAR_CHARS = 200_000
 _MAX_COMPILED = 256
@@ -25,21 +28,24 @@ class GrammarError(ValueError):
 class GrammarState:
     """One request's place in its grammar; follows the request's outputs."""
 
-    def __init__(self, matcher: Any, vocab_size: int) -> None:
+    def __init__(self, matcher: Any, known_tokens: int, vocab_size: int, end_bits: np.ndarray) -> None:
         self._matcher = matcher
         self._num_consumed = 0
-        self._num_words = -(-vocab_size // 32)
+        self._known_words, self._num_words = _words(known_tokens), _words(vocab_size)
+        self._end_bits = end_bits
 
     def mask(self, outputs: Sequence[int]) -> np.ndarray:
-        """int32 bits of the tokens that may follow these outputs; when the text is complete, only the end."""
+        """int32 bits of the tokens that may follow these outputs; when the text is complete, only the end. A grammar
+        that outgrows the library's limits ends its own output there, and nobody else's."""
         for token in outputs[self._num_consumed :]:
             self._matcher.consume_token(token)
             self._num_consumed += 1
-        bits = np.zeros(self._num_words, dtype=np.int32)
+        bits = np.zeros(self._known_words, dtype=np.int32)
         self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
         if self._matcher.is_error():
-            raise GrammarError(f"the grammar cannot go on: {self._matcher.get_error()}")
-        return bits
+            log.warning("a grammar cannot go on after %d tokens: %s", len(outputs), self._matcher.get_error())
+            return self._end_bits
+        return bits[: self._num_words]
 
     @property
     def complete(self) -> bool:
@@ -61,8 +67,11 @@ class GrammarCompiler:
         self._library = llguidance
         self._vocab_size = vocab_size
         text = _without_padding(file)
-        known = max(vocab_size, _largest_id(text) + 1)
-        self._tokenizer = llguidance.LLTokenizer(text, n_vocab=known, eos_token=list(eos_ids) or None)
+        self._known_tokens = max(vocab_size, _largest_id(text) + 1)
+        self._tokenizer = llguidance.LLTokenizer(text, n_vocab=self._known_tokens, eos_token=list(eos_ids) or None)
+        self._end_bits = np.zeros(_words(vocab_size), dtype=np.int32)
+        for token in eos_ids:
+            self._end_bits.view(np.uint32)[token // 32] |= np.uint32(1 << token % 32)
         self._compiled: OrderedDict[Grammar, Any] = OrderedDict()
 
     def state(self, grammar: Grammar) -> GrammarState:
@@ -74,7 +83,7 @@ class GrammarCompiler:
             if len(self._compiled) > _MAX_COMPILED:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(grammar)
-        return GrammarState(matcher.deep_copy(), self._vocab_size)
+        return GrammarState(matcher.deep_copy(), self._known_tokens, self._vocab_size, self._end_bits)
 
     def _compile(self, grammar: Grammar) -> Any:
         matcher_class = self._library.LLMatcher
@@ -91,6 +100,10 @@ class GrammarCompiler:
         if matcher.is_error():
             raise GrammarError(f"the constraint is not valid: {matcher.get_error()}")
         return matcher
+
+
+def _words(num_tokens: int) -> int:
+    return -(-num_tokens // 32)
 
 
 def _source(matcher_class: Any, grammar: Grammar) -> str:

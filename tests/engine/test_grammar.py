@@ -104,6 +104,17 @@ def test_only_the_end_when_complete(compiler: GrammarCompiler, folder: Path) -> 
     assert state.complete
 
 
+def test_a_broken_grammar_ends_its_own_output(compiler: GrammarCompiler, folder: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    state = compiler.state(Grammar(choice=("ab",)))
+    assert allowed(state.mask(tokenizer.encode("zz").ids)) == {END}
+
+
+def test_a_tokenizer_larger_than_the_model(folder: Path) -> None:
+    small = GrammarCompiler(folder, vocab_size=100, eos_ids=(END,))
+    assert small.state(Grammar(choice=("ab",))).mask([]).shape == (4,)
+
+
 def test_states_do_not_share_their_place(compiler: GrammarCompiler, folder: Path) -> None:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     first, second = (compiler.state(Grammar(choice=("ab", "cd"))) for _ in range(2))
