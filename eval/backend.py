@@ -1,0 +1,59 @@
+"""What a model is asked, whoever runs it: the engine, a live server by URL, or transformers and peft as the oracle.
+`answer` drives any of them; they are in `engine`, `server` and `oracle`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Continue these tokens greedily with this adapter (None: the base alone)."""
+
+    prompt: tuple[int, ...]
+    adapter: str | None
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Graded:
+    """For each token of a given continuation: its log probability, and whether greedy decoding would choose it."""
+
+    logprobs: tuple[float, ...]
+    greedy: tuple[bool, ...]
+
+    @property
+    def accepted(self) -> int:
+        """How many tokens greedy decoding has in common with the continuation."""
+        return next((index for index, chosen in enumerate(self.greedy) if not chosen), len(self.greedy))
+
+
+class Backend(Protocol):
+    """One base with its adapters. Tokens in, tokens out: every backend gets the same prompts."""
+
+    drafts: bool
+    """Whether it can go on from given tokens exactly, so that the reference may serve as a draft."""
+    refused: dict[str, str]
+    """Adapters that could not be loaded, and why."""
+
+    def generate(self, asks: Sequence[Ask]) -> list[list[int] | str]:
+        """What greedy decoding says, without the token that ended it: tokens, or text where tokens are not known."""
+        ...
+
+    def grade(self, asks: Sequence[Ask], continuations: Sequence[Sequence[int]]) -> list[Graded]:
+        """Each continuation's tokens under teacher forcing; max_tokens and stop play no part."""
+        ...
+
+    def close(self) -> None: ...
+
+
+OpenBackend = Callable[[Path, Mapping[str, Path]], Backend]
+"""A base's folder and adapters by name to a backend."""
+
+
+class BackendError(RuntimeError):
+    """The model cannot be run; the message says what would help."""

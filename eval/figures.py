@@ -1,0 +1,124 @@
+"""The report's figures: the only file of the harness that imports matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Record = dict[str, Any]
+RADAR = ("rouge1", "rouge2", "nist", "bleu", "meteor", "gleu")
+
+
+class FiguresMissing(RuntimeError):
+    """matplotlib is not installed."""
+
+
+def draw(stem: Path, records: Sequence[Record], summary: Sequence[Record]) -> list[Path]:
+    """Heat map, worst task against bits, and the radar, where the records hold enough for them."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise FiguresMissing("figures need matplotlib: pip install 'inlaid[plot]' (or pass --no-figures)") from error
+    matplotlib.use("Agg")
+    made = [_heat_map(stem, records), _worst(stem, summary), _radar(stem, records)]
+    return [path for path in made if path is not None]
+
+
+def _heat_map(stem: Path, records: Sequence[Record]) -> Path | None:
+    """Drop by task (columns) and base (rows); colours end at 20 points so that 4 bits still shows."""
+    from matplotlib import pyplot
+
+    dropped = [r for r in records if r["drop"] is not None and r["variant"] != "fp16"]
+    if not dropped:
+        return None
+    tasks = list(dict.fromkeys(r["task"] for r in dropped))
+    bases = list(dict.fromkeys((r["variant"], r["bits"]) for r in dropped))
+    bases.sort(key=lambda base: -base[1])
+    drops = np.full((len(bases), len(tasks)), np.nan)
+    for record in dropped:
+        drops[bases.index((record["variant"], record["bits"])), tasks.index(record["task"])] = record["drop"]
+    figure, axes = pyplot.subplots(figsize=(2.5 + 0.75 * len(tasks), 1.6 + 0.32 * len(bases)), layout="constrained")
+    image = axes.imshow(drops, cmap="Reds", vmin=0, vmax=20, aspect="auto")
+    axes.set_xticks(range(len(tasks)), tasks, rotation=40, ha="right")
+    axes.set_yticks(range(len(bases)), [f"{variant} {bits}-bit" for variant, bits in bases])
+    for (row, column), drop in np.ndenumerate(drops):
+        axes.text(
+            column, row, f"{drop:.1f}", ha="center", va="center", fontsize=7, color="white" if drop > 12 else "black"
+        )
+    figure.colorbar(image, label="points lost", extend="max")
+    axes.set_title("Points lost against full precision")
+    return _save(figure, stem, "heat-map")
+
+
+def _worst(stem: Path, summary: Sequence[Record]) -> Path | None:
+    """The worst task's drop against bits, a line for each variant."""
+    from matplotlib import pyplot
+
+    rows = [row for row in summary if row["worst_drop"] is not None and row["variant"] != "fp16"]
+    widths = sorted({row["bits"] for row in rows})
+    if len(widths) < 2:
+        return None
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        points = sorted((row["bits"], row["worst_drop"]) for row in rows if row["variant"] == variant)
+        axes.plot(*zip(*points), marker="o", label=variant)
+    axes.set_xticks(widths)
+    axes.invert_xaxis()
+    axes.set(xlabel="bits", ylabel="points lost by the worst task", title="The worst task")
+    axes.set_yscale("symlog", linthresh=1)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return _save(figure, stem, "worst-task")
+
+
+def _radar(stem: Path, records: Sequence[Record]) -> Path | None:
+    """Six text metrics as shares of full precision, averaged over the tasks that have them; a panel for each width."""
+    from matplotlib import pyplot
+
+    full = _text_metrics([r for r in records if r["variant"] == "fp16"])
+    widths = sorted({r["bits"] for r in records if r["variant"] != "fp16"}, reverse=True)
+    names = [name for name in RADAR if full.get(name)]
+    if len(names) < 3 or not widths:
+        return None
+    angles = np.linspace(0, 2 * np.pi, len(names), endpoint=False)
+    figure, panels = pyplot.subplots(
+        1,
+        len(widths),
+        figsize=(4.2 * len(widths), 4.6),
+        subplot_kw={"polar": True},
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes, bits in zip(panels[0], widths):
+        for variant in dict.fromkeys(r["variant"] for r in records if r["variant"] != "fp16"):
+            found = _text_metrics([r for r in records if (r["variant"], r["bits"]) == (variant, bits)])
+            if found:
+                shares = [100 * found[name] / full[name] for name in names]
+                axes.plot(np.append(angles, angles[0]), [*shares, shares[0]], label=variant)
+        axes.set_xticks(angles, names)
+        axes.set_title(f"{bits} bits, % of full precision")
+    panels[0][-1].legend(loc="lower right", bbox_to_anchor=(1.25, -0.1), fontsize=8)
+    return _save(figure, stem, "radar")
+
+
+def _text_metrics(records: Sequence[Record]) -> dict[str, float]:
+    """The mean of each text metric over the tasks that have all of those that any has."""
+    values: dict[str, list[float]] = {}
+    for record in records:
+        scores = {**record.get("also", {}), record["metric"]: record["score"]}
+        for name in RADAR:
+            if scores.get(name) is not None:
+                values.setdefault(name, []).append(scores[name])
+    return {name: float(np.mean(found)) for name, found in values.items()}
+
+
+def _save(figure: Any, stem: Path, name: str) -> Path:
+    from matplotlib import pyplot
+
+    path = stem.with_name(f"{stem.name}-{name}.png")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return path

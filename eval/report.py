@@ -1,0 +1,106 @@
+"""The report: one JSON file with everything (the gate reads its records), one Markdown page for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from inlaid.checkpoint import write_atomically
+
+Record = dict[str, Any]
+
+
+def write_json(path: Path, report: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def write_markdown(path: Path, report: dict[str, Any], figures: Sequence[Path]) -> None:
+    write_atomically(path, (markdown(report, figures) + "\n").encode())
+
+
+def markdown(report: dict[str, Any], figures: Sequence[Path] = ()) -> str:
+    """Head, the two tables, faults, differences between backends, figures."""
+    parts = [
+        f"# {report['name']}",
+        _head(report),
+        "## Average and worst task",
+        _summary(report["summary"]),
+        "## Drop by task, in points",
+        "Against the same adapter on the full-precision base, on the same examples; *: p < 0.05 after correcting for "
+        "the number of tasks. The line `fp16` shows scores instead of drops.",
+        _by_task(report["records"]),
+    ]
+    parts += _faults(report["records"])
+    parts += _differences(report.get("differences", []))
+    parts += [f"![{figure.stem}]({figure.name})" for figure in figures]
+    return "\n\n".join(parts)
+
+
+def _head(report: dict[str, Any]) -> str:
+    made = report["provenance"]
+    commit = (made["commit"] or "unknown")[:12] + (" with uncommitted changes" if made["uncommitted"] else "")
+    return (
+        f"`{made['command']}`\n\n"
+        f"Commit {commit}, {made['finished']}, {made['seconds']:.0f} s on {made['gpu'] or made['machine']}, "
+        f"backend {report['backend']['name']} ({report['backend']['setting']}), "
+        f"{report['examples_per_task']} examples a task."
+    )
+
+
+def _summary(rows: Sequence[Record]) -> str:
+    lines = ["| variant | bits | average score | average drop | worst drop | worst task |", "|---|--:|--:|--:|--:|---|"]
+    for row in rows:
+        lines.append(
+            f"| {row['variant']} | {row['bits']} | {row['average_score']:.2f} | {_number(row['average_drop'])} | "
+            f"{_number(row['worst_drop'])} | {row['worst_task'] or ''} |"
+        )
+    return "\n".join(lines)
+
+
+def _by_task(records: Sequence[Record]) -> str:
+    tasks = list(dict.fromkeys(r["task"] for r in records))
+    lines = ["| variant | bits | " + " | ".join(tasks) + " |", "|---|--:|" + "--:|" * len(tasks)]
+    for variant, bits in dict.fromkeys((r["variant"], r["bits"]) for r in records):
+        found = {r["task"]: r for r in records if (r["variant"], r["bits"]) == (variant, bits)}
+        cells = [_cell(found.get(task), shows_score=variant == "fp16") for task in tasks]
+        lines.append(f"| {variant} | {bits} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(record: Record | None, shows_score: bool) -> str:
+    if record is None:
+        return ""
+    if shows_score or record["drop"] is None:
+        return f"{record['score']:.1f}"
+    return f"{record['drop']:.1f}" + ("*" if record.get("p_holm", 1) < 0.05 else "")
+
+
+def _faults(records: Sequence[Record]) -> list[str]:
+    lines = list(
+        dict.fromkeys(
+            f"- **{r['task']}** with adapter {r['adapter']}: {fault}" for r in records for fault in r["faults"]
+        )
+    )
+    return ["## Faults", "\n".join(lines)] if lines else []
+
+
+def _differences(rows: Sequence[Record]) -> list[str]:
+    if not rows:
+        return []
+    other, unlike = rows[0]["other"], [row for row in rows if row["different_answers"]]
+    total, asked = sum(row["different_answers"] for row in rows), sum(row["examples"] for row in rows)
+    lines = [f"{total} of {asked} answers differ from the {other}'s."]
+    for row in unlike:
+        inside = "within" if row["within_interval"] else "OUTSIDE"
+        lines.append(
+            f"- {row['variant']} {row['bits']}-bit, {row['task']} with {row['adapter']}: {row['different_answers']} of "
+            f"{row['examples']}; scores {row['scores'][0]:.2f} and {row['scores'][1]:.2f}, {inside} the interval"
+        )
+    return [f"## Against the {other}", "\n".join(lines)]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"

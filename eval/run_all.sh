@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# All of the accuracy test on the bundled demo: every variant at 4, 3 and 2 bits on all twelve tasks, then the engine
+# against transformers and peft. Killed and started again, it goes on where it was. Results: eval/results/.
+#   bash eval/run_all.sh                the whole grid
+#   bash eval/run_all.sh quick          a subset of two minutes, without touching the committed results
+#   bash eval/run_all.sh ARGS …         passed on to `python -m eval.run`
+# Environment: INLAID_PYTHON=python3 uses this Python instead of .venv's.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false
+python=${INLAID_PYTHON:-.venv/bin/python}
+command -v "$python" >/dev/null || { echo "run_all.sh: no $python; run: bash install.sh test (or set INLAID_PYTHON)" >&2; exit 1; }
+
+run() { "$python" -m eval.run "$@"; }
+
+if [ "${1:-}" = quick ]; then
+    shift
+    run --tasks to_velar,text_summary,code,maths --variants fp16,rtn,mlgptq-minimax --bits 4,2 --examples 16 \
+        --compare oracle --out .inlaid/eval/quick "$@"
+elif (($#)); then
+    run "$@"
+else
+    run --out eval/results/demo
+    run --variants fp16,rtn,mlgptq-minimax --bits 4 --examples 32 --compare oracle --no-figures --out eval/results/demo-oracle
+fi
