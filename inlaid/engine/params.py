@@ -59,8 +59,8 @@ def _check_range(name: str, value: float | None, least: float, most: float) -> N
     if value is None:
         return
     if not math.isfinite(value) or not least <= value <= most or (value == 0 and name in POSITIVE):
-        above = "above" if name in POSITIVE else "from"
-        raise ParamError(name, f"{name} is {value}; it must be {above} {least:g} to {most:g}")
+        allowed = f"above {least} and at most {most}" if name in POSITIVE else f"from {least} to {most}"
+        raise ParamError(name, f"{name} is {value}; it must be {allowed}")
 
 
 def _check_stops(params: SamplingParams) -> None:

@@ -1,0 +1,48 @@
+"""Sampling parameters: each bad value is refused by its name, the bounds themselves are allowed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from inlaid.engine.params import POSITIVE, RANGES, ParamError, check
+from inlaid.engine.request import SamplingParams
+
+VOCABULARY = 100
+
+
+def changed(name: str, value: float) -> SamplingParams:
+    more = {"max_tokens": 2**31 - 1} if name == "min_tokens" else {}
+    return SamplingParams(**{**more, name: value})
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_bounds_are_allowed_and_what_is_beyond_is_refused(name: str) -> None:
+    least, most = RANGES[name]
+    if name not in POSITIVE:
+        check(changed(name, least), VOCABULARY)
+    check(changed(name, most), VOCABULARY)
+    for value in (least - 1, most + 1, math.nan, math.inf, *([0.0] if name in POSITIVE else [])):
+        with pytest.raises(ParamError, match=f"^{name} is ") as refused:
+            check(changed(name, value), VOCABULARY)
+        assert refused.value.param == name
+
+
+@pytest.mark.parametrize(
+    ("params", "name"),
+    [
+        (SamplingParams(min_tokens=5, max_tokens=4), "min_tokens"),
+        (SamplingParams(stop=("",)), "stop"),
+        (SamplingParams(stop=("x",) * 65), "stop"),
+        (SamplingParams(stop=("x" * 1025,)), "stop"),
+        (SamplingParams(stop_token_ids=(100,)), "stop_token_ids"),
+        (SamplingParams(logit_bias={-1: 0.0}), "logit_bias"),
+        (SamplingParams(logit_bias={1: 101.0}), "logit_bias"),
+        (SamplingParams(logit_bias={1: math.nan}), "logit_bias"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(params: SamplingParams, name: str) -> None:
+    with pytest.raises(ParamError) as refused:
+        check(params, VOCABULARY)
+    assert refused.value.param == name

@@ -1,0 +1,113 @@
+"""A live server for tests: `inlaid serve` as a user starts it, on a free port of this machine."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "models" / "demo"
+ADMIN_KEY = "admin-secret"
+LIMITS = ["--max-model-len", "1024", "--num-blocks", "400"]
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+@dataclass
+class Live:
+    """A running server."""
+
+    process: subprocess.Popen[str]
+    url: str
+    log: list[str] = field(default_factory=list)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        parts = urlsplit(self.url)
+        assert parts.hostname
+        assert parts.port
+        return parts.hostname, parts.port
+
+    def ask(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, raw: bytes | None = None
+    ) -> Answer:
+        connection = http.client.HTTPConnection(*self.address, timeout=60)
+        try:
+            data = raw if raw is not None else None if body is None else json.dumps(body).encode()
+            connection.request(method, path, data, {"Content-Type": "application/json", **(headers or {})})
+            response = connection.getresponse()
+            return Answer(response.status, dict(response.getheaders()), response.read())
+        finally:
+            connection.close()
+
+    def admin(self, method: str, path: str, body: Any = None) -> Answer:
+        return self.ask(method, path, body, {"Authorization": f"Bearer {ADMIN_KEY}"})
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric over its labels."""
+        page = self.ask("GET", "/metrics").body.decode()
+        values = re.findall(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", page, re.M)
+        return sum(map(float, values))
+
+    def until_metric(self, name: str, wanted: float) -> None:
+        """Ask until it is so; the test's own timeout ends what never comes true."""
+        while self.metric(name) != wanted:
+            time.sleep(0.05)
+
+    def children(self) -> list[int]:
+        """Processes that the server has started: the engine."""
+        text = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return [int(number) for number in text.split()]
+
+
+@contextmanager
+def serving(*arguments: str, environment: dict[str, str] | None = None) -> Iterator[Live]:
+    """A server with these flags; it is stopped at the end, however the test went."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "inlaid", "serve", "--port", "0", *LIMITS, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    live = Live(process, "")
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            live.log.append(line)
+            if found := re.search(r"at:\s+(http://\S+)/v1 ", line):
+                live.url = found.group(1)
+                break
+        assert live.url, "the server did not come up:\n" + "".join(live.log)
+        reader = threading.Thread(target=live.log.extend, args=(process.stdout,))
+        reader.start()
+        yield live
+    finally:
+        process.kill()
+        process.wait()
+        if live.url:
+            reader.join()  # the engine process has the pipe too, and ends with the server
+        if process.stdout is not None:
+            process.stdout.close()

@@ -1,0 +1,90 @@
+"""What a live server tells: tokens, metrics per adapter, and an openapi.json that is true to what is accepted."""
+
+from __future__ import annotations
+
+import msgspec
+from live import Live
+
+from inlaid.server.app import ROUTES
+from inlaid.server.metrics import OTHER, Metrics
+
+
+def test_tokenize_and_detokenize_are_inverse(server: Live) -> None:
+    text = "The sea, and the 🙂."
+    tokens = server.ask(
+        "POST", "/tokenize", {"prompt": text, "add_special_tokens": False, "return_token_strs": True}
+    ).json
+    assert tokens["count"] == len(tokens["tokens"]) == len(tokens["token_strs"])
+    assert tokens["max_model_len"] == 1024
+    assert server.ask("POST", "/detokenize", {"tokens": tokens["tokens"]}).json == {"prompt": text}
+
+
+def test_tokenize_counts_a_conversation_as_the_chat_route_does(server: Live) -> None:
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+    count = server.ask("POST", "/tokenize", {"messages": messages}).json["count"]
+    usage = server.ask("POST", "/v1/chat/completions", {"messages": messages, "max_tokens": 1}).json["usage"]
+    assert usage["prompt_tokens"] == count
+
+
+def test_metrics_have_vllms_names_and_an_adapter_label(server: Live) -> None:
+    def count(name: str) -> float:
+        page = server.ask("GET", "/metrics").body.decode()
+        lines = [line for line in page.splitlines() if line.startswith(f"{name}{{") and 'adapter="code"' in line]
+        return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+    names = {
+        "vllm:prompt_tokens_total": 5,
+        "vllm:generation_tokens_total": 7,
+        "vllm:request_success_total": 1,
+        "vllm:time_to_first_token_seconds_count": 1,
+        "vllm:inter_token_latency_seconds_count": 6,
+        "vllm:e2e_request_latency_seconds_count": 1,
+        "vllm:request_queue_time_seconds_count": 1,
+    }
+    before = {name: count(name) for name in names}
+    body = {"model": "code", "prompt": [5, 6, 7, 8, 9], "max_tokens": 7, "ignore_eos": True}
+    assert server.ask("POST", "/v1/completions", body).status == 200
+    grown = {name: count(name) - before[name] for name in names}
+    gaps = grown.pop("vllm:inter_token_latency_seconds_count")
+    assert 1 <= gaps <= 6  # tokens that came together count as one
+    assert grown == {name: names[name] for name in grown}
+    page = server.ask("GET", "/metrics").body.decode()
+    for name in ("vllm:num_requests_running", "vllm:kv_cache_usage_perc", "vllm:prefix_cache_queries_total"):
+        assert f"\n{name}{{" in page
+    assert 'vllm:lora_adapter_loaded{adapter_name="code",level="gpu",pinned="false"} 1.0' in page
+
+
+def test_the_number_of_adapter_labels_is_bounded() -> None:
+    metrics = Metrics("base", 2)
+    assert [metrics.label(name) for name in ("a", "b", "c", "a", None, "d")] == ["a", "b", OTHER, "a", "", OTHER]
+
+
+def test_openapi_knows_every_route_and_field(server: Live) -> None:
+    document = server.ask("GET", "/openapi.json").json
+    assert document["openapi"].startswith("3.")
+    for route in ROUTES:
+        operation = document["paths"][route.path][route.method.lower()]
+        assert operation["summary"]
+        if route.body is not None:
+            name = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+            schema = document["components"]["schemas"][name]
+            assert set(schema["properties"]) == {field.name for field in msgspec.structs.fields(route.body)}
+            assert schema["additionalProperties"] is False
+
+
+def test_every_optional_field_may_be_null(server: Live) -> None:
+    document = server.ask("GET", "/openapi.json").json
+    for path, body in {
+        "/v1/completions": {"prompt": "a", "max_tokens": 1},
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1},
+    }.items():
+        reference = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+        schema = document["components"]["schemas"][reference.rpartition("/")[2]]
+        nulls = {name: None for name in schema["properties"] if name not in (*body, "model")}
+        assert server.ask("POST", path, {**nulls, **body}).status == 200
+
+
+def test_version_health_and_readiness_need_no_key(server: Live) -> None:
+    assert server.ask("GET", "/version").json.keys() == {"version"}
+    assert server.ask("GET", "/health").json["status"] == "ok"
+    assert server.ask("GET", "/ready").status == 200

@@ -1,0 +1,121 @@
+"""Keys, folders, tenants and nesting, without a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from inlaid.config import ConfigError, ServerConfig
+from inlaid.server import safety
+from inlaid.server.errors import BadRequest, Forbidden, Unauthorized
+from inlaid.server.safety import AllowedFolders, Keys
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def test_without_keys_everybody_may_ask_and_nobody_may_administer() -> None:
+    keys = Keys((), None)
+    keys.check_inference({})
+    with pytest.raises(Forbidden, match="--admin-key"):
+        keys.check_admin(bearer("anything"))
+
+
+def test_the_inference_key_does_not_administer() -> None:
+    keys = Keys(("one", "two"), "admin")
+    for key in ("one", "two", "admin"):
+        keys.check_inference(bearer(key))
+    for headers in ({}, bearer("three"), bearer(""), {"Authorization": "Basic one"}, {"Authorization": "one"}):
+        with pytest.raises(Unauthorized):
+            keys.check_inference(headers)
+    keys.check_admin(bearer("admin"))
+    for headers in ({}, bearer("one"), bearer("admi"), bearer("admin2")):
+        with pytest.raises(Unauthorized):
+            keys.check_admin(headers)
+
+
+def test_keys_come_from_the_environment_too() -> None:
+    keys = Keys.of(ServerConfig(), {"INLAID_API_KEY": "a, b", "INLAID_ADMIN_KEY": "c"})
+    keys.check_inference(bearer("b"))
+    keys.check_admin(bearer("c"))
+    with pytest.raises(Unauthorized):
+        keys.check_inference({})
+
+
+def test_settings_that_would_leave_a_door_open_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="also an inference key"):
+        Keys(("same",), "same")
+    with pytest.raises(ConfigError, match="empty"):
+        Keys(("",), None)
+    on = ServerConfig(allow_runtime_lora=True, lora_root=(str(tmp_path),))
+    with pytest.raises(ConfigError, match="--admin-key"):
+        safety.check_config(on, Keys((), None))
+    with pytest.raises(ConfigError, match="--lora-root"):
+        safety.check_config(ServerConfig(allow_runtime_lora=True), Keys((), "admin"))
+    with pytest.raises(ConfigError, match="nowhere"):
+        AllowedFolders([str(tmp_path / "nowhere")])
+
+
+@pytest.fixture
+def roots(tmp_path: Path) -> Path:
+    """A root with an adapter, an outsider beside it, and ways out of it."""
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    for folder in (root / "good", outside):
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text("{}")
+    (root / "link").symlink_to(outside)
+    (root / "leaky").mkdir()
+    (root / "leaky" / "adapter_model.safetensors").symlink_to(outside / "adapter_config.json")
+    (root / "inner").symlink_to(root / "good")
+    return tmp_path
+
+
+def test_folders_inside_are_found_by_any_of_their_names(roots: Path) -> None:
+    allowed = AllowedFolders([str(roots / "root")])
+    good = (roots / "root" / "good").resolve()
+    for path in (str(good), "good", "./good", "inner"):
+        assert allowed.resolve(path) == good
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["../outside", "good/../../outside", "link", "leaky", "/etc", "/", "", "good\0", "nowhere", "~", "good/.."]
+    + ["good/adapter_config.json"],
+)
+def test_ways_out_are_all_answered_alike(roots: Path, path: str) -> None:
+    allowed = AllowedFolders([str(roots / "root")])
+    with pytest.raises(Forbidden, match="must be a folder inside"):
+        allowed.resolve(path)
+    with pytest.raises(Forbidden):
+        AllowedFolders([]).resolve("good")
+
+
+def test_a_sibling_with_the_roots_name_as_prefix_is_outside(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "rooted").mkdir()
+    with pytest.raises(Forbidden):
+        AllowedFolders([str(tmp_path / "root")]).resolve(str(tmp_path / "rooted"))
+
+
+def test_tenants() -> None:
+    headers = {**bearer("secret"), safety.TENANT_HEADER: "team"}
+    assert safety.tenant("adapter", headers, "me", "maths") == "maths"
+    assert safety.tenant("user", headers, "me", None) == "me"
+    assert safety.tenant("header", headers, None, None) == "team"
+    by_key = safety.tenant("api-key", headers, None, None)
+    assert by_key.startswith("key-")
+    assert "secret" not in by_key
+    assert safety.tenant("api-key", {}, None, None) == ""
+
+
+def test_nesting_is_bounded_without_recursion() -> None:
+    deep: object = 1
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(BadRequest, match="nested more than 64"):
+        safety.check_depth("tools", deep)
+    safety.check_depth("tools", {"a": [{"b": [1, 2]}] * 100})
+    while isinstance(deep, list):  # taken apart by hand: letting go of it recurses
+        deep = deep.pop()
