@@ -145,7 +145,7 @@ def _gain(rng: random.Random, who: str, total: int) -> tuple[str, str, int]:
 
 
 def _lose(rng: random.Random, who: str, total: int) -> tuple[str, str, int]:
-    n = rng.randint(1, max(1, total - 1))
+    n = rng.randint(1, total - 1)
     friend = rng.choice([person for person in words.PEOPLE if person != who])
     verb = rng.choice(("gives", "sells", "sends"))
     return f"{who} {verb} {n} to {friend}.", f"{total} - {n} = {total - n}", total - n
@@ -156,15 +156,20 @@ def _times(rng: random.Random, who: str, total: int) -> tuple[str, str, int]:
     return f"Then {who} {word} the number.", f"{total} * {n} = {total * n}", total * n
 
 
+def _possible_steps(total: int) -> tuple[_Step, ...]:
+    """Keeps the number above zero and within three digits."""
+    if total < 5:
+        return (_gain,)
+    return (_gain, _lose, _times) if total < 100 else (_gain, _lose)
+
+
 def maths(rng: random.Random) -> Drawn:
     """A story in three to five steps; the answer works them out one at a time and ends with the number."""
     who, things = rng.choice(words.PEOPLE), words.plural(rng.choice(words.NOUNS))
     total = rng.randint(5, 60)
     story, work = [f"{who} has {total} {things}."], []
-    steps: tuple[_Step, ...] = (_gain, _lose)
     for _ in range(rng.randint(3, 5)):
-        step = rng.choice((*steps, _times) if total < 100 else steps)
-        told, worked, total = step(rng, who, total)
+        told, worked, total = rng.choice(_possible_steps(total))(rng, who, total)
         story.append(told)
         work.append(worked)
     prompt = f"{' '.join(story)} How many {things} does {who} have now?"

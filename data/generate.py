@@ -69,9 +69,9 @@ def write(folder: Path) -> None:
         (folder / path).write_text(text, encoding="utf-8")
 
 
-def differences(folder: Path) -> list[str]:
-    """Paths whose committed bytes, or whose recorded hash, differ from what the generators give."""
-    fresh = hashes(all_files())
+def differences(folder: Path, files: dict[str, str]) -> list[str]:
+    """Paths whose committed bytes, or whose recorded hash, differ from the generated `files`."""
+    fresh = hashes(files)
     recorded = json.loads((folder / "hashes.json").read_text(encoding="utf-8"))
     stored = {path: hashlib.sha256((folder / path).read_bytes()).hexdigest() for path in fresh}
     return [path for path in fresh if not fresh[path] == recorded.get(path) == stored[path]]
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments.check:
         write(arguments.folder)
         return 0
-    changed = differences(arguments.folder)
+    changed = differences(arguments.folder, all_files())
     for path in changed:
         print(f"{path} differs from what its generator gives; run `python -m data.generate`", file=sys.stderr)
     return 1 if changed else 0

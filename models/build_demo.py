@@ -68,7 +68,7 @@ def build_data(build: Build) -> None:
     """The committed splits; a build elsewhere than models/demo leaves them alone and only compares."""
     if build.output == DEMO:
         generate.write(generate.FOLDER)
-    elif changed := generate.differences(generate.FOLDER):
+    elif changed := generate.differences(generate.FOLDER, generate.all_files()):
         raise ValueError(f"data/ is not what its generators give ({', '.join(changed)}): run python -m data.generate")
 
 
@@ -117,6 +117,7 @@ def build_table(build: Build) -> None:
         "points": columns,
     }
     (build.output / "scores.json").write_text(json.dumps(facts, indent=2) + "\n")
+    demo_table.put(build.output / "README.md", columns)
     print(demo_table.table(columns))
 
 

@@ -180,6 +180,8 @@ def _adapter_part(tokenizer_json: str, job: tuple[str, int, str]) -> list[Encode
 
 
 def _in_parallel(part: Any, jobs: list[tuple[str, int, str]], num_workers: int, title: str) -> list[list[Encoded]]:
+    if num_workers == 1:
+        return [part(job) for job in tqdm(jobs, desc=title, unit="part")]
     with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
         return list(tqdm(pool.imap(part, jobs), total=len(jobs), desc=title, unit="part"))
 

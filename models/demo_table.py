@@ -1,11 +1,14 @@
-"""The demo's table of scores as Markdown, printed by `build_demo` and kept in `models/demo/README.md`."""
+"""The demo's table of scores as Markdown, printed by `build_demo` and put into `models/demo/README.md`."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from data.tasks import TASKS
 from models.plan import ADAPTERS, ALL_LINEAR, ATTENTION, AdapterPlan
 
 COLUMNS = ("base", "adapter", "adapter_rtn4", "adapter_rtn3")
+BEGIN, END = "<!-- table: written by build_demo -->", "<!-- end of table -->"
 HEADER = (
     "| task | adapter | metric | base alone | base + adapter | RTN 4 bit | RTN 3 bit |\n|---|---|---|---|---|---|---|"
 )
@@ -35,3 +38,12 @@ def table(columns: dict[str, dict[str, float]]) -> str:
     }
     rows.append(f"| **largest drop** | | | | | {drops['adapter_rtn4']:.1f} | {drops['adapter_rtn3']:.1f} |")
     return "\n".join([HEADER, *rows])
+
+
+def put(readme: Path, columns: dict[str, dict[str, float]]) -> None:
+    """Replaces the table between the README's two marks; a build into another folder has no README to keep true."""
+    if not readme.exists():
+        return
+    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    readme.write_text(f"{before}{BEGIN}\n{table(columns)}\n{END}{after}", encoding="utf-8")

@@ -61,13 +61,13 @@ class BuildPlan:
     base_documents: int = 48_000  # a task
     base_row: int = 512
     base_batch: int = 96
-    base_steps: int = 12_000
+    base_steps: int = 10_000
     base_rate: float = 2e-3
-    channel_spread: float = 0.4  # of the logarithm of the channels' scales, see `spread`
+    channel_spread: float = 0.43  # of the logarithm of the channels' scales, see `spread`
     adapter_examples: int = 40_000  # a task
-    adapter_row: int = 184
+    adapter_row: int = 176
     adapter_batch: int = 32  # a task
-    adapter_steps: int = 4_500
+    adapter_steps: int = 4_000
     adapter_rate: float = 2e-3
     eval_examples: int = 256  # a task
     max_new_tokens: int = 128

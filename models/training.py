@@ -195,7 +195,7 @@ def save_adapters(stack: LlamaForCausalLM, base_folder: Path, folder: Path) -> N
                 if name in stacked and hasattr(module, "lora_A"):
                     _fill(module, stacked[name], index, plan.rank_of(name.rpartition(".")[2]))
         wrapped.peft_config["default"].base_model_name_or_path = "models/demo/base"
-        wrapped.save_pretrained(folder / task, safe_serialization=True)
+        wrapped.save_pretrained(folder / task, safe_serialization=True, save_embedding_layers=False)
         (folder / task / "README.md").unlink(missing_ok=True)
 
 

@@ -1,0 +1,92 @@
+"""Fetching models and adapters: arguments, tokens, no network; each failure one sentence and exit 1."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from models import download_lora, download_model, hub
+
+
+def refuse(*arguments: object, **options: object) -> str:
+    raise ConnectionError("no route to host")
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_gated_model_without_a_token(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    assert download_model.main(["llama-2-7b"]) == 1
+    assert "meta-llama/Llama-2-7b-hf is gated" in (said := last_line(capsys))
+    assert "set HF_TOKEN" in said
+
+
+def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    assert download_model.main(["qwen2.5-7b", "--output", str(tmp_path)]) == 1
+    assert "could not fetch Qwen/Qwen2.5-7B-Instruct: ConnectionError; check" in (said := last_line(capsys))
+    assert "it resumes" in said
+
+
+def test_the_real_client_against_a_closed_port(tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "INLAID_PYTHON": sys.executable}
+    environment.pop("HF_HUB_OFFLINE", None)
+    script = Path(hub.__file__).parent / "download.sh"
+    done = subprocess.run(
+        ["bash", script, "lora", "llama-2-13b", "--output", tmp_path],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "check that this machine reaches http://127.0.0.1:9" in done.stderr
+
+
+def test_models_are_fetched_without_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, list[str]] = {}
+
+    def fetched(repo_id: str, local_dir: Path, allow_patterns: list[str], token: str | None) -> str:
+        asked[repo_id] = allow_patterns
+        assert token == "secret"
+        local_dir.mkdir(parents=True)
+        (local_dir / "model.safetensors").touch()
+        return str(local_dir)
+
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    monkeypatch.setattr(hub, "snapshot_download", fetched)
+    assert download_model.main(["all", "--output", str(tmp_path)]) == 0
+    assert list(asked) == list(download_model.MODELS.values())
+    assert not any(pattern.endswith((".bin", ".pt", ".pth")) for patterns in asked.values() for pattern in patterns)
+
+
+def test_an_adapter_published_as_a_pickle_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fetched(repo_id: str, local_dir: Path, **options: object) -> str:
+        local_dir.mkdir(parents=True)
+        (local_dir / "adapter_config.json").touch()
+        return str(local_dir)
+
+    monkeypatch.setattr(hub, "snapshot_download", fetched)
+    assert download_lora.main(["someone/adapter", "--output", str(tmp_path)]) == 1
+    assert "someone/adapter has no adapter_model.safetensors, and inlaid never loads a pickle" in last_line(capsys)
+
+
+@pytest.mark.parametrize("main", [download_model.main, download_lora.main])
+def test_an_unknown_name_is_refused(main: object, capsys: pytest.CaptureFixture[str]) -> None:
+    assert callable(main)
+    assert main(["nonesuch"]) == 1
+    assert "nonesuch" in last_line(capsys)
+
+
+def test_the_script_shows_its_usage() -> None:
+    script = Path(hub.__file__).parent / "download.sh"
+    done = subprocess.run(["bash", script, "poem"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("usage: bash models/download.sh model|lora")
