@@ -1,0 +1,115 @@
+"""Fits a machine's cost model to measured steps: non-negative least squares on relative errors.
+
+    python -m inlaid.sim.fit STEPS.jsonl --name h200 --out perf/results/h200-cost.json
+
+STEPS.jsonl has one line per step, {"seconds": ..., "load": {...}}, as `python -m inlaid.sim.validate --steps` and any
+engine run under sim.replay write it. A quarter of the steps is held out; the error on them is in the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from inlaid.sim.cost import CostModel, Load
+from inlaid.sim.replay import Step
+
+TERMS = ("step", *Load.__struct_fields__)
+Array = npt.NDArray[np.float64]
+
+
+def fit(steps: Sequence[Step], name: str, source: str, load_base: float = 0.0, load_rank: float = 0.0) -> CostModel:
+    """The model of these steps. Slow outliers (something else had the processor) are left out: above three times the
+    first fit's prediction."""
+    if len(steps) < 50:
+        raise ValueError(f"{len(steps)} steps are too few to fit {len(TERMS)} terms; record at least 50")
+    rows = np.array([[1.0, *msgspec.structs.astuple(step.load)] for step in steps])
+    seconds = np.array([step.seconds for step in steps])
+    first = rows @ _solve(rows, seconds)
+    kept = seconds <= 3 * np.maximum(first, np.median(seconds) / 10)
+    weights = _solve(rows[kept], seconds[kept])
+    terms = {term: float(weight) for term, weight in zip(TERMS, weights)}
+    return CostModel(name=name, source=source, load_base=load_base, load_rank=load_rank, **terms)
+
+
+def _solve(rows: Array, seconds: Array, sweeps: int = 3000) -> Array:
+    """argmin over x >= 0 of |(rows x - seconds) / sqrt(seconds)|, by coordinate descent on scaled columns. Weighting by
+    one over the root keeps sums of seconds right, which is what throughput is, without long steps ruling alone."""
+    scale = np.sqrt(np.maximum(seconds, 1e-6))
+    design, target = rows / scale[:, None], seconds / scale
+    norms = np.sqrt((design * design).sum(axis=0))
+    norms[norms == 0] = np.inf
+    design = design / norms
+    gram, moments = design.T @ design, design.T @ target
+    x = np.zeros(rows.shape[1])
+    for _ in range(sweeps):
+        for j in range(len(x)):
+            if gram[j, j] > 0:
+                x[j] = max(0.0, x[j] + (moments[j] - gram[j] @ x) / gram[j, j])
+    return np.asarray(x / norms)
+
+
+def errors(model: CostModel, steps: Sequence[Step]) -> dict[str, float]:
+    """How far predictions are off: median of |relative error|, error of the sum, R squared."""
+    seconds = np.array([step.seconds for step in steps])
+    predicted = np.array([model.step_seconds(step.load) for step in steps])
+    residual = ((predicted - seconds) ** 2).sum() / max(((seconds - seconds.mean()) ** 2).sum(), 1e-12)
+    return {
+        "median_relative_error": float(np.median(np.abs(predicted - seconds) / seconds)),
+        "relative_error_of_sum": float(predicted.sum() / seconds.sum() - 1.0),
+        "r_squared": float(1.0 - residual),
+        "steps": float(len(steps)),
+    }
+
+
+def read_steps(path: Path) -> list[Step]:
+    try:
+        return [msgspec.json.decode(line, type=Step) for line in path.read_bytes().splitlines() if line]
+    except msgspec.DecodeError as error:
+        raise ValueError(f"{path} is not a file of steps: {error}") from error
+
+
+def write_steps(path: Path, steps: Sequence[Step]) -> None:
+    path.write_bytes(b"".join(msgspec.json.encode(step) + b"\n" for step in steps))
+
+
+def write_cost(path: Path, model: CostModel, held_out: dict[str, float], made: dict[str, Any]) -> None:
+    """The file that `inlaid sim --machine FILE` reads: the coefficients, and beside them where they come from."""
+    record = {**msgspec.to_builtins(model), **{f"held_out_{k}": v for k, v in held_out.items()}, **made}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    from inlaid.sim.provenance import provenance
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("steps", type=Path, nargs="+")
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--source", default="fitted to measured steps")
+    parser.add_argument("--load-base", type=float, default=0.0, help="seconds to load an adapter, whatever its rank")
+    parser.add_argument("--load-rank", type=float, default=0.0, help="and per rank")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(arguments)
+    try:
+        steps = [step for path in args.steps for step in read_steps(path)]
+        kept = [step for place, step in enumerate(steps) if place % 4]
+        model = fit(kept, args.name, args.source, args.load_base, args.load_rank)
+    except (ValueError, OSError) as error:
+        print(f"fit: {error}", file=sys.stderr)
+        return 2
+    held_out = errors(model, steps[::4])
+    write_cost(args.out, model, held_out, provenance())
+    print(json.dumps(held_out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
