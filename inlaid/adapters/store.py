@@ -155,6 +155,10 @@ class AdapterStore:
     def rank(self, identity: str) -> int:
         return self._held[identity].adapter.rank
 
+    def sites(self, identity: str) -> tuple[int, ...]:
+        """Where it acts."""
+        return tuple(entry.site for entry in self._held[identity].adapter.entries)
+
     def nbytes(self, identity: str) -> int:
         """Bytes of its weights, on the host as on the device."""
         return int(self._held[identity].adapter.flat.nbytes)

@@ -357,8 +357,13 @@ def load_model(config: EngineConfig, progress: bool = True) -> LoadedModel:
     )
     kernels = choose_kernels(config, device, adapters.pages)
     model = load(checkpoint, spec, kernels, device, dtype, max_model_len, progress)
-    num_blocks = count_blocks(config, spec, device, dtype, max_model_len)
-    runner = ModelRunner(model, num_blocks, config.cache.block_size, device, dtype, adapters, config.seed)
+    if device.type == "cuda":
+        from inlaid.engine.cuda_runner import CudaRunner
+
+        runner: ModelRunner = CudaRunner(model, config, device, dtype, max_model_len, adapters, progress)
+    else:
+        num_blocks = count_blocks(config, spec, device, dtype, max_model_len)
+        runner = ModelRunner(model, num_blocks, config.cache.block_size, device, dtype, adapters, config.seed)
     return LoadedModel(
         runner=runner,
         spec=spec,
@@ -381,6 +386,10 @@ def choose_device(name: str) -> torch.device:
 
 def choose_kernels(config: EngineConfig, device: torch.device, pages: AdapterPages) -> Kernels:
     """The kernels that the configuration names; on a CPU there is one choice."""
+    if device.type == "cuda":
+        from inlaid.engine.cuda_runner import cuda_kernels
+
+        return cuda_kernels(config, pages)
     for setting in (config.linear_backend, config.attention_backend):
         if setting not in ("auto", "reference"):
             raise ConfigError(f"backend {setting!r} is not available on {device.type}; use auto or reference")

@@ -20,8 +20,8 @@ import triton.language as tl
 if TYPE_CHECKING:
     from inlaid.layers.context import StepContext
 
-TARGET_PROGRAMS = 132 * 12  # enough to fill a large chip several times over
-MAX_SPLITS = 32
+TARGET_PROGRAMS = 1000  # enough to fill a large chip; more splits cost more than they bring (measured on an H200)
+MAX_SPLITS = 16
 
 
 @triton.jit
@@ -256,7 +256,7 @@ def decode(
     splits: int,
     window: int = 0,
     scale: float | None = None,
-    block: int = 0,
+    block: int = 64,
     warps: int = 4,
     stages: int = 3,
 ) -> None:
@@ -266,7 +266,6 @@ def decode(
     page, kv_heads = k_cache.shape[1], k_cache.shape[2]
     exponent = (width**-0.5 if scale is None else scale) * 1.4426950408889634  # the kernels work in powers of two
     pad, group = max(16, triton.next_power_of_2(width)), heads // kv_heads
-    block = block or (32 if group == 1 else 64)
     shared = (
         q_SHC, q_SHC.stride(0), k_cache, v_cache, k_cache.stride(1), tables_SB, tables_SB.stride(0), lengths_S,
         out_SHC, out_SHC.stride(0), *scratch, exponent, window,

@@ -155,6 +155,38 @@ def _store_kv_kernel(
     tl.store(v_cache + slot * WIDTH + i, tl.load(v + t * v_row + i, mask=mask), mask=mask)
 
 
+@triton.jit(do_not_specialize=["table_row"])
+def _gather_tables_kernel(tables, table_row, rows, lengths, out, page: tl.constexpr, BLOCK: tl.constexpr):
+    s = tl.program_id(0).to(tl.int64)
+    used = tl.cdiv(tl.load(lengths + s), page)
+    row = tl.load(rows + s).to(tl.int64)
+    for start in range(0, used, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        tl.store(out + s * table_row + i, tl.load(tables + row * table_row + i, mask=i < used), mask=i < used)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _scatter_kernel(target, places, values, count, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.load(places + i, mask=i < count)
+    tl.store(target + place, tl.load(values + i, mask=i < count), mask=i < count)
+
+
+def gather_tables(
+    tables_RW: torch.Tensor, rows_S: torch.Tensor, lengths_S: torch.Tensor, out_SW: torch.Tensor, page: int
+) -> None:
+    """out[s] = tables[rows[s]], as far as the sequence's length reaches."""
+    _gather_tables_kernel[(out_SW.shape[0],)](
+        tables_RW, tables_RW.stride(0), rows_S, lengths_S, out_SW, page=page, BLOCK=256, num_warps=1
+    )
+
+
+def scatter(target: torch.Tensor, places: torch.Tensor, values: torch.Tensor) -> None:
+    """target.flatten()[places] = values."""
+    count = places.shape[0]
+    _scatter_kernel[(triton.cdiv(count, 256),)](target, places, values, count, BLOCK=256, num_warps=2)
+
+
 def _warps(width: int) -> int:
     return 4 if width <= 2048 else 8
 

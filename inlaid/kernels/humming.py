@@ -41,7 +41,9 @@ class HummingLinear:
 
     name = "humming"
 
-    def __init__(self) -> None:
+    def __init__(self, ordered: bool = False) -> None:
+        """`ordered`: no sum is split over blocks, whose parts arrive in any order: slower, but always the same bits."""
+        self.ordered = ordered
         self._kernels: dict[str, torch.Tensor] = {}  # by layer configuration: [from, to, kernel, SMs] of each bucket
         self._locks: torch.Tensor | None = None
         self._ordered: torch.Tensor | None = None
@@ -73,11 +75,17 @@ class HummingLinear:
         }
         if not weight.spec.symmetric:
             tensors["zero_point"] = weight.qzeros.to(device).t().contiguous()
-        whole = group_length(weight) >= weight.in_features
+        length = group_length(weight)
+        if (
+            weight.group_size == -1
+        ):  # its scales per column go on after fp16 sums, which overflow: repeat them per group
+            length = 128 if weight.in_features % 128 == 0 else 64
+            times = (1, weight.in_features // length)
+            tensors |= {name: tensors[name].repeat(times) for name in tensors if name != "weight"}
         schema = humming.schema(
             b_dtype=f"uint{weight.bits}",
             bs_dtype=str(dtype).removeprefix("torch."),
-            weight_scale_group_size=0 if whole else weight.group_size,
+            weight_scale_group_size=length,
             has_zero_point=not weight.spec.symmetric,
         )
         with torch.cuda.device(device):
@@ -138,16 +146,17 @@ class HummingLinear:
         """One kernel per bucket of rows, once per layer configuration. Buckets with the same choice share a kernel."""
         name = packed.config.to_str()
         if name not in self._kernels:
-            self._kernels[name] = _import().prepare(name, None, intervals(packed.config, device), device)
+            self._kernels[name] = _import().prepare(name, None, intervals(packed.config, device, self.ordered), device)
 
 
-def intervals(config: Any, device: torch.device) -> list[list[Any]]:
+def intervals(config: Any, device: torch.device, ordered: bool = False) -> list[list[Any]]:
     """[rows above, rows up to, kernel parameters] for ROW_BUCKETS; the last bucket is open-ended."""
     humming = _import()
     below, out = 0, []
     for rows in ROW_BUCKETS:
         end = (1 << 30) if rows == ROW_BUCKETS[-1] else rows
-        out.append([below, end, humming.heuristics(config, shape_m=rows, device=device)])
+        chosen = humming.heuristics(config, shape_m=rows, device=device)
+        out.append([below, end, {**chosen, "use_stream_k": False} if ordered else chosen])
         below = rows
     return out
 

@@ -1,7 +1,7 @@
 # mypy: disallow_untyped_defs=False, disallow_incomplete_defs=False
 """Adapter kernels for a GPU: y += scale * (x A^T) B^T, each row with its own adapter, each adapter at its own rank.
 
-The runner calls `AdapterPlan.fill` once a step on the host and `shrink` / `expand_add` at every adapted linear.
+The runner calls `write_segments` once a step on the host and `shrink` / `expand_add` at every adapted linear.
 Weights lie unpadded in one flat pool; `table[slot, site] = (A offset, B offset, rank)` says where. Rows are cut into
 segments of one slot, so a weight is read once per segment; rows of slot 0 are in no segment and cost nothing.
 The inner dimension is split over programs whose partial sums go to fp32 scratch and are added in a fixed order by
@@ -51,7 +51,7 @@ def _shrink_rank_block(
     tl.store(partial_rows[:, None] + r[None, :], acc, mask=row_mask[:, None] & (r[None, :] < rank))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["site", "capacity"])
 def _shrink_kernel(
     x, x_stride, pool, table, segments, order, partial, partial_stride, capacity, num_sites, site,
     K: tl.constexpr, G: tl.constexpr, P: tl.constexpr, R_STRIDE: tl.constexpr,
@@ -95,9 +95,7 @@ def _expand_tile(
         s_MR = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
         for p in tl.static_range(P):
             s_MR += tl.load(partial_rows[:, None] + p * partial_step + r[None, :], mask=mask, other=0.0)
-        b_NR = tl.load(
-            b_base + n[:, None] * rank + r[None, :], mask=n_mask[:, None] & (r[None, :] < rank), other=0.0
-        )
+        b_NR = tl.load(b_base + n[:, None] * rank + r[None, :], mask=n_mask[:, None] & (r[None, :] < rank), other=0.0)
         # The inner result of a 16-bit float product may exceed that format's range: bring it down first.
         largest = tl.maximum(tl.max(tl.abs(s_MR), axis=1) * (1.0 / 16384.0), 1.0)
         down = (s_MR / largest[:, None]).to(b_NR.dtype)
@@ -105,7 +103,7 @@ def _expand_tile(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["site", "capacity"])
 def _expand_kernel(
     partial, partial_stride, pool, table, scale, segments, order, y, y_stride, capacity, num_sites, site,
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, G: tl.constexpr, P: tl.constexpr, R_STRIDE: tl.constexpr,
@@ -164,12 +162,12 @@ class Tuning:
 
 
 def tuning_for(rows: int, block_rows: int) -> Tuning:
-    """Few rows need many programs per segment to fill the chip; many rows fill it by themselves."""
+    """Few rows need many programs per segment to fill the chip; many rows fill it by themselves. As measured."""
     if block_rows > 16:
-        return Tuning(parts=2, block_k=64, block_n=128, shrink_warps=4, expand_warps=4)
+        return Tuning(parts=2, block_k=64, block_n=128)
     if rows <= 8:
-        return Tuning(parts=16, block_k=256, block_n=128)
-    return Tuning(parts=8, block_k=256, block_n=128)
+        return Tuning(parts=16, block_k=256, block_n=128, shrink_stages=2)
+    return Tuning(parts=4, block_k=256, block_n=512, expand_warps=8)
 
 
 def max_segments(rows: int, max_slots: int, block_rows: int) -> int:
@@ -193,42 +191,36 @@ def cut(slots: np.ndarray, block_rows: int) -> tuple[np.ndarray, np.ndarray]:
     return order, np.stack([first[run] + within, lengths, ordered[first[run]]]).astype(np.int32)
 
 
-class AdapterPlan:
-    """Which rows go to which adapter, in fixed device arrays so that a captured graph serves every mix.
+@dataclass(frozen=True)
+class Segments:
+    """Which rows go to which adapter, on the device, in arrays of fixed size so that a captured graph serves every mix:
+    `segments` [3 * capacity] of starts, lengths (zero: unused) and slots, counted in `order`, which lists rows."""
 
-    `host` and `device` hold segments [3, capacity] and then order [rows]; unused segments have length zero.
-    """
+    segments: torch.Tensor
+    order: torch.Tensor
+    capacity: int
+    block_rows: int
 
-    def __init__(self, rows: int, capacity: int, block_rows: int, device: torch.device | str) -> None:
-        self.rows, self.capacity, self.block_rows = rows, capacity, block_rows
-        pinned = torch.device(device).type == "cuda"
-        self.host = torch.zeros(3 * capacity + rows, dtype=torch.int32, pin_memory=pinned)
-        self.device = torch.zeros(3 * capacity + rows, dtype=torch.int32, device=device)
 
-    @property
-    def segments(self) -> torch.Tensor:
-        return self.device[: 3 * self.capacity]
+def write_segments(slots: np.ndarray, segments: np.ndarray, order: np.ndarray, block_rows: int) -> None:
+    """The plan of these rows, into host arrays that already say "unused" everywhere."""
+    cut_order, found = cut(slots, block_rows)
+    capacity, count = len(segments) // 3, found.shape[1]
+    if count > capacity or len(slots) > len(order):
+        raise ValueError(
+            f"{len(slots)} rows in {count} segments exceed the plan's {len(order)} rows in {capacity} segments"
+        )
+    segments.reshape(3, capacity)[:, :count] = found
+    order[: len(cut_order)] = cut_order
 
-    @property
-    def order(self) -> torch.Tensor:
-        return self.device[3 * self.capacity :]
 
-    def write(self, slots: np.ndarray, target: np.ndarray) -> None:
-        """The plan of `slots` into a host int32 array of this plan's size."""
-        order, segments = cut(slots, self.block_rows)
-        count = segments.shape[1]
-        if count > self.capacity or len(slots) > self.rows:
-            raise ValueError(
-                f"{len(slots)} rows in {count} segments exceed the plan's {self.rows} rows in {self.capacity} segments"
-            )
-        target[self.capacity : 2 * self.capacity] = 0
-        target[: 3 * self.capacity].reshape(3, self.capacity)[:, :count] = segments
-        target[3 * self.capacity : 3 * self.capacity + len(order)] = order
-
-    def fill(self, slots: np.ndarray) -> None:
-        """Plan these rows and send the plan to the device, without waiting for it."""
-        self.write(slots, self.host.numpy())
-        self.device.copy_(self.host, non_blocking=True)
+def plan_rows(slots: np.ndarray, capacity: int, block_rows: int, device: torch.device | str) -> Segments:
+    """The plan of these rows on the device, without waiting for it to arrive."""
+    host = torch.zeros(3 * capacity + len(slots), dtype=torch.int32, pin_memory=torch.device(device).type == "cuda")
+    flat = host.numpy()
+    write_segments(slots, flat[: 3 * capacity], flat[3 * capacity :], block_rows)
+    arrays = host.to(device, non_blocking=True)
+    return Segments(arrays[: 3 * capacity], arrays[3 * capacity :], capacity, block_rows)
 
 
 def scratch(rows: int, max_rank: int, parts: int, device: torch.device | str, siblings: int = 3) -> torch.Tensor:
@@ -240,7 +232,7 @@ def scratch(rows: int, max_rank: int, parts: int, device: torch.device | str, si
 def shrink(
     x_TK: torch.Tensor,
     adapters: AdapterPages,
-    plan: AdapterPlan,
+    plan: Segments,
     partial_PGTR: torch.Tensor,
     site: Site,
     tuning: Tuning,
@@ -263,7 +255,7 @@ def shrink(
 def expand_add(
     partial_PGTR: torch.Tensor,
     adapters: AdapterPages,
-    plan: AdapterPlan,
+    plan: Segments,
     y_TN: torch.Tensor,
     site: Site,
     tuning: Tuning,
@@ -294,8 +286,8 @@ class TritonLora:
         slots = np.repeat(np.array(context.adapter_slots, np.int32), context.query_lens)
         block_rows = 16 if rows <= 256 else 64
         tuning = tuning_for(rows, block_rows)
-        plan = AdapterPlan(rows, max_segments(rows, self.pages.table.shape[0], block_rows), block_rows, device)
-        plan.fill(slots)
+        capacity = max_segments(rows, self.pages.table.shape[0], block_rows)
+        plan = plan_rows(slots, capacity, block_rows, device)
         context.lora_plan = plan, tuning, scratch(rows, self.max_rank, tuning.parts, device)
 
     def shrink(self, x_TK: torch.Tensor, site: Site, context: StepContext) -> torch.Tensor:

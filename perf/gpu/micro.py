@@ -33,6 +33,15 @@ ADAPTERS = [
     (64, 32, 64),
 ]
 
+SHRINKS = (
+    (4, 128, 2, 4),
+    (4, 256, 4, 2),
+    (4, 256, 2, 4),
+    (8, 128, 2, 4),
+    (16, 256, 4, 2),
+)  # parts, block, warps, stages
+EXPANDS = ((4, 256, 4), (4, 512, 4), (4, 512, 8), (4, 1024, 8), (8, 512, 8), (8, 1024, 8))  # parts, block, warps
+
 
 def ceiling() -> Ceiling:
     found = Ceiling.of(torch.cuda.get_device_name())
@@ -138,10 +147,8 @@ def adapters() -> list[dict[str, Any]]:
             layers = max(2, min(32, int(CACHE // moved) + 1))
             pages = adapter_pages(count, rank, layers, widths, inputs)
             slots = (np.arange(rows) % count + 1).astype(np.int32)
-            plan = lora_triton.AdapterPlan(
-                rows, lora_triton.max_segments(rows, 32 if count < 32 else count, 16), 16, DEVICE
-            )
-            plan.fill(np.sort(slots))
+            capacity = lora_triton.max_segments(rows, max(32, count), 16)
+            plan = lora_triton.plan_rows(np.sort(slots), capacity, 16, DEVICE)
             x = torch.randn(rows, inputs, device=DEVICE).half()
             y = torch.zeros(rows, sum(widths), device=DEVICE).half()
             record: dict[str, Any] = {
@@ -157,25 +164,18 @@ def _tune(
     x: torch.Tensor,
     y: torch.Tensor,
     pages: AdapterPages,
-    plan: lora_triton.AdapterPlan,
+    plan: lora_triton.Segments,
     widths: tuple[int, ...],
     layers: int,
 ) -> dict[str, Any]:
     shrinks, expands = {}, {}
     sites = [Site(layer * 7, widths) for layer in range(layers)]
-    for parts, block_k, warps, stages in (
-        (4, 256, 4, 3),
-        (8, 128, 4, 3),
-        (8, 256, 4, 3),
-        (8, 128, 2, 4),
-        (16, 128, 4, 3),
-        (16, 256, 4, 2),
-    ):
+    for parts, block_k, warps, stages in SHRINKS:
         tuning = lora_triton.Tuning(parts, block_k, 128, 16, warps, 4, stages)
         sums = lora_triton.scratch(x.shape[0], 64, parts, DEVICE)
         calls = [partial(lora_triton.shrink, x, pages, plan, sums, site, tuning) for site in sites]
         shrinks[f"parts {parts} block_k {block_k} warps {warps} stages {stages}"] = time_calls(calls, 5)
-    for parts, block_n, warps in ((4, 128, 4), (8, 64, 4), (8, 128, 4), (8, 256, 4), (8, 128, 2), (16, 128, 4)):
+    for parts, block_n, warps in EXPANDS:
         tuning = lora_triton.Tuning(parts, 256, block_n, 16, 4, warps)
         sums = torch.zeros_like(lora_triton.scratch(x.shape[0], 64, parts, DEVICE))
         calls = [partial(lora_triton.expand_add, sums, pages, plan, y, site, tuning) for site in sites]

@@ -83,8 +83,7 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows = len(slots)
     tuning = tuning or lora.Tuning(parts=2, block_k=32, block_n=32)
-    plan = lora.AdapterPlan(rows, lora.max_segments(rows, adapters.table.shape[0], block_rows), block_rows, DEVICE)
-    plan.fill(slots)
+    plan = lora.plan_rows(slots, lora.max_segments(rows, adapters.table.shape[0], block_rows), block_rows, DEVICE)
     partial = lora.scratch(rows, max_rank, tuning.parts, DEVICE)
     partial.fill_(float("nan"))  # what nothing wrote must not be read
     y = torch.randn(rows, sum(widths), generator=torch.Generator().manual_seed(7)).to(x)
@@ -200,6 +199,5 @@ def test_segments_cover_each_adapted_row_once(slots: list[int], block: int) -> N
 
 
 def test_plan_refuses_more_rows_than_it_holds() -> None:
-    plan = lora.AdapterPlan(4, 4, 16, DEVICE)
     with pytest.raises(ValueError, match="5 rows"):
-        plan.fill(np.ones(5, np.int32))
+        lora.write_segments(np.ones(5, np.int32), np.zeros(12, np.int32), np.zeros(4, np.int32), 16)

@@ -1,0 +1,245 @@
+"""A step's arithmetic on a GPU: the transformer over fixed buffers, without allocation, so that it can be captured as a
+graph. The runner owns one `Forward`; the weights are those of the Transformer that the layers use.
+
+What the step is about arrives as one int32 array, `meta`, cut into named pieces by a `Layout`; a graph is captured per
+layout. Padding tokens have id 0, length 0 and write to KV block 0, which nobody reads.
+
+Shapes: T tokens, D decodes (one token each, the first of T), P prefills, L rows to sample, W blocks of a sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from inlaid.kernels import attention_triton, fused_triton, lora_triton
+from inlaid.kernels.backend import AdapterPages
+from inlaid.kernels.sample_triton import Sampler
+from inlaid.layers.linear import Linear
+from inlaid.model.transformer import KVCache, Transformer
+
+ALIGNMENT = 32  # of the pieces of meta, in elements: kernels are compiled for aligned addresses
+QUERY_TILE = 64
+NO_ADAPTERS, ATTENTION_ADAPTERS, ALL_ADAPTERS = 0, 1, 2  # which linears may have adapters in a step
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sizes of a step, and where its pieces lie in meta."""
+
+    tokens: int
+    decodes: int
+    prefills: int
+    samples: int
+    tiles: int
+    segments: int
+    block_rows: int
+
+    @cached_property
+    def pieces(self) -> dict[str, tuple[int, int]]:
+        """Name -> [begin, end) in meta."""
+        sequences = self.decodes + self.prefills
+        sizes = {
+            "ids": self.tokens,
+            "sources": self.tokens,  # the row whose last token this is, or -1: the id above
+            "positions": self.tokens,
+            "slots": self.tokens,  # of KV
+            "lengths": sequences,
+            "table_rows": sequences,
+            "starts": self.prefills + 1,
+            "tiles": 2 * self.tiles,
+            "logit_rows": self.samples,
+            "rows": self.samples,  # of the sampled sequences
+            "keys": self.samples,
+            "drawn_at": self.samples,  # position of the token being drawn
+            "top_k": self.samples,
+            "temperature": self.samples,  # float32 from here
+            "top_p": self.samples,
+            "min_p": self.samples,
+            "segments": 3 * self.segments,
+            "order": self.tokens,
+        }
+        placed, at = {}, 0
+        for name, size in sizes.items():
+            placed[name] = (at, at + size)
+            at += -(-size // ALIGNMENT) * ALIGNMENT
+        placed["end"] = (at, at)
+        return placed
+
+    @property
+    def size(self) -> int:
+        return self.pieces["end"][0]
+
+    def view(self, meta: Any, name: str) -> Any:
+        begin, end = self.pieces[name]
+        return meta[begin:end]
+
+
+class Forward:
+    """Buffers for the largest step, and the step itself."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        pages: AdapterPages,
+        max_tokens: int,
+        max_rows: int,
+        max_blocks: int,
+        max_rank: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        meta_size: int,
+    ) -> None:
+        spec = model.spec
+        self.model, self.pages, self.device = model, pages, device
+        self.max_rank = max_rank
+        q_width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+
+        def buffer(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
+            return torch.zeros(*shape, dtype=kind, device=device)
+
+        self.meta = buffer(meta_size, kind=torch.int32)
+        self.tables = buffer(max_rows + 1, max_blocks, kind=torch.int32)  # by row; the last row is for padding
+        self.step_tables = buffer(2 * max_rows, max_blocks, kind=torch.int32)
+        self.last = buffer(max_rows + 1, kind=torch.int32)  # each row's newest token
+        self.sampled = buffer(max_rows, kind=torch.int32)
+        self.residual, self.x, self.y = (buffer(max_tokens, spec.hidden_size) for _ in range(3))
+        self.qkv = buffer(max_tokens, q_width + 2 * kv_width)
+        self.mixed = buffer(max_tokens, q_width)
+        self.wide = buffer(max_tokens, 2 * spec.intermediate_size)
+        self.narrow = buffer(max_tokens, spec.intermediate_size)
+        self.hidden = buffer(max_rows, spec.hidden_size)
+        self.logits = buffer(max_rows, spec.vocab_size)
+        self.sampler = Sampler(max_rows, spec.vocab_size, device)
+        count = max(rows * attention_triton.num_splits(rows, spec.num_kv_heads) for rows in range(1, max_rows + 1))
+        self.attention_scratch = attention_triton.decode_scratch(count, spec.num_heads, spec.head_dim, 1, device)
+        self.lora_scratch = buffer(self._lora_scratch_size(max_tokens), kind=torch.float32)
+        self.cache: KVCache = []
+
+    def views(self, layout: Layout) -> dict[str, torch.Tensor]:
+        """The pieces of meta on the device."""
+        found = {name: layout.view(self.meta, name) for name in layout.pieces if name != "end"}
+        for name in ("temperature", "top_p", "min_p"):
+            found[name] = found[name].view(torch.float32)
+        found["tiles"] = found["tiles"].view(2, layout.tiles)
+        return found
+
+    def run(self, layout: Layout, adapters: int) -> None:
+        """The whole step: from meta to sampled tokens."""
+        self.layers(layout, adapters)
+        views, count = self.views(layout), layout.samples
+        spec, norm = self.model.spec, self.model.norm
+        tokens = layout.tokens
+        hidden, logits = self.hidden[:count], self.logits[:count]
+        fused_triton.norm(
+            self.y[:tokens], norm.weight, norm.eps, hidden, self.residual[:tokens], views["logit_rows"], keep=False
+        )
+        torch.mm(hidden, self.model.head.packed.weight_KN, out=logits)
+        assert logits.shape[1] == spec.vocab_size
+        self.sampler.sample(
+            logits, views["temperature"], views["top_k"], views["top_p"], views["min_p"], views["keys"],
+            views["drawn_at"], views["rows"], self.last, self.sampled[:count],
+        )  # fmt: skip
+
+    def layers(self, layout: Layout, adapters: int) -> None:
+        """Everything up to the last residual sum, whose two parts are left in `y` and `residual`."""
+        views, tokens = self.views(layout), layout.tokens
+        model, rotary = self.model, self.model.rotary
+        sequences = layout.decodes + layout.prefills
+        fused_triton.gather_tables(
+            self.tables, views["table_rows"], views["lengths"], self.step_tables[:sequences], self._page
+        )
+        segments = lora_triton.Segments(views["segments"], views["order"], layout.segments, layout.block_rows)
+        residual, x, y = self.residual[:tokens], self.x[:tokens], self.y[:tokens]
+        first = model.blocks[0].attention_norm
+        fused_triton.embed_norm(
+            views["ids"], views["sources"], self.last, model.embedding.weight_VD, first.weight, first.eps, residual, x
+        )
+        for index, (block, (k_cache, v_cache)) in enumerate(zip(model.blocks, self.cache, strict=True)):
+            attention = block.attention
+            norms = None
+            if attention.q_norm is not None and attention.k_norm is not None:
+                norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.eps)
+            self._linear(attention.qkv, x, self.qkv[:tokens], segments, adapters >= ATTENTION_ADAPTERS)
+            fused_triton.rope_store(
+                self.qkv[:tokens], views["positions"], views["slots"], rotary.cos, rotary.sin, k_cache, v_cache,
+                attention.num_heads, norms,
+            )  # fmt: skip
+            self._attend(layout, views, k_cache, v_cache, attention.window or 0)
+            self._linear(attention.output, self.mixed[:tokens], y, segments, adapters >= ATTENTION_ADAPTERS)
+            fused_triton.norm(y, block.mlp_norm.weight, block.mlp_norm.eps, x, residual)
+            self._linear(block.gate_up, x, self.wide[:tokens], segments, adapters >= ALL_ADAPTERS)
+            fused_triton.silu_mul(self.wide[:tokens], self.narrow[:tokens])
+            self._linear(block.down, self.narrow[:tokens], y, segments, adapters >= ALL_ADAPTERS)
+            if index + 1 < len(model.blocks):
+                following = model.blocks[index + 1].attention_norm
+                fused_triton.norm(y, following.weight, following.eps, x, residual)
+
+    def all_hidden(self, layout: Layout) -> torch.Tensor:
+        """Normalized hidden states of every token, after `layers` (for prompt log probabilities)."""
+        norm, tokens = self.model.norm, layout.tokens
+        fused_triton.norm(self.y[:tokens], norm.weight, norm.eps, self.x[:tokens], self.residual[:tokens], keep=False)
+        return self.x[:tokens]
+
+    @property
+    def _page(self) -> int:
+        return self.cache[0][0].shape[1]
+
+    def _attend(
+        self, layout: Layout, views: dict[str, torch.Tensor], k_cache: torch.Tensor, v_cache: torch.Tensor, window: int
+    ) -> None:
+        spec, count = self.model.spec, layout.decodes
+        heads = (spec.num_heads, spec.head_dim)
+        q = self.qkv[: layout.tokens, : heads[0] * heads[1]].unflatten(1, heads)
+        out = self.mixed[: layout.tokens].unflatten(1, heads)
+        if count:
+            attention_triton.decode(
+                q[:count], k_cache, v_cache, self.step_tables[:count], views["lengths"][:count], out[:count],
+                self.attention_scratch, attention_triton.num_splits(count, spec.num_kv_heads), window,
+            )  # fmt: skip
+        if layout.prefills:
+            attention_triton.prefill(
+                q, k_cache, v_cache, self.step_tables[count : count + layout.prefills], views["lengths"][count:],
+                views["starts"], views["tiles"], out, window, block_m=QUERY_TILE,
+            )  # fmt: skip
+
+    def _linear(
+        self, linear: Linear, x: torch.Tensor, out: torch.Tensor, segments: lora_triton.Segments, adapted: bool
+    ) -> None:
+        site = linear.site if adapted else None
+        if site is not None:
+            tuning = lora_triton.tuning_for(x.shape[0], segments.block_rows)
+            partial = self._partial(x.shape[0], tuning.parts, len(site.widths))
+            lora_triton.shrink(x, self.pages, segments, partial, site, tuning)
+        if len(linear.parts) == 1:
+            backend, packed = linear.parts[0]
+            backend.gemm(x, packed, out)
+        else:  # siblings that could not be fused: each into memory of its own, then into place
+            start = 0
+            for backend, packed in linear.parts:
+                part = out.new_empty(x.shape[0], packed.out_features)
+                backend.gemm(x, packed, part)
+                out[:, start : start + packed.out_features].copy_(part)
+                start += packed.out_features
+        if linear.bias_N is not None:
+            out.add_(linear.bias_N)
+        if site is not None:
+            lora_triton.expand_add(partial, self.pages, segments, out, site, tuning)
+
+    def _partial(self, rows: int, parts: int, siblings: int) -> torch.Tensor:
+        stride = -(-self.max_rank // 16) * 16
+        return self.lora_scratch[: parts * siblings * rows * stride].view(parts, siblings, rows, stride)
+
+    def _lora_scratch_size(self, max_tokens: int) -> int:
+        stride = -(-self.max_rank // 16) * 16
+        rows = (min(8, max_tokens), min(256, max_tokens), max_tokens)
+        parts = [lora_triton.tuning_for(count, block_rows_for(count)).parts for count in rows]
+        return max(3 * p * count * stride for p, count in zip(parts, rows, strict=True))
+
+
+def block_rows_for(tokens: int) -> int:
+    """Rows of an adapter segment: prompts are cut coarser."""
+    return 16 if tokens <= 256 else 64

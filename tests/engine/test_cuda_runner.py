@@ -1,0 +1,210 @@
+"""The GPU's runner, one step ahead of the host, against transformers and peft. Without a GPU its kernels run in
+Triton's interpreter, step by step; graphs and streams need the real thing."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton", reason="triton is not installed: pip install triton")
+
+from inlaid.adapters.peft import read_adapter
+from inlaid.adapters.store import AdapterStore
+from inlaid.checkpoint import Checkpoint
+from inlaid.config import AdapterConfig, CacheConfig, ConfigError, EngineConfig, SchedulerConfig
+from inlaid.engine.cuda_runner import CudaRunner, cuda_kernels
+from inlaid.engine.engine import Engine, make_engine
+from inlaid.engine.model_runner import ModelRunner
+from inlaid.engine.request import NewRequest
+from inlaid.kernels import attention_triton, lora_triton
+from inlaid.kernels.reference import reference_kernels
+from inlaid.model.spec import read_spec
+from inlaid.model.weights import load
+from tests.oracle.oracle import (
+    Answer,
+    Judge,
+    adapter_settings,
+    ask,
+    family_config,
+    prompts,
+    save_adapter,
+    save_model,
+    serve,
+)
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SIZE = (8, 6) if torch.cuda.is_available() else (4, 3)  # requests, tokens
+MANY_STEPS = pytest.mark.skipif(DEVICE.type == "cpu", reason="takes minutes in Triton's interpreter; runs on a GPU")
+NEAR_TIE = 0.03  # in half precision two tokens this close may change places
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes milliseconds for each program of a launch; what many programs do is tested with the
+    kernels."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(attention_triton, "num_splits", lambda sequences, kv_heads: 1)
+        few = lora_triton.Tuning(parts=1, block_k=128, block_n=256)
+        monkeypatch.setattr(lora_triton, "tuning_for", lambda rows, block_rows: few)
+
+
+def tiny(family: str) -> Any:
+    config = family_config(family)
+    config.num_hidden_layers = 2
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:2]
+    return config
+
+
+class Bench:
+    """A tiny model, three adapters, and an engine around the runner under test."""
+
+    def __init__(self, root: Path, family: str) -> None:
+        self.model = root / "model"
+        save_model(self.model, tiny(family))
+        self.adapters = {f"a{i}": root / f"a{i}" for i in range(3)}
+        for i, folder in enumerate(self.adapters.values()):
+            save_adapter(folder, self.model, seed=i, **adapter_settings(i))
+        self.judge = Judge(self.model, self.adapters)
+
+    def engine(self, on_gpu: bool = True, **scheduler: Any) -> tuple[Engine, ModelRunner]:
+        config = EngineConfig(
+            model=str(self.model),
+            cache=CacheConfig(block_size=4, num_blocks=300),
+            adapters=AdapterConfig(max_loras=4, max_lora_rank=16),
+            scheduler=SchedulerConfig(**{"max_num_seqs": 6, "max_num_batched_tokens": 24, **scheduler}),
+            linear_backend="reference",
+        )
+        spec = read_spec(self.model)
+        store = AdapterStore(spec, 4, 1 << 20, DEVICE, torch.float16)
+        kernels = cuda_kernels(config, store.pages) if on_gpu else reference_kernels(store.pages)
+        model = load(Checkpoint(self.model), spec, kernels, DEVICE, torch.float16, 128, progress=False)
+        runner: ModelRunner
+        if on_gpu:
+            runner = CudaRunner(model, config, DEVICE, torch.float16, 128, store, progress=False)
+        else:
+            runner = ModelRunner(model, 300, 4, DEVICE, torch.float16, store)
+        ticks = iter(range(10**9))
+        engine = make_engine(
+            config, runner, lambda: float(next(ticks)), num_blocks=300, max_model_len=128, adapters=store
+        )
+        for name, folder in self.adapters.items():
+            store.add(name, read_adapter(folder, spec, torch.float16))
+        return engine, runner
+
+    def check(self, request: NewRequest, answer: Answer) -> None:
+        """Each token is the judge's best or within a near tie of it, with the judge's log probability."""
+        assert len(answer.tokens) == request.params.max_tokens
+        logprobs = self.judge.logits([*request.prompt, *answer.tokens], request.adapter).log_softmax(-1)
+        for place, token in enumerate(answer.tokens):
+            row = logprobs[len(request.prompt) - 1 + place]
+            assert float(row.max() - row[token]) < NEAR_TIE, f"{request.id}, output {place}"
+            if answer.logprobs:
+                assert abs(answer.logprobs[place] - float(row[token])) < NEAR_TIE
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("cuda"), "llama-bias")
+
+
+def mixed(count: int, max_tokens: int = 6, **params: Any) -> list[NewRequest]:
+    names = [None, "a0", "a1", "a2"]
+    return [
+        ask(f"r{i}", prompt, names[i % 4], max_tokens=max_tokens, **{"logprobs": None, **params})
+        for i, prompt in enumerate(prompts(count, seed=1, longest=30))
+    ]
+
+
+def test_mixed_adapters_chunked_prompts_and_decodes(bench: Bench) -> None:
+    engine, runner = bench.engine()
+    assert runner.overlap
+    requests = mixed(*SIZE)
+    answers = serve(engine, requests)
+    for request in requests:
+        bench.check(request, answers[request.id])
+
+
+@MANY_STEPS
+@pytest.mark.parametrize("family", ["qwen3", "mistral", "llama-tied"])
+def test_families(family: str, tmp_path: Path) -> None:
+    """Per-head norms, a sliding window, a shared head."""
+    bench = Bench(tmp_path, family)
+    engine, _ = bench.engine()
+    requests = mixed(3, max_tokens=5)
+    answers = serve(engine, requests)
+    for request in requests:
+        bench.check(request, answers[request.id])
+
+
+def test_what_the_kernels_do_not_sample(bench: Bench) -> None:
+    """Log probabilities, penalties (which must count the token in flight) and bans, beside plain rows."""
+    plain = mixed(1, max_tokens=3)
+    special = [
+        ask("logprobs", [5, 6, 7, 8, 9], "a1", max_tokens=3, logprobs=2),
+        ask("prompt", [9, 8, 7, 6, 5, 4, 3], None, max_tokens=2, logprobs=0, prompt_logprobs=0),
+    ]
+    repeated = ask("penalty", [3, 3, 3], None, max_tokens=4, logprobs=None, frequency_penalty=2.0)
+    banned = ask("bias", [3, 4], None, max_tokens=2, logprobs=None, logit_bias={11: 100.0})
+    engine, _ = bench.engine()
+    answers = serve(engine, [*plain, *special, repeated, banned])
+    for request in [*plain, *special]:
+        bench.check(request, answers[request.id])
+    assert answers["prompt"].prompt_logprobs[0] is None
+    assert len(answers["prompt"].prompt_logprobs) == 7
+    assert answers["bias"].tokens == [11] * 2
+    host, _ = bench.engine(on_gpu=False)
+    assert serve(host, [repeated])["penalty"].tokens == answers["penalty"].tokens
+
+
+@MANY_STEPS
+def test_draws_do_not_depend_on_the_batch(bench: Bench) -> None:
+    engine, _ = bench.engine()
+    requests = [
+        replace_params(request, temperature=1.0, top_p=0.9, top_k=20, seed=i) for i, request in enumerate(mixed(5))
+    ]
+    together = serve(engine, requests)
+    alone, _ = bench.engine(max_num_seqs=2)
+    for request in requests[1:3]:
+        assert serve(alone, [request])[request.id].tokens == together[request.id].tokens
+
+
+def replace_params(request: NewRequest, **changes: Any) -> NewRequest:
+    import msgspec
+
+    return msgspec.structs.replace(request, params=msgspec.structs.replace(request.params, **changes))
+
+
+@MANY_STEPS
+def test_rows_and_tables_are_reused_cleanly(bench: Bench) -> None:
+    """More requests than rows, prefixes from the cache, and preemption for lack of blocks."""
+    engine, runner = bench.engine(max_num_seqs=3)
+    shared = prompts(1, seed=9, longest=30)[0] + [2] * 12
+    requests = [ask(f"s{i}", [*shared, i + 3], "a0", max_tokens=6, logprobs=None) for i in range(6)]
+    answers = serve(engine, requests)
+    for request in requests:
+        bench.check(request, answers[request.id])
+    assert any(answer.num_cached for answer in answers.values())
+    assert isinstance(runner, CudaRunner)
+    engine.step()
+    assert len(runner._free_rows) + len(runner._rows) == 3
+
+
+def test_unknown_attention_is_refused() -> None:
+    config = replace(EngineConfig(), attention_backend="flashinfer")
+    store = AdapterStore(read_spec_of_demo(), 1, 64, torch.device("cpu"), torch.float16)
+    with pytest.raises(ConfigError, match="flashinfer"):
+        cuda_kernels(config, store.pages)
+
+
+def read_spec_of_demo() -> Any:
+    from inlaid.model.spec import spec_from_config
+
+    return spec_from_config(family_config("llama").to_dict())

@@ -1,0 +1,95 @@
+"""Sampling kernels against layers/sampler.py: the same draws, with and without truncation."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton", reason="triton is not installed: pip install triton")
+
+from inlaid.kernels import sample_triton
+from inlaid.layers import sampler
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def draw(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> list[int]:
+    rows, vocab = logits.shape
+    made = sample_triton.Sampler(rows, vocab, DEVICE)
+    last = torch.full((2 * rows,), -1, dtype=torch.int32, device=DEVICE)
+    tokens = torch.full((rows,), -1, dtype=torch.int32, device=DEVICE)
+    keys = torch.tensor([sampler.seed_key(row) for row in range(rows)])
+    made.sample(
+        logits,
+        torch.full((rows,), temperature, device=DEVICE),
+        torch.full((rows,), top_k, dtype=torch.int32, device=DEVICE),
+        torch.full((rows,), top_p, device=DEVICE),
+        torch.full((rows,), min_p, device=DEVICE),
+        torch.where(keys >= 2**31, keys - 2**32, keys).int().to(DEVICE),
+        (torch.arange(rows, device=DEVICE) + 5).int(),
+        (torch.arange(rows, device=DEVICE) * 2).int(),
+        last,
+        tokens,
+    )
+    assert torch.equal(last[::2], tokens)
+    assert (last[1::2] == -1).all()
+    return tokens.tolist()
+
+
+def reference(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> list[int]:
+    rows = torch.arange(len(logits))
+    keys = torch.tensor([sampler.seed_key(row) for row in range(len(logits))])
+    if temperature < 1e-5:
+        return logits.float().cpu().argmax(-1).tolist()
+    truncation = sampler.Truncation(
+        rows,
+        torch.full((len(logits),), top_k),
+        torch.full((len(logits),), top_p),
+        torch.full((len(logits),), min_p),
+    )
+    noise = sampler.Noise(rows, torch.full((len(logits),), temperature), keys, rows + 5)
+    batch = sampler.SamplingBatch(noise=noise, truncation=truncation)
+    return sampler.sample(logits.float().cpu(), batch)[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "min_p"),
+    [
+        (0.0, 0, 1.0, 0.0),
+        (1.0, 0, 1.0, 0.0),
+        (0.7, 1, 1.0, 0.0),
+        (1.5, 3, 1.0, 0.0),
+        (1.0, 0, 0.5, 0.0),
+        (2.0, 0, 0.9, 0.0),
+        (1.0, 0, 1.0, 0.3),
+        (1.3, 20, 0.8, 0.01),
+        (3.0, 5, 0.99, 0.0),
+    ],
+)
+@pytest.mark.parametrize("levels", [0, 6])
+def test_same_draws(temperature: float, top_k: int, top_p: float, min_p: float, levels: int) -> None:
+    """`levels`: logits of so few values that most truncations fall among equals."""
+    generator = torch.Generator().manual_seed(levels)
+    logits = torch.randn(4, 4500, generator=generator) * 3
+    if levels:
+        logits = (logits / 9 * levels).round().clamp(-levels, levels)
+    logits = logits.half().to(DEVICE)
+    expected = reference(logits, temperature, top_k, top_p, min_p)
+    assert draw(logits, temperature, top_k, top_p, min_p) == expected
+
+
+def test_first_of_equals_wins() -> None:
+    logits = torch.zeros(3, 9000).half().to(DEVICE)
+    logits[1, [7000, 8000]] = 4.0
+    logits[2, 4999] = -1.0
+    assert draw(logits, 0.0, 0, 1.0, 0.0) == [0, 7000, 0]
+
+
+def test_nan_is_never_drawn() -> None:
+    logits = torch.full((1, 100), float("nan")).half().to(DEVICE)
+    logits[0, 42] = -5.0
+    assert draw(logits, 0.0, 0, 1.0, 0.0) == [42]
