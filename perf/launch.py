@@ -123,6 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--kind", choices=get_args(ServerKind), default="inlaid")
     parser.add_argument("--model", default="", help="folder or hub id; inlaid without one serves the demo")
+    parser.add_argument("--fetch", default="", help="what models/download.sh calls the model, for the advice")
     parser.add_argument("--adapters", nargs="*", default=[], help="NAME=PATH, folders, or quoted globs")
     parser.add_argument("--merged", nargs="*", default=[], help="merged models, one a replica (instead of --model)")
     parser.add_argument("--replicas", type=int, choices=(1, 2, 4), default=1)
@@ -144,9 +145,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def replica_commands(arguments: argparse.Namespace) -> list[tuple[list[str], dict[str, str]]]:
     """A command and its environment for each replica; several share the GPUs there are, one after the other."""
-    absent = "" if arguments.print else why_absent(arguments.kind)
-    if absent:
-        raise ValueError(absent)
+    problem = "" if arguments.print else why_absent(arguments.kind) or why_no_model(arguments)
+    if problem:
+        raise ValueError(problem)
     if arguments.merged and len(arguments.merged) != arguments.replicas:
         raise ValueError(f"--replicas {arguments.replicas} needs as many --merged models, not {len(arguments.merged)}")
     adapters = [] if arguments.merged else find_adapters(arguments.adapters)
@@ -159,6 +160,18 @@ def replica_commands(arguments: argparse.Namespace) -> list[tuple[list[str], dic
         extra = {"CUDA_VISIBLE_DEVICES": gpus[replica % len(gpus)]} if gpus and arguments.replicas > 1 else {}
         commands.append((server.argv(arguments.port + replica) + own, extra))
     return commands
+
+
+def why_no_model(arguments: argparse.Namespace) -> str:
+    """Empty when every model named by a folder is there, else how to get it."""
+    for model in arguments.merged or [arguments.model]:
+        if model.startswith(("/", ".", "models/")) and not Path(model).is_dir():
+            name = arguments.fetch
+            fetch = f"bash models/download.sh model {name}" if name and not arguments.merged else "fetch it"
+            quantized = model.endswith("-4bit") and bool(name)
+            then = f", then: inlaid quantize models/cache/{name} --bits 4 --out {model}" if quantized else ""
+            return f"there is no model at {model}: {fetch}{then} (or name yours: MODEL=FOLDER)"
+    return ""
 
 
 def _gpus() -> list[str]:

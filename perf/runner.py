@@ -23,6 +23,7 @@ import tqdm
 from perf.archive import Archive, create_archive, git_revision
 from perf.attempt import run_attempt, verdict
 from perf.instance import Instance
+from perf.known_flags import why_not
 from perf.launch import why_absent
 from perf.process import child_environment, port_is_free
 from perf.template import Global, TemplateError, instantiate, template_settings
@@ -149,7 +150,7 @@ def check_startable(instances: list[Instance]) -> None:
         absent = why_absent(instance.server.kind)
         if absent:
             raise TemplateError(f"{instance.point}: {absent}")
-        problem = missing_paths(instance)
+        problem = why_not(instance.server) or missing_paths(instance)
         if problem:
             raise TemplateError(f"{instance.point}: {problem}")
     for port in sorted({instance.port for instance in instances} - {0}):
@@ -233,8 +234,8 @@ def _say_dry(instances: list[Instance]) -> None:
     refused = {key: reason for instance in instances for key, reason in instance.refused.items()}
     for key, reason in refused.items():
         print(f"refused: {key}: {reason}")
-    for problem in dict.fromkeys(filter(None, map(missing_paths, instances))):
-        print(f"missing: {problem}")
+    for problem in dict.fromkeys(filter(None, (why_not(i.server) or missing_paths(i) for i in instances))):
+        print(f"not startable here: {problem}")
 
 
 def resume(arguments: argparse.Namespace) -> int:

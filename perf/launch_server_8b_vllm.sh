@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# vLLM on llama-3.1-8b, 1, 2 or 4 replicas on neighbouring ports:
+#   bash perf/launch_server_8b_vllm.sh 1                                   adapters (ADAPTERS) over one base
+#   bash perf/launch_server_8b_vllm.sh 2 --merged FOLDER FOLDER            a merged model each
+# Send to them with: python -m perf.client --base-url URL URL --route round-robin (adapters) or adapter (merged).
+# Says what to install where it is absent.
+set -euo pipefail
+replicas=${1:-1}
+shift || true
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+launch models/cache/llama-3.1-8b llama-3.1-8b --kind vllm --replicas "$replicas" "$@"
