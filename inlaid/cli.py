@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -107,11 +108,11 @@ def size(text: str) -> int:
     number = text[:-1] if scale > 1 else text
     try:
         value = float(number) * scale if scale > 1 else int(number)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number (4096, 4k and 4K are)") from None
-    if value != int(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(value)
+        if value == int(value):
+            return int(value)
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number (4096, 4k and 4K are)")
 
 
 def config_from(args: argparse.Namespace, config: type[Any], **more: Any) -> Any:
@@ -322,7 +323,6 @@ def _chat(say: Callable[[list[dict[str, str]]], str], who: str, remember: bool) 
 
 
 def run_version(args: argparse.Namespace) -> int:
-    import torch
-
-    print(f"inlaid {__version__} (Python {platform.python_version()}, torch {torch.__version__})")
+    torch = importlib.metadata.version("torch")
+    print(f"inlaid {__version__} (Python {platform.python_version()}, torch {torch})")
     return 0

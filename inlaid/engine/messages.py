@@ -79,12 +79,6 @@ class Call(Message, frozen=True, kw_only=True):
 # From the engine.
 
 
-class Loading(Message, frozen=True, kw_only=True):
-    """How far the start has come, for people who wait."""
-
-    what: str
-
-
 class Ready(Message, frozen=True, kw_only=True):
     model: ModelInfo
     adapters: list[AdapterInfo]
@@ -122,7 +116,7 @@ class Failure(Message, frozen=True, kw_only=True):
 
 
 Command = Start | Add | Abort | Call
-Event = Loading | Ready | Fatal | Outputs | Refusal | Reply | Failure
+Event = Ready | Fatal | Outputs | Refusal | Reply | Failure
 
 
 class Framing:

@@ -4,6 +4,7 @@ server and LLM use both; the engine itself knows tokens only.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,7 @@ class Tokenizer:
     """A model's tokenizer. Its methods only read, and may run in threads."""
 
     def __init__(self, folder: str | Path, chat_template: str | None = None) -> None:
-        from transformers import AutoTokenizer
-        from transformers.utils import logging
-
-        logging.set_verbosity_error()  # its warnings are about training and generating with transformers
-        self._model: Any = AutoTokenizer.from_pretrained(str(folder))
+        self._model: Any = _read(Path(folder))
         self._fast: Any = self._model.backend_tokenizer
         self._fast.no_padding()
         self._fast.no_truncation()
@@ -83,6 +80,25 @@ class Tokenizer:
         if piece.startswith("<0x") and piece.endswith(">"):
             return bytes([int(piece[3:-1], 16)])
         return bytes(_BYTE_OF[char] for char in piece if char in _BYTE_OF) or text.encode()
+
+
+def _read(folder: Path) -> Any:
+    """The tokenizer as transformers reads it. Where the folder says that its tokenizer.json is all there is to know,
+    the generic class does, and spares the server importing torch."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # its warnings are about training and generating with transformers
+    try:
+        kind = json.loads((folder / "tokenizer_config.json").read_bytes()).get("tokenizer_class")
+    except OSError:
+        kind = None
+    if kind in ("PreTrainedTokenizerFast", "TokenizersBackend") and (folder / "tokenizer.json").exists():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(str(folder))
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(folder))
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -81,8 +81,7 @@ def test_folders_inside_are_found_by_any_of_their_names(roots: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["../outside", "good/../../outside", "link", "leaky", "/etc", "/", "", "good\0", "nowhere", "~", "good/.."]
-    + ["good/adapter_config.json"],
+    "../outside good/../../outside link leaky /etc / good\0 nowhere ~ good/.. good/adapter_config.json".split(" "),
 )
 def test_ways_out_are_all_answered_alike(roots: Path, path: str) -> None:
     allowed = AllowedFolders([str(roots / "root")])

@@ -1,0 +1,131 @@
+"""The command line: flags made from the configuration, adapters in every spelling, one-line errors, answers."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+from inlaid import cli
+from inlaid.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig, ServerConfig
+
+CONFIGS = [EngineConfig, SchedulerConfig, CacheConfig, AdapterConfig, ServerConfig]
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    return cli._parser(arguments[0]).parse_args(list(arguments))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_field_is_a_flag_with_help(config: type) -> None:
+    parser = argparse.ArgumentParser()
+    cli.add_config_arguments(parser, config)
+    text = " ".join(parser.format_help().split())
+    hints = get_type_hints(config)
+    for each in fields(config):
+        if each.name != "model" and not is_dataclass(hints[each.name]):
+            assert f"--{each.name.replace('_', '-')}" in text
+            assert each.metadata["help"]
+
+
+def test_no_flags_give_the_defaults() -> None:
+    args = parse("serve")
+    assert cli.engine_config(args, "") == EngineConfig()
+    assert cli.config_from(args, ServerConfig) == ServerConfig()
+
+
+def test_flags_reach_their_configuration() -> None:
+    args = parse(
+        *("serve", "a/model", "--max-model-len", "4k", "--max-num-seqs", "8", "--no-enable-prefix-caching"),
+        *("--max-loras", "3", "--api-key", "one", "--api-key", "two", "--gpu-memory-utilization", "0.5"),
+        *("--linear-backend", "triton", "--enforce-eager"),
+    )
+    config = cli.engine_config(args, args.model)
+    assert config == EngineConfig(
+        model="a/model",
+        max_model_len=4000,
+        linear_backend="triton",
+        enforce_eager=True,
+        scheduler=SchedulerConfig(max_num_seqs=8),
+        cache=CacheConfig(enable_prefix_caching=False, gpu_memory_utilization=0.5),
+        adapters=AdapterConfig(max_loras=3),
+    )
+    assert cli.config_from(args, ServerConfig) == ServerConfig(api_key=("one", "two"))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("7", 7), ("4k", 4000), ("4K", 4096), ("1.5k", 1500), ("2m", 2_000_000), ("-1", -1)]
+)
+def test_sizes(text: str, value: int) -> None:
+    assert cli.size(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "k", "x", "1.5", "1e3", "0.0001k", "nan", "infk"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        cli.size(text)
+
+
+def test_adapters_in_every_spelling() -> None:
+    args = parse("serve", "--adapter", "a=/x", "--lora-modules", "b=/y=z", '{"name": "c", "path": "/w"}')
+    assert cli.parse_adapters(args.adapter) == {"a": "/x", "b": "/y=z", "c": "/w"}
+    for bad in ("a", "=x", "a=", "{", '{"name": "a"}'):
+        with pytest.raises(cli.UsageError, match="is not an adapter"):
+            cli.parse_adapters([bad])
+    with pytest.raises(cli.UsageError, match="twice"):
+        cli.parse_adapters(["a=1", "a=2"])
+
+
+def test_no_model_is_the_demo_with_its_twelve_adapters() -> None:
+    model, adapters = cli.model_and_adapters("", {"mine": "/m"})
+    assert Path(model).is_dir()
+    assert len(adapters) == 13
+    assert cli.model_and_adapters("x/y", {"mine": "/m"}) == ("x/y", {"mine": "/m"})
+
+
+def test_commands_of_absent_parts_are_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_PARTS", {"dance": ("inlaid.dance.command", "add", "run", "dance")})
+    assert "dance" not in cli._parser(None).format_help()
+
+
+def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "inlaid", *arguments], input=stdin, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_version() -> None:
+    ended = run("version")
+    assert ended.returncode == 0
+    assert ended.stdout.startswith("inlaid ")
+
+
+def test_generate_answers_once() -> None:
+    arguments = ("generate", "--adapter", "to_velar", "--max-tokens", "8", "--max-model-len", "128")
+    once = run(*arguments, "--prompt", "hello there")
+    assert once.returncode == 0, once.stderr
+    assert once.stdout.strip()
+    chat = run(*arguments, stdin="hello there\n\nhello there\n")
+    assert chat.stdout.splitlines() == [once.stdout.strip("\n")] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("generate", "/nowhere", "--prompt", "a"), "/nowhere"),
+        (("generate", "--adapter", "nobody", "--prompt", "a"), "to_velar"),
+        (("serve", "/nowhere", "--port", "0"), "/nowhere"),
+        (("serve", "--port", "0", "--adapter", "nothing"), "NAME=PATH"),
+        (("serve", "--port", "0", "--adapter", "a=/nowhere"), "/nowhere"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(arguments: tuple[str, ...], sentence: str) -> None:
+    ended = run(*arguments)
+    assert ended.returncode == 2
+    assert sentence in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr
