@@ -16,7 +16,7 @@ import torch
 
 if TYPE_CHECKING:
     from inlaid.checkpoint import QuantizedLinear, QuantSpec
-    from inlaid.layers.context import StepContext
+    from inlaid.kernels.context import StepContext
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

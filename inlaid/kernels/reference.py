@@ -15,7 +15,7 @@ from inlaid.checkpoint import QuantizedLinear, QuantSpec, dequantize
 from inlaid.kernels.backend import MODULES, AdapterPages, Kernels, Site
 
 if TYPE_CHECKING:
-    from inlaid.layers.context import StepContext
+    from inlaid.kernels.context import StepContext
 
 
 @dataclass(frozen=True)

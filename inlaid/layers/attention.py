@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 
 from inlaid.kernels.backend import Kernels
-from inlaid.layers.context import StepContext
+from inlaid.kernels.context import StepContext
 from inlaid.layers.linear import Linear
 from inlaid.layers.norm import RMSNorm
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from inlaid.kernels.backend import Gemm, LoraBackend, Site
-from inlaid.layers.context import StepContext
+from inlaid.kernels.context import StepContext
 
 
 class Linear:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from inlaid.kernels.backend import Kernels
+from inlaid.kernels.context import StepContext
 from inlaid.layers.attention import Attention
-from inlaid.layers.context import StepContext
 from inlaid.layers.embedding import Embedding, Head
 from inlaid.layers.linear import Linear
 from inlaid.layers.norm import RMSNorm

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inlaid.kernels.backend import AdapterPages, Site
+from inlaid.kernels.context import StepContext
 from inlaid.kernels.reference import ReferenceAttention, ReferenceLora, ReferenceOps
-from inlaid.layers.context import StepContext
 
 SITES = 14
 SITE = Site(0, (6, 4, 4))
