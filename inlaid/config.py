@@ -44,7 +44,7 @@ class SchedulerConfig:
     max_sum_of_ranks: int = option(0, "most ranks, summed over distinct adapters, in one step; 0: no limit")
     admission_margin: float = option(0.01, "share of KV blocks that admissions leave free for running requests to grow")
     reserve: float = option(
-        0.5, "share of its predicted answer for which KV must be free when a request is admitted; less preempts more"
+        0.8, "share of its predicted answer for which KV must be free when a request is admitted; less preempts more"
     )
     max_overtakes: int = option(1000, "how many admissions may pass a request that did not fit before all wait for it")
     predictor: str = option("history", "lengths of answers: learned from history, or max_tokens", ("history", "none"))

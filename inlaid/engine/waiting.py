@@ -36,6 +36,7 @@ class WaitingQueue:
         self._front: list[tuple[Rank, int, int, _Group]] = []
         self._length = 0
         self._num_dead = 0
+        self._num_placed = 0
 
     def __len__(self) -> int:
         return self._length
@@ -123,7 +124,8 @@ class WaitingQueue:
             self.push(request)
 
     def _place(self, group: _Group) -> None:
-        group.version += 1
+        self._num_placed += 1  # unique among all groups, also those of the same name before: no tie in the heap
+        group.version = self._num_placed
         key, order = self._key(group)
         heapq.heappush(self._front, (key, order, group.version, group))
 

@@ -250,7 +250,7 @@ def queued(id: int, tenant: str, arrival: float) -> Request:
 
 Action = tuple[str, int]
 actions = st.lists(
-    st.tuples(st.sampled_from(["push", "pop", "drop", "charge", "refund"]), st.integers(0, 4)), max_size=60
+    st.tuples(st.sampled_from(["push", "pop", "look", "drop", "charge", "refund"]), st.integers(0, 4)), max_size=60
 )
 
 
@@ -273,6 +273,11 @@ def check_queue(name: str, steps: list[Action], change: Callable[[Ledger, str, b
             assert queue.pop() is best
             if best is not None:
                 waiting.remove(best)
+        elif action == "look" and waiting:
+            looked_at = [queue.pop() for _ in range(min(value, len(waiting)))]
+            for request in looked_at:
+                assert request is not None
+                queue.push(request)
         elif action == "drop" and waiting:
             gone = waiting.pop(value % len(waiting))
             gone.status = Status.FINISHED
