@@ -19,9 +19,9 @@ from inlaid.config import ConfigError, EngineConfig
 from inlaid.engine.grammar import GrammarCompiler, GrammarState
 from inlaid.engine.request import Batch, Grammar, Request, Sampled, SamplingParams, StepResult, TokenLogprobs, Work
 from inlaid.kernels.backend import AdapterPages, Kernels
+from inlaid.kernels.context import StepContext
 from inlaid.kernels.reference import reference_kernels
 from inlaid.layers import sampler
-from inlaid.layers.context import StepContext
 from inlaid.layers.sampler import SamplingBatch, seed_key
 from inlaid.model.spec import ModelSpec, read_spec
 from inlaid.model.transformer import Transformer, block_bytes, new_cache

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 if TYPE_CHECKING:
-    from inlaid.layers.context import StepContext
+    from inlaid.kernels.context import StepContext
 
 TARGET_PROGRAMS = 1000  # enough to fill a large chip; more splits cost more than they bring (measured on an H200)
 MAX_SPLITS = 16

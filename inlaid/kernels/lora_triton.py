@@ -23,7 +23,7 @@ import triton.language as tl
 from inlaid.kernels.backend import AdapterPages, Site
 
 if TYPE_CHECKING:
-    from inlaid.layers.context import StepContext
+    from inlaid.kernels.context import StepContext
 
 OFFSET_ALIGNMENT = 8  # elements; the pool's owner starts every matrix at a multiple of this
 
