@@ -12,6 +12,7 @@ on the logits that the graph leaves behind.
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Sequence
@@ -144,6 +145,8 @@ class CudaRunner(ModelRunner):
             self.num_blocks = count_blocks(config, spec, self.device, self.dtype, max_model_len)
             self.forward.cache = self.cache = new_cache(spec, self.num_blocks, self.block_size, self.device, self.dtype)
             pool = None
+            gc.collect()
+            gc.freeze()  # every capture collects garbage, and all that is loaded is none
             for layout in tqdm(layouts[::-1], desc="capturing graphs", disable=not progress, delay=1, leave=False):
                 for level in self._adapter_levels():
                     self._idle_step(layout, level)
@@ -152,6 +155,7 @@ class CudaRunner(ModelRunner):
                         self.forward.run(layout, level)
                     pool = pool or graph.pool()
                     self._graphs[layout, level] = graph
+            gc.unfreeze()
         log.info(
             "%d kernels' layouts warm in %.1f s, %d graphs captured in %.1f s, %d KV blocks",
             len(layouts), compiled - begin, len(self._graphs), time.monotonic() - compiled, self.num_blocks,

@@ -15,7 +15,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-LIMITS = {"gates": 240, "tests": 300, "micro": 300}  # seconds
+LIMITS = {
+    "gates": 240,
+    "tests": 300,
+    "micro": 300,
+    "micro-adapters-ordered": 150,
+    "offline-7b": 280,
+    "offline-8b": 280,
+    "offline-tiny": 100,
+}  # seconds
 
 
 def provenance() -> dict[str, Any]:
@@ -48,18 +56,33 @@ def run_stage(name: str, args: argparse.Namespace) -> dict[str, Any]:
         return gates.run()
     if name == "tests":
         return kernel_tests()
-    if name == "micro":
+    if name.startswith("micro"):
         from perf.gpu import micro
 
-        return micro.run()
+        return micro.run(tuple(name.split("-")[1:]) or tuple(micro.PARTS))
+    if name.startswith("offline-"):
+        from perf.gpu import offline
+
+        return offline.run(name.removeprefix("offline-"))
     raise ValueError(f"unknown stage {name!r}; known: {', '.join(LIMITS)}")
 
 
 def kernel_tests() -> dict[str, Any]:
     """The kernels' unit tests, on this GPU instead of in the interpreter."""
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "8", "-p", "no:cacheprovider", "tests/kernels"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "8",
+        "-p",
+        "no:cacheprovider",
+        "tests/kernels",
+        "tests/engine/test_cuda_runner.py",
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
-    tail = result.stdout.strip().splitlines()[-25:]
+    tail = result.stdout.strip().splitlines()[-60:]
     return {"failed": result.returncode != 0, "tail": tail}
 
 

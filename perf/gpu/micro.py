@@ -14,7 +14,8 @@ from inlaid.checkpoint import QuantSpec
 from inlaid.kernels import attention_triton, command, fused_triton, lora_triton
 from inlaid.kernels.auto import AutoLinear
 from inlaid.kernels.backend import AdapterPages, Site
-from inlaid.kernels.measure import CACHE, Ceiling, time_calls
+from inlaid.kernels.humming import HummingLinear
+from inlaid.kernels.measure import CACHE, Ceiling, time_calls, time_linear
 
 DEVICE = torch.device("cuda")
 ATTENTION = [
@@ -209,14 +210,29 @@ def small_operations() -> list[dict[str, Any]]:
     return found
 
 
-def run() -> dict[str, Any]:
+def ordered() -> list[dict[str, Any]]:
+    """What it costs the humming backend to add in a fixed order."""
+    spec, rows, found = QuantSpec(4, 128, True, False), (1, 16, 64, 256), []
+    for inputs, outputs in ((4096, 12288), (4096, 4096)):
+        for in_order in (False, True):
+            times = time_linear(HummingLinear(in_order), inputs, outputs, spec, rows, DEVICE)
+            found.append({"inputs": inputs, "outputs": outputs, "ordered": in_order, "us": times})
+    return found
+
+
+PARTS = {
+    part.__name__: part for part in (decode_attention, prefill_attention, adapters, small_operations, ordered, linears)
+}
+
+
+def run(names: tuple[str, ...] = tuple(PARTS)) -> dict[str, Any]:
     """Each part on its own: what one of them raises is its result."""
     found: dict[str, Any] = {}
-    for part in (decode_attention, prefill_attention, adapters, small_operations, linears):
+    for name in names:
         try:
-            found[part.__name__] = part()
+            found[name] = PARTS[name]()
         except Exception as error:  # noqa: BLE001 - the other parts' figures are still wanted
-            found[part.__name__] = f"{type(error).__name__}: {error}"
-        print(part.__name__, "done", flush=True)
+            found[name] = f"{type(error).__name__}: {error}"
+        print(name, "done", flush=True)
         torch.cuda.empty_cache()
     return found

@@ -1,0 +1,105 @@
+"""Random models and adapters of real shapes, for timing: a GPTQ checkpoint, its tokenizer, and LoRA adapters.
+
+Codes are uniform and scales keep activations near unit variance. The tokenizer maps the word "w<i>" to token i, so a
+prompt of n words is exactly n tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from inlaid.checkpoint import QuantSpec, quantization_config, to_tensors
+from inlaid.kernels.measure import random_weight
+from inlaid.model.spec import ModelSpec, module_path, spec_from_config
+
+SHAPES = {
+    "7b": (4096, 11008, 32, 32, 32, 32000, 10000.0),  # Llama-2-7B
+    "8b": (4096, 14336, 32, 32, 8, 128256, 500000.0),  # Llama-3-8B
+    "tiny": (256, 512, 2, 4, 2, 2048, 10000.0),
+}
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+EVERY_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+
+
+def config(shape: str) -> dict:
+    hidden, mlp, layers, heads, kv, vocab, theta = SHAPES[shape]
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": hidden,
+        "intermediate_size": mlp, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv, "vocab_size": vocab, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+        "rope_theta": theta, "torch_dtype": "float16", "tie_word_embeddings": False, "bos_token_id": 1,
+        "eos_token_id": 2,
+    }  # fmt: skip
+
+
+def write_model(folder: Path, shape: str, bits: int = 4, group: int = 128) -> ModelSpec:
+    """The checkpoint and its tokenizer."""
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = config(shape)
+    spec, quant = spec_from_config(settings), QuantSpec(bits, group, True, False)
+    tensors: dict[str, torch.Tensor] = {}
+    for layer in range(spec.num_layers):
+        for module in EVERY_LINEAR:
+            outputs, inputs = spec.module_shape(module)
+            weight = random_weight(inputs, outputs, quant, device)
+            tensors |= to_tensors(module_path(layer, module), weight)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"model.layers.{layer}.{norm}.weight"] = torch.ones(spec.hidden_size).half()
+    table = torch.randn(spec.vocab_size, spec.hidden_size, device=device)
+    tensors["model.embed_tokens.weight"] = table.half().cpu()
+    head = torch.randn(spec.vocab_size, spec.hidden_size, device=device) * spec.hidden_size**-0.5
+    tensors["lm_head.weight"] = head.half().cpu()
+    tensors["model.norm.weight"] = torch.ones(spec.hidden_size).half()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    settings["quantization_config"] = quantization_config(quant, 0.01, False)
+    (folder / "config.json").write_text(json.dumps(settings, indent=1))
+    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
+    write_tokenizer(folder, spec.vocab_size)
+    return spec
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=4096
+    ).save_pretrained(folder)
+
+
+def write_adapter(folder: Path, spec: ModelSpec, rank: int, modules: tuple[str, ...], seed: int) -> None:
+    """One random adapter on these modules of every layer."""
+    generator = torch.Generator(device="cuda" if torch.cuda.is_available() else "cpu").manual_seed(seed)
+    tensors = {}
+    for layer in range(spec.num_layers):
+        for module in modules:
+            outputs, inputs = spec.module_shape(module)
+            prefix = f"base_model.model.{module_path(layer, module)}"
+            for name, shape, scale in (("A", (rank, inputs), inputs**-0.5), ("B", (outputs, rank), 0.01)):
+                value = torch.randn(shape, generator=generator, device=generator.device) * scale
+                tensors[f"{prefix}.lora_{name}.weight"] = value.half().cpu()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0,
+        "target_modules": list(modules), "bias": "none", "inference_mode": True,
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+
+
+def write_adapters(
+    root: Path, spec: ModelSpec, count: int, ranks: tuple[int, ...] = (16,), modules: tuple[str, ...] = ATTENTION
+) -> dict[str, str]:
+    """a0, a1, ... whose ranks take turns; names to folders."""
+    for i in range(count):
+        write_adapter(root / f"a{i}", spec, ranks[i % len(ranks)], modules, seed=i)
+    return {f"a{i}": str(root / f"a{i}") for i in range(count)}
