@@ -99,7 +99,7 @@ class ReferenceOps:
 
 _SPARE_BLOCKS = 2  # read beyond the longest decode, so that a few more steps fit into what was gathered
 
-_MOST_KEPT = 32 << 20  # bytes per cache tensor that the decodes of the step before may keep gathered
+_MOST_KEPT = 16 << 20  # bytes per cache tensor that the decodes of the step before may keep gathered
 
 
 @dataclass

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from inlaid.adapters.peft import AdapterError, read_adapter
 from inlaid.engine.request import NewRequest
 
-NUM_ADAPTERS = 7
+NUM_ADAPTERS = 15  # and the base: sixteen requests, sixteen different models
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Case:
         return engine, loaded
 
     def requests(self, count: int = 16, seed: int = 1, longest: int = 40, **params: object) -> list[NewRequest]:
-        """Every adapter, and the base for each eighth."""
+        """Every adapter in turn, and the base."""
         names = [*self.adapters, None]
         return [
             ask(f"r{index}", prompt, names[index % len(names)], **params)
