@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 
 from inlaid.adapters.pages import PagePool
 from inlaid.adapters.peft import Adapter, AdapterEntry, AdapterError
 from inlaid.kernels.backend import MODULES, AdapterPages
 from inlaid.model.spec import ModelSpec
-
 
 _GRACE = 256  # wants that an adapter outlasts on the device before the request it was loaded for must run
 
@@ -299,14 +299,16 @@ class AdapterStore:
             start, stop = entries[begin].a_start, entries[end - 1].end
             target = resident.starts[begin]
             pool[target : target + stop - start].copy_(flat[start:stop], non_blocking=True)
-        sites = self.pages.table.shape[1]
-        table = torch.zeros(sites, 3, dtype=torch.int64)
-        scale = torch.zeros(sites, dtype=torch.float32)
+        table = np.zeros((self.pages.table.shape[1], 3), dtype=np.int64)
+        scale = np.zeros(self.pages.table.shape[1], dtype=np.float32)
         for entry, start in zip(entries, resident.starts, strict=True):
-            table[entry.site] = torch.tensor((start, start + entry.b_start - entry.a_start, entry.rank))
+            table[entry.site] = start, start + entry.b_start - entry.a_start, entry.rank
             scale[entry.site] = entry.scale
-        self.pages.table[resident.slot].copy_(table)
-        self.pages.scale[resident.slot].copy_(scale)
+        for target_row, row in ((self.pages.table, table), (self.pages.scale, scale)):
+            host = torch.from_numpy(row)
+            if self._stream is not None:  # from pinned memory the copy does not hold up the step loop
+                host = host.pin_memory()
+            target_row[resident.slot].copy_(host, non_blocking=True)
 
 
 def default_pool_elements(spec: ModelSpec, max_resident: int, rank: int = 16) -> int:
