@@ -111,7 +111,7 @@ class Srtf(Policy):
     prediction p is passed only by later ones that arrive within (p - their prediction) / ageing seconds of it."""
 
     name: ClassVar[str] = "srtf"
-    ageing: float = 4.0
+    ageing: float = 2.0
 
     def rank(self, request: Request, view: View) -> Rank:
         return (view.lengths.remaining(request) + self.ageing * request.arrival,)

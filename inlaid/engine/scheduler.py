@@ -314,7 +314,8 @@ class Scheduler:
             request = self._next()
             if request is None:
                 break
-            if self._given_up(request) or self._stands_aside(request):
+            # Behind one that finds no room nothing is fetched: it would push out what the first will need.
+            if self._given_up(request) or (not passed and self._stands_aside(request)):
                 continue
             hits = self._fits(request, budget, self._overdue_adapter())
             if hits is None:

@@ -27,24 +27,23 @@ Array = npt.NDArray[np.float64]
 
 
 def fit(steps: Sequence[Step], name: str, source: str, load_base: float = 0.0, load_rank: float = 0.0) -> CostModel:
-    """The model of these steps. Slow outliers (something else had the processor) are left out: above three times the
-    first fit's prediction."""
+    """The model of these steps: plain least squares first, then each step weighted by one over what that predicts, as
+    longer steps vary more. Weighting by the measured seconds instead would favour the lucky steps and predict sums too
+    small."""
     if len(steps) < 50:
         raise ValueError(f"{len(steps)} steps are too few to fit {len(TERMS)} terms; record at least 50")
     rows = np.array([[1.0, *msgspec.structs.astuple(step.load)] for step in steps])
     seconds = np.array([step.seconds for step in steps])
-    first = rows @ _solve(rows, seconds)
-    kept = seconds <= 3 * np.maximum(first, np.median(seconds) / 10)
-    weights = _solve(rows[kept], seconds[kept])
-    terms = {term: float(weight) for term, weight in zip(TERMS, weights)}
+    first = rows @ _solve(rows, seconds, np.ones(len(rows)))
+    coefficients = _solve(rows, seconds, 1.0 / np.maximum(first, seconds.mean() / 10))
+    terms = {term: float(value) for term, value in zip(TERMS, coefficients)}
     return CostModel(name=name, source=source, load_base=load_base, load_rank=load_rank, **terms)
 
 
-def _solve(rows: Array, seconds: Array, sweeps: int = 3000) -> Array:
-    """argmin over x >= 0 of |(rows x - seconds) / sqrt(seconds)|, by coordinate descent on scaled columns. Weighting by
-    one over the root keeps sums of seconds right, which is what throughput is, without long steps ruling alone."""
-    scale = np.sqrt(np.maximum(seconds, 1e-6))
-    design, target = rows / scale[:, None], seconds / scale
+def _solve(rows: Array, seconds: Array, weights: Array, sweeps: int = 3000) -> Array:
+    """argmin over x >= 0 of sum weights (rows x - seconds)^2, by coordinate descent on scaled columns."""
+    root = np.sqrt(weights)
+    design, target = rows * root[:, None], seconds * root
     norms = np.sqrt((design * design).sum(axis=0))
     norms[norms == 0] = np.inf
     design = design / norms
