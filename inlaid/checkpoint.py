@@ -21,7 +21,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm import tqdm
 
 BITS = (2, 3, 4, 8)
 ZERO_FORMATS = ("gptq", "gptq_v2")
@@ -259,9 +260,12 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """A hash of the configuration and every stored byte: the base's version."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for file in sorted(set(self._file_of.values())):
-            digest.update(file.encode())
-            digest.update(hash_file(self.path / file).encode())
+        files = sorted(set(self._file_of.values()))
+        total = sum((self.path / file).stat().st_size for file in files)
+        with tqdm(total=total, desc="hashing weights", unit="B", unit_scale=True, delay=1, leave=False) as bar:
+            for file in files:
+                digest.update(file.encode())
+                digest.update(hash_file(self.path / file, bar.update).encode())
         return digest.hexdigest()
 
     def _bits_and_groups(self, name: str, qweight: Tensor, stored: Tensor, scales: Tensor) -> tuple[int, Tensor]:
@@ -292,12 +296,13 @@ class Checkpoint:
         return stored if self.zero_format == "gptq_v2" else shift_zeros(stored, bits, 1)
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
+def hash_file(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> str:
+    """SHA-256 of a file's bytes, telling how many more it has read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):
             digest.update(chunk)
+            on_bytes(len(chunk))
     return digest.hexdigest()
 
 
