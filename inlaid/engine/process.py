@@ -26,6 +26,7 @@ from inlaid.engine import messages
 from inlaid.engine.engine import Engine, make_engine
 from inlaid.engine.messages import AdapterInfo, ModelInfo
 from inlaid.engine.policy import Refused
+from inlaid.engine.request import Grammar, NewRequest
 
 if TYPE_CHECKING:
     from inlaid.engine.model_runner import LoadedModel
@@ -36,6 +37,7 @@ FACTORY = "inlaid.engine.process:build_engine"
 _PAUSE = 0.001  # seconds between looks at what is loading, when there is nothing to compute
 _MAX_FAILURES = 8  # steps that fail in a row before the process gives up
 _READ_SIZE = 1 << 20
+_MAX_COMPILING = 64  # requests whose grammars are being compiled, or wait for that
 
 
 class Adapters(Protocol):
@@ -58,6 +60,7 @@ class Loaded:
     model: ModelInfo
     adapters: Adapters
     left_out: dict[str, str] = field(default_factory=dict)
+    compile_grammar: Callable[[Grammar], object] | None = None  # and keep it for `add`; may take seconds, on a thread
 
 
 def build_engine(config: EngineConfig, adapters: Mapping[str, str], *, strict: bool = True) -> Loaded:
@@ -77,7 +80,7 @@ def build_engine(config: EngineConfig, adapters: Mapping[str, str], *, strict: b
         base_version=model.base_version,
         make_grammar=model.grammars,
     )
-    loaded = Loaded(engine, _describe(config, model), LoraAdapters(config, model))
+    loaded = Loaded(engine, _describe(config, model), LoraAdapters(config, model), compile_grammar=model.grammars)
     load_adapters(loaded, adapters, strict)
     return loaded
 
@@ -178,7 +181,7 @@ class Calls:
 
 
 class EngineProcess:
-    """The loop. Everything but reading adapter files happens on its one thread."""
+    """The loop. Everything but reading adapter files and compiling grammars happens on its one thread."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
@@ -186,7 +189,9 @@ class EngineProcess:
         self._poller = select.poll()
         self._poller.register(connection, select.POLLIN)
         self._readers = ThreadPoolExecutor(1, "adapter-reader")
-        self._done: list[Callable[[], None]] = []  # what finished reads want done on this thread
+        self._compilers = ThreadPoolExecutor(1, "grammar-compiler")
+        self._compiling: set[str] = set()  # requests that wait for their grammar
+        self._done: list[Callable[[], None]] = []  # what finished threads want done on this one
         self._woken, self._wake = os.pipe()
         os.set_blocking(self._woken, False)
         self._poller.register(self._woken, select.POLLIN)
@@ -257,9 +262,12 @@ class EngineProcess:
 
     def _obey(self, command: messages.Command) -> None:
         match command:
+            case messages.Add(request=request) if request.params.grammar is not None and self._loaded.compile_grammar:
+                self._add_when_compiled(request, request.params.grammar)
             case messages.Add(request=request):
                 self._add(request)
             case messages.Abort(id=request_id):
+                self._compiling.discard(request_id)
                 self._engine.abort(request_id)
             case messages.Call(name="load_adapter"):
                 self._load_adapter(command)
@@ -268,9 +276,37 @@ class EngineProcess:
             case _:
                 log.error("unexpected message %r", command)
 
-    def _add(self, request: Any) -> None:
+    def _add_when_compiled(self, request: NewRequest, grammar: Grammar) -> None:
+        if len(self._compiling) >= _MAX_COMPILING:
+            message = f"{_MAX_COMPILING} grammars are being compiled already"
+            self._send(messages.Refusal(id=request.id, message=message, retry_after=1.0))
+            return
+        self._compiling.add(request.id)
+
+        def add(compiled: Future[object]) -> None:
+            if request.id in self._compiling:  # not aborted meanwhile
+                self._compiling.discard(request.id)
+                self._add(request, after=compiled)
+
+        assert self._loaded.compile_grammar is not None
+        self._on_thread(self._compilers, partial(self._loaded.compile_grammar, grammar), add)
+
+    def _on_thread(
+        self, threads: ThreadPoolExecutor, work: Callable[[], object], then: Callable[[Future[Any]], None]
+    ) -> None:
+        """Do work there, then something with its result here."""
+
+        def wake(future: Future[Any]) -> None:
+            self._done.append(partial(then, future))
+            os.write(self._wake, b"!")
+
+        threads.submit(work).add_done_callback(wake)
+
+    def _add(self, request: NewRequest, after: Future[object] | None = None) -> None:
         refusal = partial(messages.Refusal, id=request.id)
         try:
+            if after is not None:
+                after.result()
             self._engine.add(request)
         except Refused as error:
             self._send(refusal(message=str(error), retry_after=error.retry_after))
@@ -298,16 +334,13 @@ class EngineProcess:
         """Read the files on a thread, then install the adapter on this one."""
         started = time.monotonic()
 
-        def finish(read: Future[Any]) -> None:
-            self._done.append(lambda: self._answer(call, lambda: install(read)))
-            os.write(self._wake, b"!")
-
         def install(read: Future[Any]) -> AdapterInfo:
             name, in_place = call.arguments["name"], call.arguments["in_place"]
             self._loaded.adapters.install(name, read.result(), in_place, time.monotonic() - started)
             return next(info for info in self._loaded.adapters.list() if info.name == name)
 
-        self._readers.submit(self._loaded.adapters.read, call.arguments["path"]).add_done_callback(finish)
+        read = partial(self._loaded.adapters.read, call.arguments["path"])
+        self._on_thread(self._readers, read, lambda done: self._answer(call, lambda: install(done)))
 
     def _send(self, message: messages.Event) -> None:
         self._socket.sendall(messages.frame(message))

@@ -15,7 +15,7 @@ from inlaid.config import EngineConfig
 from inlaid.engine.engine import Engine, make_engine
 from inlaid.engine.messages import AdapterInfo, ModelInfo
 from inlaid.engine.process import Loaded, load_adapters
-from inlaid.engine.request import Batch, NewRequest, Request
+from inlaid.engine.request import Batch, Grammar, NewRequest, Request
 
 FACTORY = "fake_engine:build"
 ENVIRONMENT = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])}
@@ -61,6 +61,14 @@ class _Adapters:
         ]
 
 
+def _compile(grammar: Grammar) -> None:
+    """Slow until a file appears: the regex is its path; other constraints are bad ones."""
+    if grammar.regex is None:
+        raise ValueError("the constraint is not valid")
+    while not Path(grammar.regex).exists():
+        time.sleep(0.01)
+
+
 class _Engine(Engine):
     def add(self, new: NewRequest) -> Request:
         if new.prompt == FAULTY:
@@ -76,7 +84,7 @@ def build(config: EngineConfig, adapters: Mapping[str, str], *, strict: bool = T
     made = make_engine(
         config, runner, time.monotonic, num_blocks=BLOCKS, max_model_len=900, adapters=directory, eos_ids={EOS}
     )
-    engine = _Engine(made.scheduler, runner, time.monotonic)
+    engine = _Engine(made.scheduler, runner, time.monotonic, make_grammar=lambda grammar: None)
     model = ModelInfo(
         folder=config.model,
         vocab_size=VOCABULARY,
@@ -88,6 +96,6 @@ def build(config: EngineConfig, adapters: Mapping[str, str], *, strict: bool = T
         device="cpu",
         dtype="none",
     )
-    loaded = Loaded(engine, model, _Adapters(directory))
+    loaded = Loaded(engine, model, _Adapters(directory), compile_grammar=_compile)
     load_adapters(loaded, adapters, strict)
     return loaded

@@ -16,7 +16,7 @@ from fake_runner import generate
 
 from inlaid.config import EngineConfig, SchedulerConfig
 from inlaid.engine.async_engine import AsyncEngine, EngineDead, EngineError, RequestRefused, RequestTimeout, merge
-from inlaid.engine.request import FinishReason, NewRequest, Output, SamplingParams, TokenLogprobs
+from inlaid.engine.request import FinishReason, Grammar, NewRequest, Output, SamplingParams, TokenLogprobs
 
 LONG = SamplingParams(max_tokens=800, ignore_eos=True, temperature=0.0)
 
@@ -210,6 +210,28 @@ def test_a_model_that_cannot_be_loaded_is_named() -> None:
         with pytest.raises(EngineDead, match="the model is broken; mend it"):
             await engine.start()
         await engine.close()
+
+    asyncio.run(main())
+
+
+def test_a_grammar_that_takes_long_to_compile_holds_nobody_up(tmp_path: Path) -> None:
+    gate = tmp_path / "compiled"
+
+    def constrained(name: str, **grammar: Any) -> NewRequest:
+        return NewRequest(id=name, prompt=[5], params=SamplingParams(grammar=Grammar(**grammar)))
+
+    async def main() -> None:
+        async with running() as engine:
+            slow = asyncio.create_task(tokens(engine, constrained("slow", regex=str(gate))))
+            left = asyncio.create_task(tokens(engine, constrained("left", regex=str(gate))))
+            assert await tokens(engine, NewRequest(id="free", prompt=[5])) == generate([5], None, 16)
+            assert not slow.done()
+            left.cancel()
+            gate.touch()
+            assert await slow == generate([5], None, 16)
+            with pytest.raises(RequestRefused, match="not valid"):
+                await tokens(engine, constrained("bad", json_object=True))
+            assert (await engine.call("stats"))["prompt_tokens"] == 2  # the one that was left was never added
 
     asyncio.run(main())
 
