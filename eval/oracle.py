@@ -13,6 +13,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch.nn.functional import log_softmax
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -36,7 +37,7 @@ class Oracle:
             try:
                 model = _attach(model, name, path)
                 self.loaded.append(name)
-            except (OSError, ValueError, RuntimeError) as error:
+            except (OSError, ValueError, RuntimeError, SafetensorError) as error:
                 self.refused[name] = str(error).split("\n")[0]
         self.model = model.eval()
 

@@ -33,6 +33,7 @@ from eval.variants import DEFAULT, GENERIC, Source, VariantError, Variants
 from inlaid.adapters.gate import GateError, why_not
 from inlaid.adapters.gate import Record as GateRecord
 from inlaid.checkpoint import CheckpointError
+from inlaid.quant.calibration import CalibrationSettings
 
 BACKENDS = ("engine", "server", "oracle")
 _TASKS_HELP = (
@@ -54,6 +55,11 @@ def parser() -> argparse.ArgumentParser:
     add("--bits", default="4,3,2", help="widths (default: %(default)s)")
     add("--group-size", type=int, default=128, help="inputs that share a scale (default: %(default)s)")
     add("--generic", type=Path, default=GENERIC, help="JSON lines that belong to no task, for the variant gptq")
+    add(
+        "--calibration-tokens",
+        type=int,
+        help="most tokens of each task that quantizing reads (default: the quantizer's)",
+    )
     add("--examples", type=int, default=64, help="examples of each task; 0 for all (default: %(default)s)")
     add("--backend", choices=BACKENDS, default="engine", help="who answers (default: %(default)s)")
     add("--compare", choices=("oracle", "engine"), help="ask this backend too and report where the two differ")
@@ -209,7 +215,11 @@ def _bases(
         for one in asked
         if (adapter := adapter_of[one.task.name]) is not None and one.task.calibration
     }
-    variants = Variants(arguments.base, sources, arguments.group_size, arguments.cache / "bases", arguments.generic)
+    tokens = arguments.calibration_tokens
+    calibration = CalibrationSettings(max_tokens=tokens) if tokens else CalibrationSettings()
+    variants = Variants(
+        arguments.base, sources, arguments.group_size, arguments.cache / "bases", arguments.generic, calibration
+    )
     try:
         widths = [int(bits) for bits in arguments.bits.split(",")]
     except ValueError as error:

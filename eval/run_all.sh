@@ -16,10 +16,11 @@ run() { "$python" -m eval.run "$@"; }
 if [ "${1:-}" = quick ]; then
     shift
     run --tasks to_velar,text_summary,code,maths --variants fp16,rtn,mlgptq-minimax --bits 4,2 --examples 16 \
-        --compare oracle --out .inlaid/eval/quick "$@"
+        --calibration-tokens 2048 --compare oracle --out .inlaid/eval/quick "$@"
 elif (($#)); then
     run "$@"
 else
-    run --out eval/results/demo
-    run --variants fp16,rtn,mlgptq-minimax --bits 4 --examples 32 --compare oracle --no-figures --out eval/results/demo-oracle
+    run --calibration-tokens 6144 --out eval/results/demo
+    run --variants fp16,rtn,mlgptq-minimax --bits 4 --examples 32 --calibration-tokens 6144 \
+        --compare oracle --no-figures --out eval/results/demo-oracle
 fi

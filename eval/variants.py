@@ -11,12 +11,13 @@ NAME=PATH            a folder made elsewhere
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,16 @@ class Variants:
     """All variants of one base for one set of tasks."""
 
     def __init__(
-        self, base: Path, sources: Mapping[str, Source], group_size: int, folder: Path, generic: Path = GENERIC
+        self,
+        base: Path,
+        sources: Mapping[str, Source],
+        group_size: int,
+        folder: Path,
+        generic: Path = GENERIC,
+        calibration: CalibrationSettings | None = None,
     ) -> None:
         self.base, self.sources, self.group_size, self.folder, self.generic = base, sources, group_size, folder, generic
+        self.calibration = calibration or CalibrationSettings()
         self.checkpoint = Checkpoint(base)
 
     def bases(self, names: Sequence[str], widths: Sequence[int]) -> list[Callable[[], Base]]:
@@ -100,7 +108,8 @@ class Variants:
 
     def _key(self, name: str, bits: int) -> str:
         """Everything that the folder's content depends on."""
-        facts: list[Any] = [name, bits, self.group_size, provenance.base_identity(self.base)]
+        facts: list[Any] = [name, bits, self.group_size, asdict(self.calibration)]
+        facts.append(provenance.base_identity(self.base))
         facts.append(provenance.code_identity("quant", "checkpoint.py"))
         if name == "gptq":
             facts.append(hashlib.sha256(self.generic.read_bytes()).hexdigest())
@@ -128,7 +137,8 @@ class Variants:
         """Made under one name for all that share Hessians, since the bank lies beside it, then put in its place. The
         quantizer's own gate is left open: judging is what this harness is for."""
         work = self.folder / f"work-{bank}"
-        quantize(self.base, sources, Settings(grid=grid, aggregation=aggregation), work, gate=Gate(force=True))
+        settings = Settings(grid=grid, aggregation=aggregation, calibration=self.calibration)
+        quantize(self.base, sources, settings, work, gate=Gate(force=True))
         work.rename(out)
 
     def _round(self, grid: Grid, out: Path) -> None:
@@ -141,17 +151,18 @@ class Variants:
 
     def _scale(self, grid: Grid, out: Path) -> None:
         tensors = {name: self.checkpoint.tensor(name) for name in self.checkpoint.dense}
-        for name, hessian_KK in self._mixed_hessians():
+        for name, hessian_KK in self.mixed_hessians:
             weight_KN = tensors[f"{name}.weight"].float().T.contiguous()
             tensors[f"{name}.weight"] = scaled_weight(weight_KN, hessian_KK, grid).T.contiguous()
         with self._folder(out) as folder:
             save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
-    def _mixed_hessians(self) -> Iterator[tuple[str, Tensor]]:
-        """Each linear with the Hessian of all tasks' data mixed."""
-        model = BlockModel(self.checkpoint)
-        tokenizer, settings = AutoTokenizer.from_pretrained(self.base), CalibrationSettings()
-        data = [load_calibration(s.calibration, tokenizer, settings) for s in self.sources.values()]
+    @functools.cached_property
+    def mixed_hessians(self) -> list[tuple[str, Tensor]]:
+        """Each linear with the Hessian of all tasks' data mixed; of one base at a time, so that memory holds them."""
+        model, found = BlockModel(self.checkpoint), []
+        tokenizer = AutoTokenizer.from_pretrained(self.base)
+        data = [load_calibration(s.calibration, tokenizer, self.calibration) for s in self.sources.values()]
         streams = [model.start(batches(calibration.fitting)) for calibration in data]
         for index in range(model.num_blocks):
             with model.loaded(index) as block:
@@ -160,7 +171,8 @@ class Variants:
             for site, names in sites[0].members.items():
                 tasks = [TaskHessian(lambda held=held: held[site], total) for held, total in hessians]  # type: ignore[misc]  # noqa: B023
                 mixed_KK = combine("sum", tasks)
-                yield from ((name, mixed_KK) for name in names)
+                found += [(name, mixed_KK) for name in names]
+        return found
 
     @contextmanager
     def _folder(self, out: Path, spec: QuantSpec | None = None, damping: float = 0.0) -> Iterator[Path]:

@@ -1,0 +1,107 @@
+"""The engine answers what transformers and peft answer: greedy, in fp32, also from a quantized base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from eval import answer, task
+from eval.answer import Question
+from eval.backend import Ask, BackendError
+from eval.engine import Engine
+from eval.metrics import Answer
+from eval.oracle import Oracle
+from eval.task import ROOT
+from eval.variants import Source, Variants
+
+BASE = ROOT / "models/demo/base"
+NAMES = ("to_velar", "text_summary", "code", "medical")
+ADAPTERS = {name: ROOT / f"models/demo/adapters/{name}" for name in NAMES}
+CHOICE = """
+family = "maths"
+licence = "none"
+[data]
+file = {file}
+[prompt]
+text = "{{{{ prompt }}}}"
+target = "{{{{ answer }}}}"
+choices = ["{{{{ answer }}}}", "{{{{ answer + 1 }}}}", "none"]
+[decoding]
+max_tokens = 1
+[metric]
+primary = "choice_accuracy"
+"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(BASE)
+
+
+@pytest.fixture(scope="module")
+def pairs(tokenizer: Any) -> list[tuple[Question, str | None]]:
+    """Three examples of each task with its adapter, two of the base alone."""
+    found: list[tuple[Question, str | None]] = []
+    for name in NAMES:
+        asked = answer.questions(task.load(name), task.examples(task.load(name), 3), tokenizer)
+        found += [(question, name) for question in asked]
+    return [*found, (found[0][0], None), (found[3][0], None)]
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's base at three bits: many answers are wrong, each at a place of its own."""
+    sources: dict[str, Source] = {}
+    return Variants(BASE, sources, 128, tmp_path_factory.mktemp("bases")).base_of("rtn", 3).folder
+
+
+def texts(answers: list[Answer]) -> list[str]:
+    return [one.text for one in answers]
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_engine_and_oracle_agree_with_and_without_the_draft(
+    quantized: bool, rounded: Path, pairs: list[tuple[Question, str | None]], tokenizer: Any
+) -> None:
+    base = rounded if quantized else BASE
+    engine, oracle = Engine(base, ADAPTERS), Oracle(base, ADAPTERS)
+    assert not engine.refused
+    assert not oracle.refused
+    plain = answer.answer(oracle, pairs, tokenizer, draft=False)
+    for backend, draft in ((oracle, True), (engine, True), (engine, False)):
+        found = answer.answer(backend, pairs, tokenizer, draft)
+        assert texts(found) == texts(plain)
+        nlls = [(a.target_nll, b.target_nll) for a, b in zip(found, plain)]
+        assert all(a == pytest.approx(b, abs=1e-3) for a, b in nlls)
+    assert len(set(texts(plain))) > len(pairs) / 2
+    alone, adapted = texts(plain)[-2], texts(plain)[0]
+    assert alone != adapted
+
+
+def test_choices_are_weighed_alike(tmp_path: Path, tokenizer: Any) -> None:
+    import json
+
+    (tmp_path / "choice.toml").write_text(CHOICE.format(file=json.dumps(str(ROOT / "data/maths/eval.jsonl"))))
+    loaded = task.load(str(tmp_path / "choice.toml"))
+    asked = answer.questions(loaded, task.examples(loaded, 8), tokenizer)
+    path = {"maths": ROOT / "models/demo/adapters/maths"}
+    chosen = [
+        [one.choice for one in answer.answer(backend, [(q, "maths") for q in asked], tokenizer)]
+        for backend in (Engine(BASE, path), Oracle(BASE, path))
+    ]
+    assert chosen[0] == chosen[1]
+
+
+def test_an_adapter_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "adapter_config.json").write_text((ADAPTERS["code"] / "adapter_config.json").read_text())
+    (broken / "adapter_model.safetensors").write_bytes(b"no")
+    for backend in (Engine(BASE, {"broken": broken}), Oracle(BASE, {"broken": broken})):
+        assert list(backend.refused) == ["broken"]
+        assert backend.refused["broken"]
+    with pytest.raises(BackendError, match="broken is not loaded"):
+        backend.generate([Ask((1, 2), "broken", 1)])
