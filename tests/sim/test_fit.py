@@ -1,0 +1,71 @@
+"""Fitting a cost model: what made the steps is found again, also with noise."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from inlaid.sim.cost import CostModel, Load, load_cost
+from inlaid.sim.fit import errors, fit, main, read_steps, write_steps
+from inlaid.sim.replay import Step
+
+
+def steps(model: CostModel, count: int, noise: float, seed: int = 0) -> list[Step]:
+    rng = random.Random(seed)
+    made = []
+    for _ in range(count):
+        decodes = rng.randrange(0, 40)
+        prefills = rng.randrange(0, 3)
+        tokens = prefills * rng.randrange(8, 200)
+        load = Load(
+            prefill_tokens=tokens,
+            prefills=prefills,
+            decodes=decodes,
+            prompt_context=decodes * rng.randrange(10, 300),
+            output_context=decodes * rng.randrange(1, 200),
+            prefill_attention=tokens * rng.randrange(8, 200) // 2,
+            adapters=min(decodes, rng.randrange(1, 12)),
+            adapter_rows=decodes,
+            ranks=16 * min(decodes, rng.randrange(1, 12)),
+        )
+        made.append(Step(model.step_seconds(load) * rng.lognormvariate(-noise * noise / 2, noise), load))
+    return made
+
+
+TRUE = CostModel(
+    name="true", source="test", step=2e-3, prefill_tokens=2e-5, decodes=3e-5, prompt_context=2e-7, adapters=5e-5
+)
+
+
+def test_it_finds_the_model_that_made_the_steps() -> None:
+    model = fit(steps(TRUE, 500, 0.0), "m", "s")
+    assert errors(model, steps(TRUE, 100, 0.0, seed=1))["median_relative_error"] < 1e-3
+    assert model.step == pytest.approx(TRUE.step, rel=0.02)
+
+
+def test_noise_does_not_bias_the_sum() -> None:
+    model = fit(steps(TRUE, 2000, 0.4), "m", "s")
+    assert abs(errors(model, steps(TRUE, 1000, 0.0, seed=1))["relative_error_of_sum"]) < 0.03
+
+
+def test_a_cost_is_never_negative_and_few_steps_are_refused() -> None:
+    model = fit(steps(TRUE, 60, 0.5), "m", "s")
+    assert all(value >= 0 for value in vars(model).values() if isinstance(value, float))
+    with pytest.raises(ValueError, match="too few"):
+        fit(steps(TRUE, 10, 0.0), "m", "s")
+
+
+def test_files_of_steps_become_a_machine(tmp_path: Path) -> None:
+    path, out = tmp_path / "steps.jsonl", tmp_path / "cost.json"
+    write_steps(path, steps(TRUE, 200, 0.1))
+    assert read_steps(path) == steps(TRUE, 200, 0.1)
+    assert main([str(path), "--name", "mine", "--load-base", "0.001", "--out", str(out)]) == 0
+    machine = load_cost(str(out))
+    assert machine.name == "mine"
+    assert machine.load_seconds(16) == 0.001
+    assert json.loads(out.read_text())["held_out_steps"] == 50
+    path.write_text("nonsense")
+    assert main([str(path), "--name", "mine", "--out", str(out)]) == 2

@@ -1,0 +1,64 @@
+"""Rank-aware placement: the published worked case, the edge cases it leaves open, and the order of the ways."""
+
+from __future__ import annotations
+
+import random
+
+from inlaid.sim.placement import (
+    EXACT,
+    PADDED,
+    Instance,
+    Job,
+    Kernel,
+    choosers,
+    compare,
+    functions_trace,
+    rank_aware,
+    run,
+)
+
+
+def loaded(kernel: Kernel, count: int, rank: int) -> Instance:
+    instance = Instance(kernel)
+    for number in range(count):
+        instance.push(Job(0.0, number, rank, 50))
+    return instance
+
+
+def test_the_worked_case_goes_where_the_kernel_makes_it_cheap() -> None:
+    """24 rows of rank 32 against 16 of rank 64; one of rank 64 arrives; 36 ms is the objective."""
+    job = Job(0.0, 999, 64, 50)
+    for kernel, wanted, steps in ((PADDED, 1, (35.8, 34.8)), (EXACT, 0, (35.3, 35.9))):
+        instances = [loaded(kernel, 24, 32), loaded(kernel, 16, 64)]
+        after = tuple(round(1e3 * kernel.after(instance.all, 64), 1) for instance in instances)
+        assert after == steps
+        assert min((0, 1), key=lambda place: after[place]) == wanted
+    assert rank_aware(0.036, 60.0)([loaded(PADDED, 24, 32), loaded(PADDED, 16, 64)], job, random.Random(0)) == 1
+
+
+def test_an_empty_instance_neither_always_wins_nor_breaks_the_sum() -> None:
+    choose = rank_aware(slo=0.001, mean_tokens=60.0)  # nothing can meet it
+    instances = [loaded(EXACT, 5, 8), loaded(EXACT, 0, 8)]
+    assert choose(instances, Job(0.0, 1, 64, 10), random.Random(0)) == 1
+
+
+def test_every_request_is_served_whole_and_in_its_place() -> None:
+    jobs = functions_trace(50.0, 5.0, seed=3)
+    for choose in choosers(0.04, 60.0).values():
+        served = run(jobs, choose, EXACT, 8)
+        assert len(served) == len(jobs)
+        for job in served:
+            assert job.left == 0
+            assert job.finish - job.arrival >= (job.tokens - 1) * EXACT.base
+
+
+def test_alone_a_request_takes_a_prefill_and_its_decodes() -> None:
+    (job,) = run([Job(1.0, 0, 16, 11)], choosers(0.04, 60.0)["most-idle"], EXACT, 3)
+    step = EXACT.base + 16 * EXACT.per_rank
+    assert abs(job.finish - 1.0 - (1.5 + 10) * step) < 1e-9
+
+
+def test_rank_awareness_helps_kernels_that_pad_and_first_fit_is_worst() -> None:
+    rows = {row["placement"]: row for row in compare(80.0, 15.0, 1, PADDED, 20, 0.045)}
+    assert rows["rank-aware"]["mean_ms"] < rows["most-idle"]["mean_ms"] < rows["random"]["mean_ms"]
+    assert rows["first-fit"]["slo_attainment"] < rows["random"]["slo_attainment"]

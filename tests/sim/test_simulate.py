@@ -1,0 +1,140 @@
+"""The simulator: deterministic, conserving, and VTC within its bound in every suite."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from inlaid.engine.request import NewRequest, SamplingParams
+from inlaid.sim.cost import CostModel, Load, load_cost
+from inlaid.sim.experiment import bound, prepare, run, table, total_service
+from inlaid.sim.metrics import summarize
+from inlaid.sim.simulate import Arrival, Setup, make_lengths, simulate
+from inlaid.sim.suites import SUITES, as_trace, generate, real_counts
+
+FAIR = sorted(name for name, suite in SUITES.items() if suite.fair)
+SECONDS = 60.0  # of each suite's trace; the whole ones are in perf/results
+FLAT = CostModel(name="flat", source="test", step=0.01)
+
+
+@pytest.mark.parametrize("name", FAIR)
+def test_vtc_keeps_its_bound_in_every_suite(name: str) -> None:
+    suite = SUITES[name]
+    trace = [arrival for arrival in generate(suite) if arrival.time < SECONDS]
+    experiment = prepare(suite, trace=trace)
+    outcome = run(experiment, "vtc")
+    assert outcome.largest_gap is not None
+    assert outcome.largest_gap <= bound(experiment)
+    assert all(record.finish is not None for record in outcome.records)
+
+
+def test_fcfs_breaks_it_and_keeps_growing() -> None:
+    suite = SUITES["overload"]
+    experiment = prepare(suite, trace=[arrival for arrival in generate(suite) if arrival.time < 1.5 * SECONDS])
+    outcome = run(experiment, "fcfs")
+    assert outcome.largest_gap is not None
+    assert outcome.largest_gap > bound(experiment)
+    half = next(gap for when, gap in outcome.gap_series if when > outcome.end / 2)
+    assert outcome.largest_gap > 1.3 * half
+
+
+def test_the_same_seed_gives_the_same_to_the_last_digit() -> None:
+    experiment = prepare(SUITES["tasks-50"])
+    experiment = replace(experiment, trace=experiment.trace[:200])
+    assert run(experiment, "inlaid").records == run(experiment, "inlaid").records
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "vtc:predict=oracle", "inlaid"])
+def test_service_by_the_ledger_is_service_by_the_records(policy: str) -> None:
+    experiment = prepare(SUITES["poisson_on_off_overload"])
+    experiment = replace(experiment, trace=experiment.trace[:150])
+    outcome = run(experiment, policy)
+    assert sum(outcome.service.values()) == pytest.approx(total_service(outcome))
+    noted = sum(sum(served.values()) for _, served in outcome.history)
+    assert noted == pytest.approx(total_service(outcome))
+
+
+def test_isolation_is_computed() -> None:
+    suite = replace(SUITES["on_off_less"], duration=200.0)
+    experiment = prepare(suite)
+    rows = {row["policy"]: row for row in table(experiment, [run(experiment, policy) for policy in ("vtc", "fcfs")])}
+    assert rows["vtc"]["isolation"] == "yes"
+    assert rows["fcfs"]["isolation"] == "no"
+    assert rows["vtc"]["mean_difference"] < rows["fcfs"]["mean_difference"]
+
+
+def test_the_real_suite_has_the_published_shape() -> None:
+    trace = generate(SUITES["real"])
+    counts = sorted(real_counts(), reverse=True)
+    assert (len(trace), len(counts), counts[:5], counts[-1]) == (1500, 27, [296, 262, 199, 120, 67], 1)
+    prompts = [len(arrival.request.prompt) for arrival in trace]
+    outputs = [arrival.request.params.max_tokens for arrival in trace]
+    assert sum(prompts) / 1500 == pytest.approx(136, abs=2)
+    assert sum(outputs) / 1500 == pytest.approx(256, abs=3)
+    assert max(*prompts, *outputs) < 1024
+    assert [a.time for a in trace] == sorted(a.time for a in trace)
+
+
+def test_suites_send_what_they_say() -> None:
+    sent = {name: len(generate(SUITES[name])) for name in ("overload", "on_off_less", "dist_shift", "increase")}
+    assert sent["overload"] == 360 * 1.5 + 360 * 3
+    assert sent["on_off_less"] == pytest.approx(150 + 1200, abs=3)
+    assert sent["dist_shift"] == pytest.approx(90 + 600 + 300 + 300 + 150 + 450, abs=6)
+    assert sent["increase"] == pytest.approx(300 + 660, abs=250)
+
+
+def test_a_step_takes_what_the_model_says() -> None:
+    trace = as_trace([(0.0, "t", 8, 5)])
+    outcome = simulate(trace, Setup(FLAT))
+    (record,) = outcome.records
+    assert record.ttft == pytest.approx(0.01)
+    assert record.latency == pytest.approx(0.05)
+    assert outcome.steps == 5
+
+
+def test_loads_of_adapters_take_their_time_and_hold_up_nobody() -> None:
+    cost = replace(FLAT, load_base=0.5)
+    requests = [
+        NewRequest(id=name, prompt=[0] * 4, params=SamplingParams(max_tokens=3, ignore_eos=True), adapter=adapter)
+        for name, adapter in (("slow", "a"), ("base", None))
+    ]
+    outcome = simulate([Arrival(0.0, request) for request in requests], Setup(cost))
+    ttft = {record.id: record.ttft for record in outcome.records}
+    assert ttft["base"] == pytest.approx(0.01)
+    assert ttft["slow"] is not None
+    assert 0.5 <= ttft["slow"] <= 0.53
+
+
+def test_refused_requests_are_recorded_as_such() -> None:
+    trace = as_trace([(0.0, "t", 4, 2)] * 10)
+    outcome = simulate(trace, Setup(FLAT, policy="rpm:limit=4"))
+    assert sum(record.refused for record in outcome.records) == 6
+    assert summarize(outcome, 10.0, None, {})["refused"] == 6
+
+
+def test_an_hour_of_a_thousand_adapters_takes_few_steps_of_host_work() -> None:
+    suite = SUITES["tasks-1000"]
+    experiment = prepare(suite, trace=generate(suite)[:150])
+    outcome = run(experiment, "inlaid")
+    assert all(record.finish is not None for record in outcome.records)
+    assert outcome.largest_gap is None
+
+
+def test_machines_and_lengths_by_name_or_a_sentence() -> None:
+    assert load_cost("a10g").step_seconds(Load()) == 0.0225
+    prompt = load_cost("a10g").step_seconds(Load(prefill_tokens=512, prefills=1))
+    assert prompt == pytest.approx((0.21001891 * 512 + 1.14601454) / 1000)
+    with pytest.raises(ValueError, match="known: a100-13b, a10g, h200"):
+        load_cost("tpu")
+    with pytest.raises(ValueError, match="unknown lengths"):
+        make_lengths("crystal", 0)
+
+
+def test_the_profile_adds_up_to_the_published_function() -> None:
+    """Prefill plus every decode of a request of x and y tokens is h(x, y)."""
+    cost, x, y = replace(load_cost("a10g"), floor=0.0), 200, 120
+    seconds = cost.step_seconds(Load(prefill_tokens=x, prefills=1))
+    seconds += sum(cost.step_seconds(Load(decodes=1, prompt_context=x, output_context=n)) for n in range(1, y + 1))
+    h = 0.21001891 * x + 0.10075395 * y + 0.0039868 * x * y + 0.00324733 * y * y + 1.14601454
+    assert seconds == pytest.approx(h / 1000, rel=1e-6)
