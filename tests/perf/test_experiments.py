@@ -1,0 +1,76 @@
+"""The ready-made templates: all of them instantiate, and the demo-size ones run on the real server."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from perf.archive import Archive
+from perf.process import ROOT
+from perf.runner import main
+from perf.template import instantiate
+
+FOLDER = ROOT / "perf" / "experiments"
+FULL = sorted(path.stem for path in FOLDER.glob("*.toml") if not path.stem.startswith("demo-"))
+DEMOS = sorted(path.stem for path in FOLDER.glob("demo-*.toml"))
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def test_every_figure_has_a_template_and_a_demo_size() -> None:
+    assert set(FULL) == {"inlaid-tasks", "inlaid-slo", "vtc", "toppings", "slora", "scaling"}
+    assert {f"demo-{name}" for name in FULL} < set(DEMOS)
+
+
+@pytest.mark.parametrize("name", [*FULL, *DEMOS])
+def test_every_template_instantiates(name: str) -> None:
+    points = instantiate(FOLDER / f"{name}.toml")
+    assert points
+    assert not any(point.refused for point in points)
+    if name.startswith("demo-"):
+        assert len(points) <= 12
+        assert all(point.server.model == "models/demo/base" for point in points)
+
+
+def test_vtcs_suites_have_the_artifacts_numbers_of_requests() -> None:
+    points = {p.labels["dataset"]: p for p in instantiate(FOLDER / "vtc.toml")}
+    counts = {
+        name: round(sum(s.arrival.rate * (s.duration_s or 0) for s in point.workload.streams))
+        for name, point in points.items()
+        if name in ("overload", "overload-multi", "proportional", "dist_shift", "overload-s4-512")
+    }
+    # dist_shift's first client is silent half of its first 300 s
+    assert counts == {
+        "overload": 1620, "overload-multi": 1512, "proportional": 1350, "dist_shift": 1950, "overload-s4-512": 2700,
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in DEMOS if name != "demo-grid"])
+def test_a_demo_runs_on_the_real_server(name: str, tmp_path: Path) -> None:
+    """Every point passes, every request is answered with the tokens asked for, and a report is made."""
+    template = tmp_path / f"{name}.toml"
+    text = (FOLDER / template.name).read_text()
+    template.write_text(text.replace("[global]", f'[global]\nlog_home = "{tmp_path}/archives"', 1))
+    assert main(["--templates", str(template)]) == 0
+    (home,) = (tmp_path / "archives").iterdir()
+    archive = Archive(home)
+    for point, attempt in archive.passed().items():
+        summary = json.loads((archive.attempt_directory(point, attempt) / "summary.json").read_text())
+        assert summary["failed"] == 0
+        assert summary["total_output_tokens"] == _planned(archive, point, attempt)
+    assert set(archive.passed()) == set(archive.points)
+    assert (home / "report.html").stat().st_size > 100_000
+    shutil.rmtree(home)
+
+
+def _planned(archive: Archive, point: str, attempt: int) -> int:
+    lines = (archive.attempt_directory(point, attempt) / "summary.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return sum(record["planned_output_len"] for record in records if not record["warmup"])
