@@ -16,7 +16,7 @@ from inlaid.engine.control import change, describe, fairness
 from inlaid.engine.directory import AdapterDirectory, NoAdapters
 from inlaid.engine.policy import Lengths, MaxTokens
 from inlaid.engine.predictor import Predictor
-from inlaid.engine.request import Batch, Grammar, NewRequest, Output, Request, Runner
+from inlaid.engine.request import Batch, FinishReason, Grammar, NewRequest, Output, Request, Runner
 from inlaid.engine.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
@@ -54,9 +54,10 @@ class Engine:
         request.grammar = grammar
         return request
 
-    def abort(self, request_id: str) -> bool:
-        """End a request at once; its last Output comes with the next step. False: unknown or over already."""
-        return self.scheduler.abort(request_id)
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> bool:
+        """End a request at once; its last Output comes with the next step. False: unknown or over already. STOP says
+        that the answer is whole (a stop string was found), so that the predictor learns its length."""
+        return self.scheduler.abort(request_id, reason)
 
     @property
     def has_work(self) -> bool:

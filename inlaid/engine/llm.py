@@ -166,7 +166,7 @@ class LLM:
         if piece.finish_reason is not None:
             del streams[output.id]
             if output.finish_reason is None:  # a stop string ended it here
-                self.engine.abort(output.id)
+                self.engine.abort(output.id, FinishReason.STOP)
         return piece
 
     def _abort(self, streams: Mapping[str, TextStream]) -> None:

@@ -189,11 +189,11 @@ class Scheduler:
         self.waiting.push(request)
         self._stuck = None
 
-    def abort(self, request_id: str) -> bool:
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> bool:
         """End a request now, whatever it is doing. False: it is unknown, or has ended already."""
         request = self.requests.get(request_id)
         if request is not None:
-            self._end_early(request, FinishReason.ABORT)
+            self._end_early(request, reason)
         return request is not None
 
     def take_outputs(self) -> list[Output]:

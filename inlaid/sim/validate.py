@@ -2,8 +2,8 @@
 
     python -m inlaid.sim.validate --out perf/results/sim-validation-cpu.json
 
-First the engine serves a trace of bursts, to which this machine's cost model is fitted; then other traces, one per
-policy, are served by the engine and by the simulator.
+The engine serves bursts, to which this machine's cost model is fitted, and in turns with them other traces, which the
+simulator then serves too.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def summary(records: Sequence[Record], seconds: float) -> dict[str, float]:
     }
 
 
-def simulated(trace: Sequence[Arrival], loaded: Loaded, cost: CostModel, policy: str) -> dict[str, float]:
+def simulated(trace: Sequence[Arrival], loaded: Loaded, cost: CostModel, policy: str) -> tuple[list[Record], float]:
     """The same trace, scheduler settings and memory on the simulator. Adapters are all resident, as on the engine."""
     old = loaded.engine.scheduler
     limits = {
@@ -99,7 +99,7 @@ def simulated(trace: Sequence[Arrival], loaded: Loaded, cost: CostModel, policy:
         scheduler=limits,
     )
     outcome = simulate(trace, setup)
-    return summary(outcome.records, outcome.end)
+    return outcome.records, outcome.end
 
 
 def measure(loaded: Loaded, trace: Sequence[Arrival], policy: str) -> Replay:
@@ -121,7 +121,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=DEMO, help="a folder with base/ and adapters/")
     parser.add_argument("--policy", default="fcfs,vtc", help="comma-separated")
-    parser.add_argument("--seconds", type=float, default=30.0, help="length of each trace")
+    parser.add_argument(
+        "--seconds", type=float, default=30.0, help="of traffic in each comparison, all rounds together"
+    )
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--loads", default="0.5,0.8", help="rates, as shares of what the engine can do")
     parser.add_argument("--max-num-seqs", type=int, default=32)
     parser.add_argument("--num-blocks", type=int, default=400)
@@ -141,51 +144,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def validate(loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
-    """Each comparison stands between two traces of bursts, to which the cost model is fitted: a machine whose speed
-    drifts is followed, and the compared trace itself is never fitted to."""
+    """Rounds of bursts, to which the cost model is fitted, take turns with rounds of the compared traces, which it
+    never sees: a machine whose speed drifts drifts under both."""
     names = [info.name for info in loaded.adapters.list()]
     vocabulary = loaded.model.vocab_size
     rate = find_rate(loaded, names, vocabulary, count=args.max_num_seqs)
     rows: list[dict[str, Any]] = []
     steps: list[Step] = []
-    before: list[Step] = []
-    for place, share in enumerate(float(part) for part in args.loads.split(",")):
+    seconds = args.seconds / args.rounds
+    for share in map(float, args.loads.split(",")):
         for policy in args.policy.split(","):
-            before = before or _bursts(loaded, names, vocabulary, args.seconds, rate, 1)
-            trace = mixed_trace(names, vocabulary, args.seconds, rate * share, seed=100 + place)
-            real = measure(loaded, trace, policy)
-            after = _bursts(loaded, names, vocabulary, args.seconds, rate, len(rows) + 2)
-            cost = fit([*before, *after], loaded.model.device, f"fitted on {provenance()['processor']}")
-            rows.append(compare(policy, share, summary(real.records, real.seconds), trace, loaded, cost))
-            rows[-1]["fit_on_unseen_steps"] = errors(cost, real.steps)
-            steps += before
-            before = after
+            fitted, seen, rounds = [], [], []
+            for number in range(args.rounds):
+                seed = 1000 * len(rows) + number
+                bursts = mixed_trace(names, vocabulary, seconds, rate, seed=seed, bursts=True)
+                fitted += measure(loaded, bursts, "fcfs").steps
+                trace = mixed_trace(names, vocabulary, seconds, rate * share, seed=seed + 500)
+                real = measure(loaded, trace, policy)
+                seen += real.steps
+                rounds.append((trace, real))
+            cost = fit(fitted, loaded.model.device, f"fitted on {provenance()['processor']}")
+            rows.append({"policy": policy, "load": share, **compare(rounds, loaded, cost, policy)})
+            rows[-1]["fit_on_unseen_steps"] = errors(cost, seen)
+            steps += fitted
     if args.steps is not None:
-        write_steps(args.steps, [*steps, *before])
+        write_steps(args.steps, steps)
     if args.cost is not None:
-        write_cost(args.cost, cost, errors(cost, real.steps), provenance())
-    return {**provenance(seed=1), "device": loaded.model.device, "rate": rate, "rows": rows}
-
-
-def _bursts(
-    loaded: Loaded, names: Sequence[str], vocabulary: int, seconds: float, rate: float, seed: int
-) -> list[Step]:
-    trace = mixed_trace(names, vocabulary, seconds, rate, seed=seed, bursts=True)
-    return measure(loaded, trace, "fcfs").steps
+        write_cost(
+            args.cost, fit(steps, loaded.model.device, "fitted to measured steps"), errors(cost, seen), provenance()
+        )
+    return {**provenance(seed=0), "device": loaded.model.device, "rate": rate, "rows": rows}
 
 
 def compare(
-    policy: str, share: float, real: dict[str, float], trace: Sequence[Arrival], loaded: Loaded, cost: CostModel
+    rounds: Sequence[tuple[list[Arrival], Replay]], loaded: Loaded, cost: CostModel, policy: str
 ) -> dict[str, Any]:
-    made = simulated(trace, loaded, cost, policy)
+    """Engine and simulator over all rounds of one row."""
+    made = [simulated(trace, loaded, cost, policy) for trace, _ in rounds]
+    real = summary([r for _, done in rounds for r in done.records], sum(done.seconds for _, done in rounds))
+    sim = summary([r for records, _ in made for r in records], sum(end for _, end in made))
     return {
-        "policy": policy,
-        "load": share,
         "engine": real,
-        "simulator": made,
-        "throughput_error": made["throughput"] / real["throughput"] - 1.0,
-        "ttft_error": made["mean_ttft"] / real["mean_ttft"] - 1.0,
-        "latency_error": made["mean_latency"] / real["mean_latency"] - 1.0,
+        "simulator": sim,
+        "throughput_error": sim["throughput"] / real["throughput"] - 1.0,
+        "ttft_error": sim["mean_ttft"] / real["mean_ttft"] - 1.0,
+        "latency_error": sim["mean_latency"] / real["mean_latency"] - 1.0,
     }
 
 

@@ -200,3 +200,17 @@ def test_impossible_settings_are_refused_at_the_start(settings: dict[str, Any]) 
     config = EngineConfig(scheduler=SchedulerConfig(**settings))
     with pytest.raises(ValueError, match=r"at least|below 1|unknown"):
         make_engine(config, FakeRunner(16), lambda: 0.0, num_blocks=50, max_model_len=64)
+
+
+def test_an_answer_that_a_stop_string_ended_teaches_its_length() -> None:
+    predictor = Predictor()
+    bench = Bench(lengths=predictor)
+    for index in range(30):
+        bench.add(f"r{index}", [1, 2], max_tokens=50, ignore_eos=True)
+        while len(bench.tokens[f"r{index}"]) < 3:
+            bench.step()
+        bench.engine.abort(f"r{index}", FinishReason.STOP)
+        bench.run()
+        assert bench.ends[f"r{index}"].finish_reason is FinishReason.STOP
+    bench.add("next", [1, 2], max_tokens=50)
+    assert predictor.remaining(bench.scheduler.requests["next"]) < 8
