@@ -10,8 +10,11 @@
                 diagonal that makes that eigenvalue zero: what damping until the factorization holds comes to
     max-clip    the same, repaired by setting negative eigenvalues to zero. This keeps the maximum's false correlations
                 (it takes a positive one wherever any task has one) at full strength
-    minimax     the weights of the mean are raised where a task's own relative error is largest, over a few rounds of
-                solving; the solution whose worst task is best is kept
+    minimax     at each site, the weights of the mean are raised where a task's own relative error is largest, over a
+                few rounds of solving; the solution whose worst task is best is kept
+    minimax-loss  the same for the whole model: after each round the tasks' losses on calibration answers are measured,
+                and the weights (of trace-normalised Hessians, one for each task) raised where the loss has grown most.
+                Half of the weight always stays evenly spread, so that no task is given up for another
 
 The order of the tasks decides the order of the sums: callers bring them sorted, so that any history of additions and
 removals ends in the same bits.
@@ -27,17 +30,21 @@ from torch import Tensor
 
 from inlaid.quant.solver import Grid, Solution, reconstruction_error, solve
 
-AGGREGATIONS = ("minimax", "mean", "trace-mean", "sum", "max-diag", "max", "max-clip")
+MINIMAX_LOSS = "minimax-loss"
+AGGREGATIONS = ("minimax", MINIMAX_LOSS, "mean", "trace-mean", "sum", "max-diag", "max", "max-clip")
 ROUNDS = 6
+LOSS_ROUNDS = 4
 STEP = 1.0
 
 
 @dataclass(frozen=True)
 class TaskHessian:
-    """One task's second moments at one site, read when asked for, and how many tokens it stands for."""
+    """One task's second moments at one site, read when asked for; how many tokens it stands for; its share of the
+    weights, which only minimax-loss reads."""
 
     read: Callable[[], Tensor]
     tokens: float
+    share: float = 1.0
 
 
 def combine(aggregation: str, tasks: Sequence[TaskHessian]) -> Tensor:
@@ -49,8 +56,11 @@ def combine(aggregation: str, tasks: Sequence[TaskHessian]) -> Tensor:
     if aggregation == "sum":
         total = sum(task.tokens for task in tasks)
         return _weighted(tasks, [task.tokens / total for task in tasks])
-    if aggregation == "trace-mean":
-        return _weighted(tasks, [1.0 / max(float(task.read().trace()), 1e-30) for task in tasks])
+    if aggregation in ("trace-mean", MINIMAX_LOSS):
+        even = aggregation == "trace-mean"
+        shares = [1.0 if even else task.share for task in tasks]
+        traces = [max(float(task.read().trace()), 1e-30) for task in tasks]
+        return _weighted(tasks, [share / trace for share, trace in zip(shares, traces, strict=True)])
     if aggregation == "max-diag":
         return _largest_diagonal(tasks)
     if aggregation in ("max", "max-clip"):
@@ -83,6 +93,14 @@ def minimax(weight_KN: Tensor, tasks: Sequence[TaskHessian], grid: Grid, rounds:
         shares /= shares.sum()
     assert best is not None
     return best[1]
+
+
+def raised(shares: Tensor, excess: Tensor) -> Tensor:
+    """New shares for minimax-loss, raised where a task's loss has grown most; half is always evenly spread."""
+    even = 1.0 / len(shares)
+    grown = (excess.clamp(min=0) + 0.1 * excess.clamp(min=0).mean() + 1e-12).sqrt()
+    moved = (shares - 0.5 * even).clamp(min=0.05 * even) * grown
+    return 0.5 * even + 0.5 * moved / moved.sum()
 
 
 def relative_errors(

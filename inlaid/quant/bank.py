@@ -121,7 +121,7 @@ def _decode(parts: dict[str, Tensor]) -> Tensor:
     if "triangle" in parts:
         return _symmetric(parts["triangle"])
     deviation_K = parts["diagonal"].sqrt()
-    hessian_KK = _symmetric(parts["correlations"].float()) * deviation_K[:, None] * deviation_K[None, :]
+    hessian_KK = _symmetric(parts["correlations"].float()) * torch.outer(deviation_K, deviation_K)
     hessian_KK.diagonal().copy_(parts["diagonal"])
     return hessian_KK
 

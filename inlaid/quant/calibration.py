@@ -100,6 +100,8 @@ def load_calibration(path: Path, tokenizer: Any, settings: CalibrationSettings) 
     if num_held_out >= len(examples):
         raise CalibrationError(f"{path} holds {len(examples)} example(s); two or more are needed, one is held out")
     encoded = [encode(example, tokenizer, settings.max_length) for example in examples]
+    if min(len(sequence.ids) - max(sequence.answer, 1) for sequence in encoded) < 1:
+        raise CalibrationError(f"{path}: an example becomes fewer than two tokens with this model's tokenizer")
     held_out, rest = encoded[:num_held_out], encoded[num_held_out:]
     fitting: list[Sequence] = []
     budget = settings.max_tokens

@@ -37,7 +37,7 @@ class GateTask:
 
     name: str
     adapter: Adapter
-    held_out: tuple[Sequence, ...]
+    sequences: tuple[Sequence, ...]
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Fit:
 
 
 def quantized_losses(model: BlockModel, tasks: list[GateTask], report: Report) -> dict[str, float]:
-    """Each task's held-out loss on a (quantized) folder, adapter attached."""
-    passes = [_Pass(model, task.adapter, batches(task.held_out)) for task in tasks]
+    """Each task's loss on a (quantized) folder, adapter attached."""
+    passes = [_Pass(model, task.adapter, batches(task.sequences)) for task in tasks]
     _run(model, passes, report, "checking quantized")
     return {task.name: done.loss for task, done in zip(tasks, passes, strict=True)}
 
@@ -62,7 +62,7 @@ def fits(model: BlockModel, tasks: list[GateTask], report: Report) -> dict[str, 
     """How each task fits the full-precision base."""
     passes: dict[str, list[_Pass]] = {}
     for task in tasks:
-        paired, wrong = batches(task.held_out), mispaired(task.held_out)
+        paired, wrong = batches(task.sequences), mispaired(task.sequences)
         passes[task.name] = [_Pass(model, task.adapter, paired), _Pass(model, NO_ADAPTER, paired)]
         if wrong:
             passes[task.name].append(_Pass(model, task.adapter, batches(wrong)))

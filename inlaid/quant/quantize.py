@@ -41,7 +41,7 @@ from inlaid.checkpoint import (
     write_index,
 )
 from inlaid.quant.adapter import NO_ADAPTER, Adapter, read_adapter
-from inlaid.quant.aggregate import TaskHessian, solve_together
+from inlaid.quant.aggregate import LOSS_ROUNDS, MINIMAX_LOSS, TaskHessian, raised, solve_together
 from inlaid.quant.bank import Bank, Entry, entry_key
 from inlaid.quant.blocks import BlockModel, Stream
 from inlaid.quant.calibration import Calibration, batches, load_calibration
@@ -59,6 +59,8 @@ from inlaid.quant.settings import (
     bank_path,
     stored_path,
 )
+
+WEIGHING = 64  # sequences of each task that minimax-loss measures
 
 _SiteHessians = dict[str, list[TaskHessian]]
 _Members = dict[str, list[str]]
@@ -82,6 +84,16 @@ class Task:
     @property
     def gate(self) -> GateTask:
         return GateTask(self.name, self.adapter, self.calibration.held_out)
+
+    @property
+    def weighing(self) -> GateTask:
+        """What minimax-loss measures: calibration data, so that the gate's stay unseen."""
+        return GateTask(self.name, self.adapter, self.calibration.fitting[:WEIGHING])
+
+    @property
+    def answer_length(self) -> float:
+        measured = self.weighing.sequences
+        return sum(len(sequence.ids) - max(sequence.answer, 1) for sequence in measured) / len(measured)
 
 
 def quantize(
@@ -166,6 +178,7 @@ class _Job:
         # Sorted: any history of additions and removals must sum in the same order.
         self.tasks = [self._task(source, tokenizer) for source in sorted(sources, key=lambda source: source.name)]
         self.bank = Bank(bank_path(out), settings.bank_precision)
+        self.shares = torch.ones(len(self.tasks), dtype=torch.float64) / len(self.tasks)
         self.done, self.total = 0, self.model.num_blocks + 2
 
     def check_unchanged(self, record: Record) -> None:
@@ -182,14 +195,13 @@ class _Job:
         """Hessians, solving, the gate, and the switch. `known` are the tasks that were there before."""
         full = self._check_new([task for task in self.tasks if task.name not in known])
         full |= {name: task["loss_full"] for name, task in known.items()}
-        partial = self._partial()
-        facts = self._solve_blocks(partial)
-        self._finish_folder(partial)
+        partial, facts = self._candidate()
         after = self._check_quantized(partial, {name: task["loss_quantized"] for name, task in known.items()})
         record = self._record(full, after, facts)
         write_atomically(partial / RECORD, json.dumps(record.values(), indent=1).encode())
         sync_folder(partial)
         replace_folder(partial, self.out)
+        self._remove_partials()
         self.bank.keep_only({task.key for task in self.tasks})
         self.place.progress("done", self.total, self.total)
         return record
@@ -224,13 +236,44 @@ class _Job:
         self._step("tasks checked")
         return {name: fit.full for name, fit in found.items()}
 
-    def _partial(self) -> Path:
-        """The folder to fill: that of a killed run of the very same job, else a new one; those of other jobs go."""
+    def _candidate(self) -> tuple[Path, list[dict[str, Any]]]:
+        """The finished folder that is to take the output's place, and what its sites cost."""
+        if self.settings.aggregation != MINIMAX_LOSS:
+            partial = self._partial()
+            return partial, self._fill(partial)
+        full = self._weighing_losses(self.model)
+        best: tuple[float, Path, list[dict[str, Any]]] | None = None
+        self.total += self.model.num_blocks * (LOSS_ROUNDS - 1)
+        for number in range(LOSS_ROUNDS):
+            partial = self._partial(number)
+            facts = self._fill(partial)
+            excess = (self._weighing_losses(self._opened(partial)) - full).clamp(min=0)
+            if best is None or float(excess.max()) < best[0]:
+                best = float(excess.max()), partial, facts
+            self.shares = raised(self.shares, excess)
+        assert best is not None
+        return best[1:]
+
+    def _fill(self, partial: Path) -> list[dict[str, Any]]:
+        facts = self._solve_blocks(partial)
+        self._finish_folder(partial)
+        return facts
+
+    def _opened(self, folder: Path) -> BlockModel:
+        return BlockModel(Checkpoint(folder), self.place.device, self.model.dtype, self.place.offload)
+
+    def _weighing_losses(self, model: BlockModel) -> Tensor:
+        """Nats an answer, task by task."""
+        found = quantized_losses(model, [task.weighing for task in self.tasks], self._say)
+        return torch.tensor([found[task.name] * task.answer_length for task in self.tasks], dtype=torch.float64)
+
+    def _partial(self, number: int = 0) -> Path:
+        """A folder to fill: that of a killed run of the very same job, else a new one; those of other jobs go."""
         key = entry_key(tasks={task.name: task.key for task in self.tasks}, settings=asdict(self.settings))
-        partial = self.out.parent / f".{self.out.name}.{key}.partial"
         for other in self.out.parent.glob(f".{self.out.name}.*.partial"):
-            if other != partial:
+            if f".{key}." not in other.name:
                 shutil.rmtree(other)
+        partial = self.out.parent / f".{self.out.name}.{key}.{number}.partial"
         partial.mkdir(parents=True, exist_ok=True)
         config = self.checkpoint.config | {"quantization_config": self._quantization()}
         write_atomically(partial / "config.json", json.dumps(config, indent=2).encode())
@@ -263,6 +306,7 @@ class _Job:
         """Only tasks whose Hessians are still to be made travel through the blocks."""
         weight = self.settings.calibration.highlight
         for task in self.tasks:
+            task.streams = []
             if self.settings.sequential or not self.bank.entry(task.key).complete(self.model.num_blocks):
                 task.streams = self.model.start(batches(task.calibration.fitting, weight))
                 self.total += self.model.num_blocks
@@ -315,10 +359,12 @@ class _Job:
                 entry.write(index, made.hessians(), made.members, made.total)
             self._step(f"layer {index}, task {task.name}")
         members = entries[0].members(index)
-        return {site: [self._banked(entry, index, site) for entry in entries] for site in members}, members
+        shared = list(zip(entries, self.shares.tolist(), strict=True))
+        sites = {site: [self._banked(entry, share, index, site) for entry, share in shared] for site in members}
+        return sites, members
 
-    def _banked(self, entry: Entry, index: int, site: str) -> TaskHessian:
-        return TaskHessian(lambda: entry.read(index, site, self.model.device), entry.tokens(index))
+    def _banked(self, entry: Entry, share: float, index: int, site: str) -> TaskHessian:
+        return TaskHessian(lambda: entry.read(index, site, self.model.device), entry.tokens(index), share)
 
     def _fresh_hessians(self, block: nn.Module, index: int) -> tuple[_SiteHessians, _Members]:
         """Every task's Hessians of a block as its quantized predecessors make them."""
@@ -353,11 +399,10 @@ class _Job:
 
     def _check_quantized(self, partial: Path, before: dict[str, float]) -> dict[str, float]:
         """The losses on the new folder; refuses it if an old task has lost by it."""
-        model = BlockModel(Checkpoint(partial), self.place.device, self.model.dtype, self.place.offload)
-        after = quantized_losses(model, [task.gate for task in self.tasks], self._say)
+        after = quantized_losses(self._opened(partial), [task.gate for task in self.tasks], self._say)
         worse = regressions(before, after, self.gate.tolerance)
         if worse and not self.gate.force:
-            shutil.rmtree(partial)
+            self._remove_partials()
             raise GateRefusal(
                 f"old tasks would become worse by more than {self.gate.tolerance:g}: {'; '.join(worse)}; "
                 f"{self.out} is as it was (--force writes all the same)"
@@ -365,6 +410,10 @@ class _Job:
         for note in partial.glob(".block-*.json"):
             note.unlink()
         return after
+
+    def _remove_partials(self) -> None:
+        for partial in self.out.parent.glob(f".{self.out.name}.*.partial"):
+            shutil.rmtree(partial)
 
     def _record(self, full: dict[str, float], after: dict[str, float], facts: list[dict[str, Any]]) -> Record:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")

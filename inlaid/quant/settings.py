@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from inlaid.config import ConfigError, from_dict
-from inlaid.quant.aggregate import AGGREGATIONS
+from inlaid.quant.aggregate import AGGREGATIONS, MINIMAX_LOSS
 from inlaid.quant.bank import PRECISIONS
 from inlaid.quant.calibration import CalibrationSettings
 from inlaid.quant.solver import Grid
@@ -67,6 +67,9 @@ class Settings:
         ):
             if value not in allowed:
                 raise QuantizeError(f"{value!r} is not one of {', '.join(allowed)}")
+
+        if self.sequential and self.aggregation == MINIMAX_LOSS:
+            raise QuantizeError("minimax-loss solves again from kept Hessians, which sequential mode has none of")
 
     @classmethod
     def from_record(cls, values: dict[str, Any]) -> Settings:

@@ -1,0 +1,268 @@
+"""The whole rail on tiny models: incremental equals full, kills, refusals, and files that say what was solved."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from inlaid.checkpoint import Checkpoint, CheckpointError, dequantize
+from inlaid.quant import quantize as rail
+from inlaid.quant.adapter import AdapterError
+from inlaid.quant.calibration import CalibrationError, CalibrationSettings
+from inlaid.quant.quantize import add_task, quantize, remove_task
+from inlaid.quant.settings import Gate, Place, QuantizeError, Record, Settings, TaskSource, bank_path
+from inlaid.quant.solver import Grid
+from tests.quant.tiny import FAMILIES, write_adapter, write_base, write_data
+
+ANYWAY = Gate(force=True)  # random models fit nothing; the gate has tests of its own
+SETTINGS = Settings(Grid(4, 32), CalibrationSettings(held_out=0.25), "mean")
+
+
+@dataclass(frozen=True)
+class World:
+    """A base and four tasks."""
+
+    base: Path
+    tasks: dict[str, TaskSource]
+
+    def pick(self, *names: str) -> list[TaskSource]:
+        return [self.tasks[name] for name in names]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    root = tmp_path_factory.mktemp("world")
+    base = write_base(root / "base")
+    tasks = {}
+    for i, name in enumerate("abcd"):
+        adapter = write_adapter(root / name, base, i, ("q_proj", "down_proj") if i % 2 else ("v_proj", "up_proj"))
+        tasks[name] = TaskSource(name, adapter, write_data(root / f"{name}.jsonl", i))
+    return World(base, tasks)
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.glob("*.safetensors"))}
+
+
+@pytest.mark.parametrize("aggregation", ["mean", "minimax-loss"])
+def test_incremental_equals_full_bit_for_bit(tmp_path: Path, world: World, aggregation: str) -> None:
+    settings = replace(SETTINGS, aggregation=aggregation)
+    quantize(world.base, world.pick("a", "b", "c"), settings, tmp_path / "full", gate=ANYWAY)
+    full = weights(tmp_path / "full")
+    assert len(full) == 4  # three blocks and the rest
+
+    quantize(world.base, world.pick("c", "a"), settings, tmp_path / "added", gate=ANYWAY)
+    assert weights(tmp_path / "added") != full
+    add_task(tmp_path / "added", world.tasks["b"], gate=ANYWAY)
+    assert weights(tmp_path / "added") == full
+
+    quantize(world.base, world.pick("d", "b"), settings, tmp_path / "other", gate=ANYWAY)
+    add_task(tmp_path / "other", world.tasks["c"], gate=ANYWAY)
+    add_task(tmp_path / "other", world.tasks["a"], gate=ANYWAY)
+    remove_task(tmp_path / "other", "d", gate=ANYWAY)
+    assert weights(tmp_path / "other") == full
+    assert sorted(Record.read(tmp_path / "other").tasks) == ["a", "b", "c"]
+
+
+def test_adding_runs_only_the_new_task(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantize(world.base, world.pick("a", "b"), SETTINGS, tmp_path / "out", gate=ANYWAY)
+    calls = []
+    real = rail.block_hessians
+    monkeypatch.setattr(rail, "block_hessians", lambda *args, **more: calls.append(args[3]) or real(*args, **more))
+    add_task(tmp_path / "out", world.tasks["c"], gate=ANYWAY)
+    assert len(calls) == 3  # one for each block
+    assert len({adapter.identity for adapter in calls}) == 1
+    remove_task(tmp_path / "out", "a", gate=ANYWAY)
+    assert len(calls) == 3
+    assert len(list(bank_path(tmp_path / "out").iterdir())) == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_folder_holds_what_was_solved(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every family; the packed file, opened as a model by blocks, computes what transformers computes with the
+    dequantized weights put in place."""
+    # A family's own tokenizer class would not read the words.
+    monkeypatch.setattr(rail, "_tokenizer", PreTrainedTokenizerFast.from_pretrained)
+    base = write_base(tmp_path / "base", family)
+    source = TaskSource("t", Path("none"), write_data(tmp_path / "t.jsonl", 0))
+    grid = Grid(3, 32, act_order=True)
+    record = quantize(base, [source], Settings(grid, aggregation="mean"), tmp_path / "out", gate=ANYWAY)
+    checkpoint = Checkpoint(tmp_path / "out")
+    assert len(checkpoint.linears) == 21
+    assert checkpoint.linear(checkpoint.linears[0]).spec.act_order
+    whole = AutoModelForCausalLM.from_pretrained(base).eval()
+    with torch.no_grad():
+        for name in checkpoint.linears:
+            whole.get_submodule(name).weight.copy_(dequantize(checkpoint.linear(name)).T)
+    job = rail._Job(base, [source], Settings(grid, aggregation="mean"), tmp_path / "x", Place(), ANYWAY)
+    total = count = 0.0
+    for sequence in job.tasks[0].calibration.held_out:
+        ids = torch.tensor([sequence.ids])
+        with torch.no_grad():
+            logits = whole(input_ids=ids).logits[0, :-1].double()
+        first = max(sequence.answer, 1)
+        picked = torch.log_softmax(logits, -1).gather(1, ids[0, 1:, None])[first - 1 :]
+        total, count = total - float(picked.sum()), count + len(picked)
+    assert record.tasks["t"]["loss_quantized"] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_what_other_readers_find(tmp_path: Path, world: World) -> None:
+    quantize(world.base, world.pick("a"), SETTINGS, tmp_path / "out", gate=ANYWAY)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["quantization_config"] == json.loads((tmp_path / "out/quantize_config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "gptq"
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())["weight_map"]
+    assert {name.rsplit(".", 1)[1] for name in index if "q_proj" in name} == {"qweight", "qzeros", "scales", "g_idx"}
+    assert (tmp_path / "out/tokenizer.json").exists()
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_sequential_mode(tmp_path: Path, world: World) -> None:
+    settings = replace(SETTINGS, grid=Grid(2, 32), sequential=True)
+    quantize(world.base, world.pick("a", "b"), settings, tmp_path / "one", gate=ANYWAY)
+    quantize(world.base, world.pick("a", "b"), replace(settings, sequential=False), tmp_path / "two", gate=ANYWAY)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one["model-block-000.safetensors"] == two["model-block-000.safetensors"]  # nothing quantized before it
+    assert one["model-block-001.safetensors"] != two["model-block-001.safetensors"]
+    assert not bank_path(tmp_path / "one").exists()
+    quantize(world.base, world.pick("b"), settings, tmp_path / "three", gate=ANYWAY)
+    add_task(tmp_path / "three", world.tasks["a"], gate=ANYWAY)
+    assert weights(tmp_path / "three") == one
+
+
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+from inlaid.quant.quantize import quantize
+from inlaid.quant.settings import Gate, Place, Settings, TaskSource
+base, out, at, settings, *tasks = sys.argv[1:]
+def progress(step, done, total):
+    if at in step:
+        os.kill(os.getpid(), signal.SIGKILL)
+sources = [TaskSource.parse(task) for task in tasks]
+chosen = Settings.from_record(json.loads(settings))
+quantize(Path(base), sources, chosen, Path(out), Place(progress=progress), Gate(force=True))
+"""
+
+
+@pytest.mark.parametrize(
+    ("sequential", "at"), [(False, "layer 1, task b"), (False, "layer 1 solved"), (True, "layer 2, task a")]
+)
+def test_a_killed_run_leaves_the_old_and_resumes(
+    tmp_path: Path, world: World, sequential: bool, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(SETTINGS, sequential=sequential)
+    expected = tmp_path / "expected"
+    quantize(world.base, world.pick("a", "b"), settings, expected, gate=ANYWAY)
+    out = tmp_path / "out"
+    quantize(world.base, world.pick("c"), SETTINGS, out, gate=ANYWAY)
+    old = weights(out)
+    tasks = [f"{task.name}={task.adapter}:{task.data}" for task in world.pick("a", "b")]
+    written = json.dumps(Record(out, {}, settings, {}, []).values()["settings"])
+    command = [sys.executable, "-c", KILLED, str(world.base), str(out), at, written, *tasks]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.getcwd()}, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert weights(out) == old
+    assert "c" in Record.read(out).tasks
+
+    made = []
+    real = rail.block_hessians
+    monkeypatch.setattr(rail, "block_hessians", lambda *args, **more: made.append(args[2]) or real(*args, **more))
+    quantize(world.base, world.pick("a", "b"), settings, out, gate=ANYWAY)
+    assert weights(out) == weights(expected)
+    assert len(made) < 6  # three blocks of two tasks, less what the killed run had done
+    assert not list(tmp_path.glob(".out.*"))
+
+
+def test_a_full_disk_leaves_the_old(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    quantize(world.base, world.pick("a"), SETTINGS, out, gate=ANYWAY)
+    old = weights(out)
+
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(rail, "write_atomically", full)
+    with pytest.raises(OSError, match="No space"):
+        add_task(out, world.tasks["b"], gate=ANYWAY)
+    assert weights(out) == old
+    assert sorted(Record.read(out).tasks) == ["a"]
+
+
+def test_only_one_job_at_a_time(tmp_path: Path, world: World) -> None:
+    out = tmp_path / "out"
+    with rail._only_job(out), pytest.raises(QuantizeError, match="another job"):
+        quantize(world.base, world.pick("a"), SETTINGS, out)
+
+
+def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path, world: World) -> None:
+    out, a = tmp_path / "out", world.tasks["a"]
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    other = write_base(tmp_path / "other", "llama", seed=9)
+    wrong = write_adapter(tmp_path / "wrong", other, 0, ("lm_head",))
+    cases = [
+        ([], SETTINGS, QuantizeError, "at least one task"),
+        ([a, a], SETTINGS, QuantizeError, "same name"),
+        ([replace(a, data=empty)], SETTINGS, CalibrationError, "no examples"),
+        ([replace(a, data=tmp_path / "gone")], SETTINGS, CalibrationError, "cannot be read"),
+        ([replace(a, adapter=tmp_path / "gone")], SETTINGS, AdapterError, "not a PEFT adapter"),
+        ([replace(a, adapter=wrong)], SETTINGS, AdapterError, "lm_head"),
+        ([a], replace(SETTINGS, grid=Grid(4, 48)), QuantizeError, "groups of 48"),
+        ([a], replace(SETTINGS, grid=Grid(4, 64)), QuantizeError, "down_proj"),
+    ]
+    for sources, settings, error, words in cases:
+        with pytest.raises(error, match=words):
+            quantize(world.base, sources, settings, out)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        quantize(tmp_path / "nowhere", [a], SETTINGS, out)
+    with pytest.raises(QuantizeError, match="base itself"):
+        quantize(world.base, [a], SETTINGS, world.base)
+    assert not out.exists()
+    assert not list(tmp_path.glob(".out*"))
+    for bad in ({"aggregation": "median"}, {"dtype": "int3"}, {"sequential": True, "aggregation": "minimax-loss"}):
+        with pytest.raises(QuantizeError):
+            replace(SETTINGS, **bad)
+    for text in ("name", "name=only", "na me=a:b"):
+        with pytest.raises(QuantizeError, match="NAME=ADAPTER:DATA"):
+            TaskSource.parse(text)
+
+
+def test_bases_adapters_and_data_are_never_mixed(tmp_path: Path, world: World) -> None:
+    base = write_base(tmp_path / "base", seed=1)
+    adapter = write_adapter(tmp_path / "adapter", base, 1)
+    source = TaskSource("t", adapter, write_data(tmp_path / "t.jsonl", 1))
+    out = tmp_path / "out"
+    quantize(base, [source], SETTINGS, out, gate=ANYWAY)
+    with pytest.raises(QuantizeError, match="already has a task t"):
+        add_task(out, source)
+    with pytest.raises(QuantizeError, match="has no task x"):
+        remove_task(out, "x")
+    with pytest.raises(QuantizeError, match="only task"):
+        remove_task(out, "t")
+    with pytest.raises(QuantizeError, match="quantized already"):
+        quantize(out, [source], SETTINGS, tmp_path / "again")
+    with pytest.raises(QuantizeError, match=r"no inlaid\.json"):
+        add_task(base, source)
+    new = replace(source, name="u")
+    write_data(tmp_path / "t.jsonl", 2)
+    with pytest.raises(QuantizeError, match="data of task t has changed"):
+        add_task(out, new)
+    write_data(tmp_path / "t.jsonl", 1)
+    write_adapter(adapter, base, 5)
+    with pytest.raises(QuantizeError, match="adapter of task t has changed"):
+        add_task(out, new)
+    write_adapter(adapter, base, 1)
+    write_base(base, seed=2)
+    with pytest.raises(QuantizeError, match="not the base"):
+        add_task(out, new)
