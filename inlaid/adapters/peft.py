@@ -118,7 +118,7 @@ _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # others ch
 def _parse_config(data: bytes) -> dict[str, Any]:
     try:
         config = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"adapter_config.json is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise AdapterError("adapter_config.json does not hold an object")

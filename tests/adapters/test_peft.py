@@ -218,10 +218,11 @@ def test_pickles_and_bare_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
     with pytest.raises(AdapterError, match="pickled"):
         read(tmp_path)
-    (tmp_path / "adapter_config.json").write_text("[")
     (tmp_path / "adapter_model.bin").rename(tmp_path / "adapter_model.safetensors")
-    with pytest.raises(AdapterError, match="not valid JSON"):
-        read(tmp_path)
+    for text in ("[", "[" * 100_000, "\ud800".encode("utf-16", "surrogatepass").hex(), "\x00"):
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(AdapterError, match=r"not valid JSON|does not hold an object"):
+            read(tmp_path)
 
 
 def test_limits(tmp_path: Path) -> None:
