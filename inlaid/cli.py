@@ -160,7 +160,7 @@ def _parse_adapter(text: str) -> tuple[str, str]:
             raise UsageError(f'{text!r} is not an adapter: write NAME=PATH or {{"name": …, "path": …}}') from error
     name, equals, path = text.partition("=")
     if not (name and equals and path):
-        raise UsageError(f"{text!r} is not an adapter: write NAME=PATH")
+        raise UsageError(f"{text!r} is not an adapter: write NAME=PATH (and the model before --adapter)")
     return name, path
 
 

@@ -119,5 +119,8 @@ class ServerConfig:
     request_timeout: float = option(0.0, "seconds after which a request is aborted; 0: never")
     drain_timeout: float = option(60.0, "seconds that SIGTERM waits for requests in flight")
     on_engine_death: str = option("restart", "what to do when the engine process dies", ("restart", "exit"))
+    engine_timeout: float = option(
+        300.0, "seconds without an answer after which the engine process is taken for dead; 0: never"
+    )
     max_metric_adapters: int = option(256, "most adapters with metric labels of their own; the rest share one")
     chat_template: str | None = option(None, "file with a chat template that replaces the model's")

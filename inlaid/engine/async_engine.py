@@ -106,6 +106,7 @@ class _Link:
         self.process: asyncio.subprocess.Process | None = None
         self.writer: asyncio.StreamWriter | None = None
         self.ready: asyncio.Future[messages.Ready] = asyncio.get_running_loop().create_future()
+        self.ready.add_done_callback(_look_at)  # perhaps nobody waits for it
         self.inboxes: dict[str, _Inbox] = {}
         self.calls: dict[int, asyncio.Future[Any]] = {}
         self.fatal: str | None = None
@@ -178,6 +179,12 @@ class _Link:
             self.process.kill()
 
 
+def _look_at(future: asyncio.Future[Any]) -> None:
+    """An exception that was looked at is not reported as lost."""
+    if not future.cancelled():
+        future.exception()
+
+
 def _refusal(event: messages.Refusal) -> Exception:
     return EngineError(event.message) if event.fault else RequestRefused(event.message, event.retry_after)
 
@@ -196,6 +203,7 @@ class AsyncEngine:
         adapters: Mapping[str, str] | None = None,
         *,
         on_death: str = "restart",
+        timeout: float = 0.0,
         give_up: Callable[[str], None] = lambda reason: None,
         factory: str = FACTORY,
         environment: Mapping[str, str] | None = None,
@@ -207,6 +215,7 @@ class AsyncEngine:
         self.last_death: str | None = None  # why, until it is back
         self._paths = dict(adapters or {})
         self._on_death = on_death
+        self._timeout = timeout  # seconds without an answer after which the process is taken for dead; 0: never
         self._give_up = give_up
         self._factory = factory
         self._environment = {"PYTHONPATH": _import_path(), **(environment or {})}
@@ -266,7 +275,9 @@ class AsyncEngine:
 
     async def call(self, method: str, /, **arguments: Any) -> Any:
         """Ask the engine something, see process.Calls. ValueError: it refuses; EngineDead."""
-        link = self._live()
+        return await self._ask(self._live(), method, arguments)
+
+    async def _ask(self, link: _Link, method: str, arguments: dict[str, Any]) -> Any:
         number = next(self._numbers)
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         link.calls[number] = answer
@@ -341,12 +352,12 @@ class AsyncEngine:
             self.num_restarts += 1
             log.warning("starting the engine process again")
             link = self._link = _Link()
-            link.ready.add_done_callback(lambda ready: ready.exception())  # nobody else may ask
 
     async def _live_once(self, link: _Link, strict: bool) -> str:
         """One life, from start to death. Why it ended."""
         start = messages.Start(config=self.config, adapters=dict(self._paths), factory=self._factory, strict=strict)
         framing = messages.Framing(messages.Event)
+        watch = asyncio.create_task(self._watch(link))
         try:
             reader = await link.open(start, self._environment)
             while data := await reader.read(_READ_SIZE):
@@ -356,9 +367,26 @@ class AsyncEngine:
                     link.receive(event)
         except (OSError, ValueError, msgspec.MsgspecError) as error:
             log.error("the connection to the engine process broke", exc_info=error)
+        finally:
+            watch.cancel()
         await link.close()
         status = None if link.process is None else link.process.returncode
         return link.fatal or f"the engine process ended with status {status}"
+
+    async def _watch(self, link: _Link) -> None:
+        """End a process that serves but has stopped answering, so that it is treated like any other dead one."""
+        if not self._timeout:
+            return
+        try:
+            await asyncio.shield(link.ready)
+            while True:
+                await asyncio.sleep(self._timeout / 4)
+                await asyncio.wait_for(self._ask(link, "stats", {}), self._timeout)
+        except asyncio.TimeoutError:
+            link.fatal = f"the engine process has not answered for {self._timeout:g} s"
+            link.kill()
+        except EngineDead:
+            pass  # it has ended by itself
 
     def _welcome(self, ready: messages.Ready) -> None:
         self.model = ready.model

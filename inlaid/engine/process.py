@@ -37,6 +37,7 @@ FACTORY = "inlaid.engine.process:build_engine"
 _PAUSE = 0.001  # seconds between looks at what is loading, when there is nothing to compute
 _MAX_FAILURES = 8  # steps that fail in a row before the process gives up
 _READ_SIZE = 1 << 20
+_GRACE = 3.0  # seconds from the other end's closing to the end of this process, whatever it is doing
 _MAX_COMPILING = 64  # requests whose grammars are being compiled, or wait for that
 
 
@@ -215,7 +216,10 @@ class EngineProcess:
                 model=self._loaded.model, adapters=self._loaded.adapters.list(), left_out=self._loaded.left_out
             )
         )
-        return self._loop()
+        try:
+            return self._loop()
+        finally:
+            self._engine.close()
 
     def _first_message(self) -> messages.Start:
         found: list[Any] = []
@@ -352,10 +356,11 @@ def _factory(name: str) -> Callable[..., Loaded]:
 
 
 def _end_with(connection: socket.socket) -> None:
-    """End this process when the other end closes, even in the middle of a long load or step."""
+    """End this process some seconds after the other end has closed, if a long load or step keeps it from ending."""
     poller = select.poll()
     poller.register(connection, select.POLLRDHUP if hasattr(select, "POLLRDHUP") else 0)
     poller.poll()
+    time.sleep(_GRACE)
     os._exit(0)
 
 

@@ -80,9 +80,16 @@ ROUTES = (
         protocol.UnloadAdapterBody,
         (protocol.LoadResult,),
     ),
-    Route("GET", "/v1/scheduler", admin.get_scheduler, answers=(dict[str, Any],)),
+    Route("GET", "/v1/scheduler", admin.get_scheduler, Guard.OPERATOR, answers=(dict[str, Any],)),
     Route("PUT", "/v1/scheduler", admin.put_scheduler, Guard.ADMIN, protocol.SchedulerBody, (dict[str, Any],)),
-    Route("GET", "/v1/fairness", admin.fairness, answers=(dict[str, Any],), query=(("window", "number"),)),
+    Route(
+        "GET",
+        "/v1/fairness",
+        admin.fairness,
+        Guard.OPERATOR,
+        answers=(dict[str, Any],),
+        query=(("window", "number"),),
+    ),
 )
 
 
@@ -128,10 +135,10 @@ async def _call(route: Route, decoder: msgspec.json.Decoder[Any] | None, request
 
 
 def _check_key(service: Service, guard: Guard, headers: Mapping[str, str]) -> None:
-    if guard is Guard.INFERENCE:
-        service.keys.check_inference(headers)
-    if guard is Guard.ADMIN:
+    if guard is Guard.ADMIN or (guard is Guard.OPERATOR and service.keys.has_admin):
         service.keys.check_admin(headers)
+    elif guard is not Guard.OPEN:
+        service.keys.check_inference(headers)
 
 
 @web.middleware
@@ -162,7 +169,14 @@ async def make_service(
     if model_name in adapters:
         raise ConfigError(f"an adapter is called {model_name!r} like the base; rename one (--served-model-name)")
     template = None if config.chat_template is None else _read_template(config.chat_template)
-    engine = AsyncEngine(engine_config, adapters, on_death=config.on_engine_death, give_up=give_up, **engine_options)
+    engine = AsyncEngine(
+        engine_config,
+        adapters,
+        on_death=config.on_engine_death,
+        timeout=config.engine_timeout,
+        give_up=give_up,
+        **engine_options,
+    )
     try:
         model = await engine.start()
         tokenizer = await asyncio.to_thread(Tokenizer, model.folder, template)
@@ -183,7 +197,7 @@ async def make_service(
         folders=folders,
         model_name=model_name,
         model_path=engine_config.model,
-        max_model_len=model.max_model_len,
+        max_model_len=min(model.max_model_len, (model.num_blocks - 1) * model.block_size),
         vocab_size=model.vocab_size,
         started=int(time.time()),
     )

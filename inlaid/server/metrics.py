@@ -40,6 +40,12 @@ class Metrics:
             [*_LABELS, "finished_reason"],
             registry=self.registry,
         )
+        self.refused = Counter(
+            "inlaid:requests_refused",
+            "Requests that the engine did not take, by HTTP status",
+            [*_LABELS, "status"],
+            registry=self.registry,
+        )
         self.first = self._histogram("time_to_first_token_seconds", "Arrival to first token", _SECONDS)
         self.between = self._histogram("inter_token_latency_seconds", "Between two tokens of a request", _BETWEEN)
         self.per_token = self._histogram(
@@ -89,6 +95,7 @@ class _Series:
 
     def __init__(self, metrics: Metrics, labels: tuple[str, ...]) -> None:
         self._success = metrics.success
+        self._refused = metrics.refused
         self._labels = labels
         self.prompt_tokens = metrics.prompt_tokens.labels(*labels)
         self.cached_tokens = metrics.cached_tokens.labels(*labels)
@@ -108,6 +115,9 @@ class _Series:
     def end(self, reason: str) -> None:
         self._success.labels(*self._labels, reason).inc()
 
+    def refuse(self, status: int) -> None:
+        self._refused.labels(*self._labels, str(status)).inc()
+
 
 class Meter:
     """One request's times and tokens. `close` counts it, however it ended."""
@@ -120,6 +130,11 @@ class Meter:
         self._queue = 0.0
         self._num_tokens = 0
         self._reason: str | None = None
+        self._refused = False
+
+    def refuse(self, status: int) -> None:
+        self._refused = True
+        self._series.refuse(status)
 
     def note(self, piece: Piece) -> None:
         now = time.monotonic()
@@ -140,6 +155,8 @@ class Meter:
             self._reason = piece.finish_reason.value
 
     def close(self) -> None:
+        if self._refused:
+            return
         series = self._series
         series.end(self._reason or "abort")
         if self._reason is None or self._first is None:

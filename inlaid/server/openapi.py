@@ -25,7 +25,7 @@ def document(routes: Sequence[Route]) -> dict[str, Any]:
     schema_of = dict(zip(unique, schemas, strict=True))
     paths: dict[str, dict[str, Any]] = {}
     for route in routes:
-        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, schema_of)
+        paths.setdefault(plain_path(route), {})[route.method.lower()] = _operation(route, schema_of)
     return {
         "openapi": "3.1.0",
         "info": {"title": "inlaid", "version": __version__},
@@ -35,6 +35,11 @@ def document(routes: Sequence[Route]) -> dict[str, Any]:
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
+
+
+def plain_path(route: Route) -> str:
+    """The path with its parameters' names only."""
+    return re.sub(r"{(\w+):[^}]*}", r"{\1}", route.path)
 
 
 def _operation(route: Route, schema_of: dict[Any, Any]) -> dict[str, Any]:
@@ -50,7 +55,7 @@ def _operation(route: Route, schema_of: dict[Any, Any]) -> dict[str, Any]:
         "summary": (route.handler.__doc__ or "").strip().split("\n")[0],
         "responses": {"200": {"description": "done", "content": content}, "default": error},
     }
-    names = re.findall(r"{(\w+)[^}]*}", route.path)
+    names = re.findall(r"{(\w+)}", plain_path(route))
     if names or route.query:
         made["parameters"] = [
             *({"name": n, "in": "path", "required": True, "schema": {"type": "string"}} for n in names),

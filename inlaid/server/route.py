@@ -11,6 +11,7 @@ from typing import Any
 class Guard(enum.Enum):
     OPEN = "open"  # no key: for probes and scrapers
     INFERENCE = "inference"
+    OPERATOR = "operator"  # tells about tenants: the admin key where there is one, else as inference
     ADMIN = "admin"
 
 

@@ -186,6 +186,24 @@ def test_an_adapter_that_is_gone_at_the_restart_is_left_out(tmp_path: Path) -> N
     asyncio.run(main())
 
 
+def test_a_process_that_no_longer_answers_is_replaced() -> None:
+    async def main() -> None:
+        async with running(timeout=0.5) as engine:
+            first = engine.process_id
+            assert first is not None
+            os.kill(first, signal.SIGSTOP)
+            with pytest.raises(EngineDead, match=r"has not answered for 0\.5 s"):
+                await tokens(engine, NewRequest(id="a", prompt=[1], params=LONG))
+
+            async def back() -> bool:
+                return engine.ready
+
+            await until(back)
+            assert engine.process_id != first
+
+    asyncio.run(main())
+
+
 def test_with_exit_a_death_is_reported_and_final() -> None:
     async def main() -> None:
         reasons: list[str] = []

@@ -7,11 +7,12 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_engine import ENVIRONMENT, FACTORY
 
-from inlaid.config import EngineConfig
+from inlaid.config import EngineConfig, SchedulerConfig
 from inlaid.engine import messages
 from inlaid.engine.process import build_engine
 from inlaid.engine.request import NewRequest, SamplingParams
@@ -42,8 +43,9 @@ class Child:
         return self.framing.feed(data) if data else []
 
 
-def start(model: str = "fake") -> messages.Start:
-    return messages.Start(config=EngineConfig(model=model), adapters={}, factory=FACTORY)
+def start(model: str = "fake", **scheduler: Any) -> messages.Start:
+    config = EngineConfig(model=model, scheduler=SchedulerConfig(**scheduler))
+    return messages.Start(config=config, adapters={}, factory=FACTORY)
 
 
 def test_it_ends_when_the_other_end_closes_even_in_the_middle_of_work() -> None:
@@ -55,6 +57,15 @@ def test_it_ends_when_the_other_end_closes_even_in_the_middle_of_work() -> None:
     assert isinstance(child.receive()[0], messages.Outputs)
     child.socket.close()
     assert child.process.wait(30) == 0
+
+
+def test_what_the_predictor_learned_is_kept_at_the_end(tmp_path: Path) -> None:
+    file = tmp_path / "lengths"
+    child = Child(start(predictor_file=str(file)))
+    assert isinstance(child.receive()[0], messages.Ready)
+    child.socket.close()
+    assert child.process.wait(30) == 0
+    assert file.exists()
 
 
 def test_commands_that_came_during_the_load_are_obeyed() -> None:

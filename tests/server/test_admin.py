@@ -84,11 +84,12 @@ def test_an_adapter_that_cannot_be_served_is_refused_with_its_reason(server: Liv
     assert say(server, "to_velar")
 
 
-def test_only_the_admin_key_changes_anything(server: Live) -> None:
+def test_only_the_admin_key_changes_anything_or_sees_tenants(server: Live) -> None:
     for method, path, body in [
         ("POST", "/v1/load_lora_adapter", {"lora_name": "a", "lora_path": "velar"}),
         ("POST", "/unload_lora_adapter", {"lora_name": "to_velar"}),
         ("PUT", "/v1/scheduler", {"policy": "vtc"}),
+        ("GET", "/v1/fairness", None),
     ]:
         for headers in ({}, {"Authorization": "Bearer wrong"}):
             assert server.ask(method, path, body, headers).status == 401
@@ -96,24 +97,24 @@ def test_only_the_admin_key_changes_anything(server: Live) -> None:
 
 
 def test_the_scheduler_is_changed_while_serving(server: Live) -> None:
-    before = server.ask("GET", "/v1/scheduler").json
+    before = server.admin("GET", "/v1/scheduler").json
     assert before["policy"] == "fcfs"
     changed = server.admin("PUT", "/v1/scheduler", {"policy": "vtc", "weights": {"alice": 2.0}})
     assert changed.status == 200
-    assert server.ask("GET", "/v1/scheduler").json["policy"] == "vtc"
-    assert server.ask("GET", "/v1/scheduler").json["weights"] == {"alice": 2.0}
+    assert server.admin("GET", "/v1/scheduler").json["policy"] == "vtc"
+    assert server.admin("GET", "/v1/scheduler").json["weights"] == {"alice": 2.0}
     assert say(server, "to_velar")
     refused = server.admin("PUT", "/v1/scheduler", {"policy": "lottery"})
     assert refused.status == 400
     assert "lottery" in refused.json["error"]["message"]
     assert server.admin("PUT", "/v1/scheduler", {"weights": {"alice": -1.0}}).status == 400
-    assert server.ask("GET", "/v1/scheduler").json["policy"] == "vtc"
+    assert server.admin("GET", "/v1/scheduler").json["policy"] == "vtc"
     assert server.admin("PUT", "/v1/scheduler", {"policy": "fcfs", "weights": {}}).status == 200
 
 
 def test_fairness_shows_who_was_served(server: Live) -> None:
     server.ask("POST", "/v1/completions", {"prompt": "a"}, {"Authorization": "Bearer someone"})
-    tenants = server.ask("GET", "/v1/fairness?window=600").json["tenants"]
+    tenants = server.admin("GET", "/v1/fairness?window=600").json["tenants"]
     named = [name for name in tenants if name.startswith("key-")]
     assert named
     assert tenants[named[0]]["service"] > 0

@@ -7,6 +7,7 @@ from live import Live
 
 from inlaid.server.app import ROUTES
 from inlaid.server.metrics import OTHER, Metrics
+from inlaid.server.openapi import plain_path
 
 
 def test_tokenize_and_detokenize_are_inverse(server: Live) -> None:
@@ -54,6 +55,13 @@ def test_metrics_have_vllms_names_and_an_adapter_label(server: Live) -> None:
     assert 'vllm:lora_adapter_loaded{adapter_name="code",level="gpu",pinned="false"} 1.0' in page
 
 
+def test_refusals_are_counted_apart(server: Live) -> None:
+    ended, refused = server.metric("vllm:request_success_total"), server.metric("inlaid:requests_refused_total")
+    assert server.ask("POST", "/v1/completions", {"prompt": [5] * 1024}).status == 400
+    assert server.metric("vllm:request_success_total") == ended
+    assert server.metric("inlaid:requests_refused_total") == refused + 1
+
+
 def test_the_number_of_adapter_labels_is_bounded() -> None:
     metrics = Metrics("base", 2)
     assert [metrics.label(name) for name in ("a", "b", "c", "a", None, "d")] == ["a", "b", OTHER, "a", "", OTHER]
@@ -63,7 +71,7 @@ def test_openapi_knows_every_route_and_field(server: Live) -> None:
     document = server.ask("GET", "/openapi.json").json
     assert document["openapi"].startswith("3.")
     for route in ROUTES:
-        operation = document["paths"][route.path][route.method.lower()]
+        operation = document["paths"][plain_path(route)][route.method.lower()]
         assert operation["summary"]
         if route.body is not None:
             name = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
