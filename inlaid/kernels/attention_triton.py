@@ -41,8 +41,8 @@ def _decode_one_kernel(
 ):  # fmt: skip
     """One query head per key/value head. Every lane of the block keeps its own running maximum, so that the loop
     needs no exchange between warps; the lanes are merged once, at the end."""
-    sequence = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(0)  # fastest, so that programs side by side read the same pages
+    sequence = tl.program_id(1)
     split = tl.program_id(2)
     length = tl.load(lengths + sequence)
     first, chunk = _span(length, window, SPLITS, BLOCK)
@@ -95,8 +95,8 @@ def _decode_group_kernel(
     PAGE: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """The query heads that share a key/value head together, on the matrix units."""
-    sequence = tl.program_id(0)
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(0)  # fastest, so that programs side by side read the same pages
+    sequence = tl.program_id(1)
     split = tl.program_id(2)
     length = tl.load(lengths + sequence)
     first, chunk = _span(length, window, SPLITS, BLOCK)
@@ -176,8 +176,8 @@ def _prefill_kernel(
 ):  # fmt: skip
     """BLOCK_M queries of one sequence and head against its pages. tiles[0] names the sequence (or -1: no tile),
     tiles[1] the first query of the tile, counted within the sequence's queries of this step."""
-    tile = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(0)
+    tile = tl.program_id(1)
     sequence = tl.load(tiles + tile)
     if sequence >= 0:
         offset = tl.load(tiles + num_tiles + tile)
@@ -272,9 +272,9 @@ def decode(
     )  # fmt: skip
     shape = {"H": heads, "C": width, "C_PAD": pad, "PAGE": page, "BLOCK": block, "SPLITS": splits}
     if group == 1:
-        _decode_one_kernel[(sequences, kv_heads, splits)](*shared, **shape, num_warps=warps, num_stages=stages)
+        _decode_one_kernel[(kv_heads, sequences, splits)](*shared, **shape, num_warps=warps, num_stages=stages)
     else:
-        _decode_group_kernel[(sequences, kv_heads, splits)](
+        _decode_group_kernel[(kv_heads, sequences, splits)](
             *shared, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)), **shape,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
@@ -305,7 +305,7 @@ def prefill(
     heads, width = q_THC.shape[1:]
     page, kv_heads = k_cache.shape[1], k_cache.shape[2]
     exponent = (width**-0.5 if scale is None else scale) * 1.4426950408889634
-    _prefill_kernel[(tiles.shape[1], heads)](
+    _prefill_kernel[(heads, tiles.shape[1])](
         q_THC, q_THC.stride(0), k_cache, v_cache, k_cache.stride(1), tables_SB, tables_SB.stride(0), lengths_S,
         starts_S1, tiles, tiles.shape[1], out_THC, out_THC.stride(0), exponent, window,
         GROUP=heads // kv_heads, C=width, C_PAD=max(16, triton.next_power_of_2(width)), PAGE=page,

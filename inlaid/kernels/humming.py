@@ -1,9 +1,9 @@
 """The backend `humming`: humming-kernels' tensor-core GEMM for 2, 3, 4 and 8-bit weights; the fast path on Hopper GPUs.
 
 The package compiles its kernels at run time, one per shape and range of rows. Left alone it compiles 92 ranges per
-shape; here a shape gets one kernel for each of ROW_BUCKETS, compiled at load, in parallel, and kept in its cache
-on disk, so that nothing is compiled while serving. Zero points are true zeros in memory and go in as they are;
-act-order weights are put in order and x is permuted to match.
+shape; here a shape gets one kernel for each of ROW_BUCKETS, compiled in parallel while the weights load and kept in
+its cache on disk; the first use waits for them, so after the warm-up nothing is compiled. Zero points are true zeros
+in memory and go in as they are; act-order weights are put in order and x is permuted to match.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ class HummingPacked:
     scales: torch.Tensor
     zeros: torch.Tensor | None
     permutation_K: torch.Tensor | None
-    config: Any  # humming's LayerConfig
+    kind: str  # humming's description of such layers, which share kernels
     in_features: int
     out_features: int
 
@@ -44,7 +45,9 @@ class HummingLinear:
     def __init__(self, ordered: bool = False) -> None:
         """`ordered`: no sum is split over blocks, whose parts arrive in any order: slower, but always the same bits."""
         self.ordered = ordered
-        self._kernels: dict[str, torch.Tensor] = {}  # by layer configuration: [from, to, kernel, SMs] of each bucket
+        self._kernels: dict[str, torch.Tensor] = {}
+        self._compiling: dict[str, Future[torch.Tensor]] = {}
+        self._compilers = ThreadPoolExecutor(8, "humming")
         self._locks: torch.Tensor | None = None
         self._ordered: torch.Tensor | None = None
 
@@ -106,11 +109,11 @@ class HummingLinear:
             scales=packed["weight_scale"],
             zeros=packed.get("zero_point"),
             permutation_K=None if permutation is None else permutation.to(device),
-            config=config,
+            kind=config.to_str(),
             in_features=weight.in_features,
             out_features=weight.out_features,
         )
-        self._compile(made, device)
+        self._compile(made.kind, config, device)
         return made
 
     def warmup(self, packed: HummingPacked, rows: Sequence[int]) -> None:
@@ -123,7 +126,7 @@ class HummingLinear:
         if packed.permutation_K is not None:
             x_TK = self._permuted(x_TK, packed.permutation_K)
         torch.ops.humming.launch_kernel.out(
-            self._kernels[packed.config.to_str()], x_TK, packed.weight, packed.scales, None, None, None, packed.zeros,
+            self._kernels_of(packed.kind), x_TK, packed.weight, packed.scales, None, None, None, packed.zeros,
             None, out_TN, None, None, None, None, self._locks, 1, 0,
         )  # fmt: skip
 
@@ -142,11 +145,17 @@ class HummingLinear:
         if self._ordered is None or self._ordered.numel() < size:
             self._ordered = torch.empty(size, dtype=dtype, device=device)
 
-    def _compile(self, packed: HummingPacked, device: torch.device) -> None:
-        """One kernel per bucket of rows, once per layer configuration. Buckets with the same choice share a kernel."""
-        name = packed.config.to_str()
-        if name not in self._kernels:
-            self._kernels[name] = _import().prepare(name, None, intervals(packed.config, device, self.ordered), device)
+    def _compile(self, kind: str, config: Any, device: torch.device) -> None:
+        """Start compiling one kernel per bucket of rows, once per kind of layer; kinds compile side by side."""
+        if kind not in self._compiling:
+            chosen = intervals(config, device, self.ordered)
+            self._compiling[kind] = self._compilers.submit(_import().prepare, kind, None, chosen, device)
+
+    def _kernels_of(self, kind: str) -> torch.Tensor:
+        """[from, to, kernel, SMs] of each bucket, once they are compiled."""
+        if kind not in self._kernels:
+            self._kernels[kind] = self._compiling[kind].result()
+        return self._kernels[kind]
 
 
 def intervals(config: Any, device: torch.device, ordered: bool = False) -> list[list[Any]]:
@@ -172,13 +181,21 @@ class _Humming:
 
 
 def _import() -> _Humming:
-    """The package's pieces; it starts building a launcher on import unless told not to."""
-    os.environ.setdefault("HUMMING_DISABLE_PARALLEL_BUILD", "1")
-    from humming.kernel.humming import HummingKernel
-    from humming.schema.humming import HummingWeightSchema
-    from humming.transform import prepare_and_transform_humming_tensors
-    from humming.tune import get_heuristics_config
-
+    """The package's pieces. On import it would start a process that builds a launcher it already ships; the variable
+    that prevents that must not stay, as it also makes it compile one kernel after another."""
+    switch = "HUMMING_DISABLE_PARALLEL_BUILD"
+    before = os.environ.get(switch)
+    os.environ[switch] = "1"
+    try:
+        from humming.kernel.humming import HummingKernel
+        from humming.schema.humming import HummingWeightSchema
+        from humming.transform import prepare_and_transform_humming_tensors
+        from humming.tune import get_heuristics_config
+    finally:
+        if before is None:
+            del os.environ[switch]
+        else:
+            os.environ[switch] = before
     return _Humming(
         HummingWeightSchema, prepare_and_transform_humming_tensors, get_heuristics_config, HummingKernel.prepare_kernels
     )

@@ -60,16 +60,18 @@ def _shrink_kernel(
     segment = tl.program_id(0)
     part = tl.program_id(1)
     sibling = tl.program_id(2)
+    # Independent loads stand together and ahead of the branch: a program is short, and each wait counts.
+    start = tl.load(segments + segment)
     length = tl.load(segments + capacity + segment)
+    slot = tl.load(segments + 2 * capacity + segment).to(tl.int64)
+    m = tl.arange(0, BLOCK_M)
+    row_mask = m < length
+    rows = tl.load(order + start + m, mask=row_mask, other=0).to(tl.int64)
+    entry = table + (slot * num_sites + site + sibling) * 3
+    rank = tl.load(entry + 2).to(tl.int32)
+    a_offset = tl.load(entry)
     if length > 0:
-        start = tl.load(segments + segment)
-        slot = tl.load(segments + 2 * capacity + segment).to(tl.int64)
-        entry = table + (slot * num_sites + site + sibling) * 3
-        rank = tl.load(entry + 2).to(tl.int32)
-        a_base = pool + (tl.load(entry) // ALIGN) * ALIGN  # the division tells the compiler of the alignment
-        m = tl.arange(0, BLOCK_M)
-        row_mask = m < length
-        rows = tl.load(order + start + m, mask=row_mask, other=0).to(tl.int64)
+        a_base = pool + (a_offset // ALIGN) * ALIGN  # the division tells the compiler of the alignment
         span = tl.cdiv(tl.cdiv(K, P), BLOCK_K) * BLOCK_K
         k_begin = part * span
         k_end = tl.minimum(k_begin + span, K)
@@ -111,41 +113,41 @@ def _expand_kernel(
 ):  # fmt: skip
     segment = tl.program_id(0)
     block = tl.program_id(1)
+    start = tl.load(segments + segment)
     length = tl.load(segments + capacity + segment)
-    if length > 0:
-        blocks0: tl.constexpr = (N0 + BLOCK_N - 1) // BLOCK_N
-        blocks1: tl.constexpr = (N1 + BLOCK_N - 1) // BLOCK_N
-        sibling = (block >= blocks0).to(tl.int32) + (block >= blocks0 + blocks1).to(tl.int32)
-        first_block = tl.where(sibling == 0, 0, tl.where(sibling == 1, blocks0, blocks0 + blocks1))
-        first_column = tl.where(sibling == 0, 0, tl.where(sibling == 1, N0, N0 + N1))
-        width = tl.where(sibling == 0, N0, tl.where(sibling == 1, N1, N2))
-        start = tl.load(segments + segment)
-        slot = tl.load(segments + 2 * capacity + segment).to(tl.int64)
-        entry = table + (slot * num_sites + site + sibling) * 3
-        rank = tl.load(entry + 2).to(tl.int32)
-        if rank > 0:
-            b_base = pool + (tl.load(entry + 1) // ALIGN) * ALIGN
-            factor = tl.load(scale + slot * num_sites + site + sibling)
-            m = tl.arange(0, BLOCK_M)
-            row_mask = m < length
-            rows = tl.load(order + start + m, mask=row_mask, other=0).to(tl.int64)
-            n = (block - first_block) * BLOCK_N + tl.arange(0, BLOCK_N)
-            n_mask = n < width
-            partial_rows = partial + sibling * partial_stride + rows * R_STRIDE
-            if rank % 8 == 0:  # wide loads: the row stride of B is a known multiple of 16 bytes
-                acc = _expand_tile(
-                    partial_rows, G * partial_stride, row_mask, b_base, (rank // 8) * 8, n, n_mask,
-                    P, BLOCK_M, BLOCK_N, BLOCK_R,
-                )  # fmt: skip
-            else:
-                acc = _expand_tile(
-                    partial_rows, G * partial_stride, row_mask, b_base, rank, n, n_mask,
-                    P, BLOCK_M, BLOCK_N, BLOCK_R,
-                )  # fmt: skip
-            target = y + rows[:, None] * y_stride + (first_column + n)[None, :]
-            mask = row_mask[:, None] & n_mask[None, :]
-            base = tl.load(target, mask=mask, other=0.0)
-            tl.store(target, (base.to(tl.float32) + acc * factor).to(base.dtype), mask=mask)
+    slot = tl.load(segments + 2 * capacity + segment).to(tl.int64)
+    blocks0: tl.constexpr = (N0 + BLOCK_N - 1) // BLOCK_N
+    blocks1: tl.constexpr = (N1 + BLOCK_N - 1) // BLOCK_N
+    sibling = (block >= blocks0).to(tl.int32) + (block >= blocks0 + blocks1).to(tl.int32)
+    first_block = tl.where(sibling == 0, 0, tl.where(sibling == 1, blocks0, blocks0 + blocks1))
+    first_column = tl.where(sibling == 0, 0, tl.where(sibling == 1, N0, N0 + N1))
+    width = tl.where(sibling == 0, N0, tl.where(sibling == 1, N1, N2))
+    m = tl.arange(0, BLOCK_M)
+    row_mask = m < length
+    rows = tl.load(order + start + m, mask=row_mask, other=0).to(tl.int64)
+    entry = table + (slot * num_sites + site + sibling) * 3
+    rank = tl.load(entry + 2).to(tl.int32)
+    b_offset = tl.load(entry + 1)
+    factor = tl.load(scale + slot * num_sites + site + sibling)
+    if (length > 0) & (rank > 0):
+        n = (block - first_block) * BLOCK_N + tl.arange(0, BLOCK_N)
+        n_mask = n < width
+        target = y + rows[:, None] * y_stride + (first_column + n)[None, :]
+        mask = row_mask[:, None] & n_mask[None, :]
+        base = tl.load(target, mask=mask, other=0.0)
+        b_base = pool + (b_offset // ALIGN) * ALIGN
+        partial_rows = partial + sibling * partial_stride + rows * R_STRIDE
+        if rank % 8 == 0:  # wide loads: the row stride of B is a known multiple of 16 bytes
+            acc = _expand_tile(
+                partial_rows, G * partial_stride, row_mask, b_base, (rank // 8) * 8, n, n_mask,
+                P, BLOCK_M, BLOCK_N, BLOCK_R,
+            )  # fmt: skip
+        else:
+            acc = _expand_tile(
+                partial_rows, G * partial_stride, row_mask, b_base, rank, n, n_mask,
+                P, BLOCK_M, BLOCK_N, BLOCK_R,
+            )  # fmt: skip
+        tl.store(target, (base.to(tl.float32) + acc * factor).to(base.dtype), mask=mask)
 
 
 @dataclass(frozen=True)
@@ -164,10 +166,10 @@ class Tuning:
 def tuning_for(rows: int, block_rows: int) -> Tuning:
     """Few rows need many programs per segment to fill the chip; many rows fill it by themselves. As measured."""
     if block_rows > 16:
-        return Tuning(parts=2, block_k=64, block_n=128)
+        return Tuning(parts=8, block_k=64, block_n=128)
     if rows <= 8:
         return Tuning(parts=16, block_k=256, block_n=128, shrink_stages=2)
-    return Tuning(parts=4, block_k=256, block_n=512, expand_warps=8)
+    return Tuning(parts=4, block_k=128, block_n=256, shrink_warps=2, shrink_stages=4)
 
 
 def max_segments(rows: int, max_slots: int, block_rows: int) -> int:
@@ -268,7 +270,7 @@ def expand_add(
         partial_PGTR, rows * stride, adapters.pool, adapters.table, adapters.scale, plan.segments, plan.order,
         y_TN, y_TN.stride(0), plan.capacity, adapters.table.shape[1], site.first,
         N0=n0, N1=n1, N2=n2, G=groups, P=tuning.parts, R_STRIDE=stride, BLOCK_M=plan.block_rows,
-        BLOCK_N=tuning.block_n, BLOCK_R=tuning.block_r, ALIGN=OFFSET_ALIGNMENT, num_warps=tuning.expand_warps,
+        BLOCK_N=tuning.block_n, BLOCK_R=tuning.block_r, ALIGN=OFFSET_ALIGNMENT, num_warps=tuning.expand_warps, num_stages=1,
     )  # fmt: skip
 
 

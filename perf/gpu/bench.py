@@ -15,15 +15,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-LIMITS = {
-    "gates": 240,
-    "tests": 300,
-    "micro": 300,
-    "micro-adapters-ordered": 150,
-    "offline-7b": 280,
-    "offline-8b": 280,
-    "offline-tiny": 100,
-}  # seconds
+LIMITS = {  # seconds
+    "gates": 240, "tests": 200, "micro": 300, "offline-7b": 280, "serve-7b": 200, "offline-8b": 280, "serve-8b": 200,
+    "micro-adapters-ordered": 150, "micro-decode_attention": 100, "offline-tiny": 100, "serve-tiny": 100,
+}  # fmt: skip
+DEFAULT = ("tests", "offline-7b", "serve-7b", "offline-8b", "serve-8b", "gates", "micro")
 
 
 def provenance() -> dict[str, Any]:
@@ -64,6 +60,11 @@ def run_stage(name: str, args: argparse.Namespace) -> dict[str, Any]:
         from perf.gpu import offline
 
         return offline.run(name.removeprefix("offline-"))
+    if name.startswith("serve-"):
+        from perf.gpu import offline, serving
+
+        shape = name.removeprefix("serve-")
+        return serving.run(shape, offline.ROWS[shape], offline.RANKS[shape])
     raise ValueError(f"unknown stage {name!r}; known: {', '.join(LIMITS)}")
 
 
@@ -89,7 +90,7 @@ def kernel_tests() -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--stages", nargs="+", default=list(LIMITS), choices=list(LIMITS))
+    parser.add_argument("--stages", nargs="+", default=list(DEFAULT), choices=list(LIMITS))
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,7 @@ ROWS = {  # (adapters, concurrency, requests)
     "8b": [(0, 1, 3), (32, 1, 3), (0, 64, 192), (32, 64, 192), (32, 256, 512)],
     "tiny": [(0, 1, 2), (2, 4, 8)],
 }  # fmt: skip
+RANKS = {"7b": (16,), "8b": (8, 16, 32, 64), "tiny": (16,)}  # of the adapters, in turn
 
 
 def engine_config(model: Path, max_loras: int, max_rank: int, **changes: Any) -> EngineConfig:
@@ -134,7 +135,7 @@ def run(shape: str, every_linear: bool = False) -> dict[str, Any]:
     begin = time.perf_counter()
     spec = write_model(root / "model", shape)
     count = max(adapters for adapters, _, _ in ROWS[shape])
-    ranks = (8, 16, 32, 64) if shape == "8b" else (16,)
+    ranks = RANKS[shape]
     modules = EVERY_LINEAR if every_linear else ("q_proj", "k_proj", "v_proj", "o_proj")
     adapters = write_adapters(root / "adapters", spec, count, ranks, modules)
     written = time.perf_counter()

@@ -176,6 +176,17 @@ class Block:
         return tensors
 
 
+def graphs_agree(device: str) -> bool:
+    """Whether the solver gives the same codes on the device, where it replays graphs, as on the host."""
+    generator = torch.Generator().manual_seed(0)
+    x_TK = torch.randn(4096, 1024, generator=generator, dtype=torch.float64)
+    weight_KN = torch.randn(1024, 256, generator=generator, dtype=torch.float64)
+    moment_KK = x_TK.T @ x_TK / len(x_TK)
+    grid = Grid(4, 128)
+    there = solve(weight_KN.to(device), moment_KK.to(device), grid).codes_KN.cpu()
+    return float((there != solve(weight_KN, moment_KK, grid).codes_KN).double().mean()) < 1e-4
+
+
 def accuracy(device: str, inputs: int, tokens: int, seed: int) -> dict[str, dict[str, float]]:
     """Three ways of summing a Hessian against float64, on activations with loud channels."""
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -223,6 +234,7 @@ def main() -> None:
     result = {
         "what": f"{args.shape}, one task, {args.samples} x {args.length} tokens, {args.bits} bits, groups of 128",
         **timed,
+        "device_codes_equal_host_codes": graphs_agree(args.device),
         "accuracy": accuracy(args.device, wide, 65536 if args.shape == "7b" else 8192, args.seed),
         "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu",
         "torch": torch.__version__,
