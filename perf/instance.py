@@ -20,7 +20,8 @@ PORT = "$PORT"  # stands for the port in the commands written for people
 
 
 class Instance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`port` 0 is any free one; `refused` are keys of the template that cannot be honoured, with the reason."""
+    """`port` 0 is any free one; `num_hidden_layers` is what the template says the model has, checked before a start;
+    `refused` are keys of the template that cannot be honoured, with the reason, `dropped` those it gave up."""
 
     point: str
     labels: dict[str, Any]
@@ -30,6 +31,7 @@ class Instance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     port: int = 11236
     environment: dict[str, str] = {}
     random_adapters: RandomAdapters | None = None
+    num_hidden_layers: int | None = None
     ready_timeout_s: float = 600.0
     point_timeout_s: float = 7200.0
     max_failed_share: float = 0.0

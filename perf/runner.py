@@ -163,6 +163,11 @@ def missing_paths(instance: Instance) -> str:
     model = instance.server.model
     if model.startswith(("/", ".", "models/")) and not Path(model).is_dir():
         return f"model {model} does not exist (bash models/download.sh fetches the real ones)"
+    config = Path(model) / "config.json"
+    if instance.num_hidden_layers is not None and config.is_file():
+        layers = json.loads(config.read_text()).get("num_hidden_layers")
+        if layers != instance.num_hidden_layers:
+            return f"{config} has {layers} layers, the template says {instance.num_hidden_layers}: another model?"
     tokenizer = instance.client.get("tokenizer")
     if tokenizer and not Path(tokenizer).exists():
         return f"tokenizer {tokenizer} does not exist"

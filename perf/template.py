@@ -237,6 +237,7 @@ def _instance(table: dict[str, Any], triple: Triple, labels: dict[str, str], dat
         port=point.router.port,
         environment={k: str(v) for k, v in point.environment.items()} | point.glob.visible_devices(),
         random_adapters=random_adapters,
+        num_hidden_layers=point.model.num_hidden_layers,
         ready_timeout_s=point.glob.ready_timeout_s,
         point_timeout_s=point.glob.point_timeout_s,
         max_failed_share=point.glob.max_failed_share,

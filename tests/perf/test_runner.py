@@ -18,6 +18,7 @@ import pytest
 from marked import marked_processes, wait_until_gone
 
 from perf.archive import Archive
+from perf.process import ROOT
 from perf.runner import main
 
 GRID = """
@@ -44,6 +45,13 @@ adapters = ["a=/tmp", "b=/tmp", "c=/tmp"]
 num_requests = 12
 output = { value = 6 }
 """
+
+
+@pytest.fixture(autouse=True)
+def _reports_only_where_they_matter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes seconds a test; the grids in processes of their own and the test of plots make theirs."""
+    if "plot" not in request.node.name:
+        monkeypatch.setattr("perf.runner.write_report", lambda archive: None)
 
 
 def saved(folder: Path, text: str = GRID) -> Path:
@@ -223,7 +231,9 @@ def test_the_written_scripts_run_by_hand(tmp_path: Path) -> None:
         ("port = 0", "port = 0\nmax_prefill_num = 13", "router.max_prefill_num (prefill and decode are not split"),
         ('model_path = "tiny"', 'model_path = "./no/such/model"', "model ./no/such/model does not exist"),
         ('"a=/tmp"', '"a=/no/such"', "adapter a: /no/such does not exist"),
+        ('model_path = "tiny"', 'model_path = "DEMO"\nnum_hidden_layers = 99', "the template says 99: another model?"),
         ('kind = "fake"', 'kind = "slora"', "S-LoRA is not installed here"),
+        ('kind = "fake"', 'kind = "inlaid"', "inlaid serve has no argument --ttft-ms"),
     ],
 )
 def test_a_bad_template_is_one_line_and_code_2_before_anything_starts(
@@ -232,7 +242,7 @@ def test_a_bad_template_is_one_line_and_code_2_before_anything_starts(
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
         busy.listen()
-        new = new.replace("BUSY", str(busy.getsockname()[1]))
+        new = new.replace("BUSY", str(busy.getsockname()[1])).replace("DEMO", str(ROOT / "models" / "demo" / "base"))
         assert old in GRID
         assert main(["--templates", str(saved(tmp_path, GRID.replace(old, new, 1)))]) == 2
     error = capsys.readouterr().err
