@@ -270,7 +270,8 @@ def expand_add(
         partial_PGTR, rows * stride, adapters.pool, adapters.table, adapters.scale, plan.segments, plan.order,
         y_TN, y_TN.stride(0), plan.capacity, adapters.table.shape[1], site.first,
         N0=n0, N1=n1, N2=n2, G=groups, P=tuning.parts, R_STRIDE=stride, BLOCK_M=plan.block_rows,
-        BLOCK_N=tuning.block_n, BLOCK_R=tuning.block_r, ALIGN=OFFSET_ALIGNMENT, num_warps=tuning.expand_warps, num_stages=1,
+        BLOCK_N=tuning.block_n, BLOCK_R=tuning.block_r, ALIGN=OFFSET_ALIGNMENT,
+        num_warps=tuning.expand_warps, num_stages=1,
     )  # fmt: skip
 
 

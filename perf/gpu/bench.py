@@ -17,7 +17,7 @@ from typing import Any
 
 LIMITS = {  # seconds
     "gates": 240, "tests": 200, "micro": 300, "offline-7b": 280, "serve-7b": 200, "offline-8b": 280, "serve-8b": 200,
-    "micro-adapters-ordered": 150, "micro-decode_attention": 100, "offline-tiny": 100, "serve-tiny": 100,
+    "micro-adapters-ordered": 150, "micro-decode_attention-adapters": 120, "offline-tiny": 100, "serve-tiny": 100,
 }  # fmt: skip
 DEFAULT = ("tests", "offline-7b", "serve-7b", "offline-8b", "serve-8b", "gates", "micro")
 
