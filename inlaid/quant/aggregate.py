@@ -32,7 +32,7 @@ from inlaid.quant.solver import Grid, Solution, reconstruction_error, solve
 
 MINIMAX_LOSS = "minimax-loss"
 AGGREGATIONS = ("minimax", MINIMAX_LOSS, "mean", "trace-mean", "sum", "max-diag", "max", "max-clip")
-ROUNDS = 6
+ROUNDS = 5
 LOSS_ROUNDS = 4
 STEP = 1.0
 

@@ -7,6 +7,8 @@ file has no place for s, so this is a yardstick for the table (`eval/quant_table
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from inlaid.quant.solver import Grid, reconstruction_error, round_to_nearest
@@ -17,12 +19,16 @@ STEPS = 20
 def scaled_weight(weight_KN: Tensor, hessian_KK: Tensor, grid: Grid) -> Tensor:
     """The weight that AWQ's search ends with: rounded after the best scaling by a power of the inputs' loudness."""
     loudness_K = hessian_KK.diagonal().clamp(min=1e-12).sqrt()
-    best_error, best_KN = float("inf"), weight_KN
-    for step in range(STEPS):
+    plain = replace(grid, clip=False)
+
+    def scale_of(step: int) -> Tensor:
         scale_K = loudness_K ** (step / STEPS)
-        scale_K = scale_K / (scale_K.max() * scale_K.min()).sqrt()
-        quantized_KN = round_to_nearest(weight_KN * scale_K[:, None], grid).weight_KN() / scale_K[:, None]
-        error = float(reconstruction_error(weight_KN, quantized_KN, hessian_KK))
-        if error < best_error:
-            best_error, best_KN = error, quantized_KN
-    return best_KN
+        return (scale_K / (scale_K.max() * scale_K.min()).sqrt())[:, None]
+
+    def rounded(step: int, by: Grid) -> Tensor:
+        return round_to_nearest(weight_KN * scale_of(step), by).weight_KN() / scale_of(step)
+
+    def error(step: int) -> float:
+        return float(reconstruction_error(weight_KN, rounded(step, plain), hessian_KK))
+
+    return rounded(min(range(STEPS), key=error), grid)

@@ -13,6 +13,7 @@ Legend: K inputs, N outputs, G groups, B inputs of one block.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from math import gcd
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from inlaid.checkpoint import QuantizedLinear, QuantSpec, from_codes
 
 BLOCK = 128
-CLIP_STEPS = tuple(1.0 - 0.025 * i for i in range(25))
+CLIP_STEPS = tuple(1.0 - 0.05 * i for i in range(13))
 
 
 class SolverError(ValueError):
@@ -95,17 +96,13 @@ def solve(weight_KN: Tensor, hessian_KK: Tensor, grid: Grid) -> Solution:
 
     codes_KN = torch.empty_like(work_KN, dtype=torch.uint8)
     block = _block_size(grid)
+    replayed = _ReplayedBlock(work_KN[:block], grid.max_code) if work_KN.is_cuda and len(work_KN) > 4 * block else None
     for start in range(0, len(work_KN), block):
         stop = min(start + block, len(work_KN))
         scale_BN, zero_BN = groups.of(work_KN, start, stop)
-        errors_BN = _solve_block(
-            work_KN[start:stop],
-            spread_KK[start:stop, start:stop],
-            scale_BN,
-            zero_BN,
-            codes_KN[start:stop],
-            grid.max_code,
-        )
+        step = replayed if replayed and stop - start == block else partial(_solve_block, max_code=grid.max_code)
+        spread_BB = spread_KK[start:stop, start:stop]
+        errors_BN = step(work_KN[start:stop], spread_BB, scale_BN, zero_BN, codes_KN[start:stop])
         work_KN[stop:].addmm_(spread_KK[start:stop, stop:].T, errors_BN, alpha=-1)
 
     if order_K is not None:
@@ -194,6 +191,33 @@ def _solve_block(
         w_BN[i + 1 :].addr_(spread_BB[i, i + 1 :], errors_BN[i], alpha=-1)
         codes_BN[i] = code_N
     return errors_BN
+
+
+class _ReplayedBlock:
+    """`_solve_block` as a CUDA graph: its thousand tiny kernels cost more to launch one by one than to run."""
+
+    def __init__(self, like_BN: Tensor, max_code: int) -> None:
+        self.w_BN, self.scale_BN, self.zero_BN = (torch.ones_like(like_BN) for _ in range(3))
+        self.spread_BB = torch.zeros(len(like_BN), len(like_BN), dtype=like_BN.dtype, device=like_BN.device)
+        self.codes_BN = torch.empty_like(like_BN, dtype=torch.uint8)
+        buffers = (self.w_BN, self.spread_BB, self.scale_BN, self.zero_BN, self.codes_BN)
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            _solve_block(*buffers, max_code)
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.errors_BN = _solve_block(*buffers, max_code)
+
+    def __call__(self, w_BN: Tensor, spread_BB: Tensor, scale_BN: Tensor, zero_BN: Tensor, codes_BN: Tensor) -> Tensor:
+        self.w_BN.copy_(w_BN)
+        self.spread_BB.copy_(spread_BB)
+        self.scale_BN.copy_(scale_BN)
+        self.zero_BN.copy_(zero_BN)
+        self.graph.replay()
+        codes_BN.copy_(self.codes_BN)
+        return self.errors_BN
 
 
 def _codes(w: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:

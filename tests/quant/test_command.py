@@ -1,0 +1,107 @@
+"""The command line: the same job through flags, a table that names every task, one sentence for every mistake."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+from pathlib import Path
+
+import pytest
+
+from inlaid.quant import command, quantize
+from inlaid.quant.settings import Record
+from tests.quant.tiny import write_adapter, write_base, write_data
+
+
+def run(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    verbs = parser.add_subparsers(dest="command")
+    command.add_quantize_arguments(verbs.add_parser("quantize"))
+    command.add_task_arguments(verbs.add_parser("task"))
+    args = parser.parse_args(words)
+    return command.run_quantize(args) if args.command == "quantize" else command.run_task(args)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    base = write_base(tmp_path / "base")
+    for i, name in enumerate("ab"):
+        write_adapter(tmp_path / name, base, i)
+        write_data(tmp_path / f"{name}.jsonl", i)
+    return tmp_path
+
+
+def task(world: Path, name: str) -> str:
+    return f"{name}={world / name}:{world / name}.jsonl"
+
+
+def test_quantize_add_list_remove(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, common = str(world / "out"), ("--device", "cpu", "--force")
+    made = run("quantize", str(world / "base"), "--out", out, "--bits", "3", "--group-size", "32", "--act-order",
+               "--aggregation", "mean", "--task", task(world, "a"), *common)  # fmt: skip
+    assert made == 0
+    grid = Record.read(world / "out").settings.grid
+    assert (grid.bits, grid.group_size, grid.act_order) == (3, 32, True)
+    assert run("task", "add", out, task(world, "b"), *common) == 0
+    capsys.readouterr()
+    assert run("task", "list", out) == 0
+    shown = capsys.readouterr().out
+    assert "3 bits, groups of 32, mean, independent" in shown
+    assert [line.split()[0] for line in shown.splitlines()[2:]] == ["a", "b"]
+    assert run("task", "remove", out, "a", *common) == 0
+    capsys.readouterr()
+    assert run("task", "list", out, "--json") == 0
+    assert list(json.loads(capsys.readouterr().out)["tasks"]) == ["b"]
+
+
+def test_progress_says_layer_task_and_time_left(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("quantize", str(world / "base"), "--out", str(world / "out"), "--group-size", "32", "--device", "cpu",
+        "--force", "--task", task(world, "a"))  # fmt: skip
+    bar = capsys.readouterr().err
+    assert "layer 1, task a" in bar
+    assert " left" in bar
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--task", "nonsense"), "is not NAME=ADAPTER:DATA"),
+        ((), "give at least one task"),
+        (("--task", "a=gone:gone.jsonl"), "not a PEFT adapter"),
+        (("--task", "a=none:gone.jsonl"), "cannot be read"),
+        (("--group-size", "48", "--task", "a=none:gone.jsonl"), "groups of 48"),
+        (("--task", "a=none:gone.jsonl", "--device", "cuda:77"), "--device"),
+        (("--task", "a=none:gone.jsonl", "--held-out", "2"), "held_out"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    world: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], sentence: str
+) -> None:
+    device = () if "--device" in words else ("--device", "cpu")
+    assert run("quantize", str(world / "base"), "--out", str(world / "out"), "--group-size", "32", *device, *words) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("inlaid: ")
+    assert sentence in said
+    assert not (world / "out").exists()
+
+
+def test_a_full_disk_is_told_and_can_go_on(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("quantize", str(world / "base"), "--out", str(world / "out"), "--group-size", "32", "--device", "cpu",
+             "--force", "--task", task(world, "a"))  # fmt: skip
+    real, written = quantize.write_atomically, []
+
+    def nearly_full(path: Path, data: bytes) -> None:
+        written.append(path)
+        if len(written) > 4:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        real(path, data)
+
+    monkeypatch.setattr(quantize, "write_atomically", nearly_full)
+    assert run(*words) == 1
+    assert "free some space and run the same command" in capsys.readouterr().err.splitlines()[-1]
+    assert not (world / "out").exists()
+    monkeypatch.setattr(quantize, "write_atomically", real)
+    assert run(*words) == 0
