@@ -1,0 +1,91 @@
+"""The report's files: pictures where there is something to draw, tables that name the worst, JSON that is JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval import figures, judge, report
+
+TEXT = dict.fromkeys(figures.RADAR, 90.0)
+
+
+def records() -> list[dict[str, Any]]:
+    """Two tasks, full precision and two variants at two widths; `bad` loses ten points of task b at two bits."""
+    found = []
+    for variant, bits in (("fp16", 16), ("good", 4), ("good", 2), ("bad", 4), ("bad", 2)):
+        for task in ("a", "b"):
+            drop = 10.0 if (variant, bits, task) == ("bad", 2, "b") else 0.0
+            also = {name: value - drop for name, value in TEXT.items()}
+            found.append(
+                {"variant": variant, "bits": bits, "task": task, "adapter": task, "metric": "exact_match", "also": also,
+                 "score": 95.0 - drop, "drop": drop, "p_holm": 0.01 if drop else 1, "faults": ["dead"] if drop else []}
+            )  # fmt: skip
+    return found
+
+
+def whole() -> dict[str, Any]:
+    made = {"commit": "c" * 40, "uncommitted": False, "command": "python -m eval.run", "finished": "now", "seconds": 3}
+    return {
+        "name": "demo",
+        "provenance": {**made, "machine": "x", "gpu": None},
+        "backend": {"name": "engine", "setting": "y"},
+        "examples_per_task": 8,
+        "summary": judge.summary(records()),
+        "records": records(),
+        "differences": [
+            {"other": "oracle", "variant": "good", "bits": 4, "task": "a", "adapter": "a", "different_answers": 1,
+             "examples": 8, "scores": [90.0, 91.0], "within_interval": True, "first": []}
+        ],
+    }  # fmt: skip
+
+
+def test_the_summary_finds_the_worst_task() -> None:
+    rows = {(row["variant"], row["bits"]): row for row in judge.summary(records())}
+    bad = rows["bad", 2]
+    assert (bad["average_drop"], bad["worst_drop"], bad["worst_task"], bad["faults"]) == (5.0, 10.0, "b", ["b"])
+    assert rows["good", 2]["worst_drop"] == 0
+
+
+def test_a_missing_drop_is_left_out_of_the_average() -> None:
+    found = [{**record, "drop": None if record["task"] == "a" else 2.0} for record in records()]
+    (row, *_) = judge.summary(found)
+    assert (row["average_drop"], row["worst_drop"]) == (2.0, 2.0)
+    (none, *_) = judge.summary([{**record, "drop": None} for record in found])
+    assert (none["average_drop"], none["worst_task"]) == (None, None)
+
+
+def test_the_page_says_it_all(tmp_path: Path) -> None:
+    page = report.markdown(whole(), [tmp_path / "demo-radar.png"])
+    assert "| bad | 2 | 90.00 | 5.00 | 10.00 | b |" in page
+    assert "| bad | 2 | 0.0 | 10.0* |" in page
+    assert "| fp16 | 16 | 95.0 | 95.0 |" in page
+    assert "**b** with adapter b: dead" in page
+    assert "1 of 8 answers differ from the oracle's" in page
+    assert "![demo-radar](demo-radar.png)" in page
+
+
+def test_figures_are_drawn_where_there_is_something_to_draw(tmp_path: Path) -> None:
+    drawn = figures.draw(tmp_path / "demo", records(), judge.summary(records()))
+    assert [path.name for path in drawn] == ["demo-heat-map.png", "demo-worst-task.png", "demo-radar.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000 for path in drawn)
+    alone = [record for record in records() if record["variant"] == "fp16"]
+    assert figures.draw(tmp_path / "alone", alone, judge.summary(alone)) == []
+
+
+def test_without_matplotlib_one_sentence_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(figures.FiguresMissing, match=r"pip install 'inlaid\[plot\]'.*--no-figures"):
+        figures.draw(tmp_path / "demo", records(), judge.summary(records()))
+
+
+def test_json_holds_no_infinity(tmp_path: Path) -> None:
+    report.write_json(tmp_path / "deep" / "r.json", whole())
+    assert json.loads((tmp_path / "deep" / "r.json").read_text())["name"] == "demo"
+    with pytest.raises(ValueError, match="Out of range float"):
+        report.write_json(tmp_path / "r.json", {"score": float("inf")})
+    assert not (tmp_path / "r.json").exists()
