@@ -15,6 +15,7 @@ import msgspec
 from tqdm import tqdm
 
 from inlaid.engine.policy import parse_policy
+from inlaid.sim import placement
 from inlaid.sim.experiment import Experiment, bound, prepare, table
 from inlaid.sim.experiment import run as run_policy
 from inlaid.sim.provenance import provenance
@@ -23,11 +24,15 @@ from inlaid.sim.simulate import Arrival, make_lengths
 from inlaid.sim.suites import SUITES, as_trace
 
 TraceLine = tuple[float, str, int, int]
+PLACEMENT = "placement"  # many instances: not a trace under policies, so not among the suites
+PLACEMENT_RATES = (150.0, 200.0, 250.0, 300.0, 340.0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `inlaid sim`."""
-    parser.add_argument("--suite", default="overload", help=f"comma-separated, or all; known: {', '.join(SUITES)}")
+    parser.add_argument(
+        "--suite", default="overload", help=f"comma-separated, or all; known: {', '.join((*SUITES, PLACEMENT))}"
+    )
     parser.add_argument(
         "--policy", default="fcfs,vtc", help="semicolon- or comma-separated; options as in vtc:predict=oracle"
     )
@@ -47,15 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0, or 2 with a sentence on standard error when an argument is wrong."""
     try:
-        names = list(SUITES) if args.suite == "all" else args.suite.split(",")
+        names = [*SUITES, PLACEMENT] if args.suite == "all" else args.suite.split(",")
         for name in names:
-            if name not in SUITES:
-                raise ValueError(f"unknown suite {name!r}; known: {', '.join(SUITES)}")
+            if name not in SUITES and name != PLACEMENT:
+                raise ValueError(f"unknown suite {name!r}; known: {', '.join((*SUITES, PLACEMENT))}")
         policies = split_policies(args.policy)
         for policy in policies:
             parse_policy(policy)
         make_lengths(args.lengths, args.seed)
-        experiments = [_prepare(name, args) for name in names]
+        experiments = [_prepare(name, args) for name in names if name != PLACEMENT]
         if args.out is not None:
             args.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
@@ -64,7 +69,33 @@ def run(args: argparse.Namespace) -> int:
     for experiment in experiments:
         rows = _run_one(experiment, policies, args)
         print(f"\n{experiment.suite.name}: {experiment.suite.about}\n\n{markdown(rows)}")
+    if PLACEMENT in names:
+        _run_placement(args)
     return 0
+
+
+def _run_placement(args: argparse.Namespace) -> None:
+    """Every way of choosing an instance, at several loads, under both kinds of kernel."""
+    jobs = [(kernel, rate) for kernel in placement.KERNELS.values() for rate in PLACEMENT_RATES]
+    rows = []
+    for kernel, rate in tqdm(jobs, desc=PLACEMENT, leave=False):
+        for seed in (args.seed, args.seed + 1, args.seed + 2):
+            rows += placement.compare(rate, seconds=20.0, seed=seed, kernel=kernel)
+    text = placement.markdown(rows)
+    print(f"\n{PLACEMENT}: {placement.ABOUT}\n\n{text}")
+    if args.out is None:
+        return
+    manifest = provenance(args.seed)
+    (args.out / f"{PLACEMENT}.json").write_bytes(msgspec.json.format(msgspec.json.encode({**manifest, "rows": rows})))
+    made = f"Made by `{manifest['command']}` at {manifest['commit']}."
+    (args.out / f"{PLACEMENT}.md").write_text(f"# {PLACEMENT}\n\n{placement.ABOUT}. {made}\n\n{text}")
+    if not args.no_figures:
+        from inlaid.sim.plot import draw_bars
+
+        for kernel in placement.KERNELS:
+            bars = placement.attainments([row for row in rows if row["kernel"] == kernel])
+            title = f"share within {1e3 * placement.SLO:g} ms per token, {kernel} kernels"
+            draw_bars(args.out / f"{PLACEMENT}-{kernel}", title, "SLO attainment", bars)
 
 
 def split_policies(text: str) -> list[str]:

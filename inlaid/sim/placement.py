@@ -49,6 +49,11 @@ class Kernel:
 PADDED = Kernel("padded", 32.675e-3, 1e-3 / 512, True)
 EXACT = Kernel("exact", 33.35e-3, 0.6e-3 / 256, False)
 KERNELS: Mapping[str, Kernel] = {kernel.name: kernel for kernel in (PADDED, EXACT)}
+SLO = 0.04  # seconds per token
+ABOUT = (
+    "60 instances of at most 32 rows, 40,000 functions of ranks 8 to 64, Zipf popularity, 60 tokens an answer; "
+    "latency over tokens, queueing included, against 40 ms; means over three seeds"
+)
 PREFILL = 1.5  # times a decode step, as the published simulator has it
 
 
@@ -226,7 +231,7 @@ def run(jobs: Sequence[Job], choose: Chooser, kernel: Kernel, num_instances: int
 
 
 def compare(
-    rate: float, seconds: float, seed: int, kernel: Kernel, num_instances: int, slo: float
+    rate: float, seconds: float, seed: int, kernel: Kernel, num_instances: int = 60, slo: float = SLO
 ) -> list[dict[str, Any]]:
     """One row per way of choosing."""
     jobs = functions_trace(rate, seconds, seed)
@@ -243,8 +248,28 @@ def compare(
                 "requests": len(times),
                 "slo_attainment": sum(time <= slo for time in times) / len(times),
                 "mean_ms": 1e3 * statistics.fmean(times),
-                "p50_ms": 1e3 * statistics.median(times),
                 "p99_ms": 1e3 * statistics.quantiles(times, n=100)[-1],
             }
         )
     return rows
+
+
+def attainments(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Per rate and way, the mean over seeds."""
+    groups: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        groups.setdefault(f"{row['rate']:g} rps", {}).setdefault(row["placement"], []).append(row["slo_attainment"])
+    return {rate: {name: statistics.fmean(v) for name, v in ways.items()} for rate, ways in groups.items()}
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """Means over seeds."""
+    cells: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["kernel"], row["rate"], row["placement"]), []).append(row)
+    lines = ["| kernel | rate | placement | SLO | mean ms/token | p99 ms/token |", "|---|---:|---|---:|---:|---:|"]
+    for (kernel, rate, name), group in cells.items():
+        mean = {key: statistics.fmean(row[key] for row in group) for key in ("slo_attainment", "mean_ms", "p99_ms")}
+        figures = f"{mean['slo_attainment']:.1%} | {mean['mean_ms']:.1f} | {mean['p99_ms']:.1f}"
+        lines.append(f"| {kernel} | {rate:g} | {name} | {figures} |")
+    return "\n".join(lines) + "\n"

@@ -87,13 +87,16 @@ def replay(
     ranks: Mapping[str, int],
     clock: Clock,
     on_progress: Callable[[int], None] | None = None,
+    cut: bool = False,
 ) -> Replay:
-    """Send each request at its time, step until all have ended. The engine has the same clock, at about 0."""
+    """Send each request at its time, step until all have ended. The engine has the same clock, at about 0. With cut an
+    answer is ended at its true length, as a stop string would end it, so that max_tokens gives nothing away."""
     recorder = RecordingRunner(engine.runner, ranks)
     engine.runner = recorder
     open_records: dict[str, Record] = {}
     ended: list[Record] = []
     steps: list[Step] = []
+    counts: dict[str, int] = {}
     place, last = 0, clock()
     while place < len(trace) or engine.has_work:
         while place < len(trace) and trace[place].time <= clock():
@@ -112,11 +115,17 @@ def replay(
             clock.pass_to(now + 0.0005)
         last = clock() if engine.idle else now
         for output in outputs:
+            if output.id not in open_records:
+                continue  # it was cut
             known = open_records[output.id]
+            counts[output.id] = counts.get(output.id, 0) + len(output.tokens)
             if known.first_token is None and output.tokens:
                 known = open_records[output.id] = replace(known, first_token=now)
-            if output.finish_reason is not None:
-                well = output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+            whole = cut and output.finish_reason is None and counts[output.id] >= known.output_len
+            if whole:
+                engine.abort(output.id, FinishReason.STOP)
+            if output.finish_reason is not None or whole:
+                well = whole or output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
                 ended.append(replace(known, finish=now if well else None, refused=not well))
                 del open_records[output.id]
                 if on_progress is not None:

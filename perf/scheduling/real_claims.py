@@ -1,0 +1,113 @@
+"""LoRA-Inlaid's claim on the real engine: `inlaid` against `fcfs`, a hundred adapters on the demo model, two loads.
+
+Why it matters: the simulator shares the scheduler with the engine but not the machine. Lengths are hidden
+from the scheduler (an answer is ended as a stop string would end it); the predictor learns while it serves. Time is
+processor time of one thread, so other work on the machine does not disturb.
+
+    python -m perf.scheduling.real_claims --out perf/results/scheduling-real-engine.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inlaid.engine.process import Loaded
+from inlaid.engine.request import NewRequest, SamplingParams
+from inlaid.sim.provenance import provenance
+from inlaid.sim.replay import BusyClock, Replay, replay
+from inlaid.sim.simulate import Arrival
+from inlaid.sim.validate import DEMO, fresh_engine, load, ranks_of
+from perf.random_adapters import RandomAdapters, make_adapters
+
+KINDS = ((15, 10), (18, 11), (60, 20), (45, 15), (36, 62), (30, 45), (50, 4), (45, 30))  # mean prompt and output
+MAX_TOKENS = 200
+
+
+def make_trace(names: Sequence[str], rate: float, seconds: float, slo: float, seed: int) -> list[Arrival]:
+    """Zipf tasks with lengths of their own, Poisson arrivals."""
+    rng = random.Random(seed)
+    kinds = [KINDS[rng.randrange(len(KINDS))] for _ in names]
+    shares = [1.0 / (place + 1) for place in range(len(names))]
+    now, trace = 0.0, list[Arrival]()
+    while (now := now + rng.expovariate(rate)) < seconds:
+        task = rng.choices(range(len(names)), shares)[0]
+        prompt, output = kinds[task]
+        length = min(MAX_TOKENS - 1, max(1, round(output * math.exp(rng.gauss(-0.1, 0.45)))))
+        request = NewRequest(
+            id=f"{seed}-{len(trace)}",
+            prompt=[rng.randrange(10, 1000) for _ in range(max(4, round(prompt * math.exp(rng.gauss(0, 0.3)))))],
+            params=SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True, temperature=0.0, seed=0),
+            adapter=names[task],
+            tenant=names[task],
+            deadline=now + slo,
+            true_output_len=length,
+        )
+        trace.append(Arrival(now, request))
+    return trace
+
+
+def serve(loaded: Loaded, names: Sequence[str], trace: Sequence[Arrival], policy: str) -> Replay:
+    clock = BusyClock()
+    return replay(fresh_engine(loaded, policy, clock), trace, ranks_of(loaded, names), clock, cut=True)
+
+
+def figures(done: Replay) -> dict[str, float]:
+    latencies = [record.latency for record in done.records if record.latency is not None]
+    ttfts = [record.ttft for record in done.records if record.ttft is not None]
+    met = sum(r.finish is not None and r.deadline is not None and r.finish <= r.deadline for r in done.records)
+    return {
+        "requests": len(done.records),
+        "slo_attainment": met / len(done.records),
+        "mean_latency": statistics.fmean(latencies),
+        "mean_ttft": statistics.fmean(ttfts),
+        "p99_ttft": statistics.quantiles(ttfts, n=100)[-1],
+        "max_ttft": max(ttfts),
+        "throughput": sum(record.output_len for record in done.records) / done.seconds,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapters", type=int, default=100)
+    parser.add_argument("--seconds", type=float, default=40.0)
+    parser.add_argument("--loads", default="1.05,1.2", help="rates, as shares of what the engine can do")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        made = make_adapters(DEMO / "base", RandomAdapters(args.adapters, ranks=(8, 16)), Path(folder))
+        loaded = load(DEMO, max_num_seqs=16, num_blocks=400, device="cpu")
+        for name, path in made:
+            loaded.adapters.install(name, loaded.adapters.read(path), False, 0.0)
+    names = [name for name, _ in made]
+    at_once = [Arrival(0.0, arrival.request) for arrival in make_trace(names, 100.0, 1.5, 1e9, 1)]
+    done = serve(loaded, names, at_once, "fcfs")
+    capacity = len(done.records) / done.seconds
+    light = figures(serve(loaded, names, make_trace(names, capacity / 4, 10.0, 1e9, 2), "fcfs"))
+    slo = 3.0 * light["mean_latency"]
+    rows: list[dict[str, Any]] = []
+    for share in map(float, args.loads.split(",")):
+        trace = make_trace(names, capacity * share, args.seconds, slo, 3)
+        for policy in ("fcfs", "inlaid"):
+            rows.append({"load": share, "policy": policy, **figures(serve(loaded, names, trace, policy))})
+            print(json.dumps(rows[-1]), flush=True)
+    setting = {"adapters": args.adapters, "slots": 32, "capacity": capacity, "slo": slo}
+    record = {**provenance(seed=3), **setting, "rows": rows}
+    if args.out is not None:
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
