@@ -78,6 +78,10 @@ class AdapterConfig:
     max_lora_rank: int = option(256, "largest rank accepted")
     max_cpu_loras: int = option(4096, "adapters kept in host memory")
     adapter_memory_gib: float = option(0.0, "bytes for adapter pages on the device, in GiB; 0: sized from max_loras")
+    require_eval: str = option(
+        "", "report of `python -m eval.run`; adapters without a passing record in it for this base are not served"
+    )
+    max_drop: float = option(1.0, "with require_eval: most points that an adapter may lose on this base")
 
 
 @dataclass(frozen=True)

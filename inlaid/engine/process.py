@@ -120,14 +120,19 @@ class LoraAdapters:
     """The store, read from disk and described."""
 
     def __init__(self, config: EngineConfig, model: LoadedModel) -> None:
-        self._max_rank = config.adapters.max_lora_rank
+        self._config = config.adapters
         self._model = model
         self._seconds: dict[str, float] = {}
 
     def read(self, path: str) -> Any:
+        from inlaid.adapters.gate import check
         from inlaid.adapters.peft import read_adapter
 
-        return read_adapter(path, self._model.spec, self._model.dtype, self._max_rank)
+        config, model = self._config, self._model
+        adapter = read_adapter(path, model.spec, model.dtype, config.max_lora_rank)
+        if config.require_eval:
+            check(config.require_eval, model.base_version, adapter.identity, config.max_drop)
+        return adapter
 
     def install(self, name: str, adapter: Any, in_place: bool, seconds: float) -> None:
         store = self._model.adapters
@@ -219,7 +224,13 @@ class EngineProcess:
         try:
             return self._loop()
         finally:
+            self._close()
+
+    def _close(self) -> None:
+        try:
             self._engine.close()
+        except OSError as error:
+            log.error("what was learned about lengths could not be kept: %s", error)
 
     def _first_message(self) -> messages.Start:
         found: list[Any] = []

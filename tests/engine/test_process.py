@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from fake_engine import ENVIRONMENT, FACTORY
 
-from inlaid.config import EngineConfig, SchedulerConfig
+from inlaid.config import AdapterConfig, EngineConfig, SchedulerConfig
 from inlaid.engine import messages
 from inlaid.engine.process import build_engine
 from inlaid.engine.request import NewRequest, SamplingParams
@@ -94,3 +95,20 @@ def test_an_adapter_that_cannot_be_served_ends_a_strict_start_and_is_left_out_of
     loaded = build_engine(config, adapters, strict=False)
     assert [info.name for info in loaded.adapters.list()] == ["good"]
     assert list(loaded.left_out) == ["bad"]
+
+
+def test_with_require_eval_only_adapters_with_a_passing_record_are_served(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    adapters = {"velar": str(DEMO / "adapters" / "to_velar"), "maths": str(DEMO / "adapters" / "maths")}
+    loaded = build_engine(EngineConfig(model=str(DEMO / "base")), adapters)
+    identities = {info.name: info.identity for info in loaded.adapters.list()}
+    records = [
+        {"base_version": loaded.model.base_version, "adapter_identity": identities[name], "adapter": name, "task": name}
+        | {"metric": "exact", "score": 90.0, "drop": drop}
+        for name, drop in {"velar": 0.5, "maths": 5.0}.items()
+    ]
+    report.write_text(json.dumps({"records": records}))
+    config = EngineConfig(model=str(DEMO / "base"), adapters=AdapterConfig(require_eval=str(report), max_drop=2.0))
+    gated = build_engine(config, adapters, strict=False)
+    assert [info.name for info in gated.adapters.list()] == ["velar"]
+    assert "drops 5.00 points" in gated.left_out["maths"]
