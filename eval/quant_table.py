@@ -344,6 +344,8 @@ def table(options: Options, cells: list[Cell]) -> str:
     lines = []
     for bits in options.bits:
         of_bits = [cell for cell in cells if cell.bits == bits]
+        if not of_bits:
+            continue
         full = of_bits[0].points["16-bit"]
         lines += [
             f"\n## {bits} bits\n",
@@ -403,26 +405,29 @@ def parse() -> tuple[Options, Path, int]:
 def main() -> None:
     options, out, workers = parse()
     jobs = [(options, seed, bits) for bits in options.bits for seed in options.seeds]
-    if workers > 1:
-        with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            cells = list(tqdm(pool.imap(_measure, jobs), total=len(jobs), desc="seed x bits"))
-    else:
-        cells = [measure(*job) for job in tqdm(jobs, desc="seed x bits")]
+    cells: list[Cell] = []
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        for cell in tqdm(pool.imap_unordered(_measure, jobs), total=len(jobs), desc="seed x bits"):
+            cells.append(cell)
+            write(options, sorted(cells, key=lambda cell: (-cell.bits, cell.seed)), out)
+    print(out.with_suffix(".md").read_text())
+
+
+def write(options: Options, cells: list[Cell], out: Path) -> None:
+    """The figures and the table, as far as they are known: a run cut short keeps what it had."""
     out.parent.mkdir(parents=True, exist_ok=True)
     about = {
         "options": asdict(options),
         "commit": _commit(),
         "base": Checkpoint(options.base).fingerprint(),
+        "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu",
         "torch": torch.__version__,
     }
     out.with_suffix(".json").write_text(
         json.dumps(about | {"cells": [asdict(cell) for cell in cells]}, indent=1) + "\n"
     )
-    text = table(options, cells)
-    out.with_suffix(".md").write_text(
-        f"# Quantizers on the demo's twelve tasks\n\n{__doc__}\nOptions: `{asdict(options)}`\n{text}"
-    )
-    print(text)
+    head = f"# Quantizers on the demo's twelve tasks\n\n{__doc__}\nOptions: `{asdict(options)}`\n"
+    out.with_suffix(".md").write_text(head + table(options, cells))
 
 
 def _measure(job: tuple[Options, int, int]) -> Cell:
