@@ -117,7 +117,7 @@ class Engine:
             "kv_blocks": pool.capacity,
             "kv_blocks_used": pool.capacity - pool.num_available,
             "kv_blocks_cached": pool.num_cached,
-            "adapters_running": sum(identity is not None for identity in scheduler.active),
+            "adapters_running": sum(identity is not None for identity in scheduler.tasks.active),
             "preemptions": scheduler.num_preemptions,
             "steps": self._num_steps,
             "step_tokens": self._num_tokens,

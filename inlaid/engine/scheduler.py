@@ -8,14 +8,15 @@ here, once, for all policies. The scheduler is the only writer of Request, the b
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from inlaid.config import CacheConfig, SchedulerConfig
 from inlaid.engine.directory import AdapterDirectory
 from inlaid.engine.gate import Gate
+from inlaid.engine.intake import check_config, make_cost, make_request, most_tokens
 from inlaid.engine.kv_cache import BlockPool, extend_keys, root_key
-from inlaid.engine.ledger import Ledger, LinearCost, ProfiledCost
+from inlaid.engine.ledger import Ledger
 from inlaid.engine.policy import GO, REFUSE, Inlaid, Lengths, MaxTokens, Policy, Rpm, View, parse_policy
 from inlaid.engine.request import (
     Batch,
@@ -29,6 +30,7 @@ from inlaid.engine.request import (
     TokenLogprobs,
     Work,
 )
+from inlaid.engine.tasks import LOADING, READY, Tasks
 from inlaid.engine.waiting import WaitingQueue
 
 MAX_LOOKED_AT = 32  # requests that do not fit are passed by others at most this deep into the queue
@@ -60,7 +62,7 @@ class Scheduler:
         lengths: Lengths | None = None,
         base_version: str = "",
     ) -> None:
-        _check(config)
+        check_config(config)
         self.config = config
         self.cache = cache
         self.max_model_len = max_model_len
@@ -69,8 +71,8 @@ class Scheduler:
         self.base_version = base_version
         self.pool = BlockPool(num_blocks, cache.block_size)
         self.ledger = Ledger(make_cost(config))
-        self.active: dict[str | None, int] = {}
-        self.view = View(self.ledger, lengths or MaxTokens(), active=self.active)
+        self.tasks = Tasks(adapters, config.max_sum_of_ranks)
+        self.view = View(self.ledger, lengths or MaxTokens(), active=self.tasks.active)
         self.view.tokens_per_step = config.max_num_batched_tokens
         self.gate = Gate(config.max_num_waiting)
         self.requests: dict[str, Request] = {}  # everyone who has not ended
@@ -78,9 +80,6 @@ class Scheduler:
         self.waiting = WaitingQueue(parse_policy(config.policy), self.view)
         self.num_preemptions = 0
         self.num_admitted = 0
-        self._parked: dict[str, list[Request]] = {}  # by the adapter they wait for
-        self._num_parked = 0
-        self._sum_of_ranks = 0
         self._num_reserved = 0  # blocks that the running were admitted on
         self._num_added = 0
         self._step = 0
@@ -91,7 +90,6 @@ class Scheduler:
         self._released: list[str] = []
         self._outputs: list[Output] = []  # ends that no step brought about
         self._stuck: tuple[int, int, int] | None = None
-        self._max_tasks = 0
         self.set_policy(self.waiting.policy)
 
     # Arrival and departure.
@@ -102,7 +100,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self.waiting) + self._num_parked
+        return len(self.waiting) + self.tasks.num_parked
 
     @property
     def has_work(self) -> bool:
@@ -110,80 +108,31 @@ class Scheduler:
 
     def set_policy(self, policy: Policy) -> None:
         """Change the order from the next step on; nobody is dropped."""
-        self._max_tasks = self.config.max_tasks_per_step
-        if isinstance(policy, Inlaid):
-            self._max_tasks = min(self._max_tasks or policy.beta, policy.beta)
+        most = self.config.max_tasks_per_step
+        self.tasks.max_tasks = min(most or policy.beta, policy.beta) if isinstance(policy, Inlaid) else most
         self._stuck = None
         self.waiting.reorder(policy)
 
-    def check(self, new: NewRequest) -> int:
-        """Raise ValueError for a request that can never be served; else the most tokens it can come to."""
-        params = new.params
-        if new.id in self.requests:
-            raise ValueError(f"request id {new.id!r} is in use")
-        if not new.prompt:
-            raise ValueError("the prompt is empty; at least one token is needed")
-        if params.max_tokens < (0 if params.prompt_logprobs is not None else 1):
-            raise ValueError(f"max_tokens is {params.max_tokens}; it must be at least 1 (0 only with prompt_logprobs)")
-        if params.min_tokens > params.max_tokens:
-            raise ValueError(f"min_tokens {params.min_tokens} is above max_tokens {params.max_tokens}")
-        if len(new.prompt) + (params.max_tokens > 0) > self.max_model_len:
-            raise ValueError(
-                f"the prompt has {len(new.prompt)} tokens; with max_model_len {self.max_model_len} it can have "
-                f"{self.max_model_len - 1} at most"
-            )
-        limit = min(len(new.prompt) + params.max_tokens, self.max_model_len)
-        blocks = self._blocks_for(max(limit - 1, len(new.prompt)))
-        if blocks > self.pool.capacity:
-            raise ValueError(
-                f"prompt and output may take {limit} tokens, {blocks} KV blocks; there are {self.pool.capacity}: "
-                f"ask for at most {self.pool.capacity * self.pool.block_size + 1} tokens together"
-            )
-        if not self.config.enable_chunked_prefill and limit > self.config.max_num_batched_tokens:
-            raise ValueError(
-                f"prompt and output may take {limit} tokens, but chunked prefill is off and a step holds "
-                f"{self.config.max_num_batched_tokens}: raise max_num_batched_tokens or enable chunked prefill"
-            )
-        return limit
-
     def add(self, new: NewRequest, now: float) -> Request:
         """Let a request wait its turn. ValueError: it can never be served; Refused: not now."""
-        limit = self.check(new)
+        if new.id in self.requests:
+            raise ValueError(f"request id {new.id!r} is in use")
+        limit = most_tokens(new, self.max_model_len, self.pool, self.config)
         account = self.ledger.account(new.tenant)
         rpm = self.policy if isinstance(self.policy, Rpm) else None
         self.gate.check(account, self.num_waiting, self.ledger.num_backlogged, now)
         if rpm is not None:
             self.gate.check_rate(new.tenant, rpm.limit, rpm.window, now)
         identity = None if new.adapter is None else self.adapters.resolve(new.adapter)
-        request = self._make(new, identity, limit, now)
+        self._num_added += 1
+        request = make_request(new, identity, limit, now, self._num_added, self.eos_ids)
+        request.account = account
         self.gate.note_accepted(new.tenant, now, limited=rpm is not None)
         self.requests[request.id] = request
         account.num_requests += 1
         self.ledger.enter_queue(account)
         self._enqueue(request)
         return request
-
-    def _make(self, new: NewRequest, identity: str | None, limit: int, now: float) -> Request:
-        params = new.params
-        self._num_added += 1
-        return Request(
-            id=new.id,
-            prompt=new.prompt,
-            params=params,
-            adapter=identity,
-            adapter_name=new.adapter,
-            tenant=new.tenant,
-            arrival=now,
-            priority=new.priority,
-            deadline=new.deadline,
-            true_output_len=new.true_output_len,
-            tokens=list(new.prompt),
-            order=self._num_added,
-            limit=limit,
-            stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids),
-            prompt_logprobs=None if params.prompt_logprobs is None else [None],
-            account=self.ledger.account(new.tenant),
-        )
 
     def _enqueue(self, request: Request) -> None:
         self.waiting.push(request)
@@ -209,16 +158,16 @@ class Scheduler:
         self.ledger.note(now)
         preemptions = self.num_preemptions
         singles, prefills, budget = self._running_work()
-        if self._parked:
+        if self.tasks.parked:
             self._unpark()
         if preemptions == self.num_preemptions:
             admitted = self._admit(budget, now)
             singles += [work for work in admitted if work.num_tokens == 1]
             prefills += [work for work in admitted if work.num_tokens > 1]
-        if len(self.waiting) and len(self._parked) < MAX_PREFETCHED:
-            self._prefetch()
-        if self._parked:
-            self._want_adapters()
+        self._prefetch()
+        if self.tasks.parked:
+            # After admission, when what has arrived is pinned and cannot be pushed out by what is asked for now.
+            self.tasks.want(self._overdue_adapter())
         works = singles + prefills
         if not works:
             return None
@@ -315,7 +264,7 @@ class Scheduler:
             if request is None:
                 break
             # Behind one that finds no room nothing is fetched: it would push out what the first will need.
-            if self._given_up(request) or (not passed and self._stands_aside(request)):
+            if self._given_up(request) or self._stands_aside(request, 0 if passed else MAX_PARKED):
                 continue
             hits = self._fits(request, budget, self._overdue_adapter())
             if hits is None:
@@ -335,13 +284,12 @@ class Scheduler:
     def _next(self) -> Request | None:
         """The first in the queue; where no further task may enter the batch and the policy sorts by task, the first of
         those that may, as long as the bound on passing allows."""
-        if not self._max_tasks or self._num_tasks < self._max_tasks or not self.policy.groups_are_tasks:
+        if not self.tasks.full or not self.policy.groups_are_tasks:
             return self.waiting.pop()
         first = self.waiting.peek()
-        shut_out = first is not None and first.adapter is not None and first.adapter not in self.active
-        if first is not None and shut_out and self._passed_too_often(first):
+        if first is not None and not self.tasks.has_room(first.adapter) and self._passed_too_often(first):
             return None
-        return self.waiting.pop_among({*self.active, None})
+        return self.waiting.pop_among({*self.tasks.active, None})
 
     @property
     def _max_running(self) -> int:
@@ -364,61 +312,38 @@ class Scheduler:
             self.waiting.push(request)
         return verdict != GO
 
-    def _stands_aside(self, request: Request) -> bool:
-        """Park a request whose adapter is not on the device."""
-        identity = request.adapter
-        if identity is None or identity in self.active:
+    def _stands_aside(self, request: Request, most: int) -> bool:
+        """Park a request whose adapter is on its way, if fewer than so many are awaited; end it if that cannot come."""
+        tasks, state = self.tasks, self.tasks.state(request.adapter)
+        if state == READY or (state == LOADING and len(tasks.parked) >= most and request.adapter not in tasks.parked):
             return False
-        if len(self._parked) >= MAX_PARKED and identity not in self._parked:
-            return False
-        try:
-            if self.adapters.ready(identity):
-                return False
-        except RuntimeError as error:
-            self._end_early(request, FinishReason.ERROR, str(error), queued=False)
-            return True
-        request.passed_since = self.num_admitted if request.passed_since is None else request.passed_since
-        self._parked.setdefault(identity, []).append(request)
-        self._num_parked += 1
+        if state == LOADING:
+            request.passed_since = self.num_admitted if request.passed_since is None else request.passed_since
+            tasks.park(request)
+        else:
+            self._end_early(request, FinishReason.ERROR, state, queued=False)
         return True
 
     def _unpark(self) -> None:
-        for identity in list(self._parked):
-            try:
-                ready, message = self.adapters.ready(identity), ""
-            except RuntimeError as error:
-                ready, message = False, str(error)
-            if not ready and not message:
-                continue
-            requests = self._parked.pop(identity)
-            self._num_parked -= len(requests)
-            for request in requests:
-                if message:
-                    self._end_early(request, FinishReason.ERROR, message, queued=False)
-                else:
-                    self._enqueue(request)
+        for request, state in self.tasks.settled():
+            if state == READY:
+                self._enqueue(request)
+            else:
+                self._end_early(request, FinishReason.ERROR, state, queued=False)
 
     def _prefetch(self) -> None:
         """While the batch is full, the adapters of those who come next are loaded already."""
-        while len(self._parked) < MAX_PREFETCHED:
+        while len(self.waiting) and len(self.tasks.parked) < MAX_PREFETCHED:
             request = self.waiting.pop()
-            if request is None:
+            if request is None or not self._stands_aside(request, MAX_PREFETCHED):
+                if request is not None:
+                    self.waiting.push(request)
                 return
-            if not self._stands_aside(request):
-                self.waiting.push(request)
-                return
-
-    def _want_adapters(self) -> None:
-        """Ask for what parked requests need. After admission, when what arrived is pinned and cannot be pushed out;
-        and for one that is overdue alone, so that nothing else takes its room."""
-        overdue = self._overdue_adapter()
-        for identity in self._parked if overdue is None else (overdue,):
-            self.adapters.want(identity)
 
     def _overdue_adapter(self) -> str | None:
-        """The adapter of a parked request that too many have passed: until it is on the device, no request with
-        another adapter is admitted, so that room for it comes free."""
-        for identity, requests in self._parked.items():
+        """The adapter of a parked request that too many have passed: until it is on the device no request with another
+        adapter is admitted and no other is fetched, so that room for it comes free."""
+        for identity, requests in self.tasks.parked.items():
             if self._passed_too_often(requests[0]):
                 return identity
         return None
@@ -431,15 +356,9 @@ class Scheduler:
     def _fits(self, request: Request, budget: int, closed_for: str | None) -> list[int] | None:
         """The blocks of its cached prefix if every budget allows it now, else None."""
         identity = request.adapter
-        if identity is not None and identity not in self.active:
-            if closed_for not in (None, identity) or not self.adapters.ready(identity):
-                return None
-            if self._max_tasks and self._num_tasks >= self._max_tasks:
-                return None
-            ranks = self.config.max_sum_of_ranks
-            if ranks and self.active and self._sum_of_ranks + self.adapters.rank(identity) > ranks:
-                return None
-        elif identity is not None and closed_for is not None:
+        if identity is not None and closed_for not in (None, identity):
+            return None
+        if self.tasks.state(identity) != READY or not self.tasks.has_room(identity):
             return None
         if request.num_inflight:
             return None  # preempted while a step was in flight: its token comes first
@@ -453,17 +372,14 @@ class Scheduler:
         """Blocks for what it has so far must be free; and a share of everyone's predicted answers must fit too."""
         pool = self.pool
         fresh = self._blocks_for(len(request.tokens)) - len(hits) + pool.num_idle(hits)
+        request.num_reserved = fresh
         if not self.running:
             return fresh <= pool.num_available
         if fresh + int(self.config.admission_margin * pool.capacity) > pool.num_available:
             return False
         growth = int(self.config.reserve * self.view.lengths.remaining(request)) // pool.block_size
-        request.num_reserved = fresh + growth
+        request.num_reserved += growth
         return self._num_reserved + request.num_reserved <= pool.capacity
-
-    @property
-    def _num_tasks(self) -> int:
-        return len(self.active) - (None in self.active)
 
     def _prefix(self, request: Request) -> list[int]:
         """Blocks of the longest cached prefix; the last token is always left to compute, for its logits."""
@@ -512,16 +428,8 @@ class Scheduler:
             request.num_prepaid = self.policy.prepay(request, self.view)
             if request.num_prepaid:
                 self.ledger.prepay(account, request.num_prompt, request.num_prepaid)
-        self._activate(request.adapter)
-
-    def _activate(self, identity: str | None) -> None:
-        count = self.active.get(identity, 0)
-        self.active[identity] = count + 1
-        if identity is not None:
-            self.adapters.pin(identity)
-        if count == 0:
-            self._sum_of_ranks += 0 if identity is None else self.adapters.rank(identity)
-            self.waiting.touch(identity)  # a task in the batch may move its group forward
+        if self.tasks.enter(request.adapter):
+            self.waiting.touch(request.adapter)  # a task in the batch may move its group forward
 
     # After the step: what it yielded.
 
@@ -647,25 +555,15 @@ class Scheduler:
 
     def _leave_waiting(self, request: Request) -> None:
         self.ledger.leave_queue(request.account)
-        parked = self._parked.get(request.adapter or "", [])
-        if request not in parked:
+        if not self.tasks.remove(request):
             self.waiting.discard(request)
-            return
-        parked.remove(request)
-        self._num_parked -= 1
-        if not parked:
-            del self._parked[request.adapter or ""]
 
     def _leave_running(self, request: Request) -> None:
         del self.running[request.id]
         self._num_reserved -= request.num_reserved
         request.account.num_running -= 1
         self._released.append(request.id)
-        count = self.active.pop(request.adapter) - 1
-        if count:
-            self.active[request.adapter] = count
-        elif request.adapter is not None:
-            self._sum_of_ranks -= self.adapters.rank(request.adapter)
+        self.tasks.leave(request.adapter)
         blocks, request.blocks = request.blocks, []
         if request.last_step > self._committed:
             self._limbo.append(_Limbo(request.last_step, blocks, request.adapter))
@@ -687,7 +585,7 @@ class Scheduler:
         waiting = [r for r in self.requests.values() if r.status is Status.WAITING]
         assert len(waiting) == self.num_waiting
         assert len(self.requests) == len(waiting) + len(self.running)
-        assert sum(self.active.values()) == len(self.running)
+        assert sum(self.tasks.active.values()) == len(self.running)
         assert sum(a.num_waiting for a in self.ledger.accounts.values()) == len(waiting)
         assert sum(a.num_running for a in self.ledger.accounts.values()) == len(self.running)
 
@@ -698,36 +596,6 @@ def _still_running(works: list[Work]) -> list[Work]:
         if work.request.status is not Status.RUNNING and work.samples:
             work.request.num_inflight -= 1
     return [work for work in works if work.request.status is Status.RUNNING]
-
-
-def make_cost(config: SchedulerConfig) -> LinearCost | ProfiledCost:
-    """The price list that a configuration names."""
-    if config.cost == "linear":
-        return LinearCost(config.prompt_weight, config.output_weight, config.cached_price)
-    if config.cost == "profiled":
-        return ProfiledCost(cached_price=config.cached_price)
-    raise ValueError(f"unknown cost {config.cost!r}; known: linear, profiled")
-
-
-def _check(config: SchedulerConfig) -> None:
-    least: Iterable[tuple[str, float]] = (
-        ("max_num_seqs", 1),
-        ("max_num_batched_tokens", 1),
-        ("max_num_waiting", 1),
-        ("max_tasks_per_step", 0),
-        ("max_sum_of_ranks", 0),
-        ("max_overtakes", 0),
-        ("admission_margin", 0),
-        ("reserve", 0),
-        ("prompt_weight", 0),
-        ("output_weight", 0),
-        ("cached_price", 0),
-    )
-    for name, smallest in least:
-        if not getattr(config, name) >= smallest:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {smallest}")
-    if config.admission_margin >= 1:
-        raise ValueError(f"admission_margin is {config.admission_margin}; it is a share, below 1")
 
 
 def _gather(request: Request, work: Work, result: StepResult) -> None:

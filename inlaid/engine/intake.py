@@ -1,0 +1,95 @@
+"""What may come in: settings and requests that make no sense are refused here, each with a sentence. The scheduler
+calls it when it is made and at every arrival."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from inlaid.config import SchedulerConfig
+from inlaid.engine.kv_cache import BlockPool
+from inlaid.engine.ledger import LinearCost, ProfiledCost
+from inlaid.engine.request import NewRequest, Request
+
+
+def check_config(config: SchedulerConfig) -> None:
+    """Raise ValueError for a setting that is out of range."""
+    least: Iterable[tuple[str, float]] = (
+        ("max_num_seqs", 1),
+        ("max_num_batched_tokens", 1),
+        ("max_num_waiting", 1),
+        ("max_tasks_per_step", 0),
+        ("max_sum_of_ranks", 0),
+        ("max_overtakes", 0),
+        ("admission_margin", 0),
+        ("reserve", 0),
+        ("prompt_weight", 0),
+        ("output_weight", 0),
+        ("cached_price", 0),
+    )
+    for name, smallest in least:
+        if not getattr(config, name) >= smallest:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {smallest}")
+    if config.admission_margin >= 1:
+        raise ValueError(f"admission_margin is {config.admission_margin}; it is a share, below 1")
+
+
+def make_cost(config: SchedulerConfig) -> LinearCost | ProfiledCost:
+    """The price list that a configuration names."""
+    if config.cost == "linear":
+        return LinearCost(config.prompt_weight, config.output_weight, config.cached_price)
+    if config.cost == "profiled":
+        return ProfiledCost(cached_price=config.cached_price)
+    raise ValueError(f"unknown cost {config.cost!r}; known: linear, profiled")
+
+
+def most_tokens(new: NewRequest, max_model_len: int, pool: BlockPool, config: SchedulerConfig) -> int:
+    """The most tokens of prompt plus output. Raises ValueError for a request that can never be served."""
+    params = new.params
+    if not new.prompt:
+        raise ValueError("the prompt is empty; at least one token is needed")
+    if params.max_tokens < (0 if params.prompt_logprobs is not None else 1):
+        raise ValueError(f"max_tokens is {params.max_tokens}; it must be at least 1 (0 only with prompt_logprobs)")
+    if params.min_tokens > params.max_tokens:
+        raise ValueError(f"min_tokens {params.min_tokens} is above max_tokens {params.max_tokens}")
+    if len(new.prompt) + (params.max_tokens > 0) > max_model_len:
+        raise ValueError(
+            f"the prompt has {len(new.prompt)} tokens; with max_model_len {max_model_len} it can have "
+            f"{max_model_len - 1} at most"
+        )
+    limit = min(len(new.prompt) + params.max_tokens, max_model_len)
+    blocks = -(-max(limit - 1, len(new.prompt)) // pool.block_size)
+    if blocks > pool.capacity:
+        raise ValueError(
+            f"prompt and output may take {limit} tokens, {blocks} KV blocks; there are {pool.capacity}: "
+            f"ask for at most {pool.capacity * pool.block_size + 1} tokens together"
+        )
+    if not config.enable_chunked_prefill and limit > config.max_num_batched_tokens:
+        raise ValueError(
+            f"prompt and output may take {limit} tokens, but chunked prefill is off and a step holds "
+            f"{config.max_num_batched_tokens}: raise max_num_batched_tokens or enable chunked prefill"
+        )
+    return limit
+
+
+def make_request(
+    new: NewRequest, identity: str | None, limit: int, now: float, order: int, eos_ids: frozenset[int]
+) -> Request:
+    """The state of a request that has just arrived."""
+    params = new.params
+    return Request(
+        id=new.id,
+        prompt=new.prompt,
+        params=params,
+        adapter=identity,
+        adapter_name=new.adapter,
+        tenant=new.tenant,
+        arrival=now,
+        priority=new.priority,
+        deadline=new.deadline,
+        true_output_len=new.true_output_len,
+        tokens=list(new.prompt),
+        order=order,
+        limit=limit,
+        stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids),
+        prompt_logprobs=None if params.prompt_logprobs is None else [None],
+    )
