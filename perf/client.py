@@ -219,7 +219,7 @@ def run(arguments: argparse.Namespace) -> int:
         print("perf.client: interrupted before a request was measured", file=sys.stderr)
         return 130
     percentiles = [float(p) for p in arguments.percentiles.split(",")]
-    summary = _heading(arguments, target, len(items), clock_start, code == 130)
+    summary = _heading(arguments, target, workload.seed, len(items), clock_start) | {"interrupted": code == 130}
     summary |= summarize(progress.records, options_for(workload, percentiles, arguments.save_detailed))
     if out:
         write_atomically(out, msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n")
@@ -258,19 +258,21 @@ def _allow_many_sockets(max_connections: int) -> None:
 
 
 def _heading(
-    arguments: argparse.Namespace, target: Target, count: int, clock_start: float, interrupted: bool
+    arguments: argparse.Namespace, target: Target, seed: int, count: int, clock_start: float
 ) -> dict[str, Any]:
     """What was run: vLLM's header fields, and the command."""
     return {
         "date": datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S"),
         "backend": arguments.backend,
+        "endpoint_type": arguments.backend,
+        "request_rate": arguments.rate,
+        "max_concurrency": arguments.max_connections,
         "label": arguments.label or (Path(arguments.out).stem if arguments.out else ""),
         "model_id": target.model,
         "num_prompts": count,
         "num_adapters": len(target.adapters),
-        "interrupted": interrupted,
         "command": ["python", "-m", "perf.client", *sys.argv[1:]],
-        "seed": arguments.seed,
+        "seed": seed,
         "clock_start": clock_start,
     }
 

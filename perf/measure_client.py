@@ -103,6 +103,7 @@ def provenance(argv: list[str]) -> dict[str, Any]:
         "commit": git_revision(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": f"{cpu}, {os.cpu_count()} cores",
+        "nice": os.nice(0),
         "python": platform.python_version(),
         "seed": 0,
         "ceiling": "one core each for the generator and the fake server",

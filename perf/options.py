@@ -95,6 +95,7 @@ def _run_flags(group: Any) -> None:
 def workload_from(arguments: argparse.Namespace) -> Workload:
     """The workload file, or one stream from the flags; raises ValueError with one clear line."""
     if arguments.workload:
+        _refuse_beside_a_file(arguments)
         workload = load_workload(arguments.workload)
         return workload if arguments.rate is None else rescale_rate(workload, arguments.rate)
     try:
@@ -103,6 +104,21 @@ def workload_from(arguments: argparse.Namespace) -> Workload:
         return Workload([stream], arguments.seed, classes)
     except msgspec.ValidationError as error:
         raise ValueError(str(error)) from error
+
+
+STREAM_FLAGS = (
+    "arrival", "end_rate", "cv", "on_s", "off_s", "within", "num_requests", "duration", "distribution", "alpha",
+    "adapter_rates", "input", "output", "max_input", "max_output", "trace", "trace_format", "time_scale", "window",
+    "loop", "tenant", "slo", "seed",
+)  # fmt: skip
+
+
+def _refuse_beside_a_file(arguments: argparse.Namespace) -> None:
+    """A flag that the file overrules would be ignored in silence."""
+    parser = build_parser()
+    for name in STREAM_FLAGS:
+        if getattr(arguments, name) != parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} has no effect with --workload: say it in the file")
 
 
 def _stream(arguments: argparse.Namespace) -> Stream:

@@ -172,12 +172,11 @@ async def drive(
     def finished(task: asyncio.Task[Record]) -> None:
         tasks.discard(task)
         answered.set()
-        fault = None if task.cancelled() else task.exception()
-        if fault is not None:  # a fault of ours: end the run, and let it be raised below
-            faults.append(fault)
-            stop.set()
-        elif not task.cancelled():
-            on_record(task.result())
+        if not task.cancelled():
+            fault = task.exception() or _report(on_record, task.result())
+            if fault is not None:  # ours, or a disk that is full: end the run, and let it be raised below
+                faults.append(fault)
+                stop.set()
 
     stopping = asyncio.ensure_future(stop.wait())
     for item in items:
@@ -197,6 +196,14 @@ async def drive(
     stopping.cancel()
     if faults:
         raise faults[0]
+
+
+def _report(on_record: Callable[[Record], None], record: Record) -> OSError | None:
+    try:
+        on_record(record)
+    except OSError as error:
+        return error
+    return None
 
 
 async def _cancel_all(tasks: set[asyncio.Task[Record]]) -> None:

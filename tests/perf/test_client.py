@@ -138,6 +138,15 @@ def test_tenants_travel_as_asked() -> None:
     assert "acme" not in str(none.headers)
 
 
+def test_a_flag_that_the_file_overrules_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "w.toml"
+    path.write_text("[[streams]]\nduration_s = 2\narrival = { process = 'fixed', rate = 3 }\n")
+    flags = ["--workload", str(path), "--rate", "6"]
+    assert workload_from(build_parser().parse_args(flags)).streams[0].arrival.rate == 6
+    with pytest.raises(ValueError, match="--slo has no effect with --workload"):
+        workload_from(build_parser().parse_args([*flags, "--slo", "ttft_ms=3"]))
+
+
 def test_flags_make_the_stream_they_say() -> None:
     flags = ["--arrival", "gamma", "--cv", "3", "--rate", "7", "--duration", "9", "--distribution", "zipf"]
     stream = workload_from(

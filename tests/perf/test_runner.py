@@ -260,10 +260,14 @@ def test_two_runners_do_not_share_an_archive(tmp_path: Path) -> None:
         pass
 
 
-def test_the_config_wins_over_the_environment_and_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_config_wins_over_the_environment_and_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("LOG_LEVEL", "from the shell")
     small = GRID.replace("[1, 3]", "3").replace("[60, 120, 240]", "240").replace('["fcfs", "vtc"]', '"vtc"')
-    assert main(["--templates", str(saved(tmp_path, small + '[extra-envs]\nLOG_LEVEL = "from the config"\n'))]) == 0
+    template = saved(tmp_path, small + '[extra-envs]\nLOG_LEVEL = "from the config"\n')
+    assert main(["--templates", str(template), "--color"]) == 0
+    assert "\033[32mpassed\033[0m" in capsys.readouterr().out
     archive = archive_of(tmp_path)
     record = json.loads((archive.attempt_directory(archive.points[0], 1) / "environment.json").read_text())
     assert record == {"set": {"LOG_LEVEL": "from the config"}, "replaced": {"LOG_LEVEL": "from the shell"}}

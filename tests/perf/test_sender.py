@@ -177,6 +177,21 @@ def test_stopping_keeps_what_was_done_and_sends_no_more() -> None:
     assert 3 <= records[2].output_len <= 4
 
 
+def test_a_full_disk_ends_the_run_with_its_own_error() -> None:
+    def full(_: Record) -> None:
+        raise OSError("No space left on device")
+
+    async def job() -> None:
+        clock = asyncio.get_running_loop().time
+        async with aiohttp.ClientSession() as session:
+            sender = Sender(session, PROTOCOLS["openai"], clock, 10)
+            items = [prepared(request(i, 0.1 * i), 9, "openai") for i in range(50)]
+            await drive(sender, items, full, asyncio.Event())
+
+    with pytest.raises(OSError, match="No space left"):
+        run_virtual(job())
+
+
 def test_events_may_be_split_anywhere() -> None:
     stream = (
         b'data: {"choices":[{"text":"a"}]}\r\n\r\n: comment\n\ndata: {"choices":[{"text":"b"}]}\n\ndata: [DONE]\n\n'
