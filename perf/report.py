@@ -59,6 +59,7 @@ thead th:first-child { background: #f5f7fa; }
 .warning { background: #fff4e5; border-left: 4px solid #e69f00; padding: .5rem .8rem; border-radius: 4px; }
 figure { margin: 0 0 1.5rem; } figcaption { font-weight: 600; margin-bottom: .3rem; }
 img { max-width: 100%; height: auto; } summary { cursor: pointer; font-weight: 600; margin: .6rem 0; }
+@media (max-width: 600px) { td:first-child { white-space: normal; min-width: 7rem; } }
 code { font-size: 12px; word-break: break-all; }
 """
 
@@ -74,8 +75,16 @@ def load_runs(paths: list[Path]) -> list[Run]:
             raise ValueError(f"{path} is not a summary of a run: {type(error).__name__} {error}") from error
         records = [record for record in read_records(path.with_suffix(".jsonl")) if not record.warmup]
         runs.append(Run(label, summary, records))
-    names = _apart([run.label for run in runs])
+    names = _apart(_without_common_front([run.label for run in runs]))
     return [Run(name, run.summary, run.records) for name, run in zip(names, runs, strict=True)]
+
+
+def _without_common_front(labels: list[str]) -> list[str]:
+    """`demo-short/policy-a` and `demo-short/policy-b` are policy-a and policy-b."""
+    parts = [label.split("/") for label in labels]
+    while len(parts) > 1 and all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1:
+        parts = [p[1:] for p in parts]
+    return ["/".join(p) for p in parts]
 
 
 def _apart(labels: list[str]) -> list[str]:

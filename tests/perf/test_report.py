@@ -70,6 +70,12 @@ def test_what_spoils_a_figure_is_said_above_it(tmp_path: Path) -> None:
     assert "broken: 7 of 60 requests got no full answer" in page
 
 
+def test_labels_leave_out_what_all_have_in_common_and_twins_are_numbered(tmp_path: Path) -> None:
+    one, two = written(tmp_path, "demo/short/policy-a", 10), written(tmp_path, "demo/short/policy-b", 10)
+    page = report(tmp_path, one, two, two)
+    assert all(f"<td>{name}</td>" in page for name in ("policy-a", "policy-b", "policy-b (2)"))
+
+
 def test_labels_are_escaped(tmp_path: Path) -> None:
     page = report(tmp_path, written(tmp_path, "<script>alert(1)<", 10))
     assert "<script>" not in page
