@@ -47,12 +47,19 @@ def report(folder: Path, *paths: Path) -> str:
     return out.read_text()
 
 
+@pytest.fixture
+def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of the words: drawing takes a second."""
+    monkeypatch.setattr("perf.report.draw", lambda runs: ({"Empty": b"png"}, ""))
+
+
 def cells(page: str, run: str) -> list[str]:
     """The texts of a run's row in the first table."""
     row = next(row for row in re.findall(r"<tr>(.*?)</tr>", page) if f"<td>{run}</td>" in row)
     return [re.sub(r"<[^>]+>", "", cell) for cell in re.findall(r"<td>(.*?)</td>", row)]
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_ratios_are_to_the_first_run_and_coloured_by_what_is_better(tmp_path: Path) -> None:
     page = report(tmp_path, written(tmp_path, "base", 10), written(tmp_path, "half", 10, slow=0.5))
     head = re.findall(r"<th>(.*?)</th>", page)
@@ -64,18 +71,21 @@ def test_ratios_are_to_the_first_run_and_coloured_by_what_is_better(tmp_path: Pa
     assert re.search(r'<span class="ratio worse">&times;2\.00</span>', back)
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_what_spoils_a_figure_is_said_above_it(tmp_path: Path) -> None:
     page = report(tmp_path, written(tmp_path, "late", 10, late=0.5), written(tmp_path, "broken", 10, failed=7))
     assert "late: half of the requests were sent more than 500 ms late" in page
     assert "broken: 7 of 60 requests got no full answer" in page
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_labels_leave_out_what_all_have_in_common_and_twins_are_numbered(tmp_path: Path) -> None:
     one, two = written(tmp_path, "demo/short/policy-a", 10), written(tmp_path, "demo/short/policy-b", 10)
     page = report(tmp_path, one, two, two)
     assert all(f"<td>{name}</td>" in page for name in ("policy-a", "policy-b", "policy-b (2)"))
 
 
+@pytest.mark.usefixtures("_undrawn")
 def test_labels_are_escaped(tmp_path: Path) -> None:
     page = report(tmp_path, written(tmp_path, "<script>alert(1)<", 10))
     assert "<script>" not in page
