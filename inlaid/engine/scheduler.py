@@ -485,8 +485,8 @@ class Scheduler:
         return self.take_outputs()
 
     def _publish(self, request: Request, first: int, last: int) -> None:
-        if request.status is not Status.RUNNING:
-            return  # preempted meanwhile: its blocks are given up
+        if first == last or request.status is not Status.RUNNING:
+            return  # no block became full, or it was preempted meanwhile and its blocks are given up
         self._extend_keys(request)
         for index in range(first, last):
             self.pool.publish(request.blocks[index], request.block_keys[index])

@@ -52,6 +52,7 @@ class FakeRunner:
     kv: dict[tuple[int, int], int] = field(default_factory=dict)
     last: dict[str, int] = field(default_factory=dict)
     batches: list[Batch] = field(default_factory=list)
+    in_flight: dict[int, dict[int, str]] = field(default_factory=dict)  # step -> block it writes -> request
 
     def submit(self, batch: Batch) -> Any:
         assert batch.works
@@ -60,6 +61,7 @@ class FakeRunner:
         sizes = [work.num_tokens > 1 for work in batch.works]
         assert sizes == sorted(sizes), "single-token works come first"
         self.batches.append(batch)
+        self._check_writes(batch)
         if batch.step in self.fail_submit:
             raise RuntimeError("the device said no")
         result = StepResult([])
@@ -75,9 +77,22 @@ class FakeRunner:
 
     def collect(self, ticket: Any) -> StepResult:
         step, result = ticket
+        del self.in_flight[step]
         if step in self.fail_collect:
             raise RuntimeError("the device fell over")
         return result
+
+    def _check_writes(self, batch: Batch) -> None:
+        """No block that a submitted step still writes has been given to someone else."""
+        writes: dict[int, str] = {}
+        for work in batch.works:
+            first, last = work.start // self.block_size, (work.start + work.num_tokens - 1) // self.block_size
+            writes |= dict.fromkeys(work.request.blocks[first : last + 1], work.request.id)
+        for other in self.in_flight.values():
+            for block, owner in writes.items():
+                assert other.get(block, owner) == owner, f"block {block} is still written by {other[block]}"
+        if batch.step not in self.fail_submit:
+            self.in_flight[batch.step] = writes
 
     def _write(self, request: Request, start: int, count: int) -> list[int]:
         contexts = []

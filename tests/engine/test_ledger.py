@@ -163,3 +163,14 @@ def test_a_flood_of_tenants_is_forgotten_without_losing_a_token() -> None:
         ledger.charge_prefill(ledger.account(f"t{number}"), 0, 7)
     assert len(ledger.accounts) <= 100
     assert ledger.forgotten + sum(a.service for a in ledger.accounts.values()) == ledger.total == 7000
+
+
+def test_what_was_charged_is_not_charged_again_as_cached_after_a_preemption() -> None:
+    bench = Bench(cached_price=0.5)
+    bench.add("r", [3] * 9, tenant="t", max_tokens=6, ignore_eos=True)
+    for _ in range(3):
+        bench.step()
+    bench.scheduler._preempt(bench.scheduler.requests["r"])
+    bench.run().check_all()
+    account = bench.scheduler.ledger.accounts["t"]
+    assert (account.prompt_tokens, account.cached_tokens, account.service) == (9, 0, 9 + 2 * 6)
