@@ -66,7 +66,7 @@ def load(folder: Path, suite: str) -> dict[str, dict[str, Any]]:
     """The suite's rows by policy; nothing if it was not run."""
     path = folder / f"{suite}.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    return {row["policy"]: row for row in rows}
+    return {row["policy"]: row for row in rows if "policy" in row}
 
 
 def real_table(rows: dict[str, dict[str, Any]]) -> list[str]:
