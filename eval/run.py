@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -146,12 +148,20 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
     threads = max(1, (os.cpu_count() or 1) // (workers + 1))
     torch.set_num_threads(threads)
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker, initargs=(threads,)) as pool:
         try:
             yield pool
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _start_worker(threads: int) -> None:
+    """A worker ends with the run, however that ends: what it has answered is kept."""
+    if sys.platform == "linux":
+        set_death_signal = 1
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+    torch.set_num_threads(threads)
 
 
 def _start(pool: ProcessPoolExecutor | None, grid: Grid, base: Base, alone: bool) -> Callable[[], list[Cell]]:

@@ -20,7 +20,7 @@ if [ "${1:-}" = quick ]; then
 elif (($#)); then
     run "$@"
 else
-    run --calibration-tokens 6144 --out eval/results/demo
+    run --examples 32 --calibration-tokens 6144 --out eval/results/demo "$@"
     run --variants fp16,rtn,mlgptq-minimax --bits 4 --examples 32 --calibration-tokens 6144 \
         --compare oracle --no-figures --out eval/results/demo-oracle
 fi

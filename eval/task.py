@@ -128,6 +128,8 @@ def load(name: str) -> Task:
         task = msgspec.toml.decode(path.read_bytes(), type=Task)
     except FileNotFoundError as error:
         raise TaskError(f"there is no task {name!r}; known: {', '.join(names())}; or give a .toml file") from error
+    except ImportError as error:  # Python 3.10 has no TOML reader of its own
+        raise TaskError(f"{path} cannot be read: pip install tomli") from error
     except (msgspec.MsgspecError, ValueError) as error:
         raise TaskError(f"{path}: {error}") from error
     return msgspec.structs.replace(task, name=path.stem)

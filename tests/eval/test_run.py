@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,3 +236,18 @@ def test_a_wrong_command_is_one_clear_line(
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("eval: ")
     assert reason in said
+
+
+def test_a_subset_of_the_whole(tmp_path: Path) -> None:
+    """The script, with a worker, quantizing, figures, and the oracle beside the engine: all answers the same."""
+    subprocess.run(
+        ["bash", str(ROOT / "eval/run_all.sh"), "--tasks", "to_velar,code", "--variants", "fp16,gptq-mixed,mlgptq-mean",
+         "--bits", "4", "--examples", "3", "--calibration-tokens", "600", "--compare", "oracle",
+         "--out", str(tmp_path / "report"), "--cache", str(tmp_path / "cache")],
+        check=True, env={**os.environ, "INLAID_PYTHON": sys.executable}, timeout=240,
+    )  # fmt: skip
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["variant"] for row in report["summary"]] == ["fp16", "gptq-mixed", "mlgptq-mean"]
+    assert [row["different_answers"] for row in report["differences"]] == [0] * 8
+    assert sum(row["examples"] for row in report["differences"]) == 24
+    assert (tmp_path / "report-heat-map.png").exists()
