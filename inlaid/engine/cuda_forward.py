@@ -23,6 +23,7 @@ from inlaid.model.transformer import KVCache, Transformer
 
 ALIGNMENT = 32  # of the pieces of meta, in elements: kernels are compiled for aligned addresses
 QUERY_TILE = 64
+SIDE_STREAM_ROWS = 16  # with fewer rows a shrink is shorter than the detour
 NO_ADAPTERS, ATTENTION_ADAPTERS, ALL_ADAPTERS = 0, 1, 2  # which linears may have adapters in a step
 
 
@@ -118,6 +119,7 @@ class Forward:
         self.attention_scratch = attention_triton.decode_scratch(count, spec.num_heads, spec.head_dim, 1, device)
         self.lora_scratch = buffer(self._lora_scratch_size(max_tokens), kind=torch.float32)
         self.cache: KVCache = []
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def views(self, layout: Layout) -> dict[str, torch.Tensor]:
         """The pieces of meta on the device."""
@@ -211,9 +213,13 @@ class Forward:
     ) -> None:
         site = linear.site if adapted else None
         if site is not None:
-            tuning = lora_triton.tuning_for(x.shape[0], segments.block_rows)
+            tuning = lora_triton.tuning_for(x.shape[0], segments.block_rows, self.max_rank)
             partial = self._partial(x.shape[0], tuning.parts, len(site.widths))
-            lora_triton.shrink(x, self.pages, segments, partial, site, tuning)
+            beside = self._side if x.shape[0] >= SIDE_STREAM_ROWS else None
+            if beside is not None:
+                beside.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(beside):  # beside the base weights, which read the same x
+                lora_triton.shrink(x, self.pages, segments, partial, site, tuning)
         if len(linear.parts) == 1:
             backend, packed = linear.parts[0]
             backend.gemm(x, packed, out)
@@ -227,6 +233,8 @@ class Forward:
         if linear.bias_N is not None:
             out.add_(linear.bias_N)
         if site is not None:
+            if beside is not None:
+                torch.cuda.current_stream(self.device).wait_stream(beside)
             lora_triton.expand_add(partial, self.pages, segments, out, site, tuning)
 
     def _partial(self, rows: int, parts: int, siblings: int) -> torch.Tensor:
@@ -236,7 +244,7 @@ class Forward:
     def _lora_scratch_size(self, max_tokens: int) -> int:
         stride = -(-self.max_rank // 16) * 16
         rows = (min(8, max_tokens), min(256, max_tokens), max_tokens)
-        parts = [lora_triton.tuning_for(count, block_rows_for(count)).parts for count in rows]
+        parts = [lora_triton.tuning_for(count, block_rows_for(count), self.max_rank).parts for count in rows]
         return max(3 * p * count * stride for p, count in zip(parts, rows, strict=True))
 
 

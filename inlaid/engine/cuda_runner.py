@@ -466,6 +466,8 @@ class CudaRunner(ModelRunner):
 
 def cuda_kernels(config: EngineConfig, pages: AdapterPages) -> Kernels:
     """The kernels of a GPU that the configuration names."""
+    if pages.pool.dtype not in (torch.float16, torch.bfloat16):
+        raise ConfigError(f"a GPU computes in float16 or bfloat16 here, not {pages.pool.dtype}: choose another dtype")
     if config.attention_backend not in ("auto", "triton"):
         raise ConfigError(
             f"attention backend {config.attention_backend!r} is not offered on a GPU; use auto or triton "

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -343,6 +344,8 @@ def load_model(config: EngineConfig, progress: bool = True) -> LoadedModel:
     folder = fetch(config.model)
     spec = read_spec(folder)
     checkpoint = Checkpoint(folder)
+    hasher = ThreadPoolExecutor(1, "hash-weights")
+    version = hasher.submit(base_version, checkpoint)  # takes seconds where it is not known yet: beside the loading
     dtype = compute_dtype(config.dtype, spec, device)
     max_model_len = choose_max_len(config.max_model_len, spec)
     resident = config.adapters.max_loras
@@ -368,7 +371,7 @@ def load_model(config: EngineConfig, progress: bool = True) -> LoadedModel:
         runner=runner,
         spec=spec,
         folder=folder,
-        base_version=base_version(checkpoint),
+        base_version=version.result(),
         dtype=dtype,
         max_model_len=max_model_len,
         adapters=adapters,

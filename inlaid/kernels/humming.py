@@ -9,10 +9,12 @@ in memory and go in as they are; act-order weights are put in order and x is per
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from inlaid.checkpoint import QuantizedLinear, QuantSpec
 from inlaid.kernels.act_order import group_length, sequential
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096)
+TUNING = Path(__file__).parent / "humming_tuning.json"  # made by perf/gpu/humming_sweep.py
 LOCKS = 4096  # its split of K over blocks counts arrivals here; 132 SMs need far fewer
 
 
@@ -45,6 +48,7 @@ class HummingLinear:
     def __init__(self, ordered: bool = False) -> None:
         """`ordered`: no sum is split over blocks, whose parts arrive in any order: slower, but always the same bits."""
         self.ordered = ordered
+        self.configs: dict[str, Any] = {}  # humming's LayerConfig of each kind
         self._kernels: dict[str, torch.Tensor] = {}
         self._compiling: dict[str, Future[torch.Tensor]] = {}
         self._compilers = ThreadPoolExecutor(8, "humming")
@@ -125,8 +129,12 @@ class HummingLinear:
     def gemm(self, x_TK: torch.Tensor, packed: HummingPacked, out_TN: torch.Tensor) -> None:
         if packed.permutation_K is not None:
             x_TK = self._permuted(x_TK, packed.permutation_K)
+        self.launch(self._kernels_of(packed.kind), x_TK, packed, out_TN)
+
+    def launch(self, kernels: torch.Tensor, x_TK: torch.Tensor, packed: HummingPacked, out_TN: torch.Tensor) -> None:
+        """`gemm` with given kernels and x already in the weight's order."""
         torch.ops.humming.launch_kernel.out(
-            self._kernels_of(packed.kind), x_TK, packed.weight, packed.scales, None, None, None, packed.zeros,
+            kernels, x_TK, packed.weight, packed.scales, None, None, None, packed.zeros,
             None, out_TN, None, None, None, None, self._locks, 1, 0,
         )  # fmt: skip
 
@@ -148,6 +156,7 @@ class HummingLinear:
     def _compile(self, kind: str, config: Any, device: torch.device) -> None:
         """Start compiling one kernel per bucket of rows, once per kind of layer; kinds compile side by side."""
         if kind not in self._compiling:
+            self.configs[kind] = config
             chosen = intervals(config, device, self.ordered)
             self._compiling[kind] = self._compilers.submit(_import().prepare, kind, None, chosen, device)
 
@@ -159,15 +168,30 @@ class HummingLinear:
 
 
 def intervals(config: Any, device: torch.device, ordered: bool = False) -> list[list[Any]]:
-    """[rows above, rows up to, kernel parameters] for ROW_BUCKETS; the last bucket is open-ended."""
+    """[rows above, rows up to, kernel parameters] for ROW_BUCKETS; the last bucket is open-ended. The parameters are
+    the package's choice, changed where a sweep on such a device found better ones (TUNING)."""
+    tuned = {} if ordered else _tuned(config, torch.cuda.get_device_name(device))
     humming = _import()
     below, out = 0, []
     for rows in ROW_BUCKETS:
         end = (1 << 30) if rows == ROW_BUCKETS[-1] else rows
         chosen = humming.heuristics(config, shape_m=rows, device=device)
-        out.append([below, end, {**chosen, "use_stream_k": False} if ordered else chosen])
+        chosen = {**chosen, "use_stream_k": False} if ordered else {**chosen, **tuned.get(rows, {})}
+        out.append([below, end, chosen])
         below = rows
     return out
+
+
+def _tuned(config: Any, device_name: str) -> dict[int, dict[str, Any]]:
+    """Changes to the package's parameters by bucket of rows, from the shipped table."""
+    if not TUNING.exists():
+        return {}
+    found: dict[int, dict[str, Any]] = {}
+    for entry in json.loads(TUNING.read_text())["entries"]:
+        same = (entry["device"], entry["bits"]) == (device_name, config.b_dtype.num_bits)
+        if same and (entry["inputs"], entry["outputs"]) == (config.shape_k, config.shape_n):
+            found |= dict.fromkeys(entry["buckets"], entry["changes"])
+    return found
 
 
 @dataclass(frozen=True)

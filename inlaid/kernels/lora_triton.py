@@ -54,12 +54,13 @@ def _shrink_rank_block(
 @triton.jit(do_not_specialize=["site", "capacity"])
 def _shrink_kernel(
     x, x_stride, pool, table, segments, order, partial, partial_stride, capacity, num_sites, site,
-    K: tl.constexpr, G: tl.constexpr, P: tl.constexpr, R_STRIDE: tl.constexpr,
+    K: tl.constexpr, G: tl.constexpr, P: tl.constexpr, R_STRIDE: tl.constexpr, SHARES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(0)
     part = tl.program_id(1)
-    sibling = tl.program_id(2)
+    sibling = tl.program_id(2) // SHARES
+    share = tl.program_id(2) % SHARES  # programs that divide the blocks of a large rank among them
     # Independent loads stand together and ahead of the branch: a program is short, and each wait counts.
     start = tl.load(segments + segment)
     length = tl.load(segments + capacity + segment)
@@ -76,7 +77,7 @@ def _shrink_kernel(
         k_begin = part * span
         k_end = tl.minimum(k_begin + span, K)
         partial_rows = partial + (part * G + sibling) * partial_stride + rows * R_STRIDE
-        for r0 in range(0, rank, BLOCK_R):
+        for r0 in range(share * BLOCK_R, rank, SHARES * BLOCK_R):
             _shrink_rank_block(
                 x + rows * x_stride, row_mask, a_base, partial_rows, rank, r0, k_begin, k_end,
                 K, BLOCK_K, BLOCK_M, BLOCK_R,
@@ -158,18 +159,20 @@ class Tuning:
     block_k: int
     block_n: int
     block_r: int = 16
+    shares: int = 1  # programs for the rank of one adapter
     shrink_warps: int = 4
     expand_warps: int = 4
     shrink_stages: int = 3
 
 
-def tuning_for(rows: int, block_rows: int) -> Tuning:
+def tuning_for(rows: int, block_rows: int, max_rank: int = 16) -> Tuning:
     """Few rows need many programs per segment to fill the chip; many rows fill it by themselves. As measured."""
+    block_r, shares = (16, 1) if max_rank <= 16 else (32, 1 if max_rank <= 32 else 2)
     if block_rows > 16:
-        return Tuning(parts=8, block_k=64, block_n=128)
+        return Tuning(parts=8, block_k=64, block_n=128, block_r=block_r, shares=shares)
     if rows <= 8:
-        return Tuning(parts=16, block_k=256, block_n=128, shrink_stages=2)
-    return Tuning(parts=4, block_k=128, block_n=256, shrink_warps=2, shrink_stages=4)
+        return Tuning(parts=16, block_k=256, block_n=128, block_r=block_r, shares=shares, shrink_stages=2)
+    return Tuning(parts=4, block_k=128, block_n=256, block_r=block_r, shares=shares, shrink_warps=2, shrink_stages=4)
 
 
 def max_segments(rows: int, max_slots: int, block_rows: int) -> int:
@@ -245,10 +248,10 @@ def shrink(
     assert siblings <= groups
     assert parts >= tuning.parts
     assert x_TK.shape[0] <= rows
-    _shrink_kernel[(plan.capacity, tuning.parts, siblings)](
+    _shrink_kernel[(plan.capacity, tuning.parts, siblings * tuning.shares)](
         x_TK, x_TK.stride(0), adapters.pool, adapters.table, plan.segments, plan.order,
         partial_PGTR, rows * stride, plan.capacity, adapters.table.shape[1], site.first,
-        K=x_TK.shape[1], G=groups, P=tuning.parts, R_STRIDE=stride, BLOCK_M=plan.block_rows,
+        K=x_TK.shape[1], G=groups, P=tuning.parts, R_STRIDE=stride, SHARES=tuning.shares, BLOCK_M=plan.block_rows,
         BLOCK_K=min(tuning.block_k, triton.next_power_of_2(x_TK.shape[1])), BLOCK_R=tuning.block_r,
         ALIGN=OFFSET_ALIGNMENT, num_warps=tuning.shrink_warps, num_stages=tuning.shrink_stages,
     )  # fmt: skip
@@ -288,7 +291,7 @@ class TritonLora:
         rows, device = context.num_tokens, context.positions_T.device
         slots = np.repeat(np.array(context.adapter_slots, np.int32), context.query_lens)
         block_rows = 16 if rows <= 256 else 64
-        tuning = tuning_for(rows, block_rows)
+        tuning = tuning_for(rows, block_rows, self.max_rank)
         capacity = max_segments(rows, self.pages.table.shape[0], block_rows)
         plan = plan_rows(slots, capacity, block_rows, device)
         context.lora_plan = plan, tuning, scratch(rows, self.max_rank, tuning.parts, device)

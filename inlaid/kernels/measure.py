@@ -37,6 +37,7 @@ class Ceiling:
 def time_calls(calls: Sequence[Callable[[], object]], replays: int = 20) -> float:
     """Microseconds of one call; each call of the sequence works on operands of its own."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # the operands may still be in the making
     with torch.cuda.stream(stream):
         for call in calls[:2]:
             call()

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 LIMITS = {  # seconds
-    "gates": 240, "tests": 200, "micro": 300, "offline-7b": 280, "serve-7b": 200, "offline-8b": 280, "serve-8b": 200,
+    "sweep": 110, "gates": 240, "tests": 200, "micro": 300, "offline-7b": 280, "offline-7b-few": 150, "serve-7b": 200,
+    "offline-8b": 280,
+    "serve-8b": 200, "demo": 90,
     "micro-adapters-ordered": 150, "micro-decode_attention-adapters": 120, "offline-tiny": 100, "serve-tiny": 100,
 }  # fmt: skip
-DEFAULT = ("tests", "offline-7b", "serve-7b", "offline-8b", "serve-8b", "gates", "micro")
+DEFAULT = ("tests", "demo", "offline-7b", "serve-7b", "offline-8b", "serve-8b", "gates", "micro")
 
 
 def provenance() -> dict[str, Any]:
@@ -59,7 +61,16 @@ def run_stage(name: str, args: argparse.Namespace) -> dict[str, Any]:
     if name.startswith("offline-"):
         from perf.gpu import offline
 
-        return offline.run(name.removeprefix("offline-"))
+        _, shape, *few = name.split("-")
+        return offline.run(shape, few=bool(few))
+    if name == "demo":
+        from perf.gpu import demo
+
+        return demo.run()
+    if name == "sweep":
+        from perf.gpu import humming_sweep
+
+        return humming_sweep.run()
     if name.startswith("serve-"):
         from perf.gpu import offline, serving
 

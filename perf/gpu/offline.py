@@ -129,7 +129,26 @@ def step_profile(loaded: Loaded, adapters: int, concurrency: int, vocab: int, sk
     return sorted(rows, key=lambda row: -row["us_per_step"])[:24]
 
 
-def run(shape: str, every_linear: bool = False) -> dict[str, Any]:
+def repeats(loaded: Loaded, adapters: int, vocab: int, times: int = 12) -> dict[str, Any]:
+    """The same 64 requests over and over: how many answers are, token for token, those of the first time."""
+    engine, generator = loaded.engine, random.Random(11)
+    prompts = [[generator.randrange(3, vocab) for _ in range(32)] for _ in range(64)]
+    rounds = []
+    for turn in range(times):
+        answers: dict[str, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            name = f"a{i % adapters}" if adapters else None
+            params = SamplingParams(max_tokens=32, temperature=0.0, ignore_eos=True)
+            engine.add(NewRequest(id=f"{turn}-{i}", prompt=prompt, params=params, adapter=name))
+        while engine.has_work:
+            for output in engine.step():
+                answers.setdefault(output.id.split("-")[1], []).extend(output.tokens)
+        rounds.append(answers)
+    same = [sum(answers[name] == rounds[0][name] for name in answers) for answers in rounds[1:]]
+    return {"requests": len(prompts), "tokens": 32, "same_as_first": same}
+
+
+def run(shape: str, every_linear: bool = False, few: bool = False) -> dict[str, Any]:
     """Build, load, and run the rows of this shape."""
     root = Path(f"/tmp/inlaid-bench/{shape}")
     begin = time.perf_counter()
@@ -144,12 +163,15 @@ def run(shape: str, every_linear: bool = False) -> dict[str, Any]:
     report: dict[str, Any] = {"shape": shape, "write_s": written - begin, "start_s": ready - written, "rows": []}
     print(f"{shape}: written in {written - begin:.0f} s, ready in {ready - written:.0f} s", flush=True)
     drive(loaded, min(count, 2), 2, 2, spec.vocab_size, seed=99)
-    for index, (some, concurrency, total) in enumerate(ROWS[shape]):
+    rows = [row for row in ROWS[shape] if not few or (row[1] in (1, 64) and row[0] != 1)]
+    for index, (some, concurrency, total) in enumerate(rows):
         if some:  # the adapters' way to the device is not what these rows are about
             drive(loaded, some, min(some, 64), some, spec.vocab_size, seed=1000 + index)
         row = drive(loaded, some, concurrency, total, spec.vocab_size, seed=index)
         report["rows"].append(row)
         print({key: round(value, 2) for key, value in row.items()}, flush=True)
+    report["repeats"] = repeats(loaded, min(32, count), spec.vocab_size)
+    print(report["repeats"], flush=True)
     report["eager_steps"] = getattr(loaded.engine.runner, "num_eager_steps", None)
     for name, arguments in {"profile_64": (min(32, count), 64), "profile_1": (1, 1)}.items():
         report[name] = step_profile(loaded, *arguments, spec.vocab_size)

@@ -52,7 +52,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE.type == "cpu":
         monkeypatch.setattr(attention_triton, "num_splits", lambda sequences, kv_heads: 1)
         few = lora_triton.Tuning(parts=1, block_k=128, block_n=256)
-        monkeypatch.setattr(lora_triton, "tuning_for", lambda rows, block_rows: few)
+        monkeypatch.setattr(lora_triton, "tuning_for", lambda rows, block_rows, max_rank: few)
 
 
 def tiny(family: str) -> Any:

@@ -134,6 +134,17 @@ def test_any_rank_beside_any_other(rank: int) -> None:
     check(y, loop(x, before, slots, adapters, 3, widths))
 
 
+@pytest.mark.parametrize(("block_r", "shares"), [(32, 1), (32, 2), (16, 3)])
+def test_ranks_divided_among_programs(block_r: int, shares: int) -> None:
+    widths = (48, 16)
+    adapters = make_adapters([70, 16, 33, 128], 64, widths, site=0)
+    slots = np.array([1, 2, 3, 4, 0, 1], np.int32)
+    x = torch.randn(6, 64).half().to(DEVICE)
+    tuning = lora.Tuning(parts=2, block_k=32, block_n=32, block_r=block_r, shares=shares)
+    y, before = run(x, slots, adapters, 0, widths, max_rank=128, tuning=tuning)
+    check(y, loop(x, before, slots, adapters, 0, widths))
+
+
 def test_more_than_a_hundred_adapters_in_a_batch() -> None:
     widths = (32, 32)
     adapters = make_adapters([1 + i % 9 for i in range(130)], 32, widths, site=4)
