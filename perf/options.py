@@ -55,7 +55,7 @@ def _workload_flags(group: Any) -> None:
     group.add_argument("--duration", type=float, help="seconds in which requests are due")
     group.add_argument("--distribution", choices=get_args(Distribution), help="of adapters (default uniform)")
     group.add_argument("--alpha", type=float, default=1.0, help="of zipf, skewed and power")
-    group.add_argument("--adapter-rates", nargs="*", default=[], metavar="NAME=WEIGHT")
+    group.add_argument("--adapter-rates", nargs="*", default=[], metavar="NAME=RATE", help="requests/s of each")
     group.add_argument(
         "--input",
         help="fixed:N | uniform:LOW:HIGH | lognormal:MEDIAN:SIGMA | trace (default fixed:128, or trace with --trace)",
@@ -128,7 +128,7 @@ def _stream(arguments: argparse.Namespace) -> Stream:
     return Stream(
         arrival=Arrivals(
             process=process,
-            rate=1.0 if arguments.rate is None else arguments.rate,
+            rate=_rate(arguments),
             cv=arguments.cv,
             on_s=arguments.on_s,
             off_s=arguments.off_s,
@@ -155,6 +155,12 @@ def _trace(arguments: argparse.Namespace) -> Trace | None:
         window=tuple(arguments.window) if arguments.window else None,
         loop=arguments.loop,
     )
+
+
+def _rate(arguments: argparse.Namespace) -> float:
+    """Rates of single adapters add up to the stream's; --rate beside them keeps only their ratios."""
+    own = [float(rate) for _, rate in _pairs(arguments.adapter_rates)]
+    return float(arguments.rate if arguments.rate is not None else sum(own) or 1.0)
 
 
 def _adapter_choice(arguments: argparse.Namespace) -> AdapterChoice:

@@ -181,7 +181,7 @@ def warnings(runs: list[Run]) -> list[str]:
         if run.summary["interrupted"]:
             found.append(f"{run.label} was interrupted: its figures cover a part of the workload.")
         late, total = run.summary["lateness_ms"]["median"], run.summary["completed"] + run.summary["failed"]
-        if late > 10:
+        if late > 10 and run.summary["offered_rate"] is not None:  # a burst behind a bound waits on purpose
             found.append(f"{run.label}: half of the requests were sent more than {late:.0f} ms late.")
         failed = run.summary["failed"]
         if failed:

@@ -120,7 +120,9 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Dataset(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Either streams (or a workload file), or a trace, or one synthetic stream."""
+    """Either streams (or a workload file), or a trace, or one synthetic stream.
+
+    `max_connections` is the client's, for this dataset: with a burst it makes a closed loop of so many requests."""
 
     dataset_path: str | None = None
     format: TraceFormat = "auto"
@@ -137,6 +139,7 @@ class Dataset(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     output: Lengths | None = None
     streams: list[Stream] = []
     workload: str | None = None
+    max_connections: int | None = None
     weights: dict[str, float] = {}
     seed: int = 0
 
@@ -301,8 +304,10 @@ def _server(point: Point, feature: dict[str, str | bool], model_path: str, adapt
 
 
 def _client(point: Point) -> dict[str, Any]:
-    tokenizer = {"tokenizer": point.model.tokenizer} if point.model.tokenizer else {}
-    return tokenizer | {key.replace("-", "_"): value for key, value in point.client.items()}
+    """What the dataset and the model say about the client, under what [client] says."""
+    own = {"tokenizer": point.model.tokenizer, "max_connections": point.dataset.max_connections}
+    stated = {key.replace("-", "_"): value for key, value in point.client.items()}
+    return {key: value for key, value in own.items() if value is not None} | stated
 
 
 def _workload(point: Point, axes: Axes, has_adapters: bool) -> Workload:

@@ -138,6 +138,13 @@ def test_tenants_travel_as_asked() -> None:
     assert "acme" not in str(none.headers)
 
 
+def test_rates_of_adapters_add_up_to_the_streams() -> None:
+    flags = ["--adapter-rates", "a=3", "b=0.5"]
+    stream = workload_from(build_parser().parse_args(flags)).streams[0]
+    assert (stream.arrival.rate, stream.adapters.rates) == (3.5, {"a": 3.0, "b": 0.5})
+    assert workload_from(build_parser().parse_args([*flags, "--rate", "7"])).streams[0].arrival.rate == 7
+
+
 def test_a_flag_that_the_file_overrules_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "w.toml"
     path.write_text("[[streams]]\nduration_s = 2\narrival = { process = 'fixed', rate = 3 }\n")

@@ -11,6 +11,7 @@ import pytest
 from perf.archive import Archive
 from perf.known_flags import why_not
 from perf.process import ROOT
+from perf.records import Record, read_records
 from perf.runner import main
 from perf.template import instantiate
 
@@ -69,12 +70,17 @@ def test_a_demo_runs_on_the_real_server(name: str, tmp_path: Path) -> None:
         summary = json.loads((archive.attempt_directory(point, attempt) / "summary.json").read_text())
         assert summary["failed"] == 0
         assert summary["total_output_tokens"] == _planned(archive, point, attempt)
+        if name == "demo-vtc":
+            assert {record.input_len for record in _measured(archive, point, attempt)} == {16}
     assert set(archive.passed()) == set(archive.points)
     assert (home / "report.html").stat().st_size > 100_000
     shutil.rmtree(home)
 
 
+def _measured(archive: Archive, point: str, attempt: int) -> list[Record]:
+    records = read_records(archive.attempt_directory(point, attempt) / "summary.jsonl")
+    return [record for record in records if not record.warmup]
+
+
 def _planned(archive: Archive, point: str, attempt: int) -> int:
-    lines = (archive.attempt_directory(point, attempt) / "summary.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    return sum(record["planned_output_len"] for record in records if not record["warmup"])
+    return sum(record.planned_output_len for record in _measured(archive, point, attempt))
