@@ -163,13 +163,13 @@ def mixed_trace(
     output: tuple[int, int] = (4, 96),
     bursts: bool = False,
 ) -> list[Arrival]:
-    """Poisson requests of random tokens, adapter and length; with bursts the rate swings between a fifth and twice
-    itself every few seconds, so that batches of all sizes are seen."""
+    """Poisson requests of random tokens, adapter and length; with bursts the rate swings between a third and twice
+    itself every half second, so that batches of all sizes are seen."""
     rng = random.Random(seed)
     now = 0.0
     trace: list[Arrival] = []
     while True:
-        pace = rate * (2.0 if int(now / 3.0) % 2 else 0.2) if bursts else rate
+        pace = rate * (2.0 if int(2.0 * now) % 2 else 0.3) if bursts else rate
         now += rng.expovariate(pace)
         if now >= duration:
             return trace
