@@ -6,7 +6,8 @@ the bound that nobody can share: a base quantized for each task alone. What coun
 
 An answer is right if greedy decoding gives it. One forward pass over prompt and reference tells: if every token of the
 reference is the likeliest after those before it, greedy decoding writes just that. Where a task accepts other answers
-too (programs, final numbers), those that fail are generated and judged by the task's own metric.
+too (programs, final numbers), those that fail are generated and judged by the task's own metric (`--no-generate` counts
+them as wrong, which is stricter and quicker).
 
 Weights are swapped in memory; what `inlaid quantize` writes dequantizes to the same numbers (tests hold it to that).
 """
@@ -19,14 +20,16 @@ import json
 import multiprocessing
 import random
 import subprocess
-import time
-from collections.abc import Callable
+import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -44,6 +47,7 @@ from inlaid.quant.solver import Grid, round_to_nearest, solve
 Hessians = dict[str, Tensor]  # site -> E[x xᵀ]
 Weights = dict[str, Tensor]  # linear -> [N, K]
 EXACT = "exact_match"
+BOUND = "per-task (bound)"
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Options:
     bits: tuple[int, ...] = (4, 3, 2)
     seeds: tuple[int, ...] = (0, 1, 2)
     examples: int = 256
+    generate: bool = True
     calibration_examples: int = 64
     group_sizes: tuple[int, ...] = (128, 128, 32)
     symmetric: bool = False
@@ -88,7 +93,17 @@ class Cell:
     seed: int
     bits: int
     points: dict[str, dict[str, float]]
-    seconds: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """One base to be solved: by a variant for all tasks, or (the bound) for one task alone."""
+
+    seed: int
+    bits: int
+    variant: str
+    task: str = ""
+    shares: tuple[float, ...] = ()
 
 
 class Bench:
@@ -105,7 +120,7 @@ class Bench:
             if isinstance(module, torch.nn.Linear) and name != "lm_head"
         }
         self.original = {name: linear.weight.detach().clone() for name, linear in self.linears.items()}
-        self.stops = {self.tokenizer.eos_token_id}
+        self.batch_tokens = 65_536 if options.device.startswith("cuda") else 16_384
         described = json.loads(Path(options.tasks).read_text())
         self.tasks = [self._task(name, about) for name, about in described.items()]
         self.calibration_files = {name: Path(about["splits"]["calibration"]) for name, about in described.items()}
@@ -125,7 +140,7 @@ class Bench:
         for task in sorted(self.tasks, key=lambda task: task.name):
             total = 0.0
             with task.adapter.attached(self.model, ""):
-                for batch in batches(drawn[task.name], max_tokens=16384):
+                for batch in batches(drawn[task.name], max_tokens=self.batch_tokens):
                     ids_BS, wanted_BS = batch.ids_BS.to(self.model.device), batch.answer_BS[:, 1:].to(self.model.device)
                     logits_TV = self.model(input_ids=ids_BS, use_cache=False).logits[:, :-1][wanted_BS]
                     total += float(
@@ -149,7 +164,7 @@ class Bench:
             right = self._greedy_matches(task.encoded)
             judged = [float(one) for one in right]
             wrong = [i for i, one in enumerate(right) if not one]
-            if task.metric != EXACT and wrong:
+            if task.metric != EXACT and wrong and self.options.generate:
                 answers = self._generate([task.encoded[i] for i in wrong], task.max_tokens)
                 judge = scoring.METRICS[task.metric]
                 for i, answer in zip(wrong, answers, strict=True):
@@ -158,7 +173,7 @@ class Bench:
 
     def _greedy_matches(self, encoded: list[Sequence]) -> list[bool]:
         matches: dict[tuple[int, ...], bool] = {}
-        for batch in batches(tuple(encoded), max_tokens=16384):
+        for batch in batches(tuple(encoded), max_tokens=self.batch_tokens):
             ids_BS = batch.ids_BS.to(self.model.device)
             likeliest_BS = self.model(input_ids=ids_BS, use_cache=False).logits[:, :-1].argmax(-1)
             wanted_BS = batch.answer_BS[:, 1:].to(self.model.device)
@@ -188,8 +203,9 @@ class Bench:
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """All Hessians of one seed, by layer."""
+    """All Hessians of one seed, and the weights that they are for: what a worker needs to solve."""
 
+    original: Weights
     members: dict[str, list[str]]  # site -> linears
     of_task: dict[float, dict[str, Hessians]]  # highlight -> task -> site -> H, adapter attached
     tokens: dict[float, dict[str, float]]
@@ -231,7 +247,8 @@ def collect(options: Options, bench: Bench, seed: int) -> Moments:
     generic, _ = run(
         NO_ADAPTER, generic_sequences(bench.tokenizer, len(bench.tasks) * options.calibration_examples, seed), 1.0
     )
-    return Moments(members, of_task, tokens, mixed, generic, drawn)
+    original = {name: weight.cpu() for name, weight in bench.original.items()}
+    return Moments(original, members, of_task, tokens, mixed, generic, drawn)
 
 
 def generic_sequences(tokenizer: Any, count: int, seed: int) -> tuple[Sequence, ...]:
@@ -244,95 +261,149 @@ def generic_sequences(tokenizer: Any, count: int, seed: int) -> tuple[Sequence, 
     return tuple(Sequence(tuple(ids), 0) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
 
 
-def solve_all(bench: Bench, moments: Moments, solve_site: Callable[[Tensor, str], Tensor]) -> Weights:
-    """Quantize every site by a function of its weight [K, N] and its name that returns the quantized one."""
-    weights: Weights = {}
+def solve_job(folder: str, options: Options, job: Job) -> tuple[Job, dict[str, Any]]:
+    """Solve every site as a job asks. Runs in a worker, without a GPU; weights come back as arrays."""
+    torch.set_num_threads(1)
+    moments = _moments(f"{folder}/{job.seed}.safetensors")
+    weights: dict[str, Any] = {}
     for site, names in moments.members.items():
-        together_KN = torch.cat([bench.original[name].T.cpu() for name in names], dim=1)
-        quantized_KN = solve_site(together_KN, site)
-        sizes = [bench.original[name].shape[0] for name in names]
+        together_KN = torch.cat([moments.original[name].T for name in names], dim=1)
+        quantized_KN = solve_site(options, moments, job, together_KN, site)
+        sizes = [moments.original[name].shape[0] for name in names]
         for name, part_KN in zip(names, quantized_KN.split(sizes, dim=1), strict=True):
-            weights[name] = part_KN.T.contiguous()
-    return weights
+            weights[name] = part_KN.T.contiguous().numpy()
+    return job, weights
 
 
-def variants(options: Options, moments: Moments, bits: int) -> dict[str, Callable[[Tensor, str], Tensor]]:
-    """Every quantizer as a function of one site."""
-    grid = options.grid(bits)
+def save_moments(moments: Moments, path: str) -> None:
+    """To one safetensors file, for the workers."""
+    tensors = {f"original/{name}": weight for name, weight in moments.original.items()}
+    for highlight, of_task in moments.of_task.items():
+        for task, hessians in of_task.items():
+            tensors |= {f"task {highlight!r} {task}/{site}": hessian for site, hessian in hessians.items()}
+    tensors |= {f"mixed/{site}": hessian for site, hessian in moments.mixed.items()}
+    tensors |= {f"generic/{site}": hessian for site, hessian in moments.generic.items()}
+    tokens = {repr(highlight): counts for highlight, counts in moments.tokens.items()}
+    save_file(tensors, path, {"members": json.dumps(moments.members), "tokens": json.dumps(tokens)})
 
-    def shared(aggregation: str, highlight: float) -> Callable[[Tensor, str], Tensor]:
-        of_task, tokens = moments.of_task[highlight], moments.tokens[highlight]
 
-        def run(weight_KN: Tensor, site: str) -> Tensor:
-            tasks = [_held(of_task[name][site], tokens[name]) for name in sorted(of_task)]
-            return solve_together(aggregation, weight_KN, tasks, grid).weight_KN()
+@cache
+def _moments(path: str) -> Moments:
+    """A worker reads each seed once."""
+    parts: dict[str, Hessians] = {}
+    for name, tensor in load_file(path).items():
+        part, key = name.split("/", 1)
+        parts.setdefault(part, {})[key] = tensor
+    with safe_open(path, framework="pt") as file:
+        about = {name: json.loads(text) for name, text in file.metadata().items()}
+    tokens = {float(highlight): counts for highlight, counts in about["tokens"].items()}
+    of_task = {h: {task: parts[f"task {h!r} {task}"] for task in counts} for h, counts in tokens.items()}
+    return Moments(parts["original"], about["members"], of_task, tokens, parts["mixed"], parts["generic"], {})
 
-        return run
 
-    found: dict[str, Callable[[Tensor, str], Tensor]] = {
-        "rtn": lambda weight_KN, site: round_to_nearest(weight_KN, grid).weight_KN(),
-        "gptq-generic": partial(_solved, moments.generic, grid),
-        "gptq-mixed": partial(_solved, moments.mixed, grid),
-        "awq": lambda weight_KN, site: scaled_weight(weight_KN, moments.mixed[site], grid),
-    }
+def solve_site(options: Options, moments: Moments, job: Job, weight_KN: Tensor, site: str) -> Tensor:
+    """One site by one quantizer."""
+    grid = options.grid(job.bits)
+    if job.variant == "rtn":
+        return round_to_nearest(weight_KN, grid).weight_KN()
+    if job.variant == "awq":
+        return scaled_weight(weight_KN, moments.mixed[site], grid)
+    alone = {"gptq-generic": moments.generic, "gptq-mixed": moments.mixed}
+    if job.task:
+        alone[BOUND] = moments.of_task[options.highlights[0]][job.task]
+    if job.variant in alone:
+        return solve(weight_KN, alone[job.variant][site], grid).weight_KN()
+    aggregation, highlight = _parts(job.variant)
+    of_task, tokens = moments.of_task[highlight], moments.tokens[highlight]
+    names = sorted(of_task)
+    shares = job.shares or (1 / len(names),) * len(names)
+    tasks = [_held(of_task[name][site], tokens[name], share) for name, share in zip(names, shares, strict=True)]
+    return solve_together(aggregation, weight_KN, tasks, grid).weight_KN()
+
+
+def variants(options: Options) -> list[str]:
+    """The quantizers that are shared by all tasks."""
+    found = ["rtn", "gptq-generic", "gptq-mixed", "awq"]
     for aggregation in options.aggregations:
-        if aggregation == MINIMAX_LOSS:
-            continue
-        for highlight in options.highlights:
-            mark = "" if highlight == 1.0 else f" +highlight {highlight:g}"
-            found[f"mlgptq-{aggregation}{mark}"] = shared(aggregation, highlight)
+        found += [_name(aggregation, highlight) for highlight in options.highlights]
     return found
 
 
-def measure(options: Options, seed: int, bits: int) -> Cell:
-    """Every variant at one seed and bit width."""
-    torch.set_num_threads(1)
-    start = time.perf_counter()
-    bench = Bench(options)
-    moments = collect(options, bench, seed)
-    points = {"16-bit": bench.points({})}
-    for name, solve_site in variants(options, moments, bits).items():
-        points[name] = bench.points(solve_all(bench, moments, solve_site))
-    if MINIMAX_LOSS in options.aggregations:
-        for highlight in options.highlights:
-            mark = "" if highlight == 1.0 else f" +highlight {highlight:g}"
-            points[f"mlgptq-{MINIMAX_LOSS}{mark}"] = bench.points(
-                minimax_loss(options, bench, moments, bits, highlight)
-            )
-    grid, alone = options.grid(bits), moments.of_task[options.highlights[0]]
-    bound: dict[str, float] = {}
-    for task in bench.tasks:
-        weights = solve_all(bench, moments, partial(_solved, alone[task.name], grid))
-        bound |= bench.points(weights, {task.name})
-    points["per-task (bound)"] = bound
-    return Cell(seed, bits, points, time.perf_counter() - start)
+def _name(aggregation: str, highlight: float) -> str:
+    return f"mlgptq {aggregation}" + ("" if highlight == 1.0 else f" highlight {highlight:g}")
 
 
-def minimax_loss(options: Options, bench: Bench, moments: Moments, bits: int, highlight: float) -> Weights:
-    """The rounds of that aggregation, in memory."""
-    of_task = moments.of_task[highlight]
-    names = sorted(of_task)
-    full = bench.answer_losses({}, moments.drawn)
-    shares = torch.ones(len(names), dtype=torch.float64) / len(names)
-    best: tuple[float, Weights] | None = None
-    for _ in range(LOSS_ROUNDS):
-        with_shares = list(zip(names, shares.tolist(), strict=True))
-
-        def solve_site(weight_KN: Tensor, site: str, with_shares: list[tuple[str, float]] = with_shares) -> Tensor:
-            tasks = [_held(of_task[name][site], 1.0, share) for name, share in with_shares]
-            return solve_together(MINIMAX_LOSS, weight_KN, tasks, options.grid(bits)).weight_KN()
-
-        weights = solve_all(bench, moments, solve_site)
-        excess = (bench.answer_losses(weights, moments.drawn) - full).clamp(min=0)
-        if best is None or float(excess.max()) < best[0]:
-            best = float(excess.max()), weights
-        shares = raised(shares, excess)
-    assert best is not None
-    return best[1]
+def _parts(variant: str) -> tuple[str, float]:
+    words = variant.split()
+    return words[1], float(words[3]) if len(words) > 2 else 1.0
 
 
-def _solved(hessians: Hessians, grid: Grid, weight_KN: Tensor, site: str) -> Tensor:
-    return solve(weight_KN, hessians[site], grid).weight_KN()
+class Run:
+    """The bench on the device, the workers beside it, and what is known so far."""
+
+    def __init__(self, options: Options, folder: str, pool: Any, out: Path) -> None:
+        self.options, self.folder, self.pool, self.out = options, folder, pool, out
+        self.bench = Bench(options)
+        self.cells = {(seed, bits): Cell(seed, bits, {}) for bits in options.bits for seed in options.seeds}
+        self.drawn: dict[int, dict[str, tuple[Sequence, ...]]] = {}
+
+    def measure(self) -> None:
+        full = self.bench.points({})
+        for cell in self.cells.values():
+            cell.points["16-bit"] = full
+        for seed in tqdm(self.options.seeds, desc="Hessians of a seed"):
+            moments = collect(self.options, self.bench, seed)
+            save_moments(moments, f"{self.folder}/{seed}.safetensors")
+            self.drawn[seed] = moments.drawn
+        shared = [name for name in variants(self.options) if not name.startswith(f"mlgptq {MINIMAX_LOSS}")]
+        jobs = [Job(seed, bits, name) for seed, bits in self.cells for name in shared]
+        jobs += [Job(seed, bits, BOUND, task.name) for seed, bits in self.cells for task in self.bench.tasks]
+        for job, weights in self._solved(jobs, "solving and judging"):
+            names = {job.task} if job.task else None
+            points = self.bench.points(weights, names)
+            self.cells[job.seed, job.bits].points.setdefault(job.variant, {}).update(points)
+        self.write()
+        if MINIMAX_LOSS in self.options.aggregations:
+            for highlight in self.options.highlights:
+                self._minimax_loss(_name(MINIMAX_LOSS, highlight))
+                self.write()
+
+    def _minimax_loss(self, variant: str) -> None:
+        """Its rounds, for every seed and bit width at once."""
+        count = len(self.bench.tasks)
+        full = {seed: self.bench.answer_losses({}, drawn) for seed, drawn in self.drawn.items()}
+        shares = {key: torch.ones(count, dtype=torch.float64) / count for key in self.cells}
+        best: dict[tuple[int, int], float] = {}
+        for number in range(LOSS_ROUNDS):
+            jobs = [Job(*key, variant, shares=tuple(shares[key].tolist())) for key in self.cells]
+            for job, weights in self._solved(jobs, f"{variant}, round {number + 1}"):
+                key = job.seed, job.bits
+                excess = (self.bench.answer_losses(weights, self.drawn[job.seed]) - full[job.seed]).clamp(min=0)
+                if key not in best or float(excess.max()) < best[key]:
+                    best[key] = float(excess.max())
+                    self.cells[key].points[variant] = self.bench.points(weights)
+                shares[key] = raised(shares[key], excess)
+
+    def _solved(self, jobs: list[Job], title: str) -> Iterator[tuple[Job, Weights]]:
+        work = partial(solve_job, self.folder, self.options)
+        for job, arrays in tqdm(self.pool.imap_unordered(work, jobs), total=len(jobs), desc=title):
+            yield job, {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    def write(self) -> None:
+        """The figures and the table, as far as they are known: a run cut short keeps what it had."""
+        cells = [cell for cell in self.cells.values() if len(cell.points) > 1]
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        about = {
+            "options": asdict(self.options),
+            "commit": _commit(),
+            "base": Checkpoint(self.options.base).fingerprint(),
+            "device": torch.cuda.get_device_name() if self.options.device.startswith("cuda") else "cpu",
+            "torch": torch.__version__,
+        }
+        figures = about | {"cells": [asdict(cell) for cell in cells]}
+        self.out.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
+        head = f"# Quantizers on the demo's twelve tasks\n\n{__doc__}\nOptions: `{asdict(self.options)}`\n"
+        self.out.with_suffix(".md").write_text(head + table(self.options, cells))
 
 
 def _held(hessian_KK: Tensor, tokens: float, share: float = 1.0) -> TaskHessian:
@@ -384,6 +455,12 @@ def parse() -> tuple[Options, Path, int]:
     parser.add_argument("--bits", type=int, nargs="+", default=default.bits)
     parser.add_argument("--seeds", type=int, nargs="+", default=default.seeds)
     parser.add_argument("--examples", type=int, default=default.examples, help="eval examples of each task")
+    parser.add_argument(
+        "--generate",
+        action=argparse.BooleanOptionalAction,
+        default=default.generate,
+        help="judge programs and final numbers by generating; without, they must equal the reference",
+    )
     parser.add_argument("--calibration-examples", type=int, default=default.calibration_examples)
     parser.add_argument(
         "--group-sizes", type=int, nargs="+", default=default.group_sizes, help="one for each of --bits"
@@ -394,7 +471,7 @@ def parse() -> tuple[Options, Path, int]:
     parser.add_argument("--highlights", type=float, nargs="+", default=default.highlights)
     parser.add_argument("--aggregations", nargs="+", choices=AGGREGATIONS, default=default.aggregations)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=1, help="processes; each takes one seed at one bit width")
+    parser.add_argument("--workers", type=int, default=2, help="processes that solve")
     parser.add_argument("--out", type=Path, default=Path("eval/results/quant-demo"), help="without its ending")
     args = vars(parser.parse_args())
     out, workers = args.pop("out"), args.pop("workers")
@@ -404,34 +481,11 @@ def parse() -> tuple[Options, Path, int]:
 
 def main() -> None:
     options, out, workers = parse()
-    jobs = [(options, seed, bits) for bits in options.bits for seed in options.seeds]
-    cells: list[Cell] = []
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        for cell in tqdm(pool.imap_unordered(_measure, jobs), total=len(jobs), desc="seed x bits"):
-            cells.append(cell)
-            write(options, sorted(cells, key=lambda cell: (-cell.bits, cell.seed)), out)
+    torch.set_num_threads(1)
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder, context.Pool(workers) as pool:
+        Run(options, folder, pool, out).measure()
     print(out.with_suffix(".md").read_text())
-
-
-def write(options: Options, cells: list[Cell], out: Path) -> None:
-    """The figures and the table, as far as they are known: a run cut short keeps what it had."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    about = {
-        "options": asdict(options),
-        "commit": _commit(),
-        "base": Checkpoint(options.base).fingerprint(),
-        "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu",
-        "torch": torch.__version__,
-    }
-    out.with_suffix(".json").write_text(
-        json.dumps(about | {"cells": [asdict(cell) for cell in cells]}, indent=1) + "\n"
-    )
-    head = f"# Quantizers on the demo's twelve tasks\n\n{__doc__}\nOptions: `{asdict(options)}`\n"
-    out.with_suffix(".md").write_text(head + table(options, cells))
-
-
-def _measure(job: tuple[Options, int, int]) -> Cell:
-    return measure(*job)
 
 
 def _commit() -> str:
