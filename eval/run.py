@@ -106,7 +106,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     made = {
         "name": arguments.out.name,
         "provenance": provenance.provenance(time.monotonic() - started),
-        "base": str(arguments.base),
+        "base": _place(arguments.base),
         "backend": dict(zip(("name", "setting"), grid.backend_key)),
         "examples_per_task": max(len(one.examples) for one in asked),
         "tasks": {one.task.name: {"licence": one.task.licence, "fingerprint": one.fingerprint} for one in asked},
@@ -122,6 +122,12 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     drawn = figures.draw(arguments.out, found, made["summary"]) if arguments.figures else []
     report.write_markdown(arguments.out.with_name(arguments.out.name + ".md"), made, drawn)
     return made
+
+
+def _place(path: Path) -> str:
+    """From the repository's root where it lies below it."""
+    whole = path.resolve()
+    return str(whole.relative_to(ROOT)) if whole.is_relative_to(ROOT) else str(path)
 
 
 def _run(grid: Grid, bases: Sequence[Callable[[], Base]], arguments: argparse.Namespace, title: str) -> list[Cell]:
