@@ -12,6 +12,7 @@ from inlaid.engine.ledger import Account
 from inlaid.engine.policy import QueueFull, Refused
 
 MAX_RETRY_SECONDS = 600.0
+MAX_REMEMBERED = 10_000  # tenants whose acceptances are kept before those out of the window are forgotten
 
 
 class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -34,6 +35,7 @@ class Gate:
         self.max_waiting = max_waiting
         self.limits: dict[str, Limits] = {}
         self._accepted: dict[str, deque[float]] = {}
+        self._longest_window = 60.0
         self._interval = 0.0  # smoothed seconds between admissions while requests wait
         self._admitted_at: float | None = None
 
@@ -56,6 +58,7 @@ class Gate:
 
     def check_rate(self, tenant: str, limit: int, window: float, now: float) -> None:
         """Raise Refused if the tenant was let in `limit` times within the last `window` seconds."""
+        self._longest_window = max(self._longest_window, window)
         times = self._accepted.get(tenant, deque())
         while times and times[0] <= now - window:
             times.popleft()
@@ -68,6 +71,9 @@ class Gate:
     def note_accepted(self, tenant: str, now: float, limited: bool) -> None:
         """This tenant's request is in; remembered where a rate limit looks at it."""
         if limited or tenant in self.limits:
+            if len(self._accepted) >= MAX_REMEMBERED:
+                since = now - self._longest_window
+                self._accepted = {name: times for name, times in self._accepted.items() if times and times[-1] > since}
             self._accepted.setdefault(tenant, deque()).append(now)
 
     def note_admitted(self, now: float, others_wait: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,11 +10,9 @@ from bench import ADAPTERS, Bench
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inlaid.engine.ledger import Ledger
-from inlaid.engine.policy import POLICIES, Refused, View, make_policy, parse_policy
+from inlaid.engine.policy import POLICIES, Refused, make_policy, parse_policy
 from inlaid.engine.predictor import Oracle
-from inlaid.engine.request import FinishReason, Request, SamplingParams, Status
-from inlaid.engine.waiting import WaitingQueue
+from inlaid.engine.request import FinishReason
 
 
 def order_of(bench: Bench) -> list[str]:
@@ -228,75 +225,3 @@ def test_a_policy_that_makes_no_sense_is_refused_with_its_reason(text: str, mess
 
 def test_options_come_as_they_are_written() -> None:
     assert parse_policy("inlaid:beta=5,ageing=2") == make_policy("inlaid", {"beta": 5, "ageing": 2.0})
-
-
-# The queue keeps any policy's order while counters rise, fall and requests leave.
-
-
-def queued(id: int, tenant: str, arrival: float) -> Request:
-    return Request(
-        id=str(id),
-        prompt=[1],
-        params=SamplingParams(),
-        adapter=None,
-        adapter_name=None,
-        tenant=tenant,
-        arrival=arrival,
-        order=id,
-        tokens=[1],
-        limit=17,
-    )
-
-
-Action = tuple[str, int]
-actions = st.lists(
-    st.tuples(st.sampled_from(["push", "pop", "look", "drop", "charge", "refund"]), st.integers(0, 4)), max_size=60
-)
-
-
-def check_queue(name: str, steps: list[Action], change: Callable[[Ledger, str, bool, WaitingQueue], None]) -> None:
-    ledger = Ledger()
-    view = View(ledger)
-    policy = make_policy(name)
-    queue = WaitingQueue(policy, view)
-    waiting: list[Request] = []
-    for number, (action, value) in enumerate(steps):
-        tenant = f"t{value}"
-        if action == "push":
-            waiting.append(queued(number, tenant, float(number)))
-            queue.push(waiting[-1])
-        elif action == "pop":
-            best = min(
-                waiting, key=lambda r: (policy.key(policy.group(r), policy.rank(r, view), view), r.order), default=None
-            )
-            assert queue.peek() is best
-            assert queue.pop() is best
-            if best is not None:
-                waiting.remove(best)
-        elif action == "look" and waiting:
-            looked_at = [queue.pop() for _ in range(min(value, len(waiting)))]
-            for request in looked_at:
-                assert request is not None
-                queue.push(request)
-        elif action == "drop" and waiting:
-            gone = waiting.pop(value % len(waiting))
-            gone.status = Status.FINISHED
-            queue.discard(gone)
-        elif action in ("charge", "refund"):
-            change(ledger, tenant, action == "charge", queue)
-        assert len(queue) == len(waiting)
-        assert set(queue) == set(waiting)
-
-
-@settings(max_examples=100, deadline=None)
-@given(name=st.sampled_from(["fcfs", "vtc", "lcf", "drr"]), steps=actions)
-def test_the_queue_gives_what_sorting_would(name: str, steps: list[Action]) -> None:
-    def change(ledger: Ledger, tenant: str, up: bool, queue: WaitingQueue) -> None:
-        account = ledger.account(tenant)
-        if up:
-            ledger.charge_prefill(account, 0, 300)
-        else:
-            account.counter -= 100
-            queue.touch(tenant)
-
-    check_queue(name, steps, change)

@@ -1,0 +1,106 @@
+"""The queue gives what sorting would, while counters rise, fall and requests leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inlaid.engine.ledger import Ledger
+from inlaid.engine.policy import View, make_policy
+from inlaid.engine.request import Request, SamplingParams, Status
+from inlaid.engine.waiting import WaitingQueue
+
+
+def queued(id: int, tenant: str, arrival: float) -> Request:
+    return Request(
+        id=str(id),
+        prompt=[1],
+        params=SamplingParams(),
+        adapter=None,
+        adapter_name=None,
+        tenant=tenant,
+        arrival=arrival,
+        order=id,
+        tokens=[1],
+        limit=17,
+    )
+
+
+Action = tuple[str, int]
+actions = st.lists(
+    st.tuples(st.sampled_from(["push", "pop", "look", "drop", "charge", "refund"]), st.integers(0, 4)), max_size=60
+)
+
+
+def check_queue(name: str, steps: list[Action], change: Callable[[Ledger, str, bool, WaitingQueue], None]) -> None:
+    ledger = Ledger()
+    view = View(ledger)
+    policy = make_policy(name)
+    queue = WaitingQueue(policy, view)
+    waiting: list[Request] = []
+    for number, (action, value) in enumerate(steps):
+        tenant = f"t{value}"
+        if action == "push":
+            waiting.append(queued(number, tenant, float(number)))
+            queue.push(waiting[-1])
+        elif action == "pop":
+            best = min(
+                waiting, key=lambda r: (policy.key(policy.group(r), policy.rank(r, view), view), r.order), default=None
+            )
+            assert queue.peek() is best
+            assert queue.pop() is best
+            if best is not None:
+                waiting.remove(best)
+        elif action == "look" and waiting:
+            looked_at = [queue.pop() for _ in range(min(value, len(waiting)))]
+            for request in looked_at:
+                assert request is not None
+                queue.push(request)
+        elif action == "drop" and waiting:
+            gone = waiting.pop(value % len(waiting))
+            gone.status = Status.FINISHED
+            queue.discard(gone)
+        elif action in ("charge", "refund"):
+            change(ledger, tenant, action == "charge", queue)
+        assert len(queue) == len(waiting)
+        assert set(queue) == set(waiting)
+
+
+@settings(max_examples=100, deadline=None)
+@given(name=st.sampled_from(["fcfs", "vtc", "lcf", "drr"]), steps=actions)
+def test_the_queue_gives_what_sorting_would(name: str, steps: list[Action]) -> None:
+    def change(ledger: Ledger, tenant: str, up: bool, queue: WaitingQueue) -> None:
+        account = ledger.account(tenant)
+        if up:
+            ledger.charge_prefill(account, 0, 300)
+        else:
+            account.counter -= 100
+            queue.touch(tenant)
+
+    check_queue(name, steps, change)
+
+
+def test_requests_that_left_are_not_kept_forever() -> None:
+    queue = WaitingQueue(make_policy("fcfs"), View(Ledger()))
+    keeper = queued(0, "t", -1.0)
+    queue.push(keeper)
+    for number in range(1, 5000):
+        request = queued(number, "t", float(number))
+        queue.push(request)
+        request.status = Status.FINISHED
+        queue.discard(request)
+    assert len(queue) == 1
+    assert sum(len(group.entries) for group in queue._groups.values()) < 200
+    assert queue.pop() is keeper
+
+
+def test_changing_the_policy_keeps_everyone() -> None:
+    view = View(Ledger())
+    queue = WaitingQueue(make_policy("fcfs"), view)
+    for number in range(50):
+        queue.push(queued(number, f"t{number % 3}", float(-number)))
+    queue.reorder(make_policy("vtc"))
+    assert len(queue) == 50
+    assert [queue.pop() for _ in range(51)].count(None) == 1
