@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from fake_runner import EOS, FakeAdapters, FakeRunner, generate
-
 from inlaid.config import CacheConfig, SchedulerConfig
 from inlaid.engine.engine import Engine
 from inlaid.engine.policy import Lengths
 from inlaid.engine.request import FinishReason, NewRequest, Output, SamplingParams
 from inlaid.engine.scheduler import Scheduler
+from tests.engine.fake_runner import EOS, FakeAdapters, FakeRunner, generate
 
 ADAPTERS = ("a", "b", "c", "d")
 

@@ -9,16 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fake_runner import EOS, VOCABULARY, FakeAdapters, FakeRunner
-
 from inlaid.config import EngineConfig
 from inlaid.engine.engine import Engine, make_engine
 from inlaid.engine.messages import AdapterInfo, ModelInfo
 from inlaid.engine.process import Loaded, load_adapters
 from inlaid.engine.request import Batch, Grammar, NewRequest, Request
+from tests.engine.fake_runner import EOS, VOCABULARY, FakeAdapters, FakeRunner
 
-FACTORY = "fake_engine:build"
-ENVIRONMENT = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])}
+FACTORY = "tests.engine.fake_engine:build"
+ENVIRONMENT = {"PYTHONPATH": str(Path(__file__).parents[2])}
 FAULTY = [40]  # this prompt makes add raise what nobody expects
 DEADLY = [41]  # this prompt ends the process in the middle of a step
 BLOCKS = 64

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engine import DEADLY, ENVIRONMENT, FACTORY, FAULTY
-from fake_runner import generate
 
 from inlaid.config import EngineConfig, SchedulerConfig
 from inlaid.engine.async_engine import AsyncEngine, EngineDead, EngineError, RequestRefused, RequestTimeout, merge
 from inlaid.engine.request import FinishReason, Grammar, NewRequest, Output, SamplingParams, TokenLogprobs
+from tests.engine.fake_engine import DEADLY, ENVIRONMENT, FACTORY, FAULTY
+from tests.engine.fake_runner import generate
 
 LONG = SamplingParams(max_tokens=800, ignore_eos=True, temperature=0.0)
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench import Bench
-from fake_runner import FakeAdapters, FakeRunner
 
 from inlaid.config import EngineConfig, SchedulerConfig
 from inlaid.engine.engine import make_engine, make_lengths
 from inlaid.engine.policy import MaxTokens, QueueFull, Refused
 from inlaid.engine.predictor import Predictor
 from inlaid.engine.request import FinishReason, Grammar, NewRequest, SamplingParams
+from tests.engine.bench import Bench
+from tests.engine.fake_runner import FakeAdapters, FakeRunner
 
 
 def test_overlap_submits_a_step_before_it_collects_the_one_before() -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from bench import Bench
-from fake_runner import FakeAdapters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inlaid.engine.ledger import Ledger, LinearCost, ProfiledCost
+from tests.engine.bench import Bench
+from tests.engine.fake_runner import FakeAdapters
 
 
 @settings(max_examples=60, deadline=None)

@@ -6,13 +6,13 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from bench import ADAPTERS, Bench
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inlaid.engine.policy import POLICIES, Refused, make_policy, parse_policy
 from inlaid.engine.predictor import Oracle
 from inlaid.engine.request import FinishReason
+from tests.engine.bench import ADAPTERS, Bench
 
 
 def order_of(bench: Bench) -> list[str]:

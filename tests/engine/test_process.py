@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engine import ENVIRONMENT, FACTORY
 
 from inlaid.config import AdapterConfig, EngineConfig, SchedulerConfig
 from inlaid.engine import messages
 from inlaid.engine.process import build_engine
 from inlaid.engine.request import NewRequest, SamplingParams
+from tests.engine.fake_engine import ENVIRONMENT, FACTORY
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
 

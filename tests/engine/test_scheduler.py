@@ -6,13 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from bench import ADAPTERS, Bench
-from fake_runner import EOS, FakeAdapters, generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inlaid.engine.policy import POLICIES, QueueFull
 from inlaid.engine.request import FinishReason
+from tests.engine.bench import ADAPTERS, Bench
+from tests.engine.fake_runner import EOS, FakeAdapters, generate
 
 
 def both(test: Callable[..., None]) -> Callable[..., None]:

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from oracle import Judge, add_adapter, ask, load_engine, serve
 from tokenizers import Tokenizer
+
+from tests.oracle.oracle import Judge, add_adapter, ask, load_engine, serve
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "models" / "demo"

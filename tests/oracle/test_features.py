@@ -6,9 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import Judge, add_adapter, ask, family_config, load_engine, prompts, save_adapter, save_model, serve
 
 from inlaid.engine.request import FinishReason, NewRequest, SamplingParams
+from tests.oracle.oracle import (
+    Judge,
+    add_adapter,
+    ask,
+    family_config,
+    load_engine,
+    prompts,
+    save_adapter,
+    save_model,
+    serve,
+)
 
 STOP = 5
 

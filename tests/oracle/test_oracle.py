@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import (
+from safetensors.torch import load_file, save_file
+
+from inlaid.adapters.peft import AdapterError, read_adapter
+from inlaid.engine.request import NewRequest
+from tests.oracle.oracle import (
     FAMILIES,
     Judge,
     adapter_settings,
@@ -22,10 +26,6 @@ from oracle import (
     save_model,
     serve,
 )
-from safetensors.torch import load_file, save_file
-
-from inlaid.adapters.peft import AdapterError, read_adapter
-from inlaid.engine.request import NewRequest
 
 NUM_ADAPTERS = 15  # and the base: sixteen requests, sixteen different models
 

@@ -9,11 +9,11 @@ import sys
 import uuid
 
 import pytest
-from marked import marked_processes
 
 from perf.known_flags import why_not
 from perf.launch import ServerCommand, find_adapters, main
 from perf.process import ROOT
+from tests.perf.marked import marked_processes
 
 SCRIPTS = sorted(path.name for path in (ROOT / "perf").glob("launch_server_*.sh"))
 

@@ -11,13 +11,13 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from browser import Page, find_browser, with_page
 
 import perf
 from perf.records import Record, write_records
 from perf.report import main
 from perf.summary import Options, summarize
 from perf.workload import Objective
+from tests.perf.browser import Page, find_browser, with_page
 
 
 def written(folder: Path, label: str, rate: float, slow: float = 1.0, late: float = 0.0, failed: int = 0) -> Path:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from marked import marked_processes, wait_until_gone
 
 from perf.archive import Archive
 from perf.process import ROOT
 from perf.runner import main
+from tests.perf.marked import marked_processes, wait_until_gone
 
 GRID = """
 [global]

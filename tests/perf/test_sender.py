@@ -14,7 +14,6 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
-from virtual_time import run_virtual
 
 from perf.fake_server import Behaviour, FakeServer, Sent
 from perf.protocols import PROTOCOLS, Backend, Event, WireOptions
@@ -22,6 +21,7 @@ from perf.records import Record
 from perf.sender import Observed, Prepared, Sender, drive
 from perf.summary import Options, summarize
 from perf.workload import PlannedRequest
+from tests.perf.virtual_time import run_virtual
 
 Script = Callable[[int], Behaviour]
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from marked import marked_processes, wait_until_gone
+
+from tests.perf.marked import marked_processes, wait_until_gone
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="descendants are followed through Linux's /proc")
 

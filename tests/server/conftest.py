@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from live import ADMIN_KEY, DEMO, Live, serving
+
+from tests.server.live import ADMIN_KEY, DEMO, Live, serving
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from live import DEMO, Live
+
+from tests.server.live import DEMO, Live
 
 MESSAGES = [{"role": "user", "content": "hello there"}]
 

@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from live import Live
+from tests.server.live import Live
 
 COUNT = 500
 COMPLETION = {"model": "demo", "prompt": "the", "max_tokens": 2}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import msgspec
-from live import Live
 
 from inlaid.server.app import ROUTES
 from inlaid.server.metrics import OTHER, Metrics
 from inlaid.server.openapi import plain_path
+from tests.server.live import Live
 
 
 def test_tokenize_and_detokenize_are_inverse(server: Live) -> None:

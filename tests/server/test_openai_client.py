@@ -6,7 +6,8 @@ import math
 
 import openai
 import pytest
-from live import Live
+
+from tests.server.live import Live
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from live import DEMO, Live
 from transformers import AutoModelForCausalLM
+
+from tests.server.live import DEMO, Live
 
 
 def score(server: Live, sequences: list[list[int]], context_lengths: list[int]) -> list[tuple[float, bool]]:

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from live import ROOT, Live, serving
+
+from tests.server.live import ROOT, Live, serving
 
 LONG = {"model": "to_velar", "prompt": [5, 6, 7], "max_tokens": 900, "ignore_eos": True, "stream": True}
 
