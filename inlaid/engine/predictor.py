@@ -17,6 +17,8 @@ from pathlib import Path
 from zlib import crc32
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from inlaid.engine.request import FinishReason, Request
 
@@ -25,6 +27,7 @@ NUM_TAIL_TOKENS = 12  # where instructions like "in three words" tend to be
 BIN_WIDTH = 0.125  # of a residual histogram, in logarithms: one bin is a factor of 1.13
 NUM_BINS = 96
 CENTRE = NUM_BINS // 2
+FACTORS = np.exp((np.arange(NUM_BINS) - CENTRE) * BIN_WIDTH)  # lengths over the guess, per bin
 LEARNING_RATE = 0.5
 FORGETTING = 0.995  # weight of the past in a histogram, per answer: about 200 answers count
 PRIOR_ANSWERS = 8.0  # how many answers of its own a task needs before its histogram outweighs everyone's
@@ -32,6 +35,7 @@ FIRST_GUESS = math.log(128.0)
 ALL_TASKS = ""
 
 Feature = tuple[int, float]
+Counts = npt.NDArray[np.float64]
 
 
 class _Histogram:
@@ -40,11 +44,11 @@ class _Histogram:
     __slots__ = ("counts", "total")
 
     def __init__(self, counts: Sequence[float] = ()) -> None:
-        self.counts = list(counts) or [0.0] * NUM_BINS
-        self.total = sum(self.counts)
+        self.counts = np.array(counts) if len(counts) else np.zeros(NUM_BINS)
+        self.total = float(self.counts.sum())
 
     def add(self, residual: float) -> None:
-        self.counts = [count * FORGETTING for count in self.counts]
+        self.counts *= FORGETTING
         index = min(max(round(residual / BIN_WIDTH) + CENTRE, 0), NUM_BINS - 1)
         self.counts[index] += 1.0
         self.total = self.total * FORGETTING + 1.0
@@ -84,8 +88,8 @@ class Predictor:
         """The length that a given share of such answers stays within; for calibration."""
         guess = self._guess(_features(request))
         counts = self._mixture(request)
-        wanted, seen = share * sum(counts), 0.0
-        for index, count in enumerate(counts):
+        wanted, seen = share * float(counts.sum()), 0.0
+        for index, count in enumerate(counts.tolist()):
             if count > 0 and seen + count >= wanted:
                 edge = index - CENTRE - 0.5 + (wanted - seen) / count
                 return math.exp(guess + edge * BIN_WIDTH)
@@ -119,28 +123,26 @@ class Predictor:
             self._squares[index] += gradient * gradient
             self._weights[index] += LEARNING_RATE * gradient / (1.0 + math.sqrt(self._squares[index]))
 
-    def _mixture(self, request: Request) -> list[float]:
+    def _mixture(self, request: Request) -> Counts:
         """The task's own histogram, filled up with everyone's while it has seen little."""
         everyone = self._histograms[ALL_TASKS]
         scale = PRIOR_ANSWERS / everyone.total
         own = self._histograms.get(_task(request))
         if own is None:
             return everyone.counts
-        return [count + scale * other for count, other in zip(own.counts, everyone.counts)]
+        return own.counts + scale * everyone.counts
 
     def _mean_beyond(self, request: Request, made: int) -> float:
         """E[min(length, most) - made | length > made]."""
         assert request.predicted_log is not None
         most = request.limit - request.num_prompt
-        length = math.exp(request.predicted_log - CENTRE * BIN_WIDTH)
-        factor = math.exp(BIN_WIDTH)
-        mass = total = 0.0
-        for count in self._mixture(request):
-            if count and length > made:
-                mass += count
-                total += count * ((length if length < most else most) - made)
-            length *= factor
-        return max(1.0, total / mass) if mass else float(max(1, min(made, most - made)))
+        lengths = math.exp(request.predicted_log) * FACTORS
+        first = int(lengths.searchsorted(made, side="right")) if made else 0
+        counts = self._mixture(request)[first:]
+        mass = float(counts.sum())
+        if mass == 0.0:  # longer than any answer before: as much again
+            return float(max(1, min(made, most - made)))
+        return max(1.0, float(np.minimum(lengths[first:], most) @ counts) / mass - made)
 
     def _histogram(self, task: str) -> _Histogram:
         found = self._histograms.get(task)
@@ -159,7 +161,7 @@ class Predictor:
             version=1,
             weights={i: round(w, 6) for i, w in enumerate(self._weights) if w},
             squares={i: round(s, 6) for i, s in enumerate(self._squares) if s},
-            histograms={task: [round(c, 4) for c in h.counts] for task, h in self._histograms.items()},
+            histograms={task: [round(c, 4) for c in h.counts.tolist()] for task, h in self._histograms.items()},
         )
         staged = path.with_suffix(path.suffix + ".tmp")
         staged.write_bytes(msgspec.json.encode(state))

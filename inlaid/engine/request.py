@@ -120,6 +120,7 @@ class Request:
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # gathered until the first output takes them
     account: Any = None  # its tenant's Account in the ledger
     num_reserved: int = 0  # blocks that its admission counted on, those to come included
+    decode_until: int = 0  # below this position each step decodes one token, with nothing to check first
     num_charged: int = 0  # prompt tokens charged so far; recomputing them after preemption is free
     num_prepaid: int = 0  # output tokens charged ahead, by policies that charge predictions
     passed_since: int | None = None  # admissions so far when it was first found not to fit

@@ -186,8 +186,13 @@ class Scheduler:
         singles: list[Work] = []
         unfinished: list[Request] = []
         for request in list(self.running.values()):
-            total = len(request.tokens) + request.num_inflight
             start = request.num_computed
+            if start < request.decode_until:
+                request.num_computed = start + 1
+                request.num_inflight += 1
+                singles.append(Work(request, start, 1, True))
+                continue
+            total = len(request.tokens) + request.num_inflight
             if total - start != 1 or request.num_charged < len(request.prompt):
                 if total > start:
                     unfinished.append(request)
@@ -200,6 +205,8 @@ class Scheduler:
             request.num_computed = total
             request.num_inflight += samples
             singles.append(Work(request, start, 1, samples))
+            if request.grammar is None:
+                request.decode_until = min(len(request.blocks) * block_size, request.limit - 1)
         if self.num_preemptions != preemptions:
             singles = _still_running(singles)
         budget = self.config.max_num_batched_tokens - len(singles)
@@ -245,7 +252,7 @@ class Scheduler:
         self.num_preemptions += 1
         request.num_preemptions += 1
         self._leave_running(request)
-        request.num_computed = 0
+        request.num_computed = request.decode_until = 0
         request.status = Status.WAITING
         self.ledger.enter_queue(request.account, lift=False)
         self._enqueue(request)
