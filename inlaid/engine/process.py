@@ -70,6 +70,7 @@ def build_engine(config: EngineConfig, adapters: Mapping[str, str], *, strict: b
     and named."""
     from inlaid.engine.model_runner import load_model
 
+    _leave_a_core_to_http()
     model = load_model(config)
     engine = make_engine(
         config,
@@ -85,6 +86,15 @@ def build_engine(config: EngineConfig, adapters: Mapping[str, str], *, strict: b
     loaded = Loaded(engine, _describe(config, model), LoraAdapters(config, model), compile_grammar=model.grammars)
     load_adapters(loaded, adapters, strict)
     return loaded
+
+
+def _leave_a_core_to_http() -> None:
+    """Threads of a matmul wait for each other in busy loops: with one for every core, the server beside this process
+    makes each step many times slower. Who sets OMP_NUM_THREADS decides himself."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
 
 
 def load_adapters(loaded: Loaded, adapters: Mapping[str, str], strict: bool) -> None:
