@@ -66,6 +66,7 @@ class Setup:
     lengths: str = "history"
     slots: int = 1_000_000  # adapters that fit on the device together
     ranks: dict[str, int] = field(default_factory=dict)
+    resident: tuple[str, ...] = ()  # adapters that are on the device at the start
     weights: dict[str, float] = field(default_factory=dict)
     max_model_len: int = 4096
     scheduler: dict[str, Any] = field(default_factory=dict)  # further SchedulerConfig fields
@@ -113,12 +114,13 @@ class SimRunner:
 class SimAdapters:
     """Room for so many adapters, least recently used out first; loads follow each other on one link."""
 
-    def __init__(self, cost: CostModel, clock: Clock, slots: int, ranks: dict[str, int]) -> None:
-        self._cost = cost
+    def __init__(self, setup: Setup, clock: Clock) -> None:
+        self._cost = setup.cost
         self._clock = clock
-        self._slots = slots
-        self._ranks = ranks
-        self._resident: OrderedDict[str, float] = OrderedDict()  # when it is or will be there
+        self._slots = setup.slots
+        self._ranks = setup.ranks
+        # When each is or will be there.
+        self._resident: OrderedDict[str, float] = OrderedDict.fromkeys(setup.resident, 0.0)
         self._pins: dict[str, int] = {}
         self._link_free = 0.0
         self.num_loads = 0
@@ -222,7 +224,7 @@ def make_lengths(name: str, seed: int) -> Lengths:
 
 def make_engine(setup: Setup, clock: Clock) -> tuple[Engine, SimRunner, SimAdapters]:
     """The real engine on a simulated device."""
-    adapters = SimAdapters(setup.cost, clock, setup.slots, setup.ranks)
+    adapters = SimAdapters(setup, clock)
     settings = {"max_num_seqs": 1000, "max_num_batched_tokens": 3072, "max_num_waiting": 10**9, **setup.scheduler}
     scheduler = Scheduler(
         SchedulerConfig(policy=setup.policy, **settings),

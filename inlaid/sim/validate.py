@@ -93,6 +93,7 @@ def simulated(trace: Sequence[Arrival], loaded: Loaded, cost: CostModel, policy:
     setup = Setup(
         cost=cost,
         policy=policy,
+        resident=tuple({arrival.request.adapter or "" for arrival in trace}),
         num_tokens=old.pool.capacity * old.pool.block_size,
         block_size=old.pool.block_size,
         max_model_len=old.max_model_len,
