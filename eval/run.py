@@ -32,17 +32,26 @@ from eval.cache import Cache
 from eval.grid import Asked, Base, Cell, Grid
 from eval.task import ROOT, TaskError
 from eval.variants import DEFAULT, GENERIC, Source, VariantError, Variants
-from inlaid.adapters.gate import GateError, why_not
 from inlaid.adapters.gate import Record as GateRecord
+from inlaid.adapters.gate import why_not
 from inlaid.checkpoint import CheckpointError
-from inlaid.quant.calibration import CalibrationSettings
+from inlaid.quant.calibration import CalibrationError, CalibrationSettings
+from inlaid.quant.settings import QuantizeError
 
 BACKENDS = ("engine", "server", "oracle")
 _TASKS_HELP = (
     "names or .toml files, comma-separated; :ADAPTER where the adapter has another name than the task (:none for the "
     "base alone); `demo` is every task whose data and adapter come with the repository (default: %(default)s)"
 )
-USER_ERRORS = (TaskError, BackendError, VariantError, CheckpointError, figures.FiguresMissing, GateError)
+USER_ERRORS = (
+    TaskError,
+    BackendError,
+    VariantError,
+    CheckpointError,
+    QuantizeError,
+    CalibrationError,
+    figures.FiguresMissing,
+)
 
 
 def parser() -> argparse.ArgumentParser:

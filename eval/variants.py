@@ -11,6 +11,7 @@ NAME=PATH            a folder made elsewhere
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import json
@@ -86,9 +87,11 @@ class Variants:
     def base_of(self, name: str, bits: int) -> Base:
         """A variant at a width, made if need be."""
         out = self.folder / f"{name}-{bits}-{self._key(name, bits)[:16]}"
-        if not out.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._make(name, self._grid(bits), out)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / ".lock").open("w") as lock:  # runs that share a cache make each base once
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not out.exists():
+                self._make(name, self._grid(bits), out)
         return Base(name, bits, out)
 
     def _check(self, name: str) -> None:

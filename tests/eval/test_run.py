@@ -19,8 +19,10 @@ from safetensors.torch import load_file, save_file
 from eval import provenance, run
 from eval.engine import Engine
 from eval.task import ROOT
+from inlaid import LLM
 from inlaid.adapters.gate import GateError, check
 from inlaid.adapters.peft import read_adapter
+from inlaid.config import AdapterConfig, EngineConfig
 from inlaid.model.spec import read_spec
 
 BASE = ROOT / "models/demo/base"
@@ -72,9 +74,22 @@ def test_the_report_holds_what_people_and_the_gate_need(tmp_path: Path) -> None:
     assert report["provenance"]["packages"]["torch"] == torch.__version__
     check(tmp_path / "report.json", good["base_version"], good["adapter_identity"], 2)
     assert re.search(r"task code \(pass_at_1 .*\) drops .* more than the 2 allowed", refusal(tmp_path, bad))
+    engine_refuses_by(tmp_path / "report.json", next((tmp_path / "cache/bases").glob("rtn-2-*")))
     page = (tmp_path / "report.md").read_text()
     assert "| rtn | 2 |" in page
     assert "to_velar" in page
+
+
+def engine_refuses_by(report: Path, ruined: Path) -> None:
+    """As `inlaid serve --require-eval REPORT --max-drop 2` starts it: full precision serves, the ruined base does not,
+    and an adapter that was never evaluated is told so."""
+    gated = AdapterConfig(require_eval=str(report), max_drop=2.0)
+    code = {"code": str(ADAPTERS / "code")}
+    LLM(str(BASE), code, config=EngineConfig(model=str(BASE), adapters=gated))
+    with pytest.raises(GateError, match=r"task code \(pass_at_1 .*more than the 2 allowed"):
+        LLM(str(ruined), code, config=EngineConfig(model=str(ruined), adapters=gated))
+    with pytest.raises(GateError, match="not with these adapter weights"):
+        LLM(str(BASE), {"maths": str(ADAPTERS / "maths")}, config=EngineConfig(model=str(BASE), adapters=gated))
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,13 +256,13 @@ def test_a_wrong_command_is_one_clear_line(
 def test_a_subset_of_the_whole(tmp_path: Path) -> None:
     """The script, with a worker, quantizing, figures, and the oracle beside the engine: all answers the same."""
     subprocess.run(
-        ["bash", str(ROOT / "eval/run_all.sh"), "--tasks", "to_velar,code", "--variants", "fp16,gptq-mixed,mlgptq-mean",
+        ["bash", str(ROOT / "eval/run_all.sh"), "--tasks", "to_velar,code", "--variants", "fp16,mlgptq-mean",
          "--bits", "4", "--examples", "3", "--calibration-tokens", "600", "--compare", "oracle",
          "--out", str(tmp_path / "report"), "--cache", str(tmp_path / "cache")],
         check=True, env={**os.environ, "INLAID_PYTHON": sys.executable}, timeout=240,
     )  # fmt: skip
     report = json.loads((tmp_path / "report.json").read_text())
-    assert [row["variant"] for row in report["summary"]] == ["fp16", "gptq-mixed", "mlgptq-mean"]
-    assert [row["different_answers"] for row in report["differences"]] == [0] * 8
-    assert sum(row["examples"] for row in report["differences"]) == 24
+    assert [row["variant"] for row in report["summary"]] == ["fp16", "mlgptq-mean"]
+    assert [row["different_answers"] for row in report["differences"]] == [0] * 6
+    assert sum(row["examples"] for row in report["differences"]) == 18
     assert (tmp_path / "report-heat-map.png").exists()
