@@ -13,7 +13,6 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
-FORGOTTEN = "(forgotten)"
 HISTORY_SECONDS = 3600
 
 

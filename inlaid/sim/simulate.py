@@ -204,8 +204,6 @@ class Outcome:
     loads: int
     steps: int
     service: dict[str, float]
-    longest_prompt: int
-    most_tokens: int  # in running requests together
 
 
 def make_lengths(name: str, seed: int) -> Lengths:
@@ -240,10 +238,8 @@ def make_engine(setup: Setup, clock: Clock) -> tuple[Engine, SimRunner, SimAdapt
     return Engine(scheduler, runner, clock), runner, adapters
 
 
-def simulate(
-    trace: Sequence[Arrival], setup: Setup, on_progress: Callable[[int], None] | None = None, until: float | None = None
-) -> Outcome:
-    """Serve a trace, in order of time, until everyone has an answer, or until a moment."""
+def simulate(trace: Sequence[Arrival], setup: Setup, on_progress: Callable[[int], None] | None = None) -> Outcome:
+    """Serve a trace, in order of time, until everyone has an answer."""
     clock = Clock()
     engine, runner, adapters = make_engine(setup, clock)
     scheduler = engine.scheduler
@@ -252,8 +248,8 @@ def simulate(
     tenants = sorted({arrival.request.tenant for arrival in trace})
     watch = GapWatch(tenants) if 1 < len(tenants) <= MAX_PAIRED_TENANTS else None
     series: list[tuple[float, float]] = []
-    place = steps = most_tokens = 0
-    while (place < len(trace) or engine.has_work) and (until is None or clock.now < until):
+    place = steps = 0
+    while place < len(trace) or engine.has_work:
         while place < len(trace) and trace[place].time <= clock.now:
             _add(engine, trace[place], records, ended)
             place += 1
@@ -272,7 +268,6 @@ def simulate(
                 ended.append(replace(known, finish=clock.now if well else None, refused=not well))
                 del records[output.id]
         steps += 1
-        most_tokens = max(most_tokens, scheduler.pool.capacity - scheduler.pool.num_available)
         if watch is not None:
             watch.look(scheduler)
             if not series or clock.now >= series[-1][0] + 1.0:
@@ -283,7 +278,7 @@ def simulate(
     scheduler.ledger.note(clock.now + 1.0)
     return Outcome(
         policy=setup.policy,
-        records=sorted([*ended, *records.values()], key=lambda record: record.arrival),
+        records=sorted(ended, key=lambda record: record.arrival),
         end=clock.now,
         busy=runner.busy,
         history=list(scheduler.ledger.history),
@@ -293,8 +288,6 @@ def simulate(
         loads=adapters.num_loads,
         steps=steps,
         service={account.tenant: account.service for account in scheduler.ledger.accounts.values()},
-        longest_prompt=max((len(arrival.request.prompt) for arrival in trace), default=0),
-        most_tokens=most_tokens * setup.block_size,
     )
 
 
