@@ -21,7 +21,7 @@ import multiprocessing
 import random
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -48,6 +48,7 @@ Hessians = dict[str, Tensor]  # site -> E[x xᵀ]
 Weights = dict[str, Tensor]  # linear -> [N, K]
 EXACT = "exact_match"
 BOUND = "per-task (bound)"
+FULL = "16-bit"
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,12 @@ class EvalTask:
 
 @dataclass(frozen=True)
 class Cell:
-    """One seed at one bit width: points from 0 to 100 by variant and task."""
+    """One seed at one bit width: points from 0 to 100, and nats an answer, by variant and task."""
 
     seed: int
     bits: int
     points: dict[str, dict[str, float]]
+    losses: dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -154,14 +156,18 @@ class Bench:
             linear.weight.data = weights.get(name, self.original[name]).to(linear.weight)
 
     @torch.no_grad()
-    def points(self, weights: Weights, names: set[str] | None = None) -> dict[str, float]:
-        """The metric of each task with these weights in place of the base's."""
+    def judge(self, cell: Cell, variant: str, weights: Weights, task_name: str = "") -> None:
+        """Note the metric and the loss of each task with these weights in place of the base's."""
         self._swap(weights)
-        return {task.name: self._points(task) for task in self.tasks if names is None or task.name in names}
+        for task in self.tasks:
+            if task_name in ("", task.name):
+                points, loss = self._judge(task)
+                cell.points.setdefault(variant, {})[task.name] = points
+                cell.losses.setdefault(variant, {})[task.name] = loss
 
-    def _points(self, task: EvalTask) -> float:
+    def _judge(self, task: EvalTask) -> tuple[float, float]:
         with task.adapter.attached(self.model, ""):
-            right = self._greedy_matches(task.encoded)
+            right, loss = self._greedy_matches(task.encoded)
             judged = [float(one) for one in right]
             wrong = [i for i, one in enumerate(right) if not one]
             if task.metric != EXACT and wrong and self.options.generate:
@@ -169,19 +175,24 @@ class Bench:
                 judge = scoring.METRICS[task.metric]
                 for i, answer in zip(wrong, answers, strict=True):
                     judged[i] = judge(answer, task.examples[i])
-        return 100 * sum(judged) / len(judged)
+        return 100 * sum(judged) / len(judged), loss
 
-    def _greedy_matches(self, encoded: list[Sequence]) -> list[bool]:
+    def _greedy_matches(self, encoded: list[Sequence]) -> tuple[list[bool], float]:
+        """Which references greedy decoding writes, and the mean loss of a whole answer."""
         matches: dict[tuple[int, ...], bool] = {}
+        total = 0.0
         for batch in batches(tuple(encoded), max_tokens=self.batch_tokens):
-            ids_BS = batch.ids_BS.to(self.model.device)
-            likeliest_BS = self.model(input_ids=ids_BS, use_cache=False).logits[:, :-1].argmax(-1)
-            wanted_BS = batch.answer_BS[:, 1:].to(self.model.device)
-            right_B = ((likeliest_BS == ids_BS[:, 1:]) | ~wanted_BS).all(1).tolist()
+            ids_BS, wanted_BS = batch.ids_BS.to(self.model.device), batch.answer_BS[:, 1:].to(self.model.device)
+            logits_BSV = self.model(input_ids=ids_BS, use_cache=False).logits[:, :-1]
+            losses_T = torch.nn.functional.cross_entropy(
+                logits_BSV[wanted_BS], ids_BS[:, 1:][wanted_BS], reduction="sum"
+            )
+            total += float(losses_T)
+            right_B = ((logits_BSV.argmax(-1) == ids_BS[:, 1:]) | ~wanted_BS).all(1).tolist()
             lengths = (batch.weight_BS > 0).sum(1).tolist()
             for row, length, right in zip(batch.ids_BS.tolist(), lengths, right_B, strict=True):
                 matches[tuple(row[:length])] = right
-        return [matches[sequence.ids] for sequence in encoded]
+        return [matches[sequence.ids] for sequence in encoded], total / len(encoded)
 
     def _generate(self, encoded: list[Sequence], max_tokens: int) -> list[str]:
         """Greedy answers, prompts padded on the left."""
@@ -344,13 +355,15 @@ class Run:
     def __init__(self, options: Options, folder: str, pool: Any, out: Path) -> None:
         self.options, self.folder, self.pool, self.out = options, folder, pool, out
         self.bench = Bench(options)
-        self.cells = {(seed, bits): Cell(seed, bits, {}) for bits in options.bits for seed in options.seeds}
+        self.cells = {(seed, bits): Cell(seed, bits, {}, {}) for bits in options.bits for seed in options.seeds}
         self.drawn: dict[int, dict[str, tuple[Sequence, ...]]] = {}
 
     def measure(self) -> None:
-        full = self.bench.points({})
+        full = Cell(0, 16, {}, {})
+        self.bench.judge(full, FULL, {})
         for cell in self.cells.values():
-            cell.points["16-bit"] = full
+            cell.points.update(full.points)
+            cell.losses.update(full.losses)
         for seed in tqdm(self.options.seeds, desc="Hessians of a seed"):
             moments = collect(self.options, self.bench, seed)
             save_moments(moments, f"{self.folder}/{seed}.safetensors")
@@ -359,14 +372,11 @@ class Run:
         jobs = [Job(seed, bits, name) for seed, bits in self.cells for name in shared]
         jobs += [Job(seed, bits, BOUND, task.name) for seed, bits in self.cells for task in self.bench.tasks]
         for job, weights in self._solved(jobs, "solving and judging"):
-            names = {job.task} if job.task else None
-            points = self.bench.points(weights, names)
-            self.cells[job.seed, job.bits].points.setdefault(job.variant, {}).update(points)
-        self.write()
+            self.bench.judge(self.cells[job.seed, job.bits], job.variant, weights, job.task)
+            self.write()
         if MINIMAX_LOSS in self.options.aggregations:
             for highlight in self.options.highlights:
                 self._minimax_loss(_name(MINIMAX_LOSS, highlight))
-                self.write()
 
     def _minimax_loss(self, variant: str) -> None:
         """Its rounds, for every seed and bit width at once."""
@@ -381,7 +391,8 @@ class Run:
                 excess = (self.bench.answer_losses(weights, self.drawn[job.seed]) - full[job.seed]).clamp(min=0)
                 if key not in best or float(excess.max()) < best[key]:
                     best[key] = float(excess.max())
-                    self.cells[key].points[variant] = self.bench.points(weights)
+                    self.bench.judge(self.cells[key], variant, weights)
+                    self.write()
                 shares[key] = raised(shares[key], excess)
 
     def _solved(self, jobs: list[Job], title: str) -> Iterator[tuple[Job, Weights]]:
@@ -411,39 +422,48 @@ def _held(hessian_KK: Tensor, tokens: float, share: float = 1.0) -> TaskHessian:
 
 
 def table(options: Options, cells: list[Cell]) -> str:
-    """Points lost against 16 bits, average and worst task: mean over seeds, and the range between them."""
+    """Points lost against 16 bits and nats gained an answer, average and worst task: mean over seeds, and range."""
     lines = []
     for bits in options.bits:
         of_bits = [cell for cell in cells if cell.bits == bits]
         if not of_bits:
             continue
-        full = of_bits[0].points["16-bit"]
+        full = of_bits[0].points[FULL]
         lines += [
             f"\n## {bits} bits\n",
-            f"Points lost (16-bit average {sum(full.values()) / len(full):.2f}); {len(of_bits)} calibration seed(s).\n",
-            "| quantizer | average | range | worst task | range | which task |",
-            "|---|---|---|---|---|---|",
+            f"16-bit average {_mean(full.values()):.2f}; {len(of_bits)} calibration seed(s); mean over them (range).\n",
+            "| quantizer | points lost | worst task | which | nats gained an answer | worst task | which |",
+            "|---|---|---|---|---|---|---|",
         ]
-        for name in of_bits[0].points:
-            if name == "16-bit":
-                continue
-            average, worst, which = zip(*(losses(cell, name) for cell in of_bits), strict=True)
-            lines.append(
-                f"| {name} | {_mean(average):.2f} | {min(average):.2f}..{max(average):.2f} "
-                f"| {_mean(worst):.2f} | {min(worst):.2f}..{max(worst):.2f} | {', '.join(sorted(set(which)))} |"
-            )
+        names = [name for name in of_bits[0].points if name != FULL]
+        for name in names:
+            done = [cell for cell in of_bits if len(cell.points.get(name, {})) == len(full)]
+            if done:
+                points = [_lost(cell.points[FULL], cell.points[name]) for cell in done]
+                nats = [_lost(cell.losses[name], cell.losses[FULL]) for cell in done]
+                lines.append(f"| {name} | {_columns(points, 2)} | {_columns(nats, 3)} |")
     return "\n".join(lines) + "\n"
 
 
-def losses(cell: Cell, variant: str) -> tuple[float, float, str]:
-    """Average loss, worst loss and the task that has it."""
-    full, points = cell.points["16-bit"], cell.points[variant]
-    lost = {name: full[name] - points[name] for name in full}
+def _lost(more: dict[str, float], less: dict[str, float]) -> tuple[float, float, str]:
+    """Average difference, the worst one and the task that has it."""
+    lost = {name: more[name] - less[name] for name in more}
     worst = max(lost, key=lambda name: lost[name])
-    return _mean(tuple(lost.values())), lost[worst], worst
+    return _mean(lost.values()), lost[worst], worst
 
 
-def _mean(values: tuple[float, ...]) -> float:
+def _columns(found: list[tuple[float, float, str]], digits: int) -> str:
+    averages, worsts = [one[0] for one in found], [one[1] for one in found]
+    which = ", ".join(sorted({one[2] for one in found}))
+    return " | ".join([_spread(averages, digits), _spread(worsts, digits), which])
+
+
+def _spread(values: list[float], digits: int) -> str:
+    spread = f" ({min(values):.{digits}f}..{max(values):.{digits}f})" if len(values) > 1 else ""
+    return f"{_mean(values):.{digits}f}{spread}"
+
+
+def _mean(values: Collection[float]) -> float:
     return sum(values) / len(values)
 
 

@@ -44,7 +44,7 @@ class Grid:
     symmetric: bool = False
     act_order: bool = False
     static_groups: bool = False
-    clip: bool = False
+    clip: bool = True
     damping: float = 0.01
 
     @property
@@ -91,7 +91,7 @@ def solve(weight_KN: Tensor, hessian_KK: Tensor, grid: Grid) -> Solution:
     work_KN = (weight_KN if order_K is None else weight_KN[order_K]).clone()
     spread_KK, damping = _spread(hessian_KK if order_K is None else hessian_KK[order_K][:, order_K], grid.damping)
     spread_KK = spread_KK.to(work_KN.dtype)
-    importance_K = (diagonal_K if order_K is None else diagonal_K[order_K]) + damping * diagonal_K.mean()
+    importance_K = _importance(diagonal_K if order_K is None else diagonal_K[order_K], damping)
     groups = _Groups(weight_KN, importance_K, order_K, grid)
 
     codes_KN = torch.empty_like(work_KN, dtype=torch.uint8)
@@ -131,6 +131,13 @@ def reconstruction_error(weight_KN: Tensor, quantized_KN: Tensor, hessian_KK: Te
     """tr(dW H dWᵀ): the mean squared error of the outputs, summed over them, for inputs of this second moment."""
     delta_KN = weight_KN - quantized_KN
     return ((hessian_KK.to(delta_KN.dtype) @ delta_KN) * delta_KN).sum(dtype=torch.float64)
+
+
+def _importance(diagonal_K: Tensor, damping: float) -> Tensor:
+    """What the clipping search weighs errors by; inputs that were never seen count as the mean one."""
+    mean = diagonal_K.clamp(min=0).mean()
+    seen_K = torch.where(diagonal_K > 0, diagonal_K, mean) + damping * mean
+    return seen_K if mean > 0 else torch.ones_like(diagonal_K)
 
 
 def _check(weight_KN: Tensor, hessian_KK: Tensor, grid: Grid) -> None:

@@ -86,7 +86,7 @@ def test_packed_says_the_same(bits: int, group_size: int, act_order: bool) -> No
 @pytest.mark.parametrize("bits", [4, 3, 2])
 def test_better_than_rounding_and_clipping_better_still(bits: int) -> None:
     weight, hessian = problem(256, 64)
-    grid = Grid(bits, 128)
+    grid = Grid(bits, 128, clip=False)
     rounded = reconstruction_error(weight, round_to_nearest(weight, grid).weight_KN(torch.float64), hessian)
     solved = solve(weight, hessian, grid).loss
     clipped = solve(weight, hessian, replace(grid, clip=True)).loss
