@@ -28,6 +28,7 @@ _SIZES = {"k": 1000, "m": 1000**2, "g": 1000**3, "K": 1024, "M": 1024**2, "G": 1
 _PARTS = {
     "quantize": ("inlaid.quant.command", "add_quantize_arguments", "run_quantize", "quantize a base for several tasks"),
     "task": ("inlaid.quant.command", "add_task_arguments", "run_task", "add, remove or list the tasks of a base"),
+    "kernels": ("inlaid.kernels.command", "add_arguments", "run", "which kernels this machine has, and their times"),
     "sim": ("inlaid.sim.command", "add_arguments", "run", "run a workload on the simulated engine"),
     "cluster": ("inlaid.cluster.command", "add_arguments", "run", "serve on several GPUs or machines"),
 }

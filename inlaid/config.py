@@ -94,7 +94,9 @@ class EngineConfig:
     max_model_len: int = option(0, "most tokens of prompt plus output; 0: what the model allows")
     seed: int = option(0, "seed of the draws for requests that bring none")
     linear_backend: str = option(
-        "auto", "kernel of the quantized linears", ("auto", "reference", "exllama", "humming", "triton")
+        "auto",
+        "kernel of the quantized linears",
+        ("auto", "reference", "exllama", "humming", "humming-ordered", "triton"),
     )
     attention_backend: str = option("auto", "kernel of attention", ("auto", "reference", "flashinfer", "triton"))
     enforce_eager: bool = option(False, "no CUDA graphs")

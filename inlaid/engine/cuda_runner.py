@@ -15,7 +15,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +50,7 @@ from inlaid.model.transformer import Transformer, new_cache
 log = logging.getLogger(__name__)
 
 DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
-TOKEN_BUCKETS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
+TOKEN_BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, 3072, 4096, 6144, 8192)
 STAGES = 4  # metadata and results of so many steps may be under way
 SPARE_TILES = 32  # prompts in a captured step beyond those that fill their query tiles
 TABLE_UPDATES = 1 << 16  # new KV blocks told to the device in one go
@@ -136,8 +136,7 @@ class CudaRunner(ModelRunner):
         with torch.inference_mode():
             layouts = self._captured_layouts() if self._on_gpu and not config.enforce_eager else []
             for layout in tqdm(layouts, desc="compiling kernels", disable=not progress, delay=1, leave=False):
-                for level in self._adapter_levels():
-                    self._idle_step(layout, level)
+                self._idle_step(layout, ALL_ADAPTERS)  # runs every kernel that the other levels do
             if self._on_gpu:
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
@@ -148,21 +147,21 @@ class CudaRunner(ModelRunner):
             gc.collect()
             gc.freeze()  # every capture collects garbage, and all that is loaded is none
             for layout in tqdm(layouts[::-1], desc="capturing graphs", disable=not progress, delay=1, leave=False):
-                for level in self._adapter_levels():
-                    self._idle_step(layout, level)
+                for level in (NO_ADAPTERS, ATTENTION_ADAPTERS, ALL_ADAPTERS):
                     graph = torch.cuda.CUDAGraph()
                     with torch.cuda.graph(graph, pool=pool):
                         self.forward.run(layout, level)
                     pool = pool or graph.pool()
                     self._graphs[layout, level] = graph
             gc.unfreeze()
+        for backend in self.model.kernels.quantized:
+            if isinstance(backend, AutoLinear):
+                for line in backend.report():
+                    log.info("linear kernels: %s", line)
         log.info(
             "%d kernels' layouts warm in %.1f s, %d graphs captured in %.1f s, %d KV blocks",
             len(layouts), compiled - begin, len(self._graphs), time.monotonic() - compiled, self.num_blocks,
         )  # fmt: skip
-
-    def _adapter_levels(self) -> tuple[int, ...]:
-        return (NO_ADAPTERS, ATTENTION_ADAPTERS, ALL_ADAPTERS)
 
     def _captured_layouts(self) -> list[Layout]:
         decodes = [b for b in DECODE_BUCKETS if b < self.max_rows] + [self.max_rows]
@@ -473,14 +472,15 @@ def cuda_kernels(config: EngineConfig, pages: AdapterPages) -> Kernels:
             f"attention backend {config.attention_backend!r} is not offered on a GPU; use auto or triton "
             "(measured level with FlashInfer's kernels or faster, and graphs need nothing planned on the host)"
         )
-    linears = {
+    linears: dict[str, Callable[[], Any]] = {
         "auto": AutoLinear,
         "humming": HummingLinear,
+        "humming-ordered": lambda: HummingLinear(ordered=True),
         "exllama": ExllamaLinear,
         "triton": TritonLinear,
         "reference": ReferenceLinear,
     }
-    backend: Any = linears[config.linear_backend]()
+    backend = linears[config.linear_backend]()
     lora = lora_triton.TritonLora(pages, config.adapters.max_lora_rank)
     return Kernels((backend,), TritonAttention(), fused_triton.TritonOps(), lora)
 

@@ -9,7 +9,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,12 @@ def choose(table: Sequence[Measured], device: str, bits: int, inputs: int, outpu
     """(most rows, backend), ascending, for a shape that was measured on such a device; else nothing.
 
     Most shapes have one best backend. Another one is used for few rows only where that is worth a second copy."""
-    rows = sorted(
-        (m for m in table if (m.device, m.bits, m.inputs, m.outputs) == (device, bits, inputs, outputs)),
-        key=lambda m: m.rows,
-    )
-    if not rows:
+    rows = [
+        replace(m, microseconds={name: us for name, us in m.microseconds.items() if name != ReferenceLinear.name})
+        for m in sorted(table, key=lambda m: m.rows)
+        if (m.device, m.bits, m.inputs, m.outputs) == (device, bits, inputs, outputs)
+    ]  # dequantized weights are as fast for a thousand rows, but take four times the memory
+    if not rows or not all(m.microseconds for m in rows):
         return []
     everywhere = set.intersection(*(set(m.microseconds) for m in rows))
     main = min(everywhere, key=lambda name: sum(m.microseconds[name] / m.floor for m in rows))

@@ -43,10 +43,9 @@ class HummingPacked:
 class HummingLinear:
     """x @ dequantize(W).T on tensor cores."""
 
-    name = "humming"
-
     def __init__(self, ordered: bool = False) -> None:
         """`ordered`: no sum is split over blocks, whose parts arrive in any order: slower, but always the same bits."""
+        self.name = "humming-ordered" if ordered else "humming"
         self.ordered = ordered
         self.configs: dict[str, Any] = {}  # humming's LayerConfig of each kind
         self._kernels: dict[str, torch.Tensor] = {}

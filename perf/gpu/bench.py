@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -36,7 +37,7 @@ def provenance() -> dict[str, Any]:
     )
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     return {
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit.stdout.strip() if commit.returncode == 0 else os.environ.get("INLAID_COMMIT", "unknown"),
         "gpu": driver.stdout.strip(),
         "torch": torch.__version__,
         "triton": triton.__version__,

@@ -1,0 +1,107 @@
+"""The choice among linear backends: by the table where a shape was measured, by order elsewhere, around refusals."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed: pip install triton")
+
+from inlaid.checkpoint import QuantizedLinear, QuantSpec
+from inlaid.kernels import command
+from inlaid.kernels.auto import UNLIMITED, AutoLinear, Measured, choose, read_table
+from inlaid.kernels.measure import random_weight
+from inlaid.kernels.reference import DensePacked, ReferenceLinear
+
+CPU = torch.device("cpu")
+SPEC = QuantSpec(4, 32, True, False)
+
+
+def measured(rows: int, **times: float) -> Measured:
+    return Measured("chip", 4, 64, 128, rows, times, floor=1.0)
+
+
+def test_one_backend_where_it_is_best_everywhere() -> None:
+    table = [measured(1, a=2.0, b=3.0), measured(64, a=4.0, b=9.0)]
+    assert choose(table, "chip", 4, 64, 128) == [(UNLIMITED, "a")]
+
+
+def test_another_for_few_rows_where_that_is_worth_a_copy() -> None:
+    table = [measured(1, a=2.0, b=1.5), measured(8, a=2.0, b=1.98), measured(64, a=4.0, b=90.0)]
+    assert choose(table, "chip", 4, 64, 128) == [(1, "b"), (UNLIMITED, "a")]
+
+
+def test_dequantized_weights_are_never_chosen_by_time() -> None:
+    assert choose([measured(64, a=4.0, reference=1.0)], "chip", 4, 64, 128) == [(UNLIMITED, "a")]
+
+
+def test_unknown_shapes_and_devices_are_left_to_the_order() -> None:
+    table = [measured(1, a=1.0)]
+    assert choose(table, "other chip", 4, 64, 128) == []
+    assert choose(table, "chip", 3, 64, 128) == []
+
+
+class Recording(ReferenceLinear):
+    """A backend that says which rows it was given."""
+
+    def __init__(self, name: str, refuses: str = "") -> None:
+        self.name = name
+        self.refuses = refuses
+        self.rows: list[int] = []
+
+    def prepare(self, weight: QuantizedLinear, device: torch.device, dtype: torch.dtype) -> DensePacked:
+        if self.refuses:
+            raise ValueError(self.refuses)
+        return super().prepare(weight, device, dtype)
+
+    def gemm(self, x_TK: torch.Tensor, packed: DensePacked, out_TN: torch.Tensor) -> None:
+        self.rows.append(x_TK.shape[0])
+        super().gemm(x_TK, packed, out_TN)
+
+
+def test_rows_go_to_the_backend_chosen_for_them() -> None:
+    a, b = Recording("a"), Recording("b")
+    table = [
+        Measured("cpu", 4, 64, 128, 1, {"a": 2.0, "b": 1.0}, 1.0),
+        Measured("cpu", 4, 64, 128, 8, {"a": 2.0, "b": 9.0}, 1.0),
+    ]
+    auto = AutoLinear((a, b), table)
+    packed = auto.prepare(random_weight(64, 128, SPEC, CPU), CPU, torch.float32)
+    for rows in (1, 2, 30):
+        auto.gemm(torch.randn(rows, 64), packed, torch.empty(rows, 128))
+    assert (a.rows, b.rows) == ([2, 30], [1])
+    assert "b up to 1 rows, a" in auto.report()[0]
+
+
+def test_a_weight_that_one_refuses_goes_to_the_next() -> None:
+    auto = AutoLinear((Recording("a", refuses="odd shape"), Recording("b")), [])
+    packed = auto.prepare(random_weight(64, 128, SPEC, CPU), CPU, torch.float32)
+    assert packed.choices[0][1].name == "b"
+    with pytest.raises(ValueError, match="a: odd shape"):
+        AutoLinear((Recording("a", refuses="odd shape"),), []).prepare(
+            random_weight(64, 128, SPEC, CPU), CPU, torch.float32
+        )
+
+
+def test_the_shipped_table_chooses_something_that_exists() -> None:
+    names = {backend.name for backend in AutoLinear().candidates}
+    table = read_table()
+    assert table
+    for m in table:
+        assert {name for _, name in choose(table, m.device, m.bits, m.inputs, m.outputs)} <= names
+        assert all(time >= 0.7 * m.floor for time in m.microseconds.values())
+
+
+def test_command_prints_the_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    assert command.run(parser.parse_args([])) == 0
+    printed = capsys.readouterr().out
+    assert "humming" in printed
+    assert "of floor" in printed
+    made = [measured(1, a=1.0)]
+    (tmp_path / "table.json").write_text(command.dumps(made))
+    assert list(read_table(tmp_path / "table.json")) == made
