@@ -273,6 +273,11 @@ class AsyncEngine:
             if not over:
                 link.send(messages.Abort(id=request.id))
 
+    def stop(self, request_id: str) -> None:
+        """A stop string was found: the answer is whole, whatever else the engine would make."""
+        if self._link is not None:
+            self._link.send(messages.Abort(id=request_id, reason=FinishReason.STOP))
+
     async def call(self, method: str, /, **arguments: Any) -> Any:
         """Ask the engine something, see process.Calls. ValueError: it refuses; EngineDead."""
         return await self._ask(self._live(), method, arguments)

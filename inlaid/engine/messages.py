@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from inlaid.config import EngineConfig
-from inlaid.engine.request import NewRequest, Output
+from inlaid.engine.request import FinishReason, NewRequest, Output
 
 _LENGTH = struct.Struct("<I")
 MAX_MESSAGE = 1 << 28
@@ -65,7 +65,10 @@ class Add(Message, frozen=True, kw_only=True):
 
 
 class Abort(Message, frozen=True, kw_only=True):
+    """End a request now. With STOP its answer is whole (a stop string was found), and its length is worth learning."""
+
     id: str
+    reason: FinishReason = FinishReason.ABORT
 
 
 class Call(Message, frozen=True, kw_only=True):

@@ -298,9 +298,9 @@ class EngineProcess:
                 self._add_when_compiled(request, request.params.grammar)
             case messages.Add(request=request):
                 self._add(request)
-            case messages.Abort(id=request_id):
+            case messages.Abort(id=request_id, reason=reason):
                 self._compiling.discard(request_id)
-                self._engine.abort(request_id)
+                self._engine.abort(request_id, reason)
             case messages.Call(name="load_adapter"):
                 self._load_adapter(command)
             case messages.Call():

@@ -41,6 +41,8 @@ async def pieces(service: Service, job: Job, index: int) -> AsyncGenerator[Piece
                 meter.note(piece)
                 yield piece
                 if piece.finish_reason is not None:
+                    if output.finish_reason is None:
+                        service.engine.stop(request.id)
                     return
     except RequestRefused as error:
         meter.refuse(400 if error.retry_after is None else 429)

@@ -76,6 +76,19 @@ def test_a_request_that_is_left_frees_its_blocks() -> None:
     asyncio.run(main())
 
 
+def test_a_stopped_request_ends_as_a_whole_answer() -> None:
+    async def main() -> None:
+        async with running() as engine:
+            outputs = engine.generate(NewRequest(id="a", prompt=[1], params=LONG))
+            await anext(outputs)
+            engine.stop("a")
+            rest = [output async for output in outputs]
+            assert rest[-1].finish_reason is FinishReason.STOP
+            assert sum(len(output.tokens) for output in rest) < 800
+
+    asyncio.run(main())
+
+
 def test_cancelling_a_reader_aborts_its_request() -> None:
     async def main() -> None:
         async with running() as engine:
