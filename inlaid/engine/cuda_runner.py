@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 TOKEN_BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, 3072, 4096, 6144, 8192)
 STAGES = 4  # metadata and results of so many steps may be under way
-SPARE_TILES = 32  # prompts in a captured step beyond those that fill their query tiles
+SPARE_TILES = 128  # prompts in a captured step beyond those that fill their query tiles
 TABLE_UPDATES = 1 << 16  # new KV blocks told to the device in one go
 
 
@@ -173,7 +173,7 @@ class CudaRunner(ModelRunner):
 
     def _prompt_layout(self, tokens: int) -> Layout:
         rows = min(self.max_rows, tokens)
-        return self._exact_layout(tokens, rows, rows, rows, tokens // QUERY_TILE + SPARE_TILES)
+        return self._exact_layout(tokens, rows, rows, rows, tokens // QUERY_TILE + min(SPARE_TILES, rows))
 
     def _exact_layout(self, tokens: int, decodes: int, prefills: int, samples: int, tiles: int) -> Layout:
         block_rows = block_rows_for(tokens)

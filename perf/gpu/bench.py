@@ -19,10 +19,10 @@ from typing import Any
 LIMITS = {  # seconds
     "sweep": 110, "gates": 240, "tests": 200, "micro": 300, "offline-7b": 280, "offline-7b-few": 150, "serve-7b": 200,
     "offline-8b": 280,
-    "serve-8b": 200, "demo": 90,
+    "serve-8b": 200, "demo": 90, "soak": 150,
     "micro-adapters-ordered": 150, "micro-decode_attention-adapters": 120, "offline-tiny": 100, "serve-tiny": 100,
 }  # fmt: skip
-DEFAULT = ("tests", "demo", "offline-7b", "serve-7b", "offline-8b", "serve-8b", "gates", "micro")
+DEFAULT = ("tests", "demo", "soak", "offline-7b", "serve-7b", "offline-8b", "serve-8b", "gates", "micro")
 
 
 def provenance() -> dict[str, Any]:
@@ -68,6 +68,10 @@ def run_stage(name: str, args: argparse.Namespace) -> dict[str, Any]:
         from perf.gpu import demo
 
         return demo.run()
+    if name == "soak":
+        from perf.gpu import soak
+
+        return soak.run()
     if name == "sweep":
         from perf.gpu import humming_sweep
 
