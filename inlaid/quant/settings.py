@@ -54,7 +54,7 @@ class Settings:
 
     grid: Grid = field(default_factory=Grid)
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
-    aggregation: str = "minimax"
+    aggregation: str = "trace-mean"
     sequential: bool = False
     bank_precision: str = "float32"
     dtype: str = "float32"
