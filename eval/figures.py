@@ -69,6 +69,8 @@ def _worst(stem: Path, summary: Sequence[Record]) -> Path | None:
     axes.invert_xaxis()
     axes.set(xlabel="bits", ylabel="points lost by the worst task", title="The worst task")
     axes.set_yscale("symlog", linthresh=1)
+    axes.set_yticks([0, 1, 10, 100], ["0", "1", "10", "100"])
+    axes.set_ylim(-0.2, 130)
     axes.grid(alpha=0.3)
     axes.legend()
     return _save(figure, stem, "worst-task")
@@ -99,8 +101,10 @@ def _radar(stem: Path, records: Sequence[Record]) -> Path | None:
                 shares = [100 * found[name] / full[name] for name in names]
                 axes.plot(np.append(angles, angles[0]), [*shares, shares[0]], label=variant)
         axes.set_xticks(angles, names)
+        axes.set_ylim(0, 105)
         axes.set_title(f"{bits} bits, % of full precision")
-    panels[0][-1].legend(loc="lower right", bbox_to_anchor=(1.25, -0.1), fontsize=8)
+    lines, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=len(labels))
     return _save(figure, stem, "radar")
 
 
