@@ -22,7 +22,7 @@ from eval.task import ROOT
 from inlaid import LLM
 from inlaid.adapters.gate import GateError, check
 from inlaid.adapters.peft import read_adapter
-from inlaid.config import AdapterConfig, EngineConfig
+from inlaid.config import AdapterConfig, CacheConfig, EngineConfig
 from inlaid.model.spec import read_spec
 
 BASE = ROOT / "models/demo/base"
@@ -85,11 +85,16 @@ def engine_refuses_by(report: Path, ruined: Path) -> None:
     and an adapter that was never evaluated is told so."""
     gated = AdapterConfig(require_eval=str(report), max_drop=2.0)
     code = {"code": str(ADAPTERS / "code")}
-    LLM(str(BASE), code, config=EngineConfig(model=str(BASE), adapters=gated))
+    small = CacheConfig(cpu_memory_gib=0.05)
+    LLM(str(BASE), code, config=EngineConfig(model=str(BASE), adapters=gated, cache=small))
     with pytest.raises(GateError, match=r"task code \(pass_at_1 .*more than the 2 allowed"):
-        LLM(str(ruined), code, config=EngineConfig(model=str(ruined), adapters=gated))
+        LLM(str(ruined), code, config=EngineConfig(model=str(ruined), adapters=gated, cache=small))
     with pytest.raises(GateError, match="not with these adapter weights"):
-        LLM(str(BASE), {"maths": str(ADAPTERS / "maths")}, config=EngineConfig(model=str(BASE), adapters=gated))
+        LLM(
+            str(BASE),
+            {"maths": str(ADAPTERS / "maths")},
+            config=EngineConfig(model=str(BASE), adapters=gated, cache=small),
+        )
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
