@@ -3,14 +3,10 @@ where there is no GPU)."""
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 triton = pytest.importorskip("triton", reason="triton is not installed: pip install triton")
 
 from hypothesis import given, settings  # noqa: E402

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from perf.archive import Archive
+from perf.attempt import verdict
 from perf.process import ROOT
 from perf.runner import main
 from tests.perf.marked import marked_processes, wait_until_gone
@@ -126,7 +127,8 @@ def assert_nothing_ran_twice(archive: Archive) -> None:
         assert own[-1].event == "passed"
         assert all(event.event in ("started", "interrupted") for event in own[:-1])
         for attempt in range(1, own[-1].attempt):
-            assert not (archive.attempt_directory(point, attempt) / "summary.json").exists()
+            summary = archive.attempt_directory(point, attempt) / "summary.json"
+            assert verdict(summary, archive.instance(point).max_failed_share), "a whole result was thrown away"
 
 
 def test_a_whole_result_without_its_line_is_adopted_and_a_cut_line_is_dropped(tmp_path: Path) -> None:
