@@ -95,7 +95,10 @@ class HostMemory:
 
     def keep(self, held: Held, flat: torch.Tensor, now: int) -> None:
         """Keep weights that have been read, if there is room; else they are read again when they are wanted."""
-        if held.flat is not None or not self._make_room(held, now):
+        if held.flat is not None:
+            return
+        self.drop(held)  # a read under way is no longer needed
+        if not self._make_room(held, now):
             return
         self.used += held.nbytes
         held.flat, held.fetched = flat.pin_memory() if self._pin else flat, now

@@ -203,6 +203,10 @@ class AdapterStore:
             return "device"
         return "host" if held.flat is not None else "disk"
 
+    def on_host(self, identity: str) -> bool:
+        """Whether host memory holds it, be it on the device or not."""
+        return self._held[identity].flat is not None
+
     def references(self, identity: str) -> int:
         """Requests that hold it now."""
         return self._held[identity].references
