@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 import pytest
 from oracle import Judge, add_adapter, ask, load_engine, prompts, serve
 
-from inlaid.adapters.loader import Arrival
+from inlaid.adapters.loader import Arrival, Loader
 from inlaid.adapters.peft import AdapterError
 from inlaid.adapters.store import MODES, AdapterStore
 from inlaid.config import ConfigError
+from inlaid.engine.request import FinishReason
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "models" / "demo"
@@ -89,3 +91,60 @@ def test_cached_refuses_what_does_not_fit() -> None:
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(ConfigError, match="known: cached, on-demand, pipelined, cpu-assist"):
         load_engine(DEMO / "base", adapters={"adapter_mode": "lazy"})
+
+
+def test_nobody_waits_for_anothers_adapter(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter that never comes: the others are served, and its own request ends with the reason when time is up."""
+    engine, loaded = load_engine(
+        DEMO / "base", block_size=16, adapters={"adapter_link_gbps": 1.0, "adapter_timeout": 5.0}
+    )
+    store = loaded.adapters
+    stuck, fine = list(ADAPTERS)[:2]
+    for name in (stuck, fine):
+        add_adapter(loaded, name, ADAPTERS[name])
+    monkeypatch.setattr(Loader, "start", lambda self, transfer: None)
+    engine.add(ask("stuck", [5, 6, 7], stuck))
+    engine.step()
+    monkeypatch.undo()
+    outputs = []
+    requests = [ask("fine", [5, 6, 7], fine), ask("base", [5, 6, 7])]
+    for request in requests:
+        engine.add(request)
+    for _ in range(5000):
+        outputs += engine.step()
+        if sum(output.finish_reason is not None for output in outputs) == 2:
+            break
+        time.sleep(0.001)
+    ended = {output.id: output.finish_reason for output in outputs if output.finish_reason is not None}
+    assert ended == {"fine": FinishReason.LENGTH, "base": FinishReason.LENGTH}
+    monkeypatch.setattr(store, "_now", lambda: time.monotonic() + 6.0)
+    (last,) = [output for _ in range(3) for output in engine.step()]
+    assert (last.id, last.finish_reason) == ("stuck", FinishReason.ERROR)
+    assert "did not arrive within 5 s" in (last.message or "")
+    engine.scheduler.check_whole()
+    store.check()
+
+
+def test_a_host_budget_for_four_of_twelve_adapters(judge: Judge) -> None:
+    """Most adapters are read from disk again, and the tokens are right."""
+    engine, loaded = load_engine(
+        DEMO / "base",
+        block_size=16,
+        max_loras=2,
+        adapters={"max_cpu_adapter_gib": 4 / 1024, "adapter_mode": "pipelined"},
+    )
+    for name, folder in ADAPTERS.items():
+        add_adapter(loaded, name, folder)
+    requests = [
+        ask(name, prompt, name, 6) for name, prompt in zip(ADAPTERS, prompts(len(ADAPTERS), 2, 30), strict=True)
+    ]
+    answers = serve(engine, requests)
+    for request in requests:
+        judge.check(request, answers[request.id])
+    store = loaded.adapters
+    store.check()
+    tiers = Counter(store.tier(store.identity(name) or "") for name in ADAPTERS)
+    assert tiers["device"] == 2
+    assert tiers["disk"] > 0
+    assert sum(store.counts(store.identity(name) or "").reads for name in ADAPTERS) > 0
+    assert store.host_bytes <= 4 * 2**20
