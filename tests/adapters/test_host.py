@@ -162,3 +162,18 @@ def test_the_loader_tells_of_copies_that_fail() -> None:
     Loader().start(Transfer([[(torch.zeros(2), torch.zeros(3))]], arrival))
     with pytest.raises(RuntimeError, match="copying an adapter to the device failed"):
         arrival.wait(0, 60.0)
+
+
+def test_unloading_while_it_is_copied_frees_at_once_and_ends_the_copy() -> None:
+    class Noting(Never):
+        def start(self, transfer: Transfer) -> None:
+            self.transfer = transfer
+
+    loader = Noting()
+    store = make(Disk(), mode=PIPELINED, loader=loader)
+    store.want(store.add("a", adapter("a", 1.0)))
+    assert (store.used_bytes, store.host_bytes) == (1024, 1024)
+    store.remove("a")
+    assert (store.used_bytes, store.host_bytes) == (0, 0)
+    assert loader.transfer.arrival.cancelled
+    store.check()
