@@ -76,8 +76,24 @@ class AdapterConfig:
 
     max_loras: int = option(32, "adapters resident on the device at once (their pages are of true rank)")
     max_lora_rank: int = option(256, "largest rank accepted")
-    max_cpu_loras: int = option(4096, "adapters kept in host memory")
+    max_cpu_loras: int = option(
+        4096, "most adapters loaded, whether in host memory or, beyond its budget, on disk only"
+    )
+    max_cpu_adapter_gib: float = option(
+        0.0, "host memory for adapters, in GiB; those that it does not hold are read again when wanted; 0: no limit"
+    )
     adapter_memory_gib: float = option(0.0, "bytes for adapter pages on the device, in GiB; 0: sized from max_loras")
+    adapter_mode: str = option(
+        "on-demand",
+        "how an adapter gets ready: cached (all are on the device from the start), on-demand (its requests start when "
+        "it is there), pipelined (when its first layers are), cpu-assist (at once; the CPU computes for the others)",
+        ("cached", "on-demand", "pipelined", "cpu-assist"),
+    )
+    adapter_link_gbps: float = option(
+        0.0,
+        "for experiments without a GPU: let adapters arrive at so many GB/s, as over a bus; 0: as fast as it goes",
+    )
+    adapter_timeout: float = option(60.0, "seconds that loading an adapter may take before its requests fail")
     require_eval: str = option(
         "", "report of `python -m eval.run`; adapters without a passing record in it for this base are not served"
     )

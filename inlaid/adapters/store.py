@@ -3,48 +3,29 @@ runner asks it for slots; loading and unloading while serving come through `add`
 engine's thread (reading files, which takes long, is `peft.read_adapter` and may run elsewhere).
 
 An identity lives as long as a name or a request refers to it: a replaced or removed adapter serves the requests it
-has, on its old weights, and goes with the last of them.
+has, on its old weights, and goes with the last of them. Its weights move between three tiers: disk, host memory
+(`host.py`) and the device. When a request may start is the mode's to say: in `cached` everything is on the device from
+the start; `on-demand` waits for the whole adapter, `pipelined` for its first layer group, `cpu-assist` for none, as
+what has not landed is computed from host memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterable
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
 
+from inlaid.adapters.host import GRACE, Counts, Held, HostMemory, Read, Resident
+from inlaid.adapters.loader import NUM_GROUPS, Arrival, Copy, Loader, Transfer
 from inlaid.adapters.pages import PagePool
 from inlaid.adapters.peft import Adapter, AdapterEntry, AdapterError
 from inlaid.kernels.backend import MODULES, AdapterPages
 from inlaid.model.spec import ModelSpec
 
-_GRACE = 256  # wants that an adapter outlasts on the device before the request it was loaded for must run
-
-
-@dataclass
-class _Resident:
-    """An adapter's place on the device: its slot and, per entry, where its elements start in the pool."""
-
-    slot: int
-    starts: list[int]
-    copied: Any  # a CUDA event, or None where copies are immediate
-    loaded: int  # the store's clock then
-    used: bool = False  # whether it has been pinned since
-
-
-@dataclass
-class _Held:
-    """One identity in host memory."""
-
-    adapter: Adapter
-    names: set[str] = field(default_factory=set)
-    references: int = 0  # requests that resolved it and have not released it
-    pins: int = 0  # scheduled requests that need it on the device
-    resident: _Resident | None = None
-    last_used: int = 0  # the store's clock when it was last wanted or pinned
+CACHED, ON_DEMAND, PIPELINED, CPU_ASSIST = MODES = ("cached", "on-demand", "pipelined", "cpu-assist")
 
 
 class AdapterStore:
@@ -58,10 +39,21 @@ class AdapterStore:
         device: torch.device,
         dtype: torch.dtype,
         max_held: int = 4096,
+        *,
+        mode: str = ON_DEMAND,
+        loader: Loader | None = None,
+        host_budget: int = 0,
+        read: Read | None = None,
+        max_seconds: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        assert mode in (CACHED, ON_DEMAND) or loader is not None, f"{mode} needs a loader"
+        assert read is not None or not host_budget, "what leaves host memory must be read again"
         slots = max_resident + 1
         self.device = device
         self.max_held = max_held
+        self.mode = mode
+        self.max_seconds = max_seconds
         self.pages = AdapterPages(
             pool=torch.zeros(pool_elements, dtype=dtype, device=device),
             table=torch.zeros(slots, spec.num_sites, 3, dtype=torch.int64, device=device),
@@ -69,11 +61,19 @@ class AdapterStore:
             versions=[0] * slots,
         )
         self.space = PagePool(pool_elements)
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, Held] = {}
         self._identity_of: dict[str, str] = {}
+        self._at: dict[int, Held] = {}  # who is in a slot
         self._free_slots = list(range(max_resident, 0, -1))
-        self._clock = 0
+        self._clock = 0  # counts wants and pins
+        self._aging = 0.0  # the value of what was last evicted: what is kept unused falls behind it
+        self._now = clock
+        self._loader = loader
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._host = HostMemory(self._held, host_budget, read, pin=self._stream is not None)
+        self._layers_per_group = -(-spec.num_layers // NUM_GROUPS)
+        self._num_groups = -(-spec.num_layers // self._layers_per_group)
+        self._groups_to_start = {PIPELINED: 1, CPU_ASSIST: 0}.get(mode, self._num_groups)
 
     # Names
 
@@ -88,7 +88,7 @@ class AdapterStore:
         if self._identity_of.get(name) == adapter.identity:
             return adapter.identity
         old = self._identity_of.get(name)
-        identity = self._bind(name, adapter)
+        identity = self._bind(name, adapter, None if old is None else self._held[old])
         if old is not None:
             self._unname(name, old)
         return identity
@@ -109,7 +109,7 @@ class AdapterStore:
         return self._identity_of.get(name)
 
     def path(self, name: str) -> str:
-        return self._held[self._identity_of[name]].adapter.path
+        return self._held[self._identity_of[name]].path
 
     # AdapterDirectory
 
@@ -117,7 +117,11 @@ class AdapterStore:
         if name not in self._identity_of:
             raise AdapterError(f"adapter {name!r} is not loaded; loaded: {', '.join(self.names()) or 'none'}")
         identity = self._identity_of[name]
-        self._held[identity].references += 1
+        held = self._held[identity]
+        held.references += 1
+        if _failure(held) is not None and not held.pins:  # perhaps it can be had now
+            held.failed = None
+            self._evict(held)
         return identity
 
     def release(self, identity: str) -> None:
@@ -131,20 +135,42 @@ class AdapterStore:
         if held is None:
             raise RuntimeError(f"adapter {identity[:12]} is no longer loaded")
         resident = held.resident
-        return resident is not None and (resident.copied is None or resident.copied.query())
+        if resident is not None and self._may_start(resident):
+            return True
+        held.failed = _failure(held)
+        if held.asked is not None and self._now() - held.asked > self.max_seconds:
+            held.failed = f"adapter {held.path} did not arrive within {self.max_seconds:g} s"
+        if held.failed is not None:
+            raise RuntimeError(held.failed)
+        return False
+
+    def _may_start(self, resident: Resident) -> bool:
+        if resident.arrival is not None:
+            return resident.arrival.error is None and resident.arrival.landed >= self._groups_to_start
+        return resident.copied is None or bool(resident.copied.query())
 
     def want(self, identity: str) -> None:
         held = self._held[identity]
         self._touch(held)
-        if held.resident is None and self._make_room(held):
-            self._upload(held)
+        if held.resident is not None or held.failed is not None:
+            return
+        if self._host.fetch(held, self._clock):
+            if self._make_room(held, self._idle()):
+                self._upload(held)
+            else:
+                held.asked = None  # it waits for room, not for its bytes
+        elif held.reading is not None and held.asked is None:
+            held.asked = self._now()
 
     def pin(self, identity: str) -> None:
         held = self._held[identity]
         held.pins += 1
+        resident = held.resident
+        if resident is not None:
+            held.counts.hits += resident.used
+            held.popularity += 1
+            resident.used = True
         self._touch(held)
-        if held.resident is not None:
-            held.resident.used = True
 
     def unpin(self, identity: str) -> None:
         held = self._held[identity]
@@ -153,15 +179,33 @@ class AdapterStore:
         self._drop_if_unused(identity)
 
     def rank(self, identity: str) -> int:
-        return self._held[identity].adapter.rank
+        return max(entry.rank for entry in self._held[identity].entries)
 
     def sites(self, identity: str) -> tuple[int, ...]:
         """Where it acts."""
-        return tuple(entry.site for entry in self._held[identity].adapter.entries)
+        return tuple(entry.site for entry in self._held[identity].entries)
 
     def nbytes(self, identity: str) -> int:
         """Bytes of its weights, on the host as on the device."""
-        return int(self._held[identity].adapter.flat.nbytes)
+        return self._held[identity].nbytes
+
+    def counts(self, identity: str) -> Counts:
+        """What has happened to it."""
+        held = self._held[identity]
+        if held.resident is not None and held.resident.arrival is not None:
+            held.counts.seconds = held.resident.arrival.seconds
+        return held.counts
+
+    def tier(self, identity: str) -> str:
+        """The fastest place where all of it is: "device", "host" or "disk"."""
+        held = self._held[identity]
+        if held.resident is not None and not held.arriving:
+            return "device"
+        return "host" if held.flat is not None else "disk"
+
+    def on_host(self, identity: str) -> bool:
+        """Whether host memory holds it, be it on the device or not."""
+        return self._held[identity].flat is not None
 
     def references(self, identity: str) -> int:
         """Requests that hold it now."""
@@ -191,7 +235,33 @@ class AdapterStore:
 
     @property
     def host_bytes(self) -> int:
-        return sum(held.adapter.flat.nbytes for held in self._held.values())
+        return self._host.used
+
+    # Arrivals: what the forward asks while adapters are still coming
+
+    def landed(self, slot: int, layer: int) -> bool:
+        arrival = self._arrival(slot)
+        return arrival is None or arrival.landed > layer // self._layers_per_group
+
+    def all_landed(self, slot: int) -> bool:
+        arrival = self._arrival(slot)
+        return arrival is None or arrival.whole
+
+    def wait(self, slot: int, layer: int) -> None:
+        arrival = self._arrival(slot)
+        if arrival is not None:
+            arrival.wait(layer // self._layers_per_group, self.max_seconds)
+
+    def _arrival(self, slot: int) -> Arrival | None:
+        held = self._at.get(slot)
+        return held.resident.arrival if held is not None and held.resident is not None else None
+
+    def host_matrices(self, slot: int, site: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of one site from their first elements on, flat, in host memory."""
+        held = self._at[slot]
+        assert held.flat is not None, "what the device is being loaded from stays in host memory"
+        entry = next(entry for entry in held.entries if entry.site == site)
+        return held.flat[entry.a_start :], held.flat[entry.b_start :]
 
     def check(self) -> None:
         """Every element, slot and reference is accounted for."""
@@ -199,11 +269,15 @@ class AdapterStore:
         residents = [(held, held.resident) for held in self._held.values() if held.resident is not None]
         slots = [resident.slot for _, resident in residents]
         assert sorted([*slots, *self._free_slots]) == list(range(1, self.pages.table.shape[0])), "slots"
-        assert self.space.used == sum(held.adapter.flat.numel() for held, _ in residents), "elements"
+        assert self.space.used == sum(_elements(held) for held, _ in residents), "elements"
+        assert self._at == {resident.slot: held for held, resident in residents}, "who is where"
+        in_memory = [held for held in self._held.values() if held.flat is not None or held.reading is not None]
+        assert self._host.used == sum(held.nbytes for held in in_memory), "host bytes"
+        assert not self._host.budget or self._host.used <= self._host.budget, "over the host's budget"
         taken = sorted(
             (start, start + _size(entry))
             for held, resident in residents
-            for entry, start in zip(held.adapter.entries, resident.starts, strict=True)
+            for entry, start in zip(held.entries, resident.starts, strict=True)
         )
         assert all(a[1] <= b[0] for a, b in pairwise(taken)), "extents overlap"
         table_ranks = self.pages.table[:, :, 2]
@@ -214,24 +288,50 @@ class AdapterStore:
         for identity, held in self._held.items():
             assert held.names or held.references or held.pins, f"{identity} is held for nobody"
 
-    def _bind(self, name: str, adapter: Adapter) -> str:
-        if adapter.flat.numel() > self.space.size:
-            need, have = adapter.flat.nbytes, self.capacity_bytes
-            raise AdapterError(
-                f"adapter {name!r} needs {need} bytes of the {have} for adapters; raise --adapter-memory-gib"
-            )
+    def _bind(self, name: str, adapter: Adapter, instead_of: Held | None = None) -> str:
         held = self._held.get(adapter.identity)
         if held is None:
-            if len(self._held) >= self.max_held:
+            self._check_room(name, adapter)
+            held = Held(adapter.identity, adapter.path, adapter.entries, int(adapter.flat.nbytes))
+            self._held[adapter.identity] = held
+            self._host.keep(held, adapter.flat, self._clock)
+            if self.mode == CACHED and not self._load_now(held, adapter.flat, instead_of):
+                self._host.drop(self._held.pop(adapter.identity))
                 raise AdapterError(
-                    f"{self.max_held} adapters are loaded, the most allowed; unload one or raise --max-cpu-loras"
+                    f"adapter {name!r} does not fit on the device beside {len(self._at)} others, which adapter mode "
+                    "cached keeps there; raise --max-loras or --adapter-memory-gib, or choose another --adapter-mode"
                 )
-            if self._stream is not None:
-                adapter = Adapter(adapter.identity, adapter.path, adapter.flat.pin_memory(), adapter.entries)
-            held = self._held[adapter.identity] = _Held(adapter)
+        elif held.failed is not None or held.flat is None:
+            held.failed, held.path = None, adapter.path
+            self._host.keep(held, adapter.flat, self._clock)
         held.names.add(name)
         self._identity_of[name] = adapter.identity
         return adapter.identity
+
+    def _check_room(self, name: str, adapter: Adapter) -> None:
+        need, budget = int(adapter.flat.nbytes), self._host.budget
+        if adapter.flat.numel() > self.space.size:
+            raise AdapterError(
+                f"adapter {name!r} needs {need} bytes of the {self.capacity_bytes} for adapters; "
+                "raise --adapter-memory-gib"
+            )
+        if budget and need > budget:
+            raise AdapterError(
+                f"adapter {name!r} needs {need} bytes of the {budget} for adapters in host memory; "
+                "raise --max-cpu-adapter-gib"
+            )
+        if len(self._held) >= self.max_held:
+            raise AdapterError(
+                f"{self.max_held} adapters are loaded, the most allowed; unload one or raise --max-cpu-loras"
+            )
+
+    def _load_now(self, held: Held, flat: torch.Tensor, instead_of: Held | None) -> bool:
+        """To the device at once, if there is room, or will be without what it replaces."""
+        going = instead_of is not None and not instead_of.references and len(instead_of.names) == 1
+        if not self._make_room(held, [instead_of] if instead_of is not None and going else []):
+            return False
+        self._upload(held, flat)
+        return True
 
     def _unname(self, name: str, identity: str) -> None:
         self._held[identity].names.discard(name)
@@ -241,67 +341,101 @@ class AdapterStore:
         held = self._held[identity]
         if not held.names and not held.references and not held.pins:
             self._evict(held)
+            self._host.drop(held)
             del self._held[identity]
 
-    def _make_room(self, held: _Held) -> bool:
-        """Free a slot and elements by evicting what was used longest ago; False when all else is in use."""
-        sizes = [_size(entry) for entry in held.adapter.entries]
-        idle = sorted(filter(self._evictable, self._held.values()), key=lambda other: other.last_used)
+    def _idle(self) -> list[Held]:
+        """Who may leave the device, the least valuable first; in mode cached nobody."""
+        if self.mode == CACHED:
+            return []
+        return sorted(filter(self._evictable, self._at.values()), key=lambda held: (held.value, held.last_used))
+
+    def _make_room(self, held: Held, idle: list[Held]) -> bool:
+        """Free a slot and elements by evicting some of these; False when all else is in use."""
+        sizes = [_size(entry) for entry in held.entries]
         while True:
             starts = self.space.take(sizes) if self._free_slots else None
             if starts is not None:
-                held.resident = _Resident(self._free_slots.pop(), starts, None, self._clock)
+                held.resident = Resident(self._free_slots.pop(), starts, self._clock)
+                self._at[held.resident.slot] = held
                 return True
             if not idle:
                 return False
+            self._aging = max(self._aging, idle[0].value)
+            idle[0].counts.evictions += 1
             self._evict(idle.pop(0))
 
-    def _evictable(self, held: _Held) -> bool:
+    def _evictable(self, held: Held) -> bool:
         """Not while pinned; nor, for a while, when it was loaded for a request that has not come to run yet: two
         adapters that are wanted at the same time would else push each other out for ever."""
         resident = held.resident
         if resident is None or held.pins:
             return False
-        return resident.used or not held.references or self._clock - resident.loaded > _GRACE
+        if held.references and _failure(held) is None and not self._may_start(resident):
+            resident.loaded = self._clock
+        return resident.used or not held.references or self._clock - resident.loaded > GRACE
 
-    def _touch(self, held: _Held) -> None:
+    def _touch(self, held: Held) -> None:
         self._clock += 1
         held.last_used = self._clock
+        held.value = self._aging + held.popularity * held.reload_cost
 
-    def _evict(self, held: _Held) -> None:
-        resident, held.resident = held.resident, None
+    def _evict(self, held: Held) -> None:
+        resident, held.resident, held.popularity, held.asked = held.resident, None, 0, None
         if resident is None:
             return
-        for entry, start in zip(held.adapter.entries, resident.starts, strict=True):
+        if resident.arrival is not None:
+            resident.arrival.cancelled = True
+        for entry, start in zip(held.entries, resident.starts, strict=True):
             self.space.give(start, _size(entry))
+        del self._at[resident.slot]
         self.pages.table[resident.slot].zero_()
         self.pages.scale[resident.slot].zero_()
         self.pages.versions[resident.slot] += 1
         self._free_slots.append(resident.slot)
 
-    def _upload(self, held: _Held) -> None:
-        """Copy to the device: on a side stream behind the work already queued, or at once on a CPU."""
-        resident = held.resident
+    def _upload(self, held: Held, flat: torch.Tensor | None = None) -> None:
+        """Copy to the device: by the loader, on a side stream behind the work already queued, or at once."""
+        resident, flat = held.resident, held.flat if flat is None else flat
         assert resident is not None
-        if self._stream is None:
-            self._copy(held, resident)
+        assert flat is not None
+        held.counts.loads += 1
+        held.asked = began = self._now()
+        if self._loader is not None:
+            self._write_tables(held, resident)
+            resident.arrival = Arrival(self._num_groups, self._now)
+            self._loader.start(Transfer(self._copies(held, resident, flat), resident.arrival))
+        elif self._stream is None:
+            self._copy(held, resident, flat)
+            held.counts.seconds = self._now() - began
         else:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self._stream):
-                self._copy(held, resident)
+                self._copy(held, resident, flat)
                 resident.copied = torch.cuda.Event()
                 resident.copied.record()
         self.pages.versions[resident.slot] += 1
 
-    def _copy(self, held: _Held, resident: _Resident) -> None:
-        entries, pool, flat = held.adapter.entries, self.pages.pool, held.adapter.flat
-        for begin, end in _runs(entries, resident.starts):
+    def _copy(self, held: Held, resident: Resident, flat: torch.Tensor) -> None:
+        for group in self._copies(held, resident, flat):
+            for target, source in group:
+                target.copy_(source, non_blocking=True)
+        self._write_tables(held, resident)
+
+    def _copies(self, held: Held, resident: Resident, flat: torch.Tensor) -> list[list[Copy]]:
+        """What to copy where, by layer group; in as few pieces as the pool's free space allows."""
+        groups: list[list[Copy]] = [[] for _ in range(self._num_groups)]
+        pool, entries, starts = self.pages.pool, held.entries, resident.starts
+        for begin, end in _runs(entries, starts, len(MODULES) * self._layers_per_group):
             start, stop = entries[begin].a_start, entries[end - 1].end
-            target = resident.starts[begin]
-            pool[target : target + stop - start].copy_(flat[start:stop], non_blocking=True)
+            group = groups[entries[begin].site // len(MODULES) // self._layers_per_group]
+            group.append((pool[starts[begin] : starts[begin] + stop - start], flat[start:stop]))
+        return groups
+
+    def _write_tables(self, held: Held, resident: Resident) -> None:
         table = np.zeros((self.pages.table.shape[1], 3), dtype=np.int64)
         scale = np.zeros(self.pages.table.shape[1], dtype=np.float32)
-        for entry, start in zip(entries, resident.starts, strict=True):
+        for entry, start in zip(held.entries, resident.starts, strict=True):
             table[entry.site] = start, start + entry.b_start - entry.a_start, entry.rank
             scale[entry.site] = entry.scale
         for target_row, row in ((self.pages.table, table), (self.pages.scale, scale)):
@@ -321,11 +455,25 @@ def _size(entry: AdapterEntry) -> int:
     return entry.end - entry.a_start
 
 
-def _runs(entries: Iterable[AdapterEntry], starts: list[int]) -> list[tuple[int, int]]:
-    """Entries that lie side by side in the pool as they do in the adapter, [begin, end), to be copied at once."""
+def _failure(held: Held) -> str | None:
+    arrival = held.resident.arrival if held.resident is not None else None
+    return held.failed if arrival is None or arrival.error is None else arrival.error
+
+
+def _elements(held: Held) -> int:
+    return sum(_size(entry) for entry in held.entries)
+
+
+def _runs(entries: Iterable[AdapterEntry], starts: list[int], sites: int) -> list[tuple[int, int]]:
+    """Entries that lie side by side in the pool as they do in the adapter, [begin, end), to be copied at once; a run
+    stays within one layer group of so many sites."""
     listed, runs, begin = list(entries), [], 0
     for index in range(1, len(listed) + 1):
-        if index == len(listed) or starts[index] != starts[index - 1] + _size(listed[index - 1]):
+        if (
+            index == len(listed)
+            or starts[index] != starts[index - 1] + _size(listed[index - 1])
+            or listed[index].site // sites != listed[begin].site // sites
+        ):
             runs.append((begin, index))
             begin = index
     return runs

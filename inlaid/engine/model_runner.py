@@ -8,17 +8,21 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from inlaid.adapters.store import AdapterStore, default_pool_elements
+from inlaid.adapters.loader import Loader
+from inlaid.adapters.peft import read_adapter
+from inlaid.adapters.store import CPU_ASSIST, MODES, PIPELINED, AdapterStore, default_pool_elements
 from inlaid.checkpoint import Checkpoint
-from inlaid.config import ConfigError, EngineConfig
+from inlaid.config import AdapterConfig, ConfigError, EngineConfig
 from inlaid.engine.grammar import GrammarCompiler, GrammarState
 from inlaid.engine.request import Batch, Grammar, Request, Sampled, SamplingParams, StepResult, TokenLogprobs, Work
+from inlaid.kernels.arriving import ArrivingLora
 from inlaid.kernels.backend import AdapterPages, Kernels
 from inlaid.kernels.context import StepContext
 from inlaid.kernels.reference import reference_kernels
@@ -348,17 +352,12 @@ def load_model(config: EngineConfig, progress: bool = True) -> LoadedModel:
     version = hasher.submit(base_version, checkpoint)  # takes seconds where it is not known yet: beside the loading
     dtype = compute_dtype(config.dtype, spec, device)
     max_model_len = choose_max_len(config.max_model_len, spec)
-    resident = config.adapters.max_loras
-    elements = int(config.adapters.adapter_memory_gib * 2**30) // dtype.itemsize
-    adapters = AdapterStore(
-        spec,
-        resident,
-        elements or default_pool_elements(spec, resident),
-        device,
-        dtype,
-        config.adapters.max_cpu_loras,
-    )
+    adapters = make_store(config.adapters, spec, device, dtype)
     kernels = choose_kernels(config, device, adapters.pages)
+    if config.adapters.adapter_mode in (PIPELINED, CPU_ASSIST):
+        assert kernels.lora is not None
+        assist = config.adapters.adapter_mode == CPU_ASSIST
+        kernels = replace(kernels, lora=ArrivingLora(kernels.lora, adapters.pages, adapters, assist))
     model = load(checkpoint, spec, kernels, device, dtype, max_model_len, progress)
     if device.type == "cuda":
         from inlaid.engine.cuda_runner import CudaRunner
@@ -376,6 +375,33 @@ def load_model(config: EngineConfig, progress: bool = True) -> LoadedModel:
         max_model_len=max_model_len,
         adapters=adapters,
         grammars=GrammarFactory(folder, spec.vocab_size, spec.eos_token_ids),
+    )
+
+
+def make_store(config: AdapterConfig, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> AdapterStore:
+    """Room for adapters, and the way in which they come there."""
+    mode, link = config.adapter_mode, config.adapter_link_gbps
+    if mode not in MODES:
+        raise ConfigError(f"adapter mode {mode!r} is unknown; known: {', '.join(MODES)}")
+    if device.type == "cuda" and mode in (PIPELINED, CPU_ASSIST):
+        raise ConfigError(f"adapter mode {mode} is not there for cuda yet; use on-demand or cached, or device cpu")
+    if device.type == "cuda" and link:
+        raise ConfigError("adapter_link_gbps stands in for a bus on machines without a GPU; leave it 0 on cuda")
+    if min(link, config.max_cpu_adapter_gib, config.adapter_memory_gib) < 0 or config.adapter_timeout <= 0:
+        raise ConfigError("adapter_link_gbps and sizes in GiB cannot be negative, and adapter_timeout must be above 0")
+    elements = int(config.adapter_memory_gib * 2**30) // dtype.itemsize
+    return AdapterStore(
+        spec,
+        config.max_loras,
+        elements or default_pool_elements(spec, config.max_loras),
+        device,
+        dtype,
+        config.max_cpu_loras,
+        mode=mode,
+        loader=Loader(link) if link or mode in (PIPELINED, CPU_ASSIST) else None,
+        host_budget=int(config.max_cpu_adapter_gib * 2**30),
+        read=partial(read_adapter, spec=spec, dtype=dtype, max_rank=config.max_lora_rank),
+        max_seconds=config.adapter_timeout,
     )
 
 

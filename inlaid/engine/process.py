@@ -161,20 +161,26 @@ class LoraAdapters:
 
     def list(self) -> list[AdapterInfo]:
         store = self._model.adapters
-        resident = set(store.resident())
-        return [self._info(name, store.identity(name) or "", resident) for name in store.names()]
+        return [self._info(name, store.identity(name) or "") for name in store.names()]
 
-    def _info(self, name: str, identity: str, resident: set[str]) -> AdapterInfo:
+    def _info(self, name: str, identity: str) -> AdapterInfo:
         store = self._model.adapters
+        counts = store.counts(identity)
         return AdapterInfo(
             name=name,
             identity=identity,
             path=store.path(name),
             rank=store.rank(identity),
             bytes=store.nbytes(identity),
-            tier="device" if identity in resident else "host",
+            tier=store.tier(identity),
             requests=store.references(identity),
             load_seconds=self._seconds.get(identity, 0.0),
+            on_host=store.on_host(identity),
+            reads=counts.reads,
+            loads=counts.loads,
+            evictions=counts.evictions,
+            hits=counts.hits,
+            copy_seconds=counts.seconds,
         )
 
 
@@ -214,6 +220,7 @@ class EngineProcess:
         self._readers = ThreadPoolExecutor(1, "adapter-reader")
         self._compilers = ThreadPoolExecutor(1, "grammar-compiler")
         self._compiling: set[str] = set()  # requests that wait for their grammar
+        self._loading: dict[tuple[str, str, bool], list[messages.Call]] = {}  # who waits for which adapter
         self._done: list[Callable[[], None]] = []  # what finished threads want done on this one
         self._woken, self._wake = os.pipe()
         os.set_blocking(self._woken, False)
@@ -363,16 +370,41 @@ class EngineProcess:
             self._send(messages.Failure(call=call.call, message=f"{type(error).__name__}: {error}", fault=True))
 
     def _load_adapter(self, call: messages.Call) -> None:
-        """Read the files on a thread, then install the adapter on this one."""
+        """Read the files on a thread, then install the adapter on this one. Whoever asks for the same meanwhile gets
+        the same answer."""
         started = time.monotonic()
+        name, path, in_place = (call.arguments[key] for key in ("name", "path", "in_place"))
+        key = (name, path, in_place)
+        calls = self._loading.setdefault(key, [])
+        calls.append(call)
+        if len(calls) > 1:
+            return
 
-        def install(read: Future[Any]) -> AdapterInfo:
-            name, in_place = call.arguments["name"], call.arguments["in_place"]
-            self._loaded.adapters.install(name, read.result(), in_place, time.monotonic() - started)
+        def read() -> Any:
+            if in_place:
+                self._loading.pop(key, None)  # who asks from now on may mean files that have changed since
+            return self._loaded.adapters.read(path)
+
+        def install(done: Future[Any]) -> AdapterInfo:
+            self._loaded.adapters.install(name, done.result(), in_place, time.monotonic() - started)
             return next(info for info in self._loaded.adapters.list() if info.name == name)
 
-        read = partial(self._loaded.adapters.read, call.arguments["path"])
-        self._on_thread(self._readers, read, lambda done: self._answer(call, lambda: install(done)))
+        def finish(done: Future[Any]) -> None:
+            if self._loading.get(key) is calls:
+                del self._loading[key]
+            self._answer_all(calls, partial(install, done))
+
+        self._on_thread(self._readers, read, finish)
+
+    def _answer_all(self, calls: list[messages.Call], ask: Callable[[], Any]) -> None:
+        """Do it once and tell everyone."""
+        outcome: Future[Any] = Future()
+        try:
+            outcome.set_result(ask())
+        except Exception as error:  # noqa: BLE001 - each of them is told below
+            outcome.set_exception(error)
+        for call in calls:
+            self._answer(call, outcome.result)
 
     def _send(self, message: messages.Event) -> None:
         self._socket.sendall(messages.frame(message))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from typing import ClassVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -20,6 +21,7 @@ _BETWEEN = (0.0005, 0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05,
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 _LABELS = ("model_name", "engine", "adapter")
 _ENGINE = "0"
+_LEVELS = {"device": "gpu", "host": "cpu", "disk": "disk"}
 
 
 class Metrics:
@@ -186,6 +188,13 @@ class _EngineGauges:
         "cached_tokens": ("prefix_cache_hits", "Prompt tokens found in the prefix cache"),
     }
 
+    ADAPTER_COUNTERS: ClassVar = {
+        "reads": "Reads from disk, after the first",
+        "loads": "Loads to the device",
+        "evictions": "Evictions from the device to make room",
+        "hits": "Requests that found it on the device and did not have to wait for it",
+    }
+
     def __init__(self, registry: CollectorRegistry, model_name: str, max_adapters: int) -> None:
         self._model = model_name
         self._max_adapters = max_adapters
@@ -214,8 +223,16 @@ class _EngineGauges:
         self._on_cpu = self._gauge("vllm:num_cpu_loaded_lora_adapters", "Adapters in host memory")
         self._most = self._gauge("vllm:max_gpu_lora_adapters", "Most adapters on the device at once")
         self._seconds = Gauge(
-            "vllm:lora_adapter_load_seconds", "Disk to host memory, last time", ["adapter_name"], registry=registry
+            "vllm:lora_adapter_load_seconds",
+            "The last load: to the cpu from disk, to the gpu from the cpu",
+            ["adapter_name", "level"],
+            registry=registry,
         )
+        self._counted: set[str] = set()
+        self._adapter_counters = {
+            key: Counter(f"inlaid:lora_adapter_{key}", help, ["adapter_name"], registry=registry)
+            for key, help in self.ADAPTER_COUNTERS.items()
+        }
         self._bytes = Gauge("inlaid:lora_adapter_bytes", "Bytes of its weights", ["adapter_name"], registry=registry)
         self._rank = Gauge("inlaid:lora_adapter_rank", "Its largest rank", ["adapter_name"], registry=registry)
 
@@ -248,7 +265,7 @@ class _EngineGauges:
         labels = (self._model, _ENGINE)
         resident = [info for info in adapters if info.tier == "device"]
         self._on_gpu.labels(*labels).set(len(resident))
-        self._on_cpu.labels(*labels).set(len(adapters))
+        self._on_cpu.labels(*labels).set(sum(info.on_host for info in adapters))
         self._most.labels(*labels).set(model.max_loras)
         busy = [info for info in adapters if info.requests]
         running = ",".join(info.name for info in busy if info.tier == "device")
@@ -257,8 +274,25 @@ class _EngineGauges:
         self._lora_info.labels(str(model.max_loras), running, waiting).set(time.time())
         for gauge in (self._loaded, self._seconds, self._bytes, self._rank):
             gauge.clear()
-        for info in adapters[: self._max_adapters]:
-            self._loaded.labels(info.name, "gpu" if info.tier == "device" else "cpu", "false").set(1)
-            self._seconds.labels(info.name).set(info.load_seconds)
+        shown = adapters[: self._max_adapters]
+        self._forget_counts({info.name for info in shown})
+        for info in shown:
+            self._loaded.labels(info.name, _LEVELS[info.tier], "false").set(1)
+            self._seconds.labels(info.name, "cpu").set(info.load_seconds)
+            self._seconds.labels(info.name, "gpu").set(info.copy_seconds)
+            for (key, name), counter in self._adapter_counts(info.name).items():
+                counter.labels(name).inc(self._growth(f"{key} {name}", getattr(info, key)))
             self._bytes.labels(info.name).set(info.bytes)
             self._rank.labels(info.name).set(info.rank)
+
+    def _adapter_counts(self, name: str) -> dict[tuple[str, str], Counter]:
+        self._counted.add(name)
+        return {(key, name): counter for key, counter in self._adapter_counters.items()}
+
+    def _forget_counts(self, shown: AbstractSet[str]) -> None:
+        """Of adapters that are gone: names come and go without end."""
+        for name in self._counted - shown:
+            for (key, _), counter in self._adapter_counts(name).items():
+                counter.remove(name)
+                del self._seen[f"{key} {name}"]
+        self._counted &= shown

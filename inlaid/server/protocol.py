@@ -397,6 +397,12 @@ class AdapterCard(Answer, kw_only=True):
     tier: str
     requests: int
     load_seconds: float
+    on_host: bool
+    reads: int
+    loads: int
+    evictions: int
+    hits: int
+    copy_seconds: float
 
 
 class AdapterList(Answer, kw_only=True):

@@ -8,8 +8,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from inlaid.adapters.loader import Loader, Transfer
 from inlaid.adapters.peft import Adapter, AdapterEntry, AdapterError
-from inlaid.adapters.store import AdapterStore, default_pool_elements
+from inlaid.adapters.store import CACHED, CPU_ASSIST, MODES, PIPELINED, AdapterStore, default_pool_elements
 from inlaid.model.spec import ModelSpec, spec_from_config
 
 SPEC: ModelSpec = spec_from_config(
@@ -185,38 +186,119 @@ def test_default_room_holds_that_many_of_rank_16() -> None:
     assert default_pool_elements(SPEC, 5) > 5 * per_adapter
 
 
-class Storm(RuleBasedStateMachine):
-    """Any order of what the engine and the server may do."""
+class ByHand(Loader):
+    """Copies when it is told to."""
 
-    @initialize()
-    def begin(self) -> None:
-        self.store = store(max_resident=2, elements=900)
-        self.requests: list[str] = []
+    def __init__(self) -> None:
+        super().__init__()
+        self.transfers: list[Transfer] = []
+
+    def start(self, transfer: Transfer) -> None:
+        self.transfers.append(transfer)
+
+    def step(self, breaks: bool) -> None:
+        """The next layer group of the first transfer that is still wanted."""
+        gone = lambda arrival: arrival.cancelled or arrival.whole or arrival.error is not None  # noqa: E731
+        self.transfers = [transfer for transfer in self.transfers if not gone(transfer.arrival)]
+        if self.transfers and breaks:
+            self.transfers[0].arrival.fail("the bus is gone")
+        elif self.transfers:
+            self.transfers[0].copy_next()
+            self.transfers[0].arrival.land()
+
+
+class Storm(RuleBasedStateMachine):
+    """Any order of what the engine and the server may do, of files changing, and of copies that come late or never."""
+
+    @initialize(mode=st.sampled_from(MODES), host=st.sampled_from([0, 2000]), slow=st.booleans())
+    def begin(self, mode: str, host: int, slow: bool) -> None:
+        self.disk: dict[str, Adapter] = {}
+        self.loader = ByHand() if slow or mode in (PIPELINED, CPU_ASSIST) else None
+        self.store = AdapterStore(
+            SPEC, 2, 900, CPU, torch.float32, mode=mode, loader=self.loader, host_budget=host, read=self.read
+        )
+        self.waiting: list[str] = []
         self.pinned: list[str] = []
 
-    @rule(name=st.sampled_from("abc"), number=st.integers(0, 5), sites=st.integers(1, 3))
+    def read(self, path: str) -> Adapter:
+        if path not in self.disk:
+            raise AdapterError(f"adapter {path}: there is no such folder")
+        return self.disk[path]
+
+    def made(self, number: int, sites: int) -> Adapter:
+        """At path "number", acting in both layers when it has three sites; 128 elements each."""
+        entries = tuple(
+            AdapterEntry(4 * n, 128 * n, 128 * n + 64, 128 * (n + 1), number + 1, number + 0.5) for n in range(sites)
+        )
+        flat = torch.full((128 * sites,), float(10 * number + sites))
+        return Adapter(f"{10 * number + sites}", f"/{number}", flat, entries)
+
+    @rule(name=st.sampled_from("abc"), number=st.integers(0, 3), sites=st.integers(1, 3))
     def load(self, name: str, number: int, sites: int) -> None:
-        self.store.replace(name, adapter(10 * number + sites, sites))
+        new = self.made(number, sites)
+        self.disk[new.path] = new
+        refusal = ""
+        try:
+            self.store.replace(name, new)
+        except AdapterError as error:
+            refusal = str(error)
+        assert not refusal or (self.store.mode == CACHED and "does not fit" in refusal)
 
-    @rule(name=st.sampled_from("abc"))
-    def unload(self, name: str) -> None:
-        if name in self.store.names():
-            self.store.remove(name)
+    @rule(number=st.integers(0, 3), sites=st.integers(0, 3))
+    def change_files(self, number: int, sites: int) -> None:
+        if sites:
+            self.disk[f"/{number}"] = self.made(number, sites)
+        else:
+            self.disk.pop(f"/{number}", None)
 
-    @rule(name=st.sampled_from("abc"))
-    def arrive(self, name: str) -> None:
-        if name in self.store.names():
-            self.requests.append(self.store.resolve(name))
-            self.store.want(self.requests[-1])
-
-    @precondition(lambda self: self.requests)
+    @precondition(lambda self: self.store.names())
     @rule(data=st.data())
-    def run(self, data: st.DataObject) -> None:
-        identity = data.draw(st.sampled_from(self.requests))
-        if self.store.ready(identity):
-            self.store.pin(identity)
-            self.pinned.append(identity)
-            self.requests.remove(identity)
+    def unload(self, data: st.DataObject) -> None:
+        self.store.remove(data.draw(st.sampled_from(self.store.names())))
+
+    @precondition(lambda self: self.store.names())
+    @rule(data=st.data())
+    def arrive(self, data: st.DataObject) -> None:
+        self.waiting.append(self.store.resolve(data.draw(st.sampled_from(self.store.names()))))
+
+    @precondition(lambda self: self.waiting)
+    @rule(read=st.booleans(), groups=st.integers(0, 3), breaks=st.sampled_from([False] * 7 + [True]))
+    def turn(self, read: bool, groups: int, breaks: bool) -> None:
+        """What is waited for is asked for; reads and copies get on."""
+        for _ in range(1 + read):
+            for identity in self.waiting:
+                self.store.want(identity)
+            self.store.check()
+            for held in self.store._held.values():
+                if read and held.reading is not None:
+                    held.reading.exception()
+        for _ in range(groups if self.loader is not None else 0):
+            self.loader.step(breaks)
+
+    @precondition(lambda self: self.waiting)
+    @rule()
+    def run_the_ready(self) -> None:
+        for identity in list(self.waiting):
+            reason, ready = "", False
+            try:
+                ready = self.store.ready(identity)
+            except RuntimeError as error:
+                reason = str(error)
+            if reason:
+                assert any(known in reason for known in ("there is no such folder", "has changed", "the bus is gone"))
+                self.waiting.remove(identity)
+                self.store.release(identity)
+            elif ready:
+                self.store.pin(identity)
+                self.pinned.append(identity)
+                self.waiting.remove(identity)
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        identity = data.draw(st.sampled_from(self.waiting))
+        self.waiting.remove(identity)
+        self.store.release(identity)
 
     @precondition(lambda self: self.pinned)
     @rule(data=st.data())
@@ -228,13 +310,31 @@ class Storm(RuleBasedStateMachine):
 
     @invariant()
     def whole(self) -> None:
-        self.store.check()
+        store = self.store
+        store.check()
         for identity in self.pinned:
-            slot = self.store.slot(identity)
-            start = int(self.store.pages.table[slot, 0, 0])
-            value = float(int(identity.removeprefix("identity-")) + 1)
-            assert (self.store.pages.pool[start : start + 128] == value).all(), "a pinned adapter was overwritten"
+            slot, value = store.slot(identity), float(identity)
+            for site in store.sites(identity):
+                start = int(store.pages.table[slot, site, 0])
+                if store.landed(slot, site // 7):
+                    assert (store.pages.pool[start : start + 128] == value).all(), "a pinned adapter was overwritten"
+                elif store.mode == CPU_ASSIST:
+                    a, b = store.host_matrices(slot, site)
+                    assert (a[:64] == value).all()
+                    assert (b[:64] == value).all()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "store"):
+            return
+        for identity in self.pinned:
+            self.store.unpin(identity)
+        for identity in self.pinned + self.waiting:
+            self.store.release(identity)
+        for name in self.store.names():
+            self.store.remove(name)
+        self.store.check()
+        assert (self.store.used_bytes, self.store.host_bytes) == (0, 0)
 
 
-Storm.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+Storm.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
 TestStorm = Storm.TestCase

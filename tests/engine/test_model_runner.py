@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from inlaid.config import AdapterConfig, CacheConfig, ConfigError, EngineConfig
-from inlaid.engine.model_runner import load_model
+from inlaid.engine.model_runner import load_model, make_store
 from inlaid.engine.request import Batch, Request, SamplingParams, Work
 from inlaid.model.transformer import block_bytes
 
@@ -80,6 +80,24 @@ def test_room_for_adapters_is_as_given(config: EngineConfig) -> None:
     loaded = load_model(given, progress=False)
     assert loaded.adapters.capacity_bytes == 2**19
     assert loaded.adapters.pages.table.shape == (4, 14, 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (AdapterConfig(adapter_mode="pipelined"), "pipelined is not there for cuda yet; use on-demand or cached"),
+        (AdapterConfig(adapter_mode="cpu-assist"), "cpu-assist is not there for cuda yet; use on-demand or cached"),
+        (AdapterConfig(adapter_link_gbps=1.0), "without a GPU; leave it 0 on cuda"),
+        (AdapterConfig(max_cpu_adapter_gib=-1.0), "cannot be negative"),
+        (AdapterConfig(adapter_timeout=0.0), "adapter_timeout must be above 0"),
+    ],
+)
+def test_adapter_settings_that_a_gpu_does_not_have_yet(
+    config: EngineConfig, settings: AdapterConfig, message: str
+) -> None:
+    spec = load_model(config, progress=False).spec
+    with pytest.raises(ConfigError, match=message):
+        make_store(settings, spec, torch.device("cuda"), torch.float16)
 
 
 def test_prefill_and_decode_agree(config: EngineConfig) -> None:

@@ -112,3 +112,21 @@ def test_with_require_eval_only_adapters_with_a_passing_record_are_served(tmp_pa
     gated = build_engine(config, adapters, strict=False)
     assert [info.name for info in gated.adapters.list()] == ["velar"]
     assert "drops 5.00 points" in gated.left_out["maths"]
+
+
+def test_the_same_load_asked_for_twice_is_done_once(tmp_path: Path) -> None:
+    """The second would be refused, as its name would be taken, had it been done on its own."""
+    child = Child(start())
+    assert isinstance(child.receive()[0], messages.Ready)
+    arguments = {"name": "a", "path": str(tmp_path), "in_place": False}
+    child.send(*(messages.Call(call=call, name="load_adapter", arguments=arguments) for call in (1, 2)))
+    answers: list[messages.Message] = []
+    while len(answers) < 2:
+        answers += child.receive()
+    assert [type(answer) for answer in answers] == [messages.Reply, messages.Reply], answers
+    child.send(messages.Call(call=3, name="load_adapter", arguments=arguments))
+    refused = child.receive()[0]
+    assert isinstance(refused, messages.Failure)
+    assert "already loaded" in refused.message
+    child.socket.close()
+    assert child.process.wait(30) == 0

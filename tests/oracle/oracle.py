@@ -4,6 +4,7 @@ them, and transformers + peft as the judge."""
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ def load_engine(model: Path, **changes: Any) -> tuple[Engine, LoadedModel]:
         model=str(model),
         device="cpu",
         cache=replace(cache, enable_prefix_caching=changes.pop("prefix", True)),
-        adapters=AdapterConfig(max_loras=changes.pop("max_loras", 32)),
+        adapters=AdapterConfig(max_loras=changes.pop("max_loras", 32), **changes.pop("adapters", {})),
         scheduler=SchedulerConfig(**changes),
     )
     loaded = load_model(config, progress=False)
@@ -192,6 +193,8 @@ def serve(engine: Engine, requests: list[NewRequest]) -> dict[str, Answer]:
             break
         for output in engine.step():
             _note(answers[output.id], output)
+        if engine.idle:
+            time.sleep(0.001)  # an adapter is on its way
     assert not engine.has_work, "the engine did not finish"
     engine.scheduler.check_whole()
     return answers

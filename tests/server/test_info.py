@@ -96,3 +96,18 @@ def test_version_health_and_readiness_need_no_key(server: Live) -> None:
     assert server.ask("GET", "/version").json.keys() == {"version"}
     assert server.ask("GET", "/health").json["status"] == "ok"
     assert server.ask("GET", "/ready").status == 200
+
+
+def test_each_adapters_place_and_history(server: Live) -> None:
+    body = {"model": "code", "prompt": [5, 6, 7], "max_tokens": 2}
+    for _ in range(2):
+        assert server.ask("POST", "/v1/completions", body).status == 200
+    cards = {card["name"]: card for card in server.ask("GET", "/v1/adapters").json["adapters"]}
+    code = cards["code"]
+    assert (code["tier"], code["on_host"], code["loads"], code["evictions"], code["reads"]) == ("device", True, 1, 0, 0)
+    assert code["hits"] >= 1
+    assert code["copy_seconds"] > 0
+    page = server.ask("GET", "/metrics").body.decode()
+    assert f'\ninlaid:lora_adapter_hits_total{{adapter_name="code"}} {float(code["hits"])}\n' in page
+    assert '\ninlaid:lora_adapter_loads_total{adapter_name="code"} 1.0\n' in page
+    assert 'vllm:lora_adapter_load_seconds{adapter_name="code",level="gpu"}' in page
