@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from oracle import Judge, add_adapter, ask, load_engine, prompts, serve
 
 from inlaid.adapters.loader import Arrival, Loader
 from inlaid.adapters.peft import AdapterError
 from inlaid.adapters.store import MODES, AdapterStore
 from inlaid.config import ConfigError
 from inlaid.engine.request import FinishReason
+from tests.oracle.oracle import Judge, add_adapter, ask, load_engine, prompts, serve
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "models" / "demo"
