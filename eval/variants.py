@@ -39,7 +39,7 @@ from inlaid.quant.quantize import quantize
 from inlaid.quant.settings import Gate, Settings, TaskSource
 from inlaid.quant.solver import Grid, round_to_nearest
 
-DEFAULT = ("fp16", "rtn", "gptq", "gptq-mixed", "awq", "mlgptq-max", "mlgptq-minimax")
+DEFAULT = ("fp16", "rtn", "gptq", "gptq-mixed", "awq", "mlgptq-max", "mlgptq-minimax", "mlgptq-trace-mean")
 GENERIC = Path(__file__).with_name("generic.jsonl")
 WITHOUT_DATA = ("rtn", "gptq")
 
