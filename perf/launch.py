@@ -120,6 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="perf.launch",
         description="Start a server, or replicas of it on neighbouring ports. Arguments after -- are the server's own.",
+        allow_abbrev=False,  # --mode is not short for --model
     )
     parser.add_argument("--kind", choices=get_args(ServerKind), default="inlaid")
     parser.add_argument("--model", default="", help="folder or hub id; inlaid without one serves the demo")
@@ -128,6 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--merged", nargs="*", default=[], help="merged models, one a replica (instead of --model)")
     parser.add_argument("--replicas", type=int, choices=(1, 2, 4), default=1)
     parser.add_argument("--policy", default="")
+    parser.add_argument("--mode", default="", help="inlaid's --adapter-mode: how an adapter gets ready")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--print", action="store_true", help="show the commands and start nothing")
     parser.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
@@ -148,6 +150,8 @@ def replica_commands(arguments: argparse.Namespace) -> list[tuple[list[str], dic
     problem = "" if arguments.print else why_absent(arguments.kind) or why_no_model(arguments)
     if problem:
         raise ValueError(problem)
+    if arguments.mode and arguments.kind != "inlaid":
+        raise ValueError(f"--mode is inlaid's; {arguments.kind} has no adapter modes")
     if arguments.merged and len(arguments.merged) != arguments.replicas:
         raise ValueError(f"--replicas {arguments.replicas} needs as many --merged models, not {len(arguments.merged)}")
     adapters = [] if arguments.merged else find_adapters(arguments.adapters)
@@ -155,7 +159,8 @@ def replica_commands(arguments: argparse.Namespace) -> list[tuple[list[str], dic
     commands = []
     for replica in range(arguments.replicas):
         model = arguments.merged[replica] if arguments.merged else arguments.model
-        server = ServerCommand(arguments.kind, model, adapters, arguments.policy)
+        modes: dict[str, str | int | float | bool] = {"adapter-mode": arguments.mode} if arguments.mode else {}
+        server = ServerCommand(arguments.kind, model, adapters, arguments.policy, modes)
         own = _share_of_gpu(arguments, len(gpus)) + arguments.rest
         extra = {"CUDA_VISIBLE_DEVICES": gpus[replica % len(gpus)]} if gpus and arguments.replicas > 1 else {}
         commands.append((server.argv(arguments.port + replica) + own, extra))

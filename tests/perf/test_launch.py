@@ -107,3 +107,10 @@ def test_arguments_of_inlaid_are_checked_without_starting_it() -> None:
     assert why_not(ServerCommand("inlaid", "m", [], "vtc", {"max-loras": 4, "no-enable-prefix-caching": True})) == ""
     assert "did you mean max-loras?" in why_not(ServerCommand("inlaid", "m", [], "", {"max-lora": 4}))
     assert "unknown policy 'vct'" in why_not(ServerCommand("inlaid", "m", [], "vct"))
+
+
+def test_policy_and_mode_are_arguments_of_the_scripts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--policy", "vtc", "--mode", "pipelined", "--print"]) == 0
+    assert capsys.readouterr().out.strip().endswith("--policy vtc --adapter-mode pipelined")
+    assert main(["--kind", "vllm", "--model", "m", "--mode", "cached", "--print"]) == 2
+    assert "vllm has no adapter modes" in capsys.readouterr().err
