@@ -12,11 +12,13 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from hashlib import blake2b
 
 Key = bytes  # 128 bits: two different prefixes never meet in practice, so content is not compared again
 
 
+@lru_cache(maxsize=4096)
 def root_key(base_version: str, adapter: str | None, salt: str = "") -> Key:
     """Where a chain starts: KV depends on the base weights and on the adapter; a salt keeps tenants apart."""
     named = (base_version, "base" if adapter is None else "adapter:" + adapter, salt)
@@ -24,16 +26,15 @@ def root_key(base_version: str, adapter: str | None, salt: str = "") -> Key:
     return blake2b(text.encode(), digest_size=16).digest()
 
 
-def block_key(parent: Key, tokens: Sequence[int]) -> Key:
-    """The name of a full block: everything before it (parent) and what is in it."""
-    return blake2b(parent + array("q", tokens).tobytes(), digest_size=16).digest()
-
-
 def extend_keys(keys: list[Key], root: Key, tokens: Sequence[int], block_size: int) -> None:
-    """Append to keys until it names every full block of tokens."""
-    while (len(keys) + 1) * block_size <= len(tokens):
-        start = len(keys) * block_size
-        keys.append(block_key(keys[-1] if keys else root, tokens[start : start + block_size]))
+    """Append to keys until it names every full block of tokens: by everything before it (its parent) and what is in
+    it."""
+    parent = keys[-1] if keys else root
+    text = array("q", tokens[len(keys) * block_size : len(tokens) // block_size * block_size]).tobytes()
+    width = 8 * block_size
+    for start in range(0, len(text), width):
+        parent = blake2b(parent + text[start : start + width], digest_size=16).digest()
+        keys.append(parent)
 
 
 class BlockPool:
@@ -69,9 +70,10 @@ class BlockPool:
     def allocate(self, count: int) -> list[int]:
         """New blocks, each with one reference. The caller has looked at num_available."""
         assert count <= self.num_available, f"{count} blocks wanted, {self.num_available} available"
-        return [self._take() for _ in range(count)]
+        return [self.take() for _ in range(count)]
 
-    def _take(self) -> int:
+    def take(self) -> int:
+        """One new block."""
         if self._free:
             block = self._free.pop()
         else:

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from inlaid.engine.request import Request
 
 HISTORY_SECONDS = 3600
 
@@ -98,7 +101,7 @@ class Ledger:
     def __init__(self, cost: Cost | None = None, max_accounts: int = 20_000) -> None:
         self.cost: Cost = cost or LinearCost()
         # Charged for every token: where the price is flat it is not asked for again.
-        self._output_price = self.cost.output_weight if isinstance(self.cost, LinearCost) else None
+        self._flat = isinstance(self.cost, LinearCost)
         self.accounts: dict[str, Account] = {}
         self.num_backlogged = 0  # tenants with requests waiting
         self.total = 0.0  # everything ever charged
@@ -188,17 +191,21 @@ class Ledger:
         self.num_cached_tokens += end - start
         self._charge(account, self.cost.cached(start, end))
 
-    def charge_output(self, account: Account, num_prompt: int, number: int, num_prepaid: int) -> None:
-        """Output token `number` (from 1) was delivered; up to num_prepaid the counter has it already."""
-        cost = self._output_price
-        if cost is None:
-            cost = self.cost.output(num_prompt, number, number)
-        account.output_tokens += 1
-        self.num_output_tokens += 1
-        account.service += cost
-        self.total += cost
-        if number > num_prepaid:
-            account.counter += cost / account.weight
+    def charge_outputs(self, requests: Sequence[Request]) -> None:
+        """The newest token of each of these was delivered; up to num_prepaid the counter has it already."""
+        flat, cost, total = self._flat, self.cost.output(0, 1, 1), 0.0
+        for request in requests:
+            if not flat:
+                number = request.num_outputs
+                cost = self.cost.output(len(request.prompt), number, number)
+            account = request.account
+            account.output_tokens += 1
+            account.service += cost
+            total += cost
+            if not request.num_prepaid or request.num_outputs > request.num_prepaid:
+                account.counter += cost / account.weight
+        self.total += total
+        self.num_output_tokens += len(requests)
 
     def _charge(self, account: Account, cost: float) -> None:
         account.service += cost

@@ -87,7 +87,8 @@ class Predictor:
     def quantile(self, request: Request, share: float) -> float:
         """The length that a given share of such answers stays within; for calibration."""
         guess = self._guess(_features(request))
-        counts = self._mixture(request)
+        own, everyone, weight = self._mixture(request)
+        counts = own + weight * everyone
         wanted, seen = share * float(counts.sum()), 0.0
         for index, count in enumerate(counts.tolist()):
             if count > 0 and seen + count >= wanted:
@@ -123,26 +124,27 @@ class Predictor:
             self._squares[index] += gradient * gradient
             self._weights[index] += LEARNING_RATE * gradient / (1.0 + math.sqrt(self._squares[index]))
 
-    def _mixture(self, request: Request) -> Counts:
-        """The task's own histogram, filled up with everyone's while it has seen little."""
+    def _mixture(self, request: Request) -> tuple[Counts, Counts, float]:
+        """The task's own histogram, everyone's, and with which weight the latter fills up a task that has seen
+        little."""
         everyone = self._histograms[ALL_TASKS]
-        scale = PRIOR_ANSWERS / everyone.total
-        own = self._histograms.get(_task(request))
-        if own is None:
-            return everyone.counts
-        return own.counts + scale * everyone.counts
+        own = self._histograms.get(_task(request), everyone)
+        return own.counts, everyone.counts, PRIOR_ANSWERS / everyone.total
 
     def _mean_beyond(self, request: Request, made: int) -> float:
         """E[min(length, most) - made | length > made]."""
         assert request.predicted_log is not None
         most = request.limit - request.num_prompt
-        lengths = math.exp(request.predicted_log) * FACTORS
-        first = int(lengths.searchsorted(made, side="right")) if made else 0
-        counts = self._mixture(request)[first:]
-        mass = float(counts.sum())
+        guess = math.exp(request.predicted_log)
+        own, everyone, weight = self._mixture(request)
+        lengths = np.minimum(FACTORS, most / guess)
+        if made:
+            first = FACTORS.searchsorted(made / guess, side="right")
+            lengths, own, everyone = lengths[first:], own[first:], everyone[first:]
+        mass = float(own.sum() + weight * everyone.sum())
         if mass == 0.0:  # longer than any answer before: as much again
             return float(max(1, min(made, most - made)))
-        return max(1.0, float(np.minimum(lengths[first:], most) @ counts) / mass - made)
+        return max(1.0, guess * float(lengths @ own + weight * (lengths @ everyone)) / mass - made)
 
     def _histogram(self, task: str) -> _Histogram:
         found = self._histograms.get(task)

@@ -116,11 +116,11 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     root: bytes = b""  # where the chain of block_keys starts; empty until it is needed
     block_keys: list[bytes] = field(default_factory=list)  # names of its full blocks, see kv_cache.py
-    last_step: int = -1  # the last step it was part of: its blocks may be written until that is committed
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # gathered until the first output takes them
     account: Any = None  # its tenant's Account in the ledger
     num_reserved: int = 0  # blocks that its admission counted on, those to come included
     decode_until: int = 0  # below this position each step decodes one token, with nothing to check first
+    prefilled: bool = False  # since it runs, everything before its newest token has been computed
     num_charged: int = 0  # prompt tokens charged so far; recomputing them after preemption is free
     num_prepaid: int = 0  # output tokens charged ahead, by policies that charge predictions
     passed_since: int | None = None  # admissions so far when it was first found not to fit
@@ -140,13 +140,15 @@ class Work(msgspec.Struct, frozen=True, gc=False):
     """One request's share of a step: compute tokens [start, start + num_tokens) of request.tokens.
 
     With overlap, the token at position len(request.tokens) may be the one sampled on the device by the step
-    before; the runner takes it from there. `samples`: the last position yields a new token.
+    before; the runner takes it from there. `samples`: the last position yields a new token. `plain`: a decode in the
+    middle of an answer, of which the scheduler looks at nothing but the token.
     """
 
     request: Request
     start: int
     num_tokens: int
     samples: bool
+    plain: bool = False
 
     @property
     def is_decode(self) -> bool:

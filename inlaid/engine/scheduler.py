@@ -40,7 +40,7 @@ MAX_PREFETCHED = 8  # of them while there is no room for their requests yet
 
 @dataclass(frozen=True)
 class _Limbo:
-    """What an ended or preempted request held, until no submitted step can write it."""
+    """What an ended or preempted request held, until every step up to `step`, which may write it, is over."""
 
     step: int
     blocks: list[int]
@@ -173,8 +173,6 @@ class Scheduler:
             return None
         self._step += 1
         self._submitted.append((self._step, now))
-        for work in works:
-            work.request.last_step = self._step
         released, self._released = tuple(self._released), []
         return Batch(self._step, tuple(works), released)
 
@@ -190,7 +188,7 @@ class Scheduler:
             if start < request.decode_until:
                 request.num_computed = start + 1
                 request.num_inflight += 1
-                singles.append(Work(request, start, 1, True))
+                singles.append(Work(request, start, 1, True, True))
                 continue
             total = len(request.tokens) + request.num_inflight
             if total - start != 1 or request.num_charged < len(request.prompt):
@@ -204,9 +202,9 @@ class Scheduler:
             samples = total < request.limit
             request.num_computed = total
             request.num_inflight += samples
-            singles.append(Work(request, start, 1, samples))
+            singles.append(Work(request, start, 1, samples, start < request.limit - 2))
             if request.grammar is None:
-                request.decode_until = min(len(request.blocks) * block_size, request.limit - 1)
+                request.decode_until = min(len(request.blocks) * block_size, request.limit - 2)
         if self.num_preemptions != preemptions:
             singles = _still_running(singles)
         budget = self.config.max_num_batched_tokens - len(singles)
@@ -234,7 +232,7 @@ class Scheduler:
         """One more block; others are preempted for it, last in the policy's order first, maybe itself."""
         while request.status is Status.RUNNING:
             if self.pool.num_available:
-                request.blocks += self.pool.allocate(1)
+                request.blocks.append(self.pool.take())
                 return True
             if self._num_promised < sum(len(held.blocks) for held in self._limbo):
                 self._num_promised += 1  # enough comes free when the step in flight is committed
@@ -253,6 +251,7 @@ class Scheduler:
         request.num_preemptions += 1
         self._leave_running(request)
         request.num_computed = request.decode_until = 0
+        request.prefilled = False
         request.status = Status.WAITING
         self.ledger.enter_queue(request.account, lift=False)
         self._enqueue(request)
@@ -340,11 +339,13 @@ class Scheduler:
 
     def _prefetch(self) -> None:
         """While the batch is full, the adapters of those who come next are loaded already."""
-        while len(self.waiting) and len(self.tasks.parked) < MAX_PREFETCHED:
-            request = self.waiting.pop()
-            if request is None or not self._stands_aside(request, MAX_PREFETCHED):
-                if request is not None:
-                    self.waiting.push(request)
+        while len(self.tasks.parked) < MAX_PREFETCHED:
+            request = self.waiting.peek()
+            if request is None or self.tasks.state(request.adapter) == READY:
+                return
+            self.waiting.pop()
+            if not self._stands_aside(request, MAX_PREFETCHED):
+                self.waiting.push(request)
                 return
 
     def _overdue_adapter(self) -> str | None:
@@ -444,44 +445,54 @@ class Scheduler:
         """Take a step's tokens; finish what is finished; make full blocks findable."""
         outputs = self.take_outputs()
         sampled = iter(result.sampled)
-        block_size = self.pool.block_size if self.cache.enable_prefix_caching else self.max_model_len + 1
+        running, finished = Status.RUNNING, Status.FINISHED  # a member looked up in its enum costs five attributes
+        served: list[Request] = []
         for work in batch.works:
             request = work.request
             token = next(sampled) if work.samples else None
-            if request.status is Status.FINISHED:
-                continue
-            if request.prompt_logprobs is not None:
-                _gather(request, work, result)
-            end = work.start + work.num_tokens
-            if end % block_size == 0 or work.num_tokens > 1:
-                self._publish(request, work.start // block_size, end // block_size)
-            if token is not None:
-                outputs.append(self._accept(request, token, now))
-            elif request.limit == end == request.num_prompt:
-                outputs.append(self._end(request, FinishReason.LENGTH, [], None, None))
+            if work.plain and token and request.status is running and token.token not in request.stop_ids:
+                request.num_inflight -= 1
+                request.tokens.append(token.token)
+                served.append(request)
+                logprobs = None if token.logprobs is None else [token.logprobs]
+                outputs.append(Output(id=request.id, tokens=[token.token], logprobs=logprobs))
+            elif request.status is not finished:
+                outputs += self._take(work, token, result, now)
+        self.ledger.charge_outputs(served)
         self._settle(batch, now)
         return outputs
 
+    def _take(self, work: Work, token: Sampled | None, result: StepResult, now: float) -> list[Output]:
+        """What a work that is not plain has yielded."""
+        request, end = work.request, work.start + work.num_tokens
+        if request.prompt_logprobs is not None:
+            _gather(request, work, result)
+        if request.status is Status.RUNNING:
+            self._publish(request, work.start, end)
+            request.prefilled = request.prefilled or work.samples
+        if token is not None:
+            return [self._accept(request, token, now)]
+        if request.limit == end == request.num_prompt:
+            return [self._end(request, FinishReason.LENGTH, [], None, None)]
+        return []
+
     def _accept(self, request: Request, sampled: Sampled, now: float) -> Output:
         """One more token of this request."""
-        token, tokens = sampled.token, request.tokens
-        num_prompt = len(request.prompt)
+        token = sampled.token
         request.num_inflight -= 1
-        tokens.append(token)
-        length = len(tokens)
-        self.ledger.charge_output(request.account, num_prompt, length - num_prompt, request.num_prepaid)
+        request.tokens.append(token)
+        self.ledger.charge_outputs((request,))
         logprobs = None if sampled.logprobs is None else [sampled.logprobs]
-        stops = token in request.stop_ids and length - num_prompt >= request.params.min_tokens
-        if request.first_token is not None and length < request.limit and not stops:
-            return Output(id=request.id, tokens=[token], logprobs=logprobs)
         first = request.first_token is None
         if first:
             request.first_token = now
-        if stops:
+        if token in request.stop_ids and request.num_outputs >= request.params.min_tokens:
             return self._end(request, FinishReason.STOP, [token], logprobs, token, first)
-        if length >= request.limit:
+        if len(request.tokens) >= request.limit:
             return self._end(request, FinishReason.LENGTH, [token], logprobs, None, first)
-        return _first_output(request, [token], logprobs)
+        if first:
+            return _first_output(request, [token], logprobs)
+        return Output(id=request.id, tokens=[token], logprobs=logprobs)
 
     def fail(self, batch: Batch, message: str, now: float) -> list[Output]:
         """The step came to nothing: its requests end with an error, everyone else goes on."""
@@ -491,12 +502,13 @@ class Scheduler:
         self._settle(batch, now)
         return self.take_outputs()
 
-    def _publish(self, request: Request, first: int, last: int) -> None:
-        if first == last or request.status is not Status.RUNNING:
-            return  # no block became full, or it was preempted meanwhile and its blocks are given up
-        self._extend_keys(request)
-        for index in range(first, last):
-            self.pool.publish(request.blocks[index], request.block_keys[index])
+    def _publish(self, request: Request, start: int, end: int) -> None:
+        """Tokens [start, end) are computed: name the blocks that they filled."""
+        first, last = start // self.pool.block_size, end // self.pool.block_size
+        if self.cache.enable_prefix_caching and first < last:
+            self._extend_keys(request)
+            for index in range(first, last):
+                self.pool.publish(request.blocks[index], request.block_keys[index])
 
     def _settle(self, batch: Batch, now: float) -> None:
         """The step is over: measure the pace, and free what only it could still write."""
@@ -506,17 +518,11 @@ class Scheduler:
         self._committed_at = now
         pace = self.view.seconds_per_step
         self.view.seconds_per_step = seconds if pace == 0 else 0.9 * pace + 0.1 * seconds
-        if self._limbo:
-            committed = self._committed
-            over = [held for held in self._limbo if held.step <= committed]
-            self._limbo = [held for held in self._limbo if held.step > committed]
-            for held in over:
-                self._free(held.blocks, held.adapter)
-
-    @property
-    def _committed(self) -> int:
-        """No step up to this one is in flight."""
-        return self._submitted[0][0] - 1 if self._submitted else self._step
+        oldest = self._submitted[0][0] if self._submitted else self._step + 1
+        over = [held for held in self._limbo if held.step < oldest]
+        self._limbo = [held for held in self._limbo if held.step >= oldest]
+        for held in over:
+            self._free(held.blocks, held.adapter)
 
     # Endings.
 
@@ -571,9 +577,11 @@ class Scheduler:
         request.account.num_running -= 1
         self._released.append(request.id)
         self.tasks.leave(request.adapter)
+        if request.prefilled:
+            self._publish(request, request.num_prompt, len(request.tokens) - 1)  # its answer, for the next turn
         blocks, request.blocks = request.blocks, []
-        if request.last_step > self._committed:
-            self._limbo.append(_Limbo(request.last_step, blocks, request.adapter))
+        if self._submitted:
+            self._limbo.append(_Limbo(self._step, blocks, request.adapter))
         else:
             self._free(blocks, request.adapter)
 

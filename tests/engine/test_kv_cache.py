@@ -7,7 +7,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from inlaid.engine.kv_cache import BlockPool, block_key, extend_keys, root_key
+from inlaid.engine.kv_cache import BlockPool, extend_keys, root_key
+
+
+def name_of(root: bytes, tokens: list[int]) -> bytes:
+    """The name of the last of these blocks of two."""
+    keys: list[bytes] = []
+    extend_keys(keys, root, tokens, 2)
+    return keys[-1]
 
 
 def test_block_zero_is_never_given_out() -> None:
@@ -42,6 +49,17 @@ def test_named_blocks_outlive_their_request_until_room_is_needed() -> None:
     pool.check([])
 
 
+def test_names_made_in_one_go_and_one_by_one_are_the_same() -> None:
+    at_once: list[bytes] = []
+    grown: list[bytes] = []
+    tokens = list(range(11))
+    extend_keys(at_once, b"root", tokens, 3)
+    for length in range(12):
+        extend_keys(grown, b"root", tokens[:length], 3)
+    assert at_once == grown
+    assert len(set(at_once)) == 3
+
+
 def test_the_first_name_wins_and_the_second_block_stays_unnamed() -> None:
     pool = BlockPool(4, 2)
     first, second = pool.allocate(2)
@@ -60,9 +78,10 @@ def test_the_first_name_wins_and_the_second_block_stays_unnamed() -> None:
         (root_key("v1", None), root_key("v1", "base")),
         (root_key("v1", None, "x"), root_key("v1", None)),
         (root_key("v1", "ab"), root_key("v1a", "b")),
-        (block_key(b"p", [1, 2]), block_key(b"q", [1, 2])),
-        (block_key(b"p", [1, 2]), block_key(b"p", [2, 1])),
-        (block_key(b"p", [1, 256]), block_key(b"p", [257, 0])),
+        (name_of(b"p", [1, 2]), name_of(b"q", [1, 2])),
+        (name_of(b"p", [1, 2]), name_of(b"p", [2, 1])),
+        (name_of(b"p", [1, 256]), name_of(b"p", [257, 0])),
+        (name_of(b"p", [1, 2, 3, 4]), name_of(b"p", [5, 6, 3, 4])),
     ],
 )
 def test_names_differ_when_anything_differs(one: bytes, other: bytes) -> None:

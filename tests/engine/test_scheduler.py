@@ -87,6 +87,45 @@ def test_outputs_are_found_again_in_the_next_turn_of_a_chat() -> None:
     assert bench.firsts["next"].num_cached == 8
 
 
+@both
+def test_an_answer_that_a_stop_string_or_a_preemption_ended_is_found_again_too(overlap: bool) -> None:
+    bench = Bench(overlap=overlap)
+    bench.add("stopped", [1, 2, 3, 4], max_tokens=40, ignore_eos=True)
+    for _ in range(10):
+        bench.step()
+    bench.engine.abort("stopped", FinishReason.STOP)
+    bench.run()
+    made = bench.tokens["stopped"]
+    assert len(made) >= 8
+    bench.add("next", [1, 2, 3, 4, *made, 9], max_tokens=30, ignore_eos=True)
+    for _ in range(10):
+        bench.step()
+    known = len(bench.scheduler.requests["next"].tokens) - 1
+    bench.scheduler._preempt(bench.scheduler.requests["next"])
+    before = len(bench.runner.batches)
+    bench.run()
+    assert bench.tokens["next"] == bench.expected("next")
+    assert bench.firsts["next"].num_cached == (3 + len(made)) // 4 * 4
+    again = next(w for batch in bench.runner.batches[before:] for w in batch.works)
+    assert again.start == known // 4 * 4
+
+
+@both
+@pytest.mark.parametrize("steps", range(1, 9))
+def test_what_is_not_computed_yet_is_not_named(overlap: bool, steps: int) -> None:
+    bench = Bench(overlap=overlap, max_num_batched_tokens=4)
+    bench.add("cut", list(range(14)), max_tokens=9, ignore_eos=True)
+    for _ in range(steps):
+        bench.step()
+    bench.engine.abort("cut")
+    committed = steps - 1 if overlap else steps
+    computed = min(14, 4 * committed) + max(0, committed - 4)
+    assert bench.scheduler.pool.num_cached == computed // 4
+    bench.run()
+    bench.add("again", list(range(14)), max_tokens=9, ignore_eos=True)
+    bench.run().check_all()
+
+
 def test_tenants_share_no_prefix_when_isolated() -> None:
     bench = Bench(cache={"isolate_tenants": True})
     for tenant in ("x", "y"):
