@@ -87,7 +87,7 @@ class Scheduler:
         self._submitted: deque[tuple[int, float]] = deque()  # steps in flight, and when they were made
         self._committed_at = 0.0
         self._limbo: list[_Limbo] = []
-        self._released: list[str] = []
+        self.released: list[str] = []  # who has ended or was preempted since the last batch; the next one says so
         self._outputs: list[Output] = []  # ends that no step brought about
         self._stuck: tuple[int, int, int] | None = None
         self.set_policy(self.waiting.policy)
@@ -173,7 +173,7 @@ class Scheduler:
             return None
         self._step += 1
         self._submitted.append((self._step, now))
-        released, self._released = tuple(self._released), []
+        released, self.released = tuple(self.released), []
         return Batch(self._step, tuple(works), released)
 
     def _running_work(self) -> tuple[list[Work], list[Work], int]:
@@ -575,7 +575,7 @@ class Scheduler:
         del self.running[request.id]
         self._num_reserved -= request.num_reserved
         request.account.num_running -= 1
-        self._released.append(request.id)
+        self.released.append(request.id)
         self.tasks.leave(request.adapter)
         if request.prefilled:
             self._publish(request, request.num_prompt, len(request.tokens) - 1)  # its answer, for the next turn

@@ -71,6 +71,8 @@ class Setup:
     max_model_len: int = 4096
     scheduler: dict[str, Any] = field(default_factory=dict)  # further SchedulerConfig fields
     prefix_caching: bool = False
+    scheduler_type: type[Scheduler] = Scheduler  # or one that does something in another way, to see what that does
+    overlap: bool = False  # the host makes a step while the device computes the one before
     seed: int = 0
 
 
@@ -83,27 +85,31 @@ class Clock:
 
 
 class SimRunner:
-    """Makes no tokens: an answer ends at its true length, and a step takes what the cost model says."""
+    """Makes no tokens: an answer ends at its true length, and a step takes what the cost model says. Steps follow each
+    other on the device; with overlap one is submitted while the one before is computed, so what arrives meanwhile
+    gets its first token a step later than without."""
 
-    overlap = False
-
-    def __init__(self, cost: CostModel, clock: Clock, ranks: dict[str, int]) -> None:
-        self._cost = cost
+    def __init__(self, setup: Setup, clock: Clock) -> None:
+        self.overlap = setup.overlap
+        self._cost = setup.cost
         self._clock = clock
-        self._ranks = ranks
+        self._ranks = setup.ranks
         self._word = Sampled(0)
         self._end = Sampled(EOS)
+        self._free = 0.0  # when the device has computed everything submitted
         self.busy = 0.0
 
-    def submit(self, batch: Batch) -> Batch:
-        return batch
-
-    def collect(self, ticket: Batch) -> StepResult:
-        seconds = self._cost.step_seconds(Load.of(ticket, self._ranks))
-        self._clock.now += seconds
+    def submit(self, batch: Batch) -> tuple[Batch, float]:
+        seconds = self._cost.step_seconds(Load.of(batch, self._ranks))
+        self._free = max(self._free, self._clock.now) + seconds
         self.busy += seconds
+        return batch, self._free
+
+    def collect(self, ticket: tuple[Batch, float]) -> StepResult:
+        batch, done = ticket
+        self._clock.now = max(self._clock.now, done)
         sampled = []
-        for work in ticket.works:
+        for work in batch.works:
             if work.samples:
                 request = work.request
                 last = request.num_outputs + 1 == request.true_output_len
@@ -224,7 +230,7 @@ def make_engine(setup: Setup, clock: Clock) -> tuple[Engine, SimRunner, SimAdapt
     """The real engine on a simulated device."""
     adapters = SimAdapters(setup, clock)
     settings = {"max_num_seqs": 1000, "max_num_batched_tokens": 3072, "max_num_waiting": 10**9, **setup.scheduler}
-    scheduler = Scheduler(
+    scheduler = setup.scheduler_type(
         SchedulerConfig(policy=setup.policy, **settings),
         CacheConfig(block_size=setup.block_size, enable_prefix_caching=setup.prefix_caching),
         num_blocks=setup.num_tokens // setup.block_size + 1,
@@ -234,7 +240,7 @@ def make_engine(setup: Setup, clock: Clock) -> tuple[Engine, SimRunner, SimAdapt
         lengths=make_lengths(setup.lengths, setup.seed),
     )
     scheduler.ledger.set_weights(setup.weights)
-    runner = SimRunner(setup.cost, clock, setup.ranks)
+    runner = SimRunner(setup, clock)
     return Engine(scheduler, runner, clock), runner, adapters
 
 

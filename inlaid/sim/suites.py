@@ -140,11 +140,11 @@ def _real(suite: Suite, seed: int) -> list[Arrival]:
     rng = random.Random(seed)
     drawn: list[list[float]] = []
     for place, count in enumerate(real_counts()):
-        centres = [rng.random() * suite.duration for _ in range(max(1, count // 12))]
+        centres = [rng.random() * suite.duration for _ in range(max(1, count // 100))]
         taste = rng.gauss(0, 0.3), rng.gauss(0, 0.3)
         for _ in range(count):
             bursty = rng.random() < 0.5
-            time = rng.gauss(rng.choice(centres), 15.0) if bursty else rng.random() * suite.duration
+            time = rng.gauss(rng.choice(centres), 30.0) if bursty else rng.random() * suite.duration
             prompt, output = math.exp(rng.gauss(4.3 + taste[0], 1.0)), math.exp(rng.gauss(5.2 + taste[1], 0.8))
             drawn.append([time % suite.duration, place, prompt, output])
     prompt_scale = _scale([row[2] for row in drawn], 136)

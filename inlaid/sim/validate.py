@@ -12,8 +12,9 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def fresh_engine(loaded: Loaded, policy: str, clock: Clock) -> Engine:
     """An engine that remembers nothing, on the loaded runner."""
     old = loaded.engine.scheduler
     config = EngineConfig(scheduler=replace(old.config, policy=policy), cache=old.cache)
-    return make_engine(
+    engine = make_engine(
         config,
         loaded.engine.runner,
         clock,
@@ -59,13 +60,17 @@ def fresh_engine(loaded: Loaded, policy: str, clock: Clock) -> Engine:
         adapters=old.adapters,
         eos_ids=old.eos_ids,
     )
+    engine.scheduler.released, old.released = old.released, []
+    return engine
 
 
-def ranks_of(loaded: Loaded, names: Sequence[str]) -> dict[str, int]:
-    directory = loaded.engine.scheduler.adapters
-    identities = [directory.resolve(name) for name in names]
-    ranks = {identity: directory.rank(identity) for identity in identities}
-    for identity in identities:
+def ranks_of(engine: Engine, names: Iterable[str]) -> dict[str, int]:
+    """Of each adapter, by its identity and by its name, as the simulator's adapters are known by name."""
+    directory = engine.scheduler.adapters
+    ranks: dict[str, int] = {}
+    for name in names:
+        identity = directory.resolve(name)
+        ranks[name] = ranks[identity] = directory.rank(identity)
         directory.release(identity)
     return ranks
 
@@ -81,41 +86,124 @@ def summary(records: Sequence[Record], seconds: float) -> dict[str, float]:
     }
 
 
-def simulated(trace: Sequence[Arrival], loaded: Loaded, cost: CostModel, policy: str) -> tuple[list[Record], float]:
-    """The same trace, scheduler settings and memory on the simulator. Adapters are all resident, as on the engine."""
-    old = loaded.engine.scheduler
+def simulated(trace: Sequence[Arrival], engine: Engine, cost: CostModel, policy: str) -> tuple[list[Record], float]:
+    """The same trace, scheduler settings, memory and overlap on the simulator. Adapters are all resident, as on the
+    engine."""
+    old = engine.scheduler
     limits = {
         "max_num_seqs": old.config.max_num_seqs,
         "max_num_batched_tokens": old.config.max_num_batched_tokens,
         "admission_margin": old.config.admission_margin,
         "reserve": old.config.reserve,
     }
+    names = {arrival.request.adapter for arrival in trace if arrival.request.adapter is not None}
     setup = Setup(
         cost=cost,
         policy=policy,
-        resident=tuple({arrival.request.adapter or "" for arrival in trace}),
+        resident=tuple(sorted(names)),
+        ranks=ranks_of(engine, names),
         num_tokens=old.pool.capacity * old.pool.block_size,
         block_size=old.pool.block_size,
         max_model_len=old.max_model_len,
         scheduler=limits,
+        overlap=engine.runner.overlap,
     )
     outcome = simulate(trace, setup)
     return outcome.records, outcome.end
 
 
-def measure(loaded: Loaded, trace: Sequence[Arrival], policy: str) -> Replay:
+def serve(
+    loaded: Loaded,
+    trace: Sequence[Arrival],
+    policy: str,
+    on_progress: Callable[[int], None] | None = None,
+    cut: bool = False,
+) -> Replay:
     """The trace on the real engine; on a processor by processor time, so that other work there does not disturb."""
     clock = BusyClock() if loaded.model.device == "cpu" else WallClock()
+    engine = fresh_engine(loaded, policy, clock)
     names = [info.name for info in loaded.adapters.list()]
+    done = replay(engine, trace, ranks_of(engine, names), clock, on_progress, cut)
+    loaded.engine.scheduler.released += engine.scheduler.released  # the runner still keeps something of theirs
+    return done
+
+
+def measure(loaded: Loaded, trace: Sequence[Arrival], policy: str) -> Replay:
     with tqdm(total=len(trace), desc=f"engine, {policy}", unit=" requests", leave=False, delay=1) as bar:
-        return replay(fresh_engine(loaded, policy, clock), trace, ranks_of(loaded, names), clock, bar.update)
+        return serve(loaded, trace, policy, bar.update)
 
 
-def find_rate(loaded: Loaded, names: Sequence[str], vocabulary: int, count: float) -> float:
-    """Requests per second when the engine is never idle: from so many at once."""
-    trace = [Arrival(0.0, a.request) for a in mixed_trace(names, vocabulary, count / 20.0, 20.0, 7)]
+@dataclass(frozen=True)
+class Plan:
+    """What is compared: policies, at rates that are shares of what the engine can do, in so many rounds, which share
+    the seconds of traffic; lengths of prompts and outputs in [low, high)."""
+
+    policies: tuple[str, ...] = ("fcfs", "vtc")
+    loads: tuple[float, ...] = (0.5, 0.8)
+    seconds: float = 30.0
+    rounds: int = 6
+    prompt: tuple[int, int] = (8, 160)
+    output: tuple[int, int] = (4, 96)
+
+
+@dataclass
+class Comparison:
+    """What came of it: a row for each policy and load, the steps that the cost models were fitted to, and others."""
+
+    rate: float
+    rows: list[dict[str, Any]]
+    fitted: list[Step]
+    unseen: list[Step]
+
+
+def validate(loaded: Loaded, plan: Plan) -> Comparison:
+    """Rounds of bursts, to which the cost model is fitted, take turns with rounds of the compared traces, which it
+    never sees: a machine whose speed drifts drifts under both."""
+    names = [info.name for info in loaded.adapters.list()]
+    draw = partial(mixed_trace, names, loaded.model.vocab_size, prompt=plan.prompt, output=plan.output)
+    rate = find_rate(loaded, draw)
+    found = Comparison(rate, [], [], [])
+    seconds = plan.seconds / plan.rounds
+    for load in plan.loads:
+        for policy in plan.policies:
+            fitted, unseen, rounds = list[Step](), list[Step](), []
+            for number in range(plan.rounds):
+                seed = 1000 * len(found.rows) + number
+                fitted += measure(loaded, draw(seconds, rate, seed, bursts=True), "fcfs").steps
+                trace = draw(seconds, rate * load, seed + 500)
+                real = measure(loaded, trace, policy)
+                unseen += real.steps
+                rounds.append((trace, real))
+            cost = fit(fitted, loaded.model.device, f"fitted on {provenance()['processor']}")
+            row = {"policy": policy, "load": load, **compare(rounds, loaded, cost, policy)}
+            found.rows.append({**row, "fit_on_unseen_steps": errors(cost, unseen)})
+            found.fitted += fitted
+            found.unseen += unseen
+    return found
+
+
+def find_rate(loaded: Loaded, draw: Callable[..., list[Arrival]]) -> float:
+    """Requests per second when the engine is never idle: from as many at once as it runs together."""
+    count = loaded.engine.scheduler.config.max_num_seqs
+    trace = [Arrival(0.0, arrival.request) for arrival in draw(count / 20.0, 20.0, 7)]
     done = measure(loaded, trace, "fcfs")
     return len(done.records) / done.seconds
+
+
+def compare(
+    rounds: Sequence[tuple[list[Arrival], Replay]], loaded: Loaded, cost: CostModel, policy: str
+) -> dict[str, Any]:
+    """Engine and simulator over all rounds of one row."""
+    made = [simulated(trace, loaded.engine, cost, policy) for trace, _ in rounds]
+    real = summary([r for _, done in rounds for r in done.records], sum(done.seconds for _, done in rounds))
+    sim = summary([r for records, _ in made for r in records], sum(end for _, end in made))
+    return {
+        "engine": real,
+        "simulator": sim,
+        "throughput_error": sim["throughput"] / real["throughput"] - 1.0,
+        "ttft_error": sim["mean_ttft"] / real["mean_ttft"] - 1.0,
+        "latency_error": sim["mean_latency"] / real["mean_latency"] - 1.0,
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -135,62 +223,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cost", type=Path, help="also write the fitted cost model")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(arguments)
+    loads = tuple(map(float, args.loads.split(",")))
+    plan = Plan(tuple(args.policy.split(",")), loads, args.seconds, args.rounds)
     loaded = load(args.model, args.max_num_seqs, args.num_blocks, args.device, args.dtype)
-    record = validate(loaded, args)
+    found, device = validate(loaded, plan), loaded.model.device
+    if args.steps is not None:
+        write_steps(args.steps, found.fitted)
+    if args.cost is not None:
+        cost = fit(found.fitted, device, "fitted to measured steps")
+        write_cost(args.cost, cost, errors(cost, found.unseen), provenance())
+    record = {**provenance(seed=0), "device": device, "rate": found.rate, "rows": found.rows}
     text = json.dumps(record, indent=1)
     print(text)
     if args.out is not None:
         args.out.write_text(text + "\n")
     return 0
-
-
-def validate(loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
-    """Rounds of bursts, to which the cost model is fitted, take turns with rounds of the compared traces, which it
-    never sees: a machine whose speed drifts drifts under both."""
-    names = [info.name for info in loaded.adapters.list()]
-    vocabulary = loaded.model.vocab_size
-    rate = find_rate(loaded, names, vocabulary, count=args.max_num_seqs)
-    rows: list[dict[str, Any]] = []
-    steps: list[Step] = []
-    seconds = args.seconds / args.rounds
-    for share in map(float, args.loads.split(",")):
-        for policy in args.policy.split(","):
-            fitted, seen, rounds = [], [], []
-            for number in range(args.rounds):
-                seed = 1000 * len(rows) + number
-                bursts = mixed_trace(names, vocabulary, seconds, rate, seed=seed, bursts=True)
-                fitted += measure(loaded, bursts, "fcfs").steps
-                trace = mixed_trace(names, vocabulary, seconds, rate * share, seed=seed + 500)
-                real = measure(loaded, trace, policy)
-                seen += real.steps
-                rounds.append((trace, real))
-            cost = fit(fitted, loaded.model.device, f"fitted on {provenance()['processor']}")
-            rows.append({"policy": policy, "load": share, **compare(rounds, loaded, cost, policy)})
-            rows[-1]["fit_on_unseen_steps"] = errors(cost, seen)
-            steps += fitted
-    if args.steps is not None:
-        write_steps(args.steps, steps)
-    if args.cost is not None:
-        write_cost(
-            args.cost, fit(steps, loaded.model.device, "fitted to measured steps"), errors(cost, seen), provenance()
-        )
-    return {**provenance(seed=0), "device": loaded.model.device, "rate": rate, "rows": rows}
-
-
-def compare(
-    rounds: Sequence[tuple[list[Arrival], Replay]], loaded: Loaded, cost: CostModel, policy: str
-) -> dict[str, Any]:
-    """Engine and simulator over all rounds of one row."""
-    made = [simulated(trace, loaded, cost, policy) for trace, _ in rounds]
-    real = summary([r for _, done in rounds for r in done.records], sum(done.seconds for _, done in rounds))
-    sim = summary([r for records, _ in made for r in records], sum(end for _, end in made))
-    return {
-        "engine": real,
-        "simulator": sim,
-        "throughput_error": sim["throughput"] / real["throughput"] - 1.0,
-        "ttft_error": sim["mean_ttft"] / real["mean_ttft"] - 1.0,
-        "latency_error": sim["mean_latency"] / real["mean_latency"] - 1.0,
-    }
 
 
 if __name__ == "__main__":

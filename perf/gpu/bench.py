@@ -21,8 +21,9 @@ LIMITS = {  # seconds
     "offline-8b": 280,
     "serve-8b": 200, "demo": 90, "soak": 150,
     "micro-adapters-ordered": 150, "micro-decode_attention-adapters": 120, "offline-tiny": 100, "serve-tiny": 100,
+    "sched": 160,
 }  # fmt: skip
-DEFAULT = ("tests", "demo", "soak", "offline-7b", "serve-7b", "offline-8b", "serve-8b", "gates", "micro")
+DEFAULT = ("tests", "demo", "soak", "offline-7b", "serve-7b", "offline-8b", "serve-8b", "sched", "gates", "micro")
 
 
 def provenance() -> dict[str, Any]:
@@ -72,6 +73,10 @@ def run_stage(name: str, args: argparse.Namespace) -> dict[str, Any]:
         from perf.gpu import soak
 
         return soak.run()
+    if name == "sched":
+        from perf.gpu import sched
+
+        return sched.run(args.out)
     if name == "sweep":
         from perf.gpu import humming_sweep
 

@@ -22,12 +22,11 @@ from typing import Any
 
 import torch
 
-from inlaid.engine.process import Loaded
 from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.sim.provenance import provenance
-from inlaid.sim.replay import BusyClock, Replay, replay
+from inlaid.sim.replay import Replay
 from inlaid.sim.simulate import Arrival
-from inlaid.sim.validate import DEMO, fresh_engine, load, ranks_of
+from inlaid.sim.validate import DEMO, load, serve
 from perf.random_adapters import RandomAdapters, make_adapters
 
 KINDS = ((15, 10), (18, 11), (60, 20), (45, 15), (36, 62), (30, 45), (50, 4), (45, 30))  # mean prompt and output
@@ -55,11 +54,6 @@ def make_trace(names: Sequence[str], rate: float, seconds: float, slo: float, se
         )
         trace.append(Arrival(now, request))
     return trace
-
-
-def serve(loaded: Loaded, names: Sequence[str], trace: Sequence[Arrival], policy: str) -> Replay:
-    clock = BusyClock()
-    return replay(fresh_engine(loaded, policy, clock), trace, ranks_of(loaded, names), clock, cut=True)
 
 
 def figures(done: Replay) -> dict[str, float]:
@@ -92,15 +86,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             loaded.adapters.install(name, loaded.adapters.read(path), False, 0.0)
     names = [name for name, _ in made]
     at_once = [Arrival(0.0, arrival.request) for arrival in make_trace(names, 100.0, 1.5, 1e9, 1)]
-    done = serve(loaded, names, at_once, "fcfs")
+    done = serve(loaded, at_once, "fcfs", cut=True)
     capacity = len(done.records) / done.seconds
-    light = figures(serve(loaded, names, make_trace(names, capacity / 4, 10.0, 1e9, 2), "fcfs"))
+    light = figures(serve(loaded, make_trace(names, capacity / 4, 10.0, 1e9, 2), "fcfs", cut=True))
     slo = 3.0 * light["mean_latency"]
     rows: list[dict[str, Any]] = []
     for share in map(float, args.loads.split(",")):
         trace = make_trace(names, capacity * share, args.seconds, slo, 3)
         for policy in ("fcfs", "inlaid"):
-            rows.append({"load": share, "policy": policy, **figures(serve(loaded, names, trace, policy))})
+            rows.append({"load": share, "policy": policy, **figures(serve(loaded, trace, policy, cut=True))})
             print(json.dumps(rows[-1]), flush=True)
     setting = {"adapters": args.adapters, "slots": 32, "capacity": capacity, "slo": slo}
     record = {**provenance(seed=3), **setting, "rows": rows}

@@ -3,7 +3,7 @@ must agree; with the seconds of this machine, coarsely. The recorded comparison 
 
 from __future__ import annotations
 
-import argparse
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from inlaid.engine.engine import Engine
 from inlaid.engine.process import Loaded
 from inlaid.engine.request import Batch, Runner, StepResult
 from inlaid.sim.cost import CostModel, Load, load_cost
 from inlaid.sim.replay import mixed_trace, replay
-from inlaid.sim.validate import DEMO, fresh_engine, load, ranks_of, simulated, summary, validate
+from inlaid.sim.simulate import Arrival
+from inlaid.sim.validate import DEMO, Plan, fresh_engine, load, ranks_of, simulated, summary, validate
+from tests.engine.bench import ADAPTERS, Bench
 
 ATTEMPTS = 3  # a machine whose speed changes within seconds may spoil one comparison of seconds
 
@@ -34,21 +37,39 @@ class CountedClock:
 
 
 class CountedRunner:
-    """The real runner; a step takes what the cost model says."""
-
-    overlap = False
+    """Another runner, on a device that computes what was submitted in order, each step for what the cost model says."""
 
     def __init__(self, runner: Runner, clock: CountedClock, cost: CostModel, ranks: dict[str, int]) -> None:
+        self.overlap = runner.overlap
         self._runner, self._clock, self._cost, self._ranks = runner, clock, cost, ranks
+        self._queue: deque[tuple[int, float, float]] = deque()  # step, seconds, and when it was submitted
+        self._idle_since = 0.0
 
     def submit(self, batch: Batch) -> Any:
-        return Load.of(batch, self._ranks), self._runner.submit(batch)
+        seconds = self._cost.step_seconds(Load.of(batch, self._ranks))
+        self._queue.append((batch.step, seconds, self._clock.now))
+        return batch.step, self._runner.submit(batch)
 
     def collect(self, ticket: Any) -> StepResult:
-        load, inner = ticket
-        result = self._runner.collect(inner)
-        self._clock.now += self._cost.step_seconds(load)
-        return result
+        wanted, inner = ticket
+        step, seconds, submitted = self._queue.popleft()
+        assert step == wanted
+        self._idle_since = max(self._idle_since, submitted) + seconds
+        self._clock.pass_to(self._idle_since)
+        return self._runner.collect(inner)
+
+
+def agree(engine: Engine, clock: CountedClock, names: list[str], trace: list[Arrival], policy: str) -> dict[str, float]:
+    """Serve the trace on both, compare, and give the engine's figures."""
+    ranks, cost = ranks_of(engine, names), load_cost("a10g")
+    engine.runner = CountedRunner(engine.runner, clock, cost, ranks)
+    done = replay(engine, trace, ranks, clock)
+    records, end = simulated(trace, engine, cost, policy)
+    real, model = summary(done.records, done.seconds), summary(records, end)
+    assert real["requests"] == model["requests"] == len(trace)
+    for figure in ("throughput", "mean_ttft", "mean_latency"):
+        assert model[figure] == pytest.approx(real[figure], rel=0.02), figure
+    return real
 
 
 @pytest.fixture(scope="module")
@@ -62,28 +83,32 @@ def loaded() -> Iterator[Loaded]:
 @pytest.mark.parametrize("policy", ["fcfs", "vtc"])
 def test_given_the_seconds_of_a_step_engine_and_simulator_agree(loaded: Loaded, policy: str) -> None:
     names = [info.name for info in loaded.adapters.list()]
-    ranks = ranks_of(loaded, names)
-    cost = load_cost("a10g")
-    trace = mixed_trace(names, loaded.model.vocab_size, duration=12.0, rate=8.0, seed=5)
+    trace = mixed_trace(names, loaded.model.vocab_size, duration=6.0, rate=8.0, seed=5)
     clock = CountedClock()
-    engine = fresh_engine(loaded, policy, clock)
-    engine.runner = CountedRunner(engine.runner, clock, cost, ranks)
+    agree(fresh_engine(loaded, policy, clock), clock, names, trace, policy)
 
-    done = replay(engine, trace, ranks, clock)
-    records, end = simulated(trace, loaded, cost, policy)
 
-    real, model = summary(done.records, done.seconds), summary(records, end)
-    assert real["requests"] == model["requests"] == len(trace)
-    for figure in ("throughput", "mean_ttft", "mean_latency"):
-        assert model[figure] == pytest.approx(real[figure], rel=0.02), figure
+@pytest.mark.parametrize("policy", ["fcfs", "vtc"])
+def test_they_agree_when_steps_are_made_one_ahead_too(policy: str) -> None:
+    trace = mixed_trace(ADAPTERS, 50, duration=8.0, rate=8.0, seed=5, prompt=(4, 24), output=(2, 24))
+    figures = {}
+    for overlap in (False, True):
+        bench = Bench(overlap=overlap, policy=policy, num_blocks=200, max_num_batched_tokens=64)
+        clock = CountedClock()
+        bench.engine.clock = clock
+        for name in ADAPTERS:
+            bench.adapters.resident[name] = None
+        figures[overlap] = agree(bench.engine, clock, list(ADAPTERS), trace, policy)
+        bench.scheduler.check_whole()
+    assert figures[True]["mean_ttft"] > 1.2 * figures[False]["mean_ttft"]
 
 
 @pytest.mark.slow
 def test_the_same_trace_on_engine_and_simulator_agrees(loaded: Loaded) -> None:
-    args = argparse.Namespace(max_num_seqs=16, seconds=4.0, rounds=2, loads="0.7", policy="fcfs", steps=None, cost=None)
+    plan = Plan(policies=("fcfs",), loads=(0.7,), seconds=4.0, rounds=2)
     seen = []
     for _ in range(ATTEMPTS):
-        (row,) = validate(loaded, args)["rows"]
+        (row,) = validate(loaded, plan).rows
         assert row["engine"]["requests"] == row["simulator"]["requests"] > 20
         off = {
             "throughput": row["throughput_error"],

@@ -1,0 +1,70 @@
+"""The simulator against the engine on this device: a random model with 32 adapters serves bursts, a cost model is
+fitted to their steps, and traffic that it has not seen is served by the engine and by the simulator. Throughput and
+mean time to first token must agree within 10%. One stage of bench.py, about 100 seconds, half of them the engine's
+start.
+
+Beside the result lies MACHINE.json, the fitted machine in the form that `inlaid sim --machine` reads; that of an H200
+is kept as inlaid/sim/machines/h200.json.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from inlaid.engine.process import build_engine
+from inlaid.sim.cost import load_cost
+from inlaid.sim.fit import errors, fit, write_cost
+from inlaid.sim.provenance import provenance
+from inlaid.sim.validate import Plan, validate
+from perf.gpu.offline import RANKS, engine_config
+from perf.gpu.random_model import write_adapters, write_model
+
+PLAN = Plan(loads=(0.6,), seconds=8.0, rounds=2, prompt=(16, 512), output=(8, 128))
+TOLERANCE = 0.1
+
+
+def run(
+    out: Path,
+    shape: str = "8b",
+    num_adapters: int = 32,
+    plan: Plan = PLAN,
+    device: str = "cuda",
+    root: Path = Path("/tmp/inlaid-bench/sched"),
+) -> dict[str, Any]:
+    """Build, load, measure, fit, compare."""
+    begin = time.perf_counter()
+    spec = write_model(root / "model", shape)
+    adapters = write_adapters(root / "adapters", spec, num_adapters, RANKS["8b"])
+    written = time.perf_counter()
+    config = engine_config(root / "model", num_adapters, max(RANKS["8b"]))
+    if device == "cpu":
+        config = replace(config, device="cpu", dtype="float32", scheduler=replace(config.scheduler, max_num_seqs=16))
+    loaded = build_engine(config, adapters)
+    ready = time.perf_counter()
+    found = validate(loaded, plan)
+    machine = torch.cuda.get_device_name().split()[-1].lower() if device == "cuda" else "cpu"
+    made = {**provenance(), "device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}
+    link = load_cost("h200")  # how long an adapter takes to arrive is not in the steps
+    source = f"fitted to {len(found.fitted)} steps of the {shape} shape, 4 bits, {num_adapters} adapters on q, k, v, o"
+    cost = fit(found.fitted, machine, source, link.load_base, link.load_rank)
+    quality = errors(cost, found.unseen)
+    write_cost(out / f"{machine}.json", cost, quality, made)
+    off = [abs(row[key]) for row in found.rows for key in ("throughput_error", "ttft_error")]
+    return {
+        "shape": shape,
+        "adapters": num_adapters,
+        "overlap": loaded.engine.runner.overlap,
+        "plan": asdict(plan),
+        "write_s": written - begin,
+        "start_s": ready - written,
+        "measure_s": time.perf_counter() - ready,
+        "requests_per_second": found.rate,
+        "rows": found.rows,
+        "fit_on_unseen_steps": quality,
+        "within_10_percent": max(off) <= TOLERANCE,
+    }
