@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from inlaid.sim.cost import CostModel, load_cost
+from inlaid.sim.journal import Arrival
 from inlaid.sim.metrics import isolation, service_of, summarize
-from inlaid.sim.simulate import Arrival, Outcome, Setup, simulate
+from inlaid.sim.simulate import Outcome, Setup, simulate
 from inlaid.sim.suites import Suite, generate
 
 

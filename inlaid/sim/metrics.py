@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from inlaid.sim.simulate import Outcome, Record
+from inlaid.sim.journal import Record
+from inlaid.sim.simulate import Outcome
 
 Series = npt.NDArray[np.float64]
 HALF_WINDOW = 30.0

@@ -6,16 +6,15 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from inlaid.engine.engine import Engine
-from inlaid.engine.policy import Refused
-from inlaid.engine.request import Batch, FinishReason, NewRequest, Runner, SamplingParams, StepResult
+from inlaid.engine.request import Batch, FinishReason, NewRequest, Output, Runner, SamplingParams, StepResult
 from inlaid.sim.cost import Load
-from inlaid.sim.simulate import Arrival, Record
+from inlaid.sim.journal import Arrival, Journal, Record
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -93,14 +92,12 @@ def replay(
     answer is ended at its true length, as a stop string would end it, so that max_tokens gives nothing away."""
     recorder = RecordingRunner(engine.runner, ranks)
     engine.runner = recorder
-    open_records: dict[str, Record] = {}
-    ended: list[Record] = []
+    journal = Journal()
     steps: list[Step] = []
-    counts: dict[str, int] = {}
     place, last = 0, clock()
     while place < len(trace) or engine.has_work:
         while place < len(trace) and trace[place].time <= clock():
-            _send(engine, trace[place], open_records, ended)
+            journal.send(engine, trace[place])
             place += 1
         if not engine.has_work:
             clock.pass_to(trace[place].time)
@@ -114,43 +111,22 @@ def replay(
         if engine.idle:
             clock.pass_to(now + 0.0005)
         last = clock() if engine.idle else now
-        for output in outputs:
-            if output.id not in open_records:
-                continue  # it was cut
-            known = open_records[output.id]
-            counts[output.id] = counts.get(output.id, 0) + len(output.tokens)
-            if known.first_token is None and output.tokens:
-                known = open_records[output.id] = replace(known, first_token=now)
-            whole = cut and output.finish_reason is None and counts[output.id] >= known.output_len
-            if whole:
-                engine.abort(output.id, FinishReason.STOP)
-            if output.finish_reason is not None or whole:
-                well = whole or output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
-                ended.append(replace(known, finish=now if well else None, refused=not well))
-                del open_records[output.id]
-                if on_progress is not None:
-                    on_progress(1)
+        ended = journal.note(outputs, now) + (_cut(engine, journal, outputs, now) if cut else 0)
+        if on_progress is not None:
+            on_progress(ended)
     engine.runner = recorder.inner
-    return Replay(sorted(ended, key=lambda record: record.arrival), steps, clock())
+    return Replay(journal.records, steps, clock())
 
 
-def _send(engine: Engine, arrival: Arrival, records: dict[str, Record], ended: list[Record]) -> None:
-    new = arrival.request
-    record = Record(
-        id=new.id,
-        tenant=new.tenant,
-        adapter=new.adapter,
-        arrival=arrival.time,
-        prompt_len=len(new.prompt),
-        output_len=new.true_output_len or new.params.max_tokens,
-        deadline=new.deadline,
-    )
-    try:
-        engine.add(new)
-    except Refused:
-        ended.append(replace(record, refused=True))
-        return
-    records[new.id] = record
+def _cut(engine: Engine, journal: Journal, outputs: Sequence[Output], now: float) -> int:
+    """End the answers that have reached their true length; how many."""
+    requests = engine.scheduler.requests
+    known = [(output.id, journal.open[output.id]) for output in outputs if output.id in journal.open]
+    whole = [name for name, record in known if requests[name].num_outputs >= record.output_len]
+    for name in whole:
+        engine.abort(name, FinishReason.STOP)
+        journal.end(name, now, well=True)
+    return len(whole)
 
 
 def mixed_trace(

@@ -5,54 +5,22 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from inlaid.config import CacheConfig, SchedulerConfig
 from inlaid.engine.engine import Engine
-from inlaid.engine.policy import Lengths, MaxTokens, Refused
+from inlaid.engine.policy import Lengths, MaxTokens
 from inlaid.engine.predictor import Oracle, Predictor
-from inlaid.engine.request import Batch, FinishReason, NewRequest, Sampled, StepResult
+from inlaid.engine.request import Batch, Sampled, StepResult
 from inlaid.engine.scheduler import Scheduler
 from inlaid.sim.cost import CostModel, Load
+from inlaid.sim.journal import Arrival, Journal, Record
 
 EOS = 1
 MAX_PAIRED_TENANTS = 64  # gaps between pairs are followed up to so many tenants
-
-
-class Arrival(msgspec.Struct, frozen=True):
-    """One line of a trace."""
-
-    time: float
-    request: NewRequest
-
-
-@dataclass(frozen=True)
-class Record:
-    """What became of a request. Refused and ended early: no first token or no finish."""
-
-    id: str
-    tenant: str
-    adapter: str | None
-    arrival: float
-    prompt_len: int
-    output_len: int
-    deadline: float | None = None
-    first_token: float | None = None
-    finish: float | None = None
-    refused: bool = False
-    preemptions: int = 0
-
-    @property
-    def ttft(self) -> float | None:
-        return None if self.first_token is None else self.first_token - self.arrival
-
-    @property
-    def latency(self) -> float | None:
-        return None if self.finish is None else self.finish - self.arrival
 
 
 @dataclass(frozen=True)
@@ -249,15 +217,14 @@ def simulate(trace: Sequence[Arrival], setup: Setup, on_progress: Callable[[int]
     clock = Clock()
     engine, runner, adapters = make_engine(setup, clock)
     scheduler = engine.scheduler
-    records: dict[str, Record] = {}
-    ended: list[Record] = []
+    journal = Journal()
     tenants = sorted({arrival.request.tenant for arrival in trace})
     watch = GapWatch(tenants) if 1 < len(tenants) <= MAX_PAIRED_TENANTS else None
     series: list[tuple[float, float]] = []
     place = steps = 0
     while place < len(trace) or engine.has_work:
         while place < len(trace) and trace[place].time <= clock.now:
-            _add(engine, trace[place], records, ended)
+            journal.send(engine, trace[place])
             place += 1
             if on_progress is not None:
                 on_progress(1)
@@ -265,14 +232,7 @@ def simulate(trace: Sequence[Arrival], setup: Setup, on_progress: Callable[[int]
             if place < len(trace):
                 clock.now = trace[place].time
             continue
-        for output in engine.step():
-            known = records[output.id]
-            if known.first_token is None and output.tokens:
-                known = records[output.id] = replace(known, first_token=clock.now)
-            if output.finish_reason is not None:
-                well = output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
-                ended.append(replace(known, finish=clock.now if well else None, refused=not well))
-                del records[output.id]
+        journal.note(engine.step(), clock.now)
         steps += 1
         if watch is not None:
             watch.look(scheduler)
@@ -284,7 +244,7 @@ def simulate(trace: Sequence[Arrival], setup: Setup, on_progress: Callable[[int]
     scheduler.ledger.note(clock.now + 1.0)
     return Outcome(
         policy=setup.policy,
-        records=sorted(ended, key=lambda record: record.arrival),
+        records=journal.records,
         end=clock.now,
         busy=runner.busy,
         history=list(scheduler.ledger.history),
@@ -295,23 +255,3 @@ def simulate(trace: Sequence[Arrival], setup: Setup, on_progress: Callable[[int]
         steps=steps,
         service={account.tenant: account.service for account in scheduler.ledger.accounts.values()},
     )
-
-
-def _add(engine: Engine, arrival: Arrival, records: dict[str, Record], ended: list[Record]) -> None:
-    new = arrival.request
-    record = Record(
-        id=new.id,
-        tenant=new.tenant,
-        adapter=new.adapter,
-        arrival=arrival.time,
-        prompt_len=len(new.prompt),
-        output_len=new.true_output_len or new.params.max_tokens,
-        deadline=new.deadline,
-    )
-    try:
-        request = engine.add(new)
-    except Refused:
-        ended.append(replace(record, refused=True))
-        return
-    request.arrival = arrival.time  # it came while a step was running
-    records[new.id] = record

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from inlaid.engine.request import NewRequest, SamplingParams
-from inlaid.sim.simulate import Arrival
+from inlaid.sim.journal import Arrival
 
 Range = tuple[int, int]
 MINUTE = 60.0
@@ -134,18 +134,20 @@ def real_counts() -> list[int]:
     return [*REAL_COUNTS, *tail]
 
 
-def _real(suite: Suite, seed: int) -> list[Arrival]:
-    """Counts as published; every client comes in bursts of its own, lengths are log-normal with the published means
-    (136 in, 256 out, below 1024) and differ by client."""
+def real_trace(suite: Suite, seed: int, spread: float = 0.8) -> list[Arrival]:
+    """Counts as published. Half of a client's requests come evenly, half in bursts of a minute, one for every hundred:
+    the limits of requests per minute then refuse as many as they did on the published trace, which is all that is known
+    of its times. Lengths are log-normal with the published means (136 in, 256 out, below 1024) and differ by client;
+    `spread` is that of the output's logarithm."""
     rng = random.Random(seed)
     drawn: list[list[float]] = []
     for place, count in enumerate(real_counts()):
-        centres = [rng.random() * suite.duration for _ in range(max(1, count // 100))]
+        centres = [rng.random() * suite.duration for _ in range(max(1, round(count / 100)))]
         taste = rng.gauss(0, 0.3), rng.gauss(0, 0.3)
         for _ in range(count):
             bursty = rng.random() < 0.5
             time = rng.gauss(rng.choice(centres), 30.0) if bursty else rng.random() * suite.duration
-            prompt, output = math.exp(rng.gauss(4.3 + taste[0], 1.0)), math.exp(rng.gauss(5.2 + taste[1], 0.8))
+            prompt, output = math.exp(rng.gauss(4.3 + taste[0], 1.0)), math.exp(rng.gauss(5.2 + taste[1], spread))
             drawn.append([time % suite.duration, place, prompt, output])
     prompt_scale = _scale([row[2] for row in drawn], 136)
     output_scale = _scale([row[3] for row in drawn], 256)
@@ -292,7 +294,7 @@ def _all() -> list[Suite]:
         _s4("overload-s4-35000-256", (3.0, 6.0), 256, 35_000),
         _s4("overload-s4-35000-512", (1.5, 3.0), 512, 35_000),
         _s4("overload-s4-35000-768", (1.0, 2.0), 768, 35_000),
-        Suite("real", "27 clients as in the published trace, or your own with --trace", 600.0, make=_real),
+        Suite("real", "27 clients as in the published trace, or your own with --trace", 600.0, make=real_trace),
         *(_tasks(count, rate) for count, rate in ((2, 6.0), (10, 6.0), (50, 6.0), (100, 6.0), (500, 5.0), (1000, 5.0))),
     ]
 

@@ -25,9 +25,10 @@ from inlaid.engine.engine import Engine, make_engine
 from inlaid.engine.process import Loaded, build_engine
 from inlaid.sim.cost import CostModel
 from inlaid.sim.fit import errors, fit, write_cost, write_steps
+from inlaid.sim.journal import Arrival, Record
 from inlaid.sim.provenance import provenance
 from inlaid.sim.replay import BusyClock, Clock, Replay, Step, WallClock, mixed_trace, replay
-from inlaid.sim.simulate import Arrival, Record, Setup, simulate
+from inlaid.sim.simulate import Setup, simulate
 
 DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
 

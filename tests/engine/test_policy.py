@@ -182,10 +182,16 @@ def test_every_policy_works_with_chunks_prefixes_preemption_and_adapters(policy:
     for index in range(24):
         prompt = [1, 2, 3, 4, 5, 6, 7, 8][: 1 + index % 8] + [index] * (index % 5) + [9] * (20 if index % 7 == 0 else 0)
         adapter = (None, *ADAPTERS)[index % 5]
-        bench.add(f"r{index}", prompt, adapter, f"t{index % 3}", max_tokens=15, priority=index % 2)
+        bench.add(f"r{index}", prompt, adapter, f"t{index % 3}", max_tokens=15, priority=index % 2, true_output_len=15)
         if index % 3 == 0:
             bench.step()
     bench.run().check_all()
+    works = [work for batch in bench.runner.batches for work in batch.works]
+    assert bench.scheduler.num_preemptions > 0
+    assert any(output.num_cached for output in bench.firsts.values()), "a prefix was shared"
+    assert any(work.num_tokens > 1 and 0 < work.start < work.request.num_prompt for work in works), "a later chunk"
+    assert any(batch.works[0].is_decode and batch.works[-1].num_tokens > 1 for batch in bench.runner.batches)
+    assert max(len({work.request.adapter for work in batch.works}) for batch in bench.runner.batches) > 1
 
 
 def test_switching_among_all_policies_drops_nobody() -> None:

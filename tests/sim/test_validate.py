@@ -13,11 +13,11 @@ import torch
 
 from inlaid.engine.engine import Engine
 from inlaid.engine.process import Loaded
-from inlaid.engine.request import Batch, Runner, StepResult
+from inlaid.engine.request import Batch, NewRequest, Runner, StepResult
 from inlaid.sim.cost import CostModel, Load, load_cost
+from inlaid.sim.journal import Arrival
 from inlaid.sim.replay import mixed_trace, replay
-from inlaid.sim.simulate import Arrival
-from inlaid.sim.validate import DEMO, Plan, fresh_engine, load, ranks_of, simulated, summary, validate
+from inlaid.sim.validate import DEMO, Plan, fresh_engine, load, ranks_of, serve, simulated, summary, validate
 from tests.engine.bench import ADAPTERS, Bench
 
 ATTEMPTS = 3  # a machine whose speed changes within seconds may spoil one comparison of seconds
@@ -76,7 +76,10 @@ def agree(engine: Engine, clock: CountedClock, names: list[str], trace: list[Arr
 def loaded() -> Iterator[Loaded]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # processor time is the clock
-    yield load(DEMO, max_num_seqs=16, num_blocks=300, device="cpu")
+    loaded = load(DEMO, max_num_seqs=16, num_blocks=300, device="cpu")
+    each = [NewRequest(id=info.name, prompt=[9], adapter=info.name) for info in loaded.adapters.list()]
+    serve(loaded, [Arrival(0.0, request) for request in each], "fcfs")  # the simulated adapters are all there at once
+    yield loaded
     torch.set_num_threads(threads)
 
 
