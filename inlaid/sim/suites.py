@@ -134,20 +134,20 @@ def real_counts() -> list[int]:
     return [*REAL_COUNTS, *tail]
 
 
-def real_trace(suite: Suite, seed: int, spread: float = 0.8) -> list[Arrival]:
-    """Counts as published. Half of a client's requests come evenly, half in bursts of a minute, one for every hundred:
-    the limits of requests per minute then refuse as many as they did on the published trace, which is all that is known
-    of its times. Lengths are log-normal with the published means (136 in, 256 out, below 1024) and differ by client;
-    `spread` is that of the output's logarithm."""
+def real_trace(suite: Suite, seed: int) -> list[Arrival]:
+    """Counts as published. A client's requests come in bursts of random size, one for every hundred and some minutes
+    wide: limits of requests per minute then refuse as many as they did on the published trace, which is all that is
+    known of its times. Lengths are log-normal with the published means (136 in, 256 out, below 1024) and differ by
+    client."""
     rng = random.Random(seed)
     drawn: list[list[float]] = []
     for place, count in enumerate(real_counts()):
-        centres = [rng.random() * suite.duration for _ in range(max(1, round(count / 100)))]
+        bursts = [(rng.random() * suite.duration, rng.expovariate(1.0)) for _ in range(max(1, round(count / 100)))]
         taste = rng.gauss(0, 0.3), rng.gauss(0, 0.3)
         for _ in range(count):
-            bursty = rng.random() < 0.5
-            time = rng.gauss(rng.choice(centres), 30.0) if bursty else rng.random() * suite.duration
-            prompt, output = math.exp(rng.gauss(4.3 + taste[0], 1.0)), math.exp(rng.gauss(5.2 + taste[1], spread))
+            middle = rng.choices([when for when, _ in bursts], [size for _, size in bursts])[0]
+            time = rng.gauss(middle, 100.0)
+            prompt, output = math.exp(rng.gauss(4.3 + taste[0], 1.0)), math.exp(rng.gauss(5.2 + taste[1], 0.8))
             drawn.append([time % suite.duration, place, prompt, output])
     prompt_scale = _scale([row[2] for row in drawn], 136)
     output_scale = _scale([row[3] for row in drawn], 256)

@@ -34,6 +34,8 @@ ABLATION = (  # what is left out, policy, lengths
     ("no ageing", "inlaid:ageing=0", "history"),
     ("fcfs", "fcfs", "history"),
 )
+AGEING = (2.0, 4.0, 8.0, 16.0, 32.0)  # tokens that a second of waiting is worth; 2 is the default
+MOST_TOKENS, GROUPING = 1024, 64  # the longest that a prediction can be, and the head start of tasks in the batch
 NOISE = ("oracle", "noisy:0.5", "noisy:2.0", "history", "none")
 
 
@@ -70,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("load", suite, rate, policy, "history") for rate in (5.5, 6.0, 6.5, 7.0, 7.5) for policy in ("fcfs", "inlaid")
     ]
     jobs += [("ablation", suite, 6.5, policy, lengths) for _, policy, lengths in ABLATION]
+    jobs += [("ageing", suite, 7.0, f"inlaid:ageing={ageing:g}", "history") for ageing in AGEING]
     jobs += [("noise", suite, 6.5, "inlaid", lengths) for lengths in NOISE]
     jobs += [
         ("tasks", SUITES[f"tasks-{count}"], 6.5, policy, "history")
@@ -102,12 +105,23 @@ def report(made: dict[str, Any], groups: dict[str, list[dict[str, Any]]]) -> str
         *_ratios(groups["load"]),
         "\n## Ablation (100 tasks, 6.5 requests per second)\n",
         _table([{**r, "variant": names[r["policy"], r["lengths"]]} for r in groups["ablation"]], ("variant",)),
+        "\n## What a second of waiting is worth (100 tasks, 7 requests per second)\n",
+        "A request is passed only by those that come within (its prediction - theirs + grouping) / ageing seconds of it,",
+        "so nobody waits longer than that and the longest wait under fcfs together.\n",
+        _table(_with_bounds(groups), ("policy", "bound s")),
         "\n## Misprediction (inlaid, same load)\n",
         _table(groups["noise"], ("lengths",)),
         "\n## Number of tasks (6.5 requests per second)\n",
         _table(groups["tasks"], ("suite", "policy")),
     ]
     return "\n".join(parts) + "\n"
+
+
+def _with_bounds(groups: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """fcfs at the same rate, and inlaid for each ageing with the most that anybody may wait."""
+    (fcfs,) = (r for r in groups["load"] if r["policy"] == "fcfs" and r["rate"] == groups["ageing"][0]["rate"])
+    bounds = [(MOST_TOKENS + GROUPING) / ageing + fcfs["max_ttft"] for ageing in AGEING]
+    return [{**fcfs, "bound s": "-"}, *({**r, "bound s": f"{b:.0f}"} for r, b in zip(groups["ageing"], bounds))]
 
 
 def _table(rows: Sequence[dict[str, Any]], keys: tuple[str, ...]) -> str:
