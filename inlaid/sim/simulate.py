@@ -20,7 +20,6 @@ from inlaid.sim.cost import CostModel, Load
 from inlaid.sim.journal import Arrival, Journal, Record
 
 EOS = 1
-MAX_PAIRED_TENANTS = 64  # gaps between pairs are followed up to so many tenants
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ class Setup:
     prefix_caching: bool = False
     scheduler_type: type[Scheduler] = Scheduler  # or one that does something in another way, to see what that does
     overlap: bool = False  # the host makes a step while the device computes the one before
+    max_paired_tenants: int = 64  # gaps between pairs are followed up to so many tenants
     seed: int = 0
 
 
@@ -219,7 +219,7 @@ def simulate(trace: Sequence[Arrival], setup: Setup, on_progress: Callable[[int]
     scheduler = engine.scheduler
     journal = Journal()
     tenants = sorted({arrival.request.tenant for arrival in trace})
-    watch = GapWatch(tenants) if 1 < len(tenants) <= MAX_PAIRED_TENANTS else None
+    watch = GapWatch(tenants) if 1 < len(tenants) <= setup.max_paired_tenants else None
     series: list[tuple[float, float]] = []
     place = steps = 0
     while place < len(trace) or engine.has_work:
