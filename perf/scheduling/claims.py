@@ -107,7 +107,7 @@ def report(made: dict[str, Any], groups: dict[str, list[dict[str, Any]]]) -> str
         _table([{**r, "variant": names[r["policy"], r["lengths"]]} for r in groups["ablation"]], ("variant",)),
         "\n## What a second of waiting is worth (100 tasks, 7 requests per second)\n",
         "A request is passed only by those that come within (its prediction - theirs + grouping) / ageing seconds of",
-        "it, so nobody waits longer than that and the longest wait under fcfs together.\n",
+        "it; the bound is that and the longest wait under fcfs, as everyone else is served in order of arrival.\n",
         _table(_with_bounds(groups), ("policy", "bound s")),
         "\n## Misprediction (inlaid, same load)\n",
         _table(groups["noise"], ("lengths",)),
