@@ -47,13 +47,13 @@ def run(
     loaded = build_engine(config, adapters)
     ready = time.perf_counter()
     found = validate(loaded, plan)
-    machine = torch.cuda.get_device_name().split()[-1].lower() if device == "cuda" else "cpu"
-    made = {**provenance(), "device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    machine = name.removeprefix("NVIDIA ").split()[0].lower()
     link = load_cost("h200")  # how long an adapter takes to arrive is not in the steps
     source = f"fitted to {len(found.fitted)} steps of the {shape} shape, 4 bits, {num_adapters} adapters on q, k, v, o"
     cost = fit(found.fitted, machine, source, link.load_base, link.load_rank)
     quality = errors(cost, found.unseen)
-    write_cost(out / f"{machine}.json", cost, quality, made)
+    write_cost(out / f"{machine}.json", cost, quality, {**provenance(), "device": name})
     off = [abs(row[key]) for row in found.rows for key in ("throughput_error", "ttft_error")]
     return {
         "shape": shape,
