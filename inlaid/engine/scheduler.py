@@ -477,6 +477,9 @@ class Scheduler:
         first = request.first_token is None
         if first:
             request.first_token = now
+        if stops and (fault := request.grammar and request.grammar.fault):
+            self._close(request, FinishReason.ERROR)
+            return Output(id=request.id, tokens=[], finish_reason=FinishReason.ERROR, message=fault)
         if stops:
             return self._end(request, FinishReason.STOP, [token], logprobs, token, first)
         if length >= request.limit:
