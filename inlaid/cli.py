@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import difflib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -40,9 +41,7 @@ class UsageError(ValueError):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser(arguments[0] if arguments else None)
-    args = parser.parse_args(arguments)
+    args = parse(list(sys.argv[1:] if argv is None else argv))
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     try:
         return int(args.run(args))
@@ -53,16 +52,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """What was typed; SystemExit with a line that says what is wrong with it."""
+    args, unknown = _parser(arguments[0] if arguments else None).parse_known_args(arguments)
+    if unknown:
+        known = args.parser._option_string_actions
+        close = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return args
+
+
 def _parser(command: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="inlaid", description="One quantized base, hundreds of LoRA adapters.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_serve(commands.add_parser("serve", help="serve a model and its adapters", allow_abbrev=False))
-    _add_generate(commands.add_parser("generate", help="answer one prompt, or chat in the terminal"))
-    for name, (module, add, run, help) in _PARTS.items():
+    for name, add, help in (
+        ("serve", _add_serve, "serve a model and its adapters"),
+        ("generate", _add_generate, "answer one prompt, or chat in the terminal"),
+    ):
+        usage = f"inlaid {name} [MODEL] [OPTIONS]  (inlaid {name} --help lists them)"  # all sixty would help nobody
+        add(commands.add_parser(name, help=help, usage=usage, allow_abbrev=False))
+    for name, (module, add_arguments, run, help) in _PARTS.items():
         if importlib.util.find_spec(module.rpartition(".")[0]) and importlib.util.find_spec(module):
-            _add_part(commands.add_parser(name, help=help), name == command, module, add, run)
+            _add_part(commands.add_parser(name, help=help), name == command, module, add_arguments, run)
     version = commands.add_parser("version", help="print versions")
     version.set_defaults(run=run_version)
+    for each in commands.choices.values():
+        each.set_defaults(parser=each)  # whose usage an error shows
     return parser
 
 

@@ -18,7 +18,7 @@ CONFIGS = [EngineConfig, SchedulerConfig, CacheConfig, AdapterConfig, ServerConf
 
 
 def parse(*arguments: str) -> argparse.Namespace:
-    return cli._parser(arguments[0]).parse_args(list(arguments))
+    return cli.parse(arguments)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -91,6 +91,27 @@ def test_no_model_is_the_demo_with_its_twelve_adapters() -> None:
 def test_commands_of_absent_parts_are_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "_PARTS", {"dance": ("inlaid.dance.command", "add", "run", "dance")})
     assert "dance" not in cli._parser(None).format_help()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("serve", "--prot", "3"), "unrecognized arguments: --prot; did you mean --port?"),
+        (("serve", "--max-lora=3"), "did you mean --max-loras?"),
+        (("generate", "--temp", "1"), "--temp; did you mean --temperature?"),
+        (("serve", "--port", "x"), "'x' is not a whole number"),
+        (("version", "please"), "unrecognized arguments: please"),
+    ],
+)
+def test_a_wrong_flag_is_two_lines(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(*arguments)
+    assert ended.value.code == 2
+    usage, error = capsys.readouterr().err.splitlines()
+    assert message in error
+    assert usage.startswith(f"usage: inlaid {arguments[0]}")
 
 
 def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
