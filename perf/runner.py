@@ -23,7 +23,7 @@ import tqdm
 from perf.archive import Archive, create_archive, git_revision
 from perf.attempt import run_attempt, verdict
 from perf.instance import Instance
-from perf.known_flags import why_not
+from perf.known_flags import why_no_client, why_not
 from perf.launch import why_absent
 from perf.process import child_environment, port_is_free
 from perf.template import Global, TemplateError, instantiate, template_settings
@@ -150,12 +150,17 @@ def check_startable(instances: list[Instance]) -> None:
         absent = why_absent(instance.server.kind)
         if absent:
             raise TemplateError(f"{instance.point}: {absent}")
-        problem = why_not(instance.server) or missing_paths(instance)
+        problem = not_startable(instance)
         if problem:
             raise TemplateError(f"{instance.point}: {problem}")
     for port in sorted({instance.port for instance in instances} - {0}):
         if not port_is_free(port):
             raise TemplateError(f"port {port} is in use: stop what listens there, or set router.port (0: any free one)")
+
+
+def not_startable(instance: Instance) -> str:
+    """Why server or generator would give up at once, or nothing."""
+    return why_not(instance.server) or why_no_client(instance) or missing_paths(instance)
 
 
 def missing_paths(instance: Instance) -> str:
@@ -239,7 +244,7 @@ def _say_dry(instances: list[Instance]) -> None:
     refused = {key: reason for instance in instances for key, reason in instance.refused.items()}
     for key, reason in refused.items():
         print(f"refused: {key}: {reason}")
-    for problem in dict.fromkeys(filter(None, (why_not(i.server) or missing_paths(i) for i in instances))):
+    for problem in dict.fromkeys(filter(None, map(not_startable, instances))):
         print(f"not startable here: {problem}")
 
 

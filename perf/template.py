@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
@@ -93,7 +93,7 @@ class Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Router(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    port: int = 11236
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 11236
 
 
 class Axes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -144,6 +144,9 @@ class Dataset(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: int = 0
 
 
+EnvironmentName = Annotated[str, msgspec.Meta(pattern="^[A-Za-z_][A-Za-z0-9_]*$")]
+
+
 class Point(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One combination of the axes, typed; the names of its parts are the template's sections."""
 
@@ -155,7 +158,7 @@ class Point(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     axes: Axes = Axes()
     client: dict[str, str | int | float | bool] = {}
     slo: dict[str, Objective] = {}
-    environment: dict[str, str | int | float] = msgspec.field(name="extra-envs", default={})
+    environment: dict[EnvironmentName, str | int | float] = msgspec.field(name="extra-envs", default={})
 
 
 SECTIONS = ("global", "selection", "axes", "server", "router", "client", "slo", "features", "datasets", "models")
@@ -256,8 +259,10 @@ def convert_point(table: dict[str, Any]) -> Point:
     except msgspec.ValidationError as error:
         unknown = re.search(r"unknown field `(.+?)`", str(error))
         hint = _did_you_mean(unknown[1], _all_fields()) if unknown else ""
+        if "enum value" in str(error) and "server.kind" in str(error):
+            hint = f"; known: {', '.join(get_args(ServerKind))}"
         where = str(error).replace("`$.", "`").replace("Object contains unknown field", "unknown key")
-        raise ValueError(where + (hint if "did you mean" in hint else "")) from error
+        raise ValueError(where + (hint if "did you mean" in hint or not unknown else "")) from error
 
 
 def _all_fields() -> tuple[str, ...]:

@@ -236,6 +236,11 @@ def test_the_written_scripts_run_by_hand(tmp_path: Path) -> None:
         ('model_path = "tiny"', 'model_path = "DEMO"\nnum_hidden_layers = 99', "the template says 99: another model?"),
         ('kind = "fake"', 'kind = "slora"', "S-LoRA is not installed here"),
         ('kind = "fake"', 'kind = "inlaid"', "inlaid serve has no argument --ttft-ms"),
+        ('kind = "fake"', 'kind = "sglang"', "known: inlaid, vllm, slora, fake"),
+        ("port = 0", "port = 99999", "`int` <= 65535 - at `router.port`"),
+        ("[global]", '[client]\nwarmup = "lots"\n[global]', "argument --warmup: invalid int value: 'lots'"),
+        ("[global]", '[extra-envs]\n"A=B" = 1\n[global]', "at `key` in `extra-envs`"),
+        ("rate = [60, 120, 240]", "rate = inf", "axes.rate must be a finite number"),
     ],
 )
 def test_a_bad_template_is_one_line_and_code_2_before_anything_starts(
