@@ -56,8 +56,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """What was typed; SystemExit with a line that says what is wrong with it."""
     args, unknown = _parser(arguments[0] if arguments else None).parse_known_args(arguments)
     if unknown:
-        known = args.parser._option_string_actions
-        close = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1)
+        known, flag = args.parser._option_string_actions, unknown[0].partition("=")[0]
+        close = [each for each in known if each.startswith(flag)] or difflib.get_close_matches(flag, known, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     return args
