@@ -23,6 +23,7 @@ from inlaid import __version__
 from inlaid.config import AdapterConfig, CacheConfig, ConfigError, EngineConfig, SchedulerConfig, ServerConfig
 
 DEMO = Path(__file__).resolve().parents[1] / "models" / "demo"
+_MOST_NAMES = 16  # of adapters, in what is said at the start
 _SIZES = {"k": 1000, "m": 1000**2, "g": 1000**3, "K": 1024, "M": 1024**2, "G": 1024**3}
 
 # name: module, function that adds its arguments, function that runs it, help
@@ -251,11 +252,18 @@ def announce(service: Any, address: str) -> None:
     lines = [
         f"Serving {service.model_name} ({model.device}, {model.dtype}, up to {model.max_model_len} tokens, "
         f"{model.num_blocks} KV blocks of {model.block_size})",
-        f"  adapters: {', '.join(names) if names else 'none'}",
+        f"  adapters: {_listed(names)}",
         f"  at:       {address}/v1  (metrics: {address}/metrics, API: {address}/openapi.json)",
         f"  ask it:   curl {address}{path} -H 'Content-Type: application/json' -d '{body}'",
     ]
     print("\n".join(lines), flush=True)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """A line of names, whether there are twelve or a thousand."""
+    more = len(names) - _MOST_NAMES
+    shown = ", ".join(names[:_MOST_NAMES]) or "none"
+    return f"{shown} and {more} more ({len(names)} in all)" if more > 0 else shown
 
 
 # generate

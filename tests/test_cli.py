@@ -150,3 +150,11 @@ def test_mistakes_are_answered_in_one_line(arguments: tuple[str, ...], sentence:
     assert ended.returncode == 2
     assert sentence in ended.stderr.splitlines()[-1]
     assert "Traceback" not in ended.stderr
+
+
+def test_a_thousand_adapters_are_one_line() -> None:
+    assert cli._listed([]) == "none"
+    assert cli._listed(["a", "b"]) == "a, b"
+    names = [f"task-{index:04}" for index in range(1000)]
+    assert cli._listed(names).startswith("task-0000, task-0001, ")
+    assert cli._listed(names).endswith("task-0015 and 984 more (1000 in all)")
