@@ -22,7 +22,9 @@ from typing import Any, get_args, get_type_hints
 from inlaid import __version__
 from inlaid.config import AdapterConfig, CacheConfig, ConfigError, EngineConfig, SchedulerConfig, ServerConfig
 
-DEMO = Path(__file__).resolve().parents[1] / "models" / "demo"
+_ROOT = Path(__file__).resolve().parents[1]
+DEMO = _ROOT / "models" / "demo"
+_INSTALL = f"install what inlaid needs: {sys.executable} -m pip install --editable {_ROOT}"
 _MOST_NAMES = 16  # of adapters, in what is said at the start
 _SIZES = {"k": 1000, "m": 1000**2, "g": 1000**3, "K": 1024, "M": 1024**2, "G": 1024**3}
 
@@ -42,7 +44,18 @@ class UsageError(ValueError):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit status."""
-    args = parse(list(sys.argv[1:] if argv is None else argv))
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name in ("", "inlaid"):
+            raise
+        print(f"inlaid: {sys.executable} has no {name}; {_INSTALL}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: Sequence[str]) -> int:
+    args = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     try:
         return int(args.run(args))
@@ -348,6 +361,8 @@ def _chat(say: Callable[[list[dict[str, str]]], str], who: str, remember: bool) 
 
 
 def run_version(args: argparse.Namespace) -> int:
-    torch = importlib.metadata.version("torch")
-    print(f"inlaid {__version__} (Python {platform.python_version()}, torch {torch})")
+    torch = "no torch"
+    if importlib.util.find_spec("torch"):
+        torch = f"torch {importlib.metadata.version('torch')}"
+    print(f"inlaid {__version__} (Python {platform.python_version()}, {torch})")
     return 0

@@ -126,6 +126,19 @@ def test_version() -> None:
     assert ended.stdout.startswith("inlaid ")
 
 
+def test_a_python_without_what_is_needed_is_one_line(tmp_path: Path) -> None:
+    """`-S` leaves out site-packages, as a bare Python is."""
+    bare = [sys.executable, "-S", "-c", "from inlaid.cli import main; raise SystemExit(main())"]
+    env = {"PYTHONPATH": str(cli.DEMO.parents[1])}
+    ended = subprocess.run([*bare, "version"], capture_output=True, text=True, env=env, check=False)
+    assert (ended.returncode, ended.stdout.strip().endswith("no torch)")) == (0, True)
+    ended = subprocess.run([*bare, "serve"], capture_output=True, text=True, env=env, check=False)
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(f"inlaid: {sys.executable} has no ")
+    assert "-m pip install" in line
+
+
 def test_generate_answers_once() -> None:
     arguments = ("generate", "--adapter", "to_velar", "--max-tokens", "8", "--max-model-len", "128")
     once = run(*arguments, "--prompt", "hello there")
