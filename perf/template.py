@@ -28,6 +28,7 @@ from perf.traces import Trace, TraceFormat
 from perf.workload import Objective, Stream, Workload, load_workload, plan, rescale_rate
 
 ADAPTER_ROOT = Path(".inlaid/perf/adapters")
+BLOCKS_FLAGS: dict[ServerKind, str] = {"inlaid": "num-blocks", "vllm": "num-gpu-blocks-override"}
 
 
 class TemplateError(ValueError):
@@ -301,11 +302,20 @@ def _feature_arguments(feature: str, name: str) -> dict[str, str | bool]:
 
 
 def _server(point: Point, feature: dict[str, str | bool], model_path: str, adapters: list[Adapter]) -> ServerCommand:
+    """The axis over the feature's or the section's flags; what this kind of server cannot be told is refused."""
+    kind = point.server.kind
+    if point.axes.policy and "policy" in feature:
+        raise ValueError(f"axes.policy and a feature both say the policy ({feature['policy']}): say it once")
     arguments: dict[str, str | int | float | bool] = {**point.server.args, **feature}
-    policy = point.axes.policy or str(arguments.pop("policy", "") or point.server.policy)
+    own = str(arguments.pop("policy", "") or point.server.policy)
+    policy = point.axes.policy or own
+    if policy and kind == "vllm":
+        raise ValueError(f"policy {policy!r}: vLLM has none of ours; give it its own flags in server.args")
     if point.model.num_available_blocks is not None:
-        arguments["num-blocks"] = point.model.num_available_blocks
-    return ServerCommand(point.server.kind, model_path, adapters, policy, arguments)
+        if kind not in BLOCKS_FLAGS:
+            raise ValueError(f"num_available_blocks: a server of kind {kind} cannot be told how many blocks to have")
+        arguments[BLOCKS_FLAGS[kind]] = point.model.num_available_blocks
+    return ServerCommand(kind, model_path, adapters, policy, arguments)
 
 
 def _client(point: Point) -> dict[str, Any]:
