@@ -153,6 +153,8 @@ def replica_commands(arguments: argparse.Namespace) -> list[tuple[list[str], dic
         raise ValueError(problem)
     if arguments.mode and arguments.kind != "inlaid":
         raise ValueError(f"--mode is inlaid's; {arguments.kind} has no adapter modes")
+    if arguments.policy and arguments.kind == "vllm":
+        raise ValueError("--policy: vLLM has none of ours; give it its own flags after --")
     if arguments.merged and len(arguments.merged) != arguments.replicas:
         raise ValueError(f"--replicas {arguments.replicas} needs as many --merged models, not {len(arguments.merged)}")
     adapters = [] if arguments.merged else find_adapters(arguments.adapters)

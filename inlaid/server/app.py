@@ -140,7 +140,7 @@ async def _body(request: web.Request) -> bytes:
     """The whole body; a client that dribbles it must not hold a connection for ever."""
     seconds = request.app[SERVICE].config.body_timeout
     try:
-        return await asyncio.wait_for(request.read(), seconds)
+        return await asyncio.wait_for(request.read(), seconds or None)
     except asyncio.TimeoutError:
         raise TooSlow(f"the request body did not arrive within {seconds:g} s (--body-timeout)") from None
 

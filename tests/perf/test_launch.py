@@ -116,3 +116,5 @@ def test_policy_and_mode_are_arguments_of_the_scripts(capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.strip().endswith("--policy vtc --adapter-mode pipelined")
     assert main(["--kind", "vllm", "--model", "m", "--mode", "cached", "--print"]) == 2
     assert "vllm has no adapter modes" in capsys.readouterr().err
+    assert main(["--kind", "vllm", "--model", "m", "--policy", "vtc", "--print"]) == 2
+    assert "vLLM has none of ours" in capsys.readouterr().err

@@ -54,4 +54,6 @@ def test_a_body_that_dribbles_is_given_up() -> None:
 
 def test_a_whole_body_is_read() -> None:
     whole = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nabcd"
-    assert asyncio.run(_answer_to(whole, ServerConfig(), b"\r\n\r\n4"))
+    for seconds in (60.0, 0.0):  # 0 is any time, not none
+        answer = asyncio.run(_answer_to(whole, ServerConfig(body_timeout=seconds), b"\r\n\r\n4"))
+        assert answer.startswith(b"HTTP/1.1 200")
