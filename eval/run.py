@@ -34,7 +34,7 @@ from eval.task import ROOT, TaskError
 from eval.variants import DEFAULT, GENERIC, Source, VariantError, Variants
 from inlaid.adapters.gate import Record as GateRecord
 from inlaid.adapters.gate import why_not
-from inlaid.checkpoint import CheckpointError
+from inlaid.checkpoint import BITS, CheckpointError
 from inlaid.quant.calibration import CalibrationError, CalibrationSettings
 from inlaid.quant.settings import QuantizeError
 
@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         help="most tokens of each task that quantizing reads (default: the quantizer's)",
     )
-    add("--examples", type=int, default=64, help="examples of each task; 0 for all (default: %(default)s)")
+    add("--examples", type=_count, default=64, help="examples of each task; 0 for all (default: %(default)s)")
     add("--backend", choices=BACKENDS, default="engine", help="who answers (default: %(default)s)")
     add("--compare", choices=("oracle", "engine"), help="ask this backend too and report where the two differ")
     add("--url", help="of the server, for --backend server")
@@ -79,10 +79,16 @@ def parser() -> argparse.ArgumentParser:
     add("--no-draft", dest="draft", action="store_false", help="decode every token even where the reference is right")
     add("--no-alone", dest="alone", action="store_false", help="do not ask the base without adapters for comparison")
     add("--max-drop", type=float, help="exit with 1 if the gate would refuse an adapter at so many points")
-    add("--out", type=Path, default=ROOT / "eval/results/demo", help="path of the report without its ending")
+    add("--out", type=Path, default=ROOT / ".inlaid/eval/report", help="path of the report without its ending")
     add("--no-figures", dest="figures", action="store_false")
     add("--cache", type=Path, default=ROOT / ".inlaid/eval", help="folder of answers and quantized bases")
     return made
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,6 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         print(f"eval: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, a folder that may not be written
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"eval: {where}{error.strerror}; what is in {arguments.cache} is kept", file=sys.stderr)
+        return 2
+    print(f"report: {arguments.out}.json and .md")
     for row in made["summary"]:
         worst = "" if row["worst_drop"] is None else f", worst {row['worst_task']} {row['worst_drop']:.2f}"
         drop = "" if row["average_drop"] is None else f", drops {row['average_drop']:.2f} on average{worst}"
@@ -105,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     """The whole run: answers, records, report."""
     started = time.monotonic()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)  # or say at once that it cannot be
     asked, adapter_of = _tasks(arguments)
     adapters = _adapters(arguments, asked, set(adapter_of.values()))
     bases = _bases(arguments, asked, adapters, adapter_of)
@@ -249,6 +261,8 @@ def _bases(
         widths = [int(bits) for bits in arguments.bits.split(",")]
     except ValueError as error:
         raise VariantError(f"--bits {arguments.bits}: write whole numbers with commas between") from error
+    if unknown := [bits for bits in widths if bits not in BITS]:
+        raise VariantError(f"{unknown[0]} bits: only {', '.join(map(str, BITS))} are supported")
     if arguments.backend == "server":
         if not arguments.url:
             raise BackendError("--backend server needs --url")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import difflib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -21,7 +22,10 @@ from typing import Any, get_args, get_type_hints
 from inlaid import __version__
 from inlaid.config import AdapterConfig, CacheConfig, ConfigError, EngineConfig, SchedulerConfig, ServerConfig
 
-DEMO = Path(__file__).resolve().parents[1] / "models" / "demo"
+_ROOT = Path(__file__).resolve().parents[1]
+DEMO = _ROOT / "models" / "demo"
+_INSTALL = f"install what inlaid needs: {sys.executable} -m pip install --editable {_ROOT}"
+_MOST_NAMES = 16  # of adapters, in what is said at the start
 _SIZES = {"k": 1000, "m": 1000**2, "g": 1000**3, "K": 1024, "M": 1024**2, "G": 1024**3}
 
 # name: module, function that adds its arguments, function that runs it, help
@@ -40,9 +44,18 @@ class UsageError(ValueError):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser(arguments[0] if arguments else None)
-    args = parser.parse_args(arguments)
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name in ("", "inlaid"):
+            raise
+        print(f"inlaid: {sys.executable} has no {name}; {_INSTALL}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: Sequence[str]) -> int:
+    args = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
     try:
         return int(args.run(args))
@@ -53,16 +66,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """What was typed; SystemExit with a line that says what is wrong with it."""
+    args, unknown = _parser(arguments[0] if arguments else None).parse_known_args(arguments)
+    if unknown:
+        known, flag = args.parser._option_string_actions, unknown[0].partition("=")[0]
+        close = [each for each in known if each.startswith(flag)] or difflib.get_close_matches(flag, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return args
+
+
 def _parser(command: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="inlaid", description="One quantized base, hundreds of LoRA adapters.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_serve(commands.add_parser("serve", help="serve a model and its adapters", allow_abbrev=False))
-    _add_generate(commands.add_parser("generate", help="answer one prompt, or chat in the terminal"))
-    for name, (module, add, run, help) in _PARTS.items():
+    for name, add, help in (
+        ("serve", _add_serve, "serve a model and its adapters"),
+        ("generate", _add_generate, "answer one prompt, or chat in the terminal"),
+    ):
+        usage = f"inlaid {name} [MODEL] [OPTIONS]  (inlaid {name} --help lists them)"  # all sixty would help nobody
+        add(commands.add_parser(name, help=help, usage=usage, allow_abbrev=False))
+    for name, (module, add_arguments, run, help) in _PARTS.items():
         if importlib.util.find_spec(module.rpartition(".")[0]) and importlib.util.find_spec(module):
-            _add_part(commands.add_parser(name, help=help), name == command, module, add, run)
+            _add_part(commands.add_parser(name, help=help), name == command, module, add_arguments, run)
     version = commands.add_parser("version", help="print versions")
     version.set_defaults(run=run_version)
+    for each in commands.choices.values():
+        each.set_defaults(parser=each)  # whose usage an error shows
     return parser
 
 
@@ -235,11 +265,18 @@ def announce(service: Any, address: str) -> None:
     lines = [
         f"Serving {service.model_name} ({model.device}, {model.dtype}, up to {model.max_model_len} tokens, "
         f"{model.num_blocks} KV blocks of {model.block_size})",
-        f"  adapters: {', '.join(names) if names else 'none'}",
+        f"  adapters: {_listed(names)}",
         f"  at:       {address}/v1  (metrics: {address}/metrics, API: {address}/openapi.json)",
         f"  ask it:   curl {address}{path} -H 'Content-Type: application/json' -d '{body}'",
     ]
     print("\n".join(lines), flush=True)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """A line of names, whether there are twelve or a thousand."""
+    more = len(names) - _MOST_NAMES
+    shown = ", ".join(names[:_MOST_NAMES]) or "none"
+    return f"{shown} and {more} more ({len(names)} in all)" if more > 0 else shown
 
 
 # generate
@@ -324,6 +361,8 @@ def _chat(say: Callable[[list[dict[str, str]]], str], who: str, remember: bool) 
 
 
 def run_version(args: argparse.Namespace) -> int:
-    torch = importlib.metadata.version("torch")
-    print(f"inlaid {__version__} (Python {platform.python_version()}, torch {torch})")
+    torch = "no torch"
+    if importlib.util.find_spec("torch"):
+        torch = f"torch {importlib.metadata.version('torch')}"
+    print(f"inlaid {__version__} (Python {platform.python_version()}, {torch})")
     return 0

@@ -137,6 +137,7 @@ class ServerConfig:
     allow_runtime_lora: bool = option(False, "allow loading and unloading adapters while serving")
     lora_root: tuple[str, ...] = option((), "folders that adapters may be loaded from at run time")
     max_body_mib: float = option(8.0, "largest request body, in MiB")
+    body_timeout: float = option(60.0, "seconds that a client may take to send a request's body; 0: any")
     max_prompts: int = option(256, "most prompts times n in one request")
     request_timeout: float = option(0.0, "seconds after which a request is aborted; 0: never")
     drain_timeout: float = option(60.0, "seconds that SIGTERM waits for requests in flight")

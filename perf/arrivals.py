@@ -5,6 +5,7 @@ Called by `perf.workload` for every stream that does not take its times from a t
 
 from __future__ import annotations
 
+import math
 from typing import Literal, TypeVar
 
 import msgspec
@@ -32,8 +33,8 @@ class Arrivals(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     within: Gaps = "fixed"
 
     def __post_init__(self) -> None:
-        if not self.rate > 0 or (self.end_rate is not None and not self.end_rate >= 0):
-            raise ValueError("rates must be above 0 requests a second (an end_rate may be 0)")
+        if not 0 < self.rate < math.inf or (self.end_rate is not None and not 0 <= self.end_rate < math.inf):
+            raise ValueError("rates must be above 0 requests a second (an end_rate may be 0), and finite")
         if not (self.cv > 0 and self.on_s > 0 and self.off_s >= 0):
             raise ValueError("cv and on_s must be above 0, off_s at least 0")
         if self.process == "ramp" and self.end_rate is None:

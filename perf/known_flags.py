@@ -1,17 +1,23 @@
-"""Whether `inlaid serve` would take a point's arguments, found out without starting it. Used by `perf.runner`.
-
-The flags are the fields of `inlaid.config`; this and `perf.random_adapters` aside, nothing here knows inlaid.
+"""Whether `inlaid serve` and the request generator would take a point's arguments, found out without starting them.
+Used by `perf.runner`. This and `perf.random_adapters` aside, nothing here knows inlaid.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import io
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, get_type_hints
 
+from inlaid import cli
 from inlaid.config import EngineConfig, ServerConfig
 from inlaid.engine.policy import parse_policy
+from perf.instance import Instance
 from perf.launch import ServerCommand
+from perf.options import build_parser
 
 
 def flag_names(config: type[Any]) -> set[str]:
@@ -39,4 +45,20 @@ def why_not(server: ServerCommand) -> str:
         parse_policy(server.policy or "fcfs")
     except ValueError as error:
         return str(error)
+    return _refusal(cli.parse, server.argv(0)[3:])
+
+
+def why_no_client(instance: Instance) -> str:
+    """Empty when the generator would take its arguments."""
+    return _refusal(build_parser().parse_args, instance.client_argv(0, Path("workload"), Path("out"))[3:])
+
+
+def _refusal(parse: Callable[[Sequence[str]], Any], arguments: Sequence[str]) -> str:
+    """The last line of what a parser says when it gives up, or nothing."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parse(arguments)
+    except SystemExit:
+        return said.getvalue().strip().splitlines()[-1]
     return ""

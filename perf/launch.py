@@ -23,6 +23,7 @@ import msgspec
 
 ServerKind = Literal["inlaid", "vllm", "slora", "fake"]
 Adapter = tuple[str, str]  # name, path
+CACHE = Path("models/cache")  # where models/download.sh puts them
 
 READY_PATHS: dict[ServerKind, str] = {"inlaid": "/ready", "vllm": "/health", "slora": "/health", "fake": "/ready"}
 INSTALL: dict[ServerKind, str] = {
@@ -152,6 +153,8 @@ def replica_commands(arguments: argparse.Namespace) -> list[tuple[list[str], dic
         raise ValueError(problem)
     if arguments.mode and arguments.kind != "inlaid":
         raise ValueError(f"--mode is inlaid's; {arguments.kind} has no adapter modes")
+    if arguments.policy and arguments.kind == "vllm":
+        raise ValueError("--policy: vLLM has none of ours; give it its own flags after --")
     if arguments.merged and len(arguments.merged) != arguments.replicas:
         raise ValueError(f"--replicas {arguments.replicas} needs as many --merged models, not {len(arguments.merged)}")
     adapters = [] if arguments.merged else find_adapters(arguments.adapters)
@@ -171,12 +174,22 @@ def why_no_model(arguments: argparse.Namespace) -> str:
     """Empty when every model named by a folder is there, else how to get it."""
     for model in arguments.merged or [arguments.model]:
         if model.startswith(("/", ".", "models/")) and not Path(model).is_dir():
-            name = arguments.fetch
-            fetch = f"bash models/download.sh model {name}" if name and not arguments.merged else "fetch it"
-            quantized = model.endswith("-4bit") and bool(name)
-            then = f", then: inlaid quantize models/cache/{name} --bits 4 --out {model}" if quantized else ""
-            return f"there is no model at {model}: {fetch}{then} (or name yours: MODEL=FOLDER)"
+            advice = "fetch it" if arguments.merged else how_to_get(model, arguments.fetch)
+            return f"there is no model at {model}: {advice} (or name yours: MODEL=FOLDER)"
     return ""
+
+
+def how_to_get(model: str, fetch: str = "") -> str:
+    """What to run for a model that is not there; `fetch` is its name for models/download.sh where the path does not
+    tell. Quantizing is for the data at hand; better for one's own tasks (README)."""
+    name = fetch or (Path(model).name.removesuffix("-4bit") if Path(model).parent == CACHE else "")
+    if not name:
+        return "fetch it"
+    advice = f"bash models/download.sh model {name}"
+    if model.endswith("-4bit"):
+        task = "general=none:eval/generic.jsonl"
+        advice += f", then: inlaid quantize {CACHE / name} --bits 4 --out {model} --task {task}"
+    return advice
 
 
 def _gpus() -> list[str]:

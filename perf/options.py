@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any, get_args
 
 import msgspec
@@ -22,7 +23,11 @@ of FILE."""
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="perf.client", description=DESCRIPTION, fromfile_prefix_chars="@", allow_abbrev=False
+        prog="perf.client",
+        usage="python -m perf.client [FLAGS]  (--help lists them)",
+        description=DESCRIPTION,
+        fromfile_prefix_chars="@",
+        allow_abbrev=False,
     )
     _server_flags(parser.add_argument_group("server"))
     _workload_flags(parser.add_argument_group("workload (or --workload FILE)"))
@@ -70,26 +75,64 @@ def _workload_flags(group: Any) -> None:
     group.add_argument("--loop", action="store_true", help="repeat the trace until the limit")
     group.add_argument("--tenant", default="{adapter}", help="a name; {adapter} is replaced")
     group.add_argument("--slo", nargs="*", default=[], metavar="ttft_ms=200", help="also tpot_ms=, e2el_ms=")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=_seed, default=0)
     group.add_argument("--prompt-format", choices=get_args(PromptFormat), help="default ids, text for chat and slora")
     group.add_argument("--tokenizer", help="tokenizer.json or its folder (default: ask the server)")
     group.add_argument("--respect-eos", action="store_true", help="do not send ignore_eos")
     group.add_argument("--temperature", type=float, default=0.0)
-    group.add_argument("--extra-body", default="{}", help="JSON object merged into every request")
+    group.add_argument("--extra-body", type=_json_object, default="{}", help="JSON object merged into every request")
 
 
 def _run_flags(group: Any) -> None:
     group.add_argument("--warmup", type=int, default=0, help="requests sent first and not counted")
     group.add_argument("--warmup-s", type=float, default=0.0, help="requests due in the first seconds are not counted")
-    group.add_argument("--max-connections", type=int, default=1000)
-    group.add_argument("--timeout", type=float, default=600.0, help="seconds a request may take")
+    group.add_argument("--max-connections", type=_positive, default=1000)
+    group.add_argument("--timeout", type=_seconds, default=600.0, help="seconds a request may take; 0: any")
     group.add_argument("--max-failed-share", type=float, default=1.0, help="exit 3 above (refusals do not count)")
-    group.add_argument("--percentiles", default="50,90,95,99")
+    group.add_argument("--percentiles", type=_percentiles, default="50,90,95,99")
     group.add_argument("--out", help="summary file; records go beside it as .jsonl")
     group.add_argument("--label", default="", help="what to call this run in reports")
     group.add_argument("--save-detailed", action="store_true", help="per-request lists in the summary, as vLLM")
     group.add_argument("--save-text", action="store_true", help="answers in the records")
     group.add_argument("--no-progress", action="store_true")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        if 0 <= (value := float(text)) < math.inf:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+
+
+def _percentiles(text: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+        if all(0 <= value <= 100 for value in values):
+            return values
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a list like 50,90,99")
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(text, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object ({error})") from error
 
 
 def workload_from(arguments: argparse.Namespace) -> Workload:
@@ -124,7 +167,7 @@ def _refuse_beside_a_file(arguments: argparse.Namespace) -> None:
 def _stream(arguments: argparse.Namespace) -> Stream:
     process: Process = arguments.arrival or ("trace" if arguments.trace else "poisson")
     lengths = "trace" if arguments.trace else "fixed:128"
-    bounded = arguments.num_requests or arguments.duration or process == "trace"
+    bounded = arguments.num_requests is not None or arguments.duration is not None or process == "trace"
     return Stream(
         arrival=Arrivals(
             process=process,
@@ -185,7 +228,10 @@ def parse_lengths(text: str, maximum: int | None = None) -> Lengths:
 
 
 def _objective(pairs: list[str]) -> Objective:
-    return msgspec.convert(dict(_pairs(pairs)), Objective, strict=False)
+    try:
+        return msgspec.convert(dict(_pairs(pairs)), Objective, strict=False)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"--slo {' '.join(pairs)}: {error}; known: ttft_ms, tpot_ms, e2el_ms") from error
 
 
 def _pairs(texts: list[str]) -> list[tuple[str, str]]:

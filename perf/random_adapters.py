@@ -78,6 +78,15 @@ def make_adapters(base: Path, spec: RandomAdapters, folder: Path, progress: bool
     return made
 
 
+def bytes_to_make(base: Path, spec: RandomAdapters, folder: Path) -> int:
+    """What the adapters that are not there yet will take, their headers aside."""
+    config = _config(base)
+    known = shapes(config)
+    a_rank = 2 * config["num_hidden_layers"] * sum(known[target][1] + known[target][2] for target in spec.targets)
+    missing = [i for i, name in enumerate(names(spec)) if not (folder / name / "adapter_config.json").is_file()]
+    return sum(spec.ranks[i % len(spec.ranks)] * a_rank for i in missing)
+
+
 def _config(base: Path) -> dict[str, Any]:
     file = base / "config.json"
     if not file.is_file():

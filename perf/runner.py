@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,10 +24,11 @@ import tqdm
 from perf.archive import Archive, create_archive, git_revision
 from perf.attempt import run_attempt, verdict
 from perf.instance import Instance
-from perf.known_flags import why_not
-from perf.launch import why_absent
-from perf.process import child_environment, port_is_free
-from perf.template import Global, TemplateError, instantiate, template_settings
+from perf.known_flags import why_no_client, why_not
+from perf.launch import how_to_get, why_absent
+from perf.process import ROOT, child_environment, port_is_free
+from perf.random_adapters import bytes_to_make, folder_for
+from perf.template import ADAPTER_ROOT, Global, TemplateError, instantiate, template_settings
 
 COLOURS = {"passed": "32", "failed": "31", "skipped": "34", "running": "33"}
 COLUMNS = (
@@ -150,19 +152,27 @@ def check_startable(instances: list[Instance]) -> None:
         absent = why_absent(instance.server.kind)
         if absent:
             raise TemplateError(f"{instance.point}: {absent}")
-        problem = why_not(instance.server) or missing_paths(instance)
+        problem = not_startable(instance)
         if problem:
             raise TemplateError(f"{instance.point}: {problem}")
+    problem = no_room(instances)
+    if problem:
+        raise TemplateError(problem)
     for port in sorted({instance.port for instance in instances} - {0}):
         if not port_is_free(port):
             raise TemplateError(f"port {port} is in use: stop what listens there, or set router.port (0: any free one)")
+
+
+def not_startable(instance: Instance) -> str:
+    """Why server or generator would give up at once, or nothing."""
+    return why_not(instance.server) or why_no_client(instance) or missing_paths(instance)
 
 
 def missing_paths(instance: Instance) -> str:
     """A model named by a path, and adapters that are not made on the way, must be there; a hub id is left alone."""
     model = instance.server.model
     if model.startswith(("/", ".", "models/")) and not Path(model).is_dir():
-        return f"model {model} does not exist (bash models/download.sh fetches the real ones)"
+        return f"model {model} does not exist: {how_to_get(model)}"
     config = Path(model) / "config.json"
     if instance.num_hidden_layers is not None and config.is_file():
         layers = json.loads(config.read_text()).get("num_hidden_layers")
@@ -176,6 +186,20 @@ def missing_paths(instance: Instance) -> str:
             if not Path(path).is_dir():
                 return f"adapter {name}: {path} does not exist"
     return ""
+
+
+def no_room(instances: list[Instance]) -> str:
+    """Whether the disk holds the random adapters that are still to be made; a thousand may be 100 GB."""
+    wanted: dict[Path, int] = {}
+    for instance in instances:
+        if instance.random_adapters is not None:
+            folder = folder_for(instance.server.model, instance.random_adapters, ADAPTER_ROOT)
+            need = bytes_to_make(Path(instance.server.model), instance.random_adapters, folder)
+            wanted[folder] = max(need, wanted.get(folder, 0))
+    need, free = sum(wanted.values()), shutil.disk_usage(ROOT).free
+    if need <= free:
+        return ""
+    return f"random adapters need {need / 1e9:.1f} GB in {ADAPTER_ROOT}, and {free / 1e9:.1f} GB are free"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -239,7 +263,7 @@ def _say_dry(instances: list[Instance]) -> None:
     refused = {key: reason for instance in instances for key, reason in instance.refused.items()}
     for key, reason in refused.items():
         print(f"refused: {key}: {reason}")
-    for problem in dict.fromkeys(filter(None, (why_not(i.server) or missing_paths(i) for i in instances))):
+    for problem in dict.fromkeys(filter(None, map(not_startable, instances))):
         print(f"not startable here: {problem}")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
@@ -28,6 +28,7 @@ from perf.traces import Trace, TraceFormat
 from perf.workload import Objective, Stream, Workload, load_workload, plan, rescale_rate
 
 ADAPTER_ROOT = Path(".inlaid/perf/adapters")
+BLOCKS_FLAGS: dict[ServerKind, str] = {"inlaid": "num-blocks", "vllm": "num-gpu-blocks-override"}
 
 
 class TemplateError(ValueError):
@@ -93,7 +94,7 @@ class Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Router(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    port: int = 11236
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 11236
 
 
 class Axes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -144,6 +145,9 @@ class Dataset(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: int = 0
 
 
+EnvironmentName = Annotated[str, msgspec.Meta(pattern="^[A-Za-z_][A-Za-z0-9_]*$")]
+
+
 class Point(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One combination of the axes, typed; the names of its parts are the template's sections."""
 
@@ -155,7 +159,7 @@ class Point(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     axes: Axes = Axes()
     client: dict[str, str | int | float | bool] = {}
     slo: dict[str, Objective] = {}
-    environment: dict[str, str | int | float] = msgspec.field(name="extra-envs", default={})
+    environment: dict[EnvironmentName, str | int | float] = msgspec.field(name="extra-envs", default={})
 
 
 SECTIONS = ("global", "selection", "axes", "server", "router", "client", "slo", "features", "datasets", "models")
@@ -256,8 +260,10 @@ def convert_point(table: dict[str, Any]) -> Point:
     except msgspec.ValidationError as error:
         unknown = re.search(r"unknown field `(.+?)`", str(error))
         hint = _did_you_mean(unknown[1], _all_fields()) if unknown else ""
+        if "enum value" in str(error) and "server.kind" in str(error):
+            hint = f"; known: {', '.join(get_args(ServerKind))}"
         where = str(error).replace("`$.", "`").replace("Object contains unknown field", "unknown key")
-        raise ValueError(where + (hint if "did you mean" in hint else "")) from error
+        raise ValueError(where + (hint if "did you mean" in hint or not unknown else "")) from error
 
 
 def _all_fields() -> tuple[str, ...]:
@@ -296,11 +302,20 @@ def _feature_arguments(feature: str, name: str) -> dict[str, str | bool]:
 
 
 def _server(point: Point, feature: dict[str, str | bool], model_path: str, adapters: list[Adapter]) -> ServerCommand:
+    """The axis over the feature's or the section's flags; what this kind of server cannot be told is refused."""
+    kind = point.server.kind
+    if point.axes.policy and "policy" in feature:
+        raise ValueError(f"axes.policy and a feature both say the policy ({feature['policy']}): say it once")
     arguments: dict[str, str | int | float | bool] = {**point.server.args, **feature}
-    policy = point.axes.policy or str(arguments.pop("policy", "") or point.server.policy)
+    own = str(arguments.pop("policy", "") or point.server.policy)
+    policy = point.axes.policy or own
+    if policy and kind == "vllm":
+        raise ValueError(f"policy {policy!r}: vLLM has none of ours; give it its own flags in server.args")
     if point.model.num_available_blocks is not None:
-        arguments["num-blocks"] = point.model.num_available_blocks
-    return ServerCommand(point.server.kind, model_path, adapters, policy, arguments)
+        if kind not in BLOCKS_FLAGS:
+            raise ValueError(f"num_available_blocks: a server of kind {kind} cannot be told how many blocks to have")
+        arguments[BLOCKS_FLAGS[kind]] = point.model.num_available_blocks
+    return ServerCommand(kind, model_path, adapters, policy, arguments)
 
 
 def _client(point: Point) -> dict[str, Any]:

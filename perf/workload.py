@@ -61,8 +61,8 @@ class Stream(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         uses = "trace" in (self.arrival.process, self.adapters.distribution, self.input.kind, self.output.kind)
         if uses and self.trace is None:
             raise ValueError('a part says "trace" but the stream has no trace = { path = ... }')
-        if self.start_s < 0 or (self.duration_s is not None and not self.duration_s > 0):
-            raise ValueError("start_s must be at least 0 and duration_s above 0")
+        if not 0 <= self.start_s < math.inf or (self.duration_s is not None and not 0 < self.duration_s < math.inf):
+            raise ValueError("start_s must be at least 0 and duration_s above 0, and both finite")
         if self.num_requests is not None and self.num_requests < 1:
             raise ValueError("num_requests must be at least 1")
 

@@ -18,7 +18,7 @@ CONFIGS = [EngineConfig, SchedulerConfig, CacheConfig, AdapterConfig, ServerConf
 
 
 def parse(*arguments: str) -> argparse.Namespace:
-    return cli._parser(arguments[0]).parse_args(list(arguments))
+    return cli.parse(arguments)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -93,6 +93,27 @@ def test_commands_of_absent_parts_are_not_listed(monkeypatch: pytest.MonkeyPatch
     assert "dance" not in cli._parser(None).format_help()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("serve", "--prot", "3"), "unrecognized arguments: --prot; did you mean --port?"),
+        (("serve", "--max-lora=3"), "did you mean --max-loras?"),
+        (("generate", "--temp", "1"), "--temp; did you mean --temperature?"),
+        (("serve", "--port", "x"), "'x' is not a whole number"),
+        (("version", "please"), "unrecognized arguments: please"),
+    ],
+)
+def test_a_wrong_flag_is_two_lines(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(*arguments)
+    assert ended.value.code == 2
+    usage, error = capsys.readouterr().err.splitlines()
+    assert message in error
+    assert usage.startswith(f"usage: inlaid {arguments[0]}")
+
+
 def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "inlaid", *arguments], input=stdin, capture_output=True, text=True, timeout=120
@@ -103,6 +124,19 @@ def test_version() -> None:
     ended = run("version")
     assert ended.returncode == 0
     assert ended.stdout.startswith("inlaid ")
+
+
+def test_a_python_without_what_is_needed_is_one_line(tmp_path: Path) -> None:
+    """`-S` leaves out site-packages, as a bare Python is."""
+    bare = [sys.executable, "-S", "-c", "from inlaid.cli import main; raise SystemExit(main())"]
+    env = {"PYTHONPATH": str(cli.DEMO.parents[1])}
+    ended = subprocess.run([*bare, "version"], capture_output=True, text=True, env=env, check=False)
+    assert (ended.returncode, ended.stdout.strip().endswith("no torch)")) == (0, True)
+    ended = subprocess.run([*bare, "serve"], capture_output=True, text=True, env=env, check=False)
+    assert ended.returncode == 2
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(f"inlaid: {sys.executable} has no ")
+    assert "-m pip install" in line
 
 
 def test_generate_answers_once() -> None:
@@ -129,3 +163,11 @@ def test_mistakes_are_answered_in_one_line(arguments: tuple[str, ...], sentence:
     assert ended.returncode == 2
     assert sentence in ended.stderr.splitlines()[-1]
     assert "Traceback" not in ended.stderr
+
+
+def test_a_thousand_adapters_are_one_line() -> None:
+    assert cli._listed([]) == "none"
+    assert cli._listed(["a", "b"]) == "a, b"
+    names = [f"task-{index:04}" for index in range(1000)]
+    assert cli._listed(names).startswith("task-0000, task-0001, ")
+    assert cli._listed(names).endswith("task-0015 and 984 more (1000 in all)")

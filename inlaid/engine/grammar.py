@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +13,6 @@ from typing import Any
 import numpy as np
 
 from inlaid.engine.request import Grammar
-
-log = logging.getLogger(__name__)
 
 MAX_GRAMMAR_CHARS = 200_000
 _MAX_COMPILED = 256
@@ -33,17 +30,19 @@ class GrammarState:
         self._num_consumed = 0
         self._known_words, self._num_words = _words(known_tokens), _words(vocab_size)
         self._end_bits = end_bits
+        self.fault: str | None = None  # why the grammar could not go on: its output is not what was asked for
 
     def mask(self, outputs: Sequence[int]) -> np.ndarray:
         """int32 bits of the tokens that may follow these outputs; when the text is complete, only the end. A grammar
-        that outgrows the library's limits ends its own output there, and nobody else's."""
+        that outgrows the library's limits ends its own output there, with a fault, and nobody else's."""
         for token in outputs[self._num_consumed :]:
             self._matcher.consume_token(token)
             self._num_consumed += 1
         bits = np.zeros(self._known_words, dtype=np.int32)
         self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
         if self._matcher.is_error():
-            log.warning("a grammar cannot go on after %d tokens: %s", len(outputs), self._matcher.get_error())
+            reason = self._matcher.get_error().partition("\n")[0]  # what follows is the library's whole state
+            self.fault = f"the constraint cannot be followed after {len(outputs)} tokens: {reason}"
             return self._end_bits
         return bits[: self._num_words]
 
@@ -99,6 +98,10 @@ class GrammarCompiler:
         matcher = matcher_class(self._tokenizer, source, log_level=0)
         if matcher.is_error():
             raise GrammarError(f"the constraint is not valid: {matcher.get_error()}")
+        first = GrammarState(matcher.deep_copy(), self._known_tokens, self._vocab_size, self._end_bits)
+        first.mask(())
+        if first.fault is not None:  # it leaves nothing to write at all
+            raise GrammarError(first.fault)
         return matcher
 
 

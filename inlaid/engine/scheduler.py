@@ -486,7 +486,11 @@ class Scheduler:
         first = request.first_token is None
         if first:
             request.first_token = now
-        if token in request.stop_ids and request.num_outputs >= request.params.min_tokens:
+        stops = token in request.stop_ids and request.num_outputs >= request.params.min_tokens
+        if stops and (fault := request.grammar and request.grammar.fault):
+            self._close(request, FinishReason.ERROR)
+            return Output(id=request.id, tokens=[], finish_reason=FinishReason.ERROR, message=fault)
+        if stops:
             return self._end(request, FinishReason.STOP, [token], logprobs, token, first)
         if len(request.tokens) >= request.limit:
             return self._end(request, FinishReason.LENGTH, [token], logprobs, None, first)

@@ -1,1 +1,1 @@
-"""HTTP: the OpenAI routes, adapter administration, metrics and the console."""
+"""HTTP: the OpenAI routes, adapter administration and metrics."""

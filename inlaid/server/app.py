@@ -23,7 +23,7 @@ from inlaid.engine.async_engine import AsyncEngine, EngineDead
 from inlaid.engine.text import Tokenizer
 from inlaid.server import admin, info, protocol
 from inlaid.server.completions import chat_completions, completions
-from inlaid.server.errors import Fault, Unavailable, response, translate
+from inlaid.server.errors import Fault, TooSlow, Unavailable, response, translate
 from inlaid.server.metrics import Metrics
 from inlaid.server.openapi import document
 from inlaid.server.route import Guard, Route
@@ -31,6 +31,8 @@ from inlaid.server.safety import AllowedFolders, Keys, check_config
 from inlaid.server.service import SERVICE, Service
 
 log = logging.getLogger(__name__)
+
+_IDLE_SECONDS = 75.0  # that a connection without a request stays open, its headers half sent included
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -131,7 +133,16 @@ def _served(route: Route) -> Handler:
 async def _call(route: Route, decoder: msgspec.json.Decoder[Any] | None, request: web.Request) -> web.StreamResponse:
     if decoder is None:
         return await route.handler(request)
-    return await route.handler(request, decoder.decode(await request.read()))
+    return await route.handler(request, decoder.decode(await _body(request)))
+
+
+async def _body(request: web.Request) -> bytes:
+    """The whole body; a client that dribbles it must not hold a connection for ever."""
+    seconds = request.app[SERVICE].config.body_timeout
+    try:
+        return await asyncio.wait_for(request.read(), seconds or None)
+    except asyncio.TimeoutError:
+        raise TooSlow(f"the request body did not arrive within {seconds:g} s (--body-timeout)") from None
 
 
 def _check_key(service: Service, guard: Guard, headers: Mapping[str, str]) -> None:
@@ -261,7 +272,13 @@ async def serve(
     finally:
         if service_ready.cancelled() or service_ready.exception() is not None:
             listener.close()
-    runner = web.AppRunner(make_app(service), handler_cancellation=True, access_log=None, shutdown_timeout=1.0)
+    runner = web.AppRunner(
+        make_app(service),
+        handler_cancellation=True,
+        access_log=None,
+        shutdown_timeout=1.0,
+        keepalive_timeout=_IDLE_SECONDS,
+    )
     await runner.setup()
     await web.SockSite(runner, listener, backlog=1024).start()
     host, port = listener.getsockname()[:2]

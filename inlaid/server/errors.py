@@ -5,6 +5,7 @@ ApiError
 ├── Unauthorized    401  no key, or a wrong one
 ├── Forbidden       403  switched off, or outside what is allowed
 ├── NotFound        404  no such model, adapter or path
+├── TooSlow         408  the body took too long to arrive
 ├── Conflict        409  the name is taken
 ├── TooLarge        413  the body is larger than allowed
 ├── TooMany         429  later, see Retry-After
@@ -68,6 +69,10 @@ class NotFound(ApiError):
     status, kind = 404, "not_found_error"
 
 
+class TooSlow(ApiError):
+    status, kind = 408, "invalid_request_error"
+
+
 class Conflict(ApiError):
     status, kind = 409, "invalid_request_error"
 
@@ -98,9 +103,12 @@ def response(error: ApiError) -> web.Response:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
-    return web.Response(
+    answer = web.Response(
         body=msgspec.json.encode(error.body), status=error.status, content_type="application/json", headers=headers
     )
+    if isinstance(error, TooSlow):
+        answer.force_close()
+    return answer
 
 
 def translate(error: Exception) -> ApiError | None:

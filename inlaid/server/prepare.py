@@ -68,7 +68,7 @@ class Job:
         return self.prompts[index // self.num_answers]
 
 
-def resolve(service: Service, model: str) -> Target:
+def resolve(service: Service, model: str, field: str = "model") -> Target:
     """The base by its name (or none), an adapter by its name, or base:adapter."""
     base = service.model_name
     adapter = model.removeprefix(f"{base}:") if model.startswith(f"{base}:") else model
@@ -78,13 +78,30 @@ def resolve(service: Service, model: str) -> Target:
         return Target(None, model or base)
     raise NotFound(
         f"model {model!r} does not exist here; GET /v1/models lists the base {base!r} and its adapters",
-        "model",
+        field,
         "model_not_found",
     )
 
 
-async def completion_job(service: Service, body: CompletionBody, headers: Mapping[str, str]) -> Job:
+def _target(service: Service, body: GenerateBody) -> Target:
+    """What `model` names, or the adapter that SGLang's clients name in `lora_path`, beside `model` or alone."""
     target = resolve(service, body.model)
+    if not body.lora_path:
+        return target
+    named = resolve(service, body.lora_path, "lora_path")
+    if named.adapter is None:
+        raise BadRequest(f"lora_path is {body.lora_path!r}, the base; leave it out, or name an adapter", "lora_path")
+    if target.adapter not in (None, named.adapter):
+        raise BadRequest(f"model names adapter {target.adapter!r}, lora_path {named.adapter!r}", "lora_path")
+    return named
+
+
+def _max_tokens(body: GenerateBody) -> int | None:
+    return body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+
+
+async def completion_job(service: Service, body: CompletionBody, headers: Mapping[str, str]) -> Job:
+    target = _target(service, body)
     _refuse_unserved(body)
     if body.suffix:
         raise BadRequest("suffix is not supported: the models served here do not fill in the middle", "suffix")
@@ -94,14 +111,14 @@ async def completion_job(service: Service, body: CompletionBody, headers: Mappin
     changes: dict[str, Any] = {"logprobs": body.logprobs}
     if body.echo and body.logprobs is not None:
         changes["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
-    max_tokens = 16 if body.max_tokens is None else body.max_tokens
+    max_tokens = 16 if (given := _max_tokens(body)) is None else given
     if max_tokens == 0 and changes.get("prompt_logprobs") is None:
         raise BadRequest("max_tokens is 0, which is allowed only with echo and logprobs", "max_tokens")
     return _job(service, body, headers, target, prompts, max_tokens, changes, "cmpl")
 
 
 async def chat_job(service: Service, body: ChatBody, headers: Mapping[str, str]) -> Job:
-    target = resolve(service, body.model)
+    target = _target(service, body)
     _refuse_unserved(body)
     tokens = await chat_tokens(
         service,
@@ -111,7 +128,7 @@ async def chat_job(service: Service, body: ChatBody, headers: Mapping[str, str])
         bool(body.add_special_tokens),
     )
     prompt = _truncate(Prompt(None, tokens), body.truncate_prompt_tokens)
-    max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    max_tokens = _max_tokens(body)
     if max_tokens is None:
         max_tokens = max(1, service.max_model_len - len(prompt.tokens))
     if body.tool_choice not in (None, "none", "auto"):

@@ -65,7 +65,9 @@ class GenerateBody(Body, frozen=True, kw_only=True):
     """What completions and chat completions have in common."""
 
     model: str = ""
+    lora_path: Annotated[str, Meta(description="SGLang's way to name an adapter")] | None = None
     max_tokens: int | None = None
+    max_completion_tokens: int | None = None
     min_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -172,7 +174,6 @@ class NamedTool(Body, frozen=True, kw_only=True):
 
 class ChatBody(GenerateBody, frozen=True, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_ITEMS)]
-    max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: list[Tool] | None = None

@@ -107,7 +107,24 @@ def test_only_the_end_when_complete(compiler: GrammarCompiler, folder: Path) -> 
 def test_a_broken_grammar_ends_its_own_output(compiler: GrammarCompiler, folder: Path) -> None:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     state = compiler.state(Grammar(choice=("ab",)))
+    assert state.fault is None
     assert allowed(state.mask(tokenizer.encode("zz").ids)) == {END}
+    assert state.fault is not None
+    assert "\n" not in state.fault
+
+
+def test_a_grammar_that_outgrows_the_library_says_so(compiler: GrammarCompiler, folder: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    state = compiler.state(Grammar(regex="a{1000}{1000}"))
+    assert allowed(state.mask(tokenizer.encode("a").ids)) == {END}
+    assert not state.complete
+    assert state.fault is not None
+    assert "after 1 tokens" in state.fault
+
+
+def test_a_constraint_that_allows_nothing_is_refused(compiler: GrammarCompiler) -> None:
+    with pytest.raises(GrammarError, match="cannot be followed after 0 tokens"):
+        compiler.state(Grammar(json_schema='{"$ref": "#"}'))
 
 
 def test_a_tokenizer_larger_than_the_model(folder: Path) -> None:

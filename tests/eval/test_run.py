@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -235,6 +236,8 @@ def test_identities_are_the_servers(tmp_path: Path) -> None:
         (["--backend", "server"], "needs --url"),
         (["--backend", "server", "--url", "http://127.0.0.1:9"], "does not answer"),
         (["--base", "/nowhere"], "does not exist"),
+        (["--bits", "99", "--variants", "rtn"], "99 bits: only"),
+        (["--out", "/dev/null/x/report"], "/dev/null/x: Not a directory; what is in"),
     ],
 )
 def test_a_wrong_command_is_one_clear_line(
@@ -256,6 +259,30 @@ def test_a_wrong_command_is_one_clear_line(
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("eval: ")
     assert reason in said
+
+
+def test_a_full_disk_is_one_clear_line_and_keeps_the_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, report: dict[str, Any]) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    arguments = ["--tasks", "code", "--variants", "fp16", "--examples", "2", "--workers", "0", "--no-figures"]
+    arguments += ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "report")]
+    with monkeypatch.context() as patch:
+        patch.setattr("eval.report.write_json", full)
+        assert run.main(arguments) == 2
+    assert "eval: No space left on device; what is in" in capsys.readouterr().err
+    kept = sorted((tmp_path / "cache" / "answers").iterdir())
+    assert len(kept) == 2  # with the adapter and without
+    assert run.main(arguments) == 0
+    assert sorted((tmp_path / "cache" / "answers").iterdir()) == kept
+
+
+def test_examples_are_a_number(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run.main(["--examples", "-1"])
+    assert "'-1' is not a number of 0 or more" in capsys.readouterr().err
 
 
 def test_a_subset_of_the_whole(tmp_path: Path) -> None:

@@ -93,6 +93,9 @@ def test_failures_above_the_share_are_an_exit_code(fake: str, capsys: pytest.Cap
     [
         (["--input", "fixed:none"], "length 'fixed:none'"),
         (["--rate", "-1"], "rates must be above 0"),
+        (["--rate", "inf"], "and finite"),
+        (["--duration", "inf"], "both finite"),
+        (["--num-requests", "0"], "num_requests must be at least 1"),
         (["--trace", "/no/such"], "dataset /no/such does not exist"),
         (["--workload", "/no/such.toml"], "workload /no/such.toml does not exist"),
         (["--slo", "ttft=3"], "unknown field `ttft`"),
@@ -110,6 +113,36 @@ def test_bad_flags_are_one_clear_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max-connections", "0"], "--max-connections: '0' is not a whole number of at least 1"),
+        (["--timeout", "-1"], "--timeout: '-1' is not a number of seconds"),
+        (["--seed", "-1"], "--seed: '-1' is not a whole number"),
+        (["--percentiles", "50,x"], "--percentiles: '50,x' is not a list like"),
+        (["--percentiles", "101"], "--percentiles: '101' is not a list like"),
+        (["--extra-body", "{"], "--extra-body: '{' is not a JSON object"),
+        (["--extra-body", "[]"], "--extra-body: '[]' is not a JSON object"),
+    ],
+)
+def test_values_that_make_no_sense_are_two_lines(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        build_parser().parse_args(flags)
+    assert ended.value.code == 2
+    usage, error = capsys.readouterr().err.splitlines()
+    assert message in error
+    assert usage.startswith("usage: python -m perf.client")
+
+
+def test_a_run_in_which_nothing_is_answered_fails_and_says_why(fake: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--num-requests", "3", "--arrival", "burst", "--output", "fixed:400", "--timeout", "0.3"]
+    assert run(fake, *flags) == 3
+    error = capsys.readouterr().err
+    assert "3 not answered, 3 of them so: timeout: no end within 0.3 s" in error
 
 
 def test_replicas_are_taken_in_turn_or_chosen_by_adapter() -> None:

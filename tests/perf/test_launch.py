@@ -70,7 +70,9 @@ def test_an_absent_model_says_how_to_get_it(capsys: pytest.CaptureFixture[str]) 
     assert main(["--model", "models/cache/no-such-4bit", "--fetch", "no-such"]) == 2
     error = capsys.readouterr().err
     assert "bash models/download.sh model no-such" in error
-    assert "inlaid quantize models/cache/no-such --bits 4 --out models/cache/no-such-4bit" in error
+    advice = "inlaid quantize models/cache/no-such --bits 4 --out models/cache/no-such-4bit --task general=none:"
+    assert advice in error
+    assert (ROOT / error.split(advice)[1].split()[0]).is_file()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -114,3 +116,5 @@ def test_policy_and_mode_are_arguments_of_the_scripts(capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.strip().endswith("--policy vtc --adapter-mode pipelined")
     assert main(["--kind", "vllm", "--model", "m", "--mode", "cached", "--print"]) == 2
     assert "vllm has no adapter modes" in capsys.readouterr().err
+    assert main(["--kind", "vllm", "--model", "m", "--policy", "vtc", "--print"]) == 2
+    assert "vLLM has none of ours" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from perf.process import ROOT
-from perf.random_adapters import RandomAdapters, folder_for, main, make_adapters, paths_for
+from perf.random_adapters import RandomAdapters, bytes_to_make, folder_for, main, make_adapters, paths_for
 
 BASE = ROOT / "models" / "demo" / "base"
 SPEC = RandomAdapters(3, (4, 8), ("q_proj", "down_proj"))
@@ -54,3 +54,11 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "unknown target q: use q_proj" in capsys.readouterr().err
     with pytest.raises(ValueError, match="ranks of at least 1"):
         RandomAdapters(1, (0,))
+
+
+def test_what_is_still_to_be_written_is_known_beforehand(tmp_path: Path) -> None:
+    expected = bytes_to_make(BASE, SPEC, tmp_path)
+    made = make_adapters(BASE, SPEC, tmp_path, progress=False)
+    tensors = [load_file(f"{path}/adapter_model.safetensors") for _, path in made]
+    assert expected == sum(tensor.nbytes for one in tensors for tensor in one.values())
+    assert bytes_to_make(BASE, SPEC, tmp_path) == 0

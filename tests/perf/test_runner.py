@@ -234,8 +234,23 @@ def test_the_written_scripts_run_by_hand(tmp_path: Path) -> None:
         ('model_path = "tiny"', 'model_path = "./no/such/model"', "model ./no/such/model does not exist"),
         ('"a=/tmp"', '"a=/no/such"', "adapter a: /no/such does not exist"),
         ('model_path = "tiny"', 'model_path = "DEMO"\nnum_hidden_layers = 99', "the template says 99: another model?"),
+        (
+            'model_path = "tiny"',
+            'model_path = "models/cache/x-4bit"',
+            "does not exist: bash models/download.sh model x, ",
+        ),
+        (
+            'model_path = "tiny"\nadapters = ["a=/tmp", "b=/tmp", "c=/tmp"]',
+            'model_path = "DEMO"\nrandom_adapters = { count = 3, ranks = [1000000000] }',
+            "random adapters need 64512.0 GB in .inlaid/perf/adapters",
+        ),
         ('kind = "fake"', 'kind = "slora"', "S-LoRA is not installed here"),
         ('kind = "fake"', 'kind = "inlaid"', "inlaid serve has no argument --ttft-ms"),
+        ('kind = "fake"', 'kind = "sglang"', "known: inlaid, vllm, slora, fake"),
+        ("port = 0", "port = 99999", "`int` <= 65535 - at `router.port`"),
+        ("[global]", '[client]\nwarmup = "lots"\n[global]', "argument --warmup: invalid int value: 'lots'"),
+        ("[global]", '[extra-envs]\n"A=B" = 1\n[global]', "at `key` in `extra-envs`"),
+        ("rate = [60, 120, 240]", "rate = inf", "axes.rate must be a finite number"),
     ],
 )
 def test_a_bad_template_is_one_line_and_code_2_before_anything_starts(

@@ -135,6 +135,13 @@ def test_visible_devices_of_one_node_win_over_the_extra_environment(tmp_path: Pa
         ("rate = 4.0", 'quant = "gptq4"', "model tiny has no quant 'gptq4'"),
         ('skew = "zipf-1.2"', 'skew = "ziff"', "unknown skew 'ziff'"),
         ("policy=vtc", "policy vtc", "is not KEY or KEY=VALUE"),
+        ("rate = 4.0", 'rate = 4.0\npolicy = "fcfs"', r"axes\.policy and a feature both say the policy \(vtc\)"),
+        ('kind = "fake"', 'kind = "vllm"', "policy 'vtc': vLLM has none of ours"),
+        (
+            'model_path = "tiny"',
+            'model_path = "tiny"\nnum_available_blocks = 5',
+            "kind fake cannot be told how many blocks",
+        ),
         ("ttft_ms = 100", "ttft_ms = -1", "above 0 ms"),
         ('models = ["tiny"]', "models = []", "chooses nothing"),
         ('adapters = ["x=/tmp", "y=/tmp"]', 'adapters = ["/no/such/*"]', "no adapter .* at /no/such"),

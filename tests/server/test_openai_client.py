@@ -158,3 +158,63 @@ def test_errors_are_the_sdks_own(client: openai.OpenAI) -> None:
         client.chat.completions.create(model="demo", messages=MESSAGES, extra_body={"tempreature": 1})
     with pytest.raises(openai.BadRequestError, match="the prompt has"):
         client.completions.create(model="demo", prompt="word " * 1500)
+
+
+def test_what_vllms_and_sglangs_benchmarks_send_is_accepted(server: Live) -> None:
+    """`vllm bench serve` (both endpoints) and SGLang's bench with an adapter, their bodies field by field."""
+    usage = {"stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True}
+    parts = [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]
+    sampling = {"temperature": 0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+    sglang = {"model": "maths", "lora_path": "maths", "temperature": 0.0, "ignore_eos": True, "stream": True}
+    bodies: list[tuple[str, dict]] = [
+        ("/v1/completions", {"model": "maths", "prompt": "x", "max_tokens": 3, "logprobs": None, **sampling, **usage}),
+        (
+            "/v1/chat/completions",
+            {"model": "maths", "messages": parts, "max_completion_tokens": 3, **sampling, **usage},
+        ),
+        ("/v1/completions", {"prompt": "x", "best_of": 1, "max_tokens": 3, **sglang}),
+        ("/v1/chat/completions", {"messages": MESSAGES, "max_completion_tokens": 3, **sglang}),
+        (
+            "/v1/completions",
+            {"model": "maths", "prompt": "x", "max_tokens": 3, "max_completion_tokens": 3, "stop": None},
+        ),
+    ]
+    for path, body in bodies:
+        answer = server.ask("POST", path, body)
+        assert answer.status == 200, (body, answer.body)
+        assert body.get("stream") is None or answer.body.endswith(b"data: [DONE]\n\n")
+
+
+def test_lora_path_names_the_adapter_as_model_does(server: Live) -> None:
+    def ask(**names: str) -> tuple[int, dict]:
+        answer = server.ask(
+            "POST", "/v1/completions", {"prompt": "Tom has 6", "max_tokens": 8, "temperature": 0, **names}
+        )
+        return answer.status, answer.json
+
+    status, by_path = ask(model="demo", lora_path="maths")
+    assert status == 200
+    assert by_path["model"] == "maths"
+    assert by_path["choices"] == ask(model="maths")[1]["choices"]
+    assert by_path["choices"] == ask(lora_path="demo:maths")[1]["choices"]
+    assert by_path["choices"] != ask(model="demo", lora_path="")[1]["choices"]
+    for names, wanted in (
+        ({"model": "maths", "lora_path": "code"}, 400),
+        ({"lora_path": "demo"}, 400),
+        ({"lora_path": "nobody"}, 404),
+    ):
+        status, refusal = ask(**names)
+        assert (status, refusal["error"]["param"]) == (wanted, "lora_path")
+
+
+def test_a_constraint_that_cannot_be_followed_is_an_error_and_not_an_answer(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="cannot be followed"):
+        client.completions.create(model="demo", prompt="x", extra_body={"guided_json": {"$ref": "#"}})
+    with pytest.raises(openai.InternalServerError, match="cannot be followed after"):
+        client.completions.create(model="demo", prompt="x", extra_body={"guided_regex": "b{1000}{1000}"})
+    with pytest.raises(openai.APIError, match="cannot be followed after"):
+        list(
+            client.completions.create(
+                model="demo", prompt="x", stream=True, extra_body={"guided_regex": "b{1000}{1000}"}
+            )
+        )
