@@ -38,7 +38,7 @@ from inlaid.engine.model_runner import ModelRunner, _penalized, _sampled, count_
 from inlaid.engine.request import Batch, Request, Sampled, SamplingParams, StepResult, TokenLogprobs, Work
 from inlaid.kernels import fused_triton, lora_triton
 from inlaid.kernels.attention_triton import TritonAttention
-from inlaid.kernels.auto import AutoLinear
+from inlaid.kernels.auto import AutoLinear, backends
 from inlaid.kernels.backend import MODULES, AdapterPages, Kernels
 from inlaid.kernels.exllama import ExllamaLinear
 from inlaid.kernels.humming import HummingLinear
@@ -473,9 +473,8 @@ def cuda_kernels(config: EngineConfig, pages: AdapterPages) -> Kernels:
             "(measured level with FlashInfer's kernels or faster, and graphs need nothing planned on the host)"
         )
     linears: dict[str, Callable[[], Any]] = {
-        "auto": AutoLinear,
-        "humming": HummingLinear,
-        "humming-ordered": lambda: HummingLinear(ordered=True),
+        "auto": lambda: AutoLinear(backends(config.deterministic)),
+        "humming": lambda: HummingLinear(ordered=config.deterministic),
         "exllama": ExllamaLinear,
         "triton": TritonLinear,
         "reference": ReferenceLinear,
