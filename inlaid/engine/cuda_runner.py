@@ -393,6 +393,7 @@ class CudaRunner(ModelRunner):
         if step.adapters:
             segments, order = layout.view(host, "segments"), layout.view(host, "order")
             lora_triton.write_segments(np.array(slots, np.int32), segments, order, layout.block_rows)
+            put("adapters", slots)
         self._write_sampling(step, put)
 
     def _single_tokens(self, singles: list[Work]) -> tuple[list[int], list[int], list[int], list[int], list[int]]:

@@ -4,7 +4,8 @@
 The runner calls `write_segments` once a step on the host and `shrink` / `expand_add` at every adapted linear.
 Weights lie unpadded in one flat pool; `table[slot, site] = (A offset, B offset, rank)` says where. Rows are cut into
 segments of one slot, so a weight is read once per segment; rows of slot 0 are in no segment and cost nothing.
-The inner dimension is split over programs whose partial sums go to fp32 scratch and are added in a fixed order by
+With few rows the expansion may instead be left (`Pending`) to the kernel that reads y next, which saves a launch and a
+pass over y: `pending_part` is what such a kernel (fused_triton.py) adds to its columns of a row. The inner dimension is split over programs whose partial sums go to fp32 scratch and are added in a fixed order by
 `expand_add`: no atomics, so the same batch gives the same bits every time.
 
 Shapes: T rows, K inputs, N outputs, S segments, G siblings (linears sharing x: q, k, v), P partial sums, R rank.
@@ -13,7 +14,7 @@ Shapes: T rows, K inputs, N outputs, S segments, G siblings (linears sharing x: 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -151,6 +152,38 @@ def _expand_kernel(
         tl.store(target, (base.to(tl.float32) + acc * factor).to(base.dtype), mask=mask)
 
 
+@triton.jit
+def _row_times(partial_row, part_step, b_base, rank, n, n_mask, P: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The sum over r of (sum over p of partial[p, r]) B[n, r] for one row, without matrix units, in fp32."""
+    acc = tl.zeros(n.shape, dtype=tl.float32)
+    r_lane = tl.arange(0, BLOCK_R)
+    for r0 in range(0, rank, BLOCK_R):
+        r = r0 + r_lane
+        b_NR = tl.load(b_base + n[:, None] * rank + r[None, :], mask=n_mask[:, None] & (r[None, :] < rank), other=0.0)
+        s_R = tl.zeros((BLOCK_R,), dtype=tl.float32)
+        for p in tl.static_range(P):
+            s_R += tl.load(partial_row + p * part_step + r, mask=r < rank, other=0.0)
+        acc += tl.sum(b_NR.to(tl.float32) * s_R[None, :], axis=1)
+    return acc
+
+
+@triton.jit
+def pending_part(
+    row, sibling, n, n_mask, partial, partial_stride, pool, table, scale, slots, num_sites, site,
+    G: tl.constexpr, P: tl.constexpr, R_STRIDE: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """scale * (sum over p of partial[p, sibling, row]) B[n]^T, for columns n of one row; zeros without adapter."""
+    entry = tl.load(slots + row).to(tl.int64) * num_sites + site + sibling
+    rank = tl.load(table + entry * 3 + 2).to(tl.int32)
+    b_base = pool + (tl.load(table + entry * 3 + 1) // 8) * 8  # the division tells the compiler of the alignment
+    partial_row = partial + sibling * partial_stride + row.to(tl.int64) * R_STRIDE
+    if rank % 8 == 0:  # wide loads
+        acc = _row_times(partial_row, G * partial_stride, b_base, (rank // 8) * 8, n, n_mask, P, BLOCK_R)
+    else:
+        acc = _row_times(partial_row, G * partial_stride, b_base, rank, n, n_mask, P, BLOCK_R)
+    return acc * tl.load(scale + entry)
+
+
 @dataclass(frozen=True)
 class Tuning:
     """Block shapes; `parts` is how many programs share the inner dimension of one shrink."""
@@ -276,6 +309,34 @@ def expand_add(
         BLOCK_N=tuning.block_n, BLOCK_R=tuning.block_r, ALIGN=OFFSET_ALIGNMENT,
         num_warps=tuning.expand_warps, num_stages=1,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pending:
+    """An expansion left to the kernel that reads y next: the sums of `shrink`, and the adapter slot of each row."""
+
+    partial_PGTR: torch.Tensor
+    adapters: AdapterPages
+    slots_T: torch.Tensor
+    site: Site
+    tuning: Tuning
+
+    def arguments(self, block_r: int = 16) -> dict[str, Any]:
+        """Those of `pending_part`, by the names that kernels give them; `block_r` of the rank at a time."""
+        _, groups, rows, stride = self.partial_PGTR.shape
+        pages = self.adapters
+        return {
+            "partial": self.partial_PGTR, "partial_stride": rows * stride, "pool": pages.pool, "table": pages.table,
+            "scale": pages.scale, "adapters": self.slots_T, "num_sites": pages.table.shape[1],
+            "site": self.site.first, "GROUPS": groups, "P": self.tuning.parts, "R_STRIDE": stride, "BLOCK_R": block_r,
+        }  # fmt: skip
+
+
+def nothing_pending(stand_in: torch.Tensor) -> dict[str, Any]:
+    """For a kernel compiled without `pending_part`; it reads none of these."""
+    names = ("partial", "pool", "table", "scale", "adapters")
+    numbers = {"partial_stride": 0, "num_sites": 0, "site": 0, "GROUPS": 1, "P": 0, "R_STRIDE": 1, "BLOCK_R": 16}
+    return dict.fromkeys(names, stand_in) | numbers
 
 
 class TritonLora:
