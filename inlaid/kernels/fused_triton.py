@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from inlaid.kernels.early import early
 from inlaid.kernels.lora_triton import Pending, nothing_pending, pending_part
 
 
@@ -50,7 +51,11 @@ def _add_norm_kernel(
     partial, partial_stride, pool, table, scale, adapters, num_sites, site,
     D: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr, ADD: tl.constexpr, KEEP: tl.constexpr,
     GROUPS: tl.constexpr, P: tl.constexpr, R_STRIDE: tl.constexpr, BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     t = tl.program_id(0).to(tl.int64)
     source = tl.load(rows + t).to(tl.int64) if GATHER else t
     d = tl.arange(0, BLOCK)
@@ -89,7 +94,11 @@ def _rope_store_kernel(
     partial, partial_stride, pool, table, scale, adapters, num_sites, site,
     H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, HALF_PAD: tl.constexpr, HEADS: tl.constexpr,
     NORM: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, R_STRIDE: tl.constexpr, BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     t = tl.program_id(0).to(tl.int64)
     head0 = tl.program_id(1) * HEADS
     half: tl.constexpr = C // 2
@@ -147,7 +156,11 @@ def _silu_mul_kernel(
     x, out, partial, partial_stride, pool, table, scale, adapters, num_sites, site,
     F: tl.constexpr, BLOCK: tl.constexpr,
     GROUPS: tl.constexpr, P: tl.constexpr, R_STRIDE: tl.constexpr, BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     t = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = f < F
@@ -273,7 +286,7 @@ def norm(
         x_TD, residual_TD if residual_TD is not None else x_TD, weight_D, rows_L if rows_L is not None else x_TD,
         out_TD, eps, D=width, BLOCK=triton.next_power_of_2(width), GATHER=rows_L is not None,
         ADD=residual_TD is not None, KEEP=keep, **arguments,
-        num_warps=warps or _warps(width) * (1 if pending is None else 2),
+        **early(alone=pending is None and rows_L is None), num_warps=warps or _warps(width) * (1 if pending is None else 2),
     )  # fmt: skip
 
 
@@ -302,7 +315,7 @@ def rope_store(
     _rope_store_kernel[(qkv_TN.shape[0], (num_heads + 2 * kv_heads) // together)](
         qkv_TN, qkv_TN.stride(0), positions_T, kv_slots_T, cos, sin, k_cache, v_cache, q_weight, k_weight, eps,
         H=num_heads, G=kv_heads, C=width, HALF_PAD=triton.next_power_of_2(width // 2), HEADS=together,
-        NORM=norms is not None, **arguments, num_warps=warps,
+        NORM=norms is not None, **arguments, **early(alone=pending is None), num_warps=warps,
     )  # fmt: skip
 
 
@@ -314,7 +327,7 @@ def silu_mul(
     block = block or (1024 if pending is None else 512)
     arguments = nothing_pending(x_T2F) if pending is None else pending.arguments()
     _silu_mul_kernel[(rows, triton.cdiv(width, block))](
-        x_T2F, out_TF, F=width, BLOCK=block, **arguments, num_warps=warps
+        x_T2F, out_TF, F=width, BLOCK=block, **arguments, **early(alone=pending is None), num_warps=warps
     )
 
 

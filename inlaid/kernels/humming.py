@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from inlaid.checkpoint import QuantizedLinear, QuantSpec
+from inlaid.kernels import early
 from inlaid.kernels.act_order import group_length, sequential
 from inlaid.kernels.humming_order import Problem, candidates, keeps_order
 
@@ -182,7 +183,8 @@ def intervals(config: Any, device: torch.device, ordered: bool = True) -> list[l
         chosen = None if chosen is None else {**base, **chosen}
         if ordered and (chosen is None or not keeps_order(chosen, problem)):
             chosen = candidates(base, problem)[0]
-        out.append([problem.below, problem.most, base if chosen is None else chosen])
+        chosen = base if chosen is None else chosen
+        out.append([problem.below, problem.most, {**chosen, "use_pdl": True} if early.EARLY else chosen])
     return out
 
 

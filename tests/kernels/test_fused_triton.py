@@ -152,9 +152,7 @@ def test_rope_adds_what_is_pending(heads: int, kv_heads: int, width: int, togeth
     positions = torch.tensor([0, 8, 3, 3, 7], dtype=torch.int32, device=DEVICE)
     slots = torch.tensor([21, 5, 30, 16, 0], dtype=torch.int32, device=DEVICE)
     caches = [torch.zeros(2, 16, kv_heads, width, dtype=torch.float16, device=DEVICE) for _ in range(4)]
-    fused.rope_store(
-        y, positions, slots, cos, sin, caches[0], caches[1], heads, pending=pended.pending, heads=together
-    )
+    fused.rope_store(y, positions, slots, cos, sin, caches[0], caches[1], heads, pending=pended.pending, heads=together)
     fused.rope_store(expanded, positions, slots, cos, sin, caches[2], caches[3], heads)
     close(y[:, : heads * width], expanded[:, : heads * width])
     close(caches[0], caches[2])
