@@ -163,7 +163,8 @@ def _decode_group_kernel(
 @triton.jit
 def _merge_kernel(
     partial, stats, lengths, out, out_row, window,
-    H: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
+    H: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Weigh the splits of one head by their maxima and sums."""
     if EARLY:

@@ -1,7 +1,7 @@
 # mypy: disallow_untyped_defs=False, disallow_incomplete_defs=False
 """The small operations between the GEMMs, each one launch: embedding + norm, residual + norm, rotary + write into paged
-KV, activation. The graph runner calls the fused ones; `TritonOps` offers the layers' separate ones. Those that read what
-an adapted linear wrote can add the adapters' part on the way (`pending`, see lora_triton.py), row by row.
+KV, activation. The graph runner calls the fused ones; `TritonOps` offers the layers' separate ones. Those that read
+what an adapted linear wrote can add the adapters' part on the way (`pending`, see lora_triton.py), row by row.
 
 Rounding follows reference.py: what it rounds to the compute type, these round too, so that greedy tokens agree.
 
@@ -281,12 +281,13 @@ def norm(
     is added to x first. `warps` 0: as measured."""
     width = weight_D.shape[0]
     arguments = nothing_pending(x_TD) if pending is None else pending.arguments(block_r=8)  # 16 would spill registers
+    warps = warps or _warps(width) * (1 if pending is None else 2)
     count = x_TD.numel() // width if rows_L is None else rows_L.shape[0]
     _add_norm_kernel[(count,)](
         x_TD, residual_TD if residual_TD is not None else x_TD, weight_D, rows_L if rows_L is not None else x_TD,
         out_TD, eps, D=width, BLOCK=triton.next_power_of_2(width), GATHER=rows_L is not None,
         ADD=residual_TD is not None, KEEP=keep, **arguments,
-        **early(alone=pending is None and rows_L is None), num_warps=warps or _warps(width) * (1 if pending is None else 2),
+        **early(alone=pending is None and rows_L is None), num_warps=warps,
     )  # fmt: skip
 
 

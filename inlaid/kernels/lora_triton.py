@@ -3,10 +3,11 @@
 
 The runner calls `write_segments` once a step on the host and `shrink` / `expand_add` at every adapted linear.
 Weights lie unpadded in one flat pool; `table[slot, site] = (A offset, B offset, rank)` says where. Rows are cut into
-segments of one slot, so a weight is read once per segment; rows of slot 0 are in no segment and cost nothing.
-With few rows the expansion may instead be left (`Pending`) to the kernel that reads y next, which saves a launch and a
-pass over y: `pending_part` is what such a kernel (fused_triton.py) adds to its columns of a row. The inner dimension is split over programs whose partial sums go to fp32 scratch and are added in a fixed order by
-`expand_add`: no atomics, so the same batch gives the same bits every time.
+segments of one slot, so a weight is read once per segment; rows of slot 0 are in no segment and cost nothing. With few
+rows the expansion may instead be left (`Pending`) to the kernel that reads y next, which saves a launch and a pass over
+y: `pending_part` is what such a kernel (fused_triton.py) adds to its columns of a row. The inner dimension is split
+over programs whose partial sums go to fp32 scratch and are added in a fixed order: no atomics, so the same batch gives
+the same bits every time.
 
 Shapes: T rows, K inputs, N outputs, S segments, G siblings (linears sharing x: q, k, v), P partial sums, R rank.
 """
