@@ -159,7 +159,7 @@ class CudaRunner(ModelRunner):
                 for line in backend.report():
                     log.info("linear kernels: %s", line)
         log.info(
-            "%d kernels' layouts warm in %.1f s, %d graphs captured in %.1f s, %d KV blocks",
+            "start-up: kernels of %d layouts warm in %.1f s, %d graphs captured in %.1f s, %d KV blocks",
             len(layouts), compiled - begin, len(self._graphs), time.monotonic() - compiled, self.num_blocks,
         )  # fmt: skip
 
