@@ -1,0 +1,203 @@
+"""What a GPU's bench stages do that a CPU can do too: a stage's result and its time limit, a step taken from an engine
+and run again under other choices, floors, the rounded demo, and the sweep's table."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed: pip install triton")
+
+from inlaid.checkpoint import Checkpoint, QuantSpec, dequantize
+from inlaid.engine import cuda_forward
+from inlaid.kernels.humming_order import keeps_order
+from inlaid.kernels.measure import Ceiling
+from perf.gpu import bench, demo, humming_sweep, random_model, serving, step
+from tests.engine.test_cuda_runner import Bench, few_programs
+
+__all__ = ["few_programs"]  # a fixture for all tests here: the interpreter is slow
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("step"), "llama-bias")
+
+
+def test_calls_are_made_of_known_stages_that_fit_ten_minutes_if_they_go_as_before() -> None:
+    for stages in bench.CALLS.values():
+        assert set(stages) <= set(bench.LIMITS)
+        assert len(set(stages)) == len(stages)
+    assert len(set(bench.FIRST + bench.SECOND + bench.THIRD)) >= 12
+
+
+def test_a_stage_past_its_time_ends_with_all_it_started_and_keeps_what_it_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(bench.LIMITS, "soak", 6)
+    child = tmp_path / "child"
+    program = (
+        "import subprocess, sys, time, pathlib; from perf.gpu import bench;"
+        f"bench.write(pathlib.Path({str(tmp_path)!r}) / 'soak.json', {{'cut_short': True}});"
+        "grandchild = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)']);"
+        f"pathlib.Path({str(child)!r}).write_text(str(grandchild.pid)); time.sleep(300)"
+    )
+    start = subprocess.Popen
+    monkeypatch.setattr(
+        bench.subprocess, "Popen", lambda command, **more: start([sys.executable, "-c", program], **more)
+    )
+    line = bench.one_stage("soak", tmp_path, time.monotonic() + 100)
+    assert "ran past 6 s" in line
+    assert json.loads((tmp_path / "soak.json").read_text()) == {"cut_short": True}
+    assert ended(int(child.read_text()))
+    assert "no time was left" in bench.one_stage("soak", tmp_path, time.monotonic() + 1)
+    assert line in capsys.readouterr().out
+
+
+def ended(pid: int) -> bool:
+    """Gone, or dead and not yet reaped."""
+    for _ in range(100):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except OSError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_step_is_taken_from_the_engine_and_run_again(tiny: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = tiny.engine()
+    names = ["a0", None]
+    taken = step.decoding(engine, names, 3, 100)
+    assert (taken.layout.decodes, taken.layout.prefills, taken.adapters) == (2, 0, 1)
+    runner = step.runner_of(engine)
+    replay = step.replayable(runner, taken)
+    assert step.repeats(runner, taken, replay, 1) == 1
+    choices = [
+        step.Variant("as shipped"),
+        step.Variant("expansions of their own", ((cuda_forward, "PENDING_ROWS", 0),)),
+        step.Variant("broken", ((cuda_forward.fused_triton, "silu_mul", None),)),
+    ]
+    monkeypatch.setattr(step, "time_step", lambda runner, replay: 1.0)
+    shipped, other, broken = step.compare(engine, taken, choices, times=1)
+    assert (shipped["error"], shipped["same_bits"], shipped["us"]) == (0.0, "1 of 1", 1.0)
+    assert 0 <= other["error"] < 5e-3
+    assert "TypeError" in broken["failed"]
+    assert cuda_forward.PENDING_ROWS != 0
+    step.leave(engine, len(names))
+    assert not engine.has_work
+
+
+def test_floors_of_a_decode_step_are_those_of_the_facts() -> None:
+    """Llama-2-7B at 64 rows and 320 tokens: 1.07 ms of matrix work, 2.5 ms of KV, 0.25 ms of adapters."""
+    spec = random_model.spec_of("7b")
+    layout = cuda_forward.Layout(64, 64, 0, 64, 0, 64, 16)
+    taken = step.Step(layout, 1, torch.zeros(1), 32, 319)
+    floor = step.floors(spec, QuantSpec(4, 128, True, False), taken, 16, Ceiling(4.3e12, 790e12))
+    assert floor["linears"] == pytest.approx(1050, rel=0.02)
+    assert floor["attention"] == pytest.approx(2497, rel=0.01)
+    assert floor["adapters"] == pytest.approx(250, rel=0.01)
+    assert floor["head"] == pytest.approx(61, rel=0.01)
+
+
+def test_kernels_are_counted_in_their_groups() -> None:
+    kernels = [
+        {"kernel": "_decode_one_kernel", "us_per_step": 10.0}, {"kernel": "_merge_kernel", "us_per_step": 1.5},
+        {"kernel": "void humming<Mma>", "us_per_step": 7.0}, {"kernel": "Memcpy", "us_per_step": 0.5},
+    ]  # fmt: skip
+    for row in kernels:
+        row["group"] = step.group_of(str(row["kernel"]))
+    found = step.by_group(kernels, {"attention": 9.0})
+    assert found["attention"] == {"us": 11.5, "floor": 9.0}
+    assert found["linears"]["us"] == 7.0
+    assert found["rest"]["us"] == 0.5
+
+
+def test_the_rounded_demo_is_the_demo_within_half_a_step(tmp_path: Path) -> None:
+    folder = demo.rounded(tmp_path / "rounded")
+    base, made = Checkpoint(demo.MODEL), Checkpoint(folder)
+    name = "model.layers.1.mlp.down_proj"
+    linear = made.linear(name)
+    assert linear.spec == QuantSpec(4, 64, True, False)
+    exact_KN = base.tensor(f"{name}.weight").float().t()
+    step_KN = linear.scales.float().repeat_interleave(64, dim=0)
+    inside = (dequantize(linear) - exact_KN).abs() <= 0.51 * step_KN + 1e-6
+    assert inside.float().mean() > 0.95  # but for the largest, which are clamped
+    assert len(made.linears) == 6 * 7
+
+
+def test_what_the_cpu_said_and_the_gpu_did_not() -> None:
+    cpu = {"a": ([1, 2, 3], [1.0, 0.2, 3.0]), "b": ([4], [1.0])}
+    gpu = {"a": ([1, 9, 9], []), "b": ([4], [])}
+    found = demo.differences(cpu, gpu)
+    assert (found["equal"], found["share"]) == (1, 0.5)
+    assert found["lead_at_first_difference"] == {"a": 0.2}
+
+
+def test_the_sweep_keeps_what_is_best_and_what_others_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = tmp_path / "table.json"
+    monkeypatch.setattr(humming_sweep, "TUNING", table)
+    plain = {"device": "x", "inputs": 1}
+    table.write_text(json.dumps({"entries": [plain, {**plain, "ordered": True, "best_us": 9.0}]}))
+    base = {"block_shape": (64, 128, 64), "num_ctas_per_sm": 2, "num_stages": 4, "use_tma": True}
+    found = humming_sweep.record(4096, 4096, 64, [(12.0, base), (15.0, {"a": 1}), (13.0, {"a": 2})])
+    assert (found["own_us"], found["best_us"], found["buckets"]) == (12.0, 13.0, [48, 64])
+    assert found["changes"] == {"num_sms": 0, "multi_cast_size_a": 1, "a": 2}
+    humming_sweep.write([{**found, "device": "x"}])
+    entries = json.loads(table.read_text())["entries"]
+    assert [entry.get("best_us") for entry in entries] == [None, 13.0]
+    assert "all" not in entries[1]
+
+
+def test_the_sweep_times_what_serves_every_bucket() -> None:
+    from inlaid.kernels.humming import ROW_BUCKETS
+
+    served = [bucket for buckets in humming_sweep.BUCKETS.values() for bucket in buckets]
+    assert sorted(served) == list(ROW_BUCKETS)
+    for rows, buckets in humming_sweep.BUCKETS.items():
+        problem = humming_sweep.problem_of(4096, 4096, rows, 132)
+        below = max([0, *(b for b in ROW_BUCKETS if b < min(buckets))])
+        assert problem.below == below
+        assert problem.most >= max(buckets)
+        assert keeps_order({"block_shape": (64, 128, 64), "use_stream_k": False}, problem)
+
+
+def test_what_the_log_says_of_a_start(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("x\nengine: INFO start-up: weights 2.0 s\ny\nengine: INFO start-up: imports 1 s\n")
+    assert [line.split("start-up: ")[1] for line in serving.timeline(log)] == ["weights 2.0 s", "imports 1 s"]
+
+
+def test_rows_of_mixed_ranks_are_compared_with_those_of_their_mean(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(serving, "ROOT", tmp_path)
+    asked: list[Any] = []
+
+    def served(keep: Any, report: dict[str, Any], *arguments: Any) -> dict[str, Any]:
+        _, _, adapters, max_rank, rows, more = arguments
+        asked.append((sorted(adapters), max_rank, more))
+        report["rows"] = [
+            {"names": name, "concurrency": c, "output_tokens_per_second": 95.0 if name == "m" else 100.0}
+            for name, _, c, _ in rows
+        ]
+        return report
+
+    monkeypatch.setattr(serving, "served", served)
+    found = serving.ranks("tiny", lambda part: None, count=4)
+    assert found["mixed_over_uniform"] == {"1": 0.95, "64": 0.95, "256": 0.95}
+    names, max_rank, more = asked[0]
+    assert names == ["m0", "m1", "m2", "m3", "u0", "u1", "u2", "u3"]
+    assert max_rank == 128
+    ranks = [json.loads((tmp_path / "tiny-every-linear" / n / "adapter_config.json").read_text())["r"] for n in names]
+    assert ranks == [8, 16, 40, 128, 48, 48, 48, 48]
+    assert more[0] == "--adapter-memory-gib"
+    assert 0.5 <= float(more[1]) < 1.0
