@@ -21,6 +21,7 @@ from perf.gpu import step as step_module
 from perf.gpu.random_model import spec_of
 from perf.gpu.serving import Keep, files
 
+DEVICE = "cuda"
 PROMPT, OUTPUT = 256, 128
 ROWS = {  # (adapters, concurrency, requests)
     "7b": [(0, 1, 3), (1, 1, 3), (32, 1, 3), (32, 16, 48), (0, 64, 192), (32, 64, 192), (64, 64, 192), (0, 256, 512),
@@ -34,8 +35,8 @@ RANKS = {"7b": (16,), "8b": (8, 16, 32, 64), "tiny": (16,)}  # of the adapters, 
 def engine_config(model: Path, max_loras: int, max_rank: int, **changes: Any) -> EngineConfig:
     return EngineConfig(
         model=str(model),
-        device="cuda",
-        dtype="float16",
+        device=DEVICE,
+        dtype="float16" if DEVICE == "cuda" else "float32",
         cache=CacheConfig(gpu_memory_utilization=0.8, enable_prefix_caching=False),
         adapters=AdapterConfig(max_loras=max_loras, max_lora_rank=max_rank),
         scheduler=SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=2048),
@@ -109,10 +110,10 @@ def host_share(loaded: Loaded, adapters: int, concurrency: int, vocab: int) -> d
     return {part: median(times) for part, times in parts.items()}
 
 
-def repeats(loaded: Loaded, adapters: int, vocab: int, times: int = 12) -> dict[str, Any]:
-    """The same 64 requests over and over: how many answers are, token for token, those of the first time."""
+def repeats(loaded: Loaded, adapters: int, vocab: int, times: int, count: int = 64) -> dict[str, Any]:
+    """The same requests over and over: how many answers are, token for token, those of the first time."""
     engine, generator = loaded.engine, random.Random(11)
-    prompts = [[generator.randrange(3, vocab) for _ in range(32)] for _ in range(64)]
+    prompts = [[generator.randrange(3, vocab) for _ in range(32)] for _ in range(count)]
     rounds = []
     for turn in range(times):
         answers: dict[str, list[int]] = {}
@@ -125,13 +126,17 @@ def repeats(loaded: Loaded, adapters: int, vocab: int, times: int = 12) -> dict[
                 answers.setdefault(output.id.split("-")[1], []).extend(output.tokens)
         rounds.append(answers)
     same = [sum(answers[name] == rounds[0][name] for name in answers) for answers in rounds[1:]]
-    return {"requests": len(prompts), "tokens": 32, "same_as_first": same}
+    return {
+        "requests": len(prompts), "tokens": 32, "repetitions": len(same),
+        "all_equal": sum(one == len(prompts) for one in same), "fewest_equal": min(same),
+    }  # fmt: skip
 
 
 def load(shape: str, count: int, **changes: Any) -> tuple[Loaded, ModelSpec]:
     """An engine with so many adapters of the shape."""
     model, adapters = files(shape, RANKS[shape], count)
-    return build_engine(engine_config(model, max(1, count), max(RANKS[shape]), **changes), adapters), spec_of(shape)
+    config = engine_config(model, max(1, count), max(RANKS[shape]), **changes)
+    return build_engine(config, adapters), spec_of(shape)
 
 
 def run(shape: str, keep: Keep) -> dict[str, Any]:
@@ -157,7 +162,7 @@ def run(shape: str, keep: Keep) -> dict[str, Any]:
 def determinism(shape: str, keep: Keep, times: int = 100) -> dict[str, Any]:
     """The same batch over and over, through the whole engine."""
     loaded, spec = load(shape, 32)
-    report: dict[str, Any] = {"shape": shape, "deterministic": loaded.engine.runner.config.deterministic}  # type: ignore[attr-defined]
+    report: dict[str, Any] = {"shape": shape, "deterministic": EngineConfig().deterministic}
     for some in (32, 0):
         report[f"{some} adapters"] = repeats(loaded, some, spec.vocab_size, times)
         keep(report)

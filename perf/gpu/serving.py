@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import random
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,13 +28,20 @@ from statistics import mean, median
 from typing import Any
 
 ROOT = Path("/tmp/inlaid-bench")
-PORT = 8123
+DEVICE = ("--device", "cuda", "--dtype", "float16")
 CLIENTS = 4
 PROMPT, OUTPUT = 256, 128
 MIXED = (8, 16, 40, 128)  # ranks in turn; their mean is 48
 
 
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
 def start_server(
+    port: int,
     model: Path,
     adapters: dict[str, str],
     max_rank: int,
@@ -42,15 +50,16 @@ def start_server(
     environment: dict[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
     command = [
-        sys.executable, "-m", "inlaid", "serve", str(model), "--port", str(PORT), "--device", "cuda", "--dtype",
-        "float16", "--max-num-seqs", "256", "--max-num-batched-tokens", "2048", "--gpu-memory-utilization", "0.8",
+        sys.executable, "-m", "inlaid", "serve", str(model), "--port", str(port), *DEVICE,
+        "--max-num-seqs", "256", "--max-num-batched-tokens", "2048", "--gpu-memory-utilization", "0.8",
         "--no-enable-prefix-caching", "--max-loras", str(max(1, len(adapters))), "--max-lora-rank", str(max_rank),
         *more,
     ]  # fmt: skip
     if adapters:
         command += ["--adapter", *(f"{name}={path}" for name, path in adapters.items())]
     environment = {**os.environ, **(environment or {})}
-    return subprocess.Popen(command, stdout=log.open("wb"), stderr=subprocess.STDOUT, env=environment)
+    with log.open("wb") as output:
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
 
 
 def stop(server: subprocess.Popen[bytes]) -> None:
@@ -62,14 +71,14 @@ def stop(server: subprocess.Popen[bytes]) -> None:
         server.wait()
 
 
-def wait_ready(server: subprocess.Popen[bytes], limit: float) -> float:
+def wait_ready(server: subprocess.Popen[bytes], port: int, limit: float) -> float:
     """Seconds until /health answers."""
     begin = time.monotonic()
     while time.monotonic() - begin < limit:
         if server.poll() is not None:
             raise RuntimeError(f"the server ended with {server.returncode}")
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=2) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
                 if answer.status == 200:
                     return time.monotonic() - begin
         except (urllib.error.URLError, OSError):
@@ -78,12 +87,12 @@ def wait_ready(server: subprocess.Popen[bytes], limit: float) -> float:
     raise RuntimeError(f"the server was not ready within {limit:.0f} s")
 
 
-def base_name() -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/v1/models", timeout=10) as answer:
+def base_name(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=10) as answer:
         return json.loads(answer.read())["data"][0]["id"]
 
 
-async def one_request(session: Any, model: str, prompt: list[int]) -> tuple[int, float, float, float]:
+async def one_request(session: Any, port: int, model: str, prompt: list[int]) -> tuple[int, float, float, float]:
     """Output tokens, and seconds: sent, first chunk, last chunk."""
     body = {
         "model": model, "prompt": prompt, "max_tokens": OUTPUT, "temperature": 0.0, "ignore_eos": True, "stream": True,
@@ -92,7 +101,7 @@ async def one_request(session: Any, model: str, prompt: list[int]) -> tuple[int,
     sent = time.perf_counter()
     first = last = 0.0
     tail = b""
-    async with session.post(f"http://127.0.0.1:{PORT}/v1/completions", json=body) as response:
+    async with session.post(f"http://127.0.0.1:{port}/v1/completions", json=body) as response:
         response.raise_for_status()
         async for chunk in response.content.iter_any():
             now = time.perf_counter()
@@ -106,7 +115,7 @@ async def one_request(session: Any, model: str, prompt: list[int]) -> tuple[int,
     return int(usage["completion_tokens"]), sent, first, last
 
 
-def client(models: list[str], streams: int, vocab: int, seed: int) -> list[tuple[int, float, float, float]]:
+def client(port: int, models: list[str], streams: int, vocab: int, seed: int) -> list[tuple[int, float, float, float]]:
     """One process's share: a closed loop over these requests."""
 
     async def run() -> list[tuple[int, float, float, float]]:
@@ -119,7 +128,7 @@ def client(models: list[str], streams: int, vocab: int, seed: int) -> list[tuple
         async def stream(session: Any) -> None:
             while waiting:
                 model, prompt = waiting.pop()
-                found.append(await one_request(session, model, prompt))
+                found.append(await one_request(session, port, model, prompt))
 
         timeout = aiohttp.ClientTimeout(total=240)
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
@@ -130,14 +139,26 @@ def client(models: list[str], streams: int, vocab: int, seed: int) -> list[tuple
 
 
 def measure(
-    pool: ProcessPoolExecutor, base: str, adapters: int, concurrency: int, total: int, vocab: int, prefix: str = "a"
+    pool: ProcessPoolExecutor,
+    port: int,
+    base: str,
+    adapters: int,
+    concurrency: int,
+    total: int,
+    vocab: int,
+    prefix: str = "a",
 ) -> dict[str, Any]:
     models = [f"{prefix}{i % adapters}" if adapters else base for i in range(total)]
     random.Random(0).shuffle(models)
     clients = min(CLIENTS, concurrency)
     futures = [
         pool.submit(
-            client, models[i::clients], concurrency // clients + (i < concurrency % clients), vocab, 100 * total + i
+            client,
+            port,
+            models[i::clients],
+            concurrency // clients + (i < concurrency % clients),
+            vocab,
+            100 * total + i,
         )
         for i in range(clients)
     ]
@@ -182,22 +203,22 @@ def served(
     """Start a server and run rows of (names begin with, adapters, concurrency, requests) on it."""
     from perf.gpu.random_model import config
 
-    log = ROOT / "server.log"
-    server = start_server(model, adapters, max_rank, log, more)
+    log, port = ROOT / "server.log", free_port()
+    server = start_server(port, model, adapters, max_rank, log, more)
     report |= {"shape": shape, "rows": [], "host_cpus": os.cpu_count(), "more": list(more)}
     try:
-        report["ready_s"] = wait_ready(server, 200)
+        report["ready_s"] = wait_ready(server, port, 200)
         report["start_up"] = timeline(log)
         print(f"{shape}: server ready in {report['ready_s']:.1f} s", flush=True)
-        base, vocab = base_name(), config(shape)["vocab_size"]
+        base, vocab = base_name(port), config(shape)["vocab_size"]
         with ProcessPoolExecutor(CLIENTS, mp_context=multiprocessing.get_context("spawn")) as pool:
             warmed: set[str] = set()
             for prefix, some, concurrency, total in rows:
                 if some and prefix not in warmed:  # the adapters' way to the device is not what the rows are about
                     warmed.add(prefix)
                     most = max(count for name, count, _, _ in rows if name == prefix)
-                    measure(pool, base, most, 64, max(64, most), vocab, prefix)
-                row = measure(pool, base, some, concurrency, total, vocab, prefix)
+                    measure(pool, port, base, most, 64, max(64, most), vocab, prefix)
+                row = measure(pool, port, base, some, concurrency, total, vocab, prefix)
                 report["rows"].append(row if prefix == "a" else {"names": prefix, **row})
                 keep(report)
                 print({key: round(value, 2) for key, value in row.items()}, flush=True)
@@ -256,18 +277,18 @@ def on_backend(shape: str, backend: str, keep: Keep) -> dict[str, Any]:
     return served(keep, {}, shape, model, adapters, 16, rows, ("--linear-backend", backend, "--no-deterministic"))
 
 
-def start_up(shape: str, keep: Keep) -> dict[str, Any]:
+def start_up(shape: str, keep: Keep, starts: tuple[str, ...] = ("cold", "warm", "warm")) -> dict[str, Any]:
     """From start to ready with nothing in any cache, and again with what the first start left there."""
     model, adapters = files(shape, (16,), 32)
     report: dict[str, Any] = {"shape": shape, "starts": []}
-    log = ROOT / "server.log"
+    log, port = ROOT / "server.log", free_port()
     with tempfile.TemporaryDirectory() as caches:
         places = ("HUMMING_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME")
         environment = {place: f"{caches}/{place.lower()}" for place in places}
-        for name in ("cold", "warm", "warm"):
-            server = start_server(model, adapters, 16, log, environment=environment)
+        for name in starts:
+            server = start_server(port, model, adapters, 16, log, environment=environment)
             try:
-                start = {"caches": name, "ready_s": wait_ready(server, 200), "start_up": timeline(log)}
+                start = {"caches": name, "ready_s": wait_ready(server, port, 200), "start_up": timeline(log)}
             except RuntimeError as error:
                 start = {"caches": name, "error": str(error), "server_log": log.read_text(errors="replace")[-3000:]}
             finally:

@@ -19,7 +19,7 @@ from inlaid.checkpoint import Checkpoint, QuantSpec, dequantize
 from inlaid.engine import cuda_forward
 from inlaid.kernels.humming_order import keeps_order
 from inlaid.kernels.measure import Ceiling
-from perf.gpu import bench, demo, humming_sweep, random_model, serving, step
+from perf.gpu import bench, demo, humming_sweep, offline, random_model, serving, step
 from tests.engine.test_cuda_runner import Bench, few_programs
 
 __all__ = ["few_programs"]  # a fixture for all tests here: the interpreter is slow
@@ -201,3 +201,46 @@ def test_rows_of_mixed_ranks_are_compared_with_those_of_their_mean(
     assert ranks == [8, 16, 40, 128, 48, 48, 48, 48]
     assert more[0] == "--adapter-memory-gib"
     assert 0.5 <= float(more[1]) < 1.0
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The stages' models and servers where there is no GPU."""
+    monkeypatch.setattr(serving, "ROOT", tmp_path)
+    monkeypatch.setattr(serving, "DEVICE", ("--device", "cpu", "--dtype", "float32"))
+    monkeypatch.setattr(offline, "DEVICE", "cpu")
+    return tmp_path
+
+
+def test_a_tiny_model_is_served_and_its_rows_are_kept_one_by_one(on_the_cpu: Path) -> None:
+    kept: list[int] = []
+    found = serving.run("tiny", [(0, 1, 1), (2, 2, 2)], (16,), lambda part: kept.append(len(part["rows"])))
+    assert "error" not in found, found.get("server_log")
+    assert kept == [1, 2]
+    assert [(row["adapters"], row["requests"]) for row in found["rows"]] == [(0, 1), (2, 2)]
+    assert all(row["output_tokens_per_second"] > 0 for row in found["rows"])
+    assert any("weights" in line for line in found["start_up"])
+
+
+def test_what_a_server_says_before_it_ends_is_kept(on_the_cpu: Path) -> None:
+    model, adapters = serving.files("tiny", (16,), 1)
+    found = serving.served(lambda part: None, {}, "tiny", model, adapters, 8, [("a", 1, 1, 1)])
+    assert "the server ended" in found["error"]
+    assert "rank" in found["server_log"]
+
+
+def test_the_same_batch_again_and_rows_without_a_server(on_the_cpu: Path) -> None:
+    loaded, spec = offline.load("tiny", 2)
+    found = offline.repeats(loaded, 2, spec.vocab_size, times=3, count=4)
+    assert (found["repetitions"], found["all_equal"], found["fewest_equal"]) == (2, 2, 4)
+    row = offline.drive(loaded, 2, 2, 2, spec.vocab_size)
+    assert row["requests"] == 2
+    assert set(offline.host_share(loaded, 2, 2, spec.vocab_size)) == {"schedule", "submit", "collect", "commit"}
+
+
+def test_a_start_from_nothing_is_timed_with_what_the_log_says(on_the_cpu: Path) -> None:
+    found = serving.start_up("tiny", lambda part: None, ("cold",))
+    (start,) = found["starts"]
+    assert start["caches"] == "cold"
+    assert start["ready_s"] > 0
+    assert any("adapters" in line for line in start["start_up"])
