@@ -25,6 +25,7 @@ ALIGNMENT = 32  # of the pieces of meta, in elements: kernels are compiled for a
 QUERY_TILE = 64
 SIDE_STREAM_ROWS = 16  # with fewer rows a shrink is shorter than the detour
 PENDING_ROWS = 64  # with more rows an expansion of its own, which reads each adapter once, is faster
+PENDING_RANK = 64  # a norm has one program a row, which would read a larger B alone
 NO_ADAPTERS, ATTENTION_ADAPTERS, ALL_ADAPTERS = 0, 1, 2  # which linears may have adapters in a step
 
 
@@ -159,6 +160,7 @@ class Forward:
         segments = lora_triton.Segments(views["segments"], views["order"], layout.segments, layout.block_rows)
         slots = views["adapters"]
         in_attention, in_mlp = adapters >= ATTENTION_ADAPTERS, adapters >= ALL_ADAPTERS
+        large = self.max_rank > PENDING_RANK
         residual, x, y = self.residual[:tokens], self.x[:tokens], self.y[:tokens]
         first = model.blocks[0].attention_norm
         fused_triton.embed_norm(
@@ -175,12 +177,12 @@ class Forward:
                 attention.num_heads, norms, pending,
             )  # fmt: skip
             self._attend(layout, views, k_cache, v_cache, attention.window or 0)
-            pending = self._linear(attention.output, self.mixed[:tokens], y, segments, slots, in_attention)
+            pending = self._linear(attention.output, self.mixed[:tokens], y, segments, slots, in_attention, large)
             fused_triton.norm(y, block.mlp_norm.weight, block.mlp_norm.eps, x, residual, pending=pending)
             pending = self._linear(block.gate_up, x, self.wide[:tokens], segments, slots, in_mlp)
             fused_triton.silu_mul(self.wide[:tokens], self.narrow[:tokens], pending)
             last = index + 1 == len(model.blocks)
-            pending = self._linear(block.down, self.narrow[:tokens], y, segments, slots, in_mlp, at_once=last)
+            pending = self._linear(block.down, self.narrow[:tokens], y, segments, slots, in_mlp, last or large)
             if not last:
                 following = model.blocks[index + 1].attention_norm
                 fused_triton.norm(y, following.weight, following.eps, x, residual, pending=pending)

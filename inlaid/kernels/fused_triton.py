@@ -309,9 +309,9 @@ def rope_store(
     queries and keys (weights and eps), applied before the rotation. cos and sin are tables by position. `pending` is
     added to qkv first. `heads` of a program and `warps` 0: as measured."""
     kv_heads, width = k_cache.shape[2:]
-    together = math.gcd(math.gcd(num_heads, kv_heads), heads or (8 if pending is None else 4))
+    together = math.gcd(math.gcd(num_heads, kv_heads), heads or (8 if pending is None else 64 // pending.block_r))
     arguments = nothing_pending(qkv_TN) if pending is None else pending.arguments()
-    warps = warps or max(1, together * width // (512 if pending is None else 128))
+    warps = warps or (max(1, together * width // 512) if pending is None else 4)
     q_weight, k_weight, eps = norms or (cos, cos, 0.0)
     _rope_store_kernel[(qkv_TN.shape[0], (num_heads + 2 * kv_heads) // together)](
         qkv_TN, qkv_TN.stride(0), positions_T, kv_slots_T, cos, sin, k_cache, v_cache, q_weight, k_weight, eps,
@@ -325,7 +325,7 @@ def silu_mul(
 ) -> None:
     """out = silu(first half) * second half; `pending` is added to x first. `block` 0: as measured."""
     rows, width = out_TF.shape
-    block = block or (1024 if pending is None else 512)
+    block = block or (1024 if pending is None else 256)
     arguments = nothing_pending(x_T2F) if pending is None else pending.arguments()
     _silu_mul_kernel[(rows, triton.cdiv(width, block))](
         x_T2F, out_TF, F=width, BLOCK=block, **arguments, **early(alone=pending is None), num_warps=warps

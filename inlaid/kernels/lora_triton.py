@@ -201,7 +201,8 @@ class Tuning:
 
 def tuning_for(rows: int, block_rows: int, max_rank: int = 16) -> Tuning:
     """Few rows need many programs per segment to fill the chip; many rows fill it by themselves. As measured."""
-    block_r, shares = (16, 1) if max_rank <= 16 else (32, 1 if max_rank <= 32 else 2)
+    block_r = 16 if max_rank <= 16 else 32
+    shares = min(4, triton.cdiv(max_rank, block_r))  # a program to each block of a rank: the largest sets the time
     if block_rows > 16:
         return Tuning(parts=8, block_k=64, block_n=128, block_r=block_r, shares=shares)
     if rows <= 8:
@@ -322,14 +323,20 @@ class Pending:
     site: Site
     tuning: Tuning
 
-    def arguments(self, block_r: int = 16) -> dict[str, Any]:
-        """Those of `pending_part`, by the names that kernels give them; `block_r` of the rank at a time."""
+    @property
+    def block_r(self) -> int:
+        """How much of a rank is taken at a time; more would need too many registers beside many partial sums."""
+        return self.tuning.block_r if self.tuning.parts <= 8 else 16
+
+    def arguments(self, block_r: int = 0) -> dict[str, Any]:
+        """Those of `pending_part`, by the names that kernels give them."""
         _, groups, rows, stride = self.partial_PGTR.shape
         pages = self.adapters
         return {
             "partial": self.partial_PGTR, "partial_stride": rows * stride, "pool": pages.pool, "table": pages.table,
             "scale": pages.scale, "adapters": self.slots_T, "num_sites": pages.table.shape[1],
-            "site": self.site.first, "GROUPS": groups, "P": self.tuning.parts, "R_STRIDE": stride, "BLOCK_R": block_r,
+            "site": self.site.first, "GROUPS": groups, "P": self.tuning.parts, "R_STRIDE": stride,
+            "BLOCK_R": block_r or self.block_r,
         }  # fmt: skip
 
 

@@ -184,6 +184,7 @@ def variants(grouped: bool) -> list[Variant]:
         Variant("sums by arrival", ordered=False),
         Variant("expansions of their own", ((cuda_forward, "PENDING_ROWS", 0),)),
         Variant("expansions pending up to 256 rows", ((cuda_forward, "PENDING_ROWS", 256),)),
+        Variant("expansions pending but before norms", ((cuda_forward, "PENDING_RANK", 0),)),
         *(
             Variant(f"attention {t[0]} tokens {t[1]} warps {t[2]} stages", ((attention_triton, tile, t),))
             for t in tiles
