@@ -110,10 +110,10 @@ def test_silu_mul() -> None:
 class Pended:
     """Adapters of several ranks over a few rows, what their shrink left behind, and what the expansion gives."""
 
-    def __init__(self, widths: tuple[int, ...], ranks: tuple[int, ...] = (16, 3, 40)) -> None:
+    def __init__(self, widths: tuple[int, ...], ranks: tuple[int, ...] = (16, 3, 40), block_r: int = 16) -> None:
         self.slots = np.array([1, 0, 3, 2, 1], np.int32)
         adapters, site = make_adapters(list(ranks), 64, widths, site=2), Site(2, widths)
-        tuning = lora.Tuning(parts=2, block_k=32, block_n=32)
+        tuning = lora.Tuning(parts=2, block_k=32, block_n=32, block_r=block_r)
         plan = lora.plan_rows(self.slots, 5, 16, DEVICE)
         partial = lora.scratch(5, 40, 2, DEVICE)
         partial.fill_(float("nan"))  # what nothing wrote must not be read
@@ -143,9 +143,9 @@ def test_norm_adds_what_is_pending(width: int, warps: int) -> None:
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 64), (6, 2, 64), (4, 1, 48)])
-@pytest.mark.parametrize("together", [0, 1])
-def test_rope_adds_what_is_pending(heads: int, kv_heads: int, width: int, together: int) -> None:
-    pended = Pended((heads * width, kv_heads * width, kv_heads * width))
+@pytest.mark.parametrize(("together", "block_r"), [(0, 16), (0, 32), (1, 16)])
+def test_rope_adds_what_is_pending(heads: int, kv_heads: int, width: int, together: int, block_r: int) -> None:
+    pended = Pended((heads * width, kv_heads * width, kv_heads * width), block_r=block_r)
     y, expanded = pended.split(5)
     angles = torch.outer(torch.arange(9.0), torch.rand(width // 2)).repeat(1, 2).to(DEVICE)
     cos, sin = angles.cos().half(), angles.sin().half()
