@@ -37,21 +37,25 @@ def provenance() -> dict[str, Any]:
     import torch
     import triton
 
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-    )
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    driver = said("nvidia-smi", "--query-gpu=name,driver_version,clocks.sm", "--format=csv,noheader")
     return {
-        "commit": commit.stdout.strip() if commit.returncode == 0 else os.environ.get("INLAID_COMMIT", "unknown"),
-        "gpu": driver.stdout.strip(),
+        "commit": said("git", "rev-parse", "HEAD") or os.environ.get("INLAID_COMMIT", "unknown"),
+        "gpu": driver or "none",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": sys.version.split()[0],
         "command": " ".join(sys.argv),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def said(*command: str) -> str:
+    """What a program prints; nothing where it is not there or fails."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return result.stdout.strip() if result.returncode == 0 else ""
 
 
 def run_stage(name: str, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -110,11 +114,13 @@ def main() -> int:
         (stage,) = stages
         file = args.out / f"{stage}.json"
         about = provenance() | {"stage": stage}
-        write(
-            file,
-            about | {"result": run_stage(stage, lambda part: write(file, about | {"cut_short": True, "result": part}))},
-        )
-        return 0
+
+        def keep(part: dict[str, Any]) -> None:
+            write(file, about | {"cut_short": True, "result": part})
+
+        result = run_stage(stage, keep)
+        write(file, about | {"result": result})
+        return int(bool(result.get("error") or result.get("failed")))
     end = time.monotonic() + args.seconds
     lines = [one_stage(stage, args.out, end) for stage in stages]
     print("\n".join(["", *lines]))
@@ -143,9 +149,37 @@ def one_stage(stage: str, out: Path, end: float) -> str:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         ending = f"failed: ran past {limit:.0f} s"
-    line = f"{stage}: {ending} after {time.monotonic() - begin:.0f} s"
+    file = out / f"{stage}.json"
+    said = headline(json.loads(file.read_text())["result"]) if file.exists() else ""
+    line = f"{stage}: {ending} after {time.monotonic() - begin:.0f} s" + (f": {said}" if said else "")
     print(line, flush=True)
     return line
+
+
+def headline(result: dict[str, Any]) -> str:
+    """What matters most of a stage's result."""
+    parts = [f"ready in {result['ready_s']:.1f} s"] if "ready_s" in result else []
+    for row in result.get("rows", ()):
+        alone = row["concurrency"] == 1
+        speed = f"{row['ms_per_token']:.2f} ms" if alone else f"{row['output_tokens_per_second']:.0f} tok/s"
+        parts.append(f"{row.get('names', '')}{row['adapters']}@{row['concurrency']} {speed}")
+    for start in result.get("starts", ()):
+        parts.append(f"{start['caches']} {start.get('ready_s', float('nan')):.1f} s")
+    for step in result.get("steps", ()):
+        timed = [choice for choice in step["choices"] if "us" in choice]
+        if timed:
+            best = min(timed, key=lambda choice: choice["us"])
+            about = f"{step['adapters']}@{step['rows']} {timed[0]['us']:.0f} us"
+            parts.append(f"{about}, {best['variant']} {best['us']:.0f} ({timed[0]['same_bits']} equal)")
+    for name, found in result.items():
+        if isinstance(found, dict) and "all_equal" in found:
+            parts.append(f"{name}: {found['all_equal']} of {found['repetitions']} equal")
+    for name in ("mixed_over_uniform", "share", "error", "failed", "different_alone", "left_over"):
+        if result.get(name) not in (None, False, [], {}):
+            parts.append(f"{name} {str(result[name])[:200]}")
+    for entry in result.get("entries", ()):
+        parts.append(f"{entry['inputs']}x{entry['outputs']}@{entry['rows']} {entry['own_us']}->{entry['best_us']}")
+    return "; ".join(parts)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def test_a_stage_past_its_time_ends_with_all_it_started_and_keeps_what_it_wrote(
     child = tmp_path / "child"
     program = (
         "import subprocess, sys, time, pathlib; from perf.gpu import bench;"
-        f"bench.write(pathlib.Path({str(tmp_path)!r}) / 'soak.json', {{'cut_short': True}});"
+        f"bench.write(pathlib.Path({str(tmp_path)!r}) / 'soak.json', {{'cut_short': True, 'result': {{'share': 0.5}}}});"
         "grandchild = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)']);"
         f"pathlib.Path({str(child)!r}).write_text(str(grandchild.pid)); time.sleep(300)"
     )
@@ -54,7 +54,7 @@ def test_a_stage_past_its_time_ends_with_all_it_started_and_keeps_what_it_wrote(
     )
     line = bench.one_stage("soak", tmp_path, time.monotonic() + 100)
     assert "ran past 6 s" in line
-    assert json.loads((tmp_path / "soak.json").read_text()) == {"cut_short": True}
+    assert line.endswith("share 0.5")
     assert ended(int(child.read_text()))
     assert "no time was left" in bench.one_stage("soak", tmp_path, time.monotonic() + 1)
     assert line in capsys.readouterr().out
@@ -244,3 +244,25 @@ def test_a_start_from_nothing_is_timed_with_what_the_log_says(on_the_cpu: Path) 
     assert start["caches"] == "cold"
     assert start["ready_s"] > 0
     assert any("adapters" in line for line in start["start_up"])
+
+
+def test_headlines_say_what_matters() -> None:
+    row = {"adapters": 32, "concurrency": 64, "output_tokens_per_second": 6605.4, "ms_per_token": 8.7}
+    assert bench.headline({"ready_s": 12.34, "rows": [row, {**row, "names": "m", "concurrency": 1}]}) == (
+        "ready in 12.3 s; 32@64 6605 tok/s; m32@1 8.70 ms"
+    )
+    choices = [
+        {"variant": "as shipped", "us": 7000.0, "same_bits": "20 of 20"},
+        {"variant": "b", "us": 6900.4, "same_bits": ""},
+        {"variant": "c", "failed": "x"},
+    ]  # fmt: skip
+    step_found = {
+        "steps": [{"rows": 64, "adapters": 32, "choices": choices}, {"rows": 1, "adapters": 1, "choices": []}]
+    }
+    assert bench.headline(step_found) == "32@64 7000 us, b 6900 (20 of 20 equal)"
+    again = {"deterministic": True, "32 adapters": {"all_equal": 99, "repetitions": 99, "fewest_equal": 64}}
+    assert bench.headline(again) == "32 adapters: 99 of 99 equal"
+    assert bench.headline({"failed": ["humming"], "share": 0.99}) == "share 0.99; failed ['humming']"
+    assert bench.headline({"starts": [{"caches": "cold", "error": "x"}, {"caches": "warm", "ready_s": 9.0}]}) == (
+        "cold nan s; warm 9.0 s"
+    )
