@@ -133,8 +133,9 @@ def repeats(loaded: Loaded, adapters: int, vocab: int, times: int, count: int = 
 
 
 def load(shape: str, count: int, **changes: Any) -> tuple[Loaded, ModelSpec]:
-    """An engine with so many adapters of the shape."""
-    model, adapters = files(shape, RANKS[shape], count)
+    """An engine with so many adapters of the shape; the files are made for all rows at once."""
+    model, adapters = files(shape, RANKS[shape], max(count, *(some for some, _, _ in ROWS[shape])))
+    adapters = dict(list(adapters.items())[:count])
     config = engine_config(model, max(1, count), max(RANKS[shape]), **changes)
     return build_engine(config, adapters), spec_of(shape)
 

@@ -44,7 +44,7 @@ def test_a_stage_past_its_time_ends_with_all_it_started_and_keeps_what_it_wrote(
     child = tmp_path / "child"
     program = (
         "import subprocess, sys, time, pathlib; from perf.gpu import bench;"
-        f"bench.write(pathlib.Path({str(tmp_path)!r}) / 'soak.json', {{'cut_short': True, 'result': {{'share': 0.5}}}});"
+        f"bench.write(pathlib.Path({str(tmp_path)!r}) / 'soak.json', {{'result': {{'share': 0.5}}}});"
         "grandchild = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)']);"
         f"pathlib.Path({str(child)!r}).write_text(str(grandchild.pid)); time.sleep(300)"
     )
