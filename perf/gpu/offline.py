@@ -29,6 +29,8 @@ ROWS = {  # (adapters, concurrency, requests)
     "8b": [(0, 1, 3), (32, 1, 3), (0, 64, 192), (32, 64, 192), (32, 256, 512)],
     "tiny": [(0, 1, 2), (2, 4, 8)],
 }  # fmt: skip
+CONTEXT = 300  # tokens before a step that is taken apart
+STEPS = ((64, 32), (64, 0), (1, 1), (256, 32), (16, 16))  # (rows, adapters) of the steps that are taken apart
 RANKS = {"7b": (16,), "8b": (8, 16, 32, 64), "tiny": (16,)}  # of the adapters, in turn
 
 
@@ -179,9 +181,9 @@ def variants(shape: str, keep: Keep) -> dict[str, Any]:
     ceiling = Ceiling.of(torch.cuda.get_device_name()) or Ceiling(4.3e12, 790e12)
     report: dict[str, Any] = {"shape": shape, "steps": []}
     choices = step_module.variants(spec.num_heads != spec.num_kv_heads)
-    for seed, (rows, adapters) in enumerate(((64, 32), (64, 0), (1, 1), (256, 32), (16, 16))):
+    for seed, (rows, adapters) in enumerate(STEPS):
         names = [f"a{i % adapters}" if adapters else None for i in range(rows)]
-        step = step_module.decoding(engine, names, 300, spec.vocab_size, seed)
+        step = step_module.decoding(engine, names, CONTEXT, spec.vocab_size, seed)
         found: dict[str, Any] = {"rows": rows, "adapters": adapters, "context": step.context, "choices": []}
         report["steps"].append(found)
         replay = step_module.replayable(runner, step)

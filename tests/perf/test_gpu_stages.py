@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from inlaid.kernels.measure import Ceiling
 from perf.gpu import bench, demo, humming_sweep, offline, random_model, serving, step
 from tests.engine.test_cuda_runner import Bench, few_programs
 
+SPEC = random_model.spec_of("tiny")
 __all__ = ["few_programs"]  # a fixture for all tests here: the interpreter is slow
 
 
@@ -266,3 +268,36 @@ def test_headlines_say_what_matters() -> None:
     assert bench.headline({"starts": [{"caches": "cold", "error": "x"}, {"caches": "warm", "ready_s": 9.0}]}) == (
         "cold nan s; warm 9.0 s"
     )
+
+
+def test_variants_take_one_step_after_the_other_apart(tiny: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = tiny.engine()
+    monkeypatch.setattr(step, "repeats", lambda *arguments: 20)
+    monkeypatch.setattr(offline, "load", lambda shape, count, **changes: (SimpleNamespace(engine=engine), SPEC))
+    monkeypatch.setattr(offline, "STEPS", ((2, 1), (1, 0)))
+    monkeypatch.setattr(offline, "CONTEXT", 3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "none")
+    monkeypatch.setattr(
+        step, "profile", lambda runner, replay: [{"kernel": "_merge_", "group": "attention", "us_per_step": 3}]
+    )
+    monkeypatch.setattr(step, "time_step", lambda runner, replay: 1.0)
+    monkeypatch.setattr(step, "variants", lambda grouped: [step.Variant("as shipped"), step.Variant("again")])
+    kept: list[int] = []
+    found = offline.variants("tiny", lambda part: kept.append(sum(len(one["choices"]) for one in part["steps"])))
+    assert kept == [1, 2, 3, 4]
+    first, second = found["steps"]
+    assert (first["rows"], first["adapters"], second["rows"], second["adapters"]) == (2, 1, 1, 0)
+    assert first["by_group"]["attention"]["us"] == 3
+    assert all(choice["error"] == 0 and choice["us"] == 1.0 for one in found["steps"] for choice in one["choices"])
+    assert not engine.has_work
+    assert bench.headline(found).startswith("1@2 1 us")
+
+
+def test_the_choices_change_constants_that_exist() -> None:
+    for grouped in (False, True):
+        choices = step.variants(grouped)
+        assert choices[0].name == "as shipped"
+        assert len({choice.name for choice in choices}) == len(choices)
+        for choice in choices:
+            for owner, name, value in choice.changes:
+                assert type(getattr(owner, name)) is type(value), name
