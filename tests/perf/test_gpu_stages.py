@@ -23,7 +23,6 @@ from inlaid.kernels.measure import Ceiling
 from perf.gpu import bench, demo, humming_sweep, offline, random_model, serving, step
 from tests.engine.test_cuda_runner import Bench, few_programs
 
-SPEC = random_model.spec_of("tiny")
 __all__ = ["few_programs"]  # a fixture for all tests here: the interpreter is slow
 
 
@@ -78,7 +77,7 @@ def ended(pid: int) -> bool:
 def test_a_step_is_taken_from_the_engine_and_run_again(tiny: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, _ = tiny.engine()
     names = ["a0", None]
-    taken = step.decoding(engine, names, 3, 100)
+    taken = step.decoding(engine, names, 3, step.runner_of(engine).model.spec.vocab_size)
     assert (taken.layout.decodes, taken.layout.prefills, taken.adapters) == (2, 0, 1)
     runner = step.runner_of(engine)
     replay = step.replayable(runner, taken)
@@ -273,7 +272,8 @@ def test_headlines_say_what_matters() -> None:
 def test_variants_take_one_step_after_the_other_apart(tiny: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, _ = tiny.engine()
     monkeypatch.setattr(step, "repeats", lambda *arguments: 20)
-    monkeypatch.setattr(offline, "load", lambda shape, count, **changes: (SimpleNamespace(engine=engine), SPEC))
+    spec = step.runner_of(engine).model.spec
+    monkeypatch.setattr(offline, "load", lambda shape, count, **changes: (SimpleNamespace(engine=engine), spec))
     monkeypatch.setattr(offline, "STEPS", ((2, 1), (1, 0)))
     monkeypatch.setattr(offline, "CONTEXT", 3)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "none")
