@@ -136,7 +136,9 @@ class CudaRunner(ModelRunner):
         with torch.inference_mode():
             layouts = self._captured_layouts() if self._on_gpu and not config.enforce_eager else []
             for layout in tqdm(layouts, desc="compiling kernels", disable=not progress, delay=1, leave=False):
-                self._idle_step(layout, ALL_ADAPTERS)  # runs every kernel that the other levels do
+                self._idle_step(layout, ALL_ADAPTERS)
+            for level in (NO_ADAPTERS, ATTENTION_ADAPTERS) if layouts else ():
+                self._idle_step(layouts[0], level)  # kernels that add no adapter, where few rows had them all adding
             if self._on_gpu:
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
