@@ -234,7 +234,7 @@ class Forward:
             if beside is not None:
                 beside.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(beside):  # beside the base weights, which read the same x
-                lora_triton.shrink(x, self.pages, segments, partial, site, tuning)
+                lora_triton.shrink(x, self.pages, segments, partial, site, tuning, alone=beside is None)
         if len(linear.parts) == 1:
             backend, packed = linear.parts[0]
             backend.gemm(x, packed, out)
@@ -252,7 +252,7 @@ class Forward:
         if beside is not None:
             torch.cuda.current_stream(self.device).wait_stream(beside)
         if x.shape[0] <= PENDING_ROWS and not at_once:
-            return lora_triton.Pending(partial, self.pages, slots, site, tuning)
+            return lora_triton.Pending(partial, self.pages, slots, site, tuning, joins=beside is not None)
         lora_triton.expand_add(partial, self.pages, segments, out, site, tuning)
         return None
 

@@ -287,7 +287,7 @@ def norm(
         x_TD, residual_TD if residual_TD is not None else x_TD, weight_D, rows_L if rows_L is not None else x_TD,
         out_TD, eps, D=width, BLOCK=triton.next_power_of_2(width), GATHER=rows_L is not None,
         ADD=residual_TD is not None, KEEP=keep, **arguments,
-        **early(alone=pending is None and rows_L is None), num_warps=warps,
+        **early(alone=rows_L is None and not (pending and pending.joins)), num_warps=warps,
     )  # fmt: skip
 
 
@@ -316,7 +316,7 @@ def rope_store(
     _rope_store_kernel[(qkv_TN.shape[0], (num_heads + 2 * kv_heads) // together)](
         qkv_TN, qkv_TN.stride(0), positions_T, kv_slots_T, cos, sin, k_cache, v_cache, q_weight, k_weight, eps,
         H=num_heads, G=kv_heads, C=width, HALF_PAD=triton.next_power_of_2(width // 2), HEADS=together,
-        NORM=norms is not None, **arguments, **early(alone=pending is None), num_warps=warps,
+        NORM=norms is not None, **arguments, **early(alone=not (pending and pending.joins)), num_warps=warps,
     )  # fmt: skip
 
 
@@ -328,7 +328,13 @@ def silu_mul(
     block = block or (1024 if pending is None else 256)
     arguments = nothing_pending(x_T2F) if pending is None else pending.arguments()
     _silu_mul_kernel[(rows, triton.cdiv(width, block))](
-        x_T2F, out_TF, F=width, BLOCK=block, **arguments, **early(alone=pending is None), num_warps=warps
+        x_T2F,
+        out_TF,
+        F=width,
+        BLOCK=block,
+        **arguments,
+        **early(alone=not (pending and pending.joins)),
+        num_warps=warps,
     )
 
 

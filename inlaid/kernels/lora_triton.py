@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from inlaid.kernels.backend import AdapterPages, Site
+from inlaid.kernels.early import early
 
 if TYPE_CHECKING:
     from inlaid.kernels.context import StepContext
@@ -57,8 +58,11 @@ def _shrink_rank_block(
 def _shrink_kernel(
     x, x_stride, pool, table, segments, order, partial, partial_stride, capacity, num_sites, site,
     K: tl.constexpr, G: tl.constexpr, P: tl.constexpr, R_STRIDE: tl.constexpr, SHARES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, ALIGN: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     segment = tl.program_id(0)
     part = tl.program_id(1)
     sibling = tl.program_id(2) // SHARES
@@ -276,8 +280,10 @@ def shrink(
     partial_PGTR: torch.Tensor,
     site: Site,
     tuning: Tuning,
+    alone: bool = False,
 ) -> None:
-    """partial[p, g, t, :rank] = part p of x[t] A^T, for each sibling g; rows without adapter are not touched."""
+    """partial[p, g, t, :rank] = part p of x[t] A^T, for each sibling g; rows without adapter are not touched. `alone`:
+    what made x is the only kernel before this one (early.py)."""
     parts, groups, rows, stride = partial_PGTR.shape
     siblings = len(site.widths)
     assert siblings <= groups
@@ -288,7 +294,7 @@ def shrink(
         partial_PGTR, rows * stride, plan.capacity, adapters.table.shape[1], site.first,
         K=x_TK.shape[1], G=groups, P=tuning.parts, R_STRIDE=stride, SHARES=tuning.shares, BLOCK_M=plan.block_rows,
         BLOCK_K=min(tuning.block_k, triton.next_power_of_2(x_TK.shape[1])), BLOCK_R=tuning.block_r,
-        ALIGN=OFFSET_ALIGNMENT, num_warps=tuning.shrink_warps, num_stages=tuning.shrink_stages,
+        ALIGN=OFFSET_ALIGNMENT, **early(alone), num_warps=tuning.shrink_warps, num_stages=tuning.shrink_stages,
     )  # fmt: skip
 
 
@@ -315,13 +321,15 @@ def expand_add(
 
 @dataclass(frozen=True)
 class Pending:
-    """An expansion left to the kernel that reads y next: the sums of `shrink`, and the adapter slot of each row."""
+    """An expansion left to the kernel that reads y next: the sums of `shrink`, the adapter slot of each row, and
+    whether the shrink is on a stream of its own, which that kernel joins."""
 
     partial_PGTR: torch.Tensor
     adapters: AdapterPages
     slots_T: torch.Tensor
     site: Site
     tuning: Tuning
+    joins: bool = False
 
     @property
     def block_r(self) -> int:

@@ -1,6 +1,7 @@
 """The fastest parameters for humming's kernels among those that add in a fixed order, shape by shape and for few, some
 and many rows: candidates (inlaid/kernels/humming_order.py) are compiled side by side, checked against the package's
-own choice and for equal bits, and timed. Writes humming_tuning.json into the package. One stage of bench.py.
+own choice and for equal bits, and timed. Writes humming_tuning.json into the package; entries there without `ordered`,
+for `--no-deterministic`, are from this file at commit 4609c2b. One stage of bench.py.
 """
 
 from __future__ import annotations
