@@ -200,13 +200,13 @@ def problems(config: Any, device: torch.device) -> list[Problem]:
 
 def _tuned(config: Any, device_name: str, ordered: bool) -> dict[int, dict[str, Any]]:
     """Changes to the package's parameters by bucket of rows, from the shipped table (TUNING): what a sweep on such a
-    device found faster than its choice, or fastest of those that keep the order."""
+    device, or else on another, found faster than its choice; or fastest of those that keep the order."""
     if not TUNING.exists():
         return {}
     found: dict[int, dict[str, Any]] = {}
-    for entry in json.loads(TUNING.read_text())["entries"]:
-        same = (entry["device"], entry["bits"]) == (device_name, config.b_dtype.num_bits)
-        same = same and entry.get("ordered", False) in (False, ordered)
+    entries = json.loads(TUNING.read_text())["entries"]
+    for entry in sorted(entries, key=lambda e: (e.get("ordered", False), e["device"] == device_name)):  # the last wins
+        same = entry["bits"] == config.b_dtype.num_bits and entry.get("ordered", False) in (False, ordered)
         if same and (entry["inputs"], entry["outputs"]) == (config.shape_k, config.shape_n):
             found |= dict.fromkeys(entry["buckets"], entry["changes"])
     return found

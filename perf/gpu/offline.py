@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
-
-import torch
 
 from inlaid.checkpoint import QuantSpec
 from inlaid.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig
@@ -178,8 +177,8 @@ def variants(shape: str, keep: Keep) -> dict[str, Any]:
     loaded, spec = load(shape, 32, enforce_eager=True)
     engine, runner = loaded.engine, step_module.runner_of(loaded.engine)
     quant, mean_rank = QuantSpec(4, 128, True, False), sum(RANKS[shape]) / len(RANKS[shape])
-    ceiling = Ceiling.of(torch.cuda.get_device_name()) or Ceiling(4.3e12, 790e12)
-    report: dict[str, Any] = {"shape": shape, "steps": []}
+    ceiling = Ceiling.measured(runner.device)
+    report: dict[str, Any] = {"shape": shape, "ceiling": asdict(ceiling), "steps": []}
     choices = step_module.variants(spec.num_heads != spec.num_kv_heads)
     for seed, (rows, adapters) in enumerate(STEPS):
         names = [f"a{i % adapters}" if adapters else None for i in range(rows)]

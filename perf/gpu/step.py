@@ -185,10 +185,7 @@ def variants(grouped: bool) -> list[Variant]:
         Variant("expansions of their own", ((cuda_forward, "PENDING_ROWS", 0),)),
         Variant("expansions pending up to 256 rows", ((cuda_forward, "PENDING_ROWS", 256),)),
         Variant("expansions pending but before norms", ((cuda_forward, "PENDING_RANK", 0),)),
-        *(
-            Variant(f"attention {t[0]} tokens {t[1]} warps {t[2]} stages", ((attention_triton, tile, t),))
-            for t in tiles
-        ),
+        *(Variant(f"{tile} {one}", ((attention_triton, tile, one),)) for one in tiles),
         Variant("attention with fewer splits", ((attention_triton, "TARGET_PROGRAMS", 500),)),
         Variant("shrinks on the main stream", ((cuda_forward, "SIDE_STREAM_ROWS", 1 << 30),)),
         Variant("early launches", ((early, "EARLY", True),)),

@@ -20,7 +20,7 @@ from inlaid.checkpoint import Checkpoint, QuantSpec, dequantize
 from inlaid.engine import cuda_forward
 from inlaid.kernels.humming_order import keeps_order
 from inlaid.kernels.measure import Ceiling
-from perf.gpu import bench, demo, humming_sweep, offline, random_model, serving, step
+from perf.gpu import bench, choose, demo, humming_sweep, offline, random_model, serving, step
 from tests.engine.test_cuda_runner import Bench, few_programs
 
 __all__ = ["few_programs"]  # a fixture for all tests here: the interpreter is slow
@@ -276,7 +276,7 @@ def test_variants_take_one_step_after_the_other_apart(tiny: Bench, monkeypatch: 
     monkeypatch.setattr(offline, "load", lambda shape, count, **changes: (SimpleNamespace(engine=engine), spec))
     monkeypatch.setattr(offline, "STEPS", ((2, 1), (1, 0)))
     monkeypatch.setattr(offline, "CONTEXT", 3)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "none")
+    monkeypatch.setattr(Ceiling, "measured", lambda device: Ceiling(4.3e12, 790e12))
     monkeypatch.setattr(
         step, "profile", lambda runner, replay: [{"kernel": "_merge_", "group": "attention", "us_per_step": 3}]
     )
@@ -301,3 +301,46 @@ def test_the_choices_change_constants_that_exist() -> None:
         for choice in choices:
             for owner, name, value in choice.changes:
                 assert type(getattr(owner, name)) is type(value), name
+
+
+def timed(**us: float) -> dict[str, Any]:
+    """A step with these choices' times."""
+    choices = [{"variant": n.replace("_", " "), "us": t, "error": 0.0, "same_bits": "5 of 5"} for n, t in us.items()]
+    return {"choices": [{**one, "variant": one["variant"].replace(" again", ", again")} for one in choices]}
+
+
+def test_the_best_value_of_a_constant_is_chosen_if_it_is_right_and_beats_chance() -> None:
+    steps = [
+        timed(as_shipped=100.0, as_shipped_again=100.2, early_launches=95.0, expansions_of_their_own=99.9),
+        timed(as_shipped=10.0, as_shipped_again=10.0, early_launches=9.9, expansions_of_their_own=9.0),
+    ]
+    chosen = {variant.name: ratio for variant, ratio in choose.decide(steps)}
+    assert chosen == {"early launches": pytest.approx(0.97), "expansions of their own": pytest.approx(0.9495)}
+    steps[0]["choices"][2]["same_bits"] = "4 of 5"
+    steps[1]["choices"][3]["error"] = 0.1
+    assert choose.decide(steps) == []
+    noisy = [timed(as_shipped=100.0, as_shipped_again=106.0, early_launches=95.0)]
+    assert choose.decide(noisy) == []
+
+
+def test_of_several_values_the_best_is_taken() -> None:
+    one, other = "ONE_TILE (32, 4, 3)", "ONE_TILE (64, 4, 2)"
+    step_found = timed(as_shipped=100.0, as_shipped_again=100.0)
+    for name, us in ((one, 97.0), (other, 96.0)):
+        step_found["choices"].append({"variant": name, "us": us, "error": 0.0, "same_bits": "5 of 5"})
+    ((variant, ratio),) = choose.decide([step_found])
+    assert (variant.name, ratio) == (other, 0.96)
+
+
+def test_constants_are_rewritten_in_every_module_that_has_one() -> None:
+    def value_in(text: str, constant: str) -> Any:
+        line = next(line for line in text.splitlines() if line.startswith(f"{constant} = "))
+        return eval(line.split(" = ")[1].split("  #")[0])
+
+    for grouped in (False, True):
+        for variant in step.variants(grouped):
+            for owner, constant, value in variant.changes:
+                before = Path(owner.__file__).read_text()
+                after = choose.rewrite(before, constant, value)
+                assert value_in(after, constant) == value
+                assert choose.rewrite(after, constant, value_in(before, constant)) == before
