@@ -144,6 +144,17 @@ def unpack(packed: Tensor, bits: int, dim: int = 0) -> Tensor:
     return out.reshape(-1, packed.shape[1]).movedim(0, dim).contiguous()
 
 
+def holds_only(packed: Tensor, value: int, bits: int) -> bool:
+    """Whether every code of words packed along dim 1 is `value`, told without unpacking them."""
+    _, words = _period(bits)
+    return bool((packed.reshape(packed.shape[0], -1, words) == _words_of(value, bits)).all())
+
+
+def _words_of(value: int, bits: int) -> Tensor:
+    """The smallest run of whole words whose every code is `value`."""
+    return pack(torch.full((_period(bits)[0], 1), value), bits)[:, 0]
+
+
 def _period(bits: int) -> tuple[int, int]:
     """The smallest run of whole codes that fills whole words: (codes, words)."""
     return (32, bits) if 32 % bits else (32 // bits, 1)
@@ -250,7 +261,7 @@ class Checkpoint:
                 f"{self.path}: {name} has {scales.shape[0]} groups for {inputs} inputs, "
                 f"which a group size of {group_size} does not give, or its g_idx points outside them"
             )
-        symmetric = bool((unpack(zeros, bits, dim=1) == 2 ** (bits - 1)).all())
+        symmetric = holds_only(zeros, 2 ** (bits - 1), bits)
         in_order = torch.arange(inputs) // (inputs if group_size == -1 else group_size)
         act_order = not torch.equal(in_order, g_idx.long())
         return QuantizedLinear(
@@ -288,11 +299,11 @@ class Checkpoint:
         assert self.quantization is not None
         middle = 2 ** (bits - 1)
         if self.quantization.get("sym", False):
-            values = unpack(stored, bits, dim=1)
-            if bool((values == middle).all()):
+            if holds_only(stored, middle, bits):
                 return stored
-            if bool((values == middle - 1).all()):
-                return shift_zeros(stored, bits, 1)
+            if holds_only(stored, middle - 1, bits):
+                words = _words_of(middle, bits)
+                return words.repeat(stored.shape[0], stored.shape[1] // len(words))
         return stored if self.zero_format == "gptq_v2" else shift_zeros(stored, bits, 1)
 
 

@@ -112,7 +112,12 @@ class EngineConfig:
     linear_backend: str = option(
         "auto",
         "kernel of the quantized linears",
-        ("auto", "reference", "exllama", "humming", "humming-ordered", "triton"),
+        ("auto", "reference", "exllama", "humming", "triton"),
+    )
+    deterministic: bool = option(
+        True,
+        "the same batch gives the same bits every time: only kernels that add in a fixed order are chosen (exllama's "
+        "cannot, and serves only when named); without it a GPU may be a little faster",
     )
     attention_backend: str = option("auto", "kernel of attention", ("auto", "reference", "flashinfer", "triton"))
     enforce_eager: bool = option(False, "no CUDA graphs")

@@ -24,6 +24,7 @@ from inlaid.checkpoint import (
     atomic_folder,
     dequantize,
     from_codes,
+    holds_only,
     pack,
     quantization_config,
     to_tensors,
@@ -254,3 +255,13 @@ def test_a_kill_leaves_the_old_folder_whole(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program, str(target)], env=os.environ | {"PYTHONPATH": os.getcwd()})
     assert done.returncode == -signal.SIGKILL
     assert (target / "file").read_text() == "old"
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_words_of_one_code_are_told_from_others(bits: int) -> None:
+    for value in (0, 2 ** (bits - 1) - 1, 2 ** (bits - 1), 2**bits - 1):
+        codes = torch.full((3, 64), value)
+        assert holds_only(pack(codes, bits, dim=1), value, bits)
+        assert not holds_only(pack(codes, bits, dim=1), value ^ 1, bits)
+        codes[2, 37] ^= 1
+        assert not holds_only(pack(codes, bits, dim=1), value, bits)

@@ -24,6 +24,8 @@ from inlaid.model.transformer import KVCache, Transformer
 ALIGNMENT = 32  # of the pieces of meta, in elements: kernels are compiled for aligned addresses
 QUERY_TILE = 64
 SIDE_STREAM_ROWS = 16  # with fewer rows a shrink is shorter than the detour
+PENDING_ROWS = 64  # with more rows an expansion of its own, which reads each adapter once, is faster
+PENDING_RANK = 64  # a norm has one program a row, which would read a larger B alone
 NO_ADAPTERS, ATTENTION_ADAPTERS, ALL_ADAPTERS = 0, 1, 2  # which linears may have adapters in a step
 
 
@@ -62,6 +64,7 @@ class Layout:
             "min_p": self.samples,
             "segments": 3 * self.segments,
             "order": self.tokens,
+            "adapters": self.tokens,  # the slot of each row
         }
         placed, at = {}, 0
         for name, size in sizes.items():
@@ -155,6 +158,9 @@ class Forward:
             self.tables, views["table_rows"], views["lengths"], self.step_tables[:sequences], self._page
         )
         segments = lora_triton.Segments(views["segments"], views["order"], layout.segments, layout.block_rows)
+        slots = views["adapters"]
+        in_attention, in_mlp = adapters >= ATTENTION_ADAPTERS, adapters >= ALL_ADAPTERS
+        large = self.max_rank > PENDING_RANK
         residual, x, y = self.residual[:tokens], self.x[:tokens], self.y[:tokens]
         first = model.blocks[0].attention_norm
         fused_triton.embed_norm(
@@ -165,20 +171,21 @@ class Forward:
             norms = None
             if attention.q_norm is not None and attention.k_norm is not None:
                 norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.eps)
-            self._linear(attention.qkv, x, self.qkv[:tokens], segments, adapters >= ATTENTION_ADAPTERS)
+            pending = self._linear(attention.qkv, x, self.qkv[:tokens], segments, slots, in_attention)
             fused_triton.rope_store(
                 self.qkv[:tokens], views["positions"], views["slots"], rotary.cos, rotary.sin, k_cache, v_cache,
-                attention.num_heads, norms,
+                attention.num_heads, norms, pending,
             )  # fmt: skip
             self._attend(layout, views, k_cache, v_cache, attention.window or 0)
-            self._linear(attention.output, self.mixed[:tokens], y, segments, adapters >= ATTENTION_ADAPTERS)
-            fused_triton.norm(y, block.mlp_norm.weight, block.mlp_norm.eps, x, residual)
-            self._linear(block.gate_up, x, self.wide[:tokens], segments, adapters >= ALL_ADAPTERS)
-            fused_triton.silu_mul(self.wide[:tokens], self.narrow[:tokens])
-            self._linear(block.down, self.narrow[:tokens], y, segments, adapters >= ALL_ADAPTERS)
-            if index + 1 < len(model.blocks):
+            pending = self._linear(attention.output, self.mixed[:tokens], y, segments, slots, in_attention, large)
+            fused_triton.norm(y, block.mlp_norm.weight, block.mlp_norm.eps, x, residual, pending=pending)
+            pending = self._linear(block.gate_up, x, self.wide[:tokens], segments, slots, in_mlp)
+            fused_triton.silu_mul(self.wide[:tokens], self.narrow[:tokens], pending)
+            last = index + 1 == len(model.blocks)
+            pending = self._linear(block.down, self.narrow[:tokens], y, segments, slots, in_mlp, last or large)
+            if not last:
                 following = model.blocks[index + 1].attention_norm
-                fused_triton.norm(y, following.weight, following.eps, x, residual)
+                fused_triton.norm(y, following.weight, following.eps, x, residual, pending=pending)
 
     def all_hidden(self, layout: Layout) -> torch.Tensor:
         """Normalized hidden states of every token, after `layers` (for prompt log probabilities)."""
@@ -209,8 +216,16 @@ class Forward:
             )  # fmt: skip
 
     def _linear(
-        self, linear: Linear, x: torch.Tensor, out: torch.Tensor, segments: lora_triton.Segments, adapted: bool
-    ) -> None:
+        self,
+        linear: Linear,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        segments: lora_triton.Segments,
+        slots: torch.Tensor,
+        adapted: bool,
+        at_once: bool = False,
+    ) -> lora_triton.Pending | None:
+        """Of few rows the adapters' part is left to whoever reads `out`, unless it is wanted at once."""
         site = linear.site if adapted else None
         if site is not None:
             tuning = lora_triton.tuning_for(x.shape[0], segments.block_rows, self.max_rank)
@@ -219,7 +234,7 @@ class Forward:
             if beside is not None:
                 beside.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(beside):  # beside the base weights, which read the same x
-                lora_triton.shrink(x, self.pages, segments, partial, site, tuning)
+                lora_triton.shrink(x, self.pages, segments, partial, site, tuning, alone=beside is None)
         if len(linear.parts) == 1:
             backend, packed = linear.parts[0]
             backend.gemm(x, packed, out)
@@ -232,10 +247,14 @@ class Forward:
                 start += packed.out_features
         if linear.bias_N is not None:
             out.add_(linear.bias_N)
-        if site is not None:
-            if beside is not None:
-                torch.cuda.current_stream(self.device).wait_stream(beside)
-            lora_triton.expand_add(partial, self.pages, segments, out, site, tuning)
+        if site is None:
+            return None
+        if beside is not None:
+            torch.cuda.current_stream(self.device).wait_stream(beside)
+        if x.shape[0] <= PENDING_ROWS and not at_once:
+            return lora_triton.Pending(partial, self.pages, slots, site, tuning, joins=beside is not None)
+        lora_triton.expand_add(partial, self.pages, segments, out, site, tuning)
+        return None
 
     def _partial(self, rows: int, parts: int, siblings: int) -> torch.Tensor:
         stride = -(-self.max_rank // 16) * 16

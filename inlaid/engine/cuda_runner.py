@@ -38,7 +38,7 @@ from inlaid.engine.model_runner import ModelRunner, _penalized, _sampled, count_
 from inlaid.engine.request import Batch, Request, Sampled, SamplingParams, StepResult, TokenLogprobs, Work
 from inlaid.kernels import fused_triton, lora_triton
 from inlaid.kernels.attention_triton import TritonAttention
-from inlaid.kernels.auto import AutoLinear
+from inlaid.kernels.auto import AutoLinear, backends
 from inlaid.kernels.backend import MODULES, AdapterPages, Kernels
 from inlaid.kernels.exllama import ExllamaLinear
 from inlaid.kernels.humming import HummingLinear
@@ -136,7 +136,9 @@ class CudaRunner(ModelRunner):
         with torch.inference_mode():
             layouts = self._captured_layouts() if self._on_gpu and not config.enforce_eager else []
             for layout in tqdm(layouts, desc="compiling kernels", disable=not progress, delay=1, leave=False):
-                self._idle_step(layout, ALL_ADAPTERS)  # runs every kernel that the other levels do
+                self._idle_step(layout, ALL_ADAPTERS)
+            for level in (NO_ADAPTERS, ATTENTION_ADAPTERS) if layouts else ():
+                self._idle_step(layouts[0], level)  # kernels that add no adapter, where few rows had them all adding
             if self._on_gpu:
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
@@ -159,7 +161,7 @@ class CudaRunner(ModelRunner):
                 for line in backend.report():
                     log.info("linear kernels: %s", line)
         log.info(
-            "%d kernels' layouts warm in %.1f s, %d graphs captured in %.1f s, %d KV blocks",
+            "start-up: kernels of %d layouts warm in %.1f s, %d graphs captured in %.1f s, %d KV blocks",
             len(layouts), compiled - begin, len(self._graphs), time.monotonic() - compiled, self.num_blocks,
         )  # fmt: skip
 
@@ -393,6 +395,7 @@ class CudaRunner(ModelRunner):
         if step.adapters:
             segments, order = layout.view(host, "segments"), layout.view(host, "order")
             lora_triton.write_segments(np.array(slots, np.int32), segments, order, layout.block_rows)
+            put("adapters", slots)
         self._write_sampling(step, put)
 
     def _single_tokens(self, singles: list[Work]) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
@@ -473,9 +476,8 @@ def cuda_kernels(config: EngineConfig, pages: AdapterPages) -> Kernels:
             "(measured level with FlashInfer's kernels or faster, and graphs need nothing planned on the host)"
         )
     linears: dict[str, Callable[[], Any]] = {
-        "auto": AutoLinear,
-        "humming": HummingLinear,
-        "humming-ordered": lambda: HummingLinear(ordered=True),
+        "auto": lambda: AutoLinear(backends(config.deterministic)),
+        "humming": lambda: HummingLinear(ordered=config.deterministic),
         "exllama": ExllamaLinear,
         "triton": TritonLinear,
         "reference": ReferenceLinear,

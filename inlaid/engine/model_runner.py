@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -358,7 +359,9 @@ def load_model(config: EngineConfig, progress: bool = True) -> LoadedModel:
         assert kernels.lora is not None
         assist = config.adapters.adapter_mode == CPU_ASSIST
         kernels = replace(kernels, lora=ArrivingLora(kernels.lora, adapters.pages, adapters, assist))
+    began = time.monotonic()
     model = load(checkpoint, spec, kernels, device, dtype, max_model_len, progress)
+    log.info("start-up: weights %.1f s", time.monotonic() - began)
     if device.type == "cuda":
         from inlaid.engine.cuda_runner import CudaRunner
 

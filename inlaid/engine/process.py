@@ -68,10 +68,13 @@ class Loaded:
 def build_engine(config: EngineConfig, adapters: Mapping[str, str], *, strict: bool = True) -> Loaded:
     """Load the model and the adapters named. With strict an adapter that cannot be served raises; else it is left out
     and named."""
+    began = time.monotonic()
     from inlaid.engine.model_runner import load_model
 
     _leave_a_core_to_http()
+    imported = time.monotonic()
     model = load_model(config)
+    made = time.monotonic()
     engine = make_engine(
         config,
         model.runner,
@@ -85,6 +88,8 @@ def build_engine(config: EngineConfig, adapters: Mapping[str, str], *, strict: b
     )
     loaded = Loaded(engine, _describe(config, model), LoraAdapters(config, model), compile_grammar=model.grammars)
     load_adapters(loaded, adapters, strict)
+    spent = imported - began, made - imported, time.monotonic() - made
+    log.info("start-up: imports %.1f s, model %.1f s, adapters %.1f s", *spent)
     return loaded
 
 

@@ -17,11 +17,15 @@ import torch
 import triton
 import triton.language as tl
 
+from inlaid.kernels.early import early
+
 if TYPE_CHECKING:
     from inlaid.kernels.context import StepContext
 
 TARGET_PROGRAMS = 1000  # enough to fill a large chip; more splits cost more than they bring (measured on an H200)
 MAX_SPLITS = 16
+ONE_TILE = (64, 4, 1)  # tokens, warps, stages of a decode with as many key/value heads as query heads
+GROUP_TILE = (64, 4, 3)  # and with fewer
 
 
 @triton.jit
@@ -37,10 +41,13 @@ def _span(length, window, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
 def _decode_one_kernel(
     q, q_row, k_cache, v_cache, cache_row, tables, table_row, lengths, out, out_row, partial, stats, scale, window,
     H: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One query head per key/value head. Every lane of the block keeps its own running maximum, so that the loop
     needs no exchange between warps; the lanes are merged once, at the end."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     head = tl.program_id(0)  # fastest, so that programs side by side read the same pages
     sequence = tl.program_id(1)
     split = tl.program_id(2)
@@ -57,11 +64,15 @@ def _decode_one_kernel(
         total = tl.zeros((BLOCK,), tl.float32)
         acc = tl.zeros((BLOCK, C_PAD), tl.float32)
         table = tables + sequence.to(tl.int64) * table_row
-        for start in range(begin, end, BLOCK):
+        page = tl.load(table + (begin + lane) // PAGE, mask=begin + lane < end, other=0)
+        for start in tl.range(begin, end, BLOCK, num_stages=STAGES):
             t = start + lane
             inside = t < end
-            page = tl.load(table + t // PAGE, mask=inside, other=0).to(tl.int64)
-            at = (page * PAGE + t % PAGE) * cache_row + head * C
+            if STAGES == 1:  # the next block's pages are asked for before this block's keys are waited for
+                following = tl.load(table + (t + BLOCK) // PAGE, mask=t + BLOCK < end, other=0)
+            else:
+                page = tl.load(table + t // PAGE, mask=inside, other=0)
+            at = (page.to(tl.int64) * PAGE + t % PAGE) * cache_row + head * C
             mask = inside[:, None] & c_mask[None, :]
             k_BC = tl.load(k_cache + at[:, None] + c[None, :], mask=mask, other=0.0)
             v_BC = tl.load(v_cache + at[:, None] + c[None, :], mask=mask, other=0.0)
@@ -74,6 +85,8 @@ def _decode_one_kernel(
             total = total * keep + p
             acc = acc * keep[:, None] + p[:, None] * v_BC.to(tl.float32)
             m = m_new
+            if STAGES == 1:
+                page = following
         top = tl.max(m, axis=0)
         weight = tl.exp2(m - top)
         total_all = tl.sum(total * weight, axis=0)
@@ -92,9 +105,12 @@ def _decode_one_kernel(
 def _decode_group_kernel(
     q, q_row, k_cache, v_cache, cache_row, tables, table_row, lengths, out, out_row, partial, stats, scale, window,
     H: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The query heads that share a key/value head together, on the matrix units."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     kv_head = tl.program_id(0)  # fastest, so that programs side by side read the same pages
     sequence = tl.program_id(1)
     split = tl.program_id(2)
@@ -148,8 +164,12 @@ def _decode_group_kernel(
 def _merge_kernel(
     partial, stats, lengths, out, out_row, window,
     H: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Weigh the splits of one head by their maxima and sums."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     sequence = tl.program_id(0)
     head = tl.program_id(1)
     length = tl.load(lengths + sequence)
@@ -256,12 +276,10 @@ def decode(
     splits: int,
     window: int = 0,
     scale: float | None = None,
-    block: int = 64,
-    warps: int = 4,
-    stages: int = 3,
+    tile: tuple[int, int, int] | None = None,
 ) -> None:
     """out[s] = softmax(q[s] k^T) v over the sequence's `lengths[s]` cached tokens; zeros for length 0. S may exceed
-    the live sequences when the rest have length 0."""
+    the live sequences when the rest have length 0. `tile`: tokens, warps and stages of a program; None: as measured."""
     sequences, heads, width = q_SHC.shape
     page, kv_heads = k_cache.shape[1], k_cache.shape[2]
     exponent = (width**-0.5 if scale is None else scale) * 1.4426950408889634  # the kernels work in powers of two
@@ -270,18 +288,19 @@ def decode(
         q_SHC, q_SHC.stride(0), k_cache, v_cache, k_cache.stride(1), tables_SB, tables_SB.stride(0), lengths_S,
         out_SHC, out_SHC.stride(0), *scratch, exponent, window,
     )  # fmt: skip
+    block, warps, stages = tile or (ONE_TILE if group == 1 else GROUP_TILE)
     shape = {"H": heads, "C": width, "C_PAD": pad, "PAGE": page, "BLOCK": block, "SPLITS": splits}
     if group == 1:
-        _decode_one_kernel[(kv_heads, sequences, splits)](*shared, **shape, num_warps=warps, num_stages=stages)
+        _decode_one_kernel[(kv_heads, sequences, splits)](*shared, **shape, STAGES=stages, **early(), num_warps=warps)
     else:
         _decode_group_kernel[(kv_heads, sequences, splits)](
-            *shared, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)), **shape,
+            *shared, GROUP=group, GROUP_PAD=max(16, triton.next_power_of_2(group)), **shape, **early(),
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
     if splits > 1:
         _merge_kernel[(sequences, heads)](
             *scratch, lengths_S, out_SHC, out_SHC.stride(0), window,
-            H=heads, C=width, C_PAD=pad, BLOCK=block, SPLITS=splits, num_warps=1 if splits <= 8 else 4,
+            H=heads, C=width, C_PAD=pad, BLOCK=block, SPLITS=splits, **early(), num_warps=1 if splits <= 8 else 4,
         )  # fmt: skip
 
 

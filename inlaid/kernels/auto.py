@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,14 @@ def read_table(path: Path = TABLE) -> tuple[Measured, ...]:
     return tuple(Measured(**row) for row in json.loads(path.read_text())["rows"]) if path.exists() else ()
 
 
-def choose(table: Sequence[Measured], device: str, bits: int, inputs: int, outputs: int) -> list[tuple[int, str]]:
-    """(most rows, backend), ascending, for a shape that was measured on such a device; else nothing.
+def choose(
+    table: Sequence[Measured], names: Collection[str], device: str, bits: int, inputs: int, outputs: int
+) -> list[tuple[int, str]]:
+    """(most rows, backend of these names), ascending, for a shape that was measured on such a device; else nothing.
 
     Most shapes have one best backend. Another one is used for few rows only where that is worth a second copy."""
     rows = [
-        replace(m, microseconds={name: us for name, us in m.microseconds.items() if name != ReferenceLinear.name})
+        replace(m, microseconds={name: us for name, us in m.microseconds.items() if name in names})
         for m in sorted(table, key=lambda m: m.rows)
         if (m.device, m.bits, m.inputs, m.outputs) == (device, bits, inputs, outputs)
     ]  # dequantized weights are as fast for a thousand rows, but take four times the memory
@@ -81,6 +83,12 @@ class AutoPacked:
     out_features: int
 
 
+def backends(deterministic: bool = True) -> tuple[LinearBackend, ...]:
+    """All there are, the likeliest first; or those whose sums are added in a fixed order."""
+    by_arrival = () if deterministic else (ExllamaLinear(),)
+    return (HummingLinear(ordered=deterministic), *by_arrival, TritonLinear(), ReferenceLinear())
+
+
 class AutoLinear:
     """Dispatches each weight to the backends chosen for it."""
 
@@ -89,7 +97,7 @@ class AutoLinear:
     def __init__(
         self, candidates: Sequence[LinearBackend] | None = None, table: Sequence[Measured] | None = None
     ) -> None:
-        self.candidates = tuple(candidates or (HummingLinear(), ExllamaLinear(), TritonLinear(), ReferenceLinear()))
+        self.candidates = tuple(candidates or backends())
         self.table = read_table() if table is None else tuple(table)
         self.chosen: Counter[str] = Counter()
 
@@ -99,8 +107,9 @@ class AutoLinear:
 
     def prepare(self, weight: QuantizedLinear, device: torch.device, dtype: torch.dtype) -> AutoPacked:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-        wanted = choose(self.table, name, weight.bits, weight.in_features, weight.out_features)
         order = [b.name for b in self.candidates]
+        timed = set(order) - {ReferenceLinear.name}
+        wanted = choose(self.table, timed, name, weight.bits, weight.in_features, weight.out_features)
         wanted = wanted or [(UNLIMITED, order[0])]
         made: dict[str, tuple[LinearBackend, Any]] = {}
         choices = []

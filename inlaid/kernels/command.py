@@ -11,7 +11,8 @@ import torch
 from tqdm import tqdm
 
 from inlaid.checkpoint import QuantSpec
-from inlaid.kernels.auto import TABLE, AutoLinear, Measured, read_table
+from inlaid.kernels import auto
+from inlaid.kernels.auto import TABLE, Measured, read_table
 from inlaid.kernels.backend import LinearBackend
 from inlaid.kernels.measure import Ceiling, time_linear, weight_bytes
 
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     spec = QuantSpec(args.bits, args.group, True, False)
-    backends = AutoLinear().candidates
+    backends = auto.backends(deterministic=False)
     for backend in backends:
         print(f"{backend.name:10s} {backend.why_not(spec, device) or 'available'}")
     table = list(read_table())

@@ -1,6 +1,7 @@
 # mypy: disallow_untyped_defs=False, disallow_incomplete_defs=False
 """The small operations between the GEMMs, each one launch: embedding + norm, residual + norm, rotary + write into paged
-KV, activation. The graph runner calls the fused ones; `TritonOps` offers the layers' separate ones.
+KV, activation. The graph runner calls the fused ones; `TritonOps` offers the layers' separate ones. Those that read
+what an adapted linear wrote can add the adapters' part on the way (`pending`, see lora_triton.py), row by row.
 
 Rounding follows reference.py: what it rounds to the compute type, these round too, so that greedy tokens agree.
 
@@ -14,6 +15,9 @@ import math
 import torch
 import triton
 import triton.language as tl
+
+from inlaid.kernels.early import early
+from inlaid.kernels.lora_triton import Pending, nothing_pending, pending_part
 
 
 @triton.jit
@@ -41,16 +45,28 @@ def _embed_norm_kernel(
     tl.store(out + t * D + d, y.to(row.dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["site"])
 def _add_norm_kernel(
     x, residual, weight, rows, out, eps,
+    partial, partial_stride, pool, table, scale, adapters, num_sites, site,
     D: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr, ADD: tl.constexpr, KEEP: tl.constexpr,
+    GROUPS: tl.constexpr, P: tl.constexpr, R_STRIDE: tl.constexpr, BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     t = tl.program_id(0).to(tl.int64)
     source = tl.load(rows + t).to(tl.int64) if GATHER else t
     d = tl.arange(0, BLOCK)
     mask = d < D
     value = tl.load(x + source * D + d, mask=mask, other=0.0)
+    if P > 0:
+        part = pending_part(
+            source, 0, d, mask, partial, partial_stride, pool, table, scale, adapters, num_sites, site,
+            GROUPS, P, R_STRIDE, BLOCK_R,
+        )  # fmt: skip
+        value = (value.to(tl.float32) + part).to(value.dtype)
     if ADD:
         before = tl.load(residual + source * D + d, mask=mask, other=0.0)
         value = (before.to(tl.float32) + value.to(tl.float32)).to(value.dtype)
@@ -72,12 +88,17 @@ def _head_norm(x_lo, x_hi, weight, c, half: tl.constexpr, C: tl.constexpr, eps, 
     return lo.to(w_lo.dtype).to(tl.float32), hi.to(w_lo.dtype).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["site"])
 def _rope_store_kernel(
     qkv, qkv_row, positions, slots, cos, sin, k_cache, v_cache, q_weight, k_weight, eps,
+    partial, partial_stride, pool, table, scale, adapters, num_sites, site,
     H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, HALF_PAD: tl.constexpr, HEADS: tl.constexpr,
-    NORM: tl.constexpr,
+    NORM: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, R_STRIDE: tl.constexpr, BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     t = tl.program_id(0).to(tl.int64)
     head0 = tl.program_id(1) * HEADS
     half: tl.constexpr = C // 2
@@ -89,6 +110,22 @@ def _rope_store_kernel(
     lo = tl.load(at, mask=mask, other=0.0)
     hi = tl.load(at + half, mask=mask, other=0.0)
     slot = tl.load(slots + t).to(tl.int64)
+    if P > 0:
+        sibling = (head0 >= H).to(tl.int32) + (head0 >= H + G).to(tl.int32)
+        first = tl.where(sibling == 0, 0, tl.where(sibling == 1, H, H + G))
+        flat = tl.arange(0, HEADS * HALF_PAD)
+        n = (head0 - first + flat // HALF_PAD) * C + flat % HALF_PAD
+        n_mask = flat % HALF_PAD < half
+        part = pending_part(
+            t, sibling, n, n_mask, partial, partial_stride, pool, table, scale, adapters, num_sites, site,
+            GROUPS, P, R_STRIDE, BLOCK_R,
+        )  # fmt: skip
+        lo = (lo.to(tl.float32) + tl.reshape(part, (HEADS, HALF_PAD))).to(lo.dtype)
+        part = pending_part(
+            t, sibling, n + half, n_mask, partial, partial_stride, pool, table, scale, adapters, num_sites, site,
+            GROUPS, P, R_STRIDE, BLOCK_R,
+        )  # fmt: skip
+        hi = (hi.to(tl.float32) + tl.reshape(part, (HEADS, HALF_PAD))).to(hi.dtype)
     if head0 >= H + G:  # values: only moved
         to = v_cache + (slot * G + (head0 - H - G) + h)[:, None] * C + c[None, :]
         tl.store(to, lo, mask=mask)
@@ -114,13 +151,32 @@ def _rope_store_kernel(
             tl.store(to + half, turned_hi.to(lo.dtype), mask=mask)
 
 
-@triton.jit
-def _silu_mul_kernel(x, out, F: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["site"])
+def _silu_mul_kernel(
+    x, out, partial, partial_stride, pool, table, scale, adapters, num_sites, site,
+    F: tl.constexpr, BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr, P: tl.constexpr, R_STRIDE: tl.constexpr, BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     t = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = f < F
     gate = tl.load(x + t * 2 * F + f, mask=mask, other=0.0)
     up = tl.load(x + t * 2 * F + F + f, mask=mask, other=0.0)
+    if P > 0:
+        part = pending_part(
+            t, 0, f, mask, partial, partial_stride, pool, table, scale, adapters, num_sites, site,
+            GROUPS, P, R_STRIDE, BLOCK_R,
+        )  # fmt: skip
+        gate = (gate.to(tl.float32) + part).to(gate.dtype)
+        part = pending_part(
+            t, 1, f, mask, partial, partial_stride, pool, table, scale, adapters, num_sites, site,
+            GROUPS, P, R_STRIDE, BLOCK_R,
+        )  # fmt: skip
+        up = (up.to(tl.float32) + part).to(up.dtype)
     g = gate.to(tl.float32)
     active = (g / (1.0 + tl.exp(-g))).to(gate.dtype).to(tl.float32)
     tl.store(out + t * F + f, (active * up.to(tl.float32)).to(gate.dtype), mask=mask)
@@ -218,14 +274,20 @@ def norm(
     residual_TD: torch.Tensor | None = None,
     rows_L: torch.Tensor | None = None,
     keep: bool = True,
+    pending: Pending | None = None,
+    warps: int = 0,
 ) -> None:
-    """out = rms_norm(x + residual) (the sum is written to residual if `keep`), for all rows or those listed."""
+    """out = rms_norm(x + residual) (the sum is written to residual if `keep`), for all rows or those listed; `pending`
+    is added to x first. `warps` 0: as measured."""
     width = weight_D.shape[0]
+    arguments = nothing_pending(x_TD) if pending is None else pending.arguments(block_r=8)  # 16 would spill registers
+    warps = warps or _warps(width) * (1 if pending is None else 2)
     count = x_TD.numel() // width if rows_L is None else rows_L.shape[0]
     _add_norm_kernel[(count,)](
         x_TD, residual_TD if residual_TD is not None else x_TD, weight_D, rows_L if rows_L is not None else x_TD,
         out_TD, eps, D=width, BLOCK=triton.next_power_of_2(width), GATHER=rows_L is not None,
-        ADD=residual_TD is not None, KEEP=keep, num_warps=_warps(width),
+        ADD=residual_TD is not None, KEEP=keep, **arguments,
+        **early(alone=rows_L is None and not (pending and pending.joins)), num_warps=warps,
     )  # fmt: skip
 
 
@@ -239,24 +301,41 @@ def rope_store(
     v_cache: torch.Tensor,
     num_heads: int,
     norms: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    pending: Pending | None = None,
+    heads: int = 0,
+    warps: int = 0,
 ) -> None:
     """Rotate the queries in place; write rotated keys, and values, to their pages. `norms`: per-head RMS norms of
-    queries and keys (weights and eps), applied before the rotation. cos and sin are tables by position."""
+    queries and keys (weights and eps), applied before the rotation. cos and sin are tables by position. `pending` is
+    added to qkv first. `heads` of a program and `warps` 0: as measured."""
     kv_heads, width = k_cache.shape[2:]
-    together = math.gcd(math.gcd(num_heads, kv_heads), 8)
+    together = math.gcd(math.gcd(num_heads, kv_heads), heads or (8 if pending is None else 64 // pending.block_r))
+    arguments = nothing_pending(qkv_TN) if pending is None else pending.arguments()
+    warps = warps or (max(1, together * width // 512) if pending is None else 4)
     q_weight, k_weight, eps = norms or (cos, cos, 0.0)
     _rope_store_kernel[(qkv_TN.shape[0], (num_heads + 2 * kv_heads) // together)](
         qkv_TN, qkv_TN.stride(0), positions_T, kv_slots_T, cos, sin, k_cache, v_cache, q_weight, k_weight, eps,
         H=num_heads, G=kv_heads, C=width, HALF_PAD=triton.next_power_of_2(width // 2), HEADS=together,
-        NORM=norms is not None, num_warps=max(1, together * width // 512),
+        NORM=norms is not None, **arguments, **early(alone=not (pending and pending.joins)), num_warps=warps,
     )  # fmt: skip
 
 
-def silu_mul(x_T2F: torch.Tensor, out_TF: torch.Tensor) -> None:
-    """out = silu(first half) * second half."""
+def silu_mul(
+    x_T2F: torch.Tensor, out_TF: torch.Tensor, pending: Pending | None = None, block: int = 0, warps: int = 4
+) -> None:
+    """out = silu(first half) * second half; `pending` is added to x first. `block` 0: as measured."""
     rows, width = out_TF.shape
-    block = 1024
-    _silu_mul_kernel[(rows, triton.cdiv(width, block))](x_T2F, out_TF, F=width, BLOCK=block, num_warps=4)
+    block = block or (1024 if pending is None else 256)
+    arguments = nothing_pending(x_T2F) if pending is None else pending.arguments()
+    _silu_mul_kernel[(rows, triton.cdiv(width, block))](
+        x_T2F,
+        out_TF,
+        F=width,
+        BLOCK=block,
+        **arguments,
+        **early(alone=not (pending and pending.joins)),
+        num_warps=warps,
+    )
 
 
 class TritonOps:

@@ -4,6 +4,9 @@ The package compiles its kernels at run time, one per shape and range of rows. L
 shape; here a shape gets one kernel for each of ROW_BUCKETS, compiled in parallel while the weights load and kept in
 its cache on disk; the first use waits for them, so after the warm-up nothing is compiled. Zero points are true zeros
 in memory and go in as they are; act-order weights are put in order and x is permuted to match.
+
+With `ordered`, which is the default, parameters are chosen so that every sum is added in a fixed order and the same
+batch gives the same bits every time (humming_order.py).
 """
 
 from __future__ import annotations
@@ -20,10 +23,13 @@ from typing import Any
 import torch
 
 from inlaid.checkpoint import QuantizedLinear, QuantSpec
+from inlaid.kernels import early
 from inlaid.kernels.act_order import group_length, sequential
+from inlaid.kernels.humming_order import Problem, candidates, keeps_order
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096)
 TUNING = Path(__file__).parent / "humming_tuning.json"  # made by perf/gpu/humming_sweep.py
+OPEN = 1 << 30  # the end of the last bucket
 LOCKS = 4096  # its split of K over blocks counts arrivals here; 132 SMs need far fewer
 
 
@@ -43,9 +49,10 @@ class HummingPacked:
 class HummingLinear:
     """x @ dequantize(W).T on tensor cores."""
 
-    def __init__(self, ordered: bool = False) -> None:
-        """`ordered`: no sum is split over blocks, whose parts arrive in any order: slower, but always the same bits."""
-        self.name = "humming-ordered" if ordered else "humming"
+    name = "humming"
+
+    def __init__(self, ordered: bool = True) -> None:
+        """`ordered`: the same bits every time."""
         self.ordered = ordered
         self.configs: dict[str, Any] = {}  # humming's LayerConfig of each kind
         self._kernels: dict[str, torch.Tensor] = {}
@@ -166,28 +173,40 @@ class HummingLinear:
         return self._kernels[kind]
 
 
-def intervals(config: Any, device: torch.device, ordered: bool = False) -> list[list[Any]]:
-    """[rows above, rows up to, kernel parameters] for ROW_BUCKETS; the last bucket is open-ended. The parameters are
-    the package's choice, changed where a sweep on such a device found better ones (TUNING)."""
-    tuned = {} if ordered else _tuned(config, torch.cuda.get_device_name(device))
-    humming = _import()
-    below, out = 0, []
-    for rows in ROW_BUCKETS:
-        end = (1 << 30) if rows == ROW_BUCKETS[-1] else rows
-        chosen = humming.heuristics(config, shape_m=rows, device=device)
-        chosen = {**chosen, "use_stream_k": False} if ordered else {**chosen, **tuned.get(rows, {})}
-        out.append([below, end, chosen])
-        below = rows
+def intervals(config: Any, device: torch.device, ordered: bool = True) -> list[list[Any]]:
+    """[rows above, rows up to, kernel parameters] for ROW_BUCKETS; the last bucket is open-ended."""
+    tuned = _tuned(config, torch.cuda.get_device_name(device), ordered)
+    out = []
+    for problem in problems(config, device):
+        base = _import().heuristics(config, shape_m=min(problem.most, ROW_BUCKETS[-1]), device=device)
+        chosen = tuned.get(min(problem.most, ROW_BUCKETS[-1]))
+        chosen = None if chosen is None else {**base, **chosen}
+        if ordered and (chosen is None or not keeps_order(chosen, problem)):
+            chosen = candidates(base, problem)[0]
+        chosen = base if chosen is None else chosen
+        out.append([problem.below, problem.most, {**chosen, "use_pdl": True} if early.EARLY else chosen])
     return out
 
 
-def _tuned(config: Any, device_name: str) -> dict[int, dict[str, Any]]:
-    """Changes to the package's parameters by bucket of rows, from the shipped table."""
+def problems(config: Any, device: torch.device) -> list[Problem]:
+    """One for each of ROW_BUCKETS."""
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    ends = (*ROW_BUCKETS[:-1], OPEN)
+    return [
+        Problem(config.shape_k, config.shape_n, config.weight_scale_group_size, below, most, sms)
+        for below, most in zip((0, *ROW_BUCKETS[:-1]), ends, strict=True)
+    ]
+
+
+def _tuned(config: Any, device_name: str, ordered: bool) -> dict[int, dict[str, Any]]:
+    """Changes to the package's parameters by bucket of rows, from the shipped table (TUNING): what a sweep on such a
+    device, or else on another, found faster than its choice; or fastest of those that keep the order."""
     if not TUNING.exists():
         return {}
     found: dict[int, dict[str, Any]] = {}
-    for entry in json.loads(TUNING.read_text())["entries"]:
-        same = (entry["device"], entry["bits"]) == (device_name, config.b_dtype.num_bits)
+    entries = json.loads(TUNING.read_text())["entries"]
+    for entry in sorted(entries, key=lambda e: (e.get("ordered", False), e["device"] == device_name)):  # the last wins
+        same = entry["bits"] == config.b_dtype.num_bits and entry.get("ordered", False) in (False, ordered)
         if same and (entry["inputs"], entry["outputs"]) == (config.shape_k, config.shape_n):
             found |= dict.fromkeys(entry["buckets"], entry["changes"])
     return found

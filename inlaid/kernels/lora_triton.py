@@ -3,9 +3,11 @@
 
 The runner calls `write_segments` once a step on the host and `shrink` / `expand_add` at every adapted linear.
 Weights lie unpadded in one flat pool; `table[slot, site] = (A offset, B offset, rank)` says where. Rows are cut into
-segments of one slot, so a weight is read once per segment; rows of slot 0 are in no segment and cost nothing.
-The inner dimension is split over programs whose partial sums go to fp32 scratch and are added in a fixed order by
-`expand_add`: no atomics, so the same batch gives the same bits every time.
+segments of one slot, so a weight is read once per segment; rows of slot 0 are in no segment and cost nothing. With few
+rows the expansion may instead be left (`Pending`) to the kernel that reads y next, which saves a launch and a pass over
+y: `pending_part` is what such a kernel (fused_triton.py) adds to its columns of a row. The inner dimension is split
+over programs whose partial sums go to fp32 scratch and are added in a fixed order: no atomics, so the same batch gives
+the same bits every time.
 
 Shapes: T rows, K inputs, N outputs, S segments, G siblings (linears sharing x: q, k, v), P partial sums, R rank.
 """
@@ -13,7 +15,7 @@ Shapes: T rows, K inputs, N outputs, S segments, G siblings (linears sharing x: 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ import triton
 import triton.language as tl
 
 from inlaid.kernels.backend import AdapterPages, Site
+from inlaid.kernels.early import early
 
 if TYPE_CHECKING:
     from inlaid.kernels.context import StepContext
@@ -55,8 +58,11 @@ def _shrink_rank_block(
 def _shrink_kernel(
     x, x_stride, pool, table, segments, order, partial, partial_stride, capacity, num_sites, site,
     K: tl.constexpr, G: tl.constexpr, P: tl.constexpr, R_STRIDE: tl.constexpr, SHARES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, ALIGN: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     segment = tl.program_id(0)
     part = tl.program_id(1)
     sibling = tl.program_id(2) // SHARES
@@ -151,6 +157,38 @@ def _expand_kernel(
         tl.store(target, (base.to(tl.float32) + acc * factor).to(base.dtype), mask=mask)
 
 
+@triton.jit
+def _row_times(partial_row, part_step, b_base, rank, n, n_mask, P: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The sum over r of (sum over p of partial[p, r]) B[n, r] for one row, without matrix units, in fp32."""
+    acc = tl.zeros(n.shape, dtype=tl.float32)
+    r_lane = tl.arange(0, BLOCK_R)
+    for r0 in range(0, rank, BLOCK_R):
+        r = r0 + r_lane
+        b_NR = tl.load(b_base + n[:, None] * rank + r[None, :], mask=n_mask[:, None] & (r[None, :] < rank), other=0.0)
+        s_R = tl.zeros((BLOCK_R,), dtype=tl.float32)
+        for p in tl.static_range(P):
+            s_R += tl.load(partial_row + p * part_step + r, mask=r < rank, other=0.0)
+        acc += tl.sum(b_NR.to(tl.float32) * s_R[None, :], axis=1)
+    return acc
+
+
+@triton.jit
+def pending_part(
+    row, sibling, n, n_mask, partial, partial_stride, pool, table, scale, slots, num_sites, site,
+    G: tl.constexpr, P: tl.constexpr, R_STRIDE: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """scale * (sum over p of partial[p, sibling, row]) B[n]^T, for columns n of one row; zeros without adapter."""
+    entry = tl.load(slots + row).to(tl.int64) * num_sites + site + sibling
+    rank = tl.load(table + entry * 3 + 2).to(tl.int32)
+    b_base = pool + (tl.load(table + entry * 3 + 1) // 8) * 8  # the division tells the compiler of the alignment
+    partial_row = partial + sibling * partial_stride + row.to(tl.int64) * R_STRIDE
+    if rank % 8 == 0:  # wide loads
+        acc = _row_times(partial_row, G * partial_stride, b_base, (rank // 8) * 8, n, n_mask, P, BLOCK_R)
+    else:
+        acc = _row_times(partial_row, G * partial_stride, b_base, rank, n, n_mask, P, BLOCK_R)
+    return acc * tl.load(scale + entry)
+
+
 @dataclass(frozen=True)
 class Tuning:
     """Block shapes; `parts` is how many programs share the inner dimension of one shrink."""
@@ -167,7 +205,8 @@ class Tuning:
 
 def tuning_for(rows: int, block_rows: int, max_rank: int = 16) -> Tuning:
     """Few rows need many programs per segment to fill the chip; many rows fill it by themselves. As measured."""
-    block_r, shares = (16, 1) if max_rank <= 16 else (32, 1 if max_rank <= 32 else 2)
+    block_r = 16 if max_rank <= 16 else 32
+    shares = min(4, triton.cdiv(max_rank, block_r))  # a program to each block of a rank: the largest sets the time
     if block_rows > 16:
         return Tuning(parts=8, block_k=64, block_n=128, block_r=block_r, shares=shares)
     if rows <= 8:
@@ -241,8 +280,10 @@ def shrink(
     partial_PGTR: torch.Tensor,
     site: Site,
     tuning: Tuning,
+    alone: bool = False,
 ) -> None:
-    """partial[p, g, t, :rank] = part p of x[t] A^T, for each sibling g; rows without adapter are not touched."""
+    """partial[p, g, t, :rank] = part p of x[t] A^T, for each sibling g; rows without adapter are not touched. `alone`:
+    what made x is the only kernel before this one (early.py)."""
     parts, groups, rows, stride = partial_PGTR.shape
     siblings = len(site.widths)
     assert siblings <= groups
@@ -253,7 +294,7 @@ def shrink(
         partial_PGTR, rows * stride, plan.capacity, adapters.table.shape[1], site.first,
         K=x_TK.shape[1], G=groups, P=tuning.parts, R_STRIDE=stride, SHARES=tuning.shares, BLOCK_M=plan.block_rows,
         BLOCK_K=min(tuning.block_k, triton.next_power_of_2(x_TK.shape[1])), BLOCK_R=tuning.block_r,
-        ALIGN=OFFSET_ALIGNMENT, num_warps=tuning.shrink_warps, num_stages=tuning.shrink_stages,
+        ALIGN=OFFSET_ALIGNMENT, **early(alone), num_warps=tuning.shrink_warps, num_stages=tuning.shrink_stages,
     )  # fmt: skip
 
 
@@ -276,6 +317,42 @@ def expand_add(
         BLOCK_N=tuning.block_n, BLOCK_R=tuning.block_r, ALIGN=OFFSET_ALIGNMENT,
         num_warps=tuning.expand_warps, num_stages=1,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pending:
+    """An expansion left to the kernel that reads y next: the sums of `shrink`, the adapter slot of each row, and
+    whether the shrink is on a stream of its own, which that kernel joins."""
+
+    partial_PGTR: torch.Tensor
+    adapters: AdapterPages
+    slots_T: torch.Tensor
+    site: Site
+    tuning: Tuning
+    joins: bool = False
+
+    @property
+    def block_r(self) -> int:
+        """How much of a rank is taken at a time; more would need too many registers beside many partial sums."""
+        return self.tuning.block_r if self.tuning.parts <= 8 else 16
+
+    def arguments(self, block_r: int = 0) -> dict[str, Any]:
+        """Those of `pending_part`, by the names that kernels give them."""
+        _, groups, rows, stride = self.partial_PGTR.shape
+        pages = self.adapters
+        return {
+            "partial": self.partial_PGTR, "partial_stride": rows * stride, "pool": pages.pool, "table": pages.table,
+            "scale": pages.scale, "adapters": self.slots_T, "num_sites": pages.table.shape[1],
+            "site": self.site.first, "GROUPS": groups, "P": self.tuning.parts, "R_STRIDE": stride,
+            "BLOCK_R": block_r or self.block_r,
+        }  # fmt: skip
+
+
+def nothing_pending(stand_in: torch.Tensor) -> dict[str, Any]:
+    """For a kernel compiled without `pending_part`; it reads none of these."""
+    names = ("partial", "pool", "table", "scale", "adapters")
+    numbers = {"partial_stride": 0, "num_sites": 0, "site": 0, "GROUPS": 1, "P": 0, "R_STRIDE": 1, "BLOCK_R": 16}
+    return dict.fromkeys(names, stand_in) | numbers
 
 
 class TritonLora:

@@ -29,6 +29,17 @@ class Ceiling:
     def of(cls, name: str) -> Ceiling | None:
         return cls(BANDWIDTH[name], MATRIX_RATE[name]) if name in BANDWIDTH else None
 
+    @classmethod
+    def measured(cls, device: torch.device) -> Ceiling:
+        """A large copy, its bytes read and written, and a large product of random 16-bit numbers, on this device."""
+        source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        side = 8192
+        a, b = (torch.randn(side, side, device=device).to(torch.bfloat16) for _ in range(2))
+        copy = time_calls([partial(target.copy_, source)] * 4, 5)
+        product = time_calls([partial(torch.mm, a, b, out=torch.empty_like(a))] * 4, 5)
+        return cls(2e6 * source.numel() / copy, 2e6 * side**3 / product)
+
     def microseconds(self, num_bytes: float, operations: float = 0.0) -> float:
         """The larger of moving the bytes and doing the operations."""
         return 1e6 * max(num_bytes / self.bandwidth, operations / self.matrix_rate)

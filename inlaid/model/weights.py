@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -24,6 +25,9 @@ from inlaid.layers.rotary import Rotary
 from inlaid.model.spec import ModelSpec, module_path
 from inlaid.model.transformer import Block, Transformer
 
+READERS = 4  # threads that bring weights into memory
+AHEAD = 3  # layers that they are ahead of the one being repacked
+SIBLINGS = ((0, 3), (3, 4), (4, 6), (6, 7))  # of MODULES
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -111,12 +115,24 @@ class _Loader:
         self.dtype = dtype
         self.unused = {name for name in checkpoint.dense if not name.endswith("rotary_emb.inv_freq")}
         self.unused |= set(checkpoint.linears)
+        self.ahead: dict[str, Future[list[QuantizedLinear]]] = {}  # by the first of the siblings
 
     def build(self, max_len: int, progress: bool) -> Transformer:
+        with ThreadPoolExecutor(READERS, "read-weights") as readers:
+            try:
+                return self._build(max_len, progress, readers)
+            finally:
+                readers.shutdown(wait=False, cancel_futures=True)
+
+    def _build(self, max_len: int, progress: bool, readers: ThreadPoolExecutor) -> Transformer:
         spec = self.spec
         embedding = self.tensor("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
         layers = tqdm(range(spec.num_layers), desc="loading layers", disable=not progress, delay=1, leave=False)
-        blocks = [self.block(layer) for layer in layers]
+        blocks = []
+        for layer in layers:
+            for coming in range(layer if layer == 0 else layer + AHEAD, min(layer + AHEAD + 1, spec.num_layers)):
+                self.read_ahead(coming, readers)
+            blocks.append(self.block(layer))
         norm = self.norm("model.norm.weight", spec.hidden_size)
         if spec.tied:
             self.unused.discard("lm_head.weight")
@@ -130,6 +146,14 @@ class _Loader:
             )
         rotary = Rotary(spec.rope, spec.head_dim, max_len, self.device, self.dtype)
         return Transformer(spec, self.kernels, Embedding(embedding), blocks, norm, Head(head), rotary)
+
+    def read_ahead(self, layer: int, readers: ThreadPoolExecutor) -> None:
+        """Quantized linears of a layer into memory, siblings fused, while earlier layers are repacked."""
+        for first, last in SIBLINGS:
+            paths = [module_path(layer, module) for module in MODULES[first:last]]
+            if all(path in self.checkpoint.linears for path in paths):
+                shapes = [self.spec.module_shape(module) for module in MODULES[first:last]]
+                self.ahead[paths[0]] = readers.submit(self.quantized_siblings, paths, shapes)
 
     def block(self, layer: int) -> Block:
         spec, prefix = self.spec, f"model.layers.{layer}"
@@ -176,9 +200,15 @@ class _Loader:
         if not all(quantized):
             groups = [self.parts([path], [shape]) for path, shape in zip(paths, shapes, strict=True)]
             return [part for group in groups for part in group]
+        read = self.ahead.pop(paths[0], None)
+        weights_q = self.quantized_siblings(paths, shapes) if read is None else read.result()
+        return [self.prepare(weight) for weight in weights_q]
+
+    def quantized_siblings(self, paths: list[str], shapes: list[tuple[int, int]]) -> list[QuantizedLinear]:
+        """One weight where they can be fused."""
         weights_q = [self.quantized(path, shape) for path, shape in zip(paths, shapes, strict=True)]
         fused = fuse(weights_q)
-        return [self.prepare(weight) for weight in ([fused] if fused is not None else weights_q)]
+        return [fused] if fused is not None else weights_q
 
     def prepare(self, weight: QuantizedLinear) -> tuple[LinearBackend, object]:
         reasons = []

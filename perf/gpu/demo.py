@@ -1,19 +1,26 @@
 """The bundled demo on the GPU beside the CPU: greedy tokens of evaluation prompts of every task, each with its adapter,
-and how close the call was where they part. One stage of bench.py."""
+and how close the call was where they part; in 16 bits, or rounded to 4 and served by one linear backend. Stages of
+bench.py."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+
+from inlaid.checkpoint import Checkpoint, QuantSpec, quantization_config, to_tensors
 from inlaid.config import AdapterConfig, EngineConfig
 from inlaid.engine.process import Loaded, build_engine
 from inlaid.engine.request import NewRequest, SamplingParams
+from inlaid.quant.solver import Grid, round_to_nearest
 
 MODEL = Path("models/demo/base")
 ADAPTERS = Path("models/demo/adapters")
 PROMPTS, TOKENS = 25, 48  # of each task
+Answers = dict[str, tuple[list[int], list[float]]]  # tokens, and by how much each beat the runner-up
 
 
 def questions() -> list[tuple[str, str, list[int]]]:
@@ -30,17 +37,42 @@ def questions() -> list[tuple[str, str, list[int]]]:
     return found
 
 
-def answer(device: str, dtype: str, num_top: int | None) -> dict[str, tuple[list[int], list[float]]]:
+def rounded(folder: Path, grid: Grid | None = None) -> Path:
+    """The demo's base with every linear rounded to 4 bits: good enough to compare machines on."""
+    base, grid = Checkpoint(MODEL), grid or Grid(4, 64, symmetric=True, clip=False)
+    tensors: dict[str, Any] = {}
+    for name in base.dense:
+        value = base.tensor(name)
+        if name.endswith("_proj.weight"):
+            linear = round_to_nearest(value.float().t(), grid).packed(grid)
+            tensors |= to_tensors(name.removesuffix(".weight"), linear)
+        else:
+            tensors[name] = value
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
+    quantization = quantization_config(QuantSpec(grid.bits, grid.group_size, True, False), 0.0, False)
+    (folder / "config.json").write_text(json.dumps({**base.config, "quantization_config": quantization}))
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL / name, folder / name)
+    return folder
+
+
+def answer(device: str, dtype: str, num_top: int | None, model: Path = MODEL, backend: str = "auto") -> Answers:
     """Tokens, and by how much each beat the runner-up where `num_top` asks for it."""
     names = sorted(path.name for path in ADAPTERS.iterdir() if path.is_dir())
     config = EngineConfig(
-        model=str(MODEL), device=device, dtype=dtype, adapters=AdapterConfig(max_loras=len(names), max_lora_rank=64)
+        model=str(model),
+        device=device,
+        dtype=dtype,
+        adapters=AdapterConfig(max_loras=len(names), max_lora_rank=64),
+        linear_backend=backend,
+        deterministic=backend != "exllama",
     )
     loaded: Loaded = build_engine(config, {name: str(ADAPTERS / name) for name in names})
     for name, adapter, ids in questions():
         params = SamplingParams(max_tokens=TOKENS, temperature=0.0, logprobs=num_top)
         loaded.engine.add(NewRequest(id=name, prompt=ids, adapter=adapter, params=params))
-    found: dict[str, tuple[list[int], list[float]]] = {}
+    found: Answers = {}
     while loaded.engine.has_work:
         for output in loaded.engine.step():
             assert output.message is None, output.message
@@ -50,21 +82,28 @@ def answer(device: str, dtype: str, num_top: int | None) -> dict[str, tuple[list
     return found
 
 
-def run() -> dict[str, Any]:
-    """The share of prompts with equal tokens, and the lead of the CPU's token at every first difference."""
-    cpu = answer("cpu", "float32", 2)
-    gpu = answer("cuda", "float16", None)
-    again = answer("cuda", "float16", None)
+def run(backend: str | None = None) -> dict[str, Any]:
+    """The share of prompts with equal tokens, and the lead of the CPU's token at every first difference. With a
+    backend: of the rounded demo on it."""
+    model, chosen = (MODEL, "auto") if backend is None else (rounded(Path("/tmp/inlaid-bench/demo-4-bit")), backend)
+    cpu = answer("cpu", "float32", 2, model)
+    gpu = answer("cuda", "float16", None, model, chosen)
+    again = answer("cuda", "float16", None, model, chosen)
+    report = differences(cpu, gpu)
+    report["same_on_the_gpu_twice"] = sum(gpu[name][0] == again[name][0] for name in gpu) / len(gpu)
+    print(report, flush=True)
+    return report
+
+
+def differences(cpu: Answers, gpu: Answers) -> dict[str, Any]:
+    """Which prompts' tokens differ, and how near the CPU was to saying the same."""
     differing = {}
     for name, (tokens, leads) in cpu.items():
         other = gpu[name][0]
         if other != tokens:
             place = next((i for i, (a, b) in enumerate(zip(tokens, other, strict=False)) if a != b), None)
             differing[name] = None if place is None else round(leads[place], 4)
-    report = {
+    return {
         "prompts": len(cpu), "equal": len(cpu) - len(differing), "share": 1 - len(differing) / len(cpu),
         "lead_at_first_difference": differing,
-        "same_on_the_gpu_twice": sum(gpu[name][0] == again[name][0] for name in gpu) / len(gpu),
     }  # fmt: skip
-    print(report, flush=True)
-    return report

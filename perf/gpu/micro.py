@@ -4,6 +4,7 @@ of bench.py; the shapes are those of Llama-2-7B and Llama-3-8B."""
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from inlaid.checkpoint import QuantSpec
 from inlaid.kernels import attention_triton, command, fused_triton, lora_triton
-from inlaid.kernels.auto import AutoLinear
+from inlaid.kernels.auto import backends
 from inlaid.kernels.backend import AdapterPages, Site
 from inlaid.kernels.humming import HummingLinear
 from inlaid.kernels.measure import CACHE, Ceiling, time_calls, time_linear
@@ -34,6 +35,8 @@ ADAPTERS = [
     (64, 32, 64),
 ]
 
+ONE_TILES = ((64, 4, 1), (32, 4, 1), (32, 4, 3), (64, 4, 2), (64, 8, 2))
+GROUP_TILES = ((64, 4, 3), (64, 4, 5), (32, 4, 3), (32, 4, 5), (64, 2, 3))
 SHRINKS = (
     (4, 128, 2, 4),
     (4, 256, 4, 2),
@@ -52,7 +55,7 @@ def ceiling() -> Ceiling:
 def linears(shapes: tuple[str, ...] = command.SHAPES, rows: tuple[int, ...] = command.ROWS) -> list[dict[str, Any]]:
     spec = QuantSpec(4, 128, True, False)
     pairs = [(int(k), int(n)) for k, n in (shape.split("x") for shape in shapes)]
-    table = command.measure(AutoLinear().candidates, pairs, list(rows), spec, DEVICE)
+    table = command.measure(backends(deterministic=False), pairs, list(rows), spec, DEVICE)
     return [vars(row) for row in table]
 
 
@@ -71,22 +74,23 @@ def decode_attention() -> list[dict[str, Any]]:
         out = torch.empty_like(q)
         default = attention_triton.num_splits(batch, kv)
         times = {}
-        variants = itertools.product({max(1, default // 2), default, min(32, default * 2)}, (32, 64), (4,), (3,))
-        for splits, block, warps, stages in sorted(variants):
+        tiles = ONE_TILES if heads == kv else GROUP_TILES
+        for splits, tile in itertools.product(sorted({max(1, default // 2), default, min(16, default * 2)}), tiles):
             scratch = attention_triton.decode_scratch(batch, heads, 128, splits, DEVICE)
 
             decode = partial(
                 attention_triton.decode, tables_SB=tables, lengths_S=lengths, out_SHC=out, scratch=scratch,
-                splits=splits, block=block, warps=warps, stages=stages,
+                splits=splits, tile=tile,
             )  # fmt: skip
             calls = [partial(decode, q, c[0], c[1]) for c in caches]
-            times[f"splits {splits} block {block} warps {warps} stages {stages}"] = time_calls(calls, 5)
+            times[f"splits {splits} tile {tile}"] = time_calls(calls, 5)
         best = min(times, key=lambda name: times[name])
-        default_name = f"splits {default} block {32 if heads == kv else 64} warps 4 stages 3"
+        shipped = attention_triton.ONE_TILE if heads == kv else attention_triton.GROUP_TILE
+        default_name = f"splits {default} tile {shipped}"
         found.append(
             {
                 "heads": f"{heads}/{kv}", "batch": batch, "context": context, "best": best, "us": times[best],
-                "default_us": times[default_name], "floor": ceiling().microseconds(moved),
+                "default_us": times[default_name], "floor": ceiling().microseconds(moved), "all": times,
             }
         )  # fmt: skip
     return found
@@ -172,12 +176,12 @@ def _tune(
     shrinks, expands = {}, {}
     sites = [Site(layer * 7, widths) for layer in range(layers)]
     for parts, block_k, warps, stages in SHRINKS:
-        tuning = lora_triton.Tuning(parts, block_k, 128, 16, warps, 4, stages)
+        tuning = lora_triton.Tuning(parts, block_k, 128, shrink_warps=warps, shrink_stages=stages)
         sums = lora_triton.scratch(x.shape[0], 64, parts, DEVICE)
         calls = [partial(lora_triton.shrink, x, pages, plan, sums, site, tuning) for site in sites]
         shrinks[f"parts {parts} block_k {block_k} warps {warps} stages {stages}"] = time_calls(calls, 5)
     for parts, block_n, warps in EXPANDS:
-        tuning = lora_triton.Tuning(parts, 256, block_n, 16, 4, warps)
+        tuning = lora_triton.Tuning(parts, 256, block_n, expand_warps=warps)
         sums = torch.zeros_like(lora_triton.scratch(x.shape[0], 64, parts, DEVICE))
         calls = [partial(lora_triton.expand_add, sums, pages, plan, y, site, tuning) for site in sites]
         expands[f"parts {parts} block_n {block_n} warps {warps}"] = time_calls(calls, 5)
@@ -186,6 +190,52 @@ def _tune(
         "shrink": best_shrink, "shrink_us": shrinks[best_shrink], "expand": best_expand,
         "expand_us": expands[best_expand], "shrinks": shrinks, "expands": expands,
     }  # fmt: skip
+
+
+def pending() -> list[dict[str, Any]]:
+    """An expansion and what follows it, apart and as one kernel, and how that kernel is best cut."""
+    found = []
+    for rows, count, rank in ((1, 1, 16), (16, 16, 16), (64, 32, 16), (64, 32, 64), (128, 32, 16), (256, 32, 16)):
+        for inputs, widths in ((4096, (4096, 4096, 4096)), (4096, (4096,)), (4096, (11008, 11008))):
+            moved = 2 * count * rank * sum(widths)
+            layers = max(2, min(16, int(CACHE // moved) + 1))
+            pages = adapter_pages(count, rank, layers, widths, inputs)
+            slots = np.sort((np.arange(rows) % count + 1).astype(np.int32))
+            plan = lora_triton.plan_rows(slots, lora_triton.max_segments(rows, max(32, count), 16), 16, DEVICE)
+            tuning = lora_triton.tuning_for(rows, 16, rank)
+            sums = torch.randn_like(lora_triton.scratch(rows, 64, tuning.parts, DEVICE))
+            on_device = torch.from_numpy(slots).to(DEVICE)
+            sites = [Site(layer * 7, widths) for layer in range(layers)]
+            left = [lora_triton.Pending(sums, pages, on_device, site, tuning) for site in sites]
+            y = torch.randn(rows, sum(widths), device=DEVICE).half()
+            follow, cuts = follower(y, len(widths))
+            apart = [call for site in sites for call in (
+                partial(lora_triton.expand_add, sums, pages, plan, y, site, tuning), partial(follow))]  # fmt: skip
+            record: dict[str, Any] = {
+                "rows": rows, "adapters": count, "rank": rank, "widths": widths,
+                "floor": ceiling().microseconds(moved), "apart_us": 2 * time_calls(apart, 5),
+                "together_us": time_calls([partial(follow, pending=one) for one in left], 5),
+            }  # fmt: skip
+            for cut in cuts:
+                record[str(cut)] = time_calls([partial(follow, pending=one, **cut) for one in left], 5)
+            found.append(record)
+    return found
+
+
+def follower(y: torch.Tensor, siblings: int) -> tuple[Callable[..., None], list[dict[str, int]]]:
+    """The kernel that reads a linear with so many siblings, and ways to cut it."""
+    rows, width = y.shape
+    if siblings == 3:
+        cache = torch.zeros(2, rows // 16 + 2, 16, 32, 128, device=DEVICE).half()
+        table, positions = torch.randn(4096, 128, device=DEVICE).half(), torch.arange(rows, device=DEVICE).int()
+        rope = partial(fused_triton.rope_store, y, positions, positions, table, table, cache[0], cache[1], 32)
+        return rope, [{"heads": heads, "warps": warps} for heads, warps in ((8, 8), (4, 2), (2, 2), (2, 4))]
+    if siblings == 2:
+        activation = partial(fused_triton.silu_mul, y, torch.empty(rows, width // 2, device=DEVICE).half())
+        return activation, [{"block": block, "warps": warps} for block, warps in ((256, 4), (512, 8), (1024, 8))]
+    weight, residual = torch.ones(width, device=DEVICE).half(), torch.randn(rows, width, device=DEVICE).half()
+    norm = partial(fused_triton.norm, y, weight, 1e-5, torch.empty_like(y), residual)
+    return norm, [{"warps": 8}, {"warps": 32}]
 
 
 def small_operations() -> list[dict[str, Any]]:
@@ -212,8 +262,8 @@ def small_operations() -> list[dict[str, Any]]:
 
 def ordered() -> list[dict[str, Any]]:
     """What it costs the humming backend to add in a fixed order."""
-    spec, rows, found = QuantSpec(4, 128, True, False), (1, 16, 64, 256), []
-    for inputs, outputs in ((4096, 12288), (4096, 4096)):
+    spec, rows, found = QuantSpec(4, 128, True, False), (1, 16, 32, 64, 128, 256, 2048), []
+    for inputs, outputs in ((int(k), int(n)) for k, n in (shape.split("x") for shape in command.SHAPES)):
         for in_order in (False, True):
             times = time_linear(HummingLinear(in_order), inputs, outputs, spec, rows, DEVICE)
             found.append({"inputs": inputs, "outputs": outputs, "ordered": in_order, "us": times})
@@ -221,11 +271,12 @@ def ordered() -> list[dict[str, Any]]:
 
 
 PARTS = {
-    part.__name__: part for part in (decode_attention, prefill_attention, adapters, small_operations, ordered, linears)
+    part.__name__: part
+    for part in (decode_attention, pending, ordered, prefill_attention, adapters, small_operations, linears)
 }
 
 
-def run(names: tuple[str, ...] = tuple(PARTS)) -> dict[str, Any]:
+def run(keep: Callable[[dict[str, Any]], None], names: tuple[str, ...] = tuple(PARTS)) -> dict[str, Any]:
     """Each part on its own: what one of them raises is its result."""
     found: dict[str, Any] = {}
     for name in names:
@@ -233,6 +284,7 @@ def run(names: tuple[str, ...] = tuple(PARTS)) -> dict[str, Any]:
             found[name] = PARTS[name]()
         except Exception as error:  # noqa: BLE001 - the other parts' figures are still wanted
             found[name] = f"{type(error).__name__}: {error}"
+        keep(found)
         print(name, "done", flush=True)
         torch.cuda.empty_cache()
     return found

@@ -1,21 +1,26 @@
-"""The engine without a server: requests of 256 tokens in and 128 out, so many at a time; tokens per second, time per
-output token, and where the time of a decode step goes. One stage of bench.py for each model shape."""
+"""The engine without a server: requests of 256 tokens in and 128 out, so many at a time; whether the same batch gives
+the same tokens again; and one decode step under other choices of kernels (step.py). Stages of bench.py."""
 
 from __future__ import annotations
 
 import random
 import time
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-import torch
-
+from inlaid.checkpoint import QuantSpec
 from inlaid.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig
 from inlaid.engine.process import Loaded, build_engine
 from inlaid.engine.request import NewRequest, SamplingParams
-from perf.gpu.random_model import EVERY_LINEAR, write_adapters, write_model
+from inlaid.kernels.measure import Ceiling
+from inlaid.model.spec import ModelSpec
+from perf.gpu import step as step_module
+from perf.gpu.random_model import spec_of
+from perf.gpu.serving import Keep, files
 
+DEVICE = "cuda"
 PROMPT, OUTPUT = 256, 128
 ROWS = {  # (adapters, concurrency, requests)
     "7b": [(0, 1, 3), (1, 1, 3), (32, 1, 3), (32, 16, 48), (0, 64, 192), (32, 64, 192), (64, 64, 192), (0, 256, 512),
@@ -23,14 +28,16 @@ ROWS = {  # (adapters, concurrency, requests)
     "8b": [(0, 1, 3), (32, 1, 3), (0, 64, 192), (32, 64, 192), (32, 256, 512)],
     "tiny": [(0, 1, 2), (2, 4, 8)],
 }  # fmt: skip
+CONTEXT = 300  # tokens before a step that is taken apart
+STEPS = ((64, 32), (64, 0), (1, 1), (256, 32), (16, 16))  # (rows, adapters) of the steps that are taken apart
 RANKS = {"7b": (16,), "8b": (8, 16, 32, 64), "tiny": (16,)}  # of the adapters, in turn
 
 
 def engine_config(model: Path, max_loras: int, max_rank: int, **changes: Any) -> EngineConfig:
     return EngineConfig(
         model=str(model),
-        device="cuda",
-        dtype="float16",
+        device=DEVICE,
+        dtype="float16" if DEVICE == "cuda" else "float32",
         cache=CacheConfig(gpu_memory_utilization=0.8, enable_prefix_caching=False),
         adapters=AdapterConfig(max_loras=max_loras, max_lora_rank=max_rank),
         scheduler=SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=2048),
@@ -104,35 +111,10 @@ def host_share(loaded: Loaded, adapters: int, concurrency: int, vocab: int) -> d
     return {part: median(times) for part, times in parts.items()}
 
 
-def step_profile(loaded: Loaded, adapters: int, concurrency: int, vocab: int, skip: int = 40) -> list[dict[str, Any]]:
-    """Microseconds of each kernel in a decode step, the mean over some steps of a full batch."""
-    engine, generator = loaded.engine, random.Random(5)
-    for i in range(concurrency):
-        prompt = [generator.randrange(3, vocab) for _ in range(PROMPT)]
-        name = f"a{i % adapters}" if adapters else None
-        params = SamplingParams(max_tokens=OUTPUT, temperature=0.0, ignore_eos=True)
-        engine.add(NewRequest(id=f"p{i}", prompt=prompt, params=params, adapter=name))
-    for _ in range(skip + concurrency * PROMPT // 2048):
-        engine.step()
-    steps = 8
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        for _ in range(steps):
-            engine.step()
-        torch.cuda.synchronize()
-    while engine.has_work:
-        engine.step()
-    events = [e for e in profiler.key_averages() if e.device_time_total > 0]
-    rows = [
-        {"kernel": e.key[:110], "us_per_step": e.device_time_total / steps, "calls_per_step": e.count / steps}
-        for e in events
-    ]
-    return sorted(rows, key=lambda row: -row["us_per_step"])[:24]
-
-
-def repeats(loaded: Loaded, adapters: int, vocab: int, times: int = 12) -> dict[str, Any]:
-    """The same 64 requests over and over: how many answers are, token for token, those of the first time."""
+def repeats(loaded: Loaded, adapters: int, vocab: int, times: int, count: int = 64) -> dict[str, Any]:
+    """The same requests over and over: how many answers are, token for token, those of the first time."""
     engine, generator = loaded.engine, random.Random(11)
-    prompts = [[generator.randrange(3, vocab) for _ in range(32)] for _ in range(64)]
+    prompts = [[generator.randrange(3, vocab) for _ in range(32)] for _ in range(count)]
     rounds = []
     for turn in range(times):
         answers: dict[str, list[int]] = {}
@@ -145,36 +127,72 @@ def repeats(loaded: Loaded, adapters: int, vocab: int, times: int = 12) -> dict[
                 answers.setdefault(output.id.split("-")[1], []).extend(output.tokens)
         rounds.append(answers)
     same = [sum(answers[name] == rounds[0][name] for name in answers) for answers in rounds[1:]]
-    return {"requests": len(prompts), "tokens": 32, "same_as_first": same}
+    return {
+        "requests": len(prompts), "tokens": 32, "repetitions": len(same),
+        "all_equal": sum(one == len(prompts) for one in same), "fewest_equal": min(same),
+    }  # fmt: skip
 
 
-def run(shape: str, every_linear: bool = False, few: bool = False) -> dict[str, Any]:
-    """Build, load, and run the rows of this shape."""
-    root = Path(f"/tmp/inlaid-bench/{shape}")
-    begin = time.perf_counter()
-    spec = write_model(root / "model", shape)
+def load(shape: str, count: int, **changes: Any) -> tuple[Loaded, ModelSpec]:
+    """An engine with so many adapters of the shape; the files are made for all rows at once."""
+    model, adapters = files(shape, RANKS[shape], max(count, *(some for some, _, _ in ROWS[shape])))
+    adapters = dict(list(adapters.items())[:count])
+    config = engine_config(model, max(1, count), max(RANKS[shape]), **changes)
+    return build_engine(config, adapters), spec_of(shape)
+
+
+def run(shape: str, keep: Keep) -> dict[str, Any]:
+    """The rows of this shape, without a server."""
     count = max(adapters for adapters, _, _ in ROWS[shape])
-    ranks = RANKS[shape]
-    modules = EVERY_LINEAR if every_linear else ("q_proj", "k_proj", "v_proj", "o_proj")
-    adapters = write_adapters(root / "adapters", spec, count, ranks, modules)
-    written = time.perf_counter()
-    loaded = build_engine(engine_config(root / "model", max(1, count), max(ranks)), adapters)
-    ready = time.perf_counter()
-    report: dict[str, Any] = {"shape": shape, "write_s": written - begin, "start_s": ready - written, "rows": []}
-    print(f"{shape}: written in {written - begin:.0f} s, ready in {ready - written:.0f} s", flush=True)
+    begin = time.perf_counter()
+    loaded, spec = load(shape, count)
+    report: dict[str, Any] = {"shape": shape, "start_s": time.perf_counter() - begin, "rows": []}
     drive(loaded, min(count, 2), 2, 2, spec.vocab_size, seed=99)
-    rows = [row for row in ROWS[shape] if not few or (row[1] in (1, 64) and row[0] != 1)]
-    for index, (some, concurrency, total) in enumerate(rows):
+    for index, (some, concurrency, total) in enumerate(ROWS[shape]):
         if some:  # the adapters' way to the device is not what these rows are about
             drive(loaded, some, min(some, 64), some, spec.vocab_size, seed=1000 + index)
         row = drive(loaded, some, concurrency, total, spec.vocab_size, seed=index)
         report["rows"].append(row)
+        keep(report)
         print({key: round(value, 2) for key, value in row.items()}, flush=True)
-    report["repeats"] = repeats(loaded, min(32, count), spec.vocab_size)
-    print(report["repeats"], flush=True)
     report["eager_steps"] = getattr(loaded.engine.runner, "num_eager_steps", None)
-    for name, arguments in {"profile_64": (min(32, count), 64), "profile_1": (1, 1)}.items():
-        report[name] = step_profile(loaded, *arguments, spec.vocab_size)
-        report[f"host_{name}"] = host_share(loaded, *arguments, spec.vocab_size)
-        print(name, report[f"host_{name}"], flush=True)
+    report["host_ms"] = host_share(loaded, min(32, count), 64, spec.vocab_size)
+    print(report["host_ms"], flush=True)
+    return report
+
+
+def determinism(shape: str, keep: Keep, times: int = 100) -> dict[str, Any]:
+    """The same batch over and over, through the whole engine."""
+    loaded, spec = load(shape, 32)
+    report: dict[str, Any] = {"shape": shape, "deterministic": EngineConfig().deterministic}
+    for some in (32, 0):
+        report[f"{some} adapters"] = repeats(loaded, some, spec.vocab_size, times)
+        keep(report)
+        print(report[f"{some} adapters"], flush=True)
+    return report
+
+
+def variants(shape: str, keep: Keep) -> dict[str, Any]:
+    """One decode step with each choice of kernels, at several sizes, and where the time of the shipped one goes."""
+    loaded, spec = load(shape, 32, enforce_eager=True)
+    engine, runner = loaded.engine, step_module.runner_of(loaded.engine)
+    quant, mean_rank = QuantSpec(4, 128, True, False), sum(RANKS[shape]) / len(RANKS[shape])
+    ceiling = Ceiling.measured(runner.device)
+    report: dict[str, Any] = {"shape": shape, "ceiling": asdict(ceiling), "steps": []}
+    choices = step_module.variants(spec.num_heads != spec.num_kv_heads)
+    for seed, (rows, adapters) in enumerate(STEPS):
+        names = [f"a{i % adapters}" if adapters else None for i in range(rows)]
+        step = step_module.decoding(engine, names, CONTEXT, spec.vocab_size, seed)
+        found: dict[str, Any] = {"rows": rows, "adapters": adapters, "context": step.context, "choices": []}
+        report["steps"].append(found)
+        replay = step_module.replayable(runner, step)
+        found["kernels"] = step_module.profile(runner, replay)
+        found["floors"] = step_module.floors(spec, quant, step, mean_rank, ceiling)
+        found["by_group"] = step_module.by_group(found["kernels"], found["floors"])
+        print(rows, adapters, found["by_group"], flush=True)
+        for record in step_module.compare(engine, step, choices):
+            found["choices"].append(record)
+            keep(report)
+            print(record, flush=True)
+        step_module.leave(engine, rows, seed)
     return report

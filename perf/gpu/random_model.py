@@ -36,6 +36,10 @@ def config(shape: str) -> dict:
     }  # fmt: skip
 
 
+def spec_of(shape: str) -> ModelSpec:
+    return spec_from_config(config(shape))
+
+
 def write_model(folder: Path, shape: str, bits: int = 4, group: int = 128) -> ModelSpec:
     """The checkpoint and its tokenizer."""
     torch.manual_seed(0)
@@ -97,9 +101,14 @@ def write_adapter(folder: Path, spec: ModelSpec, rank: int, modules: tuple[str, 
 
 
 def write_adapters(
-    root: Path, spec: ModelSpec, count: int, ranks: tuple[int, ...] = (16,), modules: tuple[str, ...] = ATTENTION
+    root: Path,
+    spec: ModelSpec,
+    count: int,
+    ranks: tuple[int, ...] = (16,),
+    modules: tuple[str, ...] = ATTENTION,
+    prefix: str = "a",
 ) -> dict[str, str]:
     """a0, a1, ... whose ranks take turns; names to folders."""
     for i in range(count):
-        write_adapter(root / f"a{i}", spec, ranks[i % len(ranks)], modules, seed=i)
-    return {f"a{i}": str(root / f"a{i}") for i in range(count)}
+        write_adapter(root / f"{prefix}{i}", spec, ranks[i % len(ranks)], modules, seed=i)
+    return {f"{prefix}{i}": str(root / f"{prefix}{i}") for i in range(count)}

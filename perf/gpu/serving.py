@@ -1,5 +1,8 @@
 """The whole server through HTTP: the same rows as offline.py, streamed to clients on the same machine.
 
+Stages of bench.py: the rows of a shape, the same load with ranks mixed and all of their mean, the whole model on one
+linear backend, and the time from start to ready, cold and warm.
+
 The clients run in processes of their own, each with its share of the streams, so that counting tokens does not hold
 the server back. Tokens are counted by the server's own usage report, times by when each chunk arrived.
 """
@@ -11,40 +14,71 @@ import json
 import multiprocessing
 import os
 import random
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-PORT = 8123
+ROOT = Path("/tmp/inlaid-bench")
+DEVICE = ("--device", "cuda", "--dtype", "float16")
 CLIENTS = 4
 PROMPT, OUTPUT = 256, 128
+MIXED = (8, 16, 40, 128)  # ranks in turn; their mean is 48
 
 
-def start_server(model: Path, adapters: dict[str, str], max_rank: int, log: Path) -> subprocess.Popen[bytes]:
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def start_server(
+    port: int,
+    model: Path,
+    adapters: dict[str, str],
+    max_rank: int,
+    log: Path,
+    more: tuple[str, ...] = (),
+    environment: dict[str, str] | None = None,
+) -> subprocess.Popen[bytes]:
     command = [
-        sys.executable, "-m", "inlaid", "serve", str(model), "--port", str(PORT), "--device", "cuda", "--dtype",
-        "float16", "--max-num-seqs", "256", "--max-num-batched-tokens", "2048", "--gpu-memory-utilization", "0.8",
+        sys.executable, "-m", "inlaid", "serve", str(model), "--port", str(port), *DEVICE,
+        "--max-num-seqs", "256", "--max-num-batched-tokens", "2048", "--gpu-memory-utilization", "0.8",
         "--no-enable-prefix-caching", "--max-loras", str(max(1, len(adapters))), "--max-lora-rank", str(max_rank),
+        *more,
     ]  # fmt: skip
     if adapters:
         command += ["--adapter", *(f"{name}={path}" for name, path in adapters.items())]
-    return subprocess.Popen(command, stdout=log.open("wb"), stderr=subprocess.STDOUT)
+    environment = {**os.environ, **(environment or {})}
+    with log.open("wb") as output:
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
 
 
-def wait_ready(server: subprocess.Popen[bytes], limit: float) -> float:
+def stop(server: subprocess.Popen[bytes]) -> None:
+    server.terminate()
+    try:
+        server.wait(20)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+
+
+def wait_ready(server: subprocess.Popen[bytes], port: int, limit: float) -> float:
     """Seconds until /health answers."""
     begin = time.monotonic()
     while time.monotonic() - begin < limit:
         if server.poll() is not None:
             raise RuntimeError(f"the server ended with {server.returncode}")
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=2) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
                 if answer.status == 200:
                     return time.monotonic() - begin
         except (urllib.error.URLError, OSError):
@@ -53,12 +87,12 @@ def wait_ready(server: subprocess.Popen[bytes], limit: float) -> float:
     raise RuntimeError(f"the server was not ready within {limit:.0f} s")
 
 
-def base_name() -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/v1/models", timeout=10) as answer:
+def base_name(port: int) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=10) as answer:
         return json.loads(answer.read())["data"][0]["id"]
 
 
-async def one_request(session: Any, model: str, prompt: list[int]) -> tuple[int, float, float, float]:
+async def one_request(session: Any, port: int, model: str, prompt: list[int]) -> tuple[int, float, float, float]:
     """Output tokens, and seconds: sent, first chunk, last chunk."""
     body = {
         "model": model, "prompt": prompt, "max_tokens": OUTPUT, "temperature": 0.0, "ignore_eos": True, "stream": True,
@@ -67,7 +101,7 @@ async def one_request(session: Any, model: str, prompt: list[int]) -> tuple[int,
     sent = time.perf_counter()
     first = last = 0.0
     tail = b""
-    async with session.post(f"http://127.0.0.1:{PORT}/v1/completions", json=body) as response:
+    async with session.post(f"http://127.0.0.1:{port}/v1/completions", json=body) as response:
         response.raise_for_status()
         async for chunk in response.content.iter_any():
             now = time.perf_counter()
@@ -81,7 +115,7 @@ async def one_request(session: Any, model: str, prompt: list[int]) -> tuple[int,
     return int(usage["completion_tokens"]), sent, first, last
 
 
-def client(models: list[str], streams: int, vocab: int, seed: int) -> list[tuple[int, float, float, float]]:
+def client(port: int, models: list[str], streams: int, vocab: int, seed: int) -> list[tuple[int, float, float, float]]:
     """One process's share: a closed loop over these requests."""
 
     async def run() -> list[tuple[int, float, float, float]]:
@@ -94,7 +128,7 @@ def client(models: list[str], streams: int, vocab: int, seed: int) -> list[tuple
         async def stream(session: Any) -> None:
             while waiting:
                 model, prompt = waiting.pop()
-                found.append(await one_request(session, model, prompt))
+                found.append(await one_request(session, port, model, prompt))
 
         timeout = aiohttp.ClientTimeout(total=240)
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
@@ -105,14 +139,26 @@ def client(models: list[str], streams: int, vocab: int, seed: int) -> list[tuple
 
 
 def measure(
-    pool: ProcessPoolExecutor, base: str, adapters: int, concurrency: int, total: int, vocab: int
+    pool: ProcessPoolExecutor,
+    port: int,
+    base: str,
+    adapters: int,
+    concurrency: int,
+    total: int,
+    vocab: int,
+    prefix: str = "a",
 ) -> dict[str, Any]:
-    models = [f"a{i % adapters}" if adapters else base for i in range(total)]
+    models = [f"{prefix}{i % adapters}" if adapters else base for i in range(total)]
     random.Random(0).shuffle(models)
     clients = min(CLIENTS, concurrency)
     futures = [
         pool.submit(
-            client, models[i::clients], concurrency // clients + (i < concurrency % clients), vocab, 100 * total + i
+            client,
+            port,
+            models[i::clients],
+            concurrency // clients + (i < concurrency % clients),
+            vocab,
+            100 * total + i,
         )
         for i in range(clients)
     ]
@@ -128,38 +174,126 @@ def measure(
     }  # fmt: skip
 
 
-def run(shape: str, rows: list[tuple[int, int, int]], ranks: tuple[int, ...]) -> dict[str, Any]:
-    """Serve what offline.py has written, and run its rows."""
-    from perf.gpu.random_model import config, write_adapters, write_model
+Keep = Callable[[dict[str, Any]], None]
 
-    root = Path(f"/tmp/inlaid-bench/{shape}")
-    count = max(adapters for adapters, _, _ in rows)
+
+def files(shape: str, ranks: tuple[int, ...], count: int) -> tuple[Path, dict[str, str]]:
+    """The random model and adapters of a shape, made where they are not there yet."""
+    from perf.gpu.random_model import spec_of, write_adapters, write_model
+
+    root = ROOT / shape
     if not (root / "model" / "config.json").exists():
-        spec = write_model(root / "model", shape)
-        write_adapters(root / "adapters", spec, count, ranks)
-    adapters = {f"a{i}": str(root / "adapters" / f"a{i}") for i in range(count)}
-    log = root / "server.log"
-    server = start_server(root / "model", adapters, max(ranks), log)
-    report: dict[str, Any] = {"shape": shape, "rows": []}
+        write_model(root / "model", shape)
+    present = {f"a{i}": str(root / "adapters" / f"a{i}") for i in range(count)}
+    if not all((Path(path) / "adapter_config.json").exists() for path in present.values()):
+        write_adapters(root / "adapters", spec_of(shape), count, ranks)
+    return root / "model", present
+
+
+def served(
+    keep: Keep,
+    report: dict[str, Any],
+    shape: str,
+    model: Path,
+    adapters: dict[str, str],
+    max_rank: int,
+    rows: list[tuple[str, int, int, int]],
+    more: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Start a server and run rows of (names begin with, adapters, concurrency, requests) on it."""
+    from perf.gpu.random_model import config
+
+    log, port = ROOT / "server.log", free_port()
+    server = start_server(port, model, adapters, max_rank, log, more)
+    report |= {"shape": shape, "rows": [], "host_cpus": os.cpu_count(), "more": list(more)}
     try:
-        report["ready_s"] = wait_ready(server, 200)
+        report["ready_s"] = wait_ready(server, port, 200)
+        report["start_up"] = timeline(log)
         print(f"{shape}: server ready in {report['ready_s']:.1f} s", flush=True)
-        base, vocab = base_name(), config(shape)["vocab_size"]
+        base, vocab = base_name(port), config(shape)["vocab_size"]
         with ProcessPoolExecutor(CLIENTS, mp_context=multiprocessing.get_context("spawn")) as pool:
-            measure(pool, base, count, 64, max(64, count), vocab)
-            for adapters_at_work, concurrency, total in rows:
-                row = measure(pool, base, adapters_at_work, concurrency, total, vocab)
-                report["rows"].append(row)
+            warmed: set[str] = set()
+            for prefix, some, concurrency, total in rows:
+                if some and prefix not in warmed:  # the adapters' way to the device is not what the rows are about
+                    warmed.add(prefix)
+                    most = max(count for name, count, _, _ in rows if name == prefix)
+                    measure(pool, port, base, most, 64, max(64, most), vocab, prefix)
+                row = measure(pool, port, base, some, concurrency, total, vocab, prefix)
+                report["rows"].append(row if prefix == "a" else {"names": prefix, **row})
+                keep(report)
                 print({key: round(value, 2) for key, value in row.items()}, flush=True)
     except Exception as error:  # noqa: BLE001 - rows measured so far are kept, and the server's last words
         report["error"] = f"{type(error).__name__}: {error}"
         report["server_log"] = log.read_text(errors="replace")[-3000:]
         print(report["error"], report["server_log"], flush=True)
     finally:
-        server.terminate()
-        try:
-            server.wait(20)
-        except subprocess.TimeoutExpired:
-            server.kill()
-    report["host_cpus"] = os.cpu_count()
+        stop(server)
+    return report
+
+
+def timeline(log: Path) -> list[str]:
+    """What the server's log says of its start."""
+    return [line.strip() for line in log.read_text(errors="replace").splitlines() if "start-up:" in line]
+
+
+def run(shape: str, rows: list[tuple[int, int, int]], ranks: tuple[int, ...], keep: Keep) -> dict[str, Any]:
+    """The rows of a shape."""
+    count = max(adapters for adapters, _, _ in rows)
+    model, adapters = files(shape, ranks, count)
+    return served(keep, {}, shape, model, adapters, max(ranks), [("a", *row) for row in rows])
+
+
+def ranks(shape: str, keep: Keep, count: int = 32) -> dict[str, Any]:
+    """Adapters on every linear with ranks mixed up to 128 (names m...), and all of their mean rank (u...)."""
+    from perf.gpu.random_model import EVERY_LINEAR, spec_of, write_adapters
+
+    model, _ = files(shape, (16,), 1)
+    begin = time.monotonic()
+    adapters: dict[str, str] = {}
+    for prefix, some in (("m", MIXED), ("u", (sum(MIXED) // len(MIXED),))):
+        root = ROOT / f"{shape}-every-linear"
+        adapters |= write_adapters(root, spec_of(shape), count, some, EVERY_LINEAR, prefix)
+    report: dict[str, Any] = {"ranks": {"m": MIXED, "u": sum(MIXED) // len(MIXED)}}
+    report["write_s"] = time.monotonic() - begin
+    size = sum(file.stat().st_size for path in adapters.values() for file in Path(path).glob("*.safetensors"))
+    more = ("--adapter-memory-gib", f"{size / 2**30 + 0.5:.1f}")
+    loads = ((1, 3), (64, 192), (256, 512))
+    rows = [(prefix, count, concurrency, total) for concurrency, total in loads for prefix in ("m", "u")]
+    served(keep, report, shape, model, adapters, max(MIXED), rows, more)
+    by = {(row["names"], row["concurrency"]): row["output_tokens_per_second"] for row in report["rows"]}
+    report["mixed_over_uniform"] = {
+        str(concurrency): by["m", concurrency] / by["u", concurrency]
+        for concurrency, _ in loads
+        if ("u", concurrency) in by
+    }
+    print(report["mixed_over_uniform"], flush=True)
+    return report
+
+
+def on_backend(shape: str, backend: str, keep: Keep) -> dict[str, Any]:
+    """The whole model on one linear backend."""
+    model, adapters = files(shape, (16,), 32)
+    rows = [("a", 0, 1, 3), ("a", 32, 1, 3), ("a", 32, 16, 48), ("a", 32, 64, 128)]
+    return served(keep, {}, shape, model, adapters, 16, rows, ("--linear-backend", backend, "--no-deterministic"))
+
+
+def start_up(shape: str, keep: Keep, starts: tuple[str, ...] = ("cold", "warm", "warm")) -> dict[str, Any]:
+    """From start to ready with nothing in any cache, and again with what the first start left there."""
+    model, adapters = files(shape, (16,), 32)
+    report: dict[str, Any] = {"shape": shape, "starts": []}
+    log, port = ROOT / "server.log", free_port()
+    with tempfile.TemporaryDirectory() as caches:
+        places = ("HUMMING_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME")
+        environment = {place: f"{caches}/{place.lower()}" for place in places}
+        for name in starts:
+            server = start_server(port, model, adapters, 16, log, environment=environment)
+            try:
+                start = {"caches": name, "ready_s": wait_ready(server, port, 200), "start_up": timeline(log)}
+            except RuntimeError as error:
+                start = {"caches": name, "error": str(error), "server_log": log.read_text(errors="replace")[-3000:]}
+            finally:
+                stop(server)
+            report["starts"].append(start)
+            keep(report)
+            print(start, flush=True)
     return report

@@ -16,6 +16,7 @@ from inlaid.adapters.peft import read_adapter
 from inlaid.adapters.store import AdapterStore
 from inlaid.checkpoint import Checkpoint
 from inlaid.config import AdapterConfig, CacheConfig, ConfigError, EngineConfig, SchedulerConfig
+from inlaid.engine import cuda_forward
 from inlaid.engine.cuda_runner import CudaRunner, cuda_kernels
 from inlaid.engine.engine import Engine, make_engine
 from inlaid.engine.model_runner import ModelRunner
@@ -50,6 +51,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(attention_triton, "num_splits", lambda sequences, kv_heads: 1)
         few = lora_triton.Tuning(parts=1, block_k=128, block_n=256)
         monkeypatch.setattr(lora_triton, "tuning_for", lambda rows, block_rows, max_rank: few)
+        monkeypatch.setattr(cuda_forward, "PENDING_ROWS", 8)  # decodes leave their expansions pending, prompts do not
 
 
 def tiny(family: str) -> Any:

@@ -71,6 +71,20 @@ def test_decode(splits: int, heads: int, kv_heads: int, width: int, window: int)
     check(out, torch.cat(expected))
 
 
+@pytest.mark.parametrize("tile", [(32, 4, 1), (32, 4, 3), (64, 8, 2)])
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_decode_in_other_tiles(tile: tuple[int, int, int], kv_heads: int) -> None:
+    """Those that perf/gpu times; a sequence ends within, at and after a tile."""
+    lengths = [30, 64, 97]
+    k_cache, v_cache, tables = paged(lengths, kv_heads, 64)
+    q = torch.randn(3, 2, 64).half().to(DEVICE)
+    out = torch.full_like(q, float("nan"))
+    on_device = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    scratch = attention.decode_scratch(3, 2, 64, 2, DEVICE)
+    attention.decode(q, k_cache, v_cache, tables, on_device, out, scratch, 2, tile=tile)
+    check(out, torch.cat([loop(q[i : i + 1], k_cache, v_cache, tables[i], n, 0) for i, n in enumerate(lengths)]))
+
+
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("heads", [2, 4])
 def test_padding_rows_give_zeros(splits: int, heads: int) -> None:

@@ -12,12 +12,13 @@ pytest.importorskip("triton", reason="triton is not installed: pip install trito
 
 from inlaid.checkpoint import QuantizedLinear, QuantSpec
 from inlaid.kernels import command
-from inlaid.kernels.auto import UNLIMITED, AutoLinear, Measured, choose, read_table
+from inlaid.kernels.auto import UNLIMITED, AutoLinear, Measured, backends, choose, read_table
 from inlaid.kernels.measure import random_weight
 from inlaid.kernels.reference import DensePacked, ReferenceLinear
 
 CPU = torch.device("cpu")
 SPEC = QuantSpec(4, 32, True, False)
+NAMES = {"a", "b"}
 
 
 def measured(rows: int, **times: float) -> Measured:
@@ -26,22 +27,22 @@ def measured(rows: int, **times: float) -> Measured:
 
 def test_one_backend_where_it_is_best_everywhere() -> None:
     table = [measured(1, a=2.0, b=3.0), measured(64, a=4.0, b=9.0)]
-    assert choose(table, "chip", 4, 64, 128) == [(UNLIMITED, "a")]
+    assert choose(table, NAMES, "chip", 4, 64, 128) == [(UNLIMITED, "a")]
 
 
 def test_another_for_few_rows_where_that_is_worth_a_copy() -> None:
     table = [measured(1, a=2.0, b=1.5), measured(8, a=2.0, b=1.98), measured(64, a=4.0, b=90.0)]
-    assert choose(table, "chip", 4, 64, 128) == [(1, "b"), (UNLIMITED, "a")]
+    assert choose(table, NAMES, "chip", 4, 64, 128) == [(1, "b"), (UNLIMITED, "a")]
 
 
-def test_dequantized_weights_are_never_chosen_by_time() -> None:
-    assert choose([measured(64, a=4.0, reference=1.0)], "chip", 4, 64, 128) == [(UNLIMITED, "a")]
+def test_only_backends_of_these_names_are_chosen() -> None:
+    assert choose([measured(64, a=4.0, reference=1.0)], NAMES, "chip", 4, 64, 128) == [(UNLIMITED, "a")]
 
 
 def test_unknown_shapes_and_devices_are_left_to_the_order() -> None:
     table = [measured(1, a=1.0)]
-    assert choose(table, "other chip", 4, 64, 128) == []
-    assert choose(table, "chip", 3, 64, 128) == []
+    assert choose(table, NAMES, "other chip", 4, 64, 128) == []
+    assert choose(table, NAMES, "chip", 3, 64, 128) == []
 
 
 class Recording(ReferenceLinear):
@@ -76,6 +77,17 @@ def test_rows_go_to_the_backend_chosen_for_them() -> None:
     assert "b up to 1 rows, a" in auto.report()[0]
 
 
+def test_dequantized_weights_are_not_chosen_by_time() -> None:
+    table = [Measured("cpu", 4, 64, 128, 1, {"a": 4.0, "reference": 1.0}, 1.0)]
+    auto = AutoLinear((Recording("a"), ReferenceLinear()), table)
+    assert auto.prepare(random_weight(64, 128, SPEC, CPU), CPU, torch.float32).choices[0][1].name == "a"
+
+
+def test_what_adds_by_arrival_is_left_out_unless_it_may() -> None:
+    assert "exllama" not in {backend.name for backend in backends()}
+    assert "exllama" in {backend.name for backend in backends(deterministic=False)}
+
+
 def test_a_weight_that_one_refuses_goes_to_the_next() -> None:
     auto = AutoLinear((Recording("a", refuses="odd shape"), Recording("b")), [])
     packed = auto.prepare(random_weight(64, 128, SPEC, CPU), CPU, torch.float32)
@@ -91,7 +103,7 @@ def test_the_shipped_table_chooses_something_that_exists() -> None:
     table = read_table()
     assert table
     for m in table:
-        assert {name for _, name in choose(table, m.device, m.bits, m.inputs, m.outputs)} <= names
+        assert choose(table, names, m.device, m.bits, m.inputs, m.outputs)
         assert all(time >= 0.7 * m.floor for time in m.microseconds.values())
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton")
 
 from inlaid.kernels import fused_triton as fused
+from inlaid.kernels import lora_triton as lora
+from inlaid.kernels.backend import Site
 from inlaid.kernels.reference import ReferenceOps
+from tests.kernels.test_lora_triton import make_adapters
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REFERENCE = ReferenceOps()
@@ -101,3 +105,75 @@ def test_separate_rotation_and_store() -> None:
 def test_silu_mul() -> None:
     x = half(4, 2 * 688) * 4
     close(OPS.silu_mul(x), REFERENCE.silu_mul(x))
+
+
+class Pended:
+    """Adapters of several ranks over a few rows, what their shrink left behind, and what the expansion gives."""
+
+    def __init__(self, widths: tuple[int, ...], ranks: tuple[int, ...] = (16, 3, 40), block_r: int = 16) -> None:
+        self.slots = np.array([1, 0, 3, 2, 1], np.int32)
+        adapters, site = make_adapters(list(ranks), 64, widths, site=2), Site(2, widths)
+        tuning = lora.Tuning(parts=2, block_k=32, block_n=32, block_r=block_r)
+        plan = lora.plan_rows(self.slots, 5, 16, DEVICE)
+        partial = lora.scratch(5, 40, 2, DEVICE)
+        partial.fill_(float("nan"))  # what nothing wrote must not be read
+        lora.shrink(half(5, 64) / 4, adapters, plan, partial, site, tuning)
+        self.pending = lora.Pending(partial, adapters, torch.from_numpy(self.slots).to(DEVICE), site, tuning)
+        self.add = lambda y: lora.expand_add(partial, adapters, plan, y, site, tuning)
+
+    def split(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows before and after the expansion."""
+        y = half(rows, sum(self.pending.site.widths))
+        expanded = y.clone()
+        self.add(expanded)
+        changed = (y != expanded).any(dim=1).cpu().numpy()
+        assert (changed == (self.slots > 0)).all()
+        return y, expanded
+
+
+@pytest.mark.parametrize(("width", "warps"), [(96, 0), (256, 2)])
+def test_norm_adds_what_is_pending(width: int, warps: int) -> None:
+    pended = Pended((width,))
+    y, expanded = pended.split(5)
+    residual, weight = half(5, width), half(width)
+    other, out = residual.clone(), torch.empty_like(y)
+    fused.norm(y, weight, EPS, out, residual, pending=pended.pending, warps=warps)
+    close(out, OPS.add_rms_norm(expanded, other, weight, EPS))
+    close(residual, other)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 64), (6, 2, 64), (4, 1, 48)])
+@pytest.mark.parametrize(("together", "block_r"), [(0, 16), (0, 32), (1, 16)])
+def test_rope_adds_what_is_pending(heads: int, kv_heads: int, width: int, together: int, block_r: int) -> None:
+    pended = Pended((heads * width, kv_heads * width, kv_heads * width), block_r=block_r)
+    y, expanded = pended.split(5)
+    angles = torch.outer(torch.arange(9.0), torch.rand(width // 2)).repeat(1, 2).to(DEVICE)
+    cos, sin = angles.cos().half(), angles.sin().half()
+    positions = torch.tensor([0, 8, 3, 3, 7], dtype=torch.int32, device=DEVICE)
+    slots = torch.tensor([21, 5, 30, 16, 0], dtype=torch.int32, device=DEVICE)
+    caches = [torch.zeros(2, 16, kv_heads, width, dtype=torch.float16, device=DEVICE) for _ in range(4)]
+    fused.rope_store(y, positions, slots, cos, sin, caches[0], caches[1], heads, pending=pended.pending, heads=together)
+    fused.rope_store(expanded, positions, slots, cos, sin, caches[2], caches[3], heads)
+    close(y[:, : heads * width], expanded[:, : heads * width])
+    close(caches[0], caches[2])
+    close(caches[1], caches[3])
+
+
+@pytest.mark.parametrize("block", [0, 64])
+def test_activation_adds_what_is_pending(block: int) -> None:
+    pended = Pended((176, 176))
+    y, expanded = pended.split(5)
+    out, expected = (torch.empty(5, 176, dtype=torch.float16, device=DEVICE) for _ in range(2))
+    fused.silu_mul(y, out, pended.pending, block)
+    fused.silu_mul(expanded, expected)
+    close(out, expected)
+
+
+def test_what_is_pending_for_a_row_depends_on_that_row_alone() -> None:
+    pended = Pended((64,))
+    y, _ = pended.split(5)
+    residual, weight = half(5, 64), half(64)
+    together, alone = torch.empty_like(y), torch.empty_like(y[:1])
+    fused.norm(y[:1], weight, EPS, alone, residual[:1].clone(), pending=pended.pending)
+    fused.norm(y, weight, EPS, together, residual, pending=pended.pending)
+    assert torch.equal(alone[0], together[0])

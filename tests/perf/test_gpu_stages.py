@@ -1,0 +1,346 @@
+"""What a GPU's bench stages do that a CPU can do too: a stage's result and its time limit, a step taken from an engine
+and run again under other choices, floors, the rounded demo, and the sweep's table."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed: pip install triton")
+
+from inlaid.checkpoint import Checkpoint, QuantSpec, dequantize
+from inlaid.engine import cuda_forward
+from inlaid.kernels.humming_order import keeps_order
+from inlaid.kernels.measure import Ceiling
+from perf.gpu import bench, choose, demo, humming_sweep, offline, random_model, serving, step
+from tests.engine.test_cuda_runner import Bench, few_programs
+
+__all__ = ["few_programs"]  # a fixture for all tests here: the interpreter is slow
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("step"), "llama-bias")
+
+
+def test_calls_are_made_of_known_stages_that_fit_ten_minutes_if_they_go_as_before() -> None:
+    for stages in bench.CALLS.values():
+        assert set(stages) <= set(bench.LIMITS)
+        assert len(set(stages)) == len(stages)
+    assert len(set(bench.FIRST + bench.SECOND + bench.THIRD)) >= 12
+
+
+def test_a_stage_past_its_time_ends_with_all_it_started_and_keeps_what_it_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(bench.LIMITS, "soak", 6)
+    child = tmp_path / "child"
+    program = (
+        "import subprocess, sys, time, pathlib; from perf.gpu import bench;"
+        f"bench.write(pathlib.Path({str(tmp_path)!r}) / 'soak.json', {{'result': {{'share': 0.5}}}});"
+        "grandchild = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)']);"
+        f"pathlib.Path({str(child)!r}).write_text(str(grandchild.pid)); time.sleep(300)"
+    )
+    start = subprocess.Popen
+    monkeypatch.setattr(
+        bench.subprocess, "Popen", lambda command, **more: start([sys.executable, "-c", program], **more)
+    )
+    line = bench.one_stage("soak", tmp_path, time.monotonic() + 100)
+    assert "ran past 6 s" in line
+    assert line.endswith("share 0.5")
+    assert ended(int(child.read_text()))
+    assert "no time was left" in bench.one_stage("soak", tmp_path, time.monotonic() + 1)
+    assert line in capsys.readouterr().out
+
+
+def ended(pid: int) -> bool:
+    """Gone, or dead and not yet reaped."""
+    for _ in range(100):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except OSError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_step_is_taken_from_the_engine_and_run_again(tiny: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = tiny.engine()
+    names = ["a0", None]
+    taken = step.decoding(engine, names, 3, step.runner_of(engine).model.spec.vocab_size)
+    assert (taken.layout.decodes, taken.layout.prefills, taken.adapters) == (2, 0, 1)
+    runner = step.runner_of(engine)
+    replay = step.replayable(runner, taken)
+    assert step.repeats(runner, taken, replay, 1) == 1
+    choices = [
+        step.Variant("as shipped"),
+        step.Variant("expansions of their own", ((cuda_forward, "PENDING_ROWS", 0),)),
+        step.Variant("broken", ((cuda_forward.fused_triton, "silu_mul", None),)),
+    ]
+    monkeypatch.setattr(step, "time_step", lambda runner, replay: 1.0)
+    shipped, other, broken = step.compare(engine, taken, choices, times=1)
+    assert (shipped["error"], shipped["same_bits"], shipped["us"]) == (0.0, "1 of 1", 1.0)
+    assert 0 <= other["error"] < 5e-3
+    assert "TypeError" in broken["failed"]
+    assert cuda_forward.PENDING_ROWS != 0
+    step.leave(engine, len(names))
+    assert not engine.has_work
+
+
+def test_floors_of_a_decode_step_are_those_of_the_facts() -> None:
+    """Llama-2-7B at 64 rows and 320 tokens: 1.07 ms of matrix work, 2.5 ms of KV, 0.25 ms of adapters."""
+    spec = random_model.spec_of("7b")
+    layout = cuda_forward.Layout(64, 64, 0, 64, 0, 64, 16)
+    taken = step.Step(layout, 1, torch.zeros(1), 32, 319)
+    floor = step.floors(spec, QuantSpec(4, 128, True, False), taken, 16, Ceiling(4.3e12, 790e12))
+    assert floor["linears"] == pytest.approx(1050, rel=0.02)
+    assert floor["attention"] == pytest.approx(2497, rel=0.01)
+    assert floor["adapters"] == pytest.approx(250, rel=0.01)
+    assert floor["head"] == pytest.approx(61, rel=0.01)
+
+
+def test_kernels_are_counted_in_their_groups() -> None:
+    kernels = [
+        {"kernel": "_decode_one_kernel", "us_per_step": 10.0}, {"kernel": "_merge_kernel", "us_per_step": 1.5},
+        {"kernel": "void humming<Mma>", "us_per_step": 7.0}, {"kernel": "Memcpy", "us_per_step": 0.5},
+    ]  # fmt: skip
+    for row in kernels:
+        row["group"] = step.group_of(str(row["kernel"]))
+    found = step.by_group(kernels, {"attention": 9.0})
+    assert found["attention"] == {"us": 11.5, "floor": 9.0}
+    assert found["linears"]["us"] == 7.0
+    assert found["rest"]["us"] == 0.5
+
+
+def test_the_rounded_demo_is_the_demo_within_half_a_step(tmp_path: Path) -> None:
+    folder = demo.rounded(tmp_path / "rounded")
+    base, made = Checkpoint(demo.MODEL), Checkpoint(folder)
+    name = "model.layers.1.mlp.down_proj"
+    linear = made.linear(name)
+    assert linear.spec == QuantSpec(4, 64, True, False)
+    exact_KN = base.tensor(f"{name}.weight").float().t()
+    step_KN = linear.scales.float().repeat_interleave(64, dim=0)
+    inside = (dequantize(linear) - exact_KN).abs() <= 0.51 * step_KN + 1e-6
+    assert inside.float().mean() > 0.95  # but for the largest, which are clamped
+    assert len(made.linears) == 6 * 7
+
+
+def test_what_the_cpu_said_and_the_gpu_did_not() -> None:
+    cpu = {"a": ([1, 2, 3], [1.0, 0.2, 3.0]), "b": ([4], [1.0])}
+    gpu = {"a": ([1, 9, 9], []), "b": ([4], [])}
+    found = demo.differences(cpu, gpu)
+    assert (found["equal"], found["share"]) == (1, 0.5)
+    assert found["lead_at_first_difference"] == {"a": 0.2}
+
+
+def test_the_sweep_keeps_what_is_best_and_what_others_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = tmp_path / "table.json"
+    monkeypatch.setattr(humming_sweep, "TUNING", table)
+    plain = {"device": "x", "inputs": 1}
+    table.write_text(json.dumps({"entries": [plain, {**plain, "ordered": True, "best_us": 9.0}]}))
+    base = {"block_shape": (64, 128, 64), "num_ctas_per_sm": 2, "num_stages": 4, "use_tma": True}
+    found = humming_sweep.record(4096, 4096, 64, [(12.0, base), (15.0, {"a": 1}), (13.0, {"a": 2})])
+    assert (found["own_us"], found["best_us"], found["buckets"]) == (12.0, 13.0, [48, 64])
+    assert found["changes"] == {"num_sms": 0, "multi_cast_size_a": 1, "a": 2}
+    humming_sweep.write([{**found, "device": "x"}])
+    entries = json.loads(table.read_text())["entries"]
+    assert [entry.get("best_us") for entry in entries] == [None, 13.0]
+    assert "all" not in entries[1]
+
+
+def test_the_sweep_times_what_serves_every_bucket() -> None:
+    from inlaid.kernels.humming import ROW_BUCKETS
+
+    served = [bucket for buckets in humming_sweep.BUCKETS.values() for bucket in buckets]
+    assert sorted(served) == list(ROW_BUCKETS)
+    for rows, buckets in humming_sweep.BUCKETS.items():
+        problem = humming_sweep.problem_of(4096, 4096, rows, 132)
+        below = max([0, *(b for b in ROW_BUCKETS if b < min(buckets))])
+        assert problem.below == below
+        assert problem.most >= max(buckets)
+        assert keeps_order({"block_shape": (64, 128, 64), "use_stream_k": False}, problem)
+
+
+def test_what_the_log_says_of_a_start(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("x\nengine: INFO start-up: weights 2.0 s\ny\nengine: INFO start-up: imports 1 s\n")
+    assert [line.split("start-up: ")[1] for line in serving.timeline(log)] == ["weights 2.0 s", "imports 1 s"]
+
+
+def test_rows_of_mixed_ranks_are_compared_with_those_of_their_mean(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(serving, "ROOT", tmp_path)
+    asked: list[Any] = []
+
+    def served(keep: Any, report: dict[str, Any], *arguments: Any) -> dict[str, Any]:
+        _, _, adapters, max_rank, rows, more = arguments
+        asked.append((sorted(adapters), max_rank, more))
+        report["rows"] = [
+            {"names": name, "concurrency": c, "output_tokens_per_second": 95.0 if name == "m" else 100.0}
+            for name, _, c, _ in rows
+        ]
+        return report
+
+    monkeypatch.setattr(serving, "served", served)
+    found = serving.ranks("tiny", lambda part: None, count=4)
+    assert found["mixed_over_uniform"] == {"1": 0.95, "64": 0.95, "256": 0.95}
+    names, max_rank, more = asked[0]
+    assert names == ["m0", "m1", "m2", "m3", "u0", "u1", "u2", "u3"]
+    assert max_rank == 128
+    ranks = [json.loads((tmp_path / "tiny-every-linear" / n / "adapter_config.json").read_text())["r"] for n in names]
+    assert ranks == [8, 16, 40, 128, 48, 48, 48, 48]
+    assert more[0] == "--adapter-memory-gib"
+    assert 0.5 <= float(more[1]) < 1.0
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The stages' models and servers where there is no GPU."""
+    monkeypatch.setattr(serving, "ROOT", tmp_path)
+    monkeypatch.setattr(serving, "DEVICE", ("--device", "cpu", "--dtype", "float32"))
+    monkeypatch.setattr(offline, "DEVICE", "cpu")
+    return tmp_path
+
+
+def test_a_tiny_model_is_served_and_its_rows_are_kept_one_by_one(on_the_cpu: Path) -> None:
+    kept: list[int] = []
+    found = serving.run("tiny", [(0, 1, 1), (2, 2, 2)], (16,), lambda part: kept.append(len(part["rows"])))
+    assert "error" not in found, found.get("server_log")
+    assert kept == [1, 2]
+    assert [(row["adapters"], row["requests"]) for row in found["rows"]] == [(0, 1), (2, 2)]
+    assert all(row["output_tokens_per_second"] > 0 for row in found["rows"])
+    assert any("weights" in line for line in found["start_up"])
+
+
+def test_what_a_server_says_before_it_ends_is_kept(on_the_cpu: Path) -> None:
+    model, adapters = serving.files("tiny", (16,), 1)
+    found = serving.served(lambda part: None, {}, "tiny", model, adapters, 8, [("a", 1, 1, 1)])
+    assert "the server ended" in found["error"]
+    assert "rank" in found["server_log"]
+
+
+def test_the_same_batch_again_and_rows_without_a_server(on_the_cpu: Path) -> None:
+    loaded, spec = offline.load("tiny", 2)
+    found = offline.repeats(loaded, 2, spec.vocab_size, times=3, count=4)
+    assert (found["repetitions"], found["all_equal"], found["fewest_equal"]) == (2, 2, 4)
+    row = offline.drive(loaded, 2, 2, 2, spec.vocab_size)
+    assert row["requests"] == 2
+    assert set(offline.host_share(loaded, 2, 2, spec.vocab_size)) == {"schedule", "submit", "collect", "commit"}
+
+
+def test_a_start_from_nothing_is_timed_with_what_the_log_says(on_the_cpu: Path) -> None:
+    found = serving.start_up("tiny", lambda part: None, ("cold",))
+    (start,) = found["starts"]
+    assert start["caches"] == "cold"
+    assert start["ready_s"] > 0
+    assert any("adapters" in line for line in start["start_up"])
+
+
+def test_headlines_say_what_matters() -> None:
+    row = {"adapters": 32, "concurrency": 64, "output_tokens_per_second": 6605.4, "ms_per_token": 8.7}
+    assert bench.headline({"ready_s": 12.34, "rows": [row, {**row, "names": "m", "concurrency": 1}]}) == (
+        "ready in 12.3 s; 32@64 6605 tok/s; m32@1 8.70 ms"
+    )
+    choices = [
+        {"variant": "as shipped", "us": 7000.0, "same_bits": "20 of 20"},
+        {"variant": "b", "us": 6900.4, "same_bits": ""},
+        {"variant": "c", "failed": "x"},
+    ]  # fmt: skip
+    step_found = {
+        "steps": [{"rows": 64, "adapters": 32, "choices": choices}, {"rows": 1, "adapters": 1, "choices": []}]
+    }
+    assert bench.headline(step_found) == "32@64 7000 us, b 6900 (20 of 20 equal)"
+    again = {"deterministic": True, "32 adapters": {"all_equal": 99, "repetitions": 99, "fewest_equal": 64}}
+    assert bench.headline(again) == "32 adapters: 99 of 99 equal"
+    assert bench.headline({"failed": ["humming"], "share": 0.99}) == "share 0.99; failed ['humming']"
+    assert bench.headline({"starts": [{"caches": "cold", "error": "x"}, {"caches": "warm", "ready_s": 9.0}]}) == (
+        "cold nan s; warm 9.0 s"
+    )
+
+
+def test_variants_take_one_step_after_the_other_apart(tiny: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = tiny.engine()
+    monkeypatch.setattr(step, "repeats", lambda *arguments: 20)
+    spec = step.runner_of(engine).model.spec
+    monkeypatch.setattr(offline, "load", lambda shape, count, **changes: (SimpleNamespace(engine=engine), spec))
+    monkeypatch.setattr(offline, "STEPS", ((2, 1), (1, 0)))
+    monkeypatch.setattr(offline, "CONTEXT", 3)
+    monkeypatch.setattr(Ceiling, "measured", lambda device: Ceiling(4.3e12, 790e12))
+    monkeypatch.setattr(
+        step, "profile", lambda runner, replay: [{"kernel": "_merge_", "group": "attention", "us_per_step": 3}]
+    )
+    monkeypatch.setattr(step, "time_step", lambda runner, replay: 1.0)
+    monkeypatch.setattr(step, "variants", lambda grouped: [step.Variant("as shipped"), step.Variant("again")])
+    kept: list[int] = []
+    found = offline.variants("tiny", lambda part: kept.append(sum(len(one["choices"]) for one in part["steps"])))
+    assert kept == [1, 2, 3, 4]
+    first, second = found["steps"]
+    assert (first["rows"], first["adapters"], second["rows"], second["adapters"]) == (2, 1, 1, 0)
+    assert first["by_group"]["attention"]["us"] == 3
+    assert all(choice["error"] == 0 and choice["us"] == 1.0 for one in found["steps"] for choice in one["choices"])
+    assert not engine.has_work
+    assert bench.headline(found).startswith("1@2 1 us")
+
+
+def test_the_choices_change_constants_that_exist() -> None:
+    for grouped in (False, True):
+        choices = step.variants(grouped)
+        assert choices[0].name == "as shipped"
+        assert len({choice.name for choice in choices}) == len(choices)
+        for choice in choices:
+            for owner, name, value in choice.changes:
+                assert type(getattr(owner, name)) is type(value), name
+
+
+def timed(**us: float) -> dict[str, Any]:
+    """A step with these choices' times."""
+    choices = [{"variant": n.replace("_", " "), "us": t, "error": 0.0, "same_bits": "5 of 5"} for n, t in us.items()]
+    return {"choices": [{**one, "variant": one["variant"].replace(" again", ", again")} for one in choices]}
+
+
+def test_the_best_value_of_a_constant_is_chosen_if_it_is_right_and_beats_chance() -> None:
+    steps = [
+        timed(as_shipped=100.0, as_shipped_again=100.2, early_launches=95.0, expansions_of_their_own=99.9),
+        timed(as_shipped=10.0, as_shipped_again=10.0, early_launches=9.9, expansions_of_their_own=9.0),
+    ]
+    chosen = {variant.name: ratio for variant, ratio in choose.decide(steps)}
+    assert chosen == {"early launches": pytest.approx(0.97), "expansions of their own": pytest.approx(0.9495)}
+    steps[0]["choices"][2]["same_bits"] = "4 of 5"
+    steps[1]["choices"][3]["error"] = 0.1
+    assert choose.decide(steps) == []
+    noisy = [timed(as_shipped=100.0, as_shipped_again=106.0, early_launches=95.0)]
+    assert choose.decide(noisy) == []
+
+
+def test_of_several_values_the_best_is_taken() -> None:
+    one, other = "ONE_TILE (32, 4, 3)", "ONE_TILE (64, 4, 2)"
+    step_found = timed(as_shipped=100.0, as_shipped_again=100.0)
+    for name, us in ((one, 97.0), (other, 96.0)):
+        step_found["choices"].append({"variant": name, "us": us, "error": 0.0, "same_bits": "5 of 5"})
+    ((variant, ratio),) = choose.decide([step_found])
+    assert (variant.name, ratio) == (other, 0.96)
+
+
+def test_constants_are_rewritten_in_every_module_that_has_one() -> None:
+    def value_in(text: str, constant: str) -> Any:
+        line = next(line for line in text.splitlines() if line.startswith(f"{constant} = "))
+        return eval(line.split(" = ")[1].split("  #")[0])
+
+    for grouped in (False, True):
+        for variant in step.variants(grouped):
+            for owner, constant, value in variant.changes:
+                before = Path(owner.__file__).read_text()
+                after = choose.rewrite(before, constant, value)
+                assert value_in(after, constant) == value
+                assert choose.rewrite(after, constant, value_in(before, constant)) == before
