@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from eval.task import Data
+from typing import Any
 
 
-def rows(data: Data, limit: int | None) -> list[dict[str, Any]]:
+class HubError(ValueError):
+    """A data set cannot be had; the message says why and what would help."""
+
+
+def rows(name: str, config: str | None, split: str, revision: str | None, limit: int | None) -> list[dict[str, Any]]:
     """The first `limit` rows of a split. Data sets that come with code are refused by `datasets` itself."""
-    from eval.task import TaskError
-
     try:
         import datasets
     except ImportError as error:
-        raise TaskError(f"data set {data.hub} needs `datasets`: pip install 'inlaid[eval]'") from error
+        raise HubError(f"data set {name} needs `datasets`: pip install 'inlaid[eval]'") from error
     try:
-        loaded = datasets.load_dataset(data.hub, data.config, split=data.split, revision=data.revision)
+        loaded = datasets.load_dataset(name, config, split=split, revision=revision)
     except (OSError, ValueError) as error:
-        raise TaskError(f"data set {data.hub} ({data.config}, {data.split}) cannot be loaded: {error}") from error
+        raise HubError(f"data set {name} ({config}, {split}) cannot be loaded: {error}") from error
     count = len(loaded) if limit is None else min(limit, len(loaded))
     return [dict(loaded[index]) for index in range(count)]

@@ -36,6 +36,8 @@ import jinja2
 import jinja2.sandbox
 import msgspec
 
+from eval import hub
+
 ROOT = Path(__file__).parents[1]
 FOLDER = Path(__file__).parent / "tasks"
 
@@ -163,11 +165,14 @@ _JINJA = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUnd
 
 
 def _rows(task: Task, limit: int | None) -> list[dict[str, Any]]:
-    if task.data.file is None:
-        from eval import hub
-
-        return hub.rows(task.data, limit)
-    path = ROOT / task.data.file
+    data = task.data
+    if data.hub is not None:
+        try:
+            return hub.rows(data.hub, data.config, data.split, data.revision, limit)
+        except hub.HubError as error:
+            raise TaskError(f"task {task.name}: {error}") from error
+    assert data.file is not None
+    path = ROOT / data.file
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines[:limit] if line.strip()]
