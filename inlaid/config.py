@@ -94,6 +94,9 @@ class AdapterConfig:
         "for experiments without a GPU: let adapters arrive at so many GB/s, as over a bus; 0: as fast as it goes",
     )
     adapter_timeout: float = option(60.0, "seconds that loading an adapter may take before its requests fail")
+    adapter_workers: int = option(
+        0, "with cpu-assist on a GPU: threads that compute adapters on the CPU; 0: one for each core but two"
+    )
     require_eval: str = option(
         "", "report of `python -m eval.run`; adapters without a passing record in it for this base are not served"
     )

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -30,8 +29,8 @@ class Resident:
     slot: int
     starts: list[int]
     loaded: int  # the store's clock then
-    copied: Any = None  # a CUDA event, or None where no stream copies
-    arrival: Arrival | None = None  # None: no thread copies
+    arrival: Arrival | None = None  # None: it was copied at once
+    shown: int = 0  # layer groups that the device's tables tell of
     used: bool = False  # whether it has been pinned since
 
 
@@ -101,7 +100,7 @@ class HostMemory:
         if not self._make_room(held, now):
             return
         self.used += held.nbytes
-        held.flat, held.fetched = flat.pin_memory() if self._pin else flat, now
+        held.flat, held.fetched = _pinned(flat) if self._pin else flat, now
 
     def fetch(self, held: Held, now: int) -> bool:
         """Whether its weights are here; if not they are being read, as soon as there is room."""
@@ -158,4 +157,9 @@ def _read_same(read: Read, path: str, identity: str, pin: bool) -> Adapter:
             f"adapter {path} has changed on disk since it was loaded, and its old weights are gone from memory; "
             "load it again (load_inplace)"
         )
-    return Adapter(identity, path, adapter.flat.pin_memory(), adapter.entries) if pin else adapter
+    return Adapter(identity, path, _pinned(adapter.flat), adapter.entries) if pin else adapter
+
+
+def _pinned(flat: torch.Tensor) -> torch.Tensor:
+    """Where the device can copy from by itself. Reading has put it there already, on its thread."""
+    return flat if flat.is_pinned() else flat.pin_memory()

@@ -1,6 +1,8 @@
-"""How an adapter gets from host memory to a device without a copy stream: a thread copies it layer group by layer
-group, one adapter after the other, while the step loop goes on. The store gives it transfers; the forward waits on
-their arrivals. A link model makes a copy take as long as it would over a bus, for experiments without a GPU.
+"""How an adapter gets from host memory to the device, layer group by layer group, while the step loop goes on. The
+store starts a copy and keeps its arrival; the forward asks the arrival how far it has come, or waits for it. There are
+two ways to copy: `Loader`, a thread, where memory is copied by the CPU; and `StreamLoader`, which queues everything on
+a lane of its own with a mark behind each group, where the device copies (`CudaLane`: a stream and its events). A link
+model makes the thread's copies take as long as they would over a bus, for experiments without a GPU.
 """
 
 from __future__ import annotations
@@ -10,25 +12,48 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 Copy = tuple[torch.Tensor, torch.Tensor]  # to, from
+Clock = Callable[[], float]
 
 NUM_GROUPS = 4  # of layers, as many as the model has at most; a step may start when the first has landed
 
 
-class Arrival:
-    """How many layer groups of one adapter have landed. The loader writes it; anyone reads it."""
+class Arrival(Protocol):
+    """How far one adapter has come."""
 
-    def __init__(self, num_groups: int, clock: Callable[[], float] = time.monotonic) -> None:
+    num_groups: int
+    cancelled: bool  # nobody wants it any more
+    error: str | None  # why the rest will not come
+    seconds: float  # from being asked for to the last group that was seen to be there
+
+    @property
+    def landed(self) -> int:
+        """Groups that whatever is computed from now on finds in place."""
+        ...
+
+    @property
+    def whole(self) -> bool: ...
+
+    def wait(self, group: int, timeout: float) -> None:
+        """What is computed from now on finds that group in place. RuntimeError when it does not come."""
+        ...
+
+
+class CopiedByHost:
+    """An arrival that the loader's thread writes and anyone reads; waiting for it holds up the host."""
+
+    def __init__(self, num_groups: int, clock: Clock = time.monotonic) -> None:
         self.num_groups = num_groups
         self.landed = 0
         self.error: str | None = None
         self.cancelled = False
-        self.seconds = 0.0  # from being asked for to being there
+        self.seconds = 0.0
         self._clock = clock
-        self.asked = clock()
+        self._asked = clock()
         self._changed = threading.Condition()
 
     @property
@@ -39,7 +64,7 @@ class Arrival:
         """One more group is there."""
         with self._changed:
             self.landed += 1
-            self.seconds = self._clock() - self.asked
+            self.seconds = self._clock() - self._asked
             self._changed.notify_all()
 
     def fail(self, reason: str) -> None:
@@ -48,7 +73,6 @@ class Arrival:
             self._changed.notify_all()
 
     def wait(self, group: int, timeout: float) -> None:
-        """Until that group has landed; RuntimeError when it does not."""
         with self._changed:
             self._changed.wait_for(lambda: self.landed > group or self.error is not None, timeout)
             if self.landed <= group:
@@ -60,7 +84,7 @@ class Transfer:
     """The copies of one adapter, by layer group."""
 
     groups: list[list[Copy]]
-    arrival: Arrival
+    arrival: CopiedByHost
 
     def copy_next(self) -> int:
         """Copy the group that is next, without calling it landed. Its bytes."""
@@ -68,6 +92,14 @@ class Transfer:
         for target, source in copies:
             target.copy_(source)
         return sum(source.nbytes for _, source in copies)
+
+
+class AnyLoader(Protocol):
+    """What the store needs of a loader."""
+
+    def start(self, groups: list[list[Copy]], clock: Clock) -> Arrival:
+        """Copy all this, group by group, after what has been started before."""
+        ...
 
 
 class Loader:
@@ -78,8 +110,10 @@ class Loader:
         self._rate = gigabytes_per_second * 1e9
         self._thread = ThreadPoolExecutor(1, "adapter-loader")
 
-    def start(self, transfer: Transfer) -> None:
+    def start(self, groups: list[list[Copy]], clock: Clock) -> Arrival:
+        transfer = Transfer(groups, CopiedByHost(len(groups), clock))
         self._thread.submit(self._run, transfer)
+        return transfer.arrival
 
     def _run(self, transfer: Transfer) -> None:
         arrival = transfer.arrival
@@ -92,3 +126,83 @@ class Loader:
                 arrival.land()
         except Exception as error:  # noqa: BLE001 - whatever went wrong, who waits for it must hear of it
             arrival.fail(f"copying an adapter to the device failed: {type(error).__name__}: {error}")
+
+
+class Mark(Protocol):
+    """A point in a lane: it has been passed when all that was queued before it is copied."""
+
+    def query(self) -> bool: ...
+
+    def wait(self) -> None:
+        """What the device computes from now on comes after this point; the host goes on."""
+        ...
+
+
+class Lane(Protocol):
+    """Where the device copies, in order, beside what it computes."""
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None: ...
+
+    def mark(self) -> Mark: ...
+
+
+class CopiedByDevice:
+    """An arrival along a lane. Waiting holds up the device's computing, never the host; a group that computing has been
+    told to wait for counts as landed."""
+
+    error: str | None = None  # a device that cannot copy does not come back
+
+    def __init__(self, marks: list[Mark], clock: Clock) -> None:
+        self.num_groups = len(marks)
+        self.cancelled = False
+        self.seconds = 0.0
+        self._marks = marks
+        self._landed = 0
+        self._clock = clock
+        self._asked = clock()
+
+    @property
+    def landed(self) -> int:
+        while self._landed < self.num_groups and self._marks[self._landed].query():
+            self._landed += 1
+            self.seconds = self._clock() - self._asked
+        return self._landed
+
+    @property
+    def whole(self) -> bool:
+        return self.landed >= self.num_groups
+
+    def wait(self, group: int, timeout: float) -> None:
+        if self.landed <= group:
+            self._marks[group].wait()
+            self._landed = group + 1
+
+
+class StreamLoader:
+    """Queues an adapter's copies on a lane at once. Pages that another adapter gave up may be written without waiting
+    for the device's computing: they were pinned until the last step that read them was collected."""
+
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
+
+    def start(self, groups: list[list[Copy]], clock: Clock) -> Arrival:
+        marks = []
+        for copies in groups:
+            for target, source in copies:
+                self._lane.copy(target, source)
+            marks.append(self._lane.mark())
+        return CopiedByDevice(marks, clock)
+
+
+class CudaLane:
+    """A stream. From pinned memory its copies run beside the kernels."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+
+    def mark(self) -> Mark:
+        return self._stream.record_event()

@@ -58,9 +58,14 @@ class Adapter:
 
 
 def read_adapter(
-    path: str | Path, spec: ModelSpec, dtype: torch.dtype, max_rank: int = 256, allow_noop: bool = False
+    path: str | Path,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    max_rank: int = 256,
+    allow_noop: bool = False,
+    pin: bool = False,
 ) -> Adapter:
-    """Read, check and lay out one adapter."""
+    """Read, check and lay out one adapter, with `pin` in memory that a GPU can copy from by itself."""
     folder = Path(path)
     config_bytes, weight_bytes = _read_files(folder)
     try:
@@ -76,7 +81,7 @@ def read_adapter(
     except AdapterError as error:
         raise AdapterError(f"adapter {folder}: {error}") from None
     identity = hashlib.sha256(hashlib.sha256(config_bytes).digest() + weight_bytes).hexdigest()
-    return _lay_out(identity, str(folder), factors, scales, dtype)
+    return _lay_out(identity, str(folder), factors, scales, dtype, pin)
 
 
 def _read_files(folder: Path) -> tuple[bytes, bytes]:
@@ -314,7 +319,9 @@ def _check_values(factors: Factors, dtype: torch.dtype) -> None:
                 raise AdapterError(f"{site_path(site)} lora_{factor} does not fit into {dtype}")
 
 
-def _lay_out(identity: str, path: str, factors: Factors, scales: Mapping[int, float], dtype: torch.dtype) -> Adapter:
+def _lay_out(
+    identity: str, path: str, factors: Factors, scales: Mapping[int, float], dtype: torch.dtype, pin: bool
+) -> Adapter:
     """All matrices in one flat tensor, aligned, so that it moves to the device in one copy."""
     entries, end = [], 0
     for site, (a, b) in factors.items():
@@ -322,7 +329,7 @@ def _lay_out(identity: str, path: str, factors: Factors, scales: Mapping[int, fl
         b_start = a_start + _aligned(a.numel())
         end = b_start + _aligned(b.numel())
         entries.append(AdapterEntry(site, a_start, b_start, end, a.shape[0], scales[site]))
-    flat = torch.zeros(end, dtype=dtype)
+    flat = torch.zeros(end, dtype=dtype, pin_memory=pin)
     for entry in entries:
         a, b = factors[entry.site]
         flat[entry.a_start : entry.a_start + a.numel()] = a.reshape(-1).to(dtype)

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from inlaid.adapters.host import GRACE, Counts, Held, HostMemory, Read, Resident
-from inlaid.adapters.loader import NUM_GROUPS, Arrival, Copy, Loader, Transfer
+from inlaid.adapters.loader import NUM_GROUPS, AnyLoader, Arrival, Copy, CudaLane, StreamLoader
 from inlaid.adapters.pages import PagePool
 from inlaid.adapters.peft import Adapter, AdapterEntry, AdapterError
+from inlaid.kernels.assist import Factors
 from inlaid.kernels.backend import MODULES, AdapterPages
 from inlaid.model.spec import ModelSpec
 
@@ -41,7 +42,7 @@ class AdapterStore:
         max_held: int = 4096,
         *,
         mode: str = ON_DEMAND,
-        loader: Loader | None = None,
+        loader: AnyLoader | None = None,
         host_budget: int = 0,
         read: Read | None = None,
         max_seconds: float = 60.0,
@@ -50,6 +51,7 @@ class AdapterStore:
         assert mode in (CACHED, ON_DEMAND) or loader is not None, f"{mode} needs a loader"
         assert read is not None or not host_budget, "what leaves host memory must be read again"
         slots = max_resident + 1
+        self._spec = spec
         self.device = device
         self.max_held = max_held
         self.mode = mode
@@ -68,9 +70,9 @@ class AdapterStore:
         self._clock = 0  # counts wants and pins
         self._aging = 0.0  # the value of what was last evicted: what is kept unused falls behind it
         self._now = clock
-        self._loader = loader
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._host = HostMemory(self._held, host_budget, read, pin=self._stream is not None)
+        self._on_gpu = device.type == "cuda"
+        self._loader = StreamLoader(CudaLane(device)) if loader is None and self._on_gpu else loader
+        self._host = HostMemory(self._held, host_budget, read, pin=self._on_gpu)
         self._layers_per_group = -(-spec.num_layers // NUM_GROUPS)
         self._num_groups = -(-spec.num_layers // self._layers_per_group)
         self._groups_to_start = {PIPELINED: 1, CPU_ASSIST: 0}.get(mode, self._num_groups)
@@ -145,9 +147,8 @@ class AdapterStore:
         return False
 
     def _may_start(self, resident: Resident) -> bool:
-        if resident.arrival is not None:
-            return resident.arrival.error is None and resident.arrival.landed >= self._groups_to_start
-        return resident.copied is None or bool(resident.copied.query())
+        arrival = resident.arrival
+        return arrival is None or (arrival.error is None and arrival.landed >= self._groups_to_start)
 
     def want(self, identity: str) -> None:
         held = self._held[identity]
@@ -240,28 +241,42 @@ class AdapterStore:
     # Arrivals: what the forward asks while adapters are still coming
 
     def landed(self, slot: int, layer: int) -> bool:
-        arrival = self._arrival(slot)
-        return arrival is None or arrival.landed > layer // self._layers_per_group
+        return self._num_landed(slot) > layer // self._layers_per_group
 
     def all_landed(self, slot: int) -> bool:
-        arrival = self._arrival(slot)
-        return arrival is None or arrival.whole
+        return self._num_landed(slot) >= self._num_groups
 
     def wait(self, slot: int, layer: int) -> None:
         arrival = self._arrival(slot)
         if arrival is not None:
             arrival.wait(layer // self._layers_per_group, self.max_seconds)
+            self._num_landed(slot)
+
+    def _num_landed(self, slot: int) -> int:
+        """Layer groups that are in place; from now on the tables show them."""
+        arrival = self._arrival(slot)
+        if arrival is None:
+            return self._num_groups
+        landed, held = arrival.landed, self._at[slot]
+        assert held.resident is not None
+        if landed > held.resident.shown:
+            self._show(held, held.resident, landed)
+        return landed
 
     def _arrival(self, slot: int) -> Arrival | None:
         held = self._at.get(slot)
         return held.resident.arrival if held is not None and held.resident is not None else None
 
-    def host_matrices(self, slot: int, site: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B of one site from their first elements on, flat, in host memory."""
+    def host_factors(self, slot: int, site: int) -> Factors | None:
         held = self._at[slot]
         assert held.flat is not None, "what the device is being loaded from stays in host memory"
-        entry = next(entry for entry in held.entries if entry.site == site)
-        return held.flat[entry.a_start :], held.flat[entry.b_start :]
+        entry = next((entry for entry in held.entries if entry.site == site), None)
+        if entry is None:
+            return None
+        outputs, inputs = self._spec.module_shape(MODULES[site % len(MODULES)])
+        a = held.flat[entry.a_start : entry.a_start + entry.rank * inputs].view(entry.rank, inputs)
+        b = held.flat[entry.b_start : entry.b_start + outputs * entry.rank].view(outputs, entry.rank)
+        return Factors(a, b, entry.scale)
 
     def check(self) -> None:
         """Every element, slot and reference is accounted for."""
@@ -395,32 +410,20 @@ class AdapterStore:
         self._free_slots.append(resident.slot)
 
     def _upload(self, held: Held, flat: torch.Tensor | None = None) -> None:
-        """Copy to the device: by the loader, on a side stream behind the work already queued, or at once."""
+        """Copy to the device: by the loader, or at once."""
         resident, flat = held.resident, held.flat if flat is None else flat
         assert resident is not None
         assert flat is not None
         held.counts.loads += 1
-        held.asked = began = self._now()
+        held.asked = self._now()
+        copies = self._copies(held, resident, flat)
         if self._loader is not None:
-            self._write_tables(held, resident)
-            resident.arrival = Arrival(self._num_groups, self._now)
-            self._loader.start(Transfer(self._copies(held, resident, flat), resident.arrival))
-        elif self._stream is None:
-            self._copy(held, resident, flat)
-            held.counts.seconds = self._now() - began
+            resident.arrival = self._loader.start(copies, self._now)
         else:
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self._stream):
-                self._copy(held, resident, flat)
-                resident.copied = torch.cuda.Event()
-                resident.copied.record()
-        self.pages.versions[resident.slot] += 1
-
-    def _copy(self, held: Held, resident: Resident, flat: torch.Tensor) -> None:
-        for group in self._copies(held, resident, flat):
-            for target, source in group:
-                target.copy_(source, non_blocking=True)
-        self._write_tables(held, resident)
+            for target, source in (copy for group in copies for copy in group):
+                target.copy_(source)
+            held.counts.seconds = self._now() - held.asked
+        self._show(held, resident, 0 if self.mode == CPU_ASSIST else self._num_groups)
 
     def _copies(self, held: Held, resident: Resident, flat: torch.Tensor) -> list[list[Copy]]:
         """What to copy where, by layer group; in as few pieces as the pool's free space allows."""
@@ -432,17 +435,23 @@ class AdapterStore:
             group.append((pool[starts[begin] : starts[begin] + stop - start], flat[start:stop]))
         return groups
 
-    def _write_tables(self, held: Held, resident: Resident) -> None:
+    def _show(self, held: Held, resident: Resident, groups: int) -> None:
+        """Let the tables tell of so many layer groups. What computes follows them blindly; so where steps start before
+        an adapter is whole and nobody waits for it, they tell of what has landed only."""
         table = np.zeros((self.pages.table.shape[1], 3), dtype=np.int64)
         scale = np.zeros(self.pages.table.shape[1], dtype=np.float32)
+        sites = groups * self._layers_per_group * len(MODULES)
         for entry, start in zip(held.entries, resident.starts, strict=True):
-            table[entry.site] = start, start + entry.b_start - entry.a_start, entry.rank
-            scale[entry.site] = entry.scale
+            if entry.site < sites:
+                table[entry.site] = start, start + entry.b_start - entry.a_start, entry.rank
+                scale[entry.site] = entry.scale
         for target_row, row in ((self.pages.table, table), (self.pages.scale, scale)):
             host = torch.from_numpy(row)
-            if self._stream is not None:  # from pinned memory the copy does not hold up the step loop
+            if self._on_gpu:  # from pinned memory the copy does not hold up the step loop
                 host = host.pin_memory()
             target_row[resident.slot].copy_(host, non_blocking=True)
+        resident.shown = groups
+        self.pages.versions[resident.slot] += 1
 
 
 def default_pool_elements(spec: ModelSpec, max_resident: int, rank: int = 16) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from inlaid.kernels import attention_triton, fused_triton, lora_triton
+from inlaid.kernels.arriving import Arriving
 from inlaid.kernels.backend import AdapterPages
 from inlaid.kernels.sample_triton import Sampler
 from inlaid.layers.linear import Linear
@@ -122,6 +123,7 @@ class Forward:
         self.attention_scratch = attention_triton.decode_scratch(count, spec.num_heads, spec.head_dim, 1, device)
         self.lora_scratch = buffer(self._lora_scratch_size(max_tokens), kind=torch.float32)
         self.cache: KVCache = []
+        self.arriving: Arriving | None = None  # adapters of this step that are still coming; never in a captured one
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def views(self, layout: Layout) -> dict[str, torch.Tensor]:
@@ -226,8 +228,10 @@ class Forward:
         at_once: bool = False,
     ) -> lora_triton.Pending | None:
         """Of few rows the adapters' part is left to whoever reads `out`, unless it is wanted at once."""
-        site = linear.site if adapted else None
+        site, jobs = linear.site if adapted else None, []
         if site is not None:
+            if self.arriving is not None:
+                jobs = self.arriving.before(x, site)
             tuning = lora_triton.tuning_for(x.shape[0], segments.block_rows, self.max_rank)
             partial = self._partial(x.shape[0], tuning.parts, len(site.widths))
             beside = self._side if x.shape[0] >= SIDE_STREAM_ROWS else None
@@ -251,6 +255,8 @@ class Forward:
             return None
         if beside is not None:
             torch.cuda.current_stream(self.device).wait_stream(beside)
+        if self.arriving is not None:
+            self.arriving.after(jobs, out)
         if x.shape[0] <= PENDING_ROWS and not at_once:
             return lora_triton.Pending(partial, self.pages, slots, site, tuning, joins=beside is not None)
         lora_triton.expand_add(partial, self.pages, segments, out, site, tuning)

@@ -13,6 +13,7 @@ on the logits that the graph leaves behind.
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ from inlaid.engine.cuda_forward import (
 from inlaid.engine.model_runner import ModelRunner, _penalized, _sampled, count_blocks
 from inlaid.engine.request import Batch, Request, Sampled, SamplingParams, StepResult, TokenLogprobs, Work
 from inlaid.kernels import fused_triton, lora_triton
+from inlaid.kernels.arriving import Arriving
 from inlaid.kernels.attention_triton import TritonAttention
 from inlaid.kernels.auto import AutoLinear, backends
 from inlaid.kernels.backend import MODULES, AdapterPages, Kernels
@@ -95,6 +97,7 @@ class CudaRunner(ModelRunner):
         max_model_len: int,
         adapters: AdapterStore,
         progress: bool = True,
+        arriving: Arriving | None = None,
     ) -> None:
         self.model, self.config, self.device, self.dtype = model, config, device, dtype
         self.adapters, self.seed, self.block_size = adapters, config.seed, config.cache.block_size
@@ -118,6 +121,7 @@ class CudaRunner(ModelRunner):
         self._free_rows = list(range(self.max_rows - 1, -1, -1))
         self._sent = [0] * (self.max_rows + 1)  # blocks of each row that the device knows
         self._state = _RowState(self.max_rows + 1)
+        self._arriving = arriving
         self._levels: dict[str, int] = {}  # adapter identity -> which graphs it needs
         self._previous: Ticket | None = None
         self._unseen: dict[str, int] = {}
@@ -221,7 +225,8 @@ class CudaRunner(ModelRunner):
     def _compute(self, step: _Step, stage: int) -> Ticket:
         layout, count = step.layout, len(step.sampling)
         prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
-        graph = self._graphs.get((layout, step.adapters))
+        self.forward.arriving = self._arriving_in(step)
+        graph = None if self.forward.arriving is not None else self._graphs.get((layout, step.adapters))
         if any(w.request.params.prompt_logprobs is not None for w in step.prompts + step.singles):
             self.forward.layers(layout, step.adapters)
             ordered = [*step.singles, *step.prompts]
@@ -240,6 +245,28 @@ class CudaRunner(ModelRunner):
             done = torch.cuda.Event()
             done.record()
         return Ticket(step.sampling, step.order, tokens, done, logprobs, prompt_logprobs)
+
+    def _arriving_in(self, step: _Step) -> Arriving | None:
+        """Asked layer by layer when a step with prompts has adapters that are still coming. Decodes, which are short,
+        wait for all of them, on the device."""
+        arriving = self._arriving
+        if arriving is None or not step.adapters or not arriving.plan(self._rows_of(step)):
+            return None
+        if step.prompts:
+            return arriving
+        arriving.wait_for_all()
+        return None
+
+    def _rows_of(self, step: _Step) -> dict[int, list[tuple[int, int]]]:
+        """The rows of each adapter slot in a step: one range among the decodes, one among the prompts."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        row = 0
+        for works in (step.singles, step.prompts):
+            for slot, group in itertools.groupby(works, lambda work: self._slot(work.request)):
+                begin, row = row, row + sum(work.num_tokens for work in group)
+                if slot:
+                    found.setdefault(slot, []).append((begin, row))
+        return found
 
     def _is_special(self, work: Work) -> bool:
         """Whether the sampling kernels do not suffice."""

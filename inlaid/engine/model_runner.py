@@ -23,8 +23,9 @@ from inlaid.checkpoint import Checkpoint
 from inlaid.config import AdapterConfig, ConfigError, EngineConfig
 from inlaid.engine.grammar import GrammarCompiler, GrammarState
 from inlaid.engine.request import Batch, Grammar, Request, Sampled, SamplingParams, StepResult, TokenLogprobs, Work
-from inlaid.kernels.arriving import ArrivingLora
-from inlaid.kernels.backend import AdapterPages, Kernels
+from inlaid.kernels.arriving import Arriving, ArrivingLora
+from inlaid.kernels.assist import Assistant, CudaFerry, NoFerry, Profile, cuda_copy_seconds, measure
+from inlaid.kernels.backend import MODULES, AdapterPages, Kernels
 from inlaid.kernels.context import StepContext
 from inlaid.kernels.reference import reference_kernels
 from inlaid.layers import sampler
@@ -329,6 +330,10 @@ class LoadedModel:
     def num_blocks(self) -> int:
         return self.runner.num_blocks
 
+    @property
+    def on_gpu(self) -> bool:
+        return self.runner.device.type == "cuda"
+
 
 class GrammarFactory:
     """Makes the compiler when the first constrained request comes: reading a large tokenizer takes a second."""
@@ -355,17 +360,17 @@ def load_model(config: EngineConfig, progress: bool = True) -> LoadedModel:
     max_model_len = choose_max_len(config.max_model_len, spec)
     adapters = make_store(config.adapters, spec, device, dtype)
     kernels = choose_kernels(config, device, adapters.pages)
-    if config.adapters.adapter_mode in (PIPELINED, CPU_ASSIST):
+    arriving = make_arriving(config, spec, adapters, device, dtype)
+    if arriving is not None:
         assert kernels.lora is not None
-        assist = config.adapters.adapter_mode == CPU_ASSIST
-        kernels = replace(kernels, lora=ArrivingLora(kernels.lora, adapters.pages, adapters, assist))
+        kernels = replace(kernels, lora=ArrivingLora(kernels.lora, adapters.pages, arriving))
     began = time.monotonic()
     model = load(checkpoint, spec, kernels, device, dtype, max_model_len, progress)
     log.info("start-up: weights %.1f s", time.monotonic() - began)
     if device.type == "cuda":
         from inlaid.engine.cuda_runner import CudaRunner
 
-        runner: ModelRunner = CudaRunner(model, config, device, dtype, max_model_len, adapters, progress)
+        runner: ModelRunner = CudaRunner(model, config, device, dtype, max_model_len, adapters, progress, arriving)
     else:
         num_blocks = count_blocks(config, spec, device, dtype, max_model_len)
         runner = ModelRunner(model, num_blocks, config.cache.block_size, device, dtype, adapters, config.seed)
@@ -386,8 +391,6 @@ def make_store(config: AdapterConfig, spec: ModelSpec, device: torch.device, dty
     mode, link = config.adapter_mode, config.adapter_link_gbps
     if mode not in MODES:
         raise ConfigError(f"adapter mode {mode!r} is unknown; known: {', '.join(MODES)}")
-    if device.type == "cuda" and mode in (PIPELINED, CPU_ASSIST):
-        raise ConfigError(f"adapter mode {mode} is not there for cuda yet; use on-demand or cached, or device cpu")
     if device.type == "cuda" and link:
         raise ConfigError("adapter_link_gbps stands in for a bus on machines without a GPU; leave it 0 on cuda")
     if min(link, config.max_cpu_adapter_gib, config.adapter_memory_gib) < 0 or config.adapter_timeout <= 0:
@@ -401,11 +404,33 @@ def make_store(config: AdapterConfig, spec: ModelSpec, device: torch.device, dty
         dtype,
         config.max_cpu_loras,
         mode=mode,
-        loader=Loader(link) if link or mode in (PIPELINED, CPU_ASSIST) else None,
+        loader=Loader(link) if device.type != "cuda" and (link or mode in (PIPELINED, CPU_ASSIST)) else None,
         host_budget=int(config.max_cpu_adapter_gib * 2**30),
-        read=partial(read_adapter, spec=spec, dtype=dtype, max_rank=config.max_lora_rank),
+        read=partial(read_adapter, spec=spec, dtype=dtype, max_rank=config.max_lora_rank, pin=device.type == "cuda"),
         max_seconds=config.adapter_timeout,
     )
+
+
+def make_arriving(
+    config: EngineConfig, spec: ModelSpec, store: AdapterStore, device: torch.device, dtype: torch.dtype
+) -> Arriving | None:
+    """What the forward asks where steps start before their adapters are whole; with cpu-assist, the CPU's helpers."""
+    mode, workers = config.adapters.adapter_mode, config.adapters.adapter_workers
+    if workers < 0:
+        raise ConfigError(f"adapter_workers is {workers}; give a number of threads, or 0 for a measured one")
+    if mode == PIPELINED:
+        return Arriving(store, spec.num_layers)
+    if mode != CPU_ASSIST:
+        return None
+    if device.type != "cuda":
+        return Arriving(store, spec.num_layers, Assistant(NoFerry(dtype), Profile(workers)))
+    rows = max(config.scheduler.max_num_batched_tokens, config.scheduler.max_num_seqs)
+    widest = max(3 * spec.module_shape("q_proj")[0], 2 * spec.intermediate_size)  # of siblings together, at most
+    longest = max(spec.module_shape(module)[1] for module in MODULES)
+    ferry = CudaFerry(device, dtype, rows, longest, widest)
+    profile = measure(spec.hidden_size, workers, cuda_copy_seconds(device))
+    log.info("cpu-assist: %d workers, %d rows or more each", profile.workers, profile.rows_per_worker)
+    return Arriving(store, spec.num_layers, Assistant(ferry, profile))
 
 
 def choose_device(name: str) -> torch.device:

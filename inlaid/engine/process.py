@@ -151,7 +151,7 @@ class LoraAdapters:
         from inlaid.adapters.peft import read_adapter
 
         config, model = self._config, self._model
-        adapter = read_adapter(path, model.spec, model.dtype, config.max_lora_rank)
+        adapter = read_adapter(path, model.spec, model.dtype, config.max_lora_rank, pin=model.on_gpu)
         if config.require_eval:
             check(config.require_eval, model.base_version, adapter.identity, config.max_drop)
         return adapter

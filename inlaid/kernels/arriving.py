@@ -1,94 +1,120 @@
 """Adapters that are still on their way to the device while a step uses them. At each linear the step waits until the
-adapters at work have landed as far as its layer; or, assisted, their part is computed from host memory. Around the
-device's own adapter kernels, which compute everything that is there.
+adapters at work have landed as far as its layer; or, assisted, their part is computed from host memory, and the tables
+of the device show a layer only when it has landed, so that its own kernels leave it alone until then.
+
+`Arriving` is that logic, once. The GPU's forward calls it around its kernels; on other devices `ArrivingLora` puts it
+around an adapter backend.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 
+from inlaid.kernels.assist import Assistant, Factors, Job
 from inlaid.kernels.backend import MODULES, AdapterPages, LoraBackend, Site
 from inlaid.kernels.context import StepContext
+
+Ranges = Sequence[tuple[int, int]]  # rows [begin, end)
 
 
 class Arrivals(Protocol):
     """How far the adapter in each slot has come. The store fulfils it."""
 
-    def landed(self, slot: int, layer: int) -> bool: ...
+    def landed(self, slot: int, layer: int) -> bool:
+        """Whether what is computed from now on finds this layer in place."""
+        ...
 
     def all_landed(self, slot: int) -> bool: ...
 
     def wait(self, slot: int, layer: int) -> None:
-        """Until it has landed so far. RuntimeError when it does not."""
+        """What is computed from now on finds this layer in place. RuntimeError when it does not come."""
         ...
 
-    def host_matrices(self, slot: int, site: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B from their first elements on, flat, in host memory, of a slot where not all has landed."""
+    def host_factors(self, slot: int, site: int) -> Factors | None:
+        """Its matrices in host memory, of a slot where not all has landed; None: it does not act there."""
         ...
 
 
-@dataclass(frozen=True)
-class _Assisted:
-    """What is to be added to the output: rows, the first column, and the values."""
+class Arriving:
+    """The adapters of one step that are not whole. With an assistant the CPU computes what has not landed."""
 
-    parts: list[tuple[torch.Tensor, int, torch.Tensor]]
+    def __init__(self, arrivals: Arrivals, num_layers: int, assistant: Assistant | None = None) -> None:
+        self.arrivals = arrivals
+        self.assistant = assistant
+        self._last_layer = num_layers - 1
+        self._coming: dict[int, Ranges] = {}
+
+    def plan(self, rows_of: Mapping[int, Ranges]) -> bool:
+        """Once a step: which rows each slot has in it. Whether any adapter at work is still coming."""
+        self._coming = {slot: rows for slot, rows in rows_of.items() if slot and not self.arrivals.all_landed(slot)}
+        return bool(self._coming)
+
+    def wait_for_all(self) -> None:
+        """For a step that does not ask layer by layer."""
+        for slot in self._coming:
+            self.arrivals.wait(slot, self._last_layer)
+        self._coming = {}
+
+    def before(self, x_TK: torch.Tensor, site: Site) -> list[Job]:
+        """Before the device's kernels read the adapters of a site: what the CPU computes beside them."""
+        if not self._coming:
+            return []
+        layer = site.first // len(MODULES)
+        late = [slot for slot in self._coming if not self.arrivals.landed(slot, layer)]
+        if self.assistant is None:
+            for slot in late:
+                self.arrivals.wait(slot, layer)
+            return []
+        return [job for slot in late for job in self._jobs(self.assistant, slot, x_TK, site)]
+
+    def after(self, jobs: Sequence[Job], out_TN: torch.Tensor) -> None:
+        """Add the CPU's part."""
+        if jobs:
+            assert self.assistant is not None
+            self.assistant.add(jobs, out_TN)
+
+    def _jobs(self, assistant: Assistant, slot: int, x_TK: torch.Tensor, site: Site) -> list[Job]:
+        factors = [self.arrivals.host_factors(slot, number) for number in site.sites]
+        if all(factor is None for factor in factors):
+            return []
+        siblings = list(zip(site.widths, factors, strict=True))
+        return [assistant.start(x_TK, begin, end, siblings) for begin, end in self._coming[slot]]
 
 
 class ArrivingLora:
-    """The adapter kernels of a mode in which steps start before their adapters are whole."""
+    """An adapter backend whose steps start before their adapters are whole."""
 
-    def __init__(self, inner: LoraBackend, pages: AdapterPages, arrivals: Arrivals, assist: bool) -> None:
+    def __init__(self, inner: LoraBackend, pages: AdapterPages, arriving: Arriving) -> None:
         self.inner = inner
         self.pages = pages
-        self.arrivals = arrivals
-        self.assist = assist
-        self._coming: list[int] = []  # slots of this step that are not whole
-        self._rows: dict[int, torch.Tensor] = {}  # of each slot of this step, when some are computed here
+        self.arriving = arriving
 
     def plan(self, context: StepContext) -> None:
-        active = set(context.adapter_slots) - {0}
-        coming = [slot for slot in range(1, len(self.pages.versions)) if not self.arrivals.all_landed(slot)]
-        for slot in set(coming) - active:
-            self.pages.versions[slot] += 1  # nothing may be derived from it now, and it is not waited for
-        self._coming = [slot for slot in coming if slot in active]
-        self._rows = {}
-        if self._coming and self.assist:
-            slots_T = context.adapter_slots_T
-            self._rows = {slot: torch.nonzero(slots_T == slot).flatten() for slot in sorted(active)}
+        for slot in range(1, len(self.pages.versions)):
+            if not self.arriving.arrivals.all_landed(slot):
+                self.pages.versions[slot] += 1  # what is derived from it in this step does not hold in the next
+        self.arriving.plan(rows_by_slot(context))
         self.inner.plan(context)
 
     def shrink(self, x_TK: torch.Tensor, site: Site, context: StepContext) -> Any:
-        layer = site.first // len(MODULES)
-        late = [slot for slot in self._coming if not self.arrivals.landed(slot, layer)]
-        if late and self.assist:
-            parts = [self._parts(slot, slot in late, x_TK, site) for slot in self._rows]
-            return _Assisted([part for some in parts for part in some])
-        for slot in late:
-            self.arrivals.wait(slot, layer)
-        return self.inner.shrink(x_TK, site, context)
+        jobs = self.arriving.before(x_TK, site)
+        return jobs, self.inner.shrink(x_TK, site, context)
 
     def expand(self, shrunk: Any, site: Site, out_TN: torch.Tensor, context: StepContext) -> None:
-        if not isinstance(shrunk, _Assisted):
-            self.inner.expand(shrunk, site, out_TN, context)
-            return
-        for rows, column, delta_MN in shrunk.parts:
-            out_TN[:, column : column + delta_MN.shape[1]].index_add_(0, rows, delta_MN)
+        jobs, inner = shrunk
+        self.inner.expand(inner, site, out_TN, context)
+        self.arriving.after(jobs, out_TN)
 
-    def _parts(
-        self, slot: int, late: bool, x_TK: torch.Tensor, site: Site
-    ) -> list[tuple[torch.Tensor, int, torch.Tensor]]:
-        """What one adapter adds to siblings of one input, computed where its weights are."""
-        rows, parts, column = self._rows[slot], [], 0
-        x_MK, pool = x_TK.index_select(0, rows), self.pages.pool
-        for number, width in zip(site.sites, site.widths, strict=True):
-            a_start, b_start, rank = self.pages.table[slot, number].tolist()
-            if rank:
-                a, b = self.arrivals.host_matrices(slot, number) if late else (pool[a_start:], pool[b_start:])
-                a_RK, b_NR = a[: rank * x_TK.shape[1]].view(rank, -1), b[: width * rank].view(width, rank)
-                delta_MN = (x_MK.to(a.device) @ a_RK.t()) @ b_NR.t() * self.pages.scale[slot, number].item()
-                parts.append((rows, column, delta_MN.to(x_TK.device)))
-            column += width
-        return parts
+
+def rows_by_slot(context: StepContext) -> dict[int, list[tuple[int, int]]]:
+    """The ranges of rows of each adapter slot in a step."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    row = 0
+    for slot, length in zip(context.adapter_slots, context.query_lens, strict=True):
+        if slot:
+            found.setdefault(slot, []).append((row, row + length))
+        row += length
+    return found

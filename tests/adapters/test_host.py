@@ -3,10 +3,12 @@ loader promises to those who wait."""
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
-from inlaid.adapters.loader import Arrival, Loader, Transfer
+from inlaid.adapters.loader import Arrival, Clock, CopiedByHost, Copy, Loader
 from inlaid.adapters.peft import Adapter, AdapterEntry, AdapterError
 from inlaid.adapters.store import CPU_ASSIST, ON_DEMAND, PIPELINED, AdapterStore
 from inlaid.model.spec import spec_from_config
@@ -32,8 +34,9 @@ def adapter(name: str, value: float) -> Adapter:
 class Never(Loader):
     """Its copies do not get anywhere."""
 
-    def start(self, transfer: Transfer) -> None:
-        pass
+    def start(self, groups: list[list[Copy]], clock: Clock) -> Arrival:
+        self.arrival = CopiedByHost(len(groups), clock)
+        return self.arrival
 
 
 class Disk:
@@ -108,8 +111,10 @@ def test_host_memory_is_kept_while_the_cpu_computes_from_it() -> None:
     assert store.ready(identity)
     store.add("b", disk("b"))
     assert (store.on_host(identity), store.tier("b-2.0")) == (True, "disk")
-    a, _ = store.host_matrices(store.slot(identity), 7)
-    assert (a[:64] == 1.0).all()
+    factors = store.host_factors(store.slot(identity), 7)
+    assert factors is not None
+    assert (factors.a_RK == 1.0).all()
+    assert store.host_factors(store.slot(identity), 1) is None
 
 
 def test_the_popular_stays_longer_than_the_recent() -> None:
@@ -147,7 +152,7 @@ def test_waiting_for_a_copy_ends(mode: str) -> None:
 
 
 def test_who_waits_for_an_arrival_hears_how_it_ended() -> None:
-    arrival = Arrival(2)
+    arrival = CopiedByHost(2)
     with pytest.raises(RuntimeError, match="did not arrive within"):
         arrival.wait(0, 0.0)
     arrival.land()
@@ -158,22 +163,17 @@ def test_who_waits_for_an_arrival_hears_how_it_ended() -> None:
 
 
 def test_the_loader_tells_of_copies_that_fail() -> None:
-    arrival = Arrival(1)
-    Loader().start(Transfer([[(torch.zeros(2), torch.zeros(3))]], arrival))
+    arrival = Loader().start([[(torch.zeros(2), torch.zeros(3))]], time.monotonic)
     with pytest.raises(RuntimeError, match="copying an adapter to the device failed"):
         arrival.wait(0, 60.0)
 
 
 def test_unloading_while_it_is_copied_frees_at_once_and_ends_the_copy() -> None:
-    class Noting(Never):
-        def start(self, transfer: Transfer) -> None:
-            self.transfer = transfer
-
-    loader = Noting()
+    loader = Never()
     store = make(Disk(), mode=PIPELINED, loader=loader)
     store.want(store.add("a", adapter("a", 1.0)))
     assert (store.used_bytes, store.host_bytes) == (1024, 1024)
     store.remove("a")
     assert (store.used_bytes, store.host_bytes) == (0, 0)
-    assert loader.transfer.arrival.cancelled
+    assert loader.arrival.cancelled
     store.check()

@@ -8,10 +8,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from inlaid.adapters.loader import Loader, Transfer
+from inlaid.adapters.loader import Arrival, Clock, CopiedByHost, Copy, Loader, StreamLoader, Transfer
 from inlaid.adapters.peft import Adapter, AdapterEntry, AdapterError
 from inlaid.adapters.store import CACHED, CPU_ASSIST, MODES, PIPELINED, AdapterStore, default_pool_elements
 from inlaid.model.spec import ModelSpec, spec_from_config
+from tests.adapters.fake_lane import FakeLane
 
 SPEC: ModelSpec = spec_from_config(
     {
@@ -193,8 +194,9 @@ class ByHand(Loader):
         super().__init__()
         self.transfers: list[Transfer] = []
 
-    def start(self, transfer: Transfer) -> None:
-        self.transfers.append(transfer)
+    def start(self, groups: list[list[Copy]], clock: Clock) -> Arrival:
+        self.transfers.append(Transfer(groups, CopiedByHost(len(groups), clock)))
+        return self.transfers[-1].arrival
 
     def step(self, breaks: bool) -> None:
         """The next layer group of the first transfer that is still wanted."""
@@ -210,10 +212,12 @@ class ByHand(Loader):
 class Storm(RuleBasedStateMachine):
     """Any order of what the engine and the server may do, of files changing, and of copies that come late or never."""
 
-    @initialize(mode=st.sampled_from(MODES), host=st.sampled_from([0, 2000]), slow=st.booleans())
-    def begin(self, mode: str, host: int, slow: bool) -> None:
+    @initialize(mode=st.sampled_from(MODES), host=st.sampled_from([0, 2000]), slow=st.booleans(), streams=st.booleans())
+    def begin(self, mode: str, host: int, slow: bool, streams: bool) -> None:
         self.disk: dict[str, Adapter] = {}
-        self.loader = ByHand() if slow or mode in (PIPELINED, CPU_ASSIST) else None
+        needed = slow or mode in (PIPELINED, CPU_ASSIST)
+        self.lane = FakeLane() if needed and streams else None
+        self.loader = StreamLoader(self.lane) if self.lane else ByHand() if needed else None
         self.store = AdapterStore(
             SPEC, 2, 900, CPU, torch.float32, mode=mode, loader=self.loader, host_budget=host, read=self.read
         )
@@ -272,8 +276,11 @@ class Storm(RuleBasedStateMachine):
             for held in self.store._held.values():
                 if read and held.reading is not None:
                     held.reading.exception()
-        for _ in range(groups if self.loader is not None else 0):
-            self.loader.step(breaks)
+        for _ in range(groups):
+            if self.lane is not None:
+                self.lane.advance()
+            elif self.loader is not None:
+                self.loader.step(breaks)
 
     @precondition(lambda self: self.waiting)
     @rule()
@@ -315,13 +322,16 @@ class Storm(RuleBasedStateMachine):
         for identity in self.pinned:
             slot, value = store.slot(identity), float(identity)
             for site in store.sites(identity):
-                start = int(store.pages.table[slot, site, 0])
                 if store.landed(slot, site // 7):
+                    start = int(store.pages.table[slot, site, 0])
+                    assert store.pages.table[slot, site, 2] > 0
                     assert (store.pages.pool[start : start + 128] == value).all(), "a pinned adapter was overwritten"
                 elif store.mode == CPU_ASSIST:
-                    a, b = store.host_matrices(slot, site)
-                    assert (a[:64] == value).all()
-                    assert (b[:64] == value).all()
+                    assert store.pages.table[slot, site, 2] == 0, "shown before it has landed"
+                    factors = store.host_factors(slot, site)
+                    assert factors is not None
+                    assert (factors.a_RK == value).all()
+                    assert (factors.b_NR == value).all()
 
     def teardown(self) -> None:
         if not hasattr(self, "store"):

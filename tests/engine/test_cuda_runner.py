@@ -12,8 +12,9 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton")
 
+from inlaid.adapters.loader import CudaLane, StreamLoader
 from inlaid.adapters.peft import read_adapter
-from inlaid.adapters.store import AdapterStore
+from inlaid.adapters.store import CACHED, CPU_ASSIST, MODES, PIPELINED, AdapterStore
 from inlaid.checkpoint import Checkpoint
 from inlaid.config import AdapterConfig, CacheConfig, ConfigError, EngineConfig, SchedulerConfig
 from inlaid.engine import cuda_forward
@@ -22,9 +23,12 @@ from inlaid.engine.engine import Engine, make_engine
 from inlaid.engine.model_runner import ModelRunner
 from inlaid.engine.request import NewRequest
 from inlaid.kernels import attention_triton, lora_triton
+from inlaid.kernels.arriving import Arriving
+from inlaid.kernels.assist import Assistant, CudaFerry, Profile
 from inlaid.kernels.reference import reference_kernels
 from inlaid.model.spec import read_spec
 from inlaid.model.weights import load
+from tests.adapters.fake_lane import FakeFerry, FakeLane
 from tests.oracle.oracle import (
     Answer,
     Judge,
@@ -73,7 +77,9 @@ class Bench:
             save_adapter(folder, self.model, seed=i, **adapter_settings(i))
         self.judge = Judge(self.model, self.adapters)
 
-    def engine(self, on_gpu: bool = True, **scheduler: Any) -> tuple[Engine, ModelRunner]:
+    def engine(
+        self, on_gpu: bool = True, store: AdapterStore | None = None, arriving: Arriving | None = None, **scheduler: Any
+    ) -> tuple[Engine, ModelRunner]:
         config = EngineConfig(
             model=str(self.model),
             cache=CacheConfig(block_size=4, num_blocks=300),
@@ -82,12 +88,12 @@ class Bench:
             linear_backend="reference",
         )
         spec = read_spec(self.model)
-        store = AdapterStore(spec, 4, 1 << 20, DEVICE, torch.float16)
+        store = store or AdapterStore(spec, 4, 1 << 20, DEVICE, torch.float16)
         kernels = cuda_kernels(config, store.pages) if on_gpu else reference_kernels(store.pages)
         model = load(Checkpoint(self.model), spec, kernels, DEVICE, torch.float16, 128, progress=False)
         runner: ModelRunner
         if on_gpu:
-            runner = CudaRunner(model, config, DEVICE, torch.float16, 128, store, progress=False)
+            runner = CudaRunner(model, config, DEVICE, torch.float16, 128, store, False, arriving)
         else:
             runner = ModelRunner(model, 300, 4, DEVICE, torch.float16, store)
         ticks = iter(range(10**9))
@@ -129,6 +135,31 @@ def test_mixed_adapters_chunked_prompts_and_decodes(bench: Bench) -> None:
     answers = serve(engine, requests)
     for request in requests:
         bench.check(request, answers[request.id])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_adapters_that_are_still_coming(bench: Bench, mode: str) -> None:
+    """In every mode the tokens are the same: prompts start before their adapters are whole, on the lane of a device or
+    of a test, and what has not landed is waited for there or computed by two threads from the host's copy."""
+    spec, fake = read_spec(bench.model), FakeLane(patience=30)
+    lane = CudaLane(DEVICE) if DEVICE.type == "cuda" else fake
+    store = AdapterStore(
+        spec, 3 if mode == CACHED else 2, 1 << 20, DEVICE, torch.float16, mode=mode, loader=StreamLoader(lane)
+    )
+    ferry, assistant = FakeFerry(torch.float16), None
+    if mode == CPU_ASSIST:
+        hosts = CudaFerry(DEVICE, torch.float16, 24, 256, 512) if DEVICE.type == "cuda" else ferry
+        assistant = Assistant(hosts, Profile(2))
+    arriving = Arriving(store, spec.num_layers, assistant) if mode in (PIPELINED, CPU_ASSIST) else None
+    engine, _ = bench.engine(store=store, arriving=arriving)
+    requests = mixed(4, max_tokens=3)
+    answers = serve(engine, requests)
+    for request in requests:
+        bench.check(request, answers[request.id])
+    store.check()
+    if DEVICE.type == "cpu":
+        assert (ferry.num_fetched > 0) == (mode == CPU_ASSIST)
+        assert (fake.num_waits > 0) == (mode in (PIPELINED, CPU_ASSIST)), "decodes wait for the whole in both"
 
 
 @MANY_STEPS

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from inlaid.adapters.loader import Arrival, Loader
+from inlaid.adapters.loader import CopiedByHost, Loader
 from inlaid.adapters.peft import AdapterError
-from inlaid.adapters.store import MODES, AdapterStore
+from inlaid.adapters.store import MODES
 from inlaid.config import ConfigError
 from inlaid.engine.request import FinishReason
+from inlaid.kernels.assist import Assistant
 from tests.oracle.oracle import Judge, add_adapter, ask, load_engine, prompts, serve
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,8 +43,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         monkeypatch.setattr(owner, name, counting)
 
-    count(Arrival, "wait")
-    count(AdapterStore, "host_matrices")
+    count(CopiedByHost, "wait")
+    count(Assistant, "start")
     return counted
 
 
@@ -72,7 +73,7 @@ def test_tokens_are_the_same(judge: Judge, calls: Counter[str], mode: str) -> No
     evictions = sum(store.counts(store.identity(name) or "").evictions for name in ADAPTERS)
     assert (evictions > 0) == (mode != "cached")
     assert (calls["wait"] > 0) == (mode == "pipelined")
-    assert (calls["host_matrices"] > 0) == (mode == "cpu-assist")
+    assert (calls["start"] > 0) == (mode == "cpu-assist")
 
 
 def test_cached_refuses_what_does_not_fit() -> None:
@@ -102,7 +103,7 @@ def test_nobody_waits_for_anothers_adapter(judge: Judge, monkeypatch: pytest.Mon
     stuck, fine = list(ADAPTERS)[:2]
     for name in (stuck, fine):
         add_adapter(loaded, name, ADAPTERS[name])
-    monkeypatch.setattr(Loader, "start", lambda self, transfer: None)
+    monkeypatch.setattr(Loader, "start", lambda self, groups, clock: CopiedByHost(len(groups), clock))
     engine.add(ask("stuck", [5, 6, 7], stuck))
     engine.step()
     monkeypatch.undo()
