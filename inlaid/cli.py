@@ -14,7 +14,7 @@ import json
 import logging
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -175,24 +175,37 @@ def parse_adapters(given: Sequence[str]) -> dict[str, str]:
     """NAME=PATH, or vLLM's JSON {"name": …, "path": …}."""
     adapters: dict[str, str] = {}
     for text in given:
-        name, path = _parse_adapter(text)
+        name, path, _ = _parse_adapter(text)
         if name in adapters:
             raise UsageError(f"adapter {name!r} is given twice")
         adapters[name] = path
     return adapters
 
 
-def _parse_adapter(text: str) -> tuple[str, str]:
+def pinned_adapters(args: argparse.Namespace, adapters: Mapping[str, str]) -> list[str]:
+    """Those that --pin-adapter or their own JSON names."""
+    named = list(getattr(args, "pin_adapter", []))
+    comes_later = args.allow_runtime_lora if hasattr(args, "allow_runtime_lora") else False
+    for name in named:
+        if name not in adapters and not comes_later:
+            raise UsageError(
+                f"--pin-adapter {name}: no adapter of that name is served: {', '.join(adapters) or 'none'}"
+            )
+    return [*named, *(name for name, _, pinned in map(_parse_adapter, args.adapter) if pinned and name not in named)]
+
+
+def _parse_adapter(text: str) -> tuple[str, str, bool]:
+    """Name, path, and whether its JSON pins it."""
     if text.startswith("{"):
         try:
             values = json.loads(text)
-            return str(values["name"]), str(values["path"])
+            return str(values["name"]), str(values["path"]), values.get("pinned", False) is True
         except (ValueError, KeyError) as error:
             raise UsageError(f'{text!r} is not an adapter: write NAME=PATH or {{"name": …, "path": …}}') from error
     name, equals, path = text.partition("=")
     if not (name and equals and path):
         raise UsageError(f"{text!r} is not an adapter: write NAME=PATH (and the model before --adapter)")
-    return name, path
+    return name, path, False
 
 
 def demo_adapters() -> dict[str, str]:
@@ -234,6 +247,7 @@ def run_serve(args: argparse.Namespace) -> int:
     from inlaid.server.app import serve
 
     model, adapters = model_and_adapters(args.model, parse_adapters(args.adapter))
+    args.pin_adapter = pinned_adapters(args, adapters)
     config = config_from(args, ServerConfig)
     if not args.model and not config.served_model_name:
         config = config_from(args, ServerConfig, served_model_name="demo")

@@ -93,7 +93,12 @@ class AdapterConfig:
         0.0,
         "for experiments without a GPU: let adapters arrive at so many GB/s, as over a bus; 0: as fast as it goes",
     )
-    adapter_timeout: float = option(60.0, "seconds that loading an adapter may take before its requests fail")
+    adapter_timeout: float = option(
+        60.0, "seconds that a request waits for its adapter to be on the device before it fails"
+    )
+    pin_adapter: tuple[str, ...] = option(
+        (), "name of an adapter that stays on the device once it is there, may be repeated; one place stays free"
+    )
     adapter_workers: int = option(
         0, "with cpu-assist on a GPU: threads that compute adapters on the CPU; 0: one for each core but two"
     )
@@ -144,6 +149,19 @@ class ServerConfig:
     served_model_name: str | None = option(None, "the base model's name in the API; default: its folder's name")
     allow_runtime_lora: bool = option(False, "allow loading and unloading adapters while serving")
     lora_root: tuple[str, ...] = option((), "folders that adapters may be loaded from at run time")
+    lora_watch: tuple[str, ...] = option(
+        (),
+        "folder whose sub-folders are served as adapters: loaded when complete, swapped when changed, unloaded when "
+        "gone; may be repeated",
+    )
+    lora_watch_interval: float = option(2.0, "seconds between two looks at the --lora-watch folders")
+    lora_resolver_root: str = option(
+        "", "folder in which an adapter that a request names first is looked for by its name"
+    )
+    lora_resolver: str = option(
+        "", "MODULE:FUNCTION that gives the path (in a --lora-root folder) of an adapter that a request names first"
+    )
+    max_lora_resolving: int = option(8, "most adapters being looked for and loaded by a resolver at a time")
     max_body_mib: float = option(8.0, "largest request body, in MiB")
     body_timeout: float = option(60.0, "seconds that a client may take to send a request's body; 0: any")
     max_prompts: int = option(256, "most prompts times n in one request")

@@ -81,6 +81,16 @@ def test_adapters_in_every_spelling() -> None:
         cli.parse_adapters(["a=1", "a=2"])
 
 
+def test_adapters_are_pinned_by_flag_or_by_their_own_json() -> None:
+    args = parse("serve", "--adapter", "a=/x", '{"name": "b", "path": "/y", "pinned": true}', "--pin-adapter", "a")
+    assert cli.pinned_adapters(args, cli.parse_adapters(args.adapter)) == ["a", "b"]
+    unknown = parse("serve", "--adapter", "a=/x", "--pin-adapter", "c")
+    with pytest.raises(cli.UsageError, match="no adapter of that name is served: a"):
+        cli.pinned_adapters(unknown, {"a": "/x"})
+    later = parse("serve", "--pin-adapter", "c", "--allow-runtime-lora")
+    assert cli.pinned_adapters(later, {}) == ["c"]
+
+
 def test_no_model_is_the_demo_with_its_twelve_adapters() -> None:
     model, adapters = cli.model_and_adapters("", {"mine": "/m"})
     assert Path(model).is_dir()

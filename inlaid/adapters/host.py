@@ -45,7 +45,7 @@ class Counts:
     seconds: float = 0.0  # host to device, the last time
 
 
-@dataclass
+@dataclass(eq=False)
 class Held:
     """One identity: what is known of it always, and its weights when they are in host memory."""
 
@@ -58,6 +58,7 @@ class Held:
     failed: str | None = None  # why it cannot be had, until a new request tries again
     asked: float | None = None  # when loading it began, while it is under way
     names: set[str] = field(default_factory=set)
+    kept: set[str] = field(default_factory=set)  # those of its names that keep it on the device
     references: int = 0  # requests that resolved it and have not released it
     pins: int = 0  # scheduled requests that need it on the device
     resident: Resident | None = None

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,19 @@ def _read_files(folder: Path) -> tuple[bytes, bytes]:
                 "save it as adapter_model.safetensors"
             )
         raise AdapterError(f"adapter {folder}: it has no adapter_model.safetensors")
-    return config.read_bytes(), weights.read_bytes()
+    before = [_state(file) for file in (config, weights)]
+    read = config.read_bytes(), weights.read_bytes()
+    if [_state(file) for file in (config, weights)] != before:
+        raise AdapterError(f"adapter {folder}: its files changed while they were read; load it when they are at rest")
+    return read
+
+
+def _state(file: Path) -> tuple[int, int, int]:
+    """What differs when somebody writes or replaces a file."""
+    found = file.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise AdapterError(f"adapter {file.parent}: {file.name} is not a regular file")
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 # Settings that change nothing about a trained adapter's result, or that are read below.

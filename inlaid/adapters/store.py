@@ -79,21 +79,29 @@ class AdapterStore:
 
     # Names
 
-    def add(self, name: str, adapter: Adapter) -> str:
-        """Serve an adapter under a new name; returns its identity."""
+    def add(self, name: str, adapter: Adapter, keep: bool = False) -> str:
+        """Serve an adapter under a new name; returns its identity. With `keep` it stays on the device."""
         if name in self._identity_of:
             raise AdapterError(f"adapter {name!r} is already loaded; unload it first, or load it in place")
-        return self._bind(name, adapter)
+        return self._bind(name, adapter, None, keep)
 
-    def replace(self, name: str, adapter: Adapter) -> str:
-        """Let a name stand for other weights from the next request on (or for the first time)."""
-        if self._identity_of.get(name) == adapter.identity:
-            return adapter.identity
-        old = self._identity_of.get(name)
-        identity = self._bind(name, adapter, None if old is None else self._held[old])
+    def replace(self, name: str, adapter: Adapter, keep: bool | None = None) -> str:
+        """Let a name stand for other weights from the next request on (or for the first time). `keep` None: as now."""
+        old = self._held.get(self._identity_of.get(name, ""))
+        keep = (old is not None and name in old.kept) if keep is None else keep
+        if old is not None and old.identity == adapter.identity:
+            if keep:
+                self._check_kept(name, adapter, None)
+            self._keep(name, old, keep)
+            return old.identity
+        identity = self._bind(name, adapter, old, keep)
         if old is not None:
-            self._unname(name, old)
+            self._unname(name, old.identity)
         return identity
+
+    def kept(self, name: str) -> bool:
+        """Whether it stays on the device."""
+        return name in self._held[self._identity_of[name]].kept
 
     def remove(self, name: str) -> int:
         """Forget a name at once. Returns how many requests still run on it; its memory goes with the last."""
@@ -208,6 +216,11 @@ class AdapterStore:
         """Whether host memory holds it, be it on the device or not."""
         return self._held[identity].flat is not None
 
+    def leaving(self, identity: str) -> int:
+        """Requests that still run on weights which no name stands for any more; 0 when their memory is free."""
+        held = self._held.get(identity)
+        return 0 if held is None or held.names else max(held.references, held.pins)
+
     def references(self, identity: str) -> int:
         """Requests that hold it now."""
         return self._held[identity].references
@@ -300,11 +313,15 @@ class AdapterStore:
             assert not table_ranks[slot].any(), f"free slot {slot} is not empty"
         for name, identity in self._identity_of.items():
             assert name in self._held[identity].names, f"name {name}"
+        assert all(held.kept <= held.names for held in self._held.values()), "kept for a name that is gone"
         for identity, held in self._held.items():
             assert held.names or held.references or held.pins, f"{identity} is held for nobody"
 
-    def _bind(self, name: str, adapter: Adapter, instead_of: Held | None = None) -> str:
+    def _bind(self, name: str, adapter: Adapter, instead_of: Held | None, keep: bool) -> str:
         held = self._held.get(adapter.identity)
+        going = instead_of if instead_of is not None and instead_of.names == {name} else None
+        if keep:
+            self._check_kept(name, adapter, going)
         if held is None:
             self._check_room(name, adapter)
             held = Held(adapter.identity, adapter.path, adapter.entries, int(adapter.flat.nbytes))
@@ -321,13 +338,47 @@ class AdapterStore:
             self._host.keep(held, adapter.flat, self._clock)
         held.names.add(name)
         self._identity_of[name] = adapter.identity
+        if instead_of is not None:
+            instead_of.kept.discard(name)
+        self._keep(name, held, keep)
         return adapter.identity
+
+    def _keep(self, name: str, held: Held, keep: bool) -> None:
+        """Let this name keep the adapter on the device from when it is there, or no longer."""
+        if keep:
+            held.kept.add(name)
+            self.want(held.identity)
+        else:
+            held.kept.discard(name)
+
+    def _kept_by_others(self, name: str) -> list[Held]:
+        return [held for held in self._held.values() if held.kept - {name}]
+
+    def _check_kept(self, name: str, adapter: Adapter, going: Held | None) -> None:
+        """Beside what is kept there must be a place for any other adapter, or those would never be served."""
+        if self.mode == CACHED:
+            return
+        itself, places = self._held.get(adapter.identity), self.pages.table.shape[0] - 1
+        kept = [held for held in self._kept_by_others(name) if held is not itself]
+        if len(kept) + 1 >= places:
+            raise AdapterError(
+                f"adapter {name!r} cannot be pinned: {len(kept)} of {places} places are, and one must stay free for "
+                "the others; unload one, or raise --max-loras"
+            )
+        others = [_elements(held) for held in self._held.values() if held not in (*kept, going, itself)]
+        if sum(map(_elements, kept)) + adapter.flat.numel() + max(others, default=0) > self.space.size:
+            raise AdapterError(
+                f"adapter {name!r} cannot be pinned: with the {len(kept)} that are, it would leave too few bytes for "
+                "the others; unload one, or raise --adapter-memory-gib"
+            )
 
     def _check_room(self, name: str, adapter: Adapter) -> None:
         need, budget = int(adapter.flat.nbytes), self._host.budget
-        if adapter.flat.numel() > self.space.size:
+        kept = sum(map(_elements, self._kept_by_others(name)))
+        if adapter.flat.numel() > self.space.size - kept:
+            beside = f" beside {kept * self.pages.pool.element_size()} that are pinned" if kept else ""
             raise AdapterError(
-                f"adapter {name!r} needs {need} bytes of the {self.capacity_bytes} for adapters; "
+                f"adapter {name!r} needs {need} bytes of the {self.capacity_bytes} for adapters{beside}; "
                 "raise --adapter-memory-gib"
             )
         if budget and need > budget:
@@ -350,6 +401,7 @@ class AdapterStore:
 
     def _unname(self, name: str, identity: str) -> None:
         self._held[identity].names.discard(name)
+        self._held[identity].kept.discard(name)
         self._drop_if_unused(identity)
 
     def _drop_if_unused(self, identity: str) -> None:
@@ -384,7 +436,7 @@ class AdapterStore:
         """Not while pinned; nor, for a while, when it was loaded for a request that has not come to run yet: two
         adapters that are wanted at the same time would else push each other out for ever."""
         resident = held.resident
-        if resident is None or held.pins:
+        if resident is None or held.pins or held.kept:
             return False
         if held.references and _failure(held) is None and not self._may_start(resident):
             resident.loaded = self._clock

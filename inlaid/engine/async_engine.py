@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -289,20 +290,38 @@ class AsyncEngine:
         link.send(messages.Call(call=number, name=method, arguments=arguments))
         return await answer
 
-    async def load_adapter(self, name: str, path: str, in_place: bool = False) -> AdapterInfo:
-        """Serve an adapter from a folder; with in_place it may replace one of that name."""
-        value = await self.call("load_adapter", name=name, path=path, in_place=in_place)
+    async def load_adapter(
+        self, name: str, path: str, in_place: bool = False, pinned: bool | None = None
+    ) -> AdapterInfo:
+        """Serve an adapter from a folder; with in_place it may replace one of that name. Pinned it stays on the device
+        (None: as it was, or as the configuration says)."""
+        value = await self.call("load_adapter", name=name, path=path, in_place=in_place, pinned=pinned)
         info = msgspec.convert(value, AdapterInfo)
         self.adapters[name] = info
         self._paths[name] = path
+        self._remember_pin(name, info.pinned)
         return info
 
-    async def unload_adapter(self, name: str) -> int:
-        """Forget an adapter; how many requests still run on it."""
-        in_flight = await self.call("unload_adapter", name=name)
+    def _remember_pin(self, name: str, pinned: bool) -> None:
+        """For the next life of the process."""
+        others = tuple(other for other in self.config.adapters.pin_adapter if other != name)
+        adapters = replace(self.config.adapters, pin_adapter=(*others, name) if pinned else others)
+        self.config = replace(self.config, adapters=adapters)
+
+    async def unload_adapter(self, name: str, patience: float = 0.0) -> int:
+        """Forget an adapter at once, and wait so long for the requests that run on it. How many still do."""
+        known = self.adapters.get(name)
+        in_flight = int(await self.call("unload_adapter", name=name))
         self.adapters.pop(name, None)
         self._paths.pop(name, None)
-        return int(in_flight)
+        self._remember_pin(name, False)
+        if in_flight and known is not None and patience > 0:
+            try:
+                await asyncio.wait_for(self.call("until_unloaded", identity=known.identity), patience)
+                return 0
+            except asyncio.TimeoutError:
+                pass
+        return in_flight
 
     async def list_adapters(self) -> list[AdapterInfo]:
         listed = msgspec.convert(await self.call("adapters"), list[AdapterInfo])

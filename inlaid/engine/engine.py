@@ -164,6 +164,7 @@ def make_engine(
         eos_ids=eos_ids,
         lengths=make_lengths(config.scheduler),
         base_version=base_version,
+        max_adapter_wait=config.adapters.adapter_timeout,
     )
     return Engine(scheduler, runner, clock, make_grammar)
 

@@ -37,6 +37,7 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     evictions: int = 0  # from the device, to make room
     hits: int = 0  # requests that found it on the device and did not have to wait for it
     copy_seconds: float = 0.0  # from host memory to the device, the last time
+    pinned: bool = False  # whether it stays on the device
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -47,9 +47,13 @@ class Adapters(Protocol):
 
     def read(self, path: str) -> Any: ...
 
-    def install(self, name: str, adapter: Any, in_place: bool, seconds: float) -> None: ...
+    def install(self, name: str, adapter: Any, in_place: bool, seconds: float, pinned: bool | None = None) -> None: ...
 
     def remove(self, name: str) -> int: ...
+
+    def leaving(self, identity: str) -> int:
+        """Requests that still run on removed weights; 0 when their memory is free."""
+        ...
 
     def list(self) -> list[AdapterInfo]: ...
 
@@ -156,13 +160,21 @@ class LoraAdapters:
             check(config.require_eval, model.base_version, adapter.identity, config.max_drop)
         return adapter
 
-    def install(self, name: str, adapter: Any, in_place: bool, seconds: float) -> None:
+    def install(self, name: str, adapter: Any, in_place: bool, seconds: float, pinned: bool | None = None) -> None:
         store = self._model.adapters
-        identity = store.replace(name, adapter) if in_place else store.add(name, adapter)
+        if pinned is None and store.identity(name) is None:
+            pinned = name in self._config.pin_adapter
+        if in_place:
+            identity = store.replace(name, adapter, pinned)
+        else:
+            identity = store.add(name, adapter, bool(pinned))
         self._seconds[identity] = seconds
 
     def remove(self, name: str) -> int:
         return self._model.adapters.remove(name)
+
+    def leaving(self, identity: str) -> int:
+        return self._model.adapters.leaving(identity)
 
     def list(self) -> list[AdapterInfo]:
         store = self._model.adapters
@@ -186,6 +198,7 @@ class LoraAdapters:
             evictions=counts.evictions,
             hits=counts.hits,
             copy_seconds=counts.seconds,
+            pinned=store.kept(name),
         )
 
 
@@ -225,7 +238,8 @@ class EngineProcess:
         self._readers = ThreadPoolExecutor(1, "adapter-reader")
         self._compilers = ThreadPoolExecutor(1, "grammar-compiler")
         self._compiling: set[str] = set()  # requests that wait for their grammar
-        self._loading: dict[tuple[str, str, bool], list[messages.Call]] = {}  # who waits for which adapter
+        self._loading: dict[tuple[str, str, bool, bool | None], list[messages.Call]] = {}  # who waits for which adapter
+        self._unloading: list[messages.Call] = []  # who waits for the last request on removed weights
         self._done: list[Callable[[], None]] = []  # what finished threads want done on this one
         self._woken, self._wake = os.pipe()
         os.set_blocking(self._woken, False)
@@ -285,6 +299,8 @@ class EngineProcess:
             outputs = engine.step()
             if outputs:
                 self._send(messages.Outputs(outputs=outputs))
+            if self._unloading:
+                self._tell_unloaded()
             if engine.num_failures_in_a_row >= _MAX_FAILURES:
                 self._send(messages.Fatal(message=f"{_MAX_FAILURES} steps in a row failed; see the log"))
                 return 1
@@ -315,6 +331,9 @@ class EngineProcess:
                 self._engine.abort(request_id, reason)
             case messages.Call(name="load_adapter"):
                 self._load_adapter(command)
+            case messages.Call(name="until_unloaded"):
+                self._unloading.append(command)
+                self._tell_unloaded()
             case messages.Call():
                 self._answer(command, lambda: self._dispatch(command))
             case _:
@@ -379,7 +398,8 @@ class EngineProcess:
         the same answer."""
         started = time.monotonic()
         name, path, in_place = (call.arguments[key] for key in ("name", "path", "in_place"))
-        key = (name, path, in_place)
+        pinned = call.arguments.get("pinned")
+        key = (name, path, in_place, pinned)
         calls = self._loading.setdefault(key, [])
         calls.append(call)
         if len(calls) > 1:
@@ -391,7 +411,7 @@ class EngineProcess:
             return self._loaded.adapters.read(path)
 
         def install(done: Future[Any]) -> AdapterInfo:
-            self._loaded.adapters.install(name, done.result(), in_place, time.monotonic() - started)
+            self._loaded.adapters.install(name, done.result(), in_place, time.monotonic() - started, pinned)
             return next(info for info in self._loaded.adapters.list() if info.name == name)
 
         def finish(done: Future[Any]) -> None:
@@ -400,6 +420,13 @@ class EngineProcess:
             self._answer_all(calls, partial(install, done))
 
         self._on_thread(self._readers, read, finish)
+
+    def _tell_unloaded(self) -> None:
+        leaving = {call.call: self._loaded.adapters.leaving(call.arguments["identity"]) for call in self._unloading}
+        for call in self._unloading:
+            if not leaving[call.call]:
+                self._send(messages.Reply(call=call.call, value=None))
+        self._unloading = [call for call in self._unloading if leaving[call.call]]
 
     def _answer_all(self, calls: list[messages.Call], ask: Callable[[], Any]) -> None:
         """Do it once and tell everyone."""

@@ -124,6 +124,7 @@ class Request:
     num_charged: int = 0  # prompt tokens charged so far; recomputing them after preemption is free
     num_prepaid: int = 0  # output tokens charged ahead, by policies that charge predictions
     passed_since: int | None = None  # admissions so far when it was first found not to fit
+    parked_at: float | None = None  # when it first stepped aside for want of its adapter, until it starts
     predicted_log: float | None = None  # the predictor's guess of log(output tokens)
     hopeless: bool = False  # its deadline can no longer be met
 

@@ -7,6 +7,7 @@ here, once, for all policies. The scheduler is the only writer of Request, the b
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ class Scheduler:
         eos_ids: Collection[int] = (),
         lengths: Lengths | None = None,
         base_version: str = "",
+        max_adapter_wait: float = math.inf,
     ) -> None:
         check_config(config)
         self.config = config
@@ -71,7 +73,7 @@ class Scheduler:
         self.base_version = base_version
         self.pool = BlockPool(num_blocks, cache.block_size)
         self.ledger = Ledger(make_cost(config))
-        self.tasks = Tasks(adapters, config.max_sum_of_ranks)
+        self.tasks = Tasks(adapters, config.max_sum_of_ranks, max_adapter_wait)
         self.view = View(self.ledger, lengths or MaxTokens(), active=self.tasks.active)
         self.view.tokens_per_step = config.max_num_batched_tokens
         self.gate = Gate(config.max_num_waiting)
@@ -325,13 +327,13 @@ class Scheduler:
             return False
         if state == LOADING:
             request.passed_since = self.num_admitted if request.passed_since is None else request.passed_since
-            tasks.park(request)
+            tasks.park(request, self.view.now)
         else:
             self._end_early(request, FinishReason.ERROR, state, queued=False)
         return True
 
     def _unpark(self) -> None:
-        for request, state in self.tasks.settled():
+        for request, state in self.tasks.settled(self.view.now):
             if state == READY:
                 self._enqueue(request)
             else:
@@ -418,7 +420,7 @@ class Scheduler:
         request.blocks = hits + self.pool.allocate(self._blocks_for(len(request.tokens)) - len(hits))
         request.num_computed = len(hits) * self.pool.block_size
         request.status = Status.RUNNING
-        request.passed_since = None
+        request.passed_since = request.parked_at = None
         self._num_reserved += request.num_reserved
         self.running[request.id] = request
         self.num_admitted += 1

@@ -3,6 +3,8 @@ caller; whether an adapter is on the device is the directory's to say."""
 
 from __future__ import annotations
 
+import math
+
 from inlaid.engine.directory import AdapterDirectory
 from inlaid.engine.request import Request
 
@@ -12,13 +14,14 @@ READY, LOADING = "ready", "loading"
 class Tasks:
     """Counts of running requests per adapter, and the parked ones."""
 
-    def __init__(self, adapters: AdapterDirectory, max_sum_of_ranks: int) -> None:
+    def __init__(self, adapters: AdapterDirectory, max_sum_of_ranks: int, max_wait: float = math.inf) -> None:
         self.active: dict[str | None, int] = {}
         self.parked: dict[str, list[Request]] = {}
         self.num_parked = 0
         self.max_tasks = 0  # distinct adapters in a step; 0: no limit
         self._adapters = adapters
         self._max_sum_of_ranks = max_sum_of_ranks
+        self._max_wait = max_wait  # seconds that a request may be parked, all in all
         self._sum_of_ranks = 0
 
     def enter(self, identity: str | None) -> bool:
@@ -60,8 +63,9 @@ class Tasks:
         except RuntimeError as error:
             return str(error) or "its adapter cannot be loaded"
 
-    def park(self, request: Request) -> None:
+    def park(self, request: Request, now: float) -> None:
         assert request.adapter is not None
+        request.parked_at = now if request.parked_at is None else request.parked_at
         self.parked.setdefault(request.adapter, []).append(request)
         self.num_parked += 1
 
@@ -76,16 +80,31 @@ class Tasks:
             del self.parked[request.adapter or ""]
         return True
 
-    def settled(self) -> list[tuple[Request, str]]:
-        """Take out those whose adapter has come, or can never come, with its state."""
+    def settled(self, now: float) -> list[tuple[Request, str]]:
+        """Take out those whose adapter has come, or can never come, or who have waited too long, with its state."""
         states = {identity: self.state(identity) for identity in self.parked}
-        out = []
+        out = [
+            (request, self._too_long()) for request in self._overdue(now) if states[request.adapter or ""] == LOADING
+        ]
+        for request, _ in out:
+            self.remove(request)
+        states = {identity: state for identity, state in states.items() if identity in self.parked}
         for identity, state in states.items():
             if state != LOADING:
                 requests = self.parked.pop(identity)
                 self.num_parked -= len(requests)
                 out += [(request, state) for request in requests]
         return out
+
+    def _overdue(self, now: float) -> list[Request]:
+        everyone = (request for requests in self.parked.values() for request in requests)
+        return [r for r in everyone if r.parked_at is not None and now - r.parked_at > self._max_wait]
+
+    def _too_long(self) -> str:
+        return (
+            f"its adapter was not on the device within {self._max_wait:g} s: it is still loading, or every place is in "
+            "use; ask again, or raise --adapter-timeout or --max-loras"
+        )
 
     def want(self, only: str | None) -> None:
         """Ask for the adapters that parked requests need, or for one of them alone."""

@@ -38,9 +38,10 @@ async def load_adapter(request: web.Request, body: LoadAdapterBody) -> web.Respo
 
 
 async def unload_adapter(request: web.Request, body: UnloadAdapterBody) -> web.Response:
-    """Forget an adapter; requests that run on it finish."""
-    await _unload(request.app[SERVICE], body)
-    return web.Response(text=f"Success: LoRA adapter '{body.lora_name}' removed successfully")
+    """Forget an adapter; requests that run on it finish, and then it is answered."""
+    in_flight = await _unload(request.app[SERVICE], body)
+    more = f"; {in_flight} requests still run on it, and its memory goes with the last" if in_flight else ""
+    return web.Response(text=f"Success: LoRA adapter '{body.lora_name}' removed successfully{more}")
 
 
 async def load_adapter_sglang(request: web.Request, body: LoadAdapterBody) -> web.Response:
@@ -100,19 +101,20 @@ async def _load(service: Service, body: LoadAdapterBody) -> None:
         raise TooMany(f"{service.num_loads} adapters are being loaded already", retry_after=5)
     service.num_loads += 1
     try:
-        await service.engine.load_adapter(name, str(folder), in_place)
+        await service.engine.load_adapter(name, str(folder), in_place, body.pinned)
     except ValueError as error:
         raise BadRequest(str(error), "lora_path") from error
     finally:
         service.num_loads -= 1
 
 
-async def _unload(service: Service, body: UnloadAdapterBody) -> None:
+async def _unload(service: Service, body: UnloadAdapterBody) -> int:
+    """Waits for requests in flight as long as a request may wait for its adapter. How many there still are."""
     _check_on(service)
     if body.lora_name not in service.engine.adapters:
         raise NotFound(f"adapter {body.lora_name!r} is not loaded", "lora_name", "model_not_found")
     try:
-        await service.engine.unload_adapter(body.lora_name)
+        return await service.engine.unload_adapter(body.lora_name, service.engine.config.adapters.adapter_timeout)
     except ValueError as error:
         raise BadRequest(str(error), "lora_name") from error
 

@@ -26,9 +26,11 @@ from inlaid.server.completions import chat_completions, completions
 from inlaid.server.errors import Fault, TooSlow, Unavailable, response, translate
 from inlaid.server.metrics import Metrics
 from inlaid.server.openapi import document
+from inlaid.server.resolver import make_resolver
 from inlaid.server.route import Guard, Route
 from inlaid.server.safety import AllowedFolders, Keys, check_config
 from inlaid.server.service import SERVICE, Service
+from inlaid.server.watcher import Watcher
 
 log = logging.getLogger(__name__)
 
@@ -188,6 +190,8 @@ async def make_service(
         give_up=give_up,
         **engine_options,
     )
+    resolver = make_resolver(config, engine)
+    watchers = [Watcher(Path(folder).expanduser(), engine, (model_name,)) for folder in config.lora_watch]
     try:
         model = await engine.start()
         tokenizer = await asyncio.to_thread(Tokenizer, model.folder, template)
@@ -206,6 +210,8 @@ async def make_service(
         metrics=Metrics(model_name, config.max_metric_adapters),
         keys=keys,
         folders=folders,
+        resolver=resolver,
+        watchers=watchers,
         model_name=model_name,
         model_path=engine_config.model,
         max_model_len=min(model.max_model_len, (model.num_blocks - 1) * model.block_size),
@@ -281,9 +287,12 @@ async def serve(
     )
     await runner.setup()
     await web.SockSite(runner, listener, backlog=1024).start()
+    watching = [asyncio.create_task(watcher.run(config.lora_watch_interval)) for watcher in service.watchers]
     host, port = listener.getsockname()[:2]
     announce(service, f"http://{f'[{host}]' if ':' in host else host}:{port}")
     status = await stop
+    for watch in watching:
+        watch.cancel()
     if status == 0:
         await drain(service)
     await runner.cleanup()

@@ -277,7 +277,7 @@ class _EngineGauges:
         shown = adapters[: self._max_adapters]
         self._forget_counts({info.name for info in shown})
         for info in shown:
-            self._loaded.labels(info.name, _LEVELS[info.tier], "false").set(1)
+            self._loaded.labels(info.name, _LEVELS[info.tier], str(info.pinned).lower()).set(1)
             self._seconds.labels(info.name, "cpu").set(info.load_seconds)
             self._seconds.labels(info.name, "gpu").set(info.copy_seconds)
             for (key, name), counter in self._adapter_counts(info.name).items():

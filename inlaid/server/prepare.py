@@ -83,12 +83,23 @@ def resolve(service: Service, model: str, field: str = "model") -> Target:
     )
 
 
-def _target(service: Service, body: GenerateBody) -> Target:
+async def _find(service: Service, model: str, field: str = "model") -> Target:
+    """What a name stands for, after the resolver, if there is one, has looked for an adapter that is not known yet."""
+    try:
+        return resolve(service, model, field)
+    except NotFound:
+        if service.resolver is None:
+            raise
+    await service.resolver.resolve(model.removeprefix(f"{service.model_name}:"))
+    return resolve(service, model, field)
+
+
+async def _target(service: Service, body: GenerateBody) -> Target:
     """What `model` names, or the adapter that SGLang's clients name in `lora_path`, beside `model` or alone."""
-    target = resolve(service, body.model)
+    target = await _find(service, body.model)
     if not body.lora_path:
         return target
-    named = resolve(service, body.lora_path, "lora_path")
+    named = await _find(service, body.lora_path, "lora_path")
     if named.adapter is None:
         raise BadRequest(f"lora_path is {body.lora_path!r}, the base; leave it out, or name an adapter", "lora_path")
     if target.adapter not in (None, named.adapter):
@@ -101,7 +112,7 @@ def _max_tokens(body: GenerateBody) -> int | None:
 
 
 async def completion_job(service: Service, body: CompletionBody, headers: Mapping[str, str]) -> Job:
-    target = _target(service, body)
+    target = await _target(service, body)
     _refuse_unserved(body)
     if body.suffix:
         raise BadRequest("suffix is not supported: the models served here do not fill in the middle", "suffix")
@@ -118,7 +129,7 @@ async def completion_job(service: Service, body: CompletionBody, headers: Mappin
 
 
 async def chat_job(service: Service, body: ChatBody, headers: Mapping[str, str]) -> Job:
-    target = _target(service, body)
+    target = await _target(service, body)
     _refuse_unserved(body)
     tokens = await chat_tokens(
         service,

@@ -207,7 +207,7 @@ class LoadAdapterBody(Body, frozen=True, kw_only=True):
     lora_name: Annotated[str, Meta(min_length=1, max_length=256)]
     lora_path: Annotated[str, Meta(min_length=1, max_length=4096)]
     load_inplace: bool | None = None
-    pinned: Literal[False] | None = None
+    pinned: bool | None = None  # stays on the device; without it: as it was
 
 
 class UnloadAdapterBody(Body, frozen=True, kw_only=True):
@@ -404,6 +404,7 @@ class AdapterCard(Answer, kw_only=True):
     evictions: int
     hits: int
     copy_seconds: float
+    pinned: bool
 
 
 class AdapterList(Answer, kw_only=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -10,7 +11,9 @@ from inlaid.config import ServerConfig
 from inlaid.engine.async_engine import AsyncEngine
 from inlaid.engine.text import Tokenizer
 from inlaid.server.metrics import Metrics
+from inlaid.server.resolver import Resolver
 from inlaid.server.safety import AllowedFolders, Keys
+from inlaid.server.watcher import Watcher
 
 
 @dataclass
@@ -26,6 +29,8 @@ class Service:
     max_model_len: int
     vocab_size: int
     started: int  # Unix seconds
+    resolver: Resolver | None = None
+    watchers: Sequence[Watcher] = ()
     draining: bool = False
     num_in_flight: int = 0  # requests for answers being worked on
     num_loads: int = 0  # adapters being loaded, or waiting for that

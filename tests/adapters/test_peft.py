@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -232,3 +233,30 @@ def test_limits(tmp_path: Path) -> None:
     edit_weights(tmp_path, lambda tensors: {name: tensor * 1e6 for name, tensor in tensors.items()})
     with pytest.raises(AdapterError, match=r"does not fit into torch\.float16"):
         read_adapter(tmp_path, SPEC, torch.float16)
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_files_that_change_while_they_are_read_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    folder = write(tmp_path, r=2, target_modules=QV)
+    original = Path.read_bytes
+
+    def meanwhile(path: Path) -> bytes:
+        data = original(path)
+        if path.name == "adapter_model.safetensors":
+            (folder / file).write_bytes(original(folder / file) + b" ")
+        return data
+
+    monkeypatch.setattr(Path, "read_bytes", meanwhile)
+    with pytest.raises(AdapterError, match="changed while they were read"):
+        read(folder)
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    """Reading a pipe would never end."""
+    folder = write(tmp_path, r=2, target_modules=QV)
+    (folder / "adapter_model.safetensors").unlink()
+    os.mkfifo(folder / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors is not a regular file"):
+        read(folder)

@@ -154,6 +154,44 @@ def test_an_adapter_that_never_runs_does_not_block_for_ever() -> None:
     assert adapters.resident() == [second]
 
 
+def test_a_pinned_adapter_stays_and_one_place_stays_free() -> None:
+    adapters = store(max_resident=3)
+    kept = adapters.add("kept", adapter(0), keep=True)
+    assert adapters.resident() == [kept]
+    for n in range(1, 6):
+        adapters.want(adapters.add(f"a{n}", adapter(n)))
+    assert kept in adapters.resident()
+    adapters.replace("a1", adapter(1), keep=True)
+    with pytest.raises(AdapterError, match="2 of 3 places are, and one must stay free"):
+        adapters.add("third", adapter(9), keep=True)
+    with pytest.raises(AdapterError, match="2 of 3 places are"):
+        adapters.replace("a2", adapter(2), keep=True)
+    adapters.check()
+    swapped = adapters.replace("kept", adapter(10))
+    assert adapters.kept("kept")
+    for n in range(1, 6):
+        adapters.want(f"identity-{n}")
+    assert {swapped, "identity-1"} <= set(adapters.resident())
+    adapters.replace("kept", adapter(10), keep=False)
+    adapters.remove("a1")
+    for n in range(2, 6):
+        adapters.want(f"identity-{n}")
+    assert swapped not in adapters.resident()
+    adapters.check()
+
+
+def test_pins_leave_bytes_for_the_largest_of_the_others() -> None:
+    adapters = store(max_resident=8, elements=1024)
+    adapters.add("large", adapter(1, sites=4))
+    adapters.add("a", adapter(2), keep=True)
+    with pytest.raises(AdapterError, match="it would leave too few bytes for the others"):
+        adapters.add("b", adapter(3, sites=3), keep=True)
+    with pytest.raises(AdapterError, match="beside 1024 that are pinned"):
+        adapters.add("larger", adapter(4, sites=7))
+    assert adapters.names() == ["a", "large"]
+    adapters.check()
+
+
 def test_too_large_and_too_many_are_refused() -> None:
     adapters = store(elements=512, max_held=2)
     with pytest.raises(AdapterError, match=r"needs 4096 bytes of the 2048.*--adapter-memory-gib"):
@@ -237,16 +275,23 @@ class Storm(RuleBasedStateMachine):
         flat = torch.full((128 * sites,), float(10 * number + sites))
         return Adapter(f"{10 * number + sites}", f"/{number}", flat, entries)
 
-    @rule(name=st.sampled_from("abc"), number=st.integers(0, 3), sites=st.integers(1, 3))
-    def load(self, name: str, number: int, sites: int) -> None:
+    @rule(
+        name=st.sampled_from("abc"),
+        number=st.integers(0, 3),
+        sites=st.integers(1, 3),
+        keep=st.sampled_from([None, None, False, True]),
+    )
+    def load(self, name: str, number: int, sites: int, keep: bool | None) -> None:
         new = self.made(number, sites)
         self.disk[new.path] = new
         refusal = ""
         try:
-            self.store.replace(name, new)
+            self.store.replace(name, new, keep)
         except AdapterError as error:
             refusal = str(error)
-        assert not refusal or (self.store.mode == CACHED and "does not fit" in refusal)
+        assert not refusal or "cannot be pinned" in refusal or (self.store.mode == CACHED and "does not fit" in refusal)
+        kept = {self.store.identity(name) for name in self.store.names() if self.store.kept(name)}
+        assert len(kept) < 2 or self.store.mode == CACHED
 
     @rule(number=st.integers(0, 3), sites=st.integers(0, 3))
     def change_files(self, number: int, sites: int) -> None:

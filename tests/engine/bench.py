@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from inlaid.config import CacheConfig, SchedulerConfig
@@ -26,6 +27,7 @@ class Bench:
         adapters: FakeAdapters | None = None,
         cache: dict[str, Any] | None = None,
         lengths: Lengths | None = None,
+        max_adapter_wait: float = math.inf,
         **config: Any,
     ) -> None:
         self.time = 0.0
@@ -40,6 +42,7 @@ class Bench:
             adapters=self.adapters,
             eos_ids=(EOS,),
             lengths=lengths,
+            max_adapter_wait=max_adapter_wait,
         )
         self.engine = Engine(self.scheduler, self.runner, lambda: self.time)
         self.tokens: dict[str, list[int]] = {}

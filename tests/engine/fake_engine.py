@@ -42,7 +42,7 @@ class _Adapters:
             raise ValueError(f"adapter {path}: no such folder")
         return path
 
-    def install(self, name: str, adapter: Any, in_place: bool, seconds: float) -> None:
+    def install(self, name: str, adapter: Any, in_place: bool, seconds: float, pinned: bool | None = None) -> None:
         if name in self._paths and not in_place:
             raise ValueError(f"adapter {name!r} is already loaded")
         self._paths[name] = adapter
@@ -51,6 +51,9 @@ class _Adapters:
     def remove(self, name: str) -> int:
         del self._paths[name]
         self._directory.names = tuple(self._paths)
+        return 0
+
+    def leaving(self, identity: str) -> int:
         return 0
 
     def list(self) -> list[AdapterInfo]:

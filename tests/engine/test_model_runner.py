@@ -85,16 +85,13 @@ def test_room_for_adapters_is_as_given(config: EngineConfig) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (AdapterConfig(adapter_mode="pipelined"), "pipelined is not there for cuda yet; use on-demand or cached"),
-        (AdapterConfig(adapter_mode="cpu-assist"), "cpu-assist is not there for cuda yet; use on-demand or cached"),
+        (AdapterConfig(adapter_mode="lazy"), "known: cached, on-demand, pipelined, cpu-assist"),
         (AdapterConfig(adapter_link_gbps=1.0), "without a GPU; leave it 0 on cuda"),
         (AdapterConfig(max_cpu_adapter_gib=-1.0), "cannot be negative"),
         (AdapterConfig(adapter_timeout=0.0), "adapter_timeout must be above 0"),
     ],
 )
-def test_adapter_settings_that_a_gpu_does_not_have_yet(
-    config: EngineConfig, settings: AdapterConfig, message: str
-) -> None:
+def test_adapter_settings_that_a_gpu_refuses(config: EngineConfig, settings: AdapterConfig, message: str) -> None:
     spec = load_model(config, progress=False).spec
     with pytest.raises(ConfigError, match=message):
         make_store(settings, spec, torch.device("cuda"), torch.float16)

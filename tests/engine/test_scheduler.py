@@ -279,6 +279,28 @@ def test_a_broken_adapter_ends_its_requests_with_the_reason() -> None:
     bench.check_all()
 
 
+def test_a_request_waits_for_its_adapter_no_longer_than_allowed() -> None:
+    """Counted for each request from when it first stepped aside, on the engine's clock; the others are served."""
+    bench = Bench(adapters=FakeAdapters(ADAPTERS, slots=1), max_adapter_wait=5.0)
+    bench.add("holder", [1], "a", max_tokens=30, ignore_eos=True)
+    bench.step()
+    bench.step()
+    bench.add("early", [1], "b")
+    bench.step()
+    for _ in range(4):
+        bench.step()
+    bench.add("late", [1], "b", max_tokens=2, ignore_eos=True)
+    assert "early" not in bench.ends
+    bench.step()
+    bench.step()
+    assert "not on the device within 5 s" in (bench.ends["early"].message or "")
+    assert "late" not in bench.ends
+    bench.engine.abort("holder")
+    bench.run()
+    assert bench.ends["late"].finish_reason is FinishReason.LENGTH
+    bench.check_all()
+
+
 def test_the_overtaking_bound_makes_room_for_an_adapter_that_finds_no_slot() -> None:
     bench = Bench(adapters=FakeAdapters(ADAPTERS, slots=1), max_overtakes=6, max_num_seqs=2)
     bench.add("seed", [1], "a", max_tokens=4, ignore_eos=True)
