@@ -141,7 +141,7 @@ def test_mixed_adapters_chunked_prompts_and_decodes(bench: Bench) -> None:
 def test_adapters_that_are_still_coming(bench: Bench, mode: str) -> None:
     """In every mode the tokens are the same: prompts start before their adapters are whole, on the lane of a device or
     of a test, and what has not landed is waited for there or computed by two threads from the host's copy."""
-    spec, fake = read_spec(bench.model), FakeLane(patience=30)
+    spec, fake = read_spec(bench.model), FakeLane(patience=6)
     lane = CudaLane(DEVICE) if DEVICE.type == "cuda" else fake
     store = AdapterStore(
         spec, 3 if mode == CACHED else 2, 1 << 20, DEVICE, torch.float16, mode=mode, loader=StreamLoader(lane)

@@ -59,8 +59,8 @@ def test_states_and_who_is_done_waiting() -> None:
         bench.add(name, [1], None)
         request = bench.scheduler.requests[name]
         request.adapter = name
-        tasks.park(request)
-    settled = {request.id: state for request, state in tasks.settled()}
+        tasks.park(request, 0.0)
+    settled = {request.id: state for request, state in tasks.settled(0.0)}
     assert settled["here"] == READY
     assert "NaNs" in settled["broken"]
     assert (list(tasks.parked), tasks.num_parked) == (["coming"], 1)
