@@ -135,3 +135,26 @@ def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
+
+
+def cliff(rows: list[dict[str, Any]], resident: dict[str, Any] | None) -> bytes:
+    """TTFT and throughput against adapters per place on the device; dashed: all of them resident."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    latency, speed = figure.subplots(1, 2)
+    ordered = sorted(rows, key=lambda row: row["adapters"] / row["places"])
+    ratios = [row["adapters"] / row["places"] for row in ordered]
+    for colour, (key, label) in zip(COLOURS, (("ttft_p50_ms", "median"), ("ttft_p99_ms", "p99")), strict=False):
+        latency.plot(ratios, [row[key] for row in ordered], marker="o", color=colour, label=label)
+        if resident is not None:
+            latency.axhline(resident[key], color=colour, linestyle="--", linewidth=1)
+    speed.plot(ratios, [row["output_tokens_per_second"] for row in ordered], marker="o", color=COLOURS[2])
+    if resident is not None:
+        speed.axhline(resident["output_tokens_per_second"], color=COLOURS[2], linestyle="--", linewidth=1)
+    for axes, title in ((latency, "time to first token (ms)"), (speed, "output tokens a second")):
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(bottom=0)
+        axes.set(title=title, xlabel="adapters per place on the device")
+    latency.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()

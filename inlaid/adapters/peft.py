@@ -82,7 +82,7 @@ def read_adapter(
     except AdapterError as error:
         raise AdapterError(f"adapter {folder}: {error}") from None
     identity = hashlib.sha256(hashlib.sha256(config_bytes).digest() + weight_bytes).hexdigest()
-    return _lay_out(identity, str(folder), factors, scales, dtype, pin)
+    return lay_out(identity, str(folder), factors, scales, dtype, pin)
 
 
 def _read_files(folder: Path) -> tuple[bytes, bytes]:
@@ -332,10 +332,10 @@ def _check_values(factors: Factors, dtype: torch.dtype) -> None:
                 raise AdapterError(f"{site_path(site)} lora_{factor} does not fit into {dtype}")
 
 
-def _lay_out(
+def lay_out(
     identity: str, path: str, factors: Factors, scales: Mapping[int, float], dtype: torch.dtype, pin: bool
 ) -> Adapter:
-    """All matrices in one flat tensor, aligned, so that it moves to the device in one copy."""
+    """All matrices, by site, in one flat tensor, aligned, so that it moves to the device in one copy."""
     entries, end = [], 0
     for site, (a, b) in factors.items():
         a_start = end

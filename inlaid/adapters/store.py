@@ -75,7 +75,11 @@ class AdapterStore:
         self._host = HostMemory(self._held, host_budget, read, pin=self._on_gpu)
         self._layers_per_group = -(-spec.num_layers // NUM_GROUPS)
         self._num_groups = -(-spec.num_layers // self._layers_per_group)
-        self._groups_to_start = {PIPELINED: 1, CPU_ASSIST: 0}.get(mode, self._num_groups)
+
+    @property
+    def _groups_to_start(self) -> int:
+        """Layer groups that must have landed before a request may start."""
+        return {PIPELINED: 1, CPU_ASSIST: 0}.get(self.mode, self._num_groups)
 
     # Names
 

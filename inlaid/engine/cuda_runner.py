@@ -121,7 +121,7 @@ class CudaRunner(ModelRunner):
         self._free_rows = list(range(self.max_rows - 1, -1, -1))
         self._sent = [0] * (self.max_rows + 1)  # blocks of each row that the device knows
         self._state = _RowState(self.max_rows + 1)
-        self._arriving = arriving
+        self.arriving = arriving
         self._levels: dict[str, int] = {}  # adapter identity -> which graphs it needs
         self._previous: Ticket | None = None
         self._unseen: dict[str, int] = {}
@@ -249,7 +249,7 @@ class CudaRunner(ModelRunner):
     def _arriving_in(self, step: _Step) -> Arriving | None:
         """Asked layer by layer when a step with prompts has adapters that are still coming. Decodes, which are short,
         wait for all of them, on the device."""
-        arriving = self._arriving
+        arriving = self.arriving
         if arriving is None or not step.adapters or not arriving.plan(self._rows_of(step)):
             return None
         if step.prompts:

@@ -127,14 +127,14 @@ class Assistant:
 
     def __init__(self, ferry: Ferry, profile: Profile) -> None:
         self.profile = profile
-        self._ferry = ferry
+        self.ferry = ferry
         self._threads = ThreadPoolExecutor(profile.workers, "adapter-assist", _alone) if profile.workers else None
 
     def start(self, x_TK: torch.Tensor, begin: int, end: int, siblings: Sequence[tuple[int, Factors | None]]) -> Job:
         """Rows [begin, end) of x through the factors of each sibling, given with its width."""
         rows = end - begin
-        x_MK, there = self._ferry.fetch(x_TK[begin:end])
-        delta_MN = self._ferry.room(rows, sum(width for width, _ in siblings))
+        x_MK, there = self.ferry.fetch(x_TK[begin:end])
+        delta_MN = self.ferry.room(rows, sum(width for width, _ in siblings))
         if self._threads is None:
             there()
             _compute(x_MK, delta_MN, siblings)
@@ -152,8 +152,8 @@ class Assistant:
         for job in jobs:
             for share in job.shares:
                 share.result()
-            out_TN[job.begin : job.end] += self._ferry.bring(job.delta_MN)
-        self._ferry.turn()
+            out_TN[job.begin : job.end] += self.ferry.bring(job.delta_MN)
+        self.ferry.turn()
 
 
 def _share(

@@ -25,6 +25,9 @@ LIMITS = {  # seconds; in the order of what they decide
     "demo": 90, "gates": 240, "micro": 300, "offline-7b": 150, "offline-8b": 130, "startup-8b": 150,
     "micro-decode_attention-pending": 90, "micro-ordered": 120,
     "sched": 160,
+    "adapters-load": 60, "adapters-modes-cached": 150, "adapters-modes-on-demand": 150,
+    "adapters-modes-pipelined": 150, "adapters-modes-cpu-assist": 150,
+    "adapters-cliff-mixed": 120, "adapters-cliff-slots": 150, "adapters-cliff-resident": 120, "adapters-crossover": 150,
     "serve-tiny": 100, "ranks-tiny": 100, "variants-tiny": 100, "determinism-tiny": 60, "startup-tiny": 150,
 }  # fmt: skip
 FIRST = ("tests", "sweep", "variants-7b", "variants-8b", "choose", "serve-7b", "serve-8b")
@@ -61,7 +64,7 @@ def said(*command: str) -> str:
 
 def run_stage(name: str, out: Path, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """The stage's own result, in this process; `keep` writes what there is so far."""
-    from perf.gpu import choose, demo, gates, humming_sweep, micro, offline, sched, serving, soak
+    from perf.gpu import adapters, choose, demo, gates, humming_sweep, micro, offline, sched, serving, soak
 
     kind, _, rest = name.partition("-")
     stages: dict[str, Callable[[], dict[str, Any]]] = {
@@ -73,6 +76,7 @@ def run_stage(name: str, out: Path, keep: Callable[[dict[str, Any]], None]) -> d
         "demo": demo.run,
         "soak": soak.run,
         "sched": lambda: sched.run(out),
+        "adapters": lambda: adapters.run(name, keep),
         "offline": lambda: offline.run(rest, keep),
         "determinism": lambda: offline.determinism(rest, keep),
         "variants": lambda: offline.variants(rest, keep),

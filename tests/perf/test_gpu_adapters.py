@@ -1,0 +1,88 @@
+"""The stages that measure adapters on a GPU, with a tiny model on whatever is here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inlaid.adapters.store import MODES
+from perf.gpu import adapters
+from perf.gpu.adapters import Size
+from perf.gpu.bench import LIMITS
+
+TINY = Size("tiny", 6, 3, (4, 8), rate=50.0, seconds=0.2, prompt=12, output=4, concurrency=4)
+FIGURES = {
+    "requests",
+    "output_tokens_per_second",
+    "ttft_p50_ms",
+    "ttft_p99_ms",
+    "itl_p99_ms",
+    "cpu_seconds_per_request",
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapters, "ROOT", tmp_path_factory.mktemp("models"))
+        yield
+
+
+def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    json.dumps(report)
+    return list(report["rows"])
+
+
+def test_every_stage_is_registered() -> None:
+    assert {name for name in LIMITS if name.startswith("adapters-")} == set(adapters.STAGES)
+    assert adapters.MODES == MODES
+
+
+def test_load() -> None:
+    found = rows(adapters.load(ranks=(2, 4), shape="tiny", repeats=2))
+    assert [row["rank"] for row in found] == [2, 4]
+    for row in found:
+        assert row["mib"] > 0
+        assert 0 < row["pipelined_first_group_ms"] <= row["pipelined_ms"]
+        assert min(row["pageable_ms"], row["pinned_ms"]) >= 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes(mode: str) -> None:
+    found = rows(adapters.modes(mode, TINY))
+    assert [row.get("zipf") for row in found] == [0.6, 1.0, 1.4, None]
+    assert all(set(row) >= FIGURES for row in found)
+    assert [row["requests"] for row in found] == [10, 10, 10, 4]
+    assert (sum(row.get("loads", 0) for row in found) == 0) == (mode == "cached")
+
+
+def test_cliffs_and_their_plot(tmp_path: Path) -> None:
+    mixed = rows(adapters.cliff_mixed(TINY))
+    assert [(row["adapters"], row["requests"]) for row in mixed] == [(3, 12), (6, 12)]
+    assert mixed[0]["loads"] == 0 < mixed[1]["loads"]
+    size = replace(TINY, adapters=16, places=4)
+    slots, resident = adapters.cliff_slots(size, extra=(5,)), adapters.cliff_resident(size, 5)
+    assert [row["adapters"] for row in rows(slots)] == [2, 4, 8, 16, 5]
+    assert [row["places"] for row in rows(resident)] == [5]
+    for name, result in (("slots", slots), ("resident", resident)):
+        (tmp_path / f"adapters-cliff-{name}.json").write_text(json.dumps({"result": result}))
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'inlaid[plot]'")
+    assert adapters.main(["plot", str(tmp_path)]) == 0
+    assert (tmp_path / "adapters-cliff.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_crossover() -> None:
+    size = replace(TINY, adapters=1, places=2, ranks=(2, 4))
+    report = adapters.crossover(size, prompts=(3, 9), cores=(1, 2), repeats=1)
+    found = rows(report)
+    assert [(row["bus_busy"], row["rank"], row["prompt"]) for row in found] == [
+        (busy, rank, prompt) for busy in (False, True) for rank in (2, 4) for prompt in (3, 9)
+    ]
+    ways = {"on-demand_ms", "pipelined_ms", "cpu-assist-1-cores_ms", "cpu-assist-2-cores_ms"}
+    assert all(ways <= set(row) for row in found)
+    assert all(won in [{key: row[key] for key in won} for row in found] for won in report["cpu_assist_wins"])
