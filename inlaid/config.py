@@ -64,6 +64,14 @@ class CacheConfig:
     num_blocks: int = option(0, "KV blocks; 0: as many as memory allows")
     gpu_memory_utilization: float = option(0.9, "share of device memory that weights, adapters and KV may use")
     cpu_memory_gib: float = option(1.0, "memory for KV blocks on a machine without a GPU, in GiB")
+    unified_memory: bool = option(
+        False,
+        "KV blocks and adapters share memory: adapters have adapter_memory_gib (0: room for a quarter of max_loras) "
+        "and borrow KV blocks that nobody uses",
+    )
+    min_kv_blocks: int = option(
+        0, "with unified_memory: KV blocks that adapters never borrow; 0: enough for the longest request"
+    )
     enable_prefix_caching: bool = option(True, "reuse KV of shared prefixes (per base version and adapter identity)")
     isolate_tenants: bool = option(
         False, "no tenant reuses KV of another's prefixes, so timing tells nothing about them"

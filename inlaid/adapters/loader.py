@@ -26,7 +26,6 @@ class Arrival(Protocol):
     """How far one adapter has come."""
 
     num_groups: int
-    cancelled: bool  # nobody wants it any more
     error: str | None  # why the rest will not come
     seconds: float  # from being asked for to the last group that was seen to be there
 
@@ -42,6 +41,10 @@ class Arrival(Protocol):
         """What is computed from now on finds that group in place. RuntimeError when it does not come."""
         ...
 
+    def end(self) -> None:
+        """Nobody wants it any more: what is computed from now on is not overwritten by it."""
+        ...
+
 
 class CopiedByHost:
     """An arrival that the loader's thread writes and anyone reads; waiting for it holds up the host."""
@@ -55,6 +58,12 @@ class CopiedByHost:
         self._clock = clock
         self._asked = clock()
         self._changed = threading.Condition()
+        self.copying = threading.Lock()  # held while a group is being copied
+
+    def end(self) -> None:
+        self.cancelled = True
+        with self.copying:
+            pass  # the group that is being copied is the last
 
     @property
     def whole(self) -> bool:
@@ -118,9 +127,12 @@ class Loader:
     def _run(self, transfer: Transfer) -> None:
         arrival = transfer.arrival
         try:
-            while not arrival.cancelled and not arrival.whole:
+            while not arrival.whole:
                 began = time.monotonic()
-                nbytes = transfer.copy_next()
+                with arrival.copying:
+                    if arrival.cancelled:
+                        return
+                    nbytes = transfer.copy_next()
                 if self._rate:
                     time.sleep(max(0.0, nbytes / self._rate - (time.monotonic() - began)))
                 arrival.land()
@@ -154,7 +166,6 @@ class CopiedByDevice:
 
     def __init__(self, marks: list[Mark], clock: Clock) -> None:
         self.num_groups = len(marks)
-        self.cancelled = False
         self.seconds = 0.0
         self._marks = marks
         self._landed = 0
@@ -176,6 +187,10 @@ class CopiedByDevice:
         if self.landed <= group:
             self._marks[group].wait()
             self._landed = group + 1
+
+    def end(self) -> None:
+        if not self.whole:
+            self._marks[-1].wait()
 
 
 class StreamLoader:

@@ -6,6 +6,15 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from typing import Protocol
+
+
+class Lender(Protocol):
+    """Whom the store borrows space from, where it shares memory with the KV cache."""
+
+    def lend(self, count: int, idle: bool) -> list[int]:
+        """So many blocks that nobody uses, or none; with `idle` also such that are cached for later."""
+        ...
 
 
 class PagePool:
@@ -15,6 +24,27 @@ class PagePool:
         self.size = size
         self.free: list[tuple[int, int]] = [(0, size)] if size else []
         self.used = 0
+
+    def grant(self, start: int, size: int) -> None:
+        """More space."""
+        self.size += size
+        self.used += size
+        self.give(start, size)
+
+    def withdraw(self, unit: int, begin: int, most: int) -> list[int]:
+        """Take away up to so many wholly free units of space from `begin` on; their numbers."""
+        found = [
+            number
+            for start, end in self.free
+            for number in range(max(-(-start // unit), begin // unit), end // unit)
+        ][:most]  # fmt: skip
+        for number in found:
+            index = next(i for i, (start, end) in enumerate(self.free) if start <= number * unit < end)
+            start, end = self.free.pop(index)
+            kept = [(start, number * unit), ((number + 1) * unit, end)]
+            self.free[index:index] = [extent for extent in kept if extent[0] < extent[1]]
+            self.size -= unit
+        return found
 
     def take(self, sizes: Sequence[int]) -> list[int] | None:
         """Starts of one extent per size, adjacent if possible; None, and nothing taken, when they do not fit."""
@@ -53,9 +83,9 @@ class PagePool:
         return None
 
     def check(self) -> None:
-        """Free extents are sorted, apart, inside the pool, and with the used elements make it whole."""
+        """Free extents are sorted and apart, and with the used elements make the pool whole."""
         previous = -1
         for start, end in self.free:
-            assert previous < start < end <= self.size, f"extent {start, end} after {previous}"
+            assert previous < start < end, f"extent {start, end} after {previous}"
             previous = end
         assert self.used + sum(end - start for start, end in self.free) == self.size

@@ -20,7 +20,7 @@ import torch
 
 from inlaid.adapters.host import GRACE, Counts, Held, HostMemory, Read, Resident
 from inlaid.adapters.loader import NUM_GROUPS, AnyLoader, Arrival, Copy, CudaLane, StreamLoader
-from inlaid.adapters.pages import PagePool
+from inlaid.adapters.pages import Lender, PagePool
 from inlaid.adapters.peft import Adapter, AdapterEntry, AdapterError
 from inlaid.kernels.assist import Factors
 from inlaid.kernels.backend import MODULES, AdapterPages
@@ -47,7 +47,9 @@ class AdapterStore:
         read: Read | None = None,
         max_seconds: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
+        shared: bool = False,
     ) -> None:
+        """`shared`: memory is given to it later, see `move_into`; `pool_elements` is what it will have of its own."""
         assert mode in (CACHED, ON_DEMAND) or loader is not None, f"{mode} needs a loader"
         assert read is not None or not host_budget, "what leaves host memory must be read again"
         slots = max_resident + 1
@@ -57,12 +59,15 @@ class AdapterStore:
         self.mode = mode
         self.max_seconds = max_seconds
         self.pages = AdapterPages(
-            pool=torch.zeros(pool_elements, dtype=dtype, device=device),
+            pool=torch.zeros(0 if shared else pool_elements, dtype=dtype, device=device),
             table=torch.zeros(slots, spec.num_sites, 3, dtype=torch.int64, device=device),
             scale=torch.zeros(slots, spec.num_sites, dtype=torch.float32, device=device),
             versions=[0] * slots,
         )
         self.space = PagePool(pool_elements)
+        self.floor = pool_elements  # what it always has
+        self._lender: Lender | None = None
+        self._unit = self._borrowed_from = 0  # elements in a lent block, and where such blocks begin
         self._held: dict[str, Held] = {}
         self._identity_of: dict[str, str] = {}
         self._at: dict[int, Held] = {}  # who is in a slot
@@ -80,6 +85,34 @@ class AdapterStore:
     def _groups_to_start(self) -> int:
         """Layer groups that must have landed before a request may start."""
         return {PIPELINED: 1, CPU_ASSIST: 0}.get(self.mode, self._num_groups)
+
+    def move_into(self, memory: torch.Tensor, unit: int, first: int, lender: Lender) -> None:
+        """Share memory with the KV cache, block by block: blocks 1 to `first` - 1 are its own, others it may borrow."""
+        assert not self._held, "before anything is loaded"
+        self.pages.pool = memory
+        self.space = PagePool(0)
+        self.floor = (first - 1) * unit
+        if self.floor:
+            self.space.grant(unit, self.floor)
+        self._lender, self._unit, self._borrowed_from = lender, unit, first * unit
+
+    def give_back(self, count: int, keep: str | None) -> list[int]:
+        """Up to so many borrowed blocks, at the cost of idle adapters other than this one."""
+        back = self.space.withdraw(self._unit, self._borrowed_from, count)
+        for held in self._idle():
+            if len(back) >= count:
+                break
+            if held.identity != keep and self._borrows(held):
+                self._aging = max(self._aging, held.value)
+                held.counts.evictions += 1
+                self._evict(held)
+                back += self.space.withdraw(self._unit, self._borrowed_from, count - len(back))
+        return back
+
+    def _borrows(self, held: Held) -> bool:
+        assert held.resident is not None
+        ends = (start + _size(entry) for entry, start in zip(held.entries, held.resident.starts, strict=True))
+        return any(end > self._borrowed_from for end in ends)
 
     # Names
 
@@ -252,6 +285,10 @@ class AdapterStore:
         return self.space.size * self.pages.pool.element_size()
 
     @property
+    def floor_bytes(self) -> int:
+        return self.floor * self.pages.pool.element_size()
+
+    @property
     def host_bytes(self) -> int:
         return self._host.used
 
@@ -370,7 +407,7 @@ class AdapterStore:
                 "the others; unload one, or raise --max-loras"
             )
         others = [_elements(held) for held in self._held.values() if held not in (*kept, going, itself)]
-        if sum(map(_elements, kept)) + adapter.flat.numel() + max(others, default=0) > self.space.size:
+        if sum(map(_elements, kept)) + adapter.flat.numel() + max(others, default=0) > self.floor:
             raise AdapterError(
                 f"adapter {name!r} cannot be pinned: with the {len(kept)} that are, it would leave too few bytes for "
                 "the others; unload one, or raise --adapter-memory-gib"
@@ -379,10 +416,10 @@ class AdapterStore:
     def _check_room(self, name: str, adapter: Adapter) -> None:
         need, budget = int(adapter.flat.nbytes), self._host.budget
         kept = sum(map(_elements, self._kept_by_others(name)))
-        if adapter.flat.numel() > self.space.size - kept:
+        if adapter.flat.numel() > self.floor - kept:
             beside = f" beside {kept * self.pages.pool.element_size()} that are pinned" if kept else ""
             raise AdapterError(
-                f"adapter {name!r} needs {need} bytes of the {self.capacity_bytes} for adapters{beside}; "
+                f"adapter {name!r} needs {need} bytes of the {self.floor_bytes} for adapters{beside}; "
                 "raise --adapter-memory-gib"
             )
         if budget and need > budget:
@@ -424,17 +461,26 @@ class AdapterStore:
     def _make_room(self, held: Held, idle: list[Held]) -> bool:
         """Free a slot and elements by evicting some of these; False when all else is in use."""
         sizes = [_size(entry) for entry in held.entries]
+        ways = [] if self._lender is None else [False, True]  # KV blocks that are free; later, cached prefixes
         while True:
             starts = self.space.take(sizes) if self._free_slots else None
             if starts is not None:
                 held.resident = Resident(self._free_slots.pop(), starts, self._clock)
                 self._at[held.resident.slot] = held
                 return True
+            if self._free_slots and ways and not (ways[0] and idle):
+                self._borrow(sum(sizes), ways.pop(0))
+                continue
             if not idle:
                 return False
             self._aging = max(self._aging, idle[0].value)
             idle[0].counts.evictions += 1
             self._evict(idle.pop(0))
+
+    def _borrow(self, elements: int, cached: bool) -> None:
+        assert self._lender is not None
+        for block in self._lender.lend(-(-elements // self._unit), cached):
+            self.space.grant(block * self._unit, self._unit)
 
     def _evictable(self, held: Held) -> bool:
         """Not while pinned; nor, for a while, when it was loaded for a request that has not come to run yet: two
@@ -456,7 +502,7 @@ class AdapterStore:
         if resident is None:
             return
         if resident.arrival is not None:
-            resident.arrival.cancelled = True
+            resident.arrival.end()
         for entry, start in zip(held.entries, resident.starts, strict=True):
             self.space.give(start, _size(entry))
         del self._at[resident.slot]

@@ -37,6 +37,7 @@ from inlaid.engine.cuda_forward import (
 )
 from inlaid.engine.model_runner import ModelRunner, _penalized, _sampled, count_blocks
 from inlaid.engine.request import Batch, Request, Sampled, SamplingParams, StepResult, TokenLogprobs, Work
+from inlaid.engine.unified import floor_blocks, unify
 from inlaid.kernels import fused_triton, lora_triton
 from inlaid.kernels.arriving import Arriving
 from inlaid.kernels.attention_triton import TritonAttention
@@ -147,8 +148,7 @@ class CudaRunner(ModelRunner):
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
             compiled = time.monotonic()
-            self.num_blocks = count_blocks(config, spec, self.device, self.dtype, max_model_len)
-            self.forward.cache = self.cache = new_cache(spec, self.num_blocks, self.block_size, self.device, self.dtype)
+            self._make_cache(config, max_model_len)
             pool = None
             gc.collect()
             gc.freeze()  # every capture collects garbage, and all that is loaded is none
@@ -168,6 +168,19 @@ class CudaRunner(ModelRunner):
             "start-up: kernels of %d layouts warm in %.1f s, %d graphs captured in %.1f s, %d KV blocks",
             len(layouts), compiled - begin, len(self._graphs), time.monotonic() - compiled, self.num_blocks,
         )  # fmt: skip
+
+    def _make_cache(self, config: EngineConfig, max_model_len: int) -> None:
+        spec, store = self.model.spec, self.adapters
+        assert store is not None
+        unified = config.cache.unified_memory
+        floor = floor_blocks(store, spec, self.block_size) if unified else 0
+        self.num_blocks = count_blocks(config, spec, self.device, self.dtype, max_model_len, floor)
+        if unified:
+            shared = unify(spec, config.cache, self.num_blocks, max_model_len, store, self.device, self.dtype)
+            self.cache, self.stride, self.pool = shared.cache, shared.stride, shared.pool
+        else:
+            self.cache = new_cache(spec, self.num_blocks, self.block_size, self.device, self.dtype)
+        self.forward.cache = self.cache
 
     def _captured_layouts(self) -> list[Layout]:
         decodes = [b for b in DECODE_BUCKETS if b < self.max_rows] + [self.max_rows]
@@ -353,7 +366,7 @@ class CudaRunner(ModelRunner):
             if needed > known:
                 first = row * self.max_blocks
                 places.extend(range(first + known, first + needed))
-                values.extend(request.blocks[known:needed])
+                values.extend(block * self.stride for block in request.blocks[known:needed])
                 self._sent[row] = needed
         return places, values
 
@@ -435,7 +448,7 @@ class CudaRunner(ModelRunner):
             ids.append(request.tokens[at] if known else 0)
             sources.append(-1 if known else self._rows[request.id])
             positions.append(at)
-            kv_slots.append(request.blocks[at // size] * size + at % size)
+            kv_slots.append(request.blocks[at // size] * self.stride * size + at % size)
             slots.append(self._slot(request))
         return ids, sources, positions, kv_slots, slots
 
@@ -446,7 +459,7 @@ class CudaRunner(ModelRunner):
         ids.extend(work.request.tokens[begin:end])
         sources.extend([-1] * (end - begin))
         positions.extend(range(begin, end))
-        blocks = np.array(work.request.blocks[begin // size : -(-end // size)], np.int64)
+        blocks = np.array(work.request.blocks[begin // size : -(-end // size)], np.int64) * self.stride
         kv_slots.extend((blocks[:, None] * size + np.arange(size)).ravel()[begin % size :][: end - begin].tolist())
 
     def _write_sampling(self, step: _Step, put: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from inlaid.config import EngineConfig, SchedulerConfig
 from inlaid.engine.control import change, describe, fairness
 from inlaid.engine.directory import AdapterDirectory, NoAdapters
+from inlaid.engine.kv_cache import BlockPool
 from inlaid.engine.policy import Lengths, MaxTokens
 from inlaid.engine.predictor import Predictor
 from inlaid.engine.request import Batch, FinishReason, Grammar, NewRequest, Output, Request, Runner
@@ -117,6 +118,7 @@ class Engine:
             "kv_blocks": pool.capacity,
             "kv_blocks_used": pool.capacity - pool.num_available,
             "kv_blocks_cached": pool.num_cached,
+            "kv_blocks_lent": pool.num_lent,
             "adapters_running": sum(identity is not None for identity in scheduler.tasks.active),
             "preemptions": scheduler.num_preemptions,
             "steps": self._num_steps,
@@ -153,6 +155,7 @@ def make_engine(
     eos_ids: Collection[int] = (),
     base_version: str = "",
     make_grammar: Callable[[Grammar], Any] | None = None,
+    pool: BlockPool | None = None,
 ) -> Engine:
     """An engine from its configuration and what was found out about the model and the device's memory."""
     scheduler = Scheduler(
@@ -165,6 +168,7 @@ def make_engine(
         lengths=make_lengths(config.scheduler),
         base_version=base_version,
         max_adapter_wait=config.adapters.adapter_timeout,
+        pool=pool,
     )
     return Engine(scheduler, runner, clock, make_grammar)
 

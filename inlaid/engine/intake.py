@@ -58,10 +58,10 @@ def most_tokens(new: NewRequest, max_model_len: int, pool: BlockPool, config: Sc
         )
     limit = min(len(new.prompt) + params.max_tokens, max_model_len)
     blocks = -(-max(limit - 1, len(new.prompt)) // pool.block_size)
-    if blocks > pool.capacity:
+    if blocks > pool.guaranteed:
         raise ValueError(
-            f"prompt and output may take {limit} tokens, {blocks} KV blocks; there are {pool.capacity}: "
-            f"ask for at most {pool.capacity * pool.block_size + 1} tokens together"
+            f"prompt and output may take {limit} tokens, {blocks} KV blocks; there are {pool.guaranteed}: "
+            f"ask for at most {pool.guaranteed * pool.block_size + 1} tokens together"
         )
     if not config.enable_chunked_prefill and limit > config.max_num_batched_tokens:
         raise ValueError(

@@ -4,7 +4,8 @@ The scheduler is the only caller. Blocks are numbers here; their tensors live in
 scratch block (padding rows write there) and is never given out.
 
 A block is in exactly one of three places: referenced (by one request or more), idle (nobody uses it, but it still
-holds a named prefix and waits, least recently used first, to be reused or overwritten), or free.
+holds a named prefix and waits, least recently used first, to be reused or overwritten), or free. Where adapters share
+the memory (engine/unified.py) there is a fourth: lent to them, until it is asked back.
 """
 
 from __future__ import annotations
@@ -14,6 +15,17 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import groupby
+from typing import Protocol
+
+
+class Borrower(Protocol):
+    """Whom blocks are lent to: the adapter store."""
+
+    def give_back(self, count: int, keep: str | None) -> list[int]:
+        """Up to so many blocks, at the cost of idle adapters, but not of the one with this identity."""
+        ...
+
 
 Key = bytes  # 128 bits: two different prefixes never meet in practice, so content is not compared again
 
@@ -40,9 +52,12 @@ def extend_keys(keys: list[Key], root: Key, tokens: Sequence[int], block_size: i
 class BlockPool:
     """Owner of every block's reference count and name."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        if num_blocks < 2:
-            raise ValueError(f"num_blocks is {num_blocks}; at least 2 are needed, as block 0 is scratch")
+    def __init__(
+        self, num_blocks: int, block_size: int, first: int = 1, floor: int = 0, borrower: Borrower | None = None
+    ) -> None:
+        """`first`: the first block that is not somebody else's; the last `floor` blocks are never lent."""
+        if num_blocks < first + 1:
+            raise ValueError(f"num_blocks is {num_blocks}; at least {first + 1} are needed, as block 0 is scratch")
         if block_size < 1:
             raise ValueError(f"block_size is {block_size}; it must be at least 1")
         self.num_blocks = num_blocks
@@ -51,12 +66,27 @@ class BlockPool:
         self._key_of: list[Key | None] = [None] * num_blocks
         self._block_of: dict[Key, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
-        self._free = list(range(num_blocks - 1, 0, -1))
+        self._free = list(range(num_blocks - 1, first - 1, -1))
+        self._first = first
+        self._last_lent = num_blocks - 1 - floor
+        self._borrower = borrower
+        self._lent: set[int] = set()
+        if borrower is not None:
+            self._free.reverse()  # its own before those that may be lent
 
     @property
     def capacity(self) -> int:
         """Blocks that requests may hold together."""
-        return self.num_blocks - 1
+        return self.num_blocks - self._first - len(self._lent)
+
+    @property
+    def guaranteed(self) -> int:
+        """Blocks that it can always have."""
+        return self.capacity if self._borrower is None else self.num_blocks - 1 - self._last_lent
+
+    @property
+    def num_lent(self) -> int:
+        return len(self._lent)
 
     @property
     def num_available(self) -> int:
@@ -127,6 +157,37 @@ class BlockPool:
         """How many of these are nobody's: sharing them uses up availability."""
         return sum(self._references[block] == 0 for block in blocks)
 
+    # Memory shared with adapters.
+
+    def lend(self, count: int, idle: bool) -> list[int]:
+        """So many blocks that nobody uses, side by side if there are such, or none; with `idle` cached prefixes go for
+        it. A sixteenth of all blocks stays available."""
+        if self.num_available - count < (self.num_blocks - self._first) // 16:
+            return []
+        free = sorted(block for block in self._free if block <= self._last_lent)
+        chosen = _side_by_side(free, count)
+        if len(chosen) < count and idle:
+            cached = [block for block in self._idle if block <= self._last_lent]  # least recently used first
+            chosen += cached[: count - len(chosen)]
+        if len(chosen) < count:
+            return []
+        taken = set(chosen)
+        for block in taken.intersection(self._idle):
+            del self._idle[block]
+            self._forget(block)
+        self._free = [block for block in self._free if block not in taken]
+        self._lent |= taken
+        return sorted(taken)
+
+    def want(self, available: int, capacity: int, keep: str | None) -> None:
+        """Ask lent blocks back until so many are available and so many may be held, as far as they come; not at the
+        cost of the adapter with this identity."""
+        missing = max(available - self.num_available, capacity - self.capacity)
+        if missing > 0 and self._lent and self._borrower is not None:
+            for block in self._borrower.give_back(missing, keep):
+                self._lent.remove(block)
+                self._free.append(block)
+
     def clear(self) -> None:
         """Forget every name; referenced blocks stay with their requests."""
         for block in list(self._block_of.values()):
@@ -144,9 +205,17 @@ class BlockPool:
         given = (counts[0], 0 in self._free, 0 in self._idle)
         assert given == (0, False, False), "the scratch block was given out"
         used = {block for block, count in enumerate(counts) if count}
-        places = sorted([*self._free, *self._idle, *used])
-        assert places == list(range(1, self.num_blocks)), "a block is lost or in two places"
+        places = sorted([*self._free, *self._idle, *used, *self._lent])
+        assert places == list(range(self._first, self.num_blocks)), "a block is lost or in two places"
+        assert all(block <= self._last_lent for block in self._lent), "a block of the floor was lent"
         assert all(self._key_of[block] is None for block in self._free), "a free block has a name"
         assert all(self._key_of[block] is not None for block in self._idle), "an idle block has no name"
         named = {block: key for block, key in enumerate(self._key_of) if key is not None}
         assert named == {block: key for key, block in self._block_of.items()}, "names and blocks disagree"
+
+
+def _side_by_side(blocks: Sequence[int], count: int) -> list[int]:
+    """So many of these sorted blocks, from the longest runs."""
+    runs = [[block for _, block in run] for _, run in groupby(enumerate(blocks), lambda pair: pair[1] - pair[0])]
+    ordered = [block for run in sorted(runs, key=len, reverse=True) for block in run]
+    return ordered[:count]

@@ -22,7 +22,9 @@ from inlaid.adapters.store import CPU_ASSIST, MODES, PIPELINED, AdapterStore, de
 from inlaid.checkpoint import Checkpoint
 from inlaid.config import AdapterConfig, ConfigError, EngineConfig
 from inlaid.engine.grammar import GrammarCompiler, GrammarState
+from inlaid.engine.kv_cache import BlockPool
 from inlaid.engine.request import Batch, Grammar, Request, Sampled, SamplingParams, StepResult, TokenLogprobs, Work
+from inlaid.engine.unified import Unified, unify
 from inlaid.kernels.arriving import Arriving, ArrivingLora
 from inlaid.kernels.assist import Assistant, CudaFerry, NoFerry, Profile, cuda_copy_seconds, measure
 from inlaid.kernels.backend import MODULES, AdapterPages, Kernels
@@ -43,6 +45,8 @@ class ModelRunner:
     """A model, its KV pages, its adapters."""
 
     overlap = False
+    stride = 1  # a block's number in the caches, by its number for the scheduler
+    pool: BlockPool | None = None  # where adapters share the KV cache's memory
 
     def __init__(
         self,
@@ -53,6 +57,7 @@ class ModelRunner:
         dtype: torch.dtype,
         adapters: AdapterStore | None = None,
         seed: int = 0,
+        unified: Unified | None = None,
     ) -> None:
         self.model = model
         self.num_blocks = num_blocks
@@ -60,7 +65,9 @@ class ModelRunner:
         self.device = device
         self.adapters = adapters
         self.seed = seed
-        self.cache = new_cache(model.spec, num_blocks, block_size, device, dtype)
+        self.cache = new_cache(model.spec, num_blocks, block_size, device, dtype) if unified is None else unified.cache
+        self.stride = 1 if unified is None else unified.stride
+        self.pool = None if unified is None else unified.pool
         self._decodes: list[tuple[Request, int, int]] = []  # of the step before: request, next start, preemptions
         self._keys: dict[str, int] = {}  # request id -> key of its noise
         self._counts: dict[str, _Counts] = {}
@@ -96,7 +103,7 @@ class ModelRunner:
         ids: list[int] = []
         for row, (work, length) in enumerate(zip(works, lens, strict=True)):
             num_blocks = -(-length // size)
-            table[row, :num_blocks] = work.request.blocks[:num_blocks]
+            table[row, :num_blocks] = np.array(work.request.blocks[:num_blocks]) * self.stride
             ids += work.request.tokens[work.start : length]
         query_lens = tuple(work.num_tokens for work in works)
         starts = np.zeros(len(works) + 1, dtype=np.int32)
@@ -358,7 +365,7 @@ def load_model(config: EngineConfig, progress: bool = True) -> LoadedModel:
     version = hasher.submit(base_version, checkpoint)  # takes seconds where it is not known yet: beside the loading
     dtype = compute_dtype(config.dtype, spec, device)
     max_model_len = choose_max_len(config.max_model_len, spec)
-    adapters = make_store(config.adapters, spec, device, dtype)
+    adapters = make_store(config.adapters, spec, device, dtype, config.cache.unified_memory)
     kernels = choose_kernels(config, device, adapters.pages)
     arriving = make_arriving(config, spec, adapters, device, dtype)
     if arriving is not None:
@@ -373,7 +380,10 @@ def load_model(config: EngineConfig, progress: bool = True) -> LoadedModel:
         runner: ModelRunner = CudaRunner(model, config, device, dtype, max_model_len, adapters, progress, arriving)
     else:
         num_blocks = count_blocks(config, spec, device, dtype, max_model_len)
-        runner = ModelRunner(model, num_blocks, config.cache.block_size, device, dtype, adapters, config.seed)
+        unified = None
+        if config.cache.unified_memory:
+            unified = unify(spec, config.cache, num_blocks, max_model_len, adapters, device, dtype)
+        runner = ModelRunner(model, num_blocks, config.cache.block_size, device, dtype, adapters, config.seed, unified)
     return LoadedModel(
         runner=runner,
         spec=spec,
@@ -386,8 +396,10 @@ def load_model(config: EngineConfig, progress: bool = True) -> LoadedModel:
     )
 
 
-def make_store(config: AdapterConfig, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> AdapterStore:
-    """Room for adapters, and the way in which they come there."""
+def make_store(
+    config: AdapterConfig, spec: ModelSpec, device: torch.device, dtype: torch.dtype, unified: bool = False
+) -> AdapterStore:
+    """Room for adapters (when memory is unified, what they have at least), and the way in which they come there."""
     mode, link = config.adapter_mode, config.adapter_link_gbps
     if mode not in MODES:
         raise ConfigError(f"adapter mode {mode!r} is unknown; known: {', '.join(MODES)}")
@@ -399,7 +411,7 @@ def make_store(config: AdapterConfig, spec: ModelSpec, device: torch.device, dty
     return AdapterStore(
         spec,
         config.max_loras,
-        elements or default_pool_elements(spec, config.max_loras),
+        elements or default_pool_elements(spec, max(1, config.max_loras // 4) if unified else config.max_loras),
         device,
         dtype,
         config.max_cpu_loras,
@@ -408,6 +420,7 @@ def make_store(config: AdapterConfig, spec: ModelSpec, device: torch.device, dty
         host_budget=int(config.max_cpu_adapter_gib * 2**30),
         read=partial(read_adapter, spec=spec, dtype=dtype, max_rank=config.max_lora_rank, pin=device.type == "cuda"),
         max_seconds=config.adapter_timeout,
+        shared=unified,
     )
 
 
@@ -460,16 +473,22 @@ def choose_max_len(asked: int, spec: ModelSpec) -> int:
 
 
 def count_blocks(
-    config: EngineConfig, spec: ModelSpec, device: torch.device, dtype: torch.dtype, max_model_len: int
+    config: EngineConfig,
+    spec: ModelSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_model_len: int,
+    floor: int = 0,
 ) -> int:
-    """As many KV blocks as asked for, or as the memory set aside holds; the longest request must fit."""
+    """As many KV blocks as asked for, or as the memory set aside holds beside the adapters' floor (on a GPU); the
+    longest request must fit."""
     each = block_bytes(spec, config.cache.block_size, dtype)
     needed = -(-max_model_len // config.cache.block_size) + 1
     if config.cache.num_blocks:
         return config.cache.num_blocks
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        room = int(free - total * (1 - config.cache.gpu_memory_utilization))
+        room = int(free - total * (1 - config.cache.gpu_memory_utilization)) - floor * each
     else:
         room = int(config.cache.cpu_memory_gib * 2**30)
     fitting = room // each

@@ -89,6 +89,7 @@ def build_engine(config: EngineConfig, adapters: Mapping[str, str], *, strict: b
         eos_ids=model.spec.eos_token_ids,
         base_version=model.base_version,
         make_grammar=model.grammars,
+        pool=model.runner.pool,
     )
     loaded = Loaded(engine, _describe(config, model), LoraAdapters(config, model), compile_grammar=model.grammars)
     load_adapters(loaded, adapters, strict)

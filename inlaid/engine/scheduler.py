@@ -63,6 +63,7 @@ class Scheduler:
         lengths: Lengths | None = None,
         base_version: str = "",
         max_adapter_wait: float = math.inf,
+        pool: BlockPool | None = None,
     ) -> None:
         check_config(config)
         self.config = config
@@ -71,7 +72,7 @@ class Scheduler:
         self.eos_ids = frozenset(eos_ids)
         self.adapters = adapters
         self.base_version = base_version
-        self.pool = BlockPool(num_blocks, cache.block_size)
+        self.pool = pool or BlockPool(num_blocks, cache.block_size)
         self.ledger = Ledger(make_cost(config))
         self.tasks = Tasks(adapters, config.max_sum_of_ranks, max_adapter_wait)
         self.view = View(self.ledger, lengths or MaxTokens(), active=self.tasks.active)
@@ -233,6 +234,7 @@ class Scheduler:
     def _grow(self, request: Request) -> bool:
         """One more block; others are preempted for it, last in the policy's order first, maybe itself."""
         while request.status is Status.RUNNING:
+            self.pool.want(1, 0, request.adapter)
             if self.pool.num_available:
                 request.blocks.append(self.pool.take())
                 return True
@@ -384,12 +386,15 @@ class Scheduler:
         fresh = self._blocks_for(len(request.tokens)) - len(hits) + pool.num_idle(hits)
         request.num_reserved = fresh
         if not self.running:
+            pool.want(fresh, 0, request.adapter)
             return fresh <= pool.num_available
-        if fresh + int(self.config.admission_margin * pool.capacity) > pool.num_available:
-            return False
         growth = int(self.config.reserve * self.view.lengths.remaining(request)) // pool.block_size
+        margin, reserved = int(self.config.admission_margin * pool.capacity), self._num_reserved + fresh + growth
+        pool.want(fresh + margin, reserved, request.adapter)
+        if fresh + margin > pool.num_available:
+            return False
         request.num_reserved += growth
-        return self._num_reserved + request.num_reserved <= pool.capacity
+        return reserved <= pool.capacity
 
     def _prefix(self, request: Request) -> list[int]:
         """Blocks of the longest cached prefix; the last token is always left to compute, for its logits."""

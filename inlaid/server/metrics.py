@@ -208,6 +208,7 @@ class _EngineGauges:
         self._seen: dict[str, float] = {}
         self._kv_usage = self._gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1")
         self._kv_blocks = self._gauge("inlaid:kv_blocks_used", "KV blocks in use")
+        self._kv_lent = self._gauge("inlaid:kv_blocks_lent", "KV blocks that adapters have borrowed")
         self._up = self._gauge("inlaid:engine_up", "1 when the engine process serves")
         self._restarts = self._gauge("inlaid:engine_restarts", "Starts of the engine process after the first")
         self._lora_info = Gauge(
@@ -253,6 +254,7 @@ class _EngineGauges:
             counter.labels(*labels).inc(self._growth(key, stats[key]))
         self._kv_usage.labels(*labels).set(stats["kv_blocks_used"] / max(1, stats["kv_blocks"]))
         self._kv_blocks.labels(*labels).set(stats["kv_blocks_used"])
+        self._kv_lent.labels(*labels).set(stats["kv_blocks_lent"])
         self._set_adapters(adapters, model)
 
     def _growth(self, key: str, value: float) -> float:

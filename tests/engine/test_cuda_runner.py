@@ -78,11 +78,16 @@ class Bench:
         self.judge = Judge(self.model, self.adapters)
 
     def engine(
-        self, on_gpu: bool = True, store: AdapterStore | None = None, arriving: Arriving | None = None, **scheduler: Any
+        self,
+        on_gpu: bool = True,
+        store: AdapterStore | None = None,
+        arriving: Arriving | None = None,
+        cache: dict[str, Any] | None = None,
+        **scheduler: Any,
     ) -> tuple[Engine, ModelRunner]:
         config = EngineConfig(
             model=str(self.model),
-            cache=CacheConfig(block_size=4, num_blocks=300),
+            cache=CacheConfig(block_size=4, num_blocks=300, **(cache or {})),
             adapters=AdapterConfig(max_loras=4, max_lora_rank=16, adapter_timeout=1e9),
             scheduler=SchedulerConfig(**{"max_num_seqs": 6, "max_num_batched_tokens": 24, **scheduler}),
             linear_backend="reference",
@@ -98,7 +103,13 @@ class Bench:
             runner = ModelRunner(model, 300, 4, DEVICE, torch.float16, store)
         ticks = iter(range(10**9))
         engine = make_engine(
-            config, runner, lambda: float(next(ticks)), num_blocks=300, max_model_len=128, adapters=store
+            config,
+            runner,
+            lambda: float(next(ticks)),
+            num_blocks=300,
+            max_model_len=128,
+            adapters=store,
+            pool=runner.pool,
         )
         for name, folder in self.adapters.items():
             store.add(name, read_adapter(folder, spec, torch.float16))
@@ -135,6 +146,21 @@ def test_mixed_adapters_chunked_prompts_and_decodes(bench: Bench) -> None:
     answers = serve(engine, requests)
     for request in requests:
         bench.check(request, answers[request.id])
+
+
+def test_tokens_are_the_same_in_unified_memory(bench: Bench) -> None:
+    """Adapters have room for one, and the lane brings the others into blocks that were KV's."""
+    spec, floor = read_spec(bench.model), read_adapter(bench.adapters["a2"], read_spec(bench.model), torch.float16)
+    lane = CudaLane(DEVICE) if DEVICE.type == "cuda" else FakeLane(patience=6)
+    store = AdapterStore(spec, 3, floor.flat.numel(), DEVICE, torch.float16, loader=StreamLoader(lane), shared=True)
+    engine, runner = bench.engine(store=store, cache={"unified_memory": True})
+    assert runner.stride == 2 * spec.num_layers
+    requests = mixed(4, max_tokens=3)
+    answers = serve(engine, requests)
+    for request in requests:
+        bench.check(request, answers[request.id])
+    store.check()
+    assert engine.scheduler.pool.num_lent > 0
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -4,6 +4,7 @@ them, and transformers + peft as the judge."""
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -150,17 +151,20 @@ class Answer:
 def load_engine(model: Path, **changes: Any) -> tuple[Engine, LoadedModel]:
     """inlaid's engine in this process, on a clock that counts calls."""
     cache = CacheConfig(block_size=changes.pop("block_size", 4), num_blocks=changes.pop("num_blocks", 600))
+    cache = replace(cache, enable_prefix_caching=changes.pop("prefix", True), **changes.pop("cache", {}))
     config = EngineConfig(
         model=str(model),
         device="cpu",
-        cache=replace(cache, enable_prefix_caching=changes.pop("prefix", True)),
+        max_model_len=changes.pop("max_model_len", 0),
+        cache=cache,
         adapters=AdapterConfig(max_loras=changes.pop("max_loras", 32), **changes.pop("adapters", {})),
         scheduler=SchedulerConfig(**changes),
     )
     loaded = load_model(config, progress=False)
     ticks = iter(range(10**9))
+    unbound = replace(config, adapters=replace(config.adapters, adapter_timeout=math.inf))  # calls are no seconds
     engine = make_engine(
-        config,
+        unbound,
         loaded.runner,
         lambda: float(next(ticks)),
         num_blocks=loaded.num_blocks,
@@ -169,6 +173,7 @@ def load_engine(model: Path, **changes: Any) -> tuple[Engine, LoadedModel]:
         eos_ids=loaded.spec.eos_token_ids,
         base_version=loaded.base_version,
         make_grammar=loaded.grammars,
+        pool=loaded.runner.pool,
     )
     return engine, loaded
 

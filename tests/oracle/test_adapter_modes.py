@@ -12,7 +12,7 @@ import pytest
 
 from inlaid.adapters.loader import CopiedByHost, Loader
 from inlaid.adapters.peft import AdapterError
-from inlaid.adapters.store import MODES
+from inlaid.adapters.store import MODES, AdapterStore
 from inlaid.config import ConfigError
 from inlaid.engine.request import FinishReason
 from inlaid.kernels.assist import Assistant
@@ -149,3 +149,44 @@ def test_a_host_budget_for_four_of_twelve_adapters(judge: Judge) -> None:
     assert tiers["disk"] > 0
     assert sum(store.counts(store.identity(name) or "").reads for name in ADAPTERS) > 0
     assert store.host_bytes <= 4 * 2**20
+
+
+@pytest.mark.parametrize("mode", ["on-demand", "pipelined", "cpu-assist"])
+def test_tokens_are_the_same_in_unified_memory(judge: Judge, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """Adapters have room for one and borrow from KV, which takes its blocks back for many prompts at once."""
+    given_back: list[int] = []
+    give_back = AdapterStore.give_back
+
+    def noting(store: AdapterStore, count: int, keep: str | None) -> list[int]:
+        given_back.extend(blocks := give_back(store, count, keep))
+        return blocks
+
+    monkeypatch.setattr(AdapterStore, "give_back", noting)
+    engine, loaded = load_engine(
+        DEMO / "base",
+        block_size=16,
+        num_blocks=90,
+        max_model_len=160,
+        max_num_batched_tokens=128,
+        max_num_seqs=10,
+        max_loras=12,
+        reserve=0.0,
+        cache={"unified_memory": True},
+        adapters={"adapter_mode": mode, "adapter_memory_gib": 2 / 1024},
+    )
+    store, pool = loaded.adapters, engine.scheduler.pool
+    assert (pool.guaranteed, pool.num_lent, store.floor_bytes) == (10, 0, 22 * 16 * 128 * 2 * 6 * 4)
+    for name, folder in ADAPTERS.items():
+        add_adapter(loaded, name, folder)
+    names = [*ADAPTERS, None, *ADAPTERS, None, None]
+    requests = [
+        ask(f"{n}-{name}", prompt, name, 40)
+        for n, (name, prompt) in enumerate(zip(names, prompts(len(names), 1, 110), strict=True))
+    ]
+    answers = serve(engine, requests)
+    for request in requests:
+        judge.check(request, answers[request.id])
+    store.check()
+    assert pool.num_lent > 0
+    assert given_back
+    assert sum(store.counts(store.identity(name) or "").evictions for name in ADAPTERS) > 0

@@ -1,0 +1,71 @@
+"""KV blocks and adapter pages in one piece of memory (`--unified-memory`).
+
+The memory is block after block; a block holds its tokens' keys and values of all layers, one after the other, as
+2 x layers micro-blocks. Layer l's keys are the micro-blocks from 2l on, seen as a cache of their own, so that block b
+of the scheduler is number b x 2 x layers in it for every layer: kernels need not know. The adapter pool is the same
+memory as one flat tensor.
+
+    block:   0         1 ... F             F+1 ... M                         M+1 ... N-1
+             scratch   adapters' floor     KV's, or lent to adapters         KV's floor
+
+Each side always has its floor. What lies between belongs to the KV cache, which lends blocks that nobody uses; it gets
+them back when it runs short, at the cost of idle adapters. The block pool (host) and the adapter store ask each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from inlaid.adapters.peft import ALIGNMENT
+from inlaid.adapters.store import AdapterStore
+from inlaid.config import CacheConfig, ConfigError
+from inlaid.engine.kv_cache import BlockPool
+from inlaid.model.spec import ModelSpec
+from inlaid.model.transformer import KVCache
+
+
+@dataclass(frozen=True)
+class Unified:
+    """What a runner needs of it."""
+
+    cache: KVCache
+    stride: int  # micro-blocks in a block
+    pool: BlockPool
+
+
+def block_elements(spec: ModelSpec, block_size: int) -> int:
+    """Of one block over all layers."""
+    return 2 * spec.num_layers * block_size * spec.num_kv_heads * spec.head_dim
+
+
+def floor_blocks(store: AdapterStore, spec: ModelSpec, block_size: int) -> int:
+    """Blocks of the adapters' floor."""
+    return -(-store.floor // block_elements(spec, block_size))
+
+
+def unify(
+    spec: ModelSpec,
+    config: CacheConfig,
+    num_kv_blocks: int,
+    max_model_len: int,
+    store: AdapterStore,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Unified:
+    """Memory for so many KV blocks (scratch included) and the adapters' floor; the store moves into it."""
+    size = config.block_size
+    unit, stride = block_elements(spec, size), 2 * spec.num_layers
+    if unit % ALIGNMENT:
+        raise ConfigError(f"unified memory needs KV blocks of a multiple of {ALIGNMENT} elements, not {unit}")
+    first = 1 + floor_blocks(store, spec, size)
+    total = first + num_kv_blocks - 1
+    floor = min(num_kv_blocks - 1, max(config.min_kv_blocks, -(-max_model_len // size)))
+    with torch.inference_mode(False):  # adapters are copied into it outside of inference
+        memory = torch.zeros(total * unit, dtype=dtype, device=device)
+    micro = memory.view(total * stride, size, spec.num_kv_heads, spec.head_dim)
+    cache = [(micro[2 * layer :], micro[2 * layer + 1 :]) for layer in range(spec.num_layers)]
+    pool = BlockPool(total, size, first=first, floor=floor, borrower=store)
+    store.move_into(memory, unit, first, pool)
+    return Unified(cache, stride, pool)
