@@ -15,7 +15,7 @@ import msgspec
 from tqdm import tqdm
 
 from inlaid.engine.policy import parse_policy
-from inlaid.sim import placement
+from inlaid.sim import cliff, placement
 from inlaid.sim.experiment import Experiment, bound, prepare, table
 from inlaid.sim.experiment import run as run_policy
 from inlaid.sim.journal import Arrival
@@ -26,13 +26,15 @@ from inlaid.sim.suites import SUITES, as_trace
 
 TraceLine = tuple[float, str, int, int]
 PLACEMENT = "placement"  # many instances: not a trace under policies, so not among the suites
+CLIFF = "cliff"  # many numbers of adapters, likewise
+OTHERS = (PLACEMENT, CLIFF)
 PLACEMENT_RATES = (150.0, 200.0, 250.0, 300.0, 340.0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `inlaid sim`."""
     parser.add_argument(
-        "--suite", default="overload", help=f"comma-separated, or all; known: {', '.join((*SUITES, PLACEMENT))}"
+        "--suite", default="overload", help=f"comma-separated, or all; known: {', '.join((*SUITES, *OTHERS))}"
     )
     parser.add_argument(
         "--policy", default="fcfs,vtc", help="semicolon- or comma-separated; options as in vtc:predict=oracle"
@@ -53,15 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """0, or 2 with a sentence on standard error when an argument is wrong."""
     try:
-        names = [*SUITES, PLACEMENT] if args.suite == "all" else args.suite.split(",")
+        names = [*SUITES, *OTHERS] if args.suite == "all" else args.suite.split(",")
         for name in names:
-            if name not in SUITES and name != PLACEMENT:
-                raise ValueError(f"unknown suite {name!r}; known: {', '.join((*SUITES, PLACEMENT))}")
+            if name not in SUITES and name not in OTHERS:
+                raise ValueError(f"unknown suite {name!r}; known: {', '.join((*SUITES, *OTHERS))}")
         policies = split_policies(args.policy)
         for policy in policies:
             parse_policy(policy)
         make_lengths(args.lengths, args.seed)
-        experiments = [_prepare(name, args) for name in names if name != PLACEMENT]
+        experiments = [_prepare(name, args) for name in names if name not in OTHERS]
         if args.out is not None:
             args.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
@@ -72,7 +74,29 @@ def run(args: argparse.Namespace) -> int:
         print(f"\n{experiment.suite.name}: {experiment.suite.about}\n\n{markdown(rows)}")
     if PLACEMENT in names:
         _run_placement(args)
+    if CLIFF in names:
+        _run_cliff(args)
     return 0
+
+
+def _run_cliff(args: argparse.Namespace) -> None:
+    """Every mode, with more and more adapters for the same places."""
+    machine = args.machine or "h200"
+    rows = cliff.compare(machine, args.seed)
+    text = cliff.markdown(rows)
+    print(f"\n{CLIFF}: {cliff.ABOUT}\n\n{text}")
+    if args.out is None:
+        return
+    manifest = {**provenance(args.seed), "machine": machine}
+    (args.out / f"{CLIFF}.json").write_bytes(msgspec.json.format(msgspec.json.encode({**manifest, "rows": rows})))
+    made = f"Made by `{manifest['command']}` at {manifest['commit']}."
+    (args.out / f"{CLIFF}.md").write_text(f"# {CLIFF}\n\n{cliff.ABOUT}. {made}\n\n{text}")
+    if not args.no_figures:
+        from inlaid.sim.plot import draw_lines
+
+        for key, label in (("ttft_p50_ms", "median"), ("ttft_p99_ms", "p99")):
+            title, axes = f"{label} time to first token, {machine}", ("adapters per place", "ms")
+            draw_lines(args.out / f"{CLIFF}-{label}", title, axes, cliff.lines(rows, key))
 
 
 def _run_placement(args: argparse.Namespace) -> None:

@@ -70,6 +70,7 @@ class CostModel:
     ranks: float = 0.0
     load_base: float = 0.0
     load_rank: float = 0.0
+    assist: float = 0.0  # of the CPU's part of an adapter, all layers, for each row and rank; 0: not known
 
     def step_seconds(self, load: Load) -> float:
         seconds = (

@@ -3,7 +3,6 @@ runner and the adapters' residence are replaced by the cost model. Deterministic
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from inlaid.engine.policy import Lengths, MaxTokens
 from inlaid.engine.predictor import Oracle, Predictor
 from inlaid.engine.request import Batch, Sampled, StepResult
 from inlaid.engine.scheduler import Scheduler
+from inlaid.sim.adapters import SimAdapters
 from inlaid.sim.cost import CostModel, Load
 from inlaid.sim.journal import Arrival, Journal, Record
 
@@ -32,6 +32,7 @@ class Setup:
     block_size: int = 16
     lengths: str = "history"
     slots: int = 1_000_000  # adapters that fit on the device together
+    adapter_mode: str = "on-demand"  # see sim/adapters.py
     ranks: dict[str, int] = field(default_factory=dict)
     resident: tuple[str, ...] = ()  # adapters that are on the device at the start
     weights: dict[str, float] = field(default_factory=dict)
@@ -57,8 +58,9 @@ class SimRunner:
     other on the device; with overlap one is submitted while the one before is computed, so what arrives meanwhile
     gets its first token a step later than without."""
 
-    def __init__(self, setup: Setup, clock: Clock) -> None:
+    def __init__(self, setup: Setup, clock: Clock, adapters: SimAdapters) -> None:
         self.overlap = setup.overlap
+        self._adapters = adapters
         self._cost = setup.cost
         self._clock = clock
         self._ranks = setup.ranks
@@ -68,8 +70,10 @@ class SimRunner:
         self.busy = 0.0
 
     def submit(self, batch: Batch) -> tuple[Batch, float]:
-        seconds = self._cost.step_seconds(Load.of(batch, self._ranks))
-        self._free = max(self._free, self._clock.now) + seconds
+        start = max(self._free, self._clock.now)
+        compute = self._cost.step_seconds(Load.of(batch, self._ranks))
+        seconds = self._adapters.step_seconds(batch, compute, start)
+        self._free = start + seconds
         self.busy += seconds
         return batch, self._free
 
@@ -83,58 +87,6 @@ class SimRunner:
                 last = request.num_outputs + 1 == request.true_output_len
                 sampled.append(self._end if last else self._word)
         return StepResult(sampled)
-
-
-class SimAdapters:
-    """Room for so many adapters, least recently used out first; loads follow each other on one link."""
-
-    def __init__(self, setup: Setup, clock: Clock) -> None:
-        self._cost = setup.cost
-        self._clock = clock
-        self._slots = setup.slots
-        self._ranks = setup.ranks
-        # When each is or will be there.
-        self._resident: OrderedDict[str, float] = OrderedDict.fromkeys(setup.resident, 0.0)
-        self._pins: dict[str, int] = {}
-        self._link_free = 0.0
-        self.num_loads = 0
-
-    def resolve(self, name: str) -> str:
-        return name
-
-    def release(self, identity: str) -> None: ...
-
-    def ready(self, identity: str) -> bool:
-        return self._resident.get(identity, float("inf")) <= self._clock.now
-
-    def want(self, identity: str) -> None:
-        if identity in self._resident:
-            return
-        if len(self._resident) >= self._slots:
-            now = self._clock.now
-            idle = (n for n, when in self._resident.items() if not self._pins.get(n) and when <= now)
-            victim = next(idle, None)
-            if victim is None:
-                return
-            del self._resident[victim]
-        self._link_free = max(self._link_free, self._clock.now) + self._cost.load_seconds(self.rank(identity))
-        self._resident[identity] = self._link_free
-        self.num_loads += 1
-
-    def pin(self, identity: str) -> None:
-        self._pins[identity] = self._pins.get(identity, 0) + 1
-        self._resident.move_to_end(identity)
-
-    def unpin(self, identity: str) -> None:
-        self._pins[identity] -= 1
-
-    def rank(self, identity: str) -> int:
-        return self._ranks.get(identity, 16)
-
-    @property
-    def next_ready(self) -> float:
-        """When the next load on its way is done."""
-        return min((when for when in self._resident.values() if when > self._clock.now), default=float("inf"))
 
 
 class GapWatch:
@@ -196,7 +148,9 @@ def make_lengths(name: str, seed: int) -> Lengths:
 
 def make_engine(setup: Setup, clock: Clock) -> tuple[Engine, SimRunner, SimAdapters]:
     """The real engine on a simulated device."""
-    adapters = SimAdapters(setup, clock)
+    adapters = SimAdapters(
+        setup.cost, clock, slots=setup.slots, ranks=setup.ranks, resident=setup.resident, mode=setup.adapter_mode
+    )
     settings = {"max_num_seqs": 1000, "max_num_batched_tokens": 3072, "max_num_waiting": 10**9, **setup.scheduler}
     scheduler = setup.scheduler_type(
         SchedulerConfig(policy=setup.policy, **settings),
@@ -208,7 +162,7 @@ def make_engine(setup: Setup, clock: Clock) -> tuple[Engine, SimRunner, SimAdapt
         lengths=make_lengths(setup.lengths, setup.seed),
     )
     scheduler.ledger.set_weights(setup.weights)
-    runner = SimRunner(setup, clock)
+    runner = SimRunner(setup, clock, adapters)
     return Engine(scheduler, runner, clock), runner, adapters
 
 
@@ -240,7 +194,7 @@ def simulate(trace: Sequence[Arrival], setup: Setup, on_progress: Callable[[int]
                 series.append((clock.now, watch.largest))
         if engine.idle:
             following = trace[place].time if place < len(trace) else float("inf")
-            clock.now = max(clock.now + 1e-6, min(following, adapters.next_ready, clock.now + 0.1))
+            clock.now = max(clock.now + 1e-6, min(following, adapters.next_ready(), clock.now + 0.1))
     scheduler.ledger.note(clock.now + 1.0)
     return Outcome(
         policy=setup.policy,

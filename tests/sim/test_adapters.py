@@ -1,0 +1,102 @@
+"""The four modes with loads of known length on a virtual clock, the cliff, and that each way serves everyone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from inlaid.engine.request import NewRequest, SamplingParams
+from inlaid.sim import cliff
+from inlaid.sim.adapters import CACHED, CPU_ASSIST, MODES, ON_DEMAND, PIPELINED
+from inlaid.sim.command import main
+from inlaid.sim.cost import CostModel
+from inlaid.sim.simulate import Arrival, Setup, simulate
+
+COST = CostModel(name="flat", source="test", step=0.1, load_base=0.4)
+
+
+def request(name: str, adapter: str | None, outputs: int = 1, prompt: int = 10) -> NewRequest:
+    params = SamplingParams(max_tokens=outputs, ignore_eos=True)
+    return NewRequest(id=name, prompt=[0] * prompt, params=params, adapter=adapter, true_output_len=outputs)
+
+
+def ttft(mode: str, cost: CostModel = COST, *requests: NewRequest) -> dict[str, float | None]:
+    trace = [Arrival(0.0, each) for each in requests or (request("r", "a"),)]
+    outcome = simulate(trace, Setup(cost, adapter_mode=mode))
+    return {record.id: record.ttft for record in outcome.records}
+
+
+def test_a_lone_request_waits_as_long_as_its_mode_says() -> None:
+    """0.4 s of load in four groups, 0.1 s of prefill: all of the one, then of the other; or group after group."""
+    times = {mode: ttft(mode)["r"] for mode in MODES}
+    assert times[CACHED] == pytest.approx(0.1)
+    assert times[ON_DEMAND] == pytest.approx(0.5, abs=1e-4)
+    assert times[PIPELINED] == pytest.approx(0.425, abs=1e-4)
+    assert times[CPU_ASSIST] == pytest.approx(0.1, abs=1e-4)
+
+
+def test_the_cpus_help_pays_only_while_it_is_faster_than_the_link() -> None:
+    """10 rows of rank 16 are 160: a second of the CPU for all layers loses, a tenth of one wins. A layer group that
+    landed meanwhile is the device's."""
+    slow, fast = (replace(COST, assist=seconds / 160) for seconds in (1.0, 0.1))
+    assert ttft(CPU_ASSIST, fast)["r"] == pytest.approx(0.2, abs=1e-4)
+    assert ttft(CPU_ASSIST, slow)["r"] == pytest.approx(0.6, abs=1e-4)
+    assert ttft(PIPELINED, slow)["r"] == pytest.approx(0.425, abs=1e-4)
+
+
+@pytest.mark.parametrize("mode", [ON_DEMAND, PIPELINED])
+def test_nobody_waits_for_anothers_load_before_it_may_start(mode: str) -> None:
+    times = ttft(mode, COST, request("slow", "a"), request("base", None))
+    assert times["base"] == pytest.approx(0.1)
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match="known: cached, on-demand, pipelined, cpu-assist"):
+        simulate([], Setup(COST, adapter_mode="lazy"))
+
+
+@given(
+    mode=st.sampled_from(MODES),
+    asks=st.lists(st.tuples(st.floats(0, 3), st.integers(0, 5), st.integers(1, 4)), min_size=1, max_size=12),
+    slots=st.integers(1, 3),
+    load=st.floats(0.001, 1.0),
+    assist=st.sampled_from([0.0, 0.001]),
+)
+@settings(max_examples=80, deadline=None)
+def test_everyone_is_served_in_every_mode(
+    mode: str, asks: list[tuple[float, int, int]], slots: int, load: float, assist: float
+) -> None:
+    cost = CostModel(name="random", source="test", step=0.02, load_base=load, assist=assist)
+    trace = [
+        Arrival(when, request(f"r{n}", f"a{adapter}" if adapter else None, outputs))
+        for n, (when, adapter, outputs) in enumerate(sorted(asks))
+    ]
+    outcome = simulate(trace, Setup(cost, slots=slots, adapter_mode=mode))
+    assert len(outcome.records) == len(asks)
+    assert all(record.finish is not None and not record.refused for record in outcome.records)
+    assert (outcome.loads == 0) == (mode == CACHED or not any(adapter for _, adapter, _ in asks))
+
+
+def test_the_cliff(tmp_path: Path) -> None:
+    """Up to as many adapters as places all modes are the ideal, once they are there; beyond, loading costs."""
+    rows = cliff.compare("h200", 1, rate=20.0, seconds=10.0, ratios=(0.5, 8.0))
+    found = {(row["mode"], row["adapters_per_place"]): row for row in rows}
+    assert found[ON_DEMAND, 0.5]["loads"] <= cliff.PLACES // 2
+    assert found[ON_DEMAND, 8.0]["ttft_p99_ms"] >= found[PIPELINED, 8.0]["ttft_p99_ms"]
+    assert found[PIPELINED, 8.0]["ttft_p99_ms"] > found[CACHED, 8.0]["ttft_p99_ms"]
+    assert found[CACHED, 8.0]["loads"] == 0
+    assert len(cliff.markdown(rows).splitlines()) == 2 + len(rows)
+    assert set(cliff.lines(rows, "ttft_p50_ms")) == {CACHED, ON_DEMAND, PIPELINED}
+
+
+def test_the_command_leaves_a_table_and_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'inlaid[plot]'")
+    whole = cliff.compare
+    monkeypatch.setattr(cliff, "compare", lambda machine, seed: whole(machine, seed, 10.0, 2.0, (0.5, 2.0)))
+    assert main(["--suite", "cliff", "--out", str(tmp_path)]) == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"cliff.json", "cliff.md", "cliff-p99.png", "cliff-median.png"} <= names
