@@ -12,18 +12,18 @@ what has not landed is computed from host memory.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import pairwise
 
-import numpy as np
 import torch
 
 from inlaid.adapters.host import GRACE, Counts, Held, HostMemory, Read, Resident
-from inlaid.adapters.loader import NUM_GROUPS, AnyLoader, Arrival, Copy, CudaLane, StreamLoader
+from inlaid.adapters.loader import NUM_GROUPS, AnyLoader, Arrival, CudaLane, StreamLoader
 from inlaid.adapters.pages import Lender, PagePool
-from inlaid.adapters.peft import Adapter, AdapterEntry, AdapterError
+from inlaid.adapters.peft import Adapter, AdapterError
+from inlaid.adapters.tables import clear, copies, empty_pages, show, size
 from inlaid.kernels.assist import Factors
-from inlaid.kernels.backend import MODULES, AdapterPages
+from inlaid.kernels.backend import MODULES
 from inlaid.model.spec import ModelSpec
 
 CACHED, ON_DEMAND, PIPELINED, CPU_ASSIST = MODES = ("cached", "on-demand", "pipelined", "cpu-assist")
@@ -58,12 +58,7 @@ class AdapterStore:
         self.max_held = max_held
         self.mode = mode
         self.max_seconds = max_seconds
-        self.pages = AdapterPages(
-            pool=torch.zeros(0 if shared else pool_elements, dtype=dtype, device=device),
-            table=torch.zeros(slots, spec.num_sites, 3, dtype=torch.int64, device=device),
-            scale=torch.zeros(slots, spec.num_sites, dtype=torch.float32, device=device),
-            versions=[0] * slots,
-        )
+        self.pages = empty_pages(spec, slots, 0 if shared else pool_elements, device, dtype)
         self.space = PagePool(pool_elements)
         self.floor = pool_elements  # what it always has
         self._lender: Lender | None = None
@@ -75,9 +70,9 @@ class AdapterStore:
         self._clock = 0  # counts wants and pins
         self._aging = 0.0  # the value of what was last evicted: what is kept unused falls behind it
         self._now = clock
-        self._on_gpu = device.type == "cuda"
-        self._loader = StreamLoader(CudaLane(device)) if loader is None and self._on_gpu else loader
-        self._host = HostMemory(self._held, host_budget, read, pin=self._on_gpu)
+        on_gpu = device.type == "cuda"
+        self._loader = StreamLoader(CudaLane(device)) if loader is None and on_gpu else loader
+        self._host = HostMemory(self._held, host_budget, read, pin=on_gpu)
         self._layers_per_group = -(-spec.num_layers // NUM_GROUPS)
         self._num_groups = -(-spec.num_layers // self._layers_per_group)
 
@@ -111,7 +106,7 @@ class AdapterStore:
 
     def _borrows(self, held: Held) -> bool:
         assert held.resident is not None
-        ends = (start + _size(entry) for entry, start in zip(held.entries, held.resident.starts, strict=True))
+        ends = (start + size(entry) for entry, start in zip(held.entries, held.resident.starts, strict=True))
         return any(end > self._borrowed_from for end in ends)
 
     # Names
@@ -344,7 +339,7 @@ class AdapterStore:
         assert self._host.used == sum(held.nbytes for held in in_memory), "host bytes"
         assert not self._host.budget or self._host.used <= self._host.budget, "over the host's budget"
         taken = sorted(
-            (start, start + _size(entry))
+            (start, start + size(entry))
             for held, resident in residents
             for entry, start in zip(held.entries, resident.starts, strict=True)
         )
@@ -393,7 +388,8 @@ class AdapterStore:
             held.kept.discard(name)
 
     def _kept_by_others(self, name: str) -> list[Held]:
-        return [held for held in self._held.values() if held.kept - {name}]
+        """Who stays on the device and bounds what fits beside; in mode cached everyone does."""
+        return [] if self.mode == CACHED else [held for held in self._held.values() if held.kept - {name}]
 
     def _check_kept(self, name: str, adapter: Adapter, going: Held | None) -> None:
         """Beside what is kept there must be a place for any other adapter, or those would never be served."""
@@ -460,7 +456,7 @@ class AdapterStore:
 
     def _make_room(self, held: Held, idle: list[Held]) -> bool:
         """Free a slot and elements by evicting some of these; False when all else is in use."""
-        sizes = [_size(entry) for entry in held.entries]
+        sizes = [size(entry) for entry in held.entries]
         ways = [] if self._lender is None else [False, True]  # KV blocks that are free; later, cached prefixes
         while True:
             starts = self.space.take(sizes) if self._free_slots else None
@@ -504,11 +500,9 @@ class AdapterStore:
         if resident.arrival is not None:
             resident.arrival.end()
         for entry, start in zip(held.entries, resident.starts, strict=True):
-            self.space.give(start, _size(entry))
+            self.space.give(start, size(entry))
         del self._at[resident.slot]
-        self.pages.table[resident.slot].zero_()
-        self.pages.scale[resident.slot].zero_()
-        self.pages.versions[resident.slot] += 1
+        clear(self.pages, resident.slot)
         self._free_slots.append(resident.slot)
 
     def _upload(self, held: Held, flat: torch.Tensor | None = None) -> None:
@@ -518,52 +512,18 @@ class AdapterStore:
         assert flat is not None
         held.counts.loads += 1
         held.asked = self._now()
-        copies = self._copies(held, resident, flat)
+        moves = copies(self.pages.pool, held.entries, resident.starts, flat, self._num_groups, self._layers_per_group)
         if self._loader is not None:
-            resident.arrival = self._loader.start(copies, self._now)
+            resident.arrival = self._loader.start(moves, self._now)
         else:
-            for target, source in (copy for group in copies for copy in group):
+            for target, source in (move for group in moves for move in group):
                 target.copy_(source)
             held.counts.seconds = self._now() - held.asked
         self._show(held, resident, 0 if self.mode == CPU_ASSIST else self._num_groups)
 
-    def _copies(self, held: Held, resident: Resident, flat: torch.Tensor) -> list[list[Copy]]:
-        """What to copy where, by layer group; in as few pieces as the pool's free space allows."""
-        groups: list[list[Copy]] = [[] for _ in range(self._num_groups)]
-        pool, entries, starts = self.pages.pool, held.entries, resident.starts
-        for begin, end in _runs(entries, starts, len(MODULES) * self._layers_per_group):
-            start, stop = entries[begin].a_start, entries[end - 1].end
-            group = groups[entries[begin].site // len(MODULES) // self._layers_per_group]
-            group.append((pool[starts[begin] : starts[begin] + stop - start], flat[start:stop]))
-        return groups
-
     def _show(self, held: Held, resident: Resident, groups: int) -> None:
-        """Let the tables tell of so many layer groups. What computes follows them blindly; so where steps start before
-        an adapter is whole and nobody waits for it, they tell of what has landed only."""
-        table = np.zeros((self.pages.table.shape[1], 3), dtype=np.int64)
-        scale = np.zeros(self.pages.table.shape[1], dtype=np.float32)
-        sites = groups * self._layers_per_group * len(MODULES)
-        for entry, start in zip(held.entries, resident.starts, strict=True):
-            if entry.site < sites:
-                table[entry.site] = start, start + entry.b_start - entry.a_start, entry.rank
-                scale[entry.site] = entry.scale
-        for target_row, row in ((self.pages.table, table), (self.pages.scale, scale)):
-            host = torch.from_numpy(row)
-            if self._on_gpu:  # from pinned memory the copy does not hold up the step loop
-                host = host.pin_memory()
-            target_row[resident.slot].copy_(host, non_blocking=True)
         resident.shown = groups
-        self.pages.versions[resident.slot] += 1
-
-
-def default_pool_elements(spec: ModelSpec, max_resident: int, rank: int = 16) -> int:
-    """Room for that many adapters of this rank on every linear: what a server gets when it names no size."""
-    per_rank = sum(sum(spec.module_shape(module)) for module in MODULES) * spec.num_layers
-    return max_resident * rank * per_rank
-
-
-def _size(entry: AdapterEntry) -> int:
-    return entry.end - entry.a_start
+        show(self.pages, resident.slot, held.entries, resident.starts, groups * self._layers_per_group)
 
 
 def _failure(held: Held) -> str | None:
@@ -572,19 +532,4 @@ def _failure(held: Held) -> str | None:
 
 
 def _elements(held: Held) -> int:
-    return sum(_size(entry) for entry in held.entries)
-
-
-def _runs(entries: Iterable[AdapterEntry], starts: list[int], sites: int) -> list[tuple[int, int]]:
-    """Entries that lie side by side in the pool as they do in the adapter, [begin, end), to be copied at once; a run
-    stays within one layer group of so many sites."""
-    listed, runs, begin = list(entries), [], 0
-    for index in range(1, len(listed) + 1):
-        if (
-            index == len(listed)
-            or starts[index] != starts[index - 1] + _size(listed[index - 1])
-            or listed[index].site // sites != listed[begin].site // sites
-        ):
-            runs.append((begin, index))
-            begin = index
-    return runs
+    return sum(size(entry) for entry in held.entries)

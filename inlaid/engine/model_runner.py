@@ -18,7 +18,8 @@ import torch
 
 from inlaid.adapters.loader import Loader
 from inlaid.adapters.peft import read_adapter
-from inlaid.adapters.store import CPU_ASSIST, MODES, PIPELINED, AdapterStore, default_pool_elements
+from inlaid.adapters.store import CPU_ASSIST, MODES, PIPELINED, AdapterStore
+from inlaid.adapters.tables import default_pool_elements
 from inlaid.checkpoint import Checkpoint
 from inlaid.config import AdapterConfig, ConfigError, EngineConfig
 from inlaid.engine.grammar import GrammarCompiler, GrammarState
