@@ -374,7 +374,9 @@ def _measured(
 def crossover(
     keep: Keep = nothing,
     size: Size = CROSSOVER_7B,
-    prompts: Sequence[int] = PROMPTS, cores: Sequence[int] = (), repeats: int = 5
+    prompts: Sequence[int] = PROMPTS,
+    cores: Sequence[int] = (),
+    repeats: int = 5,
 ) -> dict[str, Any]:
     available = len(os.sched_getaffinity(0))
     cores = cores or [count for count in (2, 4, 8, 14) if count <= available] or [1]

@@ -44,7 +44,9 @@ def test_every_stage_is_registered() -> None:
 
 
 def test_load() -> None:
-    found = rows(adapters.load(ranks=(2, 4), shape="tiny", repeats=2))
+    kept: list[int] = []
+    found = rows(adapters.load(lambda part: kept.append(len(part["rows"])), ranks=(2, 4), shape="tiny", repeats=2))
+    assert kept == [1, 2]
     assert [row["rank"] for row in found] == [2, 4]
     for row in found:
         assert row["mib"] > 0
@@ -54,7 +56,7 @@ def test_load() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_modes(mode: str) -> None:
-    found = rows(adapters.modes(mode, TINY))
+    found = rows(adapters.modes(mode, size=TINY))
     assert [row.get("zipf") for row in found] == [0.6, 1.0, 1.4, None]
     assert all(set(row) >= FIGURES for row in found)
     assert [row["requests"] for row in found] == [10, 10, 10, 4]
@@ -62,11 +64,11 @@ def test_modes(mode: str) -> None:
 
 
 def test_cliffs_and_their_plot(tmp_path: Path) -> None:
-    mixed = rows(adapters.cliff_mixed(TINY))
+    mixed = rows(adapters.cliff_mixed(size=TINY))
     assert [(row["adapters"], row["requests"]) for row in mixed] == [(3, 12), (6, 12)]
     assert mixed[0]["loads"] == 0 < mixed[1]["loads"]
     size = replace(TINY, adapters=16, places=4)
-    slots, resident = adapters.cliff_slots(size, extra=(5,)), adapters.cliff_resident(size, 5)
+    slots, resident = adapters.cliff_slots(size=size, extra=(5,)), adapters.cliff_resident(size=size, adapters=5)
     assert [row["adapters"] for row in rows(slots)] == [2, 4, 8, 16, 5]
     assert [row["places"] for row in rows(resident)] == [5]
     for name, result in (("slots", slots), ("resident", resident)):
@@ -78,7 +80,7 @@ def test_cliffs_and_their_plot(tmp_path: Path) -> None:
 
 def test_crossover() -> None:
     size = replace(TINY, adapters=1, places=2, ranks=(2, 4))
-    report = adapters.crossover(size, prompts=(3, 9), cores=(1, 2), repeats=1)
+    report = adapters.crossover(size=size, prompts=(3, 9), cores=(1, 2), repeats=1)
     found = rows(report)
     assert [(row["bus_busy"], row["rank"], row["prompt"]) for row in found] == [
         (busy, rank, prompt) for busy in (False, True) for rank in (2, 4) for prompt in (3, 9)
