@@ -21,7 +21,7 @@ from aiohttp import web
 from inlaid.config import ConfigError, EngineConfig, ServerConfig
 from inlaid.engine.async_engine import AsyncEngine, EngineDead
 from inlaid.engine.text import Tokenizer
-from inlaid.server import admin, info, protocol
+from inlaid.server import admin, info, native, protocol
 from inlaid.server.completions import chat_completions, completions
 from inlaid.server.errors import Fault, TooSlow, Unavailable, response, translate
 from inlaid.server.metrics import Metrics
@@ -53,6 +53,14 @@ ROUTES = (
         answers=(protocol.ChatCompletion, protocol.ChatChunk),
         answering=True,
     ),
+    Route(
+        "POST",
+        "/generate",
+        native.generate,
+        body=protocol.NativeBody,
+        answers=(protocol.Generation | list[protocol.Generation], protocol.Generation),
+        answering=True,
+    ),
     Route("GET", "/v1/models", info.models, answers=(protocol.ModelList,)),
     Route("GET", "/v1/models/{name:.+}", info.model, answers=(protocol.ModelCard,)),
     Route("POST", "/tokenize", info.tokenize, body=protocol.TokenizeBody, answers=(protocol.Tokens,)),
@@ -62,6 +70,10 @@ ROUTES = (
     Route("GET", "/health_generate", info.health_generate, answers=(protocol.Health,)),
     Route("GET", "/version", info.version, Guard.OPEN, answers=(protocol.Version,)),
     Route("GET", "/get_model_info", info.model_info, answers=(protocol.ModelSummary,)),
+    Route("GET", "/model_info", info.model_info, answers=(protocol.ModelSummary,)),
+    Route("GET", "/get_server_info", native.server_info, answers=(protocol.ServerInfo,)),
+    Route("GET", "/server_info", native.server_info, answers=(protocol.ServerInfo,)),
+    Route("POST", "/flush_cache", native.flush_cache, Guard.OPERATOR, text=True),
     Route("GET", "/metrics", info.metrics, Guard.OPEN, text=True),
     Route("GET", "/v1/adapters", admin.list_adapters, answers=(protocol.AdapterList,)),
     Route("POST", "/v1/load_lora_adapter", admin.load_adapter, Guard.ADMIN, protocol.LoadAdapterBody, text=True),
