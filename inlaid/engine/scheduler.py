@@ -195,7 +195,7 @@ class Scheduler:
                 if total > start:
                     unfinished.append(request)
                 continue
-            if request.num_inflight and (total >= request.limit or request.grammar is not None):
+            if request.num_inflight and (total >= request.limit or request.must_see):
                 continue  # its next token must be seen first, or is the last
             if start >= len(request.blocks) * block_size and not self._grow(request):
                 continue
@@ -203,7 +203,7 @@ class Scheduler:
             request.num_computed = total
             request.num_inflight += samples
             singles.append(Work(request, start, 1, samples, start < request.limit - 2))
-            if request.grammar is None:
+            if not request.must_see:
                 request.decode_until = min(len(request.blocks) * block_size, request.limit - 2)
         if self.num_preemptions != preemptions:
             singles = _still_running(singles)

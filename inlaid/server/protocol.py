@@ -71,6 +71,7 @@ class StructuredOutputs(Body, frozen=True, kw_only=True):
     json: str | dict[str, Any] | None = None
     regex: str | None = None
     choice: list[str] | None = None
+    grammar: str | None = None
     json_object: bool | None = None
 
 
@@ -93,6 +94,8 @@ class GenerateBody(Body, frozen=True, kw_only=True):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: dict[int, float] | None = None
+    allowed_token_ids: Annotated[list[int], Meta(min_length=1)] | None = None
+    bad_words: list[str] | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
@@ -108,8 +111,10 @@ class GenerateBody(Body, frozen=True, kw_only=True):
     guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
+    guided_grammar: Annotated[str, Meta(description="Lark, or GBNF")] | None = None
     regex: str | None = None  # SGLang's guided_regex
     json_schema: str | None = None  # SGLang's guided_json
+    ebnf: str | None = None  # SGLang's guided_grammar
     user: str | None = None
     priority: int | None = None
     request_id: str | None = None
@@ -158,6 +163,7 @@ class NativeSampling(Body, frozen=True, kw_only=True):
     spaces_between_special_tokens: bool | None = None
     json_schema: str | None = None
     regex: str | None = None
+    ebnf: str | None = None
 
 
 class NativeBody(Body, frozen=True, kw_only=True):
