@@ -489,7 +489,7 @@ class Scheduler:
         stops = token in request.stop_ids and request.num_outputs >= request.params.min_tokens
         if stops and (fault := request.grammar and request.grammar.fault):
             self._close(request, FinishReason.ERROR)
-            return Output(id=request.id, tokens=[], finish_reason=FinishReason.ERROR, message=fault)
+            return Output(id=request.id, tokens=[], finish_reason=FinishReason.ERROR, message=fault, own_fault=True)
         if stops:
             return self._end(request, FinishReason.STOP, [token], logprobs, token, first)
         if len(request.tokens) >= request.limit:

@@ -23,7 +23,7 @@ from inlaid.engine.async_engine import AsyncEngine, EngineDead
 from inlaid.engine.text import Tokenizer
 from inlaid.server import admin, info, native, protocol
 from inlaid.server.completions import chat_completions, completions
-from inlaid.server.errors import Fault, TooSlow, Unavailable, response, translate
+from inlaid.server.errors import Fault, TooSlow, Unavailable, response, translate, undecodable
 from inlaid.server.metrics import Metrics
 from inlaid.server.openapi import document
 from inlaid.server.route import Guard, Route
@@ -145,7 +145,12 @@ def _served(route: Route) -> Handler:
 async def _call(route: Route, decoder: msgspec.json.Decoder[Any] | None, request: web.Request) -> web.StreamResponse:
     if decoder is None:
         return await route.handler(request)
-    return await route.handler(request, decoder.decode(await _body(request)))
+    data = await _body(request)
+    try:
+        body = decoder.decode(data)
+    except msgspec.DecodeError as error:
+        raise undecodable(error, data) from error
+    return await route.handler(request, body)
 
 
 async def _body(request: web.Request) -> bytes:

@@ -229,6 +229,16 @@ def test_what_cannot_be_done_is_refused_by_its_name(
     assert "max_tokens" not in message
 
 
+def test_a_constraint_that_cannot_be_followed_is_refused_or_ends_the_stream(server: Live) -> None:
+    sampling = {"max_new_tokens": 64, "temperature": 0}  # and two constraints: the library remembers one that failed
+    status, _, message = refused(server, sampling_params={**sampling, "regex": "[ac-z ]{20,40}b{1000}{1000}"})
+    assert status == 400
+    assert "cannot be followed after" in message
+    *made, error = streamed(server, sampling_params={**sampling, "regex": "[ac-z ]{20,41}b{1000}{1000}"})
+    assert made[-1]["text"]
+    assert error["error"]["type"] == "invalid_request_error"
+
+
 def test_what_its_clients_ask_beside_it(server: Live) -> None:
     for path in ("/get_server_info", "/server_info"):
         info = server.ask("GET", path).json
