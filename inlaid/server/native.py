@@ -143,9 +143,16 @@ def _items(body: NativeBody) -> tuple[list[_Item], bool]:
 
     columns = ("sampling_params", "lora_path", "return_logprob", "top_logprobs_num", "logprob_start_len")
     return [
-        _Item(prompt, sampling or NativeSampling(), adapter, (top or 0) if wanted else None, -1 if at is None else at)
+        _Item(prompt, sampling or NativeSampling(), adapter, (top or 0) if wanted else None, _start(at, sampling))
         for prompt, sampling, adapter, wanted, top, at in zip(prompts, *map(each, columns), strict=True)
     ], several
+
+
+def _start(given: int | None, sampling: NativeSampling | None) -> int:
+    """Left out, it means no prompt token, unless there is no other: SGLang's frontend language asks so."""
+    if given is not None:
+        return given
+    return 0 if sampling is not None and sampling.max_new_tokens == 0 else -1
 
 
 async def _job(service: Service, items: Sequence[_Item], headers: Mapping[str, str], field: str) -> Job:

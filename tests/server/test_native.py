@@ -145,6 +145,11 @@ def test_runtime_endpoints_requests(server: Live) -> None:
         return_text_in_logprobs=True,
         logprob_start_len=warm["meta_info"]["prompt_tokens"] - 2,
     )
+    bare = ask(server, text=None, input_ids=[[5, 6, 7]], sampling_params={"max_new_tokens": 0}, return_logprob=True,
+               logprob_start_len=None)  # fmt: skip
+    values = [value for value, _, _ in bare[0]["meta_info"]["input_token_logprobs"]]
+    assert values[0] is None
+    assert [value < 0 for value in values[1:]] == [True, True]
     for choice in choices:
         assert all(value < 0 for value, _, _ in choice["meta_info"]["input_token_logprobs"])
         assert choice["meta_info"]["output_token_logprobs"] == []
