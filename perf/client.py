@@ -145,7 +145,8 @@ def prepare(
     )
     urls = [url.rstrip("/") + protocol.path for url in arguments.base_url]
     items = []
-    for request in planned:
+    shown = not (arguments.no_progress or warmup)
+    for request in tqdm.tqdm(planned, desc="encoding", unit="req", delay=1, leave=False, disable=not shown):
         replica = request.index
         if arguments.route == "adapter" and request.adapter in target.adapters:
             replica = target.adapters.index(request.adapter)
@@ -202,7 +203,8 @@ def run(arguments: argparse.Namespace) -> int:
     workload = workload_from(arguments)
     wait_until_ready(arguments.base_url, arguments.ready_timeout)
     target = find_target(arguments)
-    items = prepare(arguments, target, plan(workload, target.adapters, prompt_maker(arguments, target, workload.seed)))
+    maker = prompt_maker(arguments, target, workload.seed)
+    items = prepare(arguments, target, plan(workload, target.adapters, maker, shown=not arguments.no_progress))
     warmup = _warmup_items(arguments, target, workload)
     out = Path(arguments.out) if arguments.out else None
     if out:

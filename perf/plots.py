@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import matplotlib
+import tqdm
 
 matplotlib.use("Agg")
 from matplotlib.axes import Axes
@@ -24,17 +25,18 @@ def draw_all(runs: list[Run]) -> dict[str, bytes]:
     """Title -> PNG. Series are drawn for at most MAX_CURVES runs; curves against rate take all of them."""
     shown = runs[:MAX_CURVES]
     width = series.bucket_width(max(run.duration for run in shown))
-    figures = {
-        "Rate": _panels(shown, _rate_panels(width), "seconds since the start"),
-        "TTFT over time": _panels(shown, _percentile_panels("ttft", width), "seconds since the start"),
-        "Inter-token latency over time": _panels(shown, _percentile_panels("itl", width), "seconds since the start"),
-        "Distributions": _panels(shown, _distribution_panels(), "milliseconds"),
-        "Service by tenant": _service(shown),
+    since = "seconds since the start"
+    makers: dict[str, Callable[[], bytes | None]] = {
+        "Rate": lambda: _panels(shown, _rate_panels(width), since),
+        "TTFT over time": lambda: _panels(shown, _percentile_panels("ttft", width), since),
+        "Inter-token latency over time": lambda: _panels(shown, _percentile_panels("itl", width), since),
+        "Distributions": lambda: _panels(shown, _distribution_panels(), "milliseconds"),
+        "Service by tenant": lambda: _service(shown),
+        "Against rate": lambda: _against_rate(runs),
     }
-    swept = _against_rate(runs)
-    if swept is not None:
-        figures["Against rate"] = swept
-    return figures
+    bar = tqdm.tqdm(makers.items(), desc="drawing", unit="figure", delay=1, leave=False)
+    drawn = {title: make() for title, make in bar}
+    return {title: png for title, png in drawn.items() if png is not None}
 
 
 Panel = tuple[str, Callable[[Run], Points]]

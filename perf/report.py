@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import tqdm
+
 from perf.records import read_records
 from perf.series import Run
 
@@ -67,7 +69,7 @@ code { font-size: 12px; word-break: break-all; }
 def load_runs(paths: list[Path]) -> list[Run]:
     """Runs with labels that differ: what all have in common at the front is left out, and twins are numbered."""
     runs = []
-    for path in paths:
+    for path in tqdm.tqdm(paths, desc="reading", unit="run", delay=1, leave=False):
         try:
             summary = json.loads(path.read_text())
             label = summary["label"] or path.stem

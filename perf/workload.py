@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import msgspec
 import numpy as np
+import tqdm
 
 from perf.adapters import AdapterChoice, choose_adapters, name_by_appearance
 from perf.arrivals import Arrivals, arrival_times
@@ -126,8 +127,8 @@ def load_workload(path: str) -> Workload:
         raise ValueError(f"{path}: {error}") from error
 
 
-def plan(workload: Workload, served: list[str], maker: Maker) -> list[PlannedRequest]:
-    """Every request of the run in the order in which it is due."""
+def plan(workload: Workload, served: list[str], maker: Maker, shown: bool = False) -> list[PlannedRequest]:
+    """Every request of the run in the order in which it is due; with a bar if that is `shown` and takes a while."""
     drafts: list[_Draft] = []
     for number, stream in enumerate(workload.streams):
         drafts += _stream_drafts(stream, served, np.random.default_rng([workload.seed, number]))
@@ -135,7 +136,8 @@ def plan(workload: Workload, served: list[str], maker: Maker) -> list[PlannedReq
     if not drafts:
         raise ValueError("the workload has no requests: raise rate, duration_s or num_requests")
     classes = _classes(workload, drafts)
-    return [_finish(i, d, c, maker) for i, (d, c) in enumerate(zip(drafts, classes, strict=True))]
+    bar = tqdm.tqdm(drafts, desc="planning", unit="req", delay=1, leave=False, disable=not shown)
+    return [_finish(i, d, c, maker) for i, (d, c) in enumerate(zip(bar, classes, strict=True))]
 
 
 def rescale_rate(workload: Workload, rate: float) -> Workload:

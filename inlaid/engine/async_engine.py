@@ -43,7 +43,7 @@ class RequestTimeout(EngineError):
 
 
 class RequestRefused(ValueError):
-    """The engine does not take this request. With retry_after, it may later."""
+    """The engine does not take this request, or cannot do what it asks. With retry_after, it may later."""
 
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
@@ -97,6 +97,7 @@ def merge(first: Output, second: Output) -> Output:
         num_cached=max(first.num_cached, second.num_cached),
         queue_time=second.queue_time if first.queue_time is None else first.queue_time,
         message=second.message,
+        own_fault=second.own_fault,
     )
 
 
@@ -260,7 +261,8 @@ class AsyncEngine:
                 output = await inbox.get()
                 over = output.finish_reason is not None
                 if output.finish_reason is FinishReason.ERROR:
-                    raise EngineError(output.message or "the request failed in the engine")
+                    error = RequestRefused if output.own_fault else EngineError
+                    raise error(output.message or "the request failed in the engine")
                 yield output
         except (RequestRefused, EngineDead):
             over = True

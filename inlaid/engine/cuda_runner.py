@@ -545,5 +545,8 @@ class _RowState:
         self.top_p[row] = params.top_p
         self.min_p[row] = params.min_p
         self.special[row] = (
-            params.logprobs is not None or params.grammar is not None or bool(params.logit_bias) or _penalized(params)
+            params.logprobs is not None
+            or params.grammar is not None
+            or bool(params.logit_bias or params.allowed_token_ids or params.bad_words)
+            or _penalized(params)
         )

@@ -1,5 +1,6 @@
-"""Structured output: which tokens a constraint allows next. The engine compiles a constraint when a request arrives
-(and refuses bad ones); the runner asks for masks. The only file that imports llguidance.
+"""Structured output: which tokens a constraint allows next, and which ones bad words do not. The engine compiles a
+constraint when a request arrives (and refuses bad ones); the runner asks for masks. The only file that imports
+llguidance.
 """
 
 from __future__ import annotations
@@ -7,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +70,7 @@ class GrammarCompiler:
         text = _without_padding(file)
         self._known_tokens = max(vocab_size, _largest_id(text) + 1)
         self._tokenizer = llguidance.LLTokenizer(text, n_vocab=self._known_tokens, eos_token=list(eos_ids) or None)
-        self._end_bits = np.zeros(_words(vocab_size), dtype=np.int32)
-        for token in eos_ids:
-            self._end_bits.view(np.uint32)[token // 32] |= np.uint32(1 << token % 32)
+        self._end_bits = token_bits(tuple(eos_ids), vocab_size)
         self._compiled: OrderedDict[Grammar, Any] = OrderedDict()
 
     def state(self, grammar: Grammar) -> GrammarState:
@@ -105,6 +105,20 @@ class GrammarCompiler:
         return matcher
 
 
+@lru_cache(maxsize=64)
+def token_bits(tokens: tuple[int, ...], vocab_size: int) -> np.ndarray:
+    """A mask that allows just these tokens."""
+    bits = np.zeros(_words(vocab_size), dtype=np.uint32)
+    for token in tokens:
+        bits[token // 32] |= np.uint32(1 << token % 32)
+    return bits.view(np.int32)
+
+
+def completing(outputs: Sequence[int], words: Sequence[tuple[int, ...]]) -> set[int]:
+    """The tokens that would complete one of these words after these outputs."""
+    return {word[-1] for word in words if len(word) == 1 or (tuple(outputs[-len(word) + 1 :]) == word[:-1])}
+
+
 def _words(num_tokens: int) -> int:
     return -(-num_tokens // 32)
 
@@ -113,8 +127,9 @@ def _source(matcher_class: Any, grammar: Grammar) -> str:
     """The library's own form of a constraint."""
     given = [name for name in grammar.__struct_fields__ if getattr(grammar, name) not in (None, False)]
     if len(given) != 1:
-        raise GrammarError(f"a constraint has exactly one of json_schema, json_object, regex, choice; got {given}")
-    if sum(len(text) for text in (grammar.json_schema, grammar.regex) if text) > MAX_GRAMMAR_CHARS:
+        names = ", ".join(grammar.__struct_fields__)
+        raise GrammarError(f"a constraint has exactly one of {names}; got {given}")
+    if sum(len(text) for text in (grammar.json_schema, grammar.regex, grammar.lark) if text) > MAX_GRAMMAR_CHARS:
         raise GrammarError(f"the constraint is longer than {MAX_GRAMMAR_CHARS} characters")
     if grammar.json_object:
         return str(matcher_class.grammar_from_json_schema('{"type": "object"}'))
@@ -122,9 +137,20 @@ def _source(matcher_class: Any, grammar: Grammar) -> str:
         return str(matcher_class.grammar_from_json_schema(_checked_json(grammar.json_schema)))
     if grammar.regex is not None:
         return str(matcher_class.grammar_from_regex(grammar.regex))
+    if grammar.lark is not None:
+        return str(matcher_class.grammar_from_lark(_as_lark(grammar.lark)))
     if not grammar.choice or not all(grammar.choice):
         raise GrammarError("a choice needs at least one text, and none of them empty")
     return str(matcher_class.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in grammar.choice)))
+
+
+def _as_lark(text: str) -> str:
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    try:
+        return any_to_lark(text)
+    except Exception as error:
+        raise GrammarError(f"the grammar is neither Lark nor GBNF: {error}") from error
 
 
 def _checked_json(schema: str) -> str:

@@ -22,7 +22,7 @@ from inlaid.adapters.store import CPU_ASSIST, MODES, PIPELINED, AdapterStore
 from inlaid.adapters.tables import default_pool_elements
 from inlaid.checkpoint import Checkpoint
 from inlaid.config import AdapterConfig, ConfigError, EngineConfig
-from inlaid.engine.grammar import GrammarCompiler, GrammarState
+from inlaid.engine.grammar import GrammarCompiler, GrammarState, completing, token_bits
 from inlaid.engine.kv_cache import BlockPool
 from inlaid.engine.request import Batch, Grammar, Request, Sampled, SamplingParams, StepResult, TokenLogprobs, Work
 from inlaid.engine.unified import Unified, unify
@@ -39,6 +39,7 @@ from inlaid.model.weights import base_version, compute_dtype, fetch, load
 
 log = logging.getLogger(__name__)
 
+_BAN = -1e9  # beyond any logit, yet above what must not be chosen at all
 _PROMPT_LOGPROB_ROWS = 256  # rows of logits held at once for prompt logprobs
 
 
@@ -158,16 +159,20 @@ class ModelRunner:
         )
 
     def _bias(self, works: Sequence[Work]) -> sampler.Coordinates | None:
-        """logit_bias, and -inf for what would end an output before min_tokens. A grammar may leave nothing but the
-        end, so it overrules min_tokens."""
+        """logit_bias, a ban on what would complete a bad word, and -inf for what would end an output before
+        min_tokens. A grammar may leave nothing but the end, so it overrules min_tokens, and so do allowed_token_ids
+        that are all ends; both overrule bad words, whose ban is finite."""
         coordinates: list[tuple[int, int, float]] = []
         for row, work in enumerate(works):
             request, params = work.request, work.request.params
             coordinates += [(row, token, value) for token, value in params.logit_bias.items()]
+            if params.bad_words:
+                coordinates += [(row, token, _BAN) for token in completing(request.outputs, params.bad_words)]
             num_outputs = work.start + work.num_tokens - request.num_prompt
             if num_outputs < params.min_tokens and request.grammar is None:
                 ends = request.stop_ids | frozenset(params.stop_token_ids)
-                coordinates += [(row, token, -torch.inf) for token in ends]
+                if not params.allowed_token_ids or not ends.issuperset(params.allowed_token_ids):
+                    coordinates += [(row, token, -torch.inf) for token in ends]
         if not coordinates:
             return None
         rows, tokens, values = zip(*coordinates, strict=True)
@@ -176,13 +181,17 @@ class ModelRunner:
         )
 
     def _grammar(self, works: Sequence[Work]) -> sampler.GrammarMask | None:
-        rows = [row for row, work in enumerate(works) if work.request.grammar is not None]
+        """The masks of grammars and of allowed_token_ids; a request has one or the other."""
+        rows = [r for r, w in enumerate(works) if w.request.grammar is not None or w.request.params.allowed_token_ids]
         if not rows:
             return None
         bits = []
         for row in rows:
             request = works[row].request
-            bits.append(request.grammar.mask(request.tokens[request.num_prompt :]))
+            if request.grammar is not None:
+                bits.append(request.grammar.mask(request.outputs))
+            else:
+                bits.append(token_bits(request.params.allowed_token_ids, self.model.spec.vocab_size))
         return sampler.GrammarMask(self._tensor(np.array(rows)), self._tensor(np.stack(bits)))
 
     def _penalties(self, works: Sequence[Work]) -> sampler.Penalties | None:

@@ -12,6 +12,7 @@ MAX_LOGPROBS = 100
 MAX_STOPS = 64
 MAX_STOP_CHARS = 1024
 MAX_BIASES = 2048
+MAX_BAD_WORDS = 1024  # each word has up to two spellings
 
 # name: (least, most); both allowed
 RANGES: dict[str, tuple[float, float]] = {
@@ -48,6 +49,15 @@ def check(params: SamplingParams, vocab_size: int) -> None:
     _check_stops(params)
     _check_tokens("stop_token_ids", params.stop_token_ids, vocab_size)
     _check_tokens("logit_bias", params.logit_bias, vocab_size)
+    _check_tokens("allowed_token_ids", params.allowed_token_ids, vocab_size)
+    if params.allowed_token_ids and params.grammar is not None:
+        raise ParamError("allowed_token_ids", "allowed_token_ids and a grammar exclude each other")
+    if len(params.bad_words) > MAX_BAD_WORDS or not all(params.bad_words):
+        raise ParamError("bad_words", f"bad_words must be at most {MAX_BAD_WORDS}, each of at least one token")
+    for word in params.bad_words:
+        _check_tokens("bad_words", word, vocab_size)
+    if params.allowed_token_ids and {(token,) for token in params.allowed_token_ids} <= set(params.bad_words):
+        raise ParamError("bad_words", "bad_words leave none of the allowed_token_ids")
     if len(params.logit_bias) > MAX_BIASES:
         raise ParamError("logit_bias", f"logit_bias has {len(params.logit_bias)} entries; at most {MAX_BIASES}")
     for token, bias in params.logit_bias.items():

@@ -212,6 +212,9 @@ class Calls:
     def stats(self) -> dict[str, float]:
         return self._loaded.engine.stats()
 
+    def flush_cache(self) -> None:
+        self._loaded.engine.scheduler.pool.clear()
+
     def adapters(self) -> list[AdapterInfo]:
         return self._loaded.adapters.list()
 

@@ -29,6 +29,7 @@ class Grammar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     json_object: bool = False
     regex: str | None = None
     choice: tuple[str, ...] | None = None
+    lark: str | None = None  # or GBNF, which is turned into it
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -45,6 +46,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = {}
+    allowed_token_ids: tuple[int, ...] = ()  # none: all
+    bad_words: tuple[
+        tuple[int, ...], ...
+    ] = ()  # token sequences; the one that would complete such a sequence is banned
     stop: tuple[str, ...] = ()  # applied where text is made, above the engine
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
@@ -136,6 +141,15 @@ class Request:
     def num_outputs(self) -> int:
         return len(self.tokens) - len(self.prompt)
 
+    @property
+    def outputs(self) -> list[int]:
+        return self.tokens[len(self.prompt) :]
+
+    @property
+    def must_see(self) -> bool:
+        """Whether a token can only be chosen when the one before it is known here."""
+        return self.grammar is not None or bool(self.params.bad_words)
+
 
 class Work(msgspec.Struct, frozen=True, gc=False):
     """One request's share of a step: compute tokens [start, start + num_tokens) of request.tokens.
@@ -214,3 +228,4 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     num_cached: int = 0
     queue_time: float | None = None  # seconds from arrival to first scheduled, with the first output
     message: str | None = None  # with FinishReason.ERROR: what went wrong
+    own_fault: bool = False  # with FinishReason.ERROR: it asked for what cannot be done

@@ -198,7 +198,7 @@ class Scheduler:
                 if total > start:
                     unfinished.append(request)
                 continue
-            if request.num_inflight and (total >= request.limit or request.grammar is not None):
+            if request.num_inflight and (total >= request.limit or request.must_see):
                 continue  # its next token must be seen first, or is the last
             if start >= len(request.blocks) * block_size and not self._grow(request):
                 continue
@@ -206,7 +206,7 @@ class Scheduler:
             request.num_computed = total
             request.num_inflight += samples
             singles.append(Work(request, start, 1, samples, start < request.limit - 2))
-            if request.grammar is None:
+            if not request.must_see:
                 request.decode_until = min(len(request.blocks) * block_size, request.limit - 2)
         if self.num_preemptions != preemptions:
             singles = _still_running(singles)
@@ -496,7 +496,7 @@ class Scheduler:
         stops = token in request.stop_ids and request.num_outputs >= request.params.min_tokens
         if stops and (fault := request.grammar and request.grammar.fault):
             self._close(request, FinishReason.ERROR)
-            return Output(id=request.id, tokens=[], finish_reason=FinishReason.ERROR, message=fault)
+            return Output(id=request.id, tokens=[], finish_reason=FinishReason.ERROR, message=fault, own_fault=True)
         if stops:
             return self._end(request, FinishReason.STOP, [token], logprobs, token, first)
         if len(request.tokens) >= request.limit:

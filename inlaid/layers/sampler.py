@@ -68,7 +68,7 @@ class GrammarMask:
 class SamplingBatch:
     """What S rows ask for beyond the most likely token."""
 
-    bias: Coordinates | None = None  # logit_bias, and -inf for tokens that min_tokens forbids
+    bias: Coordinates | None = None  # logit_bias, and what bans tokens: bad words, ends before min_tokens
     grammar: GrammarMask | None = None
     penalties: Penalties | None = None
     noise: Noise | None = None

@@ -162,7 +162,7 @@ class CompletionLogprobsWriter:
         for item in listed:
             text = self._tokenizer.token_text(first_token if item is None else item.token)
             made.tokens.append(text)
-            made.token_logprobs.append(None if item is None else _finite(item.logprob))
+            made.token_logprobs.append(None if item is None else finite(item.logprob))
             made.top_logprobs.append(None if item is None else self._top(item))
             made.text_offset.append(self._offset)
             self._offset += len(text)
@@ -173,7 +173,7 @@ class CompletionLogprobsWriter:
         top: dict[str, float] = {}
         for token, logprob in [*item.top, (item.token, item.logprob)]:
             text = self._tokenizer.token_text(token)
-            top[text] = max(top.get(text, _LEAST_LOGPROB), _finite(logprob))
+            top[text] = max(top.get(text, _LEAST_LOGPROB), finite(logprob))
         return top
 
 
@@ -182,7 +182,7 @@ def chat_logprobs(tokenizer: Tokenizer, listed: Sequence[TokenLogprobs]) -> Chat
 
     def entry(token: int, logprob: float) -> TopLogprob:
         return TopLogprob(
-            token=tokenizer.token_text(token), logprob=_finite(logprob), bytes=list(tokenizer.token_bytes(token))
+            token=tokenizer.token_text(token), logprob=finite(logprob), bytes=list(tokenizer.token_bytes(token))
         )
 
     content = []
@@ -200,14 +200,14 @@ def prompt_logprobs(tokenizer: Tokenizer, listed: Sequence[TokenLogprobs | None]
 
 def _by_token(tokenizer: Tokenizer, item: TokenLogprobs) -> dict[int, PromptLogprob]:
     made = {
-        token: PromptLogprob(logprob=_finite(value), rank=rank, decoded_token=tokenizer.token_text(token))
+        token: PromptLogprob(logprob=finite(value), rank=rank, decoded_token=tokenizer.token_text(token))
         for rank, (token, value) in enumerate(item.top, start=1)
     }
     made[item.token] = PromptLogprob(
-        logprob=_finite(item.logprob), rank=item.rank, decoded_token=tokenizer.token_text(item.token)
+        logprob=finite(item.logprob), rank=item.rank, decoded_token=tokenizer.token_text(item.token)
     )
     return made
 
 
-def _finite(logprob: float) -> float:
+def finite(logprob: float) -> float:
     return max(logprob, _LEAST_LOGPROB)

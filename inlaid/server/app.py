@@ -21,9 +21,9 @@ from aiohttp import web
 from inlaid.config import ConfigError, EngineConfig, ServerConfig
 from inlaid.engine.async_engine import AsyncEngine, EngineDead
 from inlaid.engine.text import Tokenizer
-from inlaid.server import admin, info, protocol
+from inlaid.server import admin, info, native, protocol
 from inlaid.server.completions import chat_completions, completions
-from inlaid.server.errors import Fault, TooSlow, Unavailable, response, translate
+from inlaid.server.errors import Fault, TooSlow, Unavailable, response, translate, undecodable
 from inlaid.server.metrics import Metrics
 from inlaid.server.openapi import document
 from inlaid.server.resolver import make_resolver
@@ -55,6 +55,14 @@ ROUTES = (
         answers=(protocol.ChatCompletion, protocol.ChatChunk),
         answering=True,
     ),
+    Route(
+        "POST",
+        "/generate",
+        native.generate,
+        body=protocol.NativeBody,
+        answers=(protocol.Generation | list[protocol.Generation], protocol.Generation),
+        answering=True,
+    ),
     Route("GET", "/v1/models", info.models, answers=(protocol.ModelList,)),
     Route("GET", "/v1/models/{name:.+}", info.model, answers=(protocol.ModelCard,)),
     Route("POST", "/tokenize", info.tokenize, body=protocol.TokenizeBody, answers=(protocol.Tokens,)),
@@ -64,6 +72,10 @@ ROUTES = (
     Route("GET", "/health_generate", info.health_generate, answers=(protocol.Health,)),
     Route("GET", "/version", info.version, Guard.OPEN, answers=(protocol.Version,)),
     Route("GET", "/get_model_info", info.model_info, answers=(protocol.ModelSummary,)),
+    Route("GET", "/model_info", info.model_info, answers=(protocol.ModelSummary,)),
+    Route("GET", "/get_server_info", native.server_info, answers=(protocol.ServerInfo,)),
+    Route("GET", "/server_info", native.server_info, answers=(protocol.ServerInfo,)),
+    Route("POST", "/flush_cache", native.flush_cache, Guard.OPERATOR, text=True),
     Route("GET", "/metrics", info.metrics, Guard.OPEN, text=True),
     Route("GET", "/v1/adapters", admin.list_adapters, answers=(protocol.AdapterList,)),
     Route("POST", "/v1/load_lora_adapter", admin.load_adapter, Guard.ADMIN, protocol.LoadAdapterBody, text=True),
@@ -135,7 +147,12 @@ def _served(route: Route) -> Handler:
 async def _call(route: Route, decoder: msgspec.json.Decoder[Any] | None, request: web.Request) -> web.StreamResponse:
     if decoder is None:
         return await route.handler(request)
-    return await route.handler(request, decoder.decode(await _body(request)))
+    data = await _body(request)
+    try:
+        body = decoder.decode(data)
+    except msgspec.DecodeError as error:
+        raise undecodable(error, data) from error
+    return await route.handler(request, body)
 
 
 async def _body(request: web.Request) -> bytes:

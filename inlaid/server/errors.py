@@ -26,6 +26,9 @@ from inlaid.engine.async_engine import EngineDead, EngineError, RequestRefused, 
 from inlaid.engine.params import ParamError
 from inlaid.engine.text import TemplateError
 
+# The first half of a surrogate pair without the second: msgspec calls that truncated when the text ends there.
+_HALF = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
+
 
 class ErrorBody(msgspec.Struct, frozen=True):
     message: str
@@ -143,11 +146,13 @@ def translate(error: Exception) -> ApiError | None:
     return None
 
 
-def undecodable(error: Exception) -> BadRequest:
+def undecodable(error: Exception, data: bytes = b"") -> BadRequest:
     """A body that is not JSON, or not of the form asked for; names the field."""
     if isinstance(error, RecursionError):
         return BadRequest("the body is nested too deeply")
     text = str(error)
+    if "surrogate" in text or ("truncated" in text and _HALF.search(data)):
+        return BadRequest(r"a text has half a character: an escape from \ud800 to \udfff without its other half")
     unknown = re.search(r"unknown field `([^`]*)`", text)
     place = re.search(r"`\$\.([A-Za-z0-9_]+)", text)
     if unknown is not None:

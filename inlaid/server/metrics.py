@@ -44,7 +44,7 @@ class Metrics:
         )
         self.refused = Counter(
             "inlaid:requests_refused",
-            "Requests that the engine did not take, by HTTP status",
+            "Requests that the engine did not take or could not obey, by HTTP status",
             [*_LABELS, "status"],
             registry=self.registry,
         )

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from inlaid.engine.params import check
+from inlaid.engine.params import MAX_BAD_WORDS, check
 from inlaid.engine.request import Grammar, NewRequest, SamplingParams
 from inlaid.engine.text import Tokenizer
 from inlaid.server import safety
@@ -290,7 +290,8 @@ def _job(
     most = service.config.max_prompts
     if not 1 <= num_answers * len(prompts) <= most:
         raise BadRequest(f"n is {num_answers} with {len(prompts)} prompts; 1 to {most} answers in one request", "n")
-    params = sampling_params(body, max_tokens, changes)
+    words = _spellings(service.tokenizer, body.bad_words or ())
+    params = sampling_params(body, max_tokens, {**changes, "bad_words": words})
     check(params, service.vocab_size)
     name = f"{prefix}-{body.request_id or secrets.token_hex(16)}"
     key = secrets.token_hex(12)
@@ -308,6 +309,14 @@ def _job(
         for index in range(num_answers * len(prompts))
     ]
     return Job(name, int(time.time()), target, prompts, requests, num_answers)
+
+
+def _spellings(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Each word's tokens, with a space before it and without."""
+    if len(words) > MAX_BAD_WORDS // 2:
+        raise BadRequest(f"bad_words has {len(words)} entries; at most {MAX_BAD_WORDS // 2}", "bad_words")
+    spelled = [tuple(tokenizer.encode(space + word.lstrip(), False)) for word in words for space in ("", " ")]
+    return tuple(dict.fromkeys(spelled))
 
 
 def _seeded(params: SamplingParams, answer: int) -> SamplingParams:
@@ -343,6 +352,8 @@ def sampling_params(body: GenerateBody, max_tokens: int, changes: dict[str, Any]
         values["stop"] = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
     if body.stop_token_ids:
         values["stop_token_ids"] = tuple(body.stop_token_ids)
+    if body.allowed_token_ids:
+        values["allowed_token_ids"] = tuple(body.allowed_token_ids)
     values["grammar"] = _grammar(body)
     return SamplingParams(**values)
 
@@ -357,6 +368,9 @@ def _grammar(body: GenerateBody) -> Grammar | None:
     for name, regex in (("guided_regex", body.guided_regex), ("regex", body.regex)):
         if regex is not None:
             given[name] = Grammar(regex=regex)
+    for name, text in (("guided_grammar", body.guided_grammar), ("ebnf", body.ebnf)):
+        if text is not None:
+            given[name] = Grammar(lark=text)
     if body.guided_choice is not None:
         given["guided_choice"] = Grammar(choice=tuple(body.guided_choice))
     if (output := body.structured_outputs) is not None:
@@ -364,6 +378,8 @@ def _grammar(body: GenerateBody) -> Grammar | None:
             given["structured_outputs.json"] = _schema("structured_outputs", output.json)
         if output.regex is not None:
             given["structured_outputs.regex"] = Grammar(regex=output.regex)
+        if output.grammar is not None:
+            given["structured_outputs.grammar"] = Grammar(lark=output.grammar)
         if output.choice is not None:
             given["structured_outputs.choice"] = Grammar(choice=tuple(output.choice))
         if output.json_object:

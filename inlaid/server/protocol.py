@@ -29,6 +29,19 @@ Prompt = Annotated[
     ),
 ]
 
+TokenIds = Annotated[
+    list[Any],
+    Meta(
+        description="a list of token ids, or a list of lists of token ids",
+        extra_json_schema={
+            "anyOf": [
+                {"type": "array", "items": {"type": "integer"}},
+                {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}},
+            ]
+        },
+    ),
+]
+
 
 class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """What a client sends."""
@@ -58,6 +71,7 @@ class StructuredOutputs(Body, frozen=True, kw_only=True):
     json: str | dict[str, Any] | None = None
     regex: str | None = None
     choice: list[str] | None = None
+    grammar: str | None = None
     json_object: bool | None = None
 
 
@@ -80,6 +94,8 @@ class GenerateBody(Body, frozen=True, kw_only=True):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: dict[int, float] | None = None
+    allowed_token_ids: Annotated[list[int], Meta(min_length=1)] | None = None
+    bad_words: list[str] | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool | None = None
@@ -95,8 +111,10 @@ class GenerateBody(Body, frozen=True, kw_only=True):
     guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
+    guided_grammar: Annotated[str, Meta(description="Lark, or GBNF")] | None = None
     regex: str | None = None  # SGLang's guided_regex
     json_schema: str | None = None  # SGLang's guided_json
+    ebnf: str | None = None  # SGLang's guided_grammar
     user: str | None = None
     priority: int | None = None
     request_id: str | None = None
@@ -119,6 +137,52 @@ class CompletionBody(GenerateBody, frozen=True, kw_only=True):
     echo: bool | None = None
     logprobs: int | None = None
     suffix: str | None = None
+
+
+class NativeSampling(Body, frozen=True, kw_only=True):
+    """SGLang's sampling_params."""
+
+    max_new_tokens: int | None = None
+    min_new_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    sampling_seed: int | None = None
+    n: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    stop_regex: Annotated[str | list[str], Meta(description="empty only")] | None = None
+    no_stop_trim: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    json_schema: str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+
+
+class NativeBody(Body, frozen=True, kw_only=True):
+    """SGLang's /generate. Where there is a list, it has an entry for each prompt."""
+
+    text: str | list[str] | None = None
+    input_ids: TokenIds | None = None
+    sampling_params: NativeSampling | list[NativeSampling] | None = None
+    lora_path: str | list[str | None] | None = None
+    return_logprob: bool | list[bool] | None = None
+    logprob_start_len: int | list[int] | None = None
+    top_logprobs_num: int | list[int] | None = None
+    return_text_in_logprobs: bool | None = None
+    stream: bool | None = None
+    rid: str | list[str] | None = None
+    # one value only
+    image_data: None = None
+    return_hidden_states: Literal[False] | None = None
+    return_routed_experts: Literal[False] | None = None
 
 
 class ContentPart(Body, frozen=True, kw_only=True):
@@ -279,6 +343,52 @@ class Completion(Answer, kw_only=True):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+
+
+NativeLogprob = tuple[float | None, int, str | None]
+NativeLogprobs = list[NativeLogprob] | msgspec.UnsetType
+NativeTopLogprobs = list[list[NativeLogprob] | None] | msgspec.UnsetType
+
+
+class Finish(Answer, kw_only=True):
+    type: Literal["stop", "length", "abort"]
+    matched: str | int | msgspec.UnsetType = msgspec.UNSET  # the stop string or token
+    length: int | msgspec.UnsetType = msgspec.UNSET
+
+
+class MetaInfo(Answer, kw_only=True):
+    id: str
+    finish_reason: Finish | None = None
+    prompt_tokens: int
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    e2e_latency: float | msgspec.UnsetType = msgspec.UNSET  # with the finish_reason
+    input_token_logprobs: NativeLogprobs = msgspec.UNSET
+    output_token_logprobs: NativeLogprobs = msgspec.UNSET
+    input_top_logprobs: NativeTopLogprobs = msgspec.UNSET
+    output_top_logprobs: NativeTopLogprobs = msgspec.UNSET
+
+
+class Generation(Answer, kw_only=True):
+    """SGLang's answer to one prompt, and each event of its stream: all there is so far."""
+
+    text: str
+    output_ids: list[int]
+    meta_info: MetaInfo
+    index: int | msgspec.UnsetType = msgspec.UNSET  # of a batch, streamed
+
+
+class ServerInfo(Answer, kw_only=True):
+    """SGLang's /get_server_info."""
+
+    model_path: str
+    tokenizer_path: str
+    served_model_name: str
+    version: str
+    context_length: int
+    max_total_num_tokens: int
+    max_running_requests: int
+    internal_states: list[dict[str, float]]
 
 
 class TopLogprob(Answer, kw_only=True):

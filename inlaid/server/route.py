@@ -24,7 +24,7 @@ class Route:
     handler: Callable[..., Any]
     guard: Guard = Guard.INFERENCE
     body: type[Any] | None = None
-    answers: tuple[type[Any], ...] = ()  # whole, and each event of a stream
+    answers: tuple[Any, ...] = ()  # types: whole, and each event of a stream
     text: bool = False  # the answer is plain text
     query: tuple[tuple[str, str], ...] = ()  # name and JSON type
     answering: bool = False  # makes tokens: waited for when the server drains

@@ -209,8 +209,11 @@ def test_what_the_kernels_do_not_sample(bench: Bench) -> None:
     ]
     repeated = ask("penalty", [3, 3, 3], None, max_tokens=4, logprobs=None, frequency_penalty=2.0)
     banned = ask("bias", [3, 4], None, max_tokens=2, logprobs=None, logit_bias={11: 100.0})
+    said = serve(bench.engine(on_gpu=False)[0], [ask("free", [3, 4], None, max_tokens=4, logprobs=None)])["free"].tokens
+    unsaid = ask("words", [3, 4], None, max_tokens=4, logprobs=None, bad_words=(tuple(said[1:3]),))
+    few = ask("few", [3, 4], None, max_tokens=4, logprobs=None, allowed_token_ids=(12, 13, 14))
     engine, _ = bench.engine()
-    answers = serve(engine, [*plain, *special, repeated, banned])
+    answers = serve(engine, [*plain, *special, repeated, banned, unsaid, few])
     for request in [*plain, *special]:
         bench.check(request, answers[request.id])
     assert answers["prompt"].prompt_logprobs[0] is None
@@ -218,6 +221,11 @@ def test_what_the_kernels_do_not_sample(bench: Bench) -> None:
     assert answers["bias"].tokens == [11] * 2
     host, _ = bench.engine(on_gpu=False)
     assert serve(host, [repeated])["penalty"].tokens == answers["penalty"].tokens
+    assert serve(host, [unsaid])["words"].tokens == answers["words"].tokens
+    assert answers["words"].tokens[:2] == said[:2]
+    assert answers["words"].tokens[2] != said[2]
+    assert set(answers["few"].tokens) <= {12, 13, 14}
+    assert serve(host, [few])["few"].tokens == answers["few"].tokens
 
 
 @MANY_STEPS

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import ByteLevel
 
-from inlaid.engine.grammar import GrammarCompiler, GrammarError
+from inlaid.engine.grammar import GrammarCompiler, GrammarError, completing
 from inlaid.engine.request import Grammar
 
 END = 2
@@ -70,6 +70,22 @@ def test_regex(compiler: GrammarCompiler, folder: Path) -> None:
         text = write(compiler, folder, Grammar(regex=pattern), seed)
         assert text is not None
         assert re.fullmatch(pattern, text)
+
+
+@pytest.mark.parametrize("text", ['start: "ab" | "cd" /[0-9]/', 'root ::= "ab" | "cd" [0-9]'])
+def test_lark_and_gbnf(compiler: GrammarCompiler, folder: Path, text: str) -> None:
+    written = {write(compiler, folder, Grammar(lark=text), seed) for seed in range(30)}
+    assert "ab" in written
+    assert all(one == "ab" or re.fullmatch("cd[0-9]", one or "") for one in written)
+
+
+def test_the_tokens_that_would_complete_a_word() -> None:
+    words = ((1,), (2, 3), (2, 3, 4), (5, 5, 6))
+    assert completing([], words) == {1}
+    assert completing([2], words) == {1, 3}
+    assert completing([2, 3], words) == {1, 4}
+    assert completing([5], words) == {1}
+    assert completing([9, 5, 5], words) == {1, 6}
 
 
 def test_json_schema(compiler: GrammarCompiler, folder: Path) -> None:
@@ -151,6 +167,10 @@ def test_states_do_not_share_their_place(compiler: GrammarCompiler, folder: Path
         Grammar(json_schema="[" * 100_000),
         Grammar(regex="a" * 300_000),
         Grammar(choice=()),
+        Grammar(lark="start: missing"),
+        Grammar(lark="root ::= ("),
+        Grammar(lark="nonsense"),
+        Grammar(lark="root ::= " + "(" * 100_000),
         Grammar(choice=("a", "")),
     ],
 )

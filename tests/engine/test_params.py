@@ -7,7 +7,7 @@ import math
 import pytest
 
 from inlaid.engine.params import POSITIVE, RANGES, ParamError, check
-from inlaid.engine.request import SamplingParams
+from inlaid.engine.request import Grammar, SamplingParams
 
 VOCABULARY = 100
 
@@ -37,6 +37,12 @@ def test_bounds_are_allowed_and_what_is_beyond_is_refused(name: str) -> None:
         (SamplingParams(stop=("x",) * 65), "stop"),
         (SamplingParams(stop=("x" * 1025,)), "stop"),
         (SamplingParams(stop_token_ids=(100,)), "stop_token_ids"),
+        (SamplingParams(allowed_token_ids=(100,)), "allowed_token_ids"),
+        (SamplingParams(allowed_token_ids=(1,), grammar=Grammar(regex="a")), "allowed_token_ids"),
+        (SamplingParams(allowed_token_ids=(1, 2), bad_words=((1,), (2,), (3,))), "bad_words"),
+        (SamplingParams(bad_words=((),)), "bad_words"),
+        (SamplingParams(bad_words=((1, 100),)), "bad_words"),
+        (SamplingParams(bad_words=((1,),) * 1025), "bad_words"),
         (SamplingParams(logit_bias={-1: 0.0}), "logit_bias"),
         (SamplingParams(logit_bias={1: 101.0}), "logit_bias"),
         (SamplingParams(logit_bias={1: math.nan}), "logit_bias"),

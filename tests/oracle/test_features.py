@@ -73,6 +73,50 @@ def test_logit_bias(world: World) -> None:
     assert world.answer(prompt, max_tokens=1, logit_bias={first: -100.0})[0] != first
 
 
+def test_allowed_tokens(world: World) -> None:
+    def score(logits: torch.Tensor, prompt: list[int], outputs: list[int]) -> torch.Tensor:
+        kept = torch.full_like(logits, -torch.inf)
+        kept[[3, 33, 40, 41]] = logits[[3, 33, 40, 41]]
+        return kept
+
+    prompt = prompts(1, 12)[0]
+    assert world.answer(prompt, max_tokens=6, allowed_token_ids=(3, 33, 40, 41)) == world.choose(prompt, 6, score)
+    drawn = world.answer(prompt, max_tokens=30, allowed_token_ids=(3, 33, 40), temperature=5.0, top_p=0.9, seed=1)
+    assert set(drawn) == {3, 33, 40}
+
+
+def test_an_end_that_is_all_there_is_comes_before_min_tokens(world: World) -> None:
+    prompt, ends = prompts(1, 12)[0], {"stop_token_ids": (STOP,), "ignore_eos": True, "min_tokens": 4}
+    assert world.answer(prompt, max_tokens=6, allowed_token_ids=(STOP,), **ends) == [STOP] * 4
+    held = world.answer(prompt, max_tokens=6, allowed_token_ids=(STOP, 33), logit_bias={STOP: 100.0}, **ends)
+    assert held == [33] * 4 + [STOP]
+
+
+def test_bad_words(world: World) -> None:
+    """Each word is what would be said without it: its last token goes to the next best, as often as it is tried."""
+    prompt = prompts(1, 12)[0]
+    free = world.answer(prompt, max_tokens=6)
+    words = ((free[0],), tuple(free[2:4]))
+
+    def score(logits: torch.Tensor, prompt: list[int], outputs: list[int]) -> torch.Tensor:
+        for word in words:
+            if outputs[len(outputs) - len(word) + 1 :] == list(word[:-1]):
+                logits[word[-1]] = -torch.inf
+        return logits
+
+    made = world.answer(prompt, max_tokens=6, bad_words=words)
+    assert made == world.choose(prompt, 6, score)
+    assert free[0] not in made
+    only = tuple(world.answer(prompt, max_tokens=3, bad_words=words[1:]))
+    assert only[:2] == tuple(free[:2])
+
+
+def test_a_bad_word_gives_way_where_nothing_else_may_be_said(world: World) -> None:
+    settings = {"allowed_token_ids": (33, 34), "bad_words": ((33, 34), (33, 33), (34,))}
+    assert world.answer(prompts(1, 12)[0], max_tokens=4, **settings)[0] == 33
+    assert set(world.answer(prompts(1, 12)[0], max_tokens=4, **settings)) <= {33, 34}
+
+
 def test_stop_tokens_and_min_tokens(world: World) -> None:
     prompt = prompts(1, 13)[0]
     settings = {"stop_token_ids": (STOP,), "logit_bias": {STOP: 100.0}, "ignore_eos": True}

@@ -28,6 +28,10 @@ OTHERS: dict[str, list[Any]] = {
     "guided_regex": [5, "(", "[z-a]"],
     "guided_choice": [[], [""], "a", [1]],
     "guided_json": ["{", [], {"type": "no such type"}],
+    "guided_grammar": [5, "nonsense", "start: missing", "root ::= ("],
+    "structured_outputs": [5, {"grammar": "("}, {"structural_tag": "x"}, {"json": "{"}],
+    "allowed_token_ids": [[], [-1], [10**9], ["a"], 5, {}],
+    "bad_words": ["a", [5], [""], ["a"] * 600, {}],
     "metadata": [[], "a", 1],
     "user": [5, [], {}],
     "model": [5, [], {}, "nobody", "demo:nobody", "nobody:to_velar", "../demo", "\u0000"],
@@ -188,3 +192,18 @@ def _check(connection: http.client.HTTPConnection, method: str, path: str, body:
     assert isinstance(error["message"], str), shown
     assert error["message"], shown
     assert isinstance(error["type"], str), shown
+
+
+def test_half_a_character_is_called_that_and_half_a_body_is_not(server: Live) -> None:
+    def told(prompt: bytes, end: bytes = b'"}') -> tuple[int, str]:
+        answer = server.ask("POST", "/v1/completions", raw=b'{"max_tokens": 1, "prompt": "' + prompt + end)
+        return answer.status, "" if answer.status == 200 else answer.json["error"]["message"]
+
+    for half in (b"\\ud800", b"a\\uDBFF b", b"\\udc00", b"\\ud800\\u0041", b"\\\\\\ud83d"):
+        status, message = told(half)
+        assert status == 400
+        assert "half a character" in message
+    assert told(b"\\ud83d\\ude00") == (200, "")
+    assert told(b"\\\\ud800") == (200, "")
+    for whole in (b"the sea", b"\\\\ud800", b"\\ud83d\\ude00"):
+        assert told(whole, b"")[1] == "Input data was truncated"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import openai
 import pytest
@@ -207,14 +208,39 @@ def test_lora_path_names_the_adapter_as_model_does(server: Live) -> None:
         assert (status, refusal["error"]["param"]) == (wanted, "lora_path")
 
 
+def test_vllms_ways_to_say_what_may_be_written(client: openai.OpenAI) -> None:
+    def say(**body: Any) -> str:
+        made = client.completions.create(model="demo", prompt="The sea", temperature=0, max_tokens=8, extra_body=body)
+        return made.choices[0].text
+
+    for grammar in ('start: "north" | "south"', 'root ::= "north" | "south"'):
+        for body in ({"guided_grammar": grammar}, {"structured_outputs": {"grammar": grammar}}, {"ebnf": grammar}):
+            assert say(**body) in ("north", "south")
+    assert say(structured_outputs={"choice": ["east", "west"]}) in ("east", "west")
+    assert say(structured_outputs={"regex": "[0-9]{3}"}).isdigit()
+    free = say(ignore_eos=True)
+    word = free.split()[1]
+    assert word not in say(ignore_eos=True, bad_words=[word]).split()
+    made = client.completions.create(
+        model="demo",
+        prompt="The sea",
+        max_tokens=9,
+        extra_body={"allowed_token_ids": [70, 80], "return_token_ids": True},
+    )
+    assert set(made.choices[0].token_ids) <= {70, 80}  # type: ignore[attr-defined]
+    with pytest.raises(openai.BadRequestError, match="only one constraint"):
+        say(guided_grammar='start: "a"', guided_regex="a")
+
+
 def test_a_constraint_that_cannot_be_followed_is_an_error_and_not_an_answer(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="cannot be followed"):
         client.completions.create(model="demo", prompt="x", extra_body={"guided_json": {"$ref": "#"}})
-    with pytest.raises(openai.InternalServerError, match="cannot be followed after"):
+    with pytest.raises(openai.BadRequestError, match="cannot be followed after"):
         client.completions.create(model="demo", prompt="x", extra_body={"guided_regex": "b{1000}{1000}"})
-    with pytest.raises(openai.APIError, match="cannot be followed after"):
+    with pytest.raises(openai.APIError, match="cannot be followed after") as late:
         list(
             client.completions.create(
                 model="demo", prompt="x", stream=True, extra_body={"guided_regex": "b{1000}{1000}"}
             )
         )
+    assert late.value.type == "invalid_request_error"
