@@ -7,7 +7,11 @@ the bound that nobody can share: a base quantized for each task alone. What coun
 An answer is right if greedy decoding gives it. One forward pass over prompt and reference tells: if every token of the
 reference is the likeliest after those before it, greedy decoding writes just that. Where a task accepts other answers
 too (programs, final numbers), those that fail are generated and judged by the task's own metric (`--no-generate` counts
-them as wrong, which is stricter and quicker).
+them as wrong, which is stricter and quicker). The loss of a whole answer, in nats, tells quantizers apart where few
+answers change.
+
+All quantizers but rounding and AWQ-style scaling have the same grids, act-order and refinement; these two keep groups
+in place, and AWQ's scales have no place in a GPTQ file.
 
 Weights are swapped in memory; what `inlaid quantize` writes dequantizes to the same numbers (tests hold it to that).
 """
@@ -18,11 +22,15 @@ import argparse
 import itertools
 import json
 import multiprocessing
+import os
+import platform
 import random
 import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -41,8 +49,10 @@ from inlaid.quant.aggregate import AGGREGATIONS, LOSS_ROUNDS, MINIMAX_LOSS, Task
 from inlaid.quant.baselines import scaled_weight
 from inlaid.quant.blocks import BlockModel
 from inlaid.quant.calibration import CalibrationSettings, Sequence, batches, encode, load_calibration
+from inlaid.quant.grid import Grid
 from inlaid.quant.hessian import block_hessians
-from inlaid.quant.solver import Grid, round_to_nearest, solve
+from inlaid.quant.settings import Settings
+from inlaid.quant.solver import round_to_nearest, solve
 
 Hessians = dict[str, Tensor]  # site -> E[x xᵀ]
 Weights = dict[str, Tensor]  # linear -> [N, K]
@@ -61,18 +71,21 @@ class Options:
     seeds: tuple[int, ...] = (0, 1, 2)
     examples: int = 256
     generate: bool = True
-    calibration_examples: int = 64
+    calibration_examples: int = 96  # all that `inlaid quantize` does not hold out
+    weighing: int = 24  # of them, what minimax-loss measures
     group_sizes: tuple[int, ...] = (128, 128, 32)
     symmetric: bool = False
-    act_order: bool = False
+    act_order: bool | None = None  # None: as `inlaid quantize` does at that width
     clip: bool = True
+    refine: int = Grid().refine
     highlights: tuple[float, ...] = (1.0,)
     aggregations: tuple[str, ...] = AGGREGATIONS
     device: str = "cpu"
 
     def grid(self, bits: int) -> Grid:
-        group_size = self.group_sizes[self.bits.index(bits)]
-        return Grid(bits, group_size, self.symmetric, self.act_order, self.act_order, self.clip)
+        grid = Grid.of_width(bits, self.group_sizes[self.bits.index(bits)])
+        act_order = grid.act_order if self.act_order is None else self.act_order
+        return replace(grid, symmetric=self.symmetric, act_order=act_order, clip=self.clip, refine=self.refine)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +135,7 @@ class Bench:
             if isinstance(module, torch.nn.Linear) and name != "lm_head"
         }
         self.original = {name: linear.weight.detach().clone() for name, linear in self.linears.items()}
-        self.batch_tokens = 65_536 if options.device.startswith("cuda") else 16_384
+        self.batch_tokens = 65_536 if options.device.startswith("cuda") else 1_536
         described = json.loads(Path(options.tasks).read_text())
         self.tasks = [self._task(name, about) for name, about in described.items()]
         self.calibration_files = {name: Path(about["splits"]["calibration"]) for name, about in described.items()}
@@ -315,10 +328,11 @@ def _moments(path: str) -> Moments:
 def solve_site(options: Options, moments: Moments, job: Job, weight_KN: Tensor, site: str) -> Tensor:
     """One site by one quantizer."""
     grid = options.grid(job.bits)
+    in_place = replace(grid, act_order=False)
     if job.variant == "rtn":
-        return round_to_nearest(weight_KN, grid).weight_KN()
+        return round_to_nearest(weight_KN, in_place).weight_KN()
     if job.variant == "awq":
-        return scaled_weight(weight_KN, moments.mixed[site], grid)
+        return scaled_weight(weight_KN, moments.mixed[site], in_place)
     alone = {"gptq-generic": moments.generic, "gptq-mixed": moments.mixed}
     if job.task:
         alone[BOUND] = moments.of_task[options.highlights[0]][job.task]
@@ -355,6 +369,7 @@ class Run:
     def __init__(self, options: Options, folder: str, pool: Any, out: Path) -> None:
         self.options, self.folder, self.pool, self.out = options, folder, pool, out
         self.bench = Bench(options)
+        self.start = time.perf_counter()
         self.cells = {(seed, bits): Cell(seed, bits, {}, {}) for bits in options.bits for seed in options.seeds}
         self.drawn: dict[int, dict[str, tuple[Sequence, ...]]] = {}
 
@@ -369,31 +384,47 @@ class Run:
             save_moments(moments, f"{self.folder}/{seed}.safetensors")
             self.drawn[seed] = moments.drawn
         shared = [name for name in variants(self.options) if not name.startswith(f"mlgptq {MINIMAX_LOSS}")]
-        jobs = [Job(seed, bits, name) for seed, bits in self.cells for name in shared]
+        shared.remove("rtn")
+        jobs = [Job(self.options.seeds[0], bits, "rtn") for bits in self.options.bits]
+        jobs += [Job(seed, bits, name) for seed, bits in self.cells for name in shared]
         jobs += [Job(seed, bits, BOUND, task.name) for seed, bits in self.cells for task in self.bench.tasks]
         for job, weights in self._solved(jobs, "solving and judging"):
-            self.bench.judge(self.cells[job.seed, job.bits], job.variant, weights, job.task)
+            cell = self.cells[job.seed, job.bits]
+            self.bench.judge(cell, job.variant, weights, job.task)
+            if job.variant == "rtn":  # has no data, so no seed either
+                self._copy(cell, job.variant)
             self.write()
         if MINIMAX_LOSS in self.options.aggregations:
             for highlight in self.options.highlights:
                 self._minimax_loss(_name(MINIMAX_LOSS, highlight))
 
+    def _copy(self, cell: Cell, variant: str) -> None:
+        """To the other seeds of the same width."""
+        for other in self.cells.values():
+            if other.bits == cell.bits:
+                other.points[variant], other.losses[variant] = cell.points[variant], cell.losses[variant]
+
     def _minimax_loss(self, variant: str) -> None:
         """Its rounds, for every seed and bit width at once."""
         count = len(self.bench.tasks)
-        full = {seed: self.bench.answer_losses({}, drawn) for seed, drawn in self.drawn.items()}
+        drawn = {
+            seed: {name: sequences[: self.options.weighing] for name, sequences in tasks.items()}
+            for seed, tasks in self.drawn.items()
+        }
+        full = {seed: self.bench.answer_losses({}, tasks) for seed, tasks in drawn.items()}
         shares = {key: torch.ones(count, dtype=torch.float64) / count for key in self.cells}
-        best: dict[tuple[int, int], float] = {}
+        best: dict[tuple[int, int], tuple[float, Weights]] = {}
         for number in range(LOSS_ROUNDS):
             jobs = [Job(*key, variant, shares=tuple(shares[key].tolist())) for key in self.cells]
             for job, weights in self._solved(jobs, f"{variant}, round {number + 1}"):
                 key = job.seed, job.bits
-                excess = (self.bench.answer_losses(weights, self.drawn[job.seed]) - full[job.seed]).clamp(min=0)
-                if key not in best or float(excess.max()) < best[key]:
-                    best[key] = float(excess.max())
-                    self.bench.judge(self.cells[key], variant, weights)
-                    self.write()
+                excess = (self.bench.answer_losses(weights, drawn[job.seed]) - full[job.seed]).clamp(min=0)
+                if key not in best or float(excess.max()) < best[key][0]:
+                    best[key] = float(excess.max()), weights
                 shares[key] = raised(shares[key], excess)
+        for key, (_, weights) in best.items():
+            self.bench.judge(self.cells[key], variant, weights)
+            self.write()
 
     def _solved(self, jobs: list[Job], title: str) -> Iterator[tuple[Job, Weights]]:
         work = partial(solve_job, self.folder, self.options)
@@ -406,19 +437,63 @@ class Run:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         about = {
             "options": asdict(self.options),
+            "command": f"python -m eval.quant_table {' '.join(sys.argv[1:])}",
             "commit": _commit(),
             "base": Checkpoint(self.options.base).fingerprint(),
             "device": torch.cuda.get_device_name() if self.options.device.startswith("cuda") else "cpu",
+            "cpu": f"{platform.machine()}, {os.cpu_count()} cores",
             "torch": torch.__version__,
+            "seconds": round(time.perf_counter() - self.start),
         }
         figures = about | {"cells": [asdict(cell) for cell in cells]}
         self.out.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
-        head = f"# Quantizers on the demo's twelve tasks\n\n{__doc__}\nOptions: `{asdict(self.options)}`\n"
-        self.out.with_suffix(".md").write_text(head + table(self.options, cells))
+        made = (
+            f"`{about['command']}` at commit {str(about['commit'])[:12]}, {about['cpu']}, {about['device']}, "
+            f"torch {about['torch']}, {about['seconds']} s; base {str(about['base'])[:12]}; "
+            f"{self.options.examples} eval examples a task."
+        )
+        head = f"# Quantizers on the demo's twelve tasks\n\n{__doc__}\nMade by {made}\n"
+        self.out.with_suffix(".md").write_text(head + verdict(self.options, cells) + table(self.options, cells))
 
 
 def _held(hessian_KK: Tensor, tokens: float, share: float = 1.0) -> TaskHessian:
     return TaskHessian(lambda: hessian_KK, tokens, share)
+
+
+def verdict(options: Options, cells: list[Cell]) -> str:
+    """Who wins on the worst task at each width, and where the default stands between mixed data and the bound."""
+    default = _name(Settings().aggregation, options.highlights[0])
+    lines = [
+        "\n## The worst task\n",
+        "Mean over seeds (range) of what the worst task loses; the default is "
+        f"`{Settings().aggregation}`. The last columns say whether its worst seed is better than mixed data's best "
+        "seed, and how much of the way from mixed data to the per-task bound it covers.\n",
+        "| bits | in | best aggregation | default | gptq-mixed | bound | better at every seed | of the way |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for bits in options.bits:
+        of_bits = [cell for cell in cells if cell.bits == bits]
+        for unit, digits in (("points", 2), ("nats", 3)):
+            worst = {name: _worst(of_bits, name, unit) for name in [*variants(options), BOUND]}
+            if not all(len(worst[name]) == len(options.seeds) for name in (default, "gptq-mixed", BOUND)):
+                continue
+            means = {name: _mean(seeds) for name, seeds in worst.items() if name.startswith("mlgptq") and seeds}
+            best = min(means, key=means.__getitem__)
+            mixed, ours, bound = worst["gptq-mixed"], worst[default], worst[BOUND]
+            way = f"{(_mean(mixed) - _mean(ours)) / (_mean(mixed) - _mean(bound)):.0%}" if mixed != bound else "no way"
+            columns = [f"{best.removeprefix('mlgptq ')} {_spread(worst[best], digits)}"]
+            columns += [_spread(one, digits) for one in (ours, mixed, bound)]
+            columns += ["yes" if max(ours) < min(mixed) else "no", way]
+            lines.append(f"| {bits} | {unit} | " + " | ".join(columns) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _worst(cells: list[Cell], name: str, unit: str) -> list[float]:
+    """What the worst task loses under a variant, at each seed that has been judged whole."""
+    done = [cell for cell in cells if len(cell.points.get(name, {})) == len(cell.points[FULL])]
+    if unit == "points":
+        return [_lost(cell.points[FULL], cell.points[name])[1] for cell in done]
+    return [_lost(cell.losses[name], cell.losses[FULL])[1] for cell in done]
 
 
 def table(options: Options, cells: list[Cell]) -> str:
@@ -449,7 +524,7 @@ def _lost(more: dict[str, float], less: dict[str, float]) -> tuple[float, float,
     """Average difference, the worst one and the task that has it."""
     lost = {name: more[name] - less[name] for name in more}
     worst = max(lost, key=lambda name: lost[name])
-    return _mean(lost.values()), lost[worst], worst
+    return _mean(lost.values()), lost[worst], worst if lost[worst] > 0 else "none"
 
 
 def _columns(found: list[tuple[float, float, str]], digits: int) -> str:
@@ -482,6 +557,8 @@ def parse() -> tuple[Options, Path, int]:
         help="judge programs and final numbers by generating; without, they must equal the reference",
     )
     parser.add_argument("--calibration-examples", type=int, default=default.calibration_examples)
+    parser.add_argument("--weighing", type=int, default=default.weighing, help="sequences a task for minimax-loss")
+    parser.add_argument("--refine", type=int, default=default.refine, help="rounds of refinement")
     parser.add_argument(
         "--group-sizes", type=int, nargs="+", default=default.group_sizes, help="one for each of --bits"
     )

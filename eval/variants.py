@@ -18,7 +18,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,11 @@ from inlaid.quant.aggregate import AGGREGATIONS, TaskHessian, combine
 from inlaid.quant.baselines import scaled_weight
 from inlaid.quant.blocks import BlockModel
 from inlaid.quant.calibration import CalibrationSettings, batches, load_calibration
+from inlaid.quant.grid import Grid
 from inlaid.quant.hessian import block_hessians
 from inlaid.quant.quantize import quantize
 from inlaid.quant.settings import Gate, Settings, TaskSource
-from inlaid.quant.solver import Grid, round_to_nearest
+from inlaid.quant.solver import round_to_nearest
 
 DEFAULT = ("fp16", "rtn", "gptq", "gptq-mixed", "awq", "mlgptq-max", "mlgptq-minimax", "mlgptq-trace-mean")
 GENERIC = Path(__file__).with_name("generic.jsonl")
@@ -107,7 +108,7 @@ class Variants:
             raise VariantError(f"variant {name} needs tasks that have an adapter and name a `calibration` file")
 
     def _grid(self, bits: int) -> Grid:
-        return Grid(bits=bits, group_size=self.group_size)
+        return Grid.of_width(bits, self.group_size)
 
     def _key(self, name: str, bits: int) -> str:
         """Everything that the folder's content depends on."""
@@ -124,7 +125,7 @@ class Variants:
 
     def _make(self, name: str, grid: Grid, out: Path) -> None:
         if name == "rtn":
-            self._round(grid, out)
+            self._round(replace(grid, act_order=False), out)
         elif name == "awq":
             self._scale(grid, out)
         elif name == "gptq":

@@ -26,10 +26,9 @@ SCRIPT = Path(__file__).parents[1] / "third_party" / "gptqmodel" / "make_checkpo
 def test_same_logits_as_gptqmodel(tmp_path: Path, bits: int, flags: list[str]) -> None:
     base, out = tmp_path / "base", tmp_path / "out"
     assert PYTHON is not None
-    subprocess.run(
-        [PYTHON, SCRIPT, "--base", base, "--out", out, "--bits", str(bits), *flags],
-        check=True, timeout=280, cwd=tmp_path, env={**os.environ, "GPTQMODEL_CPU_WORKERS": "2", "OMP_NUM_THREADS": "2", "PYTHONPATH": ""},
-    )  # fmt: skip
+    command = [PYTHON, SCRIPT, "--base", base, "--out", out, "--bits", str(bits), *flags]
+    two = {"GPTQMODEL_CPU_WORKERS": "2", "OMP_NUM_THREADS": "2", "PYTHONPATH": ""}  # fewer workers and it refuses
+    subprocess.run(command, check=True, timeout=280, cwd=tmp_path, env=os.environ | two)
     made = load_file(out / "expected.safetensors")
     (out / "expected.safetensors").unlink()
     weights = {name.removeprefix("weight/"): tensor for name, tensor in made.items() if name.startswith("weight/")}
@@ -48,4 +47,6 @@ def test_same_logits_as_gptqmodel(tmp_path: Path, bits: int, flags: list[str]) -
         assert answer.tokens == [int(wanted[-1].argmax())]
         found = torch.tensor([*answer.prompt_logprobs[1:], answer.logprobs[0]])
         following = torch.tensor([*prompt[1:], answer.tokens[0]])
-        assert (found - wanted.gather(1, following[:, None])[:, 0]).abs().max() < 0.01  # its kernel is in half precision, ours is not
+        assert (
+            found - wanted.gather(1, following[:, None])[:, 0]
+        ).abs().max() < 0.01  # its kernel is in half precision, ours is not

@@ -21,6 +21,7 @@ LIMITS = {  # seconds
     "offline-8b": 280,
     "serve-8b": 200, "demo": 90, "soak": 150,
     "micro-adapters-ordered": 150, "micro-decode_attention-adapters": 120, "offline-tiny": 100, "serve-tiny": 100,
+    "quant": 470,
 }  # fmt: skip
 DEFAULT = ("tests", "demo", "soak", "offline-7b", "serve-7b", "offline-8b", "serve-8b", "gates", "micro")
 
@@ -76,6 +77,10 @@ def run_stage(name: str, args: argparse.Namespace) -> dict[str, Any]:
         from perf.gpu import humming_sweep
 
         return humming_sweep.run()
+    if name == "quant":
+        from perf.gpu import quant_speed
+
+        return quant_speed.measure(quant_speed.options().parse_args([]))
     if name.startswith("serve-"):
         from perf.gpu import offline, serving
 

@@ -19,9 +19,9 @@ from inlaid.checkpoint import Checkpoint, CheckpointError, dequantize
 from inlaid.quant import quantize as rail
 from inlaid.quant.adapter import AdapterError
 from inlaid.quant.calibration import CalibrationError, CalibrationSettings
+from inlaid.quant.grid import Grid
 from inlaid.quant.quantize import add_task, quantize, remove_task
 from inlaid.quant.settings import Gate, Place, QuantizeError, Record, Settings, TaskSource, bank_path
-from inlaid.quant.solver import Grid
 from tests.quant.tiny import FAMILIES, write_adapter, write_base, write_data
 
 ANYWAY = Gate(force=True)  # random models fit nothing; the gate has tests of its own
