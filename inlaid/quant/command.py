@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from inlaid.checkpoint import BITS
-from inlaid.quant.aggregate import AGGREGATIONS
+from inlaid.quant.aggregate import AGGREGATIONS, LOSS_ROUNDS, MINIMAX_LOSS
 from inlaid.quant.bank import PRECISIONS
 from inlaid.quant.calibration import CalibrationSettings
 from inlaid.quant.grid import Grid
@@ -53,7 +53,13 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--refine", type=int, default=grid.refine, metavar="ROUNDS", help="fit steps and choose codes again so often"
     )
-    parser.add_argument("--aggregation", choices=AGGREGATIONS, default=settings.aggregation)
+    parser.add_argument(
+        "--aggregation",
+        choices=AGGREGATIONS,
+        default=settings.aggregation,
+        help=f"how the tasks' Hessians become one; {MINIMAX_LOSS} (the default) solves {LOSS_ROUNDS} times and "
+        "measures every task each time, the others solve once",
+    )
     parser.add_argument(
         "--highlight", type=float, default=calibration.highlight, help="what a token of an answer counts"
     )
@@ -66,7 +72,8 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sequential",
         action="store_true",
-        help="calibrate on quantized predecessors; adding a task later then runs every task again",
+        help="calibrate on quantized predecessors: every forward pass twice, nothing is banked, and adding or removing "
+        "a task runs all of them again",
     )
     parser.add_argument("--bank-precision", choices=PRECISIONS, default=settings.bank_precision)
     parser.add_argument(

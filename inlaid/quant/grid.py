@@ -44,6 +44,8 @@ class Grid:
     refine: int = 4
 
     def __post_init__(self) -> None:
+        if self.static_groups and not self.act_order:
+            raise SolverError("static groups are for act-order: give --act-order too, or leave --static-groups out")
         if self.refine < 0:
             raise SolverError(f"{self.refine} rounds of refinement: give 0 for none, or more")
         if self.damping < 0:

@@ -248,8 +248,12 @@ class _Job:
             partial = self._partial(number)
             facts = self._fill(partial)
             excess = (self._weighing_losses(self._opened(partial)) - full).clamp(min=0)
+            beaten: Path | None = partial
             if best is None or float(excess.max()) < best[0]:
+                beaten = best[1] if best is not None else None
                 best = float(excess.max()), partial, facts
+            if beaten is not None:  # two folders at most: a killed run solves beaten rounds again, to the same bits
+                shutil.rmtree(beaten)
             self.shares = raised(self.shares, excess)
         assert best is not None
         return best[1:]

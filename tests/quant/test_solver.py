@@ -168,5 +168,12 @@ def test_what_is_refused() -> None:
         solve(weight, hessian * torch.inf, Grid(4, 32))
     with pytest.raises(SolverError, match="Hessian is"):
         solve(weight, hessian[:32, :32], Grid(4, 32))
+    for wrong, words in (
+        ({"static_groups": True}, "act-order"),
+        ({"refine": -1}, "rounds"),
+        ({"damping": -1}, "or more"),
+    ):
+        with pytest.raises(SolverError, match=words):
+            replace(Grid(4, 32), **wrong)
     with pytest.raises(SolverError, match="too large"):
         solve(weight * 1e7, hessian, Grid(4, 32))
