@@ -5,7 +5,7 @@ rtn                  rounding to nearest, no data
 gptq                 GPTQ on text that belongs to no task
 gptq-mixed           GPTQ on all tasks' data mixed, no adapter attached
 awq                  AWQ-style scaling on the same data; kept as plain weights, since a GPTQ file has no place for it
-mlgptq-AGGREGATION   one Hessian for each task, its adapter attached, aggregated so (minimax, max, mean, ...)
+mlgptq-AGGREGATION   one Hessian for each task, its adapter attached, aggregated so (minimax-loss, max, mean, ...)
 NAME=PATH            a folder made elsewhere
 """
 
@@ -40,7 +40,7 @@ from inlaid.quant.quantize import quantize
 from inlaid.quant.settings import Gate, Settings, TaskSource
 from inlaid.quant.solver import round_to_nearest
 
-DEFAULT = ("fp16", "rtn", "gptq", "gptq-mixed", "awq", "mlgptq-max", "mlgptq-minimax", "mlgptq-trace-mean")
+DEFAULT = ("fp16", "rtn", "gptq", "gptq-mixed", "awq", "mlgptq-max", "mlgptq-mean", "mlgptq-minimax-loss")
 GENERIC = Path(__file__).with_name("generic.jsonl")
 WITHOUT_DATA = ("rtn", "gptq")
 

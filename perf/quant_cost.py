@@ -139,6 +139,8 @@ def main() -> None:
         "weights_mib_by_depth": {depth: block * depth for depth in peaks},
         "device": platform.processor() or platform.machine(),
         "torch": torch.__version__,
+        "command": f"python -m perf.quant_cost {' '.join(sys.argv[1:])}",
+        "malloc": GIVE_BACK,
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
