@@ -109,4 +109,4 @@ def _weighted_error(rows_GN: Tensor, importance_G: Tensor, scale_N: Tensor, zero
 
 
 def nearest_codes(w: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
-    return torch.round(w / scale).add_(zero).clamp_(0, max_code)
+    return (w / scale).round_().add_(zero).clamp_(0, max_code)

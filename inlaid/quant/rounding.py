@@ -32,11 +32,12 @@ def round_block(
     changes `target_BN` and `codes_BN`.
     """
     errors_BN = torch.empty_like(target_BN)
-    for i in range(len(target_BN)):
-        code_N = nearest_codes(target_BN[i], scale_BN[i], zero_BN[i], max_code)
-        torch.sub(origin_BN[i], (code_N - zero_BN[i]) * scale_BN[i], out=errors_BN[i])
-        target_BN[i + 1 :].addr_(spread_BB[i, i + 1 :], errors_BN[i], alpha=-1)
-        codes_BN[i] = code_N
+    rows = zip(target_BN, scale_BN, zero_BN, codes_BN, origin_BN, errors_BN, spread_BB, strict=True)
+    for i, (target_N, scale_N, zero_N, code_N, origin_N, error_N, spread_B) in enumerate(rows, 1):
+        value_N = nearest_codes(target_N, scale_N, zero_N, max_code)
+        code_N.copy_(value_N)
+        torch.sub(origin_N, value_N.sub_(zero_N).mul_(scale_N), out=error_N)
+        target_BN[i:].addr_(spread_B[i:], error_N, alpha=-1)
     return errors_BN
 
 
