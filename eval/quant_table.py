@@ -7,7 +7,11 @@ the bound that nobody can share: a base quantized for each task alone. What coun
 An answer is right if greedy decoding gives it. One forward pass over prompt and reference tells: if every token of the
 reference is the likeliest after those before it, greedy decoding writes just that. Where a task accepts other answers
 too (programs, final numbers), those that fail are generated and judged by the task's own metric (`--no-generate` counts
-them as wrong, which is stricter and quicker).
+them as wrong, which is stricter and quicker). The loss of a whole answer, in nats, tells quantizers apart where few
+answers change.
+
+All quantizers but rounding and AWQ-style scaling have the same grids, act-order and refinement; these two keep groups
+in place, and AWQ's scales have no place in a GPTQ file.
 
 Weights are swapped in memory; what `inlaid quantize` writes dequantizes to the same numbers (tests hold it to that).
 """
@@ -15,14 +19,19 @@ Weights are swapped in memory; what `inlaid quantize` writes dequantizes to the 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import multiprocessing
+import os
+import platform
 import random
 import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -35,17 +44,20 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import scoring
-from inlaid.checkpoint import Checkpoint
+from inlaid.checkpoint import Checkpoint, hash_file
 from inlaid.quant.adapter import NO_ADAPTER, Adapter, read_adapter
 from inlaid.quant.aggregate import AGGREGATIONS, LOSS_ROUNDS, MINIMAX_LOSS, TaskHessian, raised, solve_together
 from inlaid.quant.baselines import scaled_weight
 from inlaid.quant.blocks import BlockModel
 from inlaid.quant.calibration import CalibrationSettings, Sequence, batches, encode, load_calibration
+from inlaid.quant.grid import Grid
 from inlaid.quant.hessian import block_hessians
-from inlaid.quant.solver import Grid, round_to_nearest, solve
+from inlaid.quant.settings import Settings
+from inlaid.quant.solver import round_to_nearest, solve
 
 Hessians = dict[str, Tensor]  # site -> E[x xᵀ]
 Weights = dict[str, Tensor]  # linear -> [N, K]
+Judged = dict[str, tuple[float, float]]  # task -> points, nats an answer
 EXACT = "exact_match"
 BOUND = "per-task (bound)"
 FULL = "16-bit"
@@ -61,18 +73,21 @@ class Options:
     seeds: tuple[int, ...] = (0, 1, 2)
     examples: int = 256
     generate: bool = True
-    calibration_examples: int = 64
+    calibration_examples: int = 96  # all that `inlaid quantize` does not hold out
+    weighing: int = 24  # of them, what minimax-loss measures
     group_sizes: tuple[int, ...] = (128, 128, 32)
     symmetric: bool = False
-    act_order: bool = False
+    act_order: bool | None = None  # None: as `inlaid quantize` does at that width
     clip: bool = True
+    refine: int = Grid().refine
     highlights: tuple[float, ...] = (1.0,)
     aggregations: tuple[str, ...] = AGGREGATIONS
     device: str = "cpu"
 
     def grid(self, bits: int) -> Grid:
-        group_size = self.group_sizes[self.bits.index(bits)]
-        return Grid(bits, group_size, self.symmetric, self.act_order, self.act_order, self.clip)
+        grid = Grid.of_width(bits, self.group_sizes[self.bits.index(bits)])
+        act_order = grid.act_order if self.act_order is None else self.act_order
+        return replace(grid, symmetric=self.symmetric, act_order=act_order, clip=self.clip, refine=self.refine)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,16 +111,22 @@ class Cell:
     points: dict[str, dict[str, float]]
     losses: dict[str, dict[str, float]]
 
+    def note(self, variant: str, judged: Judged) -> None:
+        self.points.setdefault(variant, {}).update({task: points for task, (points, _) in judged.items()})
+        self.losses.setdefault(variant, {}).update({task: loss for task, (_, loss) in judged.items()})
+
 
 @dataclass(frozen=True)
 class Job:
-    """One base to be solved: by a variant for all tasks, or (the bound) for one task alone."""
+    """One base to be solved and judged: by a variant for all tasks, or (the bound) for one task alone. One that is
+    weighed is measured on calibration data instead, for the next round of minimax-loss."""
 
     seed: int
     bits: int
     variant: str
     task: str = ""
     shares: tuple[float, ...] = ()
+    weighed: bool = False
 
 
 class Bench:
@@ -122,7 +143,7 @@ class Bench:
             if isinstance(module, torch.nn.Linear) and name != "lm_head"
         }
         self.original = {name: linear.weight.detach().clone() for name, linear in self.linears.items()}
-        self.batch_tokens = 65_536 if options.device.startswith("cuda") else 16_384
+        self.batch_tokens = 65_536 if options.device.startswith("cuda") else 1_536
         described = json.loads(Path(options.tasks).read_text())
         self.tasks = [self._task(name, about) for name, about in described.items()]
         self.calibration_files = {name: Path(about["splits"]["calibration"]) for name, about in described.items()}
@@ -134,36 +155,35 @@ class Bench:
         adapter = read_adapter(Path(about["adapter"]))
         return EvalTask(name, about["metric"], about["max_tokens"], adapter, examples, encoded)
 
+    def calibration(self, seed: int) -> dict[str, tuple[Sequence, ...]]:
+        """What `inlaid quantize` would fit each task on."""
+        settings, count = CalibrationSettings(seed=seed), self.options.calibration_examples
+        return {
+            name: load_calibration(file, self.tokenizer, settings).fitting[:count]
+            for name, file in self.calibration_files.items()
+        }
+
     @torch.no_grad()
-    def answer_losses(self, weights: Weights, drawn: dict[str, tuple[Sequence, ...]]) -> Tensor:
-        """Nats an answer of each task, names sorted, on some of its calibration data."""
+    def weigh(self, weights: Weights, seed: int) -> Judged:
+        """Nats an answer of each task on some of its calibration data."""
         self._swap(weights)
-        found = []
-        for task in sorted(self.tasks, key=lambda task: task.name):
-            total = 0.0
+        found = {}
+        drawn = self.calibration(seed)
+        for task in self.tasks:
             with task.adapter.attached(self.model, ""):
-                for batch in batches(drawn[task.name], max_tokens=self.batch_tokens):
-                    ids_BS, wanted_BS = batch.ids_BS.to(self.model.device), batch.answer_BS[:, 1:].to(self.model.device)
-                    logits_TV = self.model(input_ids=ids_BS, use_cache=False).logits[:, :-1][wanted_BS]
-                    total += float(
-                        torch.nn.functional.cross_entropy(logits_TV, ids_BS[:, 1:][wanted_BS], reduction="sum")
-                    )
-            found.append(total / len(drawn[task.name]))
-        return torch.tensor(found, dtype=torch.float64)
+                right, loss = self._greedy_matches(list(drawn[task.name][: self.options.weighing]))
+            found[task.name] = 100 * sum(right) / len(right), loss
+        return found
 
     def _swap(self, weights: Weights) -> None:
         for name, linear in self.linears.items():
             linear.weight.data = weights.get(name, self.original[name]).to(linear.weight)
 
     @torch.no_grad()
-    def judge(self, cell: Cell, variant: str, weights: Weights, task_name: str = "") -> None:
-        """Note the metric and the loss of each task with these weights in place of the base's."""
+    def judge(self, weights: Weights, task_name: str = "") -> Judged:
+        """The metric and the loss of each task (or of one) with these weights in place of the base's."""
         self._swap(weights)
-        for task in self.tasks:
-            if task_name in ("", task.name):
-                points, loss = self._judge(task)
-                cell.points.setdefault(variant, {})[task.name] = points
-                cell.losses.setdefault(variant, {})[task.name] = loss
+        return {task.name: self._judge(task) for task in self.tasks if task_name in ("", task.name)}
 
     def _judge(self, task: EvalTask) -> tuple[float, float]:
         with task.adapter.attached(self.model, ""):
@@ -222,18 +242,15 @@ class Moments:
     tokens: dict[float, dict[str, float]]
     mixed: Hessians  # all tasks' data, no adapter
     generic: Hessians  # chat and running text, no adapter
-    drawn: dict[str, tuple[Sequence, ...]]
 
 
-def collect(options: Options, bench: Bench, seed: int) -> Moments:
-    """Run every task's calibration data through the 16-bit base, block by block."""
+def collect(folder: str, options: Options, seed: int) -> int:
+    """Run every task's calibration data through the 16-bit base, block by block, unless that was done before."""
+    if Path(_file(folder, seed)).exists():
+        return seed
+    bench = _bench(options)
     model = BlockModel(Checkpoint(options.base), options.device)
-    settings = CalibrationSettings(seed=seed)
-    drawn = {
-        task.name: load_calibration(bench.calibration_files[task.name], bench.tokenizer, settings).fitting
-        for task in bench.tasks
-    }
-    drawn = {name: sequences[: options.calibration_examples] for name, sequences in drawn.items()}
+    drawn = bench.calibration(seed)
     members: dict[str, list[str]] = {}
 
     def run(adapter: Adapter, sequences: tuple[Sequence, ...], highlight: float) -> tuple[Hessians, float]:
@@ -259,7 +276,33 @@ def collect(options: Options, bench: Bench, seed: int) -> Moments:
         NO_ADAPTER, generic_sequences(bench.tokenizer, len(bench.tasks) * options.calibration_examples, seed), 1.0
     )
     original = {name: weight.cpu() for name, weight in bench.original.items()}
-    return Moments(original, members, of_task, tokens, mixed, generic, drawn)
+    moments = Moments(original, members, of_task, tokens, mixed, generic)
+    save_moments(moments, f"{_file(folder, seed)}.partial")
+    os.replace(f"{_file(folder, seed)}.partial", _file(folder, seed))
+    return seed
+
+
+def _file(folder: str, seed: int) -> str:
+    return f"{folder}/{seed}.safetensors"
+
+
+def _kept(options: Options, keep: Path | None, temporary: str) -> str:
+    """Where Hessians lie: a folder whose name holds a hash of all that they depend on, or one for this run alone."""
+    if keep is None:
+        return temporary
+    tasks = json.loads(Path(options.tasks).read_text()).values()
+    parts = [[read_adapter(Path(a["adapter"])).identity, hash_file(Path(a["splits"]["calibration"]))] for a in tasks]
+    facts = [Checkpoint(options.base).fingerprint(), options.calibration_examples, options.highlights, parts]
+    folder = keep / hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder)
+
+
+@cache
+def _bench(options: Options) -> Bench:
+    """A worker makes it once."""
+    torch.set_num_threads(1)
+    return Bench(options)
 
 
 def generic_sequences(tokenizer: Any, count: int, seed: int) -> tuple[Sequence, ...]:
@@ -272,18 +315,23 @@ def generic_sequences(tokenizer: Any, count: int, seed: int) -> tuple[Sequence, 
     return tuple(Sequence(tuple(ids), 0) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
 
 
-def solve_job(folder: str, options: Options, job: Job) -> tuple[Job, dict[str, Any]]:
-    """Solve every site as a job asks. Runs in a worker, without a GPU; weights come back as arrays."""
-    torch.set_num_threads(1)
-    moments = _moments(f"{folder}/{job.seed}.safetensors")
-    weights: dict[str, Any] = {}
+def work(folder: str, options: Options, job: Job) -> tuple[Job, Judged]:
+    """Solve a base and judge it. Runs in a worker."""
+    bench = _bench(options)
+    weights = {} if job.variant == FULL else solve_base(options, _moments(_file(folder, job.seed)), job)
+    return job, bench.weigh(weights, job.seed) if job.weighed else bench.judge(weights, job.task)
+
+
+def solve_base(options: Options, moments: Moments, job: Job) -> Weights:
+    """Every site as a job asks."""
+    weights: Weights = {}
     for site, names in moments.members.items():
         together_KN = torch.cat([moments.original[name].T for name in names], dim=1)
         quantized_KN = solve_site(options, moments, job, together_KN, site)
         sizes = [moments.original[name].shape[0] for name in names]
         for name, part_KN in zip(names, quantized_KN.split(sizes, dim=1), strict=True):
-            weights[name] = part_KN.T.contiguous().numpy()
-    return job, weights
+            weights[name] = part_KN.T.contiguous()
+    return weights
 
 
 def save_moments(moments: Moments, path: str) -> None:
@@ -309,16 +357,17 @@ def _moments(path: str) -> Moments:
         about = {name: json.loads(text) for name, text in file.metadata().items()}
     tokens = {float(highlight): counts for highlight, counts in about["tokens"].items()}
     of_task = {h: {task: parts[f"task {h!r} {task}"] for task in counts} for h, counts in tokens.items()}
-    return Moments(parts["original"], about["members"], of_task, tokens, parts["mixed"], parts["generic"], {})
+    return Moments(parts["original"], about["members"], of_task, tokens, parts["mixed"], parts["generic"])
 
 
 def solve_site(options: Options, moments: Moments, job: Job, weight_KN: Tensor, site: str) -> Tensor:
     """One site by one quantizer."""
     grid = options.grid(job.bits)
+    in_place = replace(grid, act_order=False)
     if job.variant == "rtn":
-        return round_to_nearest(weight_KN, grid).weight_KN()
+        return round_to_nearest(weight_KN, in_place).weight_KN()
     if job.variant == "awq":
-        return scaled_weight(weight_KN, moments.mixed[site], grid)
+        return scaled_weight(weight_KN, moments.mixed[site], in_place)
     alone = {"gptq-generic": moments.generic, "gptq-mixed": moments.mixed}
     if job.task:
         alone[BOUND] = moments.of_task[options.highlights[0]][job.task]
@@ -350,75 +399,123 @@ def _parts(variant: str) -> tuple[str, float]:
 
 
 class Run:
-    """The bench on the device, the workers beside it, and what is known so far."""
+    """The workers, and what is known so far."""
 
     def __init__(self, options: Options, folder: str, pool: Any, out: Path) -> None:
         self.options, self.folder, self.pool, self.out = options, folder, pool, out
-        self.bench = Bench(options)
+        self.start = time.perf_counter()
         self.cells = {(seed, bits): Cell(seed, bits, {}, {}) for bits in options.bits for seed in options.seeds}
-        self.drawn: dict[int, dict[str, tuple[Sequence, ...]]] = {}
+        self.tasks = sorted(json.loads(Path(options.tasks).read_text()))
 
     def measure(self) -> None:
-        full = Cell(0, 16, {}, {})
-        self.bench.judge(full, FULL, {})
-        for cell in self.cells.values():
-            cell.points.update(full.points)
-            cell.losses.update(full.losses)
-        for seed in tqdm(self.options.seeds, desc="Hessians of a seed"):
-            moments = collect(self.options, self.bench, seed)
-            save_moments(moments, f"{self.folder}/{seed}.safetensors")
-            self.drawn[seed] = moments.drawn
-        shared = [name for name in variants(self.options) if not name.startswith(f"mlgptq {MINIMAX_LOSS}")]
-        jobs = [Job(seed, bits, name) for seed, bits in self.cells for name in shared]
-        jobs += [Job(seed, bits, BOUND, task.name) for seed, bits in self.cells for task in self.bench.tasks]
-        for job, weights in self._solved(jobs, "solving and judging"):
-            self.bench.judge(self.cells[job.seed, job.bits], job.variant, weights, job.task)
-            self.write()
-        if MINIMAX_LOSS in self.options.aggregations:
-            for highlight in self.options.highlights:
+        options = self.options
+        collected = self.pool.imap_unordered(partial(collect, self.folder, options), options.seeds)
+        list(tqdm(collected, total=len(options.seeds), desc="Hessians of a seed"))
+        shared = [name for name in variants(options) if name != "rtn" and MINIMAX_LOSS not in name]
+        jobs = [Job(options.seeds[0], 16, FULL)]
+        jobs += [Job(options.seeds[0], bits, "rtn") for bits in options.bits]  # no data, so no seed either
+        jobs += [Job(*key, name) for key in self.cells for name in shared]
+        jobs += [Job(*key, BOUND, task) for key in self.cells for task in self.tasks]
+        self._judge(jobs, "solving and judging")
+        if MINIMAX_LOSS in options.aggregations:
+            for highlight in options.highlights:
                 self._minimax_loss(_name(MINIMAX_LOSS, highlight))
 
-    def _minimax_loss(self, variant: str) -> None:
-        """Its rounds, for every seed and bit width at once."""
-        count = len(self.bench.tasks)
-        full = {seed: self.bench.answer_losses({}, drawn) for seed, drawn in self.drawn.items()}
-        shares = {key: torch.ones(count, dtype=torch.float64) / count for key in self.cells}
-        best: dict[tuple[int, int], float] = {}
-        for number in range(LOSS_ROUNDS):
-            jobs = [Job(*key, variant, shares=tuple(shares[key].tolist())) for key in self.cells]
-            for job, weights in self._solved(jobs, f"{variant}, round {number + 1}"):
-                key = job.seed, job.bits
-                excess = (self.bench.answer_losses(weights, self.drawn[job.seed]) - full[job.seed]).clamp(min=0)
-                if key not in best or float(excess.max()) < best[key]:
-                    best[key] = float(excess.max())
-                    self.bench.judge(self.cells[key], variant, weights)
-                    self.write()
-                shares[key] = raised(shares[key], excess)
+    def _judge(self, jobs: list[Job], title: str) -> None:
+        for job, judged in self._done(jobs, title):
+            for cell in self.cells.values():
+                if (job.variant == FULL or cell.bits == job.bits) and (
+                    job.variant in (FULL, "rtn") or cell.seed == job.seed
+                ):
+                    cell.note(job.variant, judged)
+            self.write()
 
-    def _solved(self, jobs: list[Job], title: str) -> Iterator[tuple[Job, Weights]]:
-        work = partial(solve_job, self.folder, self.options)
-        for job, arrays in tqdm(self.pool.imap_unordered(work, jobs), total=len(jobs), desc=title):
-            yield job, {name: torch.from_numpy(array) for name, array in arrays.items()}
+    def _minimax_loss(self, variant: str) -> None:
+        """Its rounds, for every seed and bit width at once; the best of each is solved once more, to be judged."""
+        weighed = self._done([Job(seed, 16, FULL, weighed=True) for seed in self.options.seeds], "weighing 16 bits")
+        full = {job.seed: self._losses(judged) for job, judged in weighed}
+        shares = {key: torch.ones(len(self.tasks), dtype=torch.float64) / len(self.tasks) for key in self.cells}
+        best: dict[tuple[int, int], tuple[float, Job]] = {}
+        for number in range(LOSS_ROUNDS):
+            jobs = [Job(*key, variant, shares=tuple(shares[key].tolist()), weighed=True) for key in self.cells]
+            for job, judged in self._done(jobs, f"{variant}, round {number + 1}"):
+                key = job.seed, job.bits
+                excess = (self._losses(judged) - full[job.seed]).clamp(min=0)
+                if key not in best or float(excess.max()) < best[key][0]:
+                    best[key] = float(excess.max()), replace(job, weighed=False)
+                shares[key] = raised(shares[key], excess)
+        self._judge([job for _, job in best.values()], f"{variant}, judging")
+
+    def _losses(self, judged: Judged) -> Tensor:
+        return torch.tensor([judged[name][1] for name in self.tasks], dtype=torch.float64)
+
+    def _done(self, jobs: list[Job], title: str) -> Iterator[tuple[Job, Judged]]:
+        done = self.pool.imap_unordered(partial(work, self.folder, self.options), jobs)
+        return iter(tqdm(done, total=len(jobs), desc=title))
 
     def write(self) -> None:
         """The figures and the table, as far as they are known: a run cut short keeps what it had."""
-        cells = [cell for cell in self.cells.values() if len(cell.points) > 1]
+        cells = [cell for cell in self.cells.values() if FULL in cell.points and len(cell.points) > 1]
         self.out.parent.mkdir(parents=True, exist_ok=True)
         about = {
             "options": asdict(self.options),
+            "command": f"python -m eval.quant_table {' '.join(sys.argv[1:])}",
             "commit": _commit(),
             "base": Checkpoint(self.options.base).fingerprint(),
             "device": torch.cuda.get_device_name() if self.options.device.startswith("cuda") else "cpu",
+            "cpu": f"{platform.machine()}, {os.cpu_count()} cores",
             "torch": torch.__version__,
+            "seconds": round(time.perf_counter() - self.start),
         }
         figures = about | {"cells": [asdict(cell) for cell in cells]}
         self.out.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
-        head = f"# Quantizers on the demo's twelve tasks\n\n{__doc__}\nOptions: `{asdict(self.options)}`\n"
-        self.out.with_suffix(".md").write_text(head + table(self.options, cells))
+        made = (
+            f"`{about['command']}` at commit {str(about['commit'])[:12]}, {about['cpu']}, {about['device']}, "
+            f"torch {about['torch']}, {about['seconds']} s; base {str(about['base'])[:12]}; "
+            f"{self.options.examples} eval examples a task."
+        )
+        head = f"# Quantizers on the demo's twelve tasks\n\n{__doc__}\nMade by {made}\n"
+        self.out.with_suffix(".md").write_text(head + verdict(self.options, cells) + table(self.options, cells))
 
 
 def _held(hessian_KK: Tensor, tokens: float, share: float = 1.0) -> TaskHessian:
     return TaskHessian(lambda: hessian_KK, tokens, share)
+
+
+def verdict(options: Options, cells: list[Cell]) -> str:
+    """Who wins on the worst task at each width, and where the default stands between mixed data and the bound."""
+    default = _name(Settings().aggregation, options.highlights[0])
+    lines = [
+        "\n## The worst task\n",
+        "Mean over seeds (range) of what the worst task loses; the default is "
+        f"`{Settings().aggregation}`. The last columns say whether its worst seed is better than mixed data's best "
+        "seed, and how much of the way from mixed data to the per-task bound it covers.\n",
+        "| bits | in | best aggregation | default | gptq-mixed | bound | better at every seed | of the way |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for bits in options.bits:
+        of_bits = [cell for cell in cells if cell.bits == bits]
+        for unit, digits in (("points", 2), ("nats", 3)):
+            worst = {name: _worst(of_bits, name, unit) for name in [*variants(options), BOUND]}
+            if not all(len(worst[name]) == len(options.seeds) for name in (default, "gptq-mixed", BOUND)):
+                continue
+            means = {name: _mean(seeds) for name, seeds in worst.items() if name.startswith("mlgptq") and seeds}
+            best = min(means, key=means.__getitem__)
+            mixed, ours, bound = worst["gptq-mixed"], worst[default], worst[BOUND]
+            way = f"{(_mean(mixed) - _mean(ours)) / (_mean(mixed) - _mean(bound)):.0%}" if mixed != bound else "no way"
+            columns = [f"{best.removeprefix('mlgptq ')} {_spread(worst[best], digits)}"]
+            columns += [_spread(one, digits) for one in (ours, mixed, bound)]
+            columns += ["yes" if max(ours) < min(mixed) else "no", way]
+            lines.append(f"| {bits} | {unit} | " + " | ".join(columns) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _worst(cells: list[Cell], name: str, unit: str) -> list[float]:
+    """What the worst task loses under a variant, at each seed that has been judged whole."""
+    done = [cell for cell in cells if len(cell.points.get(name, {})) == len(cell.points[FULL])]
+    if unit == "points":
+        return [_lost(cell.points[FULL], cell.points[name])[1] for cell in done]
+    return [_lost(cell.losses[name], cell.losses[FULL])[1] for cell in done]
 
 
 def table(options: Options, cells: list[Cell]) -> str:
@@ -449,7 +546,7 @@ def _lost(more: dict[str, float], less: dict[str, float]) -> tuple[float, float,
     """Average difference, the worst one and the task that has it."""
     lost = {name: more[name] - less[name] for name in more}
     worst = max(lost, key=lambda name: lost[name])
-    return _mean(lost.values()), lost[worst], worst
+    return _mean(lost.values()), lost[worst], worst if lost[worst] > 0 else "none"
 
 
 def _columns(found: list[tuple[float, float, str]], digits: int) -> str:
@@ -467,7 +564,7 @@ def _mean(values: Collection[float]) -> float:
     return sum(values) / len(values)
 
 
-def parse() -> tuple[Options, Path, int]:
+def parse() -> tuple[Options, Path, int, Path | None]:
     default = Options()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--base", default=default.base)
@@ -482,6 +579,8 @@ def parse() -> tuple[Options, Path, int]:
         help="judge programs and final numbers by generating; without, they must equal the reference",
     )
     parser.add_argument("--calibration-examples", type=int, default=default.calibration_examples)
+    parser.add_argument("--weighing", type=int, default=default.weighing, help="sequences a task for minimax-loss")
+    parser.add_argument("--refine", type=int, default=default.refine, help="rounds of refinement")
     parser.add_argument(
         "--group-sizes", type=int, nargs="+", default=default.group_sizes, help="one for each of --bits"
     )
@@ -491,20 +590,20 @@ def parse() -> tuple[Options, Path, int]:
     parser.add_argument("--highlights", type=float, nargs="+", default=default.highlights)
     parser.add_argument("--aggregations", nargs="+", choices=AGGREGATIONS, default=default.aggregations)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=2, help="processes that solve")
+    parser.add_argument("--workers", type=int, default=2, help="processes that solve and judge")
+    parser.add_argument("--keep", type=Path, help="folder that Hessians are kept in, and found in by the next run")
     parser.add_argument("--out", type=Path, default=Path("eval/results/quant-demo"), help="without its ending")
     args = vars(parser.parse_args())
-    out, workers = args.pop("out"), args.pop("workers")
+    out, workers, keep = args.pop("out"), args.pop("workers"), args.pop("keep")
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in args.items()}
-    return Options(**values), out, workers
+    return Options(**values), out, workers, keep
 
 
 def main() -> None:
-    options, out, workers = parse()
-    torch.set_num_threads(1)
+    options, out, workers, keep = parse()
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder, context.Pool(workers) as pool:
-        Run(options, folder, pool, out).measure()
+        Run(options, _kept(options, keep, folder), pool, out).measure()
     print(out.with_suffix(".md").read_text())
 
 

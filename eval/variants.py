@@ -5,7 +5,7 @@ rtn                  rounding to nearest, no data
 gptq                 GPTQ on text that belongs to no task
 gptq-mixed           GPTQ on all tasks' data mixed, no adapter attached
 awq                  AWQ-style scaling on the same data; kept as plain weights, since a GPTQ file has no place for it
-mlgptq-AGGREGATION   one Hessian for each task, its adapter attached, aggregated so (minimax, max, mean, ...)
+mlgptq-AGGREGATION   one Hessian for each task, its adapter attached, aggregated so (minimax-loss, max, mean, ...)
 NAME=PATH            a folder made elsewhere
 """
 
@@ -18,7 +18,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,13 @@ from inlaid.quant.aggregate import AGGREGATIONS, TaskHessian, combine
 from inlaid.quant.baselines import scaled_weight
 from inlaid.quant.blocks import BlockModel
 from inlaid.quant.calibration import CalibrationSettings, batches, load_calibration
+from inlaid.quant.grid import Grid
 from inlaid.quant.hessian import block_hessians
 from inlaid.quant.quantize import quantize
 from inlaid.quant.settings import Gate, Settings, TaskSource
-from inlaid.quant.solver import Grid, round_to_nearest
+from inlaid.quant.solver import round_to_nearest
 
-DEFAULT = ("fp16", "rtn", "gptq", "gptq-mixed", "awq", "mlgptq-max", "mlgptq-minimax", "mlgptq-trace-mean")
+DEFAULT = ("fp16", "rtn", "gptq", "gptq-mixed", "awq", "mlgptq-max", "mlgptq-mean", "mlgptq-minimax-loss")
 GENERIC = Path(__file__).with_name("generic.jsonl")
 WITHOUT_DATA = ("rtn", "gptq")
 
@@ -107,7 +108,7 @@ class Variants:
             raise VariantError(f"variant {name} needs tasks that have an adapter and name a `calibration` file")
 
     def _grid(self, bits: int) -> Grid:
-        return Grid(bits=bits, group_size=self.group_size)
+        return Grid.of_width(bits, self.group_size)
 
     def _key(self, name: str, bits: int) -> str:
         """Everything that the folder's content depends on."""
@@ -124,7 +125,7 @@ class Variants:
 
     def _make(self, name: str, grid: Grid, out: Path) -> None:
         if name == "rtn":
-            self._round(grid, out)
+            self._round(replace(grid, act_order=False), out)
         elif name == "awq":
             self._scale(grid, out)
         elif name == "gptq":

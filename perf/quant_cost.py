@@ -27,9 +27,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from inlaid.quant import quantize as rail
+from inlaid.quant.grid import Grid
 from inlaid.quant.quantize import add_task, quantize
 from inlaid.quant.settings import Gate, Place, Settings, TaskSource
-from inlaid.quant.solver import Grid
 
 DEMO = Path("models/demo")
 BLOCK = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 8}
@@ -139,6 +139,8 @@ def main() -> None:
         "weights_mib_by_depth": {depth: block * depth for depth in peaks},
         "device": platform.processor() or platform.machine(),
         "torch": torch.__version__,
+        "command": f"python -m perf.quant_cost {' '.join(sys.argv[1:])}",
+        "malloc": GIVE_BACK,
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -28,12 +28,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inlaid.quant.solver import Grid, Solution, reconstruction_error, solve
+from inlaid.quant.grid import Grid
+from inlaid.quant.solver import Solution, reconstruction_error, solve
 
 MINIMAX_LOSS = "minimax-loss"
 AGGREGATIONS = ("minimax", MINIMAX_LOSS, "mean", "trace-mean", "sum", "max-diag", "max", "max-clip")
 ROUNDS = 5
-LOSS_ROUNDS = 4
+LOSS_ROUNDS = 6
 STEP = 1.0
 
 

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from inlaid.quant.solver import Grid, reconstruction_error, round_to_nearest
+from inlaid.quant.grid import Grid
+from inlaid.quant.solver import reconstruction_error, round_to_nearest
 
 STEPS = 20
 

@@ -7,18 +7,19 @@ import errno
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from inlaid.checkpoint import BITS
-from inlaid.quant.aggregate import AGGREGATIONS
+from inlaid.quant.aggregate import AGGREGATIONS, LOSS_ROUNDS, MINIMAX_LOSS
 from inlaid.quant.bank import PRECISIONS
 from inlaid.quant.calibration import CalibrationSettings
+from inlaid.quant.grid import Grid
 from inlaid.quant.quantize import add_task, quantize, remove_task
 from inlaid.quant.settings import DTYPES, Gate, Place, Record, Settings, TaskSource, bank_path
-from inlaid.quant.solver import Grid
 
 Progress = Callable[[str, int, int], None]
 
@@ -38,13 +39,27 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bits", type=int, choices=BITS, default=grid.bits)
     parser.add_argument("--group-size", type=int, default=grid.group_size, help="inputs that share a scale; -1: all")
     parser.add_argument("--symmetric", action=argparse.BooleanOptionalAction, default=grid.symmetric)
-    parser.add_argument("--act-order", action="store_true", help="choose the inputs that matter most first")
+    parser.add_argument(
+        "--act-order",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="groups gather inputs that are alike; serving then permutes the inputs; default: at 3 and 2 bits",
+    )
     parser.add_argument("--static-groups", action="store_true", help="with --act-order: groups stay in place")
     parser.add_argument(
         "--clip", action=argparse.BooleanOptionalAction, default=grid.clip, help="search each group's range"
     )
     parser.add_argument("--damping", type=float, default=grid.damping, help="share of the Hessian's mean diagonal")
-    parser.add_argument("--aggregation", choices=AGGREGATIONS, default=settings.aggregation)
+    parser.add_argument(
+        "--refine", type=int, default=grid.refine, metavar="ROUNDS", help="fit steps and choose codes again so often"
+    )
+    parser.add_argument(
+        "--aggregation",
+        choices=AGGREGATIONS,
+        default=settings.aggregation,
+        help=f"how the tasks' Hessians become one; {MINIMAX_LOSS} (the default) solves {LOSS_ROUNDS} times and "
+        "measures every task each time, the others solve once",
+    )
     parser.add_argument(
         "--highlight", type=float, default=calibration.highlight, help="what a token of an answer counts"
     )
@@ -57,7 +72,8 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sequential",
         action="store_true",
-        help="calibrate on quantized predecessors; adding a task later then runs every task again",
+        help="calibrate on quantized predecessors: every forward pass twice, nothing is banked, and adding or removing "
+        "a task runs all of them again",
     )
     parser.add_argument("--bank-precision", choices=PRECISIONS, default=settings.bank_precision)
     parser.add_argument(
@@ -72,15 +88,26 @@ def run_quantize(args: argparse.Namespace) -> int:
     def job(progress: Progress) -> Record:
         place = _place(args, progress)
         dtype = args.dtype or ("float16" if place.device.startswith("cuda") else "float32")
-        grid = Grid(
-            args.bits, args.group_size, args.symmetric, args.act_order, args.static_groups, args.clip, args.damping
-        )
+        grid = _grid(args)
         calibration = CalibrationSettings(args.max_tokens, args.max_length, args.held_out, args.highlight, args.seed)
         settings = Settings(grid, calibration, args.aggregation, args.sequential, args.bank_precision, dtype)
         sources = [TaskSource.parse(text) for text in args.task]
         return quantize(args.base, sources, settings, args.out, place, Gate(args.tolerance, args.force))
 
     return _attempt(lambda: _shown(job))
+
+
+def _grid(args: argparse.Namespace) -> Grid:
+    grid = Grid.of_width(args.bits, args.group_size)
+    return replace(
+        grid,
+        symmetric=args.symmetric,
+        act_order=grid.act_order if args.act_order is None else args.act_order,
+        static_groups=args.static_groups,
+        clip=args.clip,
+        damping=args.damping,
+        refine=args.refine,
+    )
 
 
 def add_task_arguments(parser: argparse.ArgumentParser) -> None:

@@ -238,7 +238,7 @@ class _Job:
 
     def _candidate(self) -> tuple[Path, list[dict[str, Any]]]:
         """The finished folder that is to take the output's place, and what its sites cost."""
-        if self.settings.aggregation != MINIMAX_LOSS:
+        if self.settings.aggregation != MINIMAX_LOSS or len(self.tasks) == 1:
             partial = self._partial()
             return partial, self._fill(partial)
         full = self._weighing_losses(self.model)
@@ -248,8 +248,12 @@ class _Job:
             partial = self._partial(number)
             facts = self._fill(partial)
             excess = (self._weighing_losses(self._opened(partial)) - full).clamp(min=0)
+            beaten: Path | None = partial
             if best is None or float(excess.max()) < best[0]:
+                beaten = best[1] if best is not None else None
                 best = float(excess.max()), partial, facts
+            if beaten is not None:  # two folders at most: a killed run solves beaten rounds again, to the same bits
+                shutil.rmtree(beaten)
             self.shares = raised(self.shares, excess)
         assert best is not None
         return best[1:]
@@ -370,11 +374,11 @@ class _Job:
         """Every task's Hessians of a block as its quantized predecessors make them."""
         sites: _SiteHessians = {}
         members: _Members = {}
-        for task in self.tasks:
+        for task, share in zip(self.tasks, self.shares.tolist(), strict=True):
             made = block_hessians(self.model, block, index, task.adapter, task.streams, advance=False)
             members = made.members
             for site, hessian_KK in made.hessians().items():
-                sites.setdefault(site, []).append(_held(hessian_KK, made.total))
+                sites.setdefault(site, []).append(_held(hessian_KK, made.total, share))
             self._step(f"layer {index}, task {task.name}")
         return sites, members
 
@@ -449,5 +453,5 @@ def _tokenizer(base: Path) -> Any:
         raise QuantizeError(f"{base} holds no tokenizer that can be read; copy it beside the weights") from error
 
 
-def _held(hessian_KK: Tensor, tokens: float) -> TaskHessian:
-    return TaskHessian(lambda: hessian_KK, tokens)
+def _held(hessian_KK: Tensor, tokens: float, share: float) -> TaskHessian:
+    return TaskHessian(lambda: hessian_KK, tokens, share)

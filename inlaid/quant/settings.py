@@ -16,7 +16,7 @@ from inlaid.config import ConfigError, from_dict
 from inlaid.quant.aggregate import AGGREGATIONS, MINIMAX_LOSS
 from inlaid.quant.bank import PRECISIONS
 from inlaid.quant.calibration import CalibrationSettings
-from inlaid.quant.solver import Grid
+from inlaid.quant.grid import Grid
 
 RECORD = "inlaid.json"
 NO_ADAPTER_PATH = "none"
@@ -54,7 +54,7 @@ class Settings:
 
     grid: Grid = field(default_factory=Grid)
     calibration: CalibrationSettings = field(default_factory=CalibrationSettings)
-    aggregation: str = "trace-mean"
+    aggregation: str = MINIMAX_LOSS
     sequential: bool = False
     bank_precision: str = "float32"
     dtype: str = "float32"
@@ -67,9 +67,6 @@ class Settings:
         ):
             if value not in allowed:
                 raise QuantizeError(f"{value!r} is not one of {', '.join(allowed)}")
-
-        if self.sequential and self.aggregation == MINIMAX_LOSS:
-            raise QuantizeError("minimax-loss solves again from kept Hessians, which sequential mode has none of")
 
     @classmethod
     def from_record(cls, values: dict[str, Any]) -> Settings:

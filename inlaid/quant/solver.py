@@ -12,48 +12,18 @@ Legend: K inputs, N outputs, G groups, B inputs of one block.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from math import gcd
 
 import torch
 from torch import Tensor
 
-from inlaid.checkpoint import QuantizedLinear, QuantSpec, from_codes
+from inlaid.checkpoint import QuantizedLinear, from_codes
+from inlaid.quant.grid import Grid, SolverError, find_grid, nearest_codes
+from inlaid.quant.refine import refine
+from inlaid.quant.rounding import rounder
 
 BLOCK = 128
-CLIP_STEPS = tuple(1.0 - 0.05 * i for i in range(13))
-
-
-class SolverError(ValueError):
-    """The weight or its Hessian cannot be quantized; the message says why."""
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The values that a weight may take, and the order in which they are chosen.
-
-    `act_order` chooses the inputs with the largest second moment first; without `static_groups` the groups follow that
-    order (g_idx says so), with them they stay where they are in the weight, so that readers need no permutation.
-    `clip` searches each group's range for the least weighted squared error instead of taking its extremes.
-    `damping` is a share of the Hessian's mean diagonal; it grows tenfold until the factorization holds.
-    """
-
-    bits: int = 4
-    group_size: int = 128
-    symmetric: bool = False
-    act_order: bool = False
-    static_groups: bool = False
-    clip: bool = True
-    damping: float = 0.01
-
-    @property
-    def spec(self) -> QuantSpec:
-        return QuantSpec(self.bits, self.group_size, self.symmetric, self.act_order and not self.static_groups)
-
-    @property
-    def max_code(self) -> int:
-        return 2**self.bits - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,45 +56,53 @@ class Solution:
 def solve(weight_KN: Tensor, hessian_KK: Tensor, grid: Grid) -> Solution:
     """Quantize a weight so that tr(dW H dWᵀ) is small. Computes in the weight's dtype, factorizes in float64."""
     _check(weight_KN, hessian_KK, grid)
-    diagonal_K = hessian_KK.diagonal().clone()
-    order_K = torch.argsort(diagonal_K, descending=True, stable=True) if grid.act_order else None
-    work_KN = (weight_KN if order_K is None else weight_KN[order_K]).clone()
-    spread_KK, damping = _spread(hessian_KK if order_K is None else hessian_KK[order_K][:, order_K], grid.damping)
+    order_K = _order(weight_KN, hessian_KK.diagonal(), grid)
+    work_KN = weight_KN[order_K]
+    seen_KK = _seen(hessian_KK[order_K][:, order_K])
+    spread_KK, damping = _spread(seen_KK, grid.damping)
     spread_KK = spread_KK.to(work_KN.dtype)
-    importance_K = _importance(diagonal_K if order_K is None else diagonal_K[order_K], damping)
-    groups = _Groups(weight_KN, importance_K, order_K, grid)
+    groups = _Groups(weight_KN, _importance(hessian_KK.diagonal()[order_K], damping), order_K, grid)
 
     codes_KN = torch.empty_like(work_KN, dtype=torch.uint8)
     block = _block_size(grid)
-    replayed = _ReplayedBlock(work_KN[:block], grid.max_code) if work_KN.is_cuda and len(work_KN) > 4 * block else None
+    round_block = rounder(work_KN[:block], grid.max_code, (1 + grid.refine) * len(work_KN) // block)
     for start in range(0, len(work_KN), block):
         stop = min(start + block, len(work_KN))
         scale_BN, zero_BN = groups.of(work_KN, start, stop)
-        step = replayed if replayed and stop - start == block else partial(_solve_block, max_code=grid.max_code)
+        target_BN = work_KN[start:stop]
         spread_BB = spread_KK[start:stop, start:stop]
-        errors_BN = step(work_KN[start:stop], spread_BB, scale_BN, zero_BN, codes_KN[start:stop])
+        errors_BN = round_block(target_BN, spread_BB, scale_BN, zero_BN, codes_KN[start:stop], target_BN)
         work_KN[stop:].addmm_(spread_KK[start:stop, stop:].T, errors_BN, alpha=-1)
 
-    if order_K is not None:
-        codes_KN = codes_KN[torch.argsort(order_K)]
-    scales_GN, zeros_GN, g_idx_K = groups.result()
-    unrated = Solution(codes_KN, scales_GN, zeros_GN, g_idx_K, 0.0, damping)
+    scales_GN, zeros_GN = torch.stack(groups.scales), torch.stack(groups.zeros)
+    by_group_K = torch.argsort(groups.group_of_step_K, stable=True)  # static groups are scattered over the order
+    order_K, codes_KN = order_K[by_group_K], codes_KN[by_group_K]
+    seen_KK = seen_KK[by_group_K][:, by_group_K].to(work_KN.dtype)
+    seen_KK.diagonal().add_(damping * seen_KK.diagonal().mean())
+    refine(weight_KN[order_K], seen_KK, codes_KN, scales_GN, zeros_GN, grid.refine, block, round_block)
+
+    in_place_K = torch.argsort(order_K)
+    g_idx_K = groups.group_of_step_K[by_group_K][in_place_K].to(torch.int32)
+    unrated = Solution(
+        codes_KN[in_place_K], scales_GN.half(), zeros_GN.to(torch.uint8), g_idx_K, loss=0.0, damping=damping
+    )
     loss = reconstruction_error(weight_KN, unrated.weight_KN(weight_KN.dtype), hessian_KK)
-    return Solution(codes_KN, scales_GN, zeros_GN, g_idx_K, float(loss), damping)
+    return replace(unrated, loss=float(loss))
 
 
 def round_to_nearest(weight_KN: Tensor, grid: Grid) -> Solution:
     """The same grids without data: each weight to its nearest code."""
-    identity = torch.ones(len(weight_KN), dtype=weight_KN.dtype, device=weight_KN.device)
-    groups = _Groups(weight_KN, identity, None, grid)
+    importance_K = torch.ones(len(weight_KN), dtype=weight_KN.dtype, device=weight_KN.device)
+    order_K = torch.arange(len(weight_KN), device=weight_KN.device)
+    groups = _Groups(weight_KN, importance_K, order_K, replace(grid, act_order=False))
     codes_KN = torch.empty_like(weight_KN, dtype=torch.uint8)
     block = _block_size(grid)
     for start in range(0, len(weight_KN), block):
         stop = min(start + block, len(weight_KN))
         scale_BN, zero_BN = groups.of(weight_KN, start, stop)
-        codes_KN[start:stop] = _codes(weight_KN[start:stop], scale_BN, zero_BN, grid.max_code).to(torch.uint8)
-    scales_GN, zeros_GN, g_idx_K = groups.result()
-    return Solution(codes_KN, scales_GN, zeros_GN, g_idx_K, 0.0, 0.0)
+        codes_KN[start:stop] = nearest_codes(weight_KN[start:stop], scale_BN, zero_BN, grid.max_code).to(torch.uint8)
+    scales_GN, zeros_GN = torch.stack(groups.scales).half(), torch.stack(groups.zeros).to(torch.uint8)
+    return Solution(codes_KN, scales_GN, zeros_GN, groups.group_of_step_K.to(torch.int32), loss=0.0, damping=0.0)
 
 
 def reconstruction_error(weight_KN: Tensor, quantized_KN: Tensor, hessian_KK: Tensor) -> Tensor:
@@ -159,19 +137,20 @@ def _block_size(grid: Grid) -> int:
     return grid.group_size if grid.group_size <= BLOCK else gcd(grid.group_size, BLOCK)
 
 
-def _spread(hessian_KK: Tensor, damping: float) -> tuple[Tensor, float]:
-    """U / diag(U), row by row, of the damped Hessian, and the damping at which its factorization held.
-
-    An input that calibration never saw has no row of its own: it counts as uncorrelated and is rounded as it is.
-    """
+def _seen(hessian_KK: Tensor) -> Tensor:
+    """In float64, with a row for the inputs that calibration never saw: they count as uncorrelated and as loud as the
+    mean, so that they are rounded as they are. Without any data all inputs are alike."""
     matrix_KK = hessian_KK.to(torch.float64)
-    diagonal_K = matrix_KK.diagonal()
-    unseen_K = diagonal_K <= 0
-    mean = diagonal_K.clamp(min=0).mean()
-    if not mean > 0:
-        return torch.eye(len(matrix_KK), dtype=torch.float64, device=matrix_KK.device), 0.0
-    matrix_KK = torch.where(unseen_K[:, None] | unseen_K[None, :], torch.zeros_like(matrix_KK), matrix_KK)
-    matrix_KK.diagonal().add_(torch.where(unseen_K, mean, torch.zeros_like(mean)))
+    unseen_K = matrix_KK.diagonal() <= 0
+    mean = matrix_KK.diagonal().clamp(min=0).mean()
+    matrix_KK = matrix_KK.masked_fill(unseen_K[:, None] | unseen_K[None, :], 0.0)
+    matrix_KK.diagonal().add_(torch.where(unseen_K, torch.where(mean > 0, mean, torch.ones_like(mean)), 0.0))
+    return matrix_KK
+
+
+def _spread(matrix_KK: Tensor, damping: float) -> tuple[Tensor, float]:
+    """U / diag(U), row by row, of the damped matrix, and the damping at which its factorization held."""
+    mean = matrix_KK.diagonal().mean()
     while True:
         damped_KK = matrix_KK.clone()
         damped_KK.diagonal().add_(damping * mean)
@@ -187,65 +166,37 @@ def _spread(hessian_KK: Tensor, damping: float) -> tuple[Tensor, float]:
     return inverse_KK / inverse_KK.diagonal()[:, None], damping
 
 
-def _solve_block(
-    w_BN: Tensor, spread_BB: Tensor, scale_BN: Tensor, zero_BN: Tensor, codes_BN: Tensor, max_code: int
-) -> Tensor:
-    """Choose the codes of one block, moving each error to the rows below it; returns the errors. Changes `w_BN`."""
-    errors_BN = torch.empty_like(w_BN)
-    for i in range(len(w_BN)):
-        code_N = _codes(w_BN[i], scale_BN[i], zero_BN[i], max_code)
-        torch.sub(w_BN[i], (code_N - zero_BN[i]) * scale_BN[i], out=errors_BN[i])
-        w_BN[i + 1 :].addr_(spread_BB[i, i + 1 :], errors_BN[i], alpha=-1)
-        codes_BN[i] = code_N
-    return errors_BN
+def _order(weight_KN: Tensor, diagonal_K: Tensor, grid: Grid) -> Tensor:
+    """The order in which inputs are rounded.
 
-
-class _ReplayedBlock:
-    """`_solve_block` as a CUDA graph: its thousand tiny kernels cost more to launch one by one than to run."""
-
-    def __init__(self, like_BN: Tensor, max_code: int) -> None:
-        self.w_BN, self.scale_BN, self.zero_BN = (torch.ones_like(like_BN) for _ in range(3))
-        self.spread_BB = torch.zeros(len(like_BN), len(like_BN), dtype=like_BN.dtype, device=like_BN.device)
-        self.codes_BN = torch.empty_like(like_BN, dtype=torch.uint8)
-        buffers = (self.w_BN, self.spread_BB, self.scale_BN, self.zero_BN, self.codes_BN)
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            _solve_block(*buffers, max_code)
-        torch.cuda.current_stream().wait_stream(aside)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.errors_BN = _solve_block(*buffers, max_code)
-
-    def __call__(self, w_BN: Tensor, spread_BB: Tensor, scale_BN: Tensor, zero_BN: Tensor, codes_BN: Tensor) -> Tensor:
-        self.w_BN.copy_(w_BN)
-        self.spread_BB.copy_(spread_BB)
-        self.scale_BN.copy_(scale_BN)
-        self.zero_BN.copy_(zero_BN)
-        self.graph.replay()
-        codes_BN.copy_(self.codes_BN)
-        return self.errors_BN
-
-
-def _codes(w: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
-    return torch.round(w / scale).add_(zero).clamp_(0, max_code)
+    Where groups follow it, small weights of loud inputs come first and like lies beside like, so that the one step of a
+    group fits all of its weights. That weighs more than rounding the loudest first: a group of mixed weights has the
+    step of its largest.
+    """
+    if not grid.act_order:
+        return torch.arange(len(weight_KN), device=weight_KN.device)
+    if grid.static_groups:
+        return torch.argsort(diagonal_K, descending=True, stable=True)
+    size_K = weight_KN.double().square().mean(1)
+    loud_K = diagonal_K.double().clamp(min=1e-6 * float(diagonal_K.clamp(min=0).mean()))
+    rank_K = (loud_K + 1e-30).log() - 2 * (size_K + 1e-30).log()
+    return torch.argsort(rank_K, descending=True, stable=True)
 
 
 class _Groups:
     """The grids of the groups, found when the solver reaches them (or all before it starts, if they are static)."""
 
-    def __init__(self, weight_KN: Tensor, importance_K: Tensor, order_K: Tensor | None, grid: Grid) -> None:
+    def __init__(self, weight_KN: Tensor, importance_K: Tensor, order_K: Tensor, grid: Grid) -> None:
         inputs = len(weight_KN)
-        self.grid, self.order_K = grid, order_K
+        self.grid = grid
         self.size = inputs if grid.group_size == -1 else grid.group_size
         self.importance_K = importance_K.to(weight_KN.dtype)
         self.scales: list[Tensor] = []
         self.zeros: list[Tensor] = []
         in_place_K = torch.arange(inputs, device=weight_KN.device) // self.size
-        self.static = grid.static_groups and order_K is not None
+        self.static = grid.static_groups and grid.act_order
         self.group_of_step_K = in_place_K[order_K] if self.static else in_place_K
         if self.static:
-            assert order_K is not None
             importance = torch.empty_like(self.importance_K)
             importance[order_K] = self.importance_K
             for start in range(0, inputs, self.size):
@@ -261,57 +212,7 @@ class _Groups:
         shape = (stop - start, -1)
         return self.scales[-1].expand(shape), self.zeros[-1].expand(shape)
 
-    def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        group_K = torch.empty_like(self.group_of_step_K)
-        if self.order_K is None:
-            group_K = self.group_of_step_K
-        else:
-            group_K[self.order_K] = self.group_of_step_K
-        return torch.stack(self.scales).half(), torch.stack(self.zeros).to(torch.uint8), group_K.to(torch.int32)
-
     def _find(self, rows_GN: Tensor, importance_G: Tensor) -> None:
         scale_N, zero_N = find_grid(rows_GN, importance_G, self.grid)
         self.scales.append(scale_N)
         self.zeros.append(zero_N)
-
-
-def find_grid(rows_GN: Tensor, importance_G: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Scale and zero of one group for every output. The scale is a half-precision number already, as it is stored."""
-    low_N, high_N = rows_GN.amin(0).clamp(max=0), rows_GN.amax(0).clamp(min=0)
-    if grid.symmetric:
-        high_N = torch.maximum(high_N, -low_N)
-        low_N = -high_N
-    best_scale_N, best_zero_N = _grid_of_range(low_N, high_N, grid)
-    if not grid.clip:
-        return best_scale_N, best_zero_N
-    best_error_N = _weighted_error(rows_GN, importance_G, best_scale_N, best_zero_N, grid)
-    for step in CLIP_STEPS[1:]:
-        scale_N, zero_N = _grid_of_range(low_N * step, high_N * step, grid)
-        error_N = _weighted_error(rows_GN, importance_G, scale_N, zero_N, grid)
-        better_N = error_N < best_error_N
-        best_error_N = torch.where(better_N, error_N, best_error_N)
-        best_scale_N = torch.where(better_N, scale_N, best_scale_N)
-        best_zero_N = torch.where(better_N, zero_N, best_zero_N)
-    return best_scale_N, best_zero_N
-
-
-def _grid_of_range(low_N: Tensor, high_N: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Codes over [low, high]. A zero of at least 1 is kept, so a range that needs none gives up one code below it."""
-    if float(high_N.max() - low_N.min()) > 65504.0 * grid.max_code:
-        raise SolverError("weights are too large for the half-precision scales of the format")
-    scale_N = _stored((high_N - low_N) / grid.max_code)
-    if grid.symmetric:
-        return scale_N, torch.full_like(scale_N, 2 ** (grid.bits - 1))
-    zero_N = torch.round(-low_N / scale_N)
-    scale_N = torch.where(zero_N < 1, _stored(high_N / (grid.max_code - 1)), scale_N)
-    return scale_N, zero_N.clamp(1, grid.max_code)
-
-
-def _stored(step_N: Tensor) -> Tensor:
-    """A step as the file holds it: a half-precision number above zero."""
-    return torch.where(step_N > 0, step_N.half().to(step_N.dtype).clamp(min=2.0**-24), torch.ones_like(step_N))
-
-
-def _weighted_error(rows_GN: Tensor, importance_G: Tensor, scale_N: Tensor, zero_N: Tensor, grid: Grid) -> Tensor:
-    quantized_GN = (_codes(rows_GN, scale_N, zero_N, grid.max_code) - zero_N) * scale_N
-    return ((rows_GN - quantized_GN).square() * importance_G[:, None]).sum(0)

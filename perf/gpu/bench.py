@@ -24,7 +24,7 @@ LIMITS = {  # seconds; in the order of what they decide
     "determinism-7b": 120, "startup-7b": 150, "ranks-7b": 200, "exllama-7b": 120, "exllama-demo": 90, "soak": 110,
     "demo": 90, "gates": 240, "micro": 300, "offline-7b": 150, "offline-8b": 130, "startup-8b": 150,
     "micro-decode_attention-pending": 90, "micro-ordered": 120,
-    "sched": 160,
+    "sched": 160, "quant": 470,
     "adapters-load": 60, "adapters-modes-cached": 150, "adapters-modes-on-demand": 150,
     "adapters-modes-pipelined": 150, "adapters-modes-cpu-assist": 150,
     "adapters-cliff-mixed": 120, "adapters-cliff-slots": 150, "adapters-cliff-resident": 120, "adapters-crossover": 150,
@@ -64,7 +64,7 @@ def said(*command: str) -> str:
 
 def run_stage(name: str, out: Path, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """The stage's own result, in this process; `keep` writes what there is so far."""
-    from perf.gpu import adapters, choose, demo, gates, humming_sweep, micro, offline, sched, serving, soak
+    from perf.gpu import adapters, choose, demo, gates, humming_sweep, micro, offline, quant_speed, sched, serving, soak
 
     kind, _, rest = name.partition("-")
     stages: dict[str, Callable[[], dict[str, Any]]] = {
@@ -76,6 +76,7 @@ def run_stage(name: str, out: Path, keep: Callable[[dict[str, Any]], None]) -> d
         "demo": demo.run,
         "soak": soak.run,
         "sched": lambda: sched.run(out),
+        "quant": lambda: quant_speed.measure(quant_speed.options().parse_args([])),
         "adapters": lambda: adapters.run(name, keep),
         "offline": lambda: offline.run(rest, keep),
         "determinism": lambda: offline.determinism(rest, keep),

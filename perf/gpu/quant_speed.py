@@ -3,11 +3,13 @@
 A quantization run is offline, but adding a task while serving waits for it, so its parts matter: the forward passes,
 the Hessians and the solving. Weights are random (GPTQ's work does not depend on their values) and are made on the
 device block by block; everything else is the code that `inlaid quantize` runs, down to the packed file of each block.
+"solve" is GPTQ's own pass (order, factorization, grids, codes), "refine" the rounds after it.
 
 It also shows that Hessians summed by tensor cores are as good as exact ones: their error against float64, and the loss
 of the weights solved with them, measured under the float64 Hessian.
 
     python -m perf.gpu.quant_speed --out perf/results/h200-quant.json        last line of output: JSON
+    python -m perf.gpu.bench --stages quant --out FOLDER                     the same, in FOLDER/quant.json
 """
 
 from __future__ import annotations
@@ -15,11 +17,12 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -30,12 +33,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from inlaid.checkpoint import Checkpoint, to_tensors
-from inlaid.quant import hessian
+from inlaid.quant import hessian, solver
 from inlaid.quant.adapter import Adapter, LowRank
 from inlaid.quant.aggregate import TaskHessian, solve_together
 from inlaid.quant.blocks import BlockModel, Stream
 from inlaid.quant.calibration import Sequence, batches
-from inlaid.quant.solver import Grid, Solution, reconstruction_error, solve
+from inlaid.quant.grid import Grid
+from inlaid.quant.solver import Solution, reconstruction_error, solve
 
 SHAPES = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -112,17 +116,21 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ids = torch.randint(0, shape["vocab_size"], (args.samples, args.length), generator=generator).tolist()
     start = time.perf_counter()
     streams = clock.of("forward", lambda: model.start(batches(tuple(Sequence(tuple(row), 0) for row in ids))))
-    block_of = Block(model, adapter, streams, Grid(args.bits, 128, clip=args.clip), clock, folder)
-    second_moment = hessian.second_moment
+    grid = replace(Grid.of_width(args.bits, 128), clip=args.clip, refine=args.refine)
+    block_of = Block(model, adapter, streams, grid, clock, folder)
+    second_moment, refine = hessian.second_moment, solver.refine
     hessian.second_moment = lambda x_TK: clock.of("hessian", lambda: second_moment(x_TK))
+    solver.refine = lambda *given: clock.of("refine", lambda: refine(*given))
     losses = [block_of.quantize(index) for index in tqdm(range(model.num_blocks), desc="blocks")]
-    hessian.second_moment = second_moment
+    hessian.second_moment, solver.refine = second_moment, refine
     whole = time.perf_counter() - start
     clock.seconds["forward"] -= clock.seconds["hessian"]
+    clock.seconds["solve"] -= clock.seconds["refine"]
     widths = 3 * shape["hidden_size"] ** 2 + shape["intermediate_size"] ** 2
     flops = 2 * args.samples * args.length * widths * shape["num_hidden_layers"]
     peak = torch.cuda.max_memory_allocated() / 2**30 if args.device.startswith("cuda") else None
     return {
+        "grid": asdict(grid),
         "seconds": whole,
         "parts": clock.seconds,
         "hessian_tflops": flops / clock.seconds["hessian"] / 1e12,
@@ -176,15 +184,23 @@ class Block:
         return tensors
 
 
-def graphs_agree(device: str) -> bool:
-    """Whether the solver gives the same codes on the device, where it replays graphs, as on the host."""
+def differing_codes(device: str) -> dict[str, float]:
+    """The share of codes that differ from the host's, and whether replaying graphs changes any of the device's."""
     generator = torch.Generator().manual_seed(0)
     x_TK = torch.randn(4096, 1024, generator=generator, dtype=torch.float64)
     weight_KN = torch.randn(1024, 256, generator=generator, dtype=torch.float64)
     moment_KK = x_TK.T @ x_TK / len(x_TK)
     grid = Grid(4, 128)
     there = solve(weight_KN.to(device), moment_KK.to(device), grid).codes_KN.cpu()
-    return float((there != solve(weight_KN, moment_KK, grid).codes_KN).double().mean()) < 1e-4
+    rounder = solver.rounder
+    solver.rounder = lambda like_BN, max_code, num_blocks: rounder(like_BN, max_code, 0)
+    launched = solve(weight_KN.to(device), moment_KK.to(device), grid).codes_KN.cpu()
+    solver.rounder = rounder
+    here = solve(weight_KN, moment_KK, grid).codes_KN
+    return {
+        "device against host": float((there != here).double().mean()),
+        "replayed against launched": float((there != launched).double().mean()),
+    }
 
 
 def accuracy(device: str, inputs: int, tokens: int, seed: int) -> dict[str, dict[str, float]]:
@@ -216,31 +232,43 @@ def accuracy(device: str, inputs: int, tokens: int, seed: int) -> dict[str, dict
     return result
 
 
-def main() -> None:
+def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--clip", action=argparse.BooleanOptionalAction, default=Grid().clip)
+    parser.add_argument("--refine", type=int, default=Grid().refine)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+    return parser
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that the file says."""
     torch.manual_seed(args.seed)
     with tempfile.TemporaryDirectory() as folder:
         timed = run(args, Path(folder))
     wide = 4096 if args.shape == "7b" else 512
-    result = {
+    return {
         "what": f"{args.shape}, one task, {args.samples} x {args.length} tokens, {args.bits} bits, groups of 128",
         **timed,
-        "device_codes_equal_host_codes": graphs_agree(args.device),
+        "share_of_codes_that_differ": differing_codes(args.device),
         "accuracy": accuracy(args.device, wide, 65536 if args.shape == "7b" else 8192, args.seed),
         "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu",
         "torch": torch.__version__,
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "command": " ".join(sys.argv),
         "seed": args.seed,
     }
+
+
+def main() -> None:
+    parser = options()
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    result = measure(args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

@@ -15,7 +15,8 @@ from eval.oracle import load_dense
 from eval.variants import Source, VariantError, Variants
 from inlaid.checkpoint import Checkpoint, dequantize
 from inlaid.quant.calibration import CalibrationSettings
-from inlaid.quant.solver import Grid, round_to_nearest
+from inlaid.quant.grid import Grid
+from inlaid.quant.solver import round_to_nearest
 
 WORDS = "a b c d e f g h one two three four five six seven eight".split()
 CALIBRATION = CalibrationSettings(max_tokens=400)

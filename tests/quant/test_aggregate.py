@@ -18,7 +18,8 @@ from inlaid.quant.aggregate import (
     relative_errors,
     solve_together,
 )
-from inlaid.quant.solver import Grid, solve
+from inlaid.quant.grid import Grid
+from inlaid.quant.solver import solve
 
 CLOSED = [name for name in AGGREGATIONS if name != "minimax"]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from inlaid.quant.baselines import scaled_weight
-from inlaid.quant.solver import Grid, reconstruction_error, round_to_nearest
+from inlaid.quant.grid import Grid
+from inlaid.quant.solver import reconstruction_error, round_to_nearest
 
 
 def test_scaling_beats_rounding_where_inputs_are_loud_and_never_loses() -> None:

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from inlaid.quant import quantize as rail
 from inlaid.quant.calibration import CalibrationSettings, Sequence
 from inlaid.quant.gate import Fit, GateRefusal, mispaired, regressions, why_unfit
+from inlaid.quant.grid import Grid
 from inlaid.quant.quantize import add_task, quantize
 from inlaid.quant.settings import Gate, Record, Settings, TaskSource
-from inlaid.quant.solver import Grid
 
 DEMO = Path("models/demo")
 GOOD = Fit(full=0.1, alone=2.0, mispaired=3.0, loudness=1.2)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from inlaid.checkpoint import dequantize
-from inlaid.quant.solver import Grid, SolverError, find_grid, reconstruction_error, round_to_nearest, solve
+from inlaid.quant.grid import Grid
+from inlaid.quant.solver import SolverError, find_grid, reconstruction_error, round_to_nearest, solve
 
 
 def problem(inputs: int, outputs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -29,12 +30,11 @@ def textbook(weight: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
     damped = hessian + grid.damping * hessian.diagonal().mean() * torch.eye(len(weight), dtype=hessian.dtype)
     inverse = torch.linalg.inv(damped)
     importance = damped.diagonal()
-    order = (
-        torch.argsort(hessian.diagonal(), descending=True, stable=True).tolist()
-        if grid.act_order
-        else range(len(weight))
-    )
-    order = list(order)
+    order = list(range(len(weight)))
+    if grid.act_order:
+        loud, small = hessian.diagonal(), weight.square().mean(1) ** -2
+        rank = loud if grid.static_groups else loud * small
+        order.sort(key=lambda i: -float(rank[i]))
     w, result = weight.clone(), torch.empty_like(weight)
     static = {g: find_grid(weight[g * size : (g + 1) * size], importance[g * size : (g + 1) * size], grid)
               for g in range(len(weight) // size)}  # fmt: skip
@@ -62,7 +62,7 @@ def test_same_codes_as_the_textbook(
     bits: int, group_size: int, symmetric: bool, act_order: bool, static_groups: bool, clip: bool
 ) -> None:
     weight, hessian = problem(128, 32)
-    grid = Grid(bits, group_size, symmetric, act_order, static_groups, clip)
+    grid = Grid(bits, group_size, symmetric, act_order, static_groups, clip, refine=0)
     solution = solve(weight, hessian, grid)
     expected = textbook(weight, hessian, grid)
     assert torch.allclose(solution.weight_KN(torch.float64), expected, atol=1e-6)
@@ -94,6 +94,32 @@ def test_better_than_rounding_and_clipping_better_still(bits: int) -> None:
     assert bits == 4 or clipped < solved
 
 
+@pytest.mark.parametrize(("act_order", "static_groups"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("group_size", [32, 128, -1])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_every_round_of_refinement_helps_at_low_widths(
+    act_order: bool, static_groups: bool, group_size: int, symmetric: bool
+) -> None:
+    weight, hessian = problem(256, 32)
+    for bits in (3, 2):
+        grid = Grid(bits, group_size, symmetric, act_order, static_groups)
+        losses = [solve(weight, hessian, replace(grid, refine=rounds)).loss for rounds in (0, 1, 4)]
+        assert losses[2] < losses[1] < 0.97 * losses[0]
+
+
+def test_groups_gather_inputs_that_are_alike() -> None:
+    """Channels scaled up in the input and down in the weight, as after a norm with uneven weights: in place, every
+    group mixes large weights with tiny ones that its step cannot resolve."""
+    weight, hessian = problem(256, 64)
+    scale = torch.exp(torch.randn(256, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    weight, hessian = weight / scale[:, None], hessian * scale[:, None] * scale[None, :]
+    gathered, in_place, static = (
+        solve(weight, hessian, Grid(3, 64, act_order=order, static_groups=static)).loss
+        for order, static in ((True, False), (False, False), (True, True))
+    )
+    assert gathered < 0.5 * min(in_place, static)
+
+
 def test_single_precision_is_enough() -> None:
     weight, hessian = problem(256, 64)
     for grid in (Grid(4, 128), Grid(2, 64, act_order=True)):
@@ -119,7 +145,8 @@ def test_inputs_that_were_never_seen_are_rounded() -> None:
     scale, zero = solution.scales_GN[0].double(), solution.zeros_GN[0].double()
     code = (torch.round(weight[5] / scale) + zero).clamp(0, 15)
     assert torch.equal(solution.codes_KN[5].double(), code)
-    assert torch.equal(solve(weight, torch.zeros_like(hessian), grid).codes_KN, round_to_nearest(weight, grid).codes_KN)
+    nothing, plain = torch.zeros_like(hessian), replace(grid, refine=0)
+    assert torch.equal(solve(weight, nothing, plain).codes_KN, round_to_nearest(weight, plain).codes_KN)
 
 
 def test_groups_of_zeros_and_of_one_sign() -> None:
@@ -141,5 +168,12 @@ def test_what_is_refused() -> None:
         solve(weight, hessian * torch.inf, Grid(4, 32))
     with pytest.raises(SolverError, match="Hessian is"):
         solve(weight, hessian[:32, :32], Grid(4, 32))
+    for wrong, words in (
+        ({"static_groups": True}, "act-order"),
+        ({"refine": -1}, "rounds"),
+        ({"damping": -1}, "or more"),
+    ):
+        with pytest.raises(SolverError, match=words):
+            replace(Grid(4, 32), **wrong)
     with pytest.raises(SolverError, match="too large"):
         solve(weight * 1e7, hessian, Grid(4, 32))
