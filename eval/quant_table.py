@@ -11,7 +11,8 @@ them as wrong, which is stricter and quicker). The loss of a whole answer, in na
 answers change.
 
 All quantizers but rounding and AWQ-style scaling have the same grids, act-order and refinement; these two keep groups
-in place, and AWQ's scales have no place in a GPTQ file.
+in place, and AWQ's scales have no place in a GPTQ file. Rounding searches each group's range too, which is kinder to it
+than plain rounding.
 
 Weights are swapped in memory; what `inlaid quantize` writes dequantizes to the same numbers (tests hold it to that).
 """

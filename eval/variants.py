@@ -1,7 +1,7 @@
 """The ways to quantize a base, by name, as folders: made when asked for, found again when made before.
 
 fp16                 the base as it is: what everything is compared with
-rtn                  rounding to nearest, no data
+rtn                  rounding to nearest in searched ranges (kinder than plain rounding), no data
 gptq                 GPTQ on text that belongs to no task
 gptq-mixed           GPTQ on all tasks' data mixed, no adapter attached
 awq                  AWQ-style scaling on the same data; kept as plain weights, since a GPTQ file has no place for it

@@ -5,39 +5,23 @@ Runner protocol. Eager, on a CPU or any torch device; one step at a time.
 from __future__ import annotations
 
 import hashlib
-import logging
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from inlaid.adapters.loader import Loader
-from inlaid.adapters.peft import read_adapter
-from inlaid.adapters.store import CPU_ASSIST, MODES, PIPELINED, AdapterStore
-from inlaid.adapters.tables import default_pool_elements
-from inlaid.checkpoint import Checkpoint
-from inlaid.config import AdapterConfig, ConfigError, EngineConfig
-from inlaid.engine.grammar import GrammarCompiler, GrammarState, completing, token_bits
+from inlaid.adapters.store import AdapterStore
+from inlaid.config import ConfigError, EngineConfig
+from inlaid.engine.grammar import completing, token_bits
 from inlaid.engine.kv_cache import BlockPool
-from inlaid.engine.request import Batch, Grammar, Request, Sampled, SamplingParams, StepResult, TokenLogprobs, Work
-from inlaid.engine.unified import Unified, unify
-from inlaid.kernels.arriving import Arriving, ArrivingLora
-from inlaid.kernels.assist import Assistant, CudaFerry, NoFerry, Profile, cuda_copy_seconds, measure
-from inlaid.kernels.backend import MODULES, AdapterPages, Kernels
+from inlaid.engine.request import Batch, Request, Sampled, SamplingParams, StepResult, TokenLogprobs, Work
+from inlaid.engine.unified import Unified
 from inlaid.kernels.context import StepContext
-from inlaid.kernels.reference import reference_kernels
 from inlaid.layers import sampler
 from inlaid.layers.sampler import SamplingBatch, seed_key
-from inlaid.model.spec import ModelSpec, read_spec
+from inlaid.model.spec import ModelSpec
 from inlaid.model.transformer import Transformer, block_bytes, new_cache
-from inlaid.model.weights import base_version, compute_dtype, fetch, load
-
-log = logging.getLogger(__name__)
 
 _BAN = -1e9  # beyond any logit, yet above what must not be chosen at all
 _PROMPT_LOGPROB_ROWS = 256  # rows of logits held at once for prompt logprobs
@@ -328,158 +312,6 @@ def _to_host(tokens: list[int], logprobs: sampler.Logprobs, counts: list[int]) -
         TokenLogprobs(token, value, rank, list(zip(top[:count], values[:count], strict=True)))
         for token, value, rank, top, values, count in columns
     ]
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model ready to be stepped, and what the engine needs to know of it."""
-
-    runner: ModelRunner
-    spec: ModelSpec
-    folder: Path
-    base_version: str
-    dtype: torch.dtype
-    max_model_len: int
-    adapters: AdapterStore
-    grammars: GrammarFactory
-
-    @property
-    def num_blocks(self) -> int:
-        return self.runner.num_blocks
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.runner.device.type == "cuda"
-
-
-class GrammarFactory:
-    """Makes the compiler when the first constrained request comes: reading a large tokenizer takes a second."""
-
-    def __init__(self, folder: Path, vocab_size: int, eos_ids: Sequence[int]) -> None:
-        self._arguments = (folder, vocab_size, eos_ids)
-        self._compiler: GrammarCompiler | None = None
-
-    def __call__(self, grammar: Grammar) -> GrammarState:
-        if self._compiler is None:
-            self._compiler = GrammarCompiler(*self._arguments)
-        return self._compiler.state(grammar)
-
-
-def load_model(config: EngineConfig, progress: bool = True) -> LoadedModel:
-    """Everything from the configuration to a runner: weights, KV pages, room for adapters."""
-    device = choose_device(config.device)
-    folder = fetch(config.model)
-    spec = read_spec(folder)
-    checkpoint = Checkpoint(folder)
-    hasher = ThreadPoolExecutor(1, "hash-weights")
-    version = hasher.submit(base_version, checkpoint)  # takes seconds where it is not known yet: beside the loading
-    dtype = compute_dtype(config.dtype, spec, device)
-    max_model_len = choose_max_len(config.max_model_len, spec)
-    adapters = make_store(config.adapters, spec, device, dtype, config.cache.unified_memory)
-    kernels = choose_kernels(config, device, adapters.pages)
-    arriving = make_arriving(config, spec, adapters, device, dtype)
-    if arriving is not None:
-        assert kernels.lora is not None
-        kernels = replace(kernels, lora=ArrivingLora(kernels.lora, adapters.pages, arriving))
-    began = time.monotonic()
-    model = load(checkpoint, spec, kernels, device, dtype, max_model_len, progress)
-    log.info("start-up: weights %.1f s", time.monotonic() - began)
-    if device.type == "cuda":
-        from inlaid.engine.cuda_runner import CudaRunner
-
-        runner: ModelRunner = CudaRunner(model, config, device, dtype, max_model_len, adapters, progress, arriving)
-    else:
-        num_blocks = count_blocks(config, spec, device, dtype, max_model_len)
-        unified = None
-        if config.cache.unified_memory:
-            unified = unify(spec, config.cache, num_blocks, max_model_len, adapters, device, dtype)
-        runner = ModelRunner(model, num_blocks, config.cache.block_size, device, dtype, adapters, config.seed, unified)
-    return LoadedModel(
-        runner=runner,
-        spec=spec,
-        folder=folder,
-        base_version=version.result(),
-        dtype=dtype,
-        max_model_len=max_model_len,
-        adapters=adapters,
-        grammars=GrammarFactory(folder, spec.vocab_size, spec.eos_token_ids),
-    )
-
-
-def make_store(
-    config: AdapterConfig, spec: ModelSpec, device: torch.device, dtype: torch.dtype, unified: bool = False
-) -> AdapterStore:
-    """Room for adapters (when memory is unified, what they have at least), and the way in which they come there."""
-    mode, link = config.adapter_mode, config.adapter_link_gbps
-    if mode not in MODES:
-        raise ConfigError(f"adapter mode {mode!r} is unknown; known: {', '.join(MODES)}")
-    if device.type == "cuda" and link:
-        raise ConfigError("adapter_link_gbps stands in for a bus on machines without a GPU; leave it 0 on cuda")
-    if min(link, config.max_cpu_adapter_gib, config.adapter_memory_gib) < 0 or config.adapter_timeout <= 0:
-        raise ConfigError("adapter_link_gbps and sizes in GiB cannot be negative, and adapter_timeout must be above 0")
-    elements = int(config.adapter_memory_gib * 2**30) // dtype.itemsize
-    return AdapterStore(
-        spec,
-        config.max_loras,
-        elements or default_pool_elements(spec, max(1, config.max_loras // 4) if unified else config.max_loras),
-        device,
-        dtype,
-        config.max_cpu_loras,
-        mode=mode,
-        loader=Loader(link) if device.type != "cuda" and (link or mode in (PIPELINED, CPU_ASSIST)) else None,
-        host_budget=int(config.max_cpu_adapter_gib * 2**30),
-        read=partial(read_adapter, spec=spec, dtype=dtype, max_rank=config.max_lora_rank, pin=device.type == "cuda"),
-        max_seconds=config.adapter_timeout,
-        shared=unified,
-    )
-
-
-def make_arriving(
-    config: EngineConfig, spec: ModelSpec, store: AdapterStore, device: torch.device, dtype: torch.dtype
-) -> Arriving | None:
-    """What the forward asks where steps start before their adapters are whole; with cpu-assist, the CPU's helpers."""
-    mode, workers = config.adapters.adapter_mode, config.adapters.adapter_workers
-    if workers < 0:
-        raise ConfigError(f"adapter_workers is {workers}; give a number of threads, or 0 for a measured one")
-    if mode == PIPELINED:
-        return Arriving(store, spec.num_layers)
-    if mode != CPU_ASSIST:
-        return None
-    if device.type != "cuda":
-        return Arriving(store, spec.num_layers, Assistant(NoFerry(dtype), Profile(workers)))
-    rows = max(config.scheduler.max_num_batched_tokens, config.scheduler.max_num_seqs)
-    widest = max(3 * spec.module_shape("q_proj")[0], 2 * spec.intermediate_size)  # of siblings together, at most
-    longest = max(spec.module_shape(module)[1] for module in MODULES)
-    ferry = CudaFerry(device, dtype, rows, longest, widest)
-    profile = measure(spec.hidden_size, workers, cuda_copy_seconds(device))
-    log.info("cpu-assist: %d workers, %d rows or more each", profile.workers, profile.rows_per_worker)
-    return Arriving(store, spec.num_layers, Assistant(ferry, profile))
-
-
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is cuda, but torch sees no GPU here; use device auto or cpu")
-    return torch.device(name)
-
-
-def choose_kernels(config: EngineConfig, device: torch.device, pages: AdapterPages) -> Kernels:
-    """The kernels that the configuration names; on a CPU there is one choice."""
-    if device.type == "cuda":
-        from inlaid.engine.cuda_runner import cuda_kernels
-
-        return cuda_kernels(config, pages)
-    for setting in (config.linear_backend, config.attention_backend):
-        if setting not in ("auto", "reference"):
-            raise ConfigError(f"backend {setting!r} is not available on {device.type}; use auto or reference")
-    return reference_kernels(pages)
-
-
-def choose_max_len(asked: int, spec: ModelSpec) -> int:
-    if asked > spec.max_len:
-        raise ConfigError(f"max_model_len {asked} is above the {spec.max_len} positions that the model was made for")
-    return asked or spec.max_len
 
 
 def count_blocks(

@@ -29,7 +29,7 @@ from inlaid.engine.policy import Refused
 from inlaid.engine.request import Grammar, NewRequest
 
 if TYPE_CHECKING:
-    from inlaid.engine.model_runner import LoadedModel
+    from inlaid.engine.loading import LoadedModel
 
 log = logging.getLogger("inlaid.engine")
 
@@ -73,7 +73,7 @@ def build_engine(config: EngineConfig, adapters: Mapping[str, str], *, strict: b
     """Load the model and the adapters named. With strict an adapter that cannot be served raises; else it is left out
     and named."""
     began = time.monotonic()
-    from inlaid.engine.model_runner import load_model
+    from inlaid.engine.loading import load_model
 
     _leave_a_core_to_http()
     imported = time.monotonic()

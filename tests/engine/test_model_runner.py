@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from inlaid.config import AdapterConfig, CacheConfig, ConfigError, EngineConfig
-from inlaid.engine.model_runner import load_model, make_store
+from inlaid.engine.loading import load_model, make_store
 from inlaid.engine.request import Batch, Request, SamplingParams, Work
 from inlaid.model.transformer import block_bytes
 

@@ -34,7 +34,7 @@ from inlaid.checkpoint import (
 )
 from inlaid.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig
 from inlaid.engine.engine import Engine, make_engine
-from inlaid.engine.model_runner import LoadedModel, load_model
+from inlaid.engine.loading import LoadedModel, load_model
 from inlaid.engine.request import NewRequest, Output, SamplingParams
 
 VOCAB = 199
