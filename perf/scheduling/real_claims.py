@@ -1,4 +1,4 @@
-"""LoRA-Inlaid's claim on the real engine: `inlaid` against `fcfs`, a hundred adapters on the demo model, two loads.
+"""LoRA-Inlaid's claim on the real engine: `inlaid` against `fcfs`, a hundred adapters on the demo model, three loads.
 
 Why it matters: the simulator shares the scheduler with the engine but not the machine. Lengths are hidden
 from the scheduler (an answer is ended as a stop string would end it); the predictor learns while it serves. Time is
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapters", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=40.0)
-    parser.add_argument("--loads", default="1.05,1.2", help="rates, as shares of what the engine can do")
+    parser.add_argument("--loads", default="1.05,1.2,1.4", help="rates, as shares of what the engine did with a burst")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
