@@ -271,7 +271,12 @@ def provenance(threads: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="inlaid against transformers + peft on a CPU")
     parser.add_argument("--repeats", type=int, default=5, help="counted rounds")
-    parser.add_argument("--threads", type=int, default=1, help="threads for matmuls, both sides")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=torch.get_num_threads(),
+        help="threads for matmuls, both sides; default: torch's own",
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "perf" / "results" / "cpu-speed.json")
     arguments = parser.parse_args()
     result = report(arguments.repeats, arguments.threads)
