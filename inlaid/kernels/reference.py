@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -100,6 +101,7 @@ class ReferenceOps:
 _SPARE_BLOCKS = 2  # read beyond the longest decode, so that a few more steps fit into what was gathered
 
 _MOST_KEPT = 16 << 20  # bytes per cache tensor that the decodes of the step before may keep gathered
+_SIDE_BY_SIDE = 24_000  # rows times columns up to which adapters are multiplied side by side
 
 
 @dataclass
@@ -274,6 +276,8 @@ class _Stack:
     slots: tuple[int, ...]
     versions: tuple[int, ...]
     groups: list[_Group]
+    num_columns: int  # of all of them side by side, where they have the most
+    sites: dict[int, _Site | None] = field(default_factory=dict)
 
 
 @dataclass
@@ -288,16 +292,40 @@ class _Rows:
     segments: list[tuple[int, torch.Tensor]]
 
 
+@dataclass
+class _Site:
+    """All adapters at work side by side at one site: A as [K, W], each column's scale and the slot that it belongs to,
+    and for each sibling its columns [of W], its outputs and B as [columns, outputs]."""
+
+    a_KW: torch.Tensor
+    scale_W: torch.Tensor
+    owner_W: torch.Tensor
+    siblings: list[tuple[slice, slice, torch.Tensor]]
+
+
+@dataclass
+class _SideBySide:
+    """Few rows: one matmul with the A of every adapter at work costs less than gathering the rows of each. `hidden`, by
+    site: the products of a row with adapters that are not its own."""
+
+    stack: _Stack
+    slots_T: torch.Tensor
+    hidden: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+_Plan = list[_Rows] | _SideBySide
 _Shrunk = list[tuple[_Rows, torch.Tensor, list[torch.Tensor]]]  # rows, B, products with A
 
 
 class ReferenceLora:
-    """Two batched matmuls a site and group over the adapters at work, stacked once per set of adapters."""
+    """Two batched matmuls a site and group over the adapters at work, stacked once per set of adapters; of few rows and
+    adapters, plain matmuls with all adapters side by side."""
 
-    def __init__(self, pages: AdapterPages) -> None:
+    def __init__(self, pages: AdapterPages, side_by_side: int = _SIDE_BY_SIDE) -> None:
         self.pages = pages
-        self._stack = _Stack((), (), [])
-        self._last: tuple[object, list[_Rows]] = (None, [])
+        self._most_side_by_side = side_by_side if pages.pool.dtype == torch.float32 else -1
+        self._stack = _Stack((), (), [], 0)
+        self._last: tuple[object, _Plan] = (None, [])
 
     def plan(self, context: StepContext) -> None:
         if not context.has_adapters:
@@ -305,12 +333,21 @@ class ReferenceLora:
         stack = self._stack_for({slot for slot in context.adapter_slots if slot})
         key = (id(stack), stack.versions, context.adapter_slots, context.query_lens)
         if self._last[0] != key:
-            rows_of = _rows_by_slot(context)
-            plans = [_plan_rows(group, rows_of, context.positions_T.device) for group in stack.groups]
-            self._last = (key, [plan for plan in plans if plan is not None])
+            self._last = (key, self._plan(stack, context))
         context.lora_plan = self._last[1]
 
-    def shrink(self, x_TK: torch.Tensor, site: Site, context: StepContext) -> _Shrunk:
+    def _plan(self, stack: _Stack, context: StepContext) -> _Plan:
+        device = context.positions_T.device
+        if context.num_tokens * stack.num_columns <= self._most_side_by_side:
+            slots = np.repeat(np.array(context.adapter_slots), context.query_lens)
+            return _SideBySide(stack, torch.from_numpy(slots).to(device))
+        rows_of = _rows_by_slot(context)
+        plans = [_plan_rows(group, rows_of, device) for group in stack.groups]
+        return [plan for plan in plans if plan is not None]
+
+    def shrink(self, x_TK: torch.Tensor, site: Site, context: StepContext) -> _Shrunk | torch.Tensor | None:
+        if isinstance(context.lora_plan, _SideBySide):
+            return self._shrink_side_by_side(x_TK, site, context.lora_plan)
         shrunk: _Shrunk = []
         for plan in context.lora_plan:
             group = plan.group
@@ -328,7 +365,29 @@ class ReferenceLora:
             shrunk.append((plan, b_nRN, parts))
         return shrunk
 
-    def expand(self, shrunk: _Shrunk, site: Site, out_TN: torch.Tensor, context: StepContext) -> None:
+    def _shrink_side_by_side(self, x_TK: torch.Tensor, site: Site, plan: _SideBySide) -> torch.Tensor | None:
+        """Products with other rows' adapters are struck out, not multiplied by zero: they may be infinite."""
+        sites = plan.stack.sites
+        if site.first not in sites:
+            sites[site.first] = _side_by_side(self.pages, plan.stack.slots, site, x_TK.shape[1])
+        matrices = sites[site.first]
+        if matrices is None:
+            return None
+        if site.first not in plan.hidden:
+            plan.hidden[site.first] = plan.slots_T[:, None] != matrices.owner_W
+        return (x_TK @ matrices.a_KW).mul_(matrices.scale_W).masked_fill_(plan.hidden[site.first], 0.0)
+
+    def expand(
+        self, shrunk: _Shrunk | torch.Tensor | None, site: Site, out_TN: torch.Tensor, context: StepContext
+    ) -> None:
+        if isinstance(context.lora_plan, _SideBySide):
+            matrices = context.lora_plan.stack.sites[site.first]
+            if matrices is not None:
+                assert isinstance(shrunk, torch.Tensor)
+                for columns, outputs, b_WN in matrices.siblings:
+                    out_TN[:, outputs].addmm_(shrunk[:, columns], b_WN)
+            return
+        assert isinstance(shrunk, list)
         for plan, b_nRN, parts in shrunk:
             if plan.gather is not None:
                 delta = torch.bmm(parts[0], b_nRN).flatten(0, 1).index_select(0, plan.results)
@@ -343,7 +402,8 @@ class ReferenceLora:
         current = stack.versions == tuple(versions[slot] for slot in stack.slots)
         if not current or not active.issubset(stack.slots) or len(stack.slots) > max(4, 2 * len(active)):
             slots = tuple(sorted(active))
-            self._stack = _Stack(slots, tuple(versions[slot] for slot in slots), _group(self.pages, slots))
+            columns = _num_columns(self.pages, slots)
+            self._stack = _Stack(slots, tuple(versions[slot] for slot in slots), _group(self.pages, slots), columns)
         return self._stack
 
 
@@ -355,6 +415,35 @@ def _group(pages: AdapterPages, slots: tuple[int, ...]) -> list[_Group]:
     for slot, by_module in zip(slots, ranks, strict=True):
         groups.setdefault((any(by_module[4:]), sum(by_module).bit_length()), []).append(slot)
     return [_Group(tuple(members)) for members in groups.values()]
+
+
+def _num_columns(pages: AdapterPages, slots: tuple[int, ...]) -> int:
+    """The most that q, k and v, or gate and up, come to, whatever is fused."""
+    ranks = pages.table[list(slots), :, 2].sum(dim=0).view(-1, len(MODULES))
+    return int(torch.stack([ranks[:, :3].sum(dim=1), ranks[:, 4:6].sum(dim=1), ranks.amax(dim=1)]).max())
+
+
+def _side_by_side(pages: AdapterPages, slots: tuple[int, ...], site: Site, in_features: int) -> _Site | None:
+    a, scales, owners, siblings = [], [], [], []
+    first = output = 0
+    for sibling, width in enumerate(site.widths):
+        b = []
+        for slot in slots:
+            a_start, b_start, rank = pages.table[slot, site.first + sibling].tolist()
+            if rank:
+                a.append(pages.pool[a_start : a_start + rank * in_features].view(rank, in_features))
+                b.append(pages.pool[b_start : b_start + width * rank].view(width, rank).t())
+                scales.append(pages.scale[slot, site.first + sibling].expand(rank))
+                owners += [slot] * rank
+        if b:
+            last = len(owners)
+            siblings.append((slice(first, last), slice(output, output + width), torch.cat(b).contiguous()))
+            first = last
+        output += width
+    if not siblings:
+        return None
+    owner_W = torch.tensor(owners, device=pages.pool.device)
+    return _Site(torch.cat(a).t().contiguous(), torch.cat(scales).to(pages.pool.dtype), owner_W, siblings)
 
 
 def _rows_by_slot(context: StepContext) -> dict[int, list[int]]:

@@ -15,6 +15,7 @@ from inlaid.kernels.reference import ReferenceAttention, ReferenceLora, Referenc
 
 SITES = 14
 SITE = Site(0, (6, 4, 4))
+either_way = pytest.mark.parametrize("side_by_side", [-1, 1 << 30])
 
 
 def make_context(
@@ -78,16 +79,19 @@ def by_hand(pages: AdapterPages, x: torch.Tensor, slots: list[int], out: torch.T
     return out
 
 
+@either_way
 @given(
     st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9)), min_size=1, max_size=12),
     st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3), min_size=4, max_size=4),
 )
 @settings(max_examples=40, deadline=None)
-def test_adapters_equal_a_loop_over_rows(sequences: list[tuple[int, int]], ranks: list[list[int]]) -> None:
+def test_adapters_equal_a_loop_over_rows(
+    side_by_side: int, sequences: list[tuple[int, int]], ranks: list[list[int]]
+) -> None:
     sequences.sort(key=lambda pair: pair[1] > 1)
     slots, lens = tuple(slot for slot, _ in sequences), tuple(length for _, length in sequences)
     pages = make_pages([[0, 0, 0], *ranks], inputs=8)
-    lora = ReferenceLora(pages)
+    lora = ReferenceLora(pages, side_by_side)
     context = make_context(slots, lens)
     x, out = torch.randn(sum(lens), 8), torch.randn(sum(lens), 14)
     rows = [slot for slot, length in sequences for _ in range(length)]
@@ -100,9 +104,27 @@ def test_adapters_equal_a_loop_over_rows(sequences: list[tuple[int, int]], ranks
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_changed_slots_are_read_again() -> None:
+@either_way
+def test_a_product_with_anothers_adapter_may_overflow(side_by_side: int) -> None:
+    """Side by side every row meets every adapter's A; what it is not meant for must not reach it, however large."""
+    pages = make_pages([[0, 0, 0], [2, 1, 3], [1, 2, 2]], inputs=8)
+    lora, context = ReferenceLora(pages, side_by_side), make_context((1, 2), (1, 1))
+    alone, alone_context = ReferenceLora(pages, -1), make_context((2,), (1,))
+    x, want, got = torch.randn(2, 8), torch.zeros(1, 14), torch.zeros(2, 14)
+    alone.plan(alone_context)
+    alone.expand(alone.shrink(x[1:], SITE, alone_context), SITE, want, alone_context)
+    offset, _, rank = pages.table[1, SITE.first].tolist()
+    pages.pool[offset : offset + rank * 8] = 3e38
+    pages.versions[1] += 1
+    lora.plan(context)
+    lora.expand(lora.shrink(x * 10, SITE, context), SITE, got, context)
+    torch.testing.assert_close(got[1:], 10 * want)
+
+
+@either_way
+def test_changed_slots_are_read_again(side_by_side: int) -> None:
     pages = make_pages([[0, 0, 0], [2, 1, 3]], inputs=8)
-    lora, context = ReferenceLora(pages), make_context((1,), (1,))
+    lora, context = ReferenceLora(pages, side_by_side), make_context((1,), (1,))
     x, out = torch.randn(1, 8), torch.zeros(1, 14)
     lora.plan(context)
     lora.expand(lora.shrink(x, SITE, context), SITE, out, context)
