@@ -331,7 +331,7 @@ class ReferenceLora:
         if not context.has_adapters:
             return
         stack = self._stack_for({slot for slot in context.adapter_slots if slot})
-        key = (id(stack), stack.versions, context.adapter_slots, context.query_lens)
+        key = (stack.slots, stack.versions, context.adapter_slots, context.query_lens)
         if self._last[0] != key:
             self._last = (key, self._plan(stack, context))
         context.lora_plan = self._last[1]
