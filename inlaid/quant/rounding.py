@@ -7,6 +7,7 @@ Legend: N outputs, B inputs of one block.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -43,12 +44,7 @@ def round_block(
 
 def rounder(like_BN: Tensor, max_code: int, num_blocks: int) -> RoundBlock:
     """`round_block`, replayed where that pays: on a GPU, for enough blocks to make up for the capture."""
-
-    def eager(
-        target_BN: Tensor, spread_BB: Tensor, scale_BN: Tensor, zero_BN: Tensor, codes_BN: Tensor, origin_BN: Tensor
-    ) -> Tensor:
-        return round_block(target_BN, spread_BB, scale_BN, zero_BN, codes_BN, origin_BN, max_code)
-
+    eager: RoundBlock = partial(round_block, max_code=max_code)
     if not like_BN.is_cuda or num_blocks <= 4:
         return eager
     replayed = _ReplayedBlock(like_BN, max_code)
