@@ -26,7 +26,7 @@ ALIGNMENT = 32  # of the pieces of meta, in elements: kernels are compiled for a
 QUERY_TILE = 64
 SIDE_STREAM_ROWS = 16  # with fewer rows a shrink is shorter than the detour
 PENDING_ROWS = 64  # with more rows an expansion of its own, which reads each adapter once, is faster
-PENDING_RANK = 64  # a norm has one program a row, which would read a larger B alone
+PENDING_RANK = 32  # a norm has one program a row, which would read a larger B alone
 NO_ADAPTERS, ATTENTION_ADAPTERS, ALL_ADAPTERS = 0, 1, 2  # which linears may have adapters in a step
 
 

@@ -5,12 +5,13 @@ shape; here a shape gets one kernel for each of ROW_BUCKETS, compiled in paralle
 its cache on disk; the first use waits for them, so after the warm-up nothing is compiled. Zero points are true zeros
 in memory and go in as they are; act-order weights are put in order and x is permuted to match.
 
-With `ordered`, which is the default, parameters are chosen so that every sum is added in a fixed order and the same
-batch gives the same bits every time (humming_order.py).
+With `ordered`, which is the default, every sum is added in a fixed order and the same batch gives the same bits every
+time (humming_order.py).
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -25,7 +26,7 @@ import torch
 from inlaid.checkpoint import QuantizedLinear, QuantSpec
 from inlaid.kernels import early
 from inlaid.kernels.act_order import group_length, sequential
-from inlaid.kernels.humming_order import Problem, candidates, keeps_order
+from inlaid.kernels.humming_order import headers
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096)
 TUNING = Path(__file__).parent / "humming_tuning.json"  # made by perf/gpu/humming_sweep.py
@@ -81,6 +82,7 @@ class HummingLinear:
                 f"{weight.in_features} x {weight.out_features}"
             )
         humming = _import()
+        use_headers(self.ordered)
         weight, permutation = sequential(weight)
         tensors = {
             "weight": weight.qweight.to(device).t().contiguous(),
@@ -175,38 +177,24 @@ class HummingLinear:
 
 def intervals(config: Any, device: torch.device, ordered: bool = True) -> list[list[Any]]:
     """[rows above, rows up to, kernel parameters] for ROW_BUCKETS; the last bucket is open-ended."""
-    tuned = _tuned(config, torch.cuda.get_device_name(device), ordered)
-    out = []
-    for problem in problems(config, device):
-        base = _import().heuristics(config, shape_m=min(problem.most, ROW_BUCKETS[-1]), device=device)
-        chosen = tuned.get(min(problem.most, ROW_BUCKETS[-1]))
-        chosen = None if chosen is None else {**base, **chosen}
-        if ordered and (chosen is None or not keeps_order(chosen, problem)):
-            chosen = candidates(base, problem)[0]
-        chosen = base if chosen is None else chosen
-        out.append([problem.below, problem.most, {**chosen, "use_pdl": True} if early.EARLY else chosen])
+    tuned = tuned_for(config, torch.cuda.get_device_name(device), ordered)
+    out: list[list[Any]] = []
+    for below, bucket in zip((0, *ROW_BUCKETS[:-1]), ROW_BUCKETS, strict=True):
+        chosen = {**_import().heuristics(config, shape_m=bucket, device=device), **tuned.get(bucket, {})}
+        most = bucket if bucket != ROW_BUCKETS[-1] else OPEN
+        out.append([below, most, {**chosen, "use_pdl": True} if early.wanted() else chosen])
     return out
 
 
-def problems(config: Any, device: torch.device) -> list[Problem]:
-    """One for each of ROW_BUCKETS."""
-    sms = torch.cuda.get_device_properties(device).multi_processor_count
-    ends = (*ROW_BUCKETS[:-1], OPEN)
-    return [
-        Problem(config.shape_k, config.shape_n, config.weight_scale_group_size, below, most, sms)
-        for below, most in zip((0, *ROW_BUCKETS[:-1]), ends, strict=True)
-    ]
-
-
-def _tuned(config: Any, device_name: str, ordered: bool) -> dict[int, dict[str, Any]]:
+def tuned_for(config: Any, device_name: str, ordered: bool) -> dict[int, dict[str, Any]]:
     """Changes to the package's parameters by bucket of rows, from the shipped table (TUNING): what a sweep on such a
-    device, or else on another, found faster than its choice; or fastest of those that keep the order."""
+    device, or else on another, found faster than its choice."""
     if not TUNING.exists():
         return {}
     found: dict[int, dict[str, Any]] = {}
     entries = json.loads(TUNING.read_text())["entries"]
-    for entry in sorted(entries, key=lambda e: (e.get("ordered", False), e["device"] == device_name)):  # the last wins
-        same = entry["bits"] == config.b_dtype.num_bits and entry.get("ordered", False) in (False, ordered)
+    for entry in sorted(entries, key=lambda entry: entry["device"] == device_name):  # the last wins
+        same = entry["bits"] == config.b_dtype.num_bits and entry.get("ordered", False) == ordered
         if same and (entry["inputs"], entry["outputs"]) == (config.shape_k, config.shape_n):
             found |= dict.fromkeys(entry["buckets"], entry["changes"])
     return found
@@ -241,3 +229,21 @@ def _import() -> _Humming:
     return _Humming(
         HummingWeightSchema, prepare_and_transform_humming_tensors, get_heuristics_config, HummingKernel.prepare_kernels
     )
+
+
+_set_aside: list[Any] = []  # kernels that were compiled from other headers stay on the device
+
+
+def use_headers(ordered: bool) -> None:
+    """Whether what is compiled from here on adds in a fixed order: a choice of the process."""
+    from humming.jit.compiler import Compiler
+    from humming.jit.runtime import KernelRuntime
+    from humming.kernel.humming import HummingKernel
+    from humming.utils.jit import get_humming_cache_dir
+
+    installed = Path(importlib.import_module("humming").__file__ or "").parent / "include"
+    wanted = headers(installed, Path(get_humming_cache_dir())) if ordered else installed
+    if wanted != Path(Compiler.humming_include_dir()):
+        Compiler.humming_include_dir = staticmethod(lambda: str(wanted))
+        _set_aside.extend((KernelRuntime._instances, HummingKernel._str2kernel_cache))
+        KernelRuntime._instances, HummingKernel._str2kernel_cache = {}, {}

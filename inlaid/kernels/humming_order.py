@@ -1,24 +1,74 @@
-"""In which order humming's kernels add the parts of a sum, and parameters with which it is always the same order.
+"""humming's kernels with their sums in a fixed order.
 
-Its stream-K gives every block a run of K tiles, so that an output tile may be summed by several blocks ("slices"). Of
-two slices the first is stored and the second added; without TMA stores up to three are added one after the other; of
-more, those after the first are added as they arrive, in half precision, and then the same batch need not give the same
-bits twice. How many slices a tile gets is decided by its scheduler alone, which `slices` repeats, so this is known
-before anything is compiled. Called by humming.py and by the sweep that times the candidates (perf/gpu).
+Its stream-K gives every block a run of K tiles, so that an output tile may be summed by several blocks ("slices"). Two
+slices are always added in the same order, and so are three without TMA stores; of more, those after the first are added
+as they arrive, in half precision, and then the same batch need not give the same bits twice. The package has the other
+way too, each slice waiting for the one before it, for devices that cannot add half precision atomically. `headers` is a
+copy of its headers in which every kernel takes that way, made from the installed package at first use and kept with its
+compiled kernels; nothing else is changed.
 
-Shapes: K inputs, N outputs; a configuration is the package's dict of parameters.
+A slice that waits costs time, so fewer slices, or smaller tiles, may be faster than the package's own choice of
+parameters: `candidates` are those that a sweep times (perf/gpu/humming_sweep.py), with what the scheduler makes of them
+(`schedule`). Shapes: K inputs, N outputs; a configuration is the package's dict of parameters.
 """
 
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 MOST_SLICES = 10  # the package bounds them so
 LAST_ROWS = 8192  # of the bucket without an end
-DEQUANTIZING = 64  # what unpacking a tile of weights costs, in rows of its product
+CUTS = (4, 2)  # slices that a candidate is held to
+EDITS = {  # file -> (condition under which slices are added as they arrive, how often it is there)
+    "epilogue/pipeline.cuh": ("if (Ctx::kUseTmaC || (GmemWriter::kHasNativeAtomicAdd && slice_count > 3))", 2),
+    "epilogue/gmem_writer.cuh": ("else if (kHasNativeAtomicAdd && slice_count > 3)", 1),
+}
+
+
+def headers(installed: Path, cache: Path) -> Path:
+    """An include folder like the installed one, whose kernels add in a fixed order. Times of files are kept: they are
+    part of the names of compiled kernels."""
+    made = cache / "ordered-headers" / _stamp(installed)
+    if made.is_dir():
+        return made
+    made.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=made.parent))
+    try:
+        shutil.copytree(installed, scratch / "include")
+        for name, (condition, times) in EDITS.items():
+            _edit(scratch / "include" / "humming" / name, condition, times)
+        try:
+            os.rename(scratch / "include", made)
+        except OSError:  # another process was first
+            if not made.is_dir():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return made
+
+
+def _stamp(installed: Path) -> str:
+    """Changes when a file that is edited changes."""
+    status = [(installed / "humming" / name).stat() for name in EDITS]
+    return "-".join(f"{one.st_size:x}.{one.st_mtime_ns:x}" for one in status)
+
+
+def _edit(file: Path, condition: str, times: int) -> None:
+    status, text = file.stat(), file.read_text()
+    if text.count(condition) != times:
+        raise RuntimeError(
+            "this version of humming-kernels adds its sums in another way than 0.1.19: install that version, "
+            "or pass --no-deterministic"
+        )
+    file.write_text(text.replace(condition, condition[: condition.index("(")] + "(false)"))
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 @dataclass(frozen=True)
@@ -32,10 +82,10 @@ class Problem:
     most: int
     sms: int
 
-    def row_tiles(self, config: dict[str, Any]) -> range:
-        """How many tiles of rows there may be."""
+    def row_tiles(self, config: dict[str, Any]) -> int:
+        """The most tiles of rows."""
         height = config["block_shape"][0] * config.get("multi_cast_size_b", 1)
-        return range(self.below // height + 1, -(-min(self.most, LAST_ROWS) // height) + 1)
+        return -(-min(self.most, LAST_ROWS) // height)
 
 
 @dataclass(frozen=True)
@@ -72,73 +122,44 @@ def schedule(config: dict[str, Any], problem: Problem, row_tiles: int) -> Schedu
     return Schedule(slices, whole * k_tiles + min(run, cut * k_tiles), blocks * cluster)
 
 
-def keeps_order(config: dict[str, Any], problem: Problem) -> bool:
-    """Whether every sum of every number of rows of the bucket is added in a fixed order."""
-    stores_by_tma = config.get("use_tma_c")
-    stores_by_tma = config.get("use_tma", False) if stores_by_tma is None else stores_by_tma
-    most = 2 if stores_by_tma else 3
-    return all(schedule(config, problem, tiles).slices <= most for tiles in problem.row_tiles(config))
-
-
-def load(config: dict[str, Any], problem: Problem) -> float:
-    """A guess at the time: K tiles of the busiest multiprocessor times the work of each, over the bucket's rows. The
-    older matrix instructions run at half the rate."""
-    rows, width, depth = config["block_shape"]
-    rows *= 2 if config.get("mma_type") == "mma" else 1
-    total = 0.0
-    for tiles in problem.row_tiles(config):
-        made = schedule(config, problem, tiles)
-        total += -(-made.blocks // problem.sms) * made.iterations * width * depth * (rows + DEQUANTIZING)
-    return total / len(problem.row_tiles(config))
-
-
 def candidates(base: dict[str, Any], problem: Problem) -> list[dict[str, Any]]:
-    """Configurations near the package's choice that keep the order: itself if it does, then those with the least load,
-    and of those the ones with more blocks, which wait for memory side by side."""
-    found = [base] if keeps_order(base, problem) else []
-    others: list[dict[str, Any]] = []
-    for tile in _tiles(base, problem):
-        for ctas in {1, tile.get("num_ctas_per_sm", 1)}:
-            changed = {**tile, "num_ctas_per_sm": ctas}
-            for config in (_largest_grid(changed, problem), {**changed, "use_stream_k": False}):
-                if config is not None and config not in found + others:
-                    others.append(config)
-    return found + sorted(others, key=lambda config: (load(config, problem), -_blocks(config, problem)))
+    """The package's choice and others near it: fewer blocks on a multiprocessor, fewer slices, none, smaller tiles."""
+    found: list[dict[str, Any]] = []
+    for tile in (base, *_smaller(base, problem)):
+        for ctas in dict.fromkeys((tile.get("num_ctas_per_sm", 1), 1)):
+            config = {**tile, "num_ctas_per_sm": ctas}
+            tiles, whole = problem.row_tiles(config), {**config, "use_stream_k": False}
+            made = schedule(config, problem, tiles)
+            found.append(config)
+            for cut in CUTS:
+                held = _held(config, problem, cut) if cut < made.slices else None
+                if held is not None and held not in found:
+                    found.append(held)
+            if made.slices > 1 and 2 * schedule(whole, problem, tiles).blocks > problem.sms:
+                found.append(whole)
+    return found
 
 
-def _blocks(config: dict[str, Any], problem: Problem) -> int:
-    return schedule(config, problem, problem.row_tiles(config)[-1]).blocks
-
-
-def _tiles(base: dict[str, Any], problem: Problem) -> Iterator[dict[str, Any]]:
-    """The choice itself, and smaller tiles: more of them fill the device without being cut often."""
-    plain = {key: value for key, value in base.items() if key != "num_sms"}
-    if plain.get("use_tma"):
-        plain["use_tma_c"] = False
-    yield plain
+def _smaller(base: dict[str, Any], problem: Problem) -> Iterator[dict[str, Any]]:
+    """More tiles fill the device without being cut often."""
     rows, width, depth = base["block_shape"]
-    warp_rows, warp_width, warp_depth = base["warp_shape"]
     if base.get("mma_type") == "mma":
-        if width > 64 and warp_width <= 64:
-            yield {**plain, "block_shape": (rows, 64, depth)}
-        return
-    for height, columns in ((rows, width // 2), (rows // 2, width), (rows // 2, width // 2), (128, width)):
-        whole = height % 8 == 0 and 0 < height <= 256 and columns >= 4 * warp_width and rows == warp_rows
-        if whole and problem.outputs % (columns * base.get("multi_cast_size_a", 1)) == 0:
-            shape = {"block_shape": (height, columns, depth), "warp_shape": (height, warp_width, warp_depth)}
-            yield {**plain, **shape}
-    if problem.most <= 64 and problem.inputs % 128 == 0 and problem.outputs % 64 == 0:
+        if width > 64 and base["warp_shape"][1] <= 64:
+            yield {**base, "block_shape": (rows, 64, depth)}
+    elif problem.most <= 64 and problem.inputs % 128 == 0 and problem.outputs % 64 == 0:
         height = -(-problem.most // 16) * 16
         yield {
             "mma_type": "mma", "block_shape": (height, 64, 128), "warp_shape": (height, 32, 64), "num_stages": 4,
             "num_ctas_per_sm": 2, "use_stream_k": True, "use_tma": False, "use_warp_spec": False,
         }  # fmt: skip
+    elif rows >= 128 and rows == base["warp_shape"][0]:
+        yield {**base, "block_shape": (rows // 2, width, depth), "warp_shape": (rows // 2, *base["warp_shape"][1:])}
 
 
-def _largest_grid(config: dict[str, Any], problem: Problem) -> dict[str, Any] | None:
-    """As many multiprocessors as keep the order: with fewer, runs are longer and tiles are cut less often."""
+def _held(config: dict[str, Any], problem: Problem, slices: int) -> dict[str, Any] | None:
+    """On as many multiprocessors as cut no tile further: with fewer, runs are longer."""
     for sms in range(problem.sms, problem.sms // 3, -1):
         tried = config if sms == problem.sms else {**config, "num_sms": sms}
-        if keeps_order(tried, problem):
+        if schedule(tried, problem, problem.row_tiles(tried)).slices <= slices:
             return tried
     return None

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 LIMITS = {  # seconds; in the order of what they decide
-    "tests": 110, "sweep": 140, "variants-7b": 130, "variants-8b": 130, "choose": 20, "serve-7b": 150, "serve-8b": 130,
+    "tests": 110, "sweep": 140, "variants-7b": 130, "variants-8b": 130, "serve-7b": 150, "serve-8b": 130,
     "determinism-7b": 120, "startup-7b": 150, "ranks-7b": 200, "exllama-7b": 120, "exllama-demo": 90, "soak": 110,
     "demo": 90, "gates": 240, "micro": 300, "offline-7b": 150, "offline-8b": 130, "startup-8b": 150,
     "micro-decode_attention-pending": 90, "micro-ordered": 120,
@@ -30,7 +30,7 @@ LIMITS = {  # seconds; in the order of what they decide
     "adapters-cliff-mixed": 120, "adapters-cliff-slots": 150, "adapters-cliff-resident": 120, "adapters-crossover": 150,
     "serve-tiny": 100, "ranks-tiny": 100, "variants-tiny": 100, "determinism-tiny": 60, "startup-tiny": 150,
 }  # fmt: skip
-FIRST = ("tests", "sweep", "variants-7b", "variants-8b", "choose", "serve-7b", "serve-8b")
+FIRST = ("tests", "sweep", "variants-7b", "variants-8b", "serve-7b", "serve-8b")
 SECOND = ("serve-7b", "serve-8b", "determinism-7b", "startup-7b", "ranks-7b")
 THIRD = ("exllama-7b", "exllama-demo", "soak", "demo", "gates", "micro-decode_attention-pending")
 CALLS = {"first": FIRST, "second": SECOND, "third": THIRD}  # each within ten minutes
@@ -64,13 +64,12 @@ def said(*command: str) -> str:
 
 def run_stage(name: str, out: Path, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """The stage's own result, in this process; `keep` writes what there is so far."""
-    from perf.gpu import adapters, choose, demo, gates, humming_sweep, micro, offline, quant_speed, sched, serving, soak
+    from perf.gpu import adapters, demo, gates, humming_sweep, micro, offline, quant_speed, sched, serving, soak
 
     kind, _, rest = name.partition("-")
     stages: dict[str, Callable[[], dict[str, Any]]] = {
         "tests": kernel_tests,
         "sweep": lambda: humming_sweep.run(keep),
-        "choose": lambda: choose.run(sorted(out.glob("variants-*.json"))),
         "gates": lambda: gates.run(keep),
         "micro": lambda: micro.run(keep, tuple(rest.split("-")) if rest else tuple(micro.PARTS)),
         "demo": demo.run,
@@ -171,7 +170,6 @@ def headline(result: dict[str, Any]) -> str:
         alone = row["concurrency"] == 1
         speed = f"{row['ms_per_token']:.2f} ms" if alone else f"{row['output_tokens_per_second']:.0f} tok/s"
         parts.append(f"{row.get('names', '')}{row['adapters']}@{row['concurrency']} {speed}")
-    parts += [f"{one['constant']} = {one['value']} ({one['ratio']})" for one in result.get("chosen", ())]
     for start in result.get("starts", ()):
         parts.append(f"{start['caches']} {start.get('ready_s', float('nan')):.1f} s")
     for step in result.get("steps", ()):

@@ -25,7 +25,7 @@ from inlaid.engine.engine import Engine
 from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.kernels import attention_triton, early
 from inlaid.kernels.auto import AutoLinear
-from inlaid.kernels.humming import HummingLinear
+from inlaid.kernels.humming import HummingLinear, use_headers
 from inlaid.kernels.measure import Ceiling, weight_bytes
 from inlaid.model.spec import ModelSpec
 
@@ -157,6 +157,7 @@ class Variant:
         for backend in humming_of(engine):
             if always or backend.ordered != ordered:
                 found, backend.ordered = True, ordered
+                use_headers(ordered)
                 backend._compiling.clear()
                 backend._kernels.clear()
                 for kind, config in backend.configs.items():
@@ -173,22 +174,12 @@ def humming_of(engine: Engine) -> list[HummingLinear]:
 
 def variants(grouped: bool) -> list[Variant]:
     """What is to be decided by measuring, the largest predicted gain first (perf/gpu/README.md)."""
-    tile = "GROUP_TILE" if grouped else "ONE_TILE"
-    tiles = (
-        ((64, 4, 5), (32, 4, 3), (32, 4, 5), (64, 2, 3), (32, 2, 5))
-        if grouped
-        else ((32, 4, 3), (32, 4, 4), (64, 4, 2), (64, 8, 2), (64, 8, 3), (32, 4, 1))
-    )
     return [
         Variant("as shipped"),
         Variant("sums by arrival", ordered=False),
+        Variant("launches as usual", ((early, "EARLY", False),)),
         Variant("expansions of their own", ((cuda_forward, "PENDING_ROWS", 0),)),
-        Variant("expansions pending up to 256 rows", ((cuda_forward, "PENDING_ROWS", 256),)),
-        Variant("expansions pending but before norms", ((cuda_forward, "PENDING_RANK", 0),)),
-        *(Variant(f"{tile} {one}", ((attention_triton, tile, one),)) for one in tiles),
-        Variant("attention with fewer splits", ((attention_triton, "TARGET_PROGRAMS", 500),)),
-        Variant("shrinks on the main stream", ((cuda_forward, "SIDE_STREAM_ROWS", 1 << 30),)),
-        Variant("early launches", ((early, "EARLY", True),)),
+        *([Variant("attention with more splits", ((attention_triton, "TARGET_PROGRAMS", 1000),))] if grouped else []),
         Variant("as shipped, again"),
     ]
 

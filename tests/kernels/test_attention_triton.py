@@ -119,4 +119,5 @@ def test_prefill_of_chunks_beside_decodes(heads: int, kv_heads: int, width: int,
 def test_splits_fill_the_chip_for_small_batches_only() -> None:
     assert attention.num_splits(1, 32) == 16
     assert attention.num_splits(256, 32) == 1
-    assert attention.num_splits(64, 8) == 2
+    assert attention.num_splits(64, 8) == 1
+    assert attention.num_splits(32, 8) == 2

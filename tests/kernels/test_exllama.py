@@ -76,5 +76,5 @@ def test_tuning_names_known_buckets() -> None:
     assert entries
     for entry in entries:
         assert set(entry["buckets"]) <= set(humming.ROW_BUCKETS)
-        assert entry["best_us"] < entry["own_us"]
+        assert entry.get("ordered") or entry["best_us"] < entry["own_us"]
         assert entry["changes"]

@@ -14,7 +14,6 @@ import torch
 
 from inlaid.checkpoint import QuantSpec, dequantize
 from inlaid.kernels import early, humming
-from inlaid.kernels.humming_order import keeps_order
 from inlaid.kernels.measure import random_weight
 
 DEVICE = torch.device("cuda")
@@ -51,13 +50,10 @@ def tune(table: Path, **entry: Any) -> None:
     table.write_text(json.dumps({"entries": [*old, {**about, **entry}]}))
 
 
-def test_every_bucket_keeps_the_order(chip: Path) -> None:
+def test_every_number_of_rows_is_served(chip: Path) -> None:
     chosen = humming.intervals(LAYER, DEVICE)
-    problems = humming.problems(LAYER, DEVICE)
-    assert [(below, most) for below, most, _ in chosen] == [(p.below, p.most) for p in problems]
-    assert all(keeps_order(config, problem) for (_, _, config), problem in zip(chosen, problems, strict=True))
-    assert chosen[0][0] == 0
-    assert chosen[-1][1] == humming.OPEN
+    assert [below for below, _, _ in chosen] == [0, *humming.ROW_BUCKETS[:-1]]
+    assert [most for _, most, _ in chosen] == [*humming.ROW_BUCKETS[:-1], humming.OPEN]
 
 
 def test_without_it_the_choice_is_the_packages(chip: Path) -> None:
@@ -65,15 +61,16 @@ def test_without_it_the_choice_is_the_packages(chip: Path) -> None:
         assert config == package(LAYER, rows, DEVICE), most
 
 
-def test_what_a_sweep_found_is_taken_where_it_keeps_the_order(chip: Path) -> None:
+def test_what_a_sweep_found_is_taken(chip: Path) -> None:
     halved = {"block_shape": [32, 128, 64], "num_ctas_per_sm": 1, "use_tma_c": False}
     tune(chip, buckets=[64], ordered=True, changes=halved)
     tune(chip, buckets=[64], ordered=True, device="other chip", changes={"num_stages": 5})
     tune(chip, buckets=[64], changes={"num_stages": 3})  # the fastest in any order
     tune(chip, buckets=[16], changes={"num_stages": 3})
+    tune(chip, buckets=[16], ordered=True, changes={"num_ctas_per_sm": 2})
     found = {most: config for _, most, config in humming.intervals(LAYER, DEVICE)}
     assert found[64] == {**package(LAYER, 64, DEVICE), **halved}
-    assert found[16]["num_stages"] == 4  # with 3 a tile is cut into four
+    assert (found[16]["num_stages"], found[16]["num_ctas_per_sm"]) == (4, 2)
     by_arrival = {most: config for _, most, config in humming.intervals(LAYER, DEVICE, False)}
     assert by_arrival[64] == {**package(LAYER, 64, DEVICE), "num_stages": 3}
 
@@ -87,7 +84,7 @@ def test_what_was_found_on_another_device_is_better_than_nothing(chip: Path) -> 
 
 def test_early_launches_are_asked_of_every_kernel(chip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any("use_pdl" in config for _, _, config in humming.intervals(LAYER, DEVICE))
-    monkeypatch.setattr(early, "EARLY", True)
+    monkeypatch.setattr(early, "possible", lambda: True)
     assert all(config["use_pdl"] for _, _, config in humming.intervals(LAYER, DEVICE))
 
 

@@ -1,14 +1,18 @@
-"""Whether humming's sums keep their order, against a walk through every block's share of the work."""
+"""What humming's scheduler makes of a launch, against a walk through every block's share of the work; the headers whose
+kernels add in a fixed order."""
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from inlaid.kernels.humming_order import Problem, candidates, keeps_order, load, schedule
+from inlaid.kernels.humming_order import EDITS, Problem, candidates, headers, schedule
 
 SHAPES = ((4096, 12288), (4096, 4096), (4096, 22016), (11008, 4096), (14336, 4096), (1024, 512))
 
@@ -67,26 +71,13 @@ def test_slices_are_those_of_the_walk(config: dict[str, Any], shape: tuple[int, 
     assert made.blocks >= len(busy) * config["multi_cast_size_a"]
 
 
-def test_only_few_slices_keep_the_order() -> None:
-    """4096 x 4096 at 64 rows: 32 output tiles of 64 K tiles each, in runs of 8, are eight slices."""
-    config = {"block_shape": (64, 128, 64), "num_ctas_per_sm": 2, "num_stages": 4, "use_tma": True}
-    problem = Problem(4096, 4096, 128, 48, 64, 132)
-    assert schedule(config, problem, 1).slices == 8
-    assert not keeps_order(config, problem)
-    assert keeps_order({**config, "use_stream_k": False}, problem)
-    three = {**config, "num_ctas_per_sm": 1, "num_sms": 57}  # runs of 36
-    assert schedule(three, problem, 1).slices == 3
-    assert not keeps_order(three, problem)  # TMA adds the second and the third as they come
-    assert keeps_order({**three, "use_tma_c": False}, problem)
-
-
 @settings(max_examples=20, deadline=None)
 @given(
     st.sampled_from(SHAPES),
     st.sampled_from([(0, 1), (8, 16), (16, 24), (48, 64), (96, 128), (192, 256), (256, 512)]),
     st.booleans(),
 )
-def test_every_candidate_keeps_the_order(shape: tuple[int, int], rows: tuple[int, int], tall: bool) -> None:
+def test_candidates_have_fewer_slices_or_more_tiles(shape: tuple[int, int], rows: tuple[int, int], tall: bool) -> None:
     height = min(rows[1], 176) if rows[1] > 32 else -(-rows[1] // 8) * 8
     base: dict[str, Any] = {"num_stages": 4, "num_ctas_per_sm": 2, "use_stream_k": True}
     if rows[1] <= 32:
@@ -96,12 +87,49 @@ def test_every_candidate_keeps_the_order(shape: tuple[int, int], rows: tuple[int
         base |= {"mma_type": "wgmma", "use_tma": True, "use_warp_spec": True}
         base |= {"block_shape": (height, width, 64), "warp_shape": (height, 32, 64)}
     problem = Problem(*shape, 128, *rows, 132)
-    found = candidates(base, problem)
-    assert found
-    for config in found:
-        for row_tiles in problem.row_tiles(config):
-            most = max(len(blocks) for blocks in walk(config, problem, row_tiles).values())
-            most = most if config["use_stream_k"] else 1
-            assert most <= (2 if config.get("use_tma_c", config.get("use_tma", False)) else 3)
-    loads = [load(config, problem) for config in found if config != base]
-    assert loads == sorted(loads)
+    first, *others = candidates(base, problem)
+    assert first == base
+    assert all(one not in others[:index] for index, one in enumerate(others))
+    most = schedule(base, problem, problem.row_tiles(base)).slices
+    for config in others:
+        smaller = config["block_shape"] != base["block_shape"]
+        made = schedule(config, problem, problem.row_tiles(config))
+        assert smaller or made.slices <= most or config["num_ctas_per_sm"] == 1
+        assert 1 <= made.blocks <= problem.sms * config["num_ctas_per_sm"]
+
+
+def package(root: Path, pipeline: str | None = None) -> Path:
+    """Headers like the package's: what is edited, and a file beside it."""
+    for name, (condition, times) in EDITS.items():
+        file = root / "include" / "humming" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        text = "a();\n" + f"{condition} {{ arrive(); }} else {{ wait(); }}\n" * times
+        file.write_text(text if pipeline is None or "pipeline" not in name else pipeline)
+        os.utime(file, ns=(1_000_000_007, 1_000_000_009))
+    (root / "include" / "humming" / "other.cuh").write_text("b();")
+    return root / "include"
+
+
+def test_no_sum_is_added_as_it_arrives(tmp_path: Path) -> None:
+    installed = package(tmp_path / "humming")
+    before = {file: file.read_text() for file in installed.rglob("*.cuh")}
+    made = headers(installed, tmp_path / "cache")
+    for name in EDITS:
+        text = (made / "humming" / name).read_text()
+        assert "slice_count > 3" not in text
+        assert text.count("if (false) { arrive(); } else { wait(); }") == EDITS[name][1]
+        assert (made / "humming" / name).stat().st_mtime_ns == 1_000_000_009  # part of a compiled kernel's name
+    assert (made / "humming" / "other.cuh").read_text() == "b();"
+    assert {file: file.read_text() for file in installed.rglob("*.cuh")} == before
+    assert headers(installed, tmp_path / "cache") == made
+    assert [path.name for path in made.parent.iterdir()] == [made.name]
+
+
+def test_headers_of_another_version_are_made_anew_or_refused(tmp_path: Path) -> None:
+    made = headers(package(tmp_path / "humming"), tmp_path / "cache")
+    condition, times = EDITS["epilogue/pipeline.cuh"]
+    other = package(tmp_path / "humming", f"c(); {condition}" * times)
+    assert headers(other, tmp_path / "cache") != made
+    with pytest.raises(RuntimeError, match=r"0\.1\.19.*--no-deterministic"):
+        headers(package(tmp_path / "humming", "if (later) {}"), tmp_path / "cache")
+    assert len(list(made.parent.iterdir())) == 2
