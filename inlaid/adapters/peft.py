@@ -81,8 +81,9 @@ def read_adapter(
             raise AdapterError("every B is zero, so it changes nothing; it looks untrained")
     except AdapterError as error:
         raise AdapterError(f"adapter {folder}: {error}") from None
-    identity = hashlib.sha256(hashlib.sha256(config_bytes).digest() + weight_bytes).hexdigest()
-    return lay_out(identity, str(folder), factors, scales, dtype, pin)
+    identity = hashlib.sha256(hashlib.sha256(config_bytes).digest())
+    identity.update(weight_bytes)
+    return lay_out(identity.hexdigest(), str(folder), factors, scales, dtype, pin)
 
 
 def _read_files(folder: Path) -> tuple[bytes, bytes]:
@@ -326,9 +327,9 @@ def _check_values(factors: Factors, dtype: torch.dtype) -> None:
         for factor, tensor in zip("AB", pair, strict=True):
             if not tensor.is_floating_point():
                 raise AdapterError(f"{site_path(site)} lora_{factor} is {tensor.dtype}, not a floating-point type")
-            if not torch.isfinite(tensor.float()).all():
+            if not torch.isfinite(tensor).all():
                 raise AdapterError(f"{site_path(site)} lora_{factor} holds NaN or infinity")
-            if not torch.isfinite(tensor.to(dtype)).all():
+            if tensor.dtype != dtype and not torch.isfinite(tensor.to(dtype)).all():
                 raise AdapterError(f"{site_path(site)} lora_{factor} does not fit into {dtype}")
 
 

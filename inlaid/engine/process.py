@@ -109,23 +109,30 @@ def _leave_a_core_to_http() -> None:
 
 def load_adapters(loaded: Loaded, adapters: Mapping[str, str], strict: bool) -> None:
     """Read several at a time and install one by one, with a progress bar when it takes long."""
+    import torch
     from tqdm import tqdm
+
+    threads = torch.get_num_threads()
 
     def read(path: str) -> tuple[Any, float]:
         started = time.monotonic()
         return loaded.adapters.read(path), time.monotonic() - started
 
-    with ThreadPoolExecutor(_READERS, "adapter-reader") as readers:
-        reads = {name: readers.submit(read, path) for name, path in adapters.items()}
-        for name, done in tqdm(reads.items(), desc="loading adapters", delay=1, leave=False):
-            try:
-                adapter, seconds = done.result()
-                loaded.adapters.install(name, adapter, False, seconds)
-            except (ValueError, OSError) as error:
-                if strict:
-                    readers.shutdown(wait=False, cancel_futures=True)
-                    raise
-                loaded.left_out[name] = str(error)
+    alone = partial(torch.set_num_threads, 1)  # readers with a team of threads each would wait for one another
+    try:
+        with ThreadPoolExecutor(_READERS, "adapter-reader", alone) as readers:
+            reads = {name: readers.submit(read, path) for name, path in adapters.items()}
+            for name, done in tqdm(reads.items(), desc="loading adapters", delay=1, leave=False):
+                try:
+                    adapter, seconds = done.result()
+                    loaded.adapters.install(name, adapter, False, seconds)
+                except (ValueError, OSError) as error:
+                    if strict:
+                        readers.shutdown(wait=False, cancel_futures=True)
+                        raise
+                    loaded.left_out[name] = str(error)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _describe(config: EngineConfig, model: LoadedModel) -> ModelInfo:
