@@ -2,8 +2,9 @@
 
 load         milliseconds to bring one adapter to the device, by rank: from pageable memory, from pinned memory, and
              pipelined (until its first layer group is there, and until all are)
-modes-MODE   one of cached, on-demand, pipelined, cpu-assist under Poisson arrivals over 512 adapters (Zipf 0.6, 1.0 and
-             1.4), and a burst of requests that each name an adapter which is not on the device
+modes        on-demand, pipelined and cpu-assist in turn on one engine, under Poisson arrivals over 512 adapters (Zipf
+             0.6, 1.0 and 1.4), and a burst of requests that each name an adapter which is not on the device
+modes-cached  the same with every adapter on the device
 cliff-mixed  8B: 256 adapters of mixed rank over places for 32, 64 at a time, against 32 adapters over the same places
 cliff-slots  8B: 32 to 1,024 adapters of rank 16 over 64 places, 64 at a time, Zipf 1.0
 cliff-resident  the same load over 1,000 adapters that are all on the device
@@ -12,6 +13,10 @@ crossover    time to the first token of a lone request whose adapter is not ther
 
 Adapters are made in memory. A few sets of random weights are shared by adapters whose identities differ, so each is
 loaded on its own into pages of its own. Without a GPU they run on the CPU; tests do so with a tiny shape.
+
+512 adapters of rank 64 on q, k and v of a 7B are 48 GiB. On a card of 80 GB, of which an engine takes 0.85, weights,
+buffers and they leave 14 GiB for KV: 29,000 tokens. Requests have 285 on average and up to 1,133, and any 64 of them
+that arrive in a row need 21,300 at their longest, so that no request waits for KV.
 `python -m perf.gpu.adapters plot FOLDER` draws the cliff from a folder of results.
 """
 
@@ -38,18 +43,18 @@ import torch
 
 from inlaid.adapters.loader import CudaLane, Loader, StreamLoader
 from inlaid.adapters.peft import Adapter, lay_out
-from inlaid.adapters.store import CPU_ASSIST, ON_DEMAND, PIPELINED, AdapterStore
+from inlaid.adapters.store import CACHED, CPU_ASSIST, ON_DEMAND, PIPELINED, AdapterStore
 from inlaid.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig
 from inlaid.engine.process import Loaded, build_engine
 from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.kernels.assist import Assistant, Profile
 from inlaid.kernels.backend import MODULES
 from inlaid.model.spec import ModelSpec, spec_from_config
+from perf.gpu import ROOT
 from perf.gpu.random_model import ATTENTION, EVERY_LINEAR, config, write_model
 
-ROOT = Path("/tmp/inlaid-bench")  # where offline.py has its models too
 SETS = 8  # of random weights that adapters share
-MODES = ("cached", "on-demand", "pipelined", "cpu-assist")
+MODES = (ON_DEMAND, PIPELINED, CPU_ASSIST)  # that one engine measures in turn
 QKV = ("q_proj", "k_proj", "v_proj")
 
 
@@ -63,7 +68,7 @@ class Size:
     ranks: tuple[int, ...]
     modules: tuple[str, ...] = ATTENTION
     rate: float = 20.0  # requests a second
-    seconds: float = 15.0
+    seconds: float = 8.0
     prompt: int = 120
     output: int = 90
     concurrency: int = 64
@@ -80,7 +85,8 @@ MODES_7B = Size("7b", 512, 64, (64,), QKV)
 MIXED_8B = Size("8b", 256, 32, (8, 16, 32, 64), prompt=256, output=128)
 SLOTS_8B = Size("8b", 1024, 64, (16,), prompt=256, output=128)
 CROSSOVER_7B = Size("7b", 1, 2, (16, 64, 128), EVERY_LINEAR)
-PROMPTS = (16, 64, 256, 1024)
+PROMPTS = (16, 256, 1024)
+CORES = (2, 8, 14)
 
 
 def device() -> torch.device:
@@ -205,9 +211,33 @@ def pool_for(size: Size, places: int) -> int:
 
 
 def install(loaded: Loaded, size: Size, count: int) -> None:
-    spec = spec_from_config(config(size.shape))
+    """In place of those that are there."""
+    empty(loaded)
+    store, spec = store_of(loaded), spec_from_config(config(size.shape))
     for number, adapter in enumerate(make_adapters(spec, count, size.ranks, size.modules)):
-        store_of(loaded).add(f"a{number}", adapter)
+        store.add(f"a{number}", adapter)
+
+
+def empty(loaded: Loaded) -> None:
+    """No adapter is known, nor on the device."""
+    engine, store = loaded.engine, store_of(loaded)
+    while engine.has_work:  # a step that nobody waits for any more may hold adapters
+        engine.step()
+    engine.step()
+    for name in store.names():
+        store.remove(name)
+    assert not store.resident(), "an idle engine holds no adapter"
+
+
+def switch(loaded: Loaded, mode: str, helpers: Assistant | None) -> None:
+    """As if the engine, which is idle and was started with cpu-assist, had been started with this mode: what the store
+    waits for, whether steps ask layer by layer, and who computes meanwhile. The copies to a GPU are the same in each;
+    without one, on-demand keeps the copying thread that it would not have."""
+    runner: Any = loaded.engine.runner
+    arriving = _arriving(loaded)
+    store_of(loaded).mode = mode
+    arriving.assistant = helpers if mode == CPU_ASSIST else None
+    runner.arriving = None if mode == ON_DEMAND else arriving  # the GPU's; else it is a part of the kernels
 
 
 def zipf(count: int, alpha: float, total: int, seed: int) -> list[str]:
@@ -278,25 +308,46 @@ def counts(loaded: Loaded) -> dict[str, int]:
 # modes
 
 
-def modes(mode: str, keep: Keep = nothing, size: Size = MODES_7B) -> dict[str, Any]:
-    places = size.adapters if mode == "cached" else size.places
-    loaded = start(size, mode, places, pool_for(size, places))
+def modes(keep: Keep = nothing, size: Size = MODES_7B) -> dict[str, Any]:
+    """Each mode begins with nothing on the device."""
+    loaded = start(size, CPU_ASSIST, size.places, pool_for(size, size.places))
+    helpers = _arriving(loaded).assistant
+    report = _about(loaded, size, size.places)
+    for mode in MODES:
+        switch(loaded, mode, helpers)
+        install(loaded, size, size.adapters)
+        _mode(report, loaded, size, mode, keep)
+    return report
+
+
+def modes_cached(keep: Keep = nothing, size: Size = MODES_7B) -> dict[str, Any]:
+    loaded = start(size, CACHED, size.adapters, pool_for(size, size.adapters))
     install(loaded, size, size.adapters)
+    report = _about(loaded, size, size.adapters)
+    _mode(report, loaded, size, CACHED, keep)
+    return report
+
+
+def _about(loaded: Loaded, size: Size, places: int) -> dict[str, Any]:
+    kv = loaded.model.num_blocks * loaded.model.block_size
+    return {"size": vars(size), "places": places, "kv_tokens": kv, "rows": []}
+
+
+def _mode(report: dict[str, Any], loaded: Loaded, size: Size, mode: str, keep: Keep) -> None:
     vocab = loaded.model.vocab_size
-    serve(
-        loaded, poisson(size, zipf(size.adapters, 1.0, int(size.rate * size.seconds / 5), 99), seed=99), vocab, seed=99
-    )
-    report: dict[str, Any] = {"mode": mode, "size": vars(size), "places": places, "rows": []}
+    names = zipf(size.adapters, 1.0, int(size.rate * size.seconds / 5), 99)
+    serve(loaded, poisson(size, names, seed=99), vocab, seed=99)
     for number, alpha in enumerate((0.6, 1.0, 1.4)):
         before = counts(loaded)
         names = zipf(size.adapters, alpha, int(size.rate * size.seconds), number)
-        row = {"load": "poisson", "zipf": alpha} | serve(loaded, poisson(size, names, number), vocab, seed=number)
+        found = serve(loaded, poisson(size, names, number), vocab, seed=number)
+        row = {"mode": mode, "load": "poisson", "zipf": alpha} | found
         _add(report, row | {key: value - before[key] for key, value in counts(loaded).items()}, keep)
     store = store_of(loaded)
     cold = sorted(store.names(), key=lambda name: store.tier(store.identity(name) or "") == "device")
     asks = [Ask(name, size.prompt, size.output) for name in cold[: size.concurrency]]
-    _add(report, {"load": "burst of cold adapters"} | serve(loaded, asks, vocab, seed=7), keep)
-    return report
+    row = {"mode": mode, "load": "burst of cold adapters"}
+    _add(report, row | serve(loaded, asks, vocab, seed=7), keep)
 
 
 def poisson(size: Size, names: Sequence[str], seed: int) -> list[Ask]:
@@ -342,7 +393,7 @@ def cliff_slots(keep: Keep = nothing, size: Size = SLOTS_8B, extra: Sequence[int
     report: dict[str, Any] = {"size": vars(size), "rows": []}
     every = [size.places * 2**step // 2 for step in range(12) if size.places * 2**step // 2 <= size.adapters]
     for adapters in (*every, *extra):
-        names = zipf(adapters, 1.0, 4 * size.concurrency, adapters)
+        names = zipf(adapters, 1.0, 3 * size.concurrency, adapters)
         _measured(report, loaded, size, names, {"adapters": adapters, "places": size.places}, keep)
     return report
 
@@ -351,7 +402,7 @@ def cliff_resident(keep: Keep = nothing, size: Size = SLOTS_8B, adapters: int = 
     loaded = start(size, "cached", adapters, pool_for(size, adapters))
     install(loaded, size, adapters)
     report: dict[str, Any] = {"size": vars(size), "rows": []}
-    names = zipf(adapters, 1.0, 4 * size.concurrency, adapters)
+    names = zipf(adapters, 1.0, 3 * size.concurrency, adapters)
     _measured(report, loaded, size, names, {"adapters": adapters, "places": adapters}, keep)
     return report
 
@@ -376,14 +427,13 @@ def crossover(
     size: Size = CROSSOVER_7B,
     prompts: Sequence[int] = PROMPTS,
     cores: Sequence[int] = (),
-    repeats: int = 5,
+    repeats: int = 3,
 ) -> dict[str, Any]:
     available = len(os.sched_getaffinity(0))
-    cores = cores or [count for count in (2, 4, 8, 14) if count <= available] or [1]
+    cores = cores or [count for count in CORES if count <= available] or [1]
     largest = replace(size, ranks=(max(size.ranks),))
     loaded = start(largest, CPU_ASSIST, size.places, pool_for(largest, size.places))
-    arriving = _arriving(loaded)
-    measured: Assistant = arriving.assistant
+    measured: Assistant = _arriving(loaded).assistant
     ways: list[tuple[str, int]] = [(ON_DEMAND, 0), (PIPELINED, 0), *((CPU_ASSIST, count) for count in cores)]
     report: dict[str, Any] = {"size": vars(size), "rows_per_worker": measured.profile.rows_per_worker, "rows": []}
     helpers = {count: Assistant(measured.ferry, Profile(count, measured.profile.rows_per_worker)) for count in cores}
@@ -395,7 +445,7 @@ def crossover(
                 for prompt in prompts:
                     row: dict[str, Any] = {"bus_busy": busy, "rank": rank, "prompt": prompt}
                     for mode, count in ways:
-                        store_of(loaded).mode, arriving.assistant = mode, helpers.get(count)
+                        switch(loaded, mode, helpers.get(count))
                         name = f"{mode}-{count}-cores" if count else mode
                         row[f"{name}_ms"] = median(_cold(loaded, adapter, prompt, n) for n in range(repeats))
                     _add(report, row, keep)
@@ -453,7 +503,8 @@ def bus_traffic(wanted: bool) -> Iterator[None]:
 
 STAGES: dict[str, Callable[[Keep], dict[str, Any]]] = {
     "adapters-load": load,
-    **{f"adapters-modes-{mode}": partial(modes, mode) for mode in MODES},
+    "adapters-modes": modes,
+    "adapters-modes-cached": modes_cached,
     "adapters-cliff-mixed": cliff_mixed,
     "adapters-cliff-slots": cliff_slots,
     "adapters-cliff-resident": cliff_resident,

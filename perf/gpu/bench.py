@@ -1,39 +1,58 @@
-"""One command for everything that is measured on a GPU: `python -m perf.gpu.bench --out FOLDER --call first`.
+"""One command for everything that is measured on a GPU: `python -m perf.gpu.bench --out FOLDER --call a --archive`.
 
 Stages run one after another, each in a process of its own with a limit on its time, and each writes FOLDER/NAME.json
 with what it found and where (commit, device, driver, versions, command), first as far as it has come and then whole. A
-stage that fails or runs out of time is reported and the rest goes on. `--call first` (second, third) are ten minutes'
-worth of them, what decides most first; `--stages` picks some.
+stage that fails or runs out of time is reported and the rest goes on. `--stages` picks some; each `--lane` is a list
+of its own, and lists run side by side, each on a GPU, a share of the cores and a scratch folder of its own, caches of
+compiled kernels included. `--call a` (b) are the lanes of ten minutes. With `--archive` FOLDER has one file,
+results.tar.gz, with what there is so far.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-LIMITS = {  # seconds; in the order of what they decide
-    "tests": 110, "sweep": 140, "variants-7b": 130, "variants-8b": 130, "serve-7b": 150, "serve-8b": 130,
-    "determinism-7b": 120, "startup-7b": 150, "ranks-7b": 200, "exllama-7b": 120, "exllama-demo": 90, "soak": 110,
+from perf.gpu import ROOT
+from perf.gpu.serving import caches
+
+LIMITS = {  # seconds
+    "tests": 110, "sweep": 140, "order-sweep": 100, "variants-7b": 130, "variants-8b": 130,
+    "serve-7b": 150, "serve-8b": 130, "serve-7b-arrival": 120, "serve-8b-arrival": 110, "serve-cliff-8b": 220,
+    "determinism-7b": 120, "startup-7b": 150, "startwarm-7b": 60, "ranks-7b": 160,
+    "exllama-7b": 120, "exllama-demo": 90, "soak": 110,
     "demo": 90, "gates": 240, "micro": 300, "offline-7b": 150, "offline-8b": 130, "startup-8b": 150,
     "micro-decode_attention-pending": 90, "micro-ordered": 120,
-    "sched": 160, "quant": 470,
-    "adapters-load": 60, "adapters-modes-cached": 150, "adapters-modes-on-demand": 150,
-    "adapters-modes-pipelined": 150, "adapters-modes-cpu-assist": 150,
-    "adapters-cliff-mixed": 120, "adapters-cliff-slots": 150, "adapters-cliff-resident": 120, "adapters-crossover": 150,
-    "serve-tiny": 100, "ranks-tiny": 100, "variants-tiny": 100, "determinism-tiny": 60, "startup-tiny": 150,
+    "sched": 150, "quant": 200,
+    "adapters-load": 60, "adapters-modes": 220, "adapters-modes-cached": 120,
+    "adapters-cliff-mixed": 120, "adapters-cliff-slots": 130, "adapters-cliff-resident": 100, "adapters-crossover": 150,
+    "serve-tiny": 100, "serve-tiny-arrival": 100, "serve-cliff-tiny": 100, "ranks-tiny": 100, "variants-tiny": 100,
+    "determinism-tiny": 60, "startup-tiny": 150, "startwarm-tiny": 60,
 }  # fmt: skip
-FIRST = ("tests", "sweep", "variants-7b", "variants-8b", "serve-7b", "serve-8b")
-SECOND = ("serve-7b", "serve-8b", "determinism-7b", "startup-7b", "ranks-7b")
-THIRD = ("exllama-7b", "exllama-demo", "soak", "demo", "gates", "micro-decode_attention-pending")
-CALLS = {"first": FIRST, "second": SECOND, "third": THIRD}  # each within ten minutes
+CALLS = {  # the lanes of ten minutes
+    "a": (
+        ("order-sweep", "serve-7b", "serve-8b", "serve-7b-arrival", "ranks-7b", "startwarm-7b"),
+        ("quant", "sched", "adapters-load", "adapters-modes", "adapters-modes-cached"),
+    ),
+    "b": (
+        ("serve-cliff-8b", "adapters-cliff-slots", "adapters-cliff-resident", "adapters-crossover"),
+        ("demo", "determinism-7b", "soak", "exllama-demo", "exllama-7b", "gates"),
+    ),
+}
+LOOK = 5.0  # seconds between the archive and what there is
 
 
 def provenance() -> dict[str, Any]:
@@ -41,7 +60,9 @@ def provenance() -> dict[str, Any]:
     import torch
     import triton
 
-    driver = said("nvidia-smi", "--query-gpu=name,driver_version,clocks.sm", "--format=csv,noheader")
+    which = os.environ.get("CUDA_VISIBLE_DEVICES")
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm", "--format=csv,noheader"]
+    driver = said(*query, *(["-i", which] if which else []))
     return {
         "commit": said("git", "rev-parse", "HEAD") or os.environ.get("INLAID_COMMIT", "unknown"),
         "gpu": driver or "none",
@@ -67,6 +88,8 @@ def run_stage(name: str, out: Path, keep: Callable[[dict[str, Any]], None]) -> d
     from perf.gpu import adapters, demo, gates, humming_sweep, micro, offline, quant_speed, sched, serving, soak
 
     kind, _, rest = name.partition("-")
+    shape = rest.removesuffix("-arrival").removeprefix("cliff-")
+    rows, ranks = offline.ROWS.get(shape, []), offline.RANKS.get(shape, ())
     stages: dict[str, Callable[[], dict[str, Any]]] = {
         "tests": kernel_tests,
         "sweep": lambda: humming_sweep.run(keep),
@@ -75,14 +98,21 @@ def run_stage(name: str, out: Path, keep: Callable[[dict[str, Any]], None]) -> d
         "demo": demo.run,
         "soak": soak.run,
         "sched": lambda: sched.run(out),
-        "quant": lambda: quant_speed.measure(quant_speed.options().parse_args([])),
+        "quant": lambda: quant_speed.measure(quant_speed.options().parse_args([]), keep),
         "adapters": lambda: adapters.run(name, keep),
         "offline": lambda: offline.run(rest, keep),
         "determinism": lambda: offline.determinism(rest, keep),
         "variants": lambda: offline.variants(rest, keep),
-        "serve": lambda: serving.run(rest, offline.ROWS[rest], offline.RANKS[rest], keep),
+        "serve": lambda: (
+            serving.cliff(shape, ranks, keep)
+            if rest.startswith("cliff-")
+            else serving.by_arrival(shape, rows, ranks, keep)
+            if rest.endswith("-arrival")
+            else serving.run(shape, rows, ranks, keep)
+        ),
         "ranks": lambda: serving.ranks(rest, keep),
         "startup": lambda: serving.start_up(rest, keep),
+        "startwarm": lambda: serving.start_warm(rest, keep),
         "exllama": lambda: demo.run("exllama") if rest == "demo" else serving.on_backend(rest, "exllama", keep),
     }
     return stages[kind]()
@@ -110,28 +140,84 @@ def kernel_tests() -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--call", choices=list(CALLS), help="the stages of a ten-minute call")
+    parser.add_argument("--call", choices=list(CALLS), help="the lanes of a ten-minute call")
+    parser.add_argument("--lane", action="append", default=[], type=stages_of, metavar="STAGE,STAGE,…")
     parser.add_argument("--stages", nargs="+", default=[], choices=list(LIMITS))
     parser.add_argument("--seconds", type=float, default=1e9, help="for all of it; what no longer fits is cut short")
+    parser.add_argument("--archive", action="store_true", help="all results in one file of that folder")
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    stages = [*CALLS.get(args.call, ()), *args.stages]
     if args.in_process:
-        (stage,) = stages
-        file = args.out / f"{stage}.json"
-        about = provenance() | {"stage": stage}
-
-        def keep(part: dict[str, Any]) -> None:
-            write(file, about | {"cut_short": True, "result": part})
-
-        result = run_stage(stage, args.out, keep)
-        write(file, about | {"result": result})
-        return int(bool(result.get("error") or result.get("failed")))
-    end = time.monotonic() + args.seconds
-    lines = [one_stage(stage, args.out, end) for stage in stages]
+        (stage,) = args.stages
+        return in_process(stage, args.out)
+    lanes = [Lane(stages, number) for number, stages in enumerate([*CALLS.get(args.call, ()), *args.lane])]
+    if args.stages:
+        lanes.append(Lane(args.stages))
+    out = Path(tempfile.mkdtemp(prefix="inlaid-results-")) if args.archive else args.out
+    lines = run_lanes(lanes, out, time.monotonic() + args.seconds, args.out if args.archive else None)
     print("\n".join(["", *lines]))
     return int(any("failed" in line for line in lines))
+
+
+def stages_of(text: str) -> tuple[str, ...]:
+    """Of an option's value."""
+    stages = tuple(text.split(","))
+    if unknown := [stage for stage in stages if stage not in LIMITS]:
+        raise argparse.ArgumentTypeError(f"no such stage: {', '.join(unknown)}; there are {', '.join(LIMITS)}")
+    return stages
+
+
+def in_process(stage: str, out: Path) -> int:
+    """The stage itself."""
+    file = out / f"{stage}.json"
+    about = provenance() | {"stage": stage}
+
+    def keep(part: dict[str, Any]) -> None:
+        write(file, about | {"cut_short": True, "result": part})
+
+    result = run_stage(stage, out, keep)
+    write(file, about | {"result": result})
+    return int(bool(result.get("error") or result.get("failed")))
+
+
+class Lane(threading.Thread):
+    """Stages one after another; numbered, on the GPU of that number and in a folder of its own."""
+
+    def __init__(self, stages: Sequence[str], number: int | None = None) -> None:
+        super().__init__(daemon=True)
+        self.stages, self.number = stages, number
+        self.lines: list[str] = []
+        self.environment: dict[str, str] = {}
+        if number is not None:
+            root = ROOT / f"lane-{number}"
+            self.environment = {"CUDA_VISIBLE_DEVICES": str(number), "INLAID_BENCH_ROOT": str(root)} | caches(root)
+
+    def on(self, out: Path, end: float, cores: set[int]) -> None:
+        """Start."""
+        self._out, self._end, self._cores = out, end, cores
+        self.start()
+
+    def run(self) -> None:
+        os.sched_setaffinity(0, self._cores)  # of this thread, and of the processes that it starts
+        for stage in self.stages:
+            self.lines.append(one_stage(stage, self._out, self._end, self.environment))
+
+
+def run_lanes(lanes: Sequence[Lane], out: Path, end: float, archived: Path | None) -> list[str]:
+    """Side by side; a line for each stage. Meanwhile the archive, where one is wanted, follows what there is."""
+    cores = sorted(os.sched_getaffinity(0))
+    for place, lane in enumerate(lanes):
+        share = cores[len(cores) * place // len(lanes) : len(cores) * (place + 1) // len(lanes)]
+        lane.on(out, end, set(share or cores))
+    for lane in lanes:
+        running = True
+        while running:
+            lane.join(LOOK)
+            running = lane.is_alive()
+            if archived is not None:
+                archive(out, archived / "results.tar.gz")
+    return [line for lane in lanes for line in lane.lines]
 
 
 def write(file: Path, found: dict[str, Any]) -> None:
@@ -141,14 +227,27 @@ def write(file: Path, found: dict[str, Any]) -> None:
     scratch.replace(file)
 
 
-def one_stage(stage: str, out: Path, end: float) -> str:
+def archive(folder: Path, target: Path) -> None:
+    """All results of a folder, in place of the archive that was there."""
+    scratch = target.with_suffix(".part")
+    with tarfile.open(scratch, "w:gz") as whole:
+        for file in sorted(folder.glob("*.json")):
+            content = file.read_bytes()
+            member = tarfile.TarInfo(file.name)
+            member.size = len(content)
+            whole.addfile(member, io.BytesIO(content))
+    scratch.replace(target)
+
+
+def one_stage(stage: str, out: Path, end: float, environment: Mapping[str, str] = MappingProxyType({})) -> str:
     """Run it in a process of its own, which takes what it started along when its time is over; a line about it."""
     limit = min(LIMITS[stage], end - time.monotonic())
     if limit < 5:
-        return f"{stage}: failed: no time was left"
+        print(line := f"{stage}: failed: no time was left", flush=True)
+        return line
     command = [sys.executable, "-m", "perf.gpu.bench", "--out", str(out), "--stages", stage, "--in-process"]
     begin = time.monotonic()
-    process = subprocess.Popen(command, start_new_session=True)
+    process = subprocess.Popen(command, start_new_session=True, env={**os.environ, **environment})
     try:
         code = process.wait(limit)
         ending = "done" if code == 0 else f"failed with exit code {code}"
@@ -163,13 +262,23 @@ def one_stage(stage: str, out: Path, end: float) -> str:
     return line
 
 
+def about_row(row: dict[str, Any]) -> str:
+    """Of a server's row: speed, and the mean time to the first token. Of others: what they say, shortened."""
+    if "ms_per_token" not in row:
+        return " ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values())[:160]
+    name = f"{row.get('names', '')}{row['adapters']}@{row['concurrency']}"
+    if row["concurrency"] == 1:
+        return f"{name} {row['ms_per_token']:.2f} ms"
+    return f"{name} {row['output_tokens_per_second']:.0f} tok/s, first {row['ttft_ms']:.0f} ms"
+
+
 def headline(result: dict[str, Any]) -> str:
     """What matters most of a stage's result."""
     parts = [f"ready in {result['ready_s']:.1f} s"] if "ready_s" in result else []
-    for row in result.get("rows", ()):
-        alone = row["concurrency"] == 1
-        speed = f"{row['ms_per_token']:.2f} ms" if alone else f"{row['output_tokens_per_second']:.0f} tok/s"
-        parts.append(f"{row.get('names', '')}{row['adapters']}@{row['concurrency']} {speed}")
+    if "blocks" in result:
+        seconds = ", ".join(f"{part} {spent:.1f}" for part, spent in result["parts"].items())
+        parts.append(f"{result['blocks']} of {result['of_blocks']} blocks in {result['seconds']:.1f} s ({seconds})")
+    parts += [about_row(row) for row in result.get("rows", ())]
     for start in result.get("starts", ()):
         parts.append(f"{start['caches']} {start.get('ready_s', float('nan')):.1f} s")
     for step in result.get("steps", ()):

@@ -16,6 +16,7 @@ from inlaid.config import AdapterConfig, EngineConfig
 from inlaid.engine.process import Loaded, build_engine
 from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.quant.solver import Grid, round_to_nearest
+from perf.gpu import ROOT
 
 MODEL = Path("models/demo/base")
 ADAPTERS = Path("models/demo/adapters")
@@ -85,7 +86,7 @@ def answer(device: str, dtype: str, num_top: int | None, model: Path = MODEL, ba
 def run(backend: str | None = None) -> dict[str, Any]:
     """The share of prompts with equal tokens, and the lead of the CPU's token at every first difference. With a
     backend: of the rounded demo on it."""
-    model, chosen = (MODEL, "auto") if backend is None else (rounded(Path("/tmp/inlaid-bench/demo-4-bit")), backend)
+    model, chosen = (MODEL, "auto") if backend is None else (rounded(ROOT / "demo-4-bit"), backend)
     cpu = answer("cpu", "float32", 2, model)
     gpu = answer("cuda", "float16", None, model, chosen)
     again = answer("cuda", "float16", None, model, chosen)

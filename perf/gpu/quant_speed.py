@@ -2,8 +2,9 @@
 
 A quantization run is offline, but adding a task while serving waits for it, so its parts matter: the forward passes,
 the Hessians and the solving. Weights are random (GPTQ's work does not depend on their values) and are made on the
-device block by block; everything else is the code that `inlaid quantize` runs, down to the packed file of each block.
-"solve" is GPTQ's own pass (order, factorization, grids, codes), "refine" the rounds after it.
+device block by block; everything else is the code that `inlaid quantize` runs with its defaults (one task is solved
+once), down to the packed file of each block. What it does around that is not in it: Hessians kept in the bank on disk,
+and the gate. "solve" is GPTQ's own pass (order, factorization, grids, codes), "refine" the rounds after it.
 
 It also shows that Hessians summed by tensor cores are as good as exact ones: their error against float64, and the loss
 of the weights solved with them, measured under the float64 Hessian.
@@ -41,6 +42,7 @@ from inlaid.quant.calibration import Sequence, batches
 from inlaid.quant.grid import Grid
 from inlaid.quant.solver import Solution, reconstruction_error, solve
 
+Keep = Callable[[dict[str, Any]], None]
 SHAPES = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
            "num_key_value_heads": 32, "vocab_size": 32000},
@@ -105,8 +107,8 @@ def random_adapter(model: BlockModel, rank: int) -> Adapter:
     return Adapter("random", parts)
 
 
-def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The whole job, timed by part."""
+def run(args: argparse.Namespace, folder: Path, keep: Keep) -> dict[str, Any]:
+    """The whole job, timed by part; `keep` is given what there is after each block."""
     clock, shape = Clock(args.device), SHAPES[args.shape]
     checkpoint = RandomCheckpoint(folder, shape, args.device, args.seed)
     model = BlockModel(cast(Checkpoint, checkpoint), args.device, torch.float16)
@@ -121,22 +123,20 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     second_moment, refine = hessian.second_moment, solver.refine
     hessian.second_moment = lambda x_TK: clock.of("hessian", lambda: second_moment(x_TK))
     solver.refine = lambda *given: clock.of("refine", lambda: refine(*given))
-    losses = [block_of.quantize(index) for index in tqdm(range(model.num_blocks), desc="blocks")]
+    blocks = model.num_blocks if args.layers is None else args.layers
+    flops = 2 * args.samples * args.length * (3 * shape["hidden_size"] ** 2 + shape["intermediate_size"] ** 2)
+    report: dict[str, Any] = {"grid": asdict(grid), "of_blocks": model.num_blocks, "loss_sum": 0.0}
+    for index in tqdm(range(blocks), desc="blocks"):
+        report["loss_sum"] += block_of.quantize(index)
+        parts = dict(clock.seconds)
+        parts["forward"] -= parts["hessian"]
+        parts["solve"] -= parts.get("refine", 0.0)
+        report |= {"blocks": index + 1, "seconds": time.perf_counter() - start, "parts": parts}
+        report["hessian_tflops"] = flops * (index + 1) / parts["hessian"] / 1e12
+        report["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if args.device.startswith("cuda") else None
+        keep(report)
     hessian.second_moment, solver.refine = second_moment, refine
-    whole = time.perf_counter() - start
-    clock.seconds["forward"] -= clock.seconds["hessian"]
-    clock.seconds["solve"] -= clock.seconds["refine"]
-    widths = 3 * shape["hidden_size"] ** 2 + shape["intermediate_size"] ** 2
-    flops = 2 * args.samples * args.length * widths * shape["num_hidden_layers"]
-    peak = torch.cuda.max_memory_allocated() / 2**30 if args.device.startswith("cuda") else None
-    return {
-        "grid": asdict(grid),
-        "seconds": whole,
-        "parts": clock.seconds,
-        "hessian_tflops": flops / clock.seconds["hessian"] / 1e12,
-        "peak_gib": peak,
-        "loss_sum": sum(losses),
-    }
+    return report
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,6 +237,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--layers", type=int, help="only the first so many; default: all")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--clip", action=argparse.BooleanOptionalAction, default=Grid().clip)
     parser.add_argument("--refine", type=int, default=Grid().refine)
@@ -245,14 +246,15 @@ def options() -> argparse.ArgumentParser:
     return parser
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def measure(args: argparse.Namespace, keep: Keep = lambda part: None) -> dict[str, Any]:
     """Everything that the file says."""
     torch.manual_seed(args.seed)
+    what = f"{args.shape}, one task, {args.samples} x {args.length} tokens, {args.bits} bits, groups of 128"
     with tempfile.TemporaryDirectory() as folder:
-        timed = run(args, Path(folder))
+        timed = run(args, Path(folder), lambda part: keep({"what": what, **part}))
     wide = 4096 if args.shape == "7b" else 512
     return {
-        "what": f"{args.shape}, one task, {args.samples} x {args.length} tokens, {args.bits} bits, groups of 128",
+        "what": what,
         **timed,
         "share_of_codes_that_differ": differing_codes(args.device),
         "accuracy": accuracy(args.device, wide, 65536 if args.shape == "7b" else 8192, args.seed),

@@ -7,6 +7,8 @@ prompt of n words is exactly n tokens.
 from __future__ import annotations
 
 import json
+import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from inlaid.checkpoint import QuantSpec, quantization_config, to_tensors
 from inlaid.kernels.measure import random_weight
 from inlaid.model.spec import ModelSpec, module_path, spec_from_config
 
+WRITERS = 16  # adapters written side by side
 SHAPES = {
     "7b": (4096, 11008, 32, 32, 32, 32000, 10000.0),  # Llama-2-7B
     "8b": (4096, 14336, 32, 32, 8, 128256, 500000.0),  # Llama-3-8B
@@ -81,18 +84,29 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
 
 
 def write_adapter(folder: Path, spec: ModelSpec, rank: int, modules: tuple[str, ...], seed: int) -> None:
-    """One random adapter on these modules of every layer."""
-    generator = torch.Generator(device="cuda" if torch.cuda.is_available() else "cpu").manual_seed(seed)
-    tensors = {}
+    """One random adapter on these modules of every layer. Drawn in one piece and written as it lies there: hundreds of
+    them are made before a server may start."""
+    shapes: dict[str, tuple[int, int]] = {}
     for layer in range(spec.num_layers):
         for module in modules:
             outputs, inputs = spec.module_shape(module)
             prefix = f"base_model.model.{module_path(layer, module)}"
-            for name, shape, scale in (("A", (rank, inputs), inputs**-0.5), ("B", (outputs, rank), 0.01)):
-                value = torch.randn(shape, generator=generator, device=generator.device) * scale
-                tensors[f"{prefix}.lora_{name}.weight"] = value.half().cpu()
+            shapes |= {f"{prefix}.lora_A.weight": (rank, inputs), f"{prefix}.lora_B.weight": (outputs, rank)}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device=device).manual_seed(seed)
+    flat = torch.randn(sum(map(math.prod, shapes.values())), generator=generator, device=device)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape)
+        flat[begin:end] *= shape[1] ** -0.5 if "lora_A" in name else 0.01
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": (2 * begin, 2 * end)}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    with (folder / "adapter_model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(flat.half().cpu().numpy().data)
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0,
         "target_modules": list(modules), "bias": "none", "inference_mode": True,
@@ -109,6 +123,11 @@ def write_adapters(
     prefix: str = "a",
 ) -> dict[str, str]:
     """a0, a1, ... whose ranks take turns; names to folders."""
-    for i in range(count):
-        write_adapter(root / f"{prefix}{i}", spec, ranks[i % len(ranks)], modules, seed=i)
+    with ThreadPoolExecutor(WRITERS) as writers:
+        writing = [
+            writers.submit(write_adapter, root / f"{prefix}{i}", spec, ranks[i % len(ranks)], modules, seed=i)
+            for i in range(count)
+        ]
+    for one in writing:
+        one.result()
     return {f"{prefix}{i}": str(root / f"{prefix}{i}") for i in range(count)}

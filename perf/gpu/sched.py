@@ -21,6 +21,7 @@ from inlaid.sim.cost import load_cost
 from inlaid.sim.fit import errors, fit, write_cost
 from inlaid.sim.provenance import provenance
 from inlaid.sim.validate import Plan, validate
+from perf.gpu import ROOT
 from perf.gpu.offline import RANKS, engine_config
 from perf.gpu.random_model import write_adapters, write_model
 
@@ -34,7 +35,7 @@ def run(
     num_adapters: int = 32,
     plan: Plan = PLAN,
     device: str = "cuda",
-    root: Path = Path("/tmp/inlaid-bench/sched"),
+    root: Path = ROOT / "sched",
 ) -> dict[str, Any]:
     """Build, load, measure, fit, compare."""
     begin = time.perf_counter()

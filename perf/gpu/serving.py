@@ -1,7 +1,8 @@
 """The whole server through HTTP: the same rows as offline.py, streamed to clients on the same machine.
 
-Stages of bench.py: the rows of a shape, the same load with ranks mixed and all of their mean, the whole model on one
-linear backend, and the time from start to ready, cold and warm.
+Stages of bench.py: the rows of a shape, with sums in a fixed order or by arrival; the same load with ranks mixed and
+all of their mean; hundreds of adapters over places for a few; the whole model on one linear backend; and the time from
+start to ready, cold and warm.
 
 The clients run in processes of their own, each with its share of the streams, so that counting tokens does not hold
 the server back. Tokens are counted by the server's own usage report, times by when each chunk arrived.
@@ -21,17 +22,21 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean, median
+from types import MappingProxyType
 from typing import Any
 
-ROOT = Path("/tmp/inlaid-bench")
+from perf.gpu import ROOT
+
 DEVICE = ("--device", "cuda", "--dtype", "float16")
 CLIENTS = 4
 PROMPT, OUTPUT = 256, 128
 MIXED = (8, 16, 40, 128)  # ranks in turn; their mean is 48
+ARRIVAL = (1, 64, 256)  # how many at a time where sums by arrival are held against a fixed order
+CLIFF = ((32, 64, 192), (256, 64, 512))  # (adapters, concurrency, requests) over places for 32
 
 
 def free_port() -> int:
@@ -47,7 +52,7 @@ def start_server(
     max_rank: int,
     log: Path,
     more: tuple[str, ...] = (),
-    environment: dict[str, str] | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> subprocess.Popen[bytes]:
     command = [
         sys.executable, "-m", "inlaid", "serve", str(model), "--port", str(port), *DEVICE,
@@ -57,7 +62,10 @@ def start_server(
     ]  # fmt: skip
     if adapters:
         command += ["--adapter", *(f"{name}={path}" for name, path in adapters.items())]
-    environment = {**os.environ, **(environment or {})}
+    environment = {**os.environ, **environment}
+    import torch  # not above: the clients do without
+
+    torch.cuda.empty_cache()  # what made the files leaves the GPU to the server
     with log.open("wb") as output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
 
@@ -87,9 +95,19 @@ def wait_ready(server: subprocess.Popen[bytes], port: int, limit: float) -> floa
     raise RuntimeError(f"the server was not ready within {limit:.0f} s")
 
 
+def ask(port: int, path: str) -> Any:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+        return json.loads(answer.read())
+
+
 def base_name(port: int) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=10) as answer:
-        return json.loads(answer.read())["data"][0]["id"]
+    return ask(port, "/v1/models")["data"][0]["id"]
+
+
+def moves(port: int) -> dict[str, int]:
+    """How often adapters have come to the device, left it, and been found there."""
+    cards = ask(port, "/v1/adapters")["adapters"]
+    return {key: sum(card[key] for card in cards) for key in ("loads", "evictions", "hits")}
 
 
 async def one_request(session: Any, port: int, model: str, prompt: list[int]) -> tuple[int, float, float, float]:
@@ -199,26 +217,29 @@ def served(
     max_rank: int,
     rows: list[tuple[str, int, int, int]],
     more: tuple[str, ...] = (),
+    limit: float = 200,
 ) -> dict[str, Any]:
-    """Start a server and run rows of (names begin with, adapters, concurrency, requests) on it."""
+    """Start a server and run rows of (names begin with, adapters, concurrency, requests) on it, each after all its
+    adapters have been asked for once. `limit`: seconds to get ready in."""
     from perf.gpu.random_model import config
 
     log, port = ROOT / "server.log", free_port()
     server = start_server(port, model, adapters, max_rank, log, more)
     report |= {"shape": shape, "rows": [], "host_cpus": os.cpu_count(), "more": list(more)}
     try:
-        report["ready_s"] = wait_ready(server, port, 200)
+        report["ready_s"] = wait_ready(server, port, limit)
         report["start_up"] = timeline(log)
         print(f"{shape}: server ready in {report['ready_s']:.1f} s", flush=True)
         base, vocab = base_name(port), config(shape)["vocab_size"]
         with ProcessPoolExecutor(CLIENTS, mp_context=multiprocessing.get_context("spawn")) as pool:
-            warmed: set[str] = set()
+            warmed: dict[str, int] = {}
             for prefix, some, concurrency, total in rows:
-                if some and prefix not in warmed:  # the adapters' way to the device is not what the rows are about
-                    warmed.add(prefix)
-                    most = max(count for name, count, _, _ in rows if name == prefix)
-                    measure(pool, port, base, most, 64, max(64, most), vocab, prefix)
+                if some > warmed.get(prefix, 0):  # an adapter's first way to the device is not what the rows are about
+                    warmed[prefix] = some
+                    measure(pool, port, base, some, 64, max(64, some), vocab, prefix)
+                before = moves(port)
                 row = measure(pool, port, base, some, concurrency, total, vocab, prefix)
+                row |= {key: count - before[key] for key, count in moves(port).items()}
                 report["rows"].append(row if prefix == "a" else {"names": prefix, **row})
                 keep(report)
                 print({key: round(value, 2) for key, value in row.items()}, flush=True)
@@ -236,11 +257,42 @@ def timeline(log: Path) -> list[str]:
     return [line.strip() for line in log.read_text(errors="replace").splitlines() if "start-up:" in line]
 
 
-def run(shape: str, rows: list[tuple[int, int, int]], ranks: tuple[int, ...], keep: Keep) -> dict[str, Any]:
+def run(
+    shape: str,
+    rows: list[tuple[int, int, int]],
+    ranks: tuple[int, ...],
+    keep: Keep,
+    more: tuple[str, ...] = (),
+) -> dict[str, Any]:
     """The rows of a shape."""
     count = max(adapters for adapters, _, _ in rows)
     model, adapters = files(shape, ranks, count)
-    return served(keep, {}, shape, model, adapters, max(ranks), [("a", *row) for row in rows])
+    return served(keep, {}, shape, model, adapters, max(ranks), [("a", *row) for row in rows], more)
+
+
+def by_arrival(shape: str, rows: list[tuple[int, int, int]], ranks: tuple[int, ...], keep: Keep) -> dict[str, Any]:
+    """The same, on kernels that may add in any order."""
+    return run(shape, [row for row in rows if row[1] in ARRIVAL], ranks, keep, ("--no-deterministic",))
+
+
+def cliff(
+    shape: str,
+    ranks: tuple[int, ...],
+    keep: Keep,
+    rows: tuple[tuple[int, int, int], ...] = CLIFF,
+) -> dict[str, Any]:
+    """Adapters of mixed rank over places, and bytes, for as many of their mean rank as the first row has.
+
+    256 over 32 on an 8B: vLLM 0.26.0 on an H200 gives 930 tokens a second and a mean TTFT of 3.3 s (32 over 32: 1,780
+    and 0.6 s). Must: 5,500 and 0.8 s."""
+    places, count = rows[0][0], max(adapters for adapters, _, _ in rows)
+    model, adapters = files(shape, ranks, count)
+    sizes = [(Path(path) / "adapter_model.safetensors").stat().st_size for path in adapters.values()]
+    wider = 2 if "float32" in DEVICE else 1  # than the files, which are in half precision
+    room = wider * (places * sum(sizes) / count + max(sizes)) / 2**30
+    more = ("--max-loras", str(places), "--adapter-memory-gib", f"{room:.6f}")
+    report: dict[str, Any] = {"places": places, "adapter_memory_gib": room}
+    return served(keep, report, shape, model, adapters, max(ranks), [("a", *row) for row in rows], more, 240)
 
 
 def ranks(shape: str, keep: Keep, count: int = 32) -> dict[str, Any]:
@@ -279,21 +331,36 @@ def on_backend(shape: str, backend: str, keep: Keep) -> dict[str, Any]:
 
 def start_up(shape: str, keep: Keep, starts: tuple[str, ...] = ("cold", "warm", "warm")) -> dict[str, Any]:
     """From start to ready with nothing in any cache, and again with what the first start left there."""
-    model, adapters = files(shape, (16,), 32)
     report: dict[str, Any] = {"shape": shape, "starts": []}
-    log, port = ROOT / "server.log", free_port()
-    with tempfile.TemporaryDirectory() as caches:
-        places = ("HUMMING_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME")
-        environment = {place: f"{caches}/{place.lower()}" for place in places}
+    with tempfile.TemporaryDirectory() as folder:
         for name in starts:
-            server = start_server(port, model, adapters, 16, log, environment=environment)
-            try:
-                start = {"caches": name, "ready_s": wait_ready(server, port, 200), "start_up": timeline(log)}
-            except RuntimeError as error:
-                start = {"caches": name, "error": str(error), "server_log": log.read_text(errors="replace")[-3000:]}
-            finally:
-                stop(server)
-            report["starts"].append(start)
-            keep(report)
-            print(start, flush=True)
+            _start(report, shape, name, keep, caches(Path(folder)))
     return report
+
+
+def start_warm(shape: str, keep: Keep) -> dict[str, Any]:
+    """From start to ready with the caches as the stages before this one left them."""
+    report: dict[str, Any] = {"shape": shape, "starts": []}
+    _start(report, shape, "as they are", keep, {})
+    return report
+
+
+def caches(folder: Path) -> dict[str, str]:
+    """Where a process keeps what it compiles and measures, as its environment says it."""
+    places = ("HUMMING_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME")
+    return {place: str(folder / place.lower()) for place in places}
+
+
+def _start(report: dict[str, Any], shape: str, name: str, keep: Keep, environment: Mapping[str, str]) -> None:
+    model, adapters = files(shape, (16,), 32)
+    log, port = ROOT / "server.log", free_port()
+    server = start_server(port, model, adapters, 16, log, environment=environment)
+    try:
+        start = {"caches": name, "ready_s": wait_ready(server, port, 200), "start_up": timeline(log)}
+    except RuntimeError as error:
+        start = {"caches": name, "error": str(error), "server_log": log.read_text(errors="replace")[-3000:]}
+    finally:
+        stop(server)
+    report["starts"].append(start)
+    keep(report)
+    print(start, flush=True)

@@ -3,10 +3,14 @@ and run again under other choices, floors, the rounded demo, and the sweep's tab
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import subprocess
 import sys
+import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +20,14 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton")
 
+from safetensors import safe_open
+
+from inlaid.adapters.peft import read_adapter
 from inlaid.checkpoint import Checkpoint, QuantSpec, dequantize
 from inlaid.engine import cuda_forward
 from inlaid.kernels.measure import Ceiling
-from perf.gpu import bench, demo, humming_sweep, offline, random_model, serving, step
+from inlaid.quant.grid import Grid
+from perf.gpu import bench, demo, humming_sweep, offline, quant_speed, random_model, serving, step
 from tests.engine.test_cuda_runner import Bench, few_programs
 
 __all__ = ["few_programs"]  # a fixture for all tests here: the interpreter is slow
@@ -30,11 +38,107 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(tmp_path_factory.mktemp("step"), "llama-bias")
 
 
-def test_calls_are_made_of_known_stages_that_fit_ten_minutes_if_they_go_as_before() -> None:
-    for stages in bench.CALLS.values():
+def test_calls_are_made_of_known_stages_and_no_two_lanes_do_the_same() -> None:
+    for lanes in bench.CALLS.values():
+        stages = [stage for lane in lanes for stage in lane]
         assert set(stages) <= set(bench.LIMITS)
         assert len(set(stages)) == len(stages)
-    assert len(set(bench.FIRST + bench.SECOND + bench.THIRD)) >= 12
+
+
+def test_lanes_run_side_by_side_each_with_a_gpu_cores_and_a_folder_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each stage waits for its neighbour; and writes what it was given."""
+    program = (
+        "import json, os, sys, time; from pathlib import Path; out, stage, other = sys.argv[1:];"
+        "names = ('CUDA_VISIBLE_DEVICES', 'INLAID_BENCH_ROOT', 'TRITON_CACHE_DIR', 'HUMMING_CACHE_DIR', "
+        "'XDG_CACHE_HOME');"
+        "Path(out, stage + '.started').touch();"
+        "found = {'cores': len(os.sched_getaffinity(0)), **{name: os.environ[name] for name in names}};"
+        "end = time.monotonic() + 60\n"
+        "while other and not Path(out, other + '.started').exists() and time.monotonic() < end: time.sleep(0.05)\n"
+        "from perf.gpu import bench; bench.write(Path(out, stage + '.json'), {'result': {'share': 0.5, **found}})"
+    )
+    start = subprocess.Popen
+    others = {"demo": "soak", "soak": "demo", "gates": ""}
+
+    def popen(command: list[str], **more: Any) -> Any:
+        out, stage = command[command.index("--out") + 1], command[command.index("--stages") + 1]
+        return start([sys.executable, "-c", program, out, stage, others[stage]], **more)
+
+    monkeypatch.setattr(bench.subprocess, "Popen", popen)
+    monkeypatch.setattr(bench, "LOOK", 0.1)
+    home = tmp_path / "home"
+    monkeypatch.setattr(
+        sys, "argv", ["bench", "--out", str(home), "--lane", "demo,gates", "--lane", "soak", "--archive"]
+    )
+    assert bench.main() == 0
+    assert [file.name for file in home.iterdir()] == ["results.tar.gz"]
+    with tarfile.open(home / "results.tar.gz") as whole:
+        found = {name: json.load(whole.extractfile(name) or io.BytesIO())["result"] for name in whole.getnames()}
+    assert set(found) == {"demo.json", "gates.json", "soak.json"}
+    assert [found[f"{name}.json"]["CUDA_VISIBLE_DEVICES"] for name in ("demo", "gates", "soak")] == ["0", "0", "1"]
+    assert found["demo.json"]["INLAID_BENCH_ROOT"] == found["gates.json"]["INLAID_BENCH_ROOT"]
+    for name in ("TRITON_CACHE_DIR", "HUMMING_CACHE_DIR", "XDG_CACHE_HOME"):
+        for stage in ("demo", "soak"):
+            assert found[f"{stage}.json"][name].startswith(found[f"{stage}.json"]["INLAID_BENCH_ROOT"] + "/")
+        assert found["demo.json"][name] != found["soak.json"][name]
+    cores = len(os.sched_getaffinity(0))
+    assert found["demo.json"]["cores"] == max(1, cores // 2)
+    said = capsys.readouterr().out
+    assert said.count("soak: done after") == 2  # at once, and at the end
+    assert "share 0.5" in said
+
+
+def test_all_stages_take_their_folder_from_one_place() -> None:
+    program = (
+        "from perf.gpu import ROOT, adapters, demo, sched, serving; import inspect;"
+        "print(ROOT, adapters.ROOT, demo.ROOT, serving.ROOT, inspect.signature(sched.run).parameters['root'].default)"
+    )
+    environment = {**os.environ, "INLAID_BENCH_ROOT": "/elsewhere"}
+    found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert found.stdout.split() == 4 * ["/elsewhere"] + ["/elsewhere/sched"], found.stderr
+
+
+def test_adapters_are_written_side_by_side_and_differ(tmp_path: Path) -> None:
+    spec = random_model.spec_of("tiny")
+    first = random_model.write_adapters(tmp_path / "first", spec, 20, (2, 4))
+    again = random_model.write_adapters(tmp_path / "again", spec, 20, (2, 4))
+    read = [read_adapter(path, spec, torch.float32) for path in first.values()]
+    assert len({adapter.identity for adapter in read}) == 20
+    assert [adapter.entries[0].rank for adapter in read] == 10 * [2, 4]
+    assert len(read[0].entries) == 4 * spec.num_layers
+    assert [read_adapter(path, spec, torch.float32).identity for path in again.values()] == [a.identity for a in read]
+    with safe_open(Path(first["a1"]) / "adapter_model.safetensors", "pt") as file:
+        a = file.get_tensor("base_model.model.model.layers.1.self_attn.o_proj.lora_A.weight")
+        b = file.get_tensor("base_model.model.model.layers.1.self_attn.o_proj.lora_B.weight")
+    assert (a.shape, b.shape) == ((4, 256), (256, 4))
+    assert float(a.float().std()) == pytest.approx(256**-0.5, rel=0.1)
+    assert float(b.float().std()) == pytest.approx(0.01, rel=0.1)
+
+
+def test_an_adapter_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a1").write_text("a file where a folder should be")
+    with pytest.raises(FileExistsError):
+        random_model.write_adapters(tmp_path, random_model.spec_of("tiny"), 3, (2,))
+
+
+def test_quantizing_says_after_each_block_how_far_it_is(tmp_path: Path) -> None:
+    parser = quant_speed.options()
+    default = parser.parse_args([])
+    assert (default.shape, default.samples, default.length, default.bits, default.layers) == ("7b", 128, 2048, 4, None)
+    assert Grid.of_width(default.bits, 128) == replace(Grid(), clip=default.clip, refine=default.refine)
+    arguments = ["--shape", "tiny", "--samples", "2", "--length", "32", "--device", "cpu"]
+    kept: list[dict[str, Any]] = []
+    found = quant_speed.run(parser.parse_args(arguments), tmp_path, lambda part: kept.append(dict(part)))
+    assert [(part["blocks"], part["of_blocks"]) for part in kept] == [(1, 2), (2, 2)]
+    assert set(found["parts"]) == {"draw weights", "forward", "hessian", "solve", "refine", "pack and write"}
+    assert all(spent > 0 for spent in found["parts"].values())
+    assert sum(found["parts"].values()) <= found["seconds"]
+    assert kept[0]["seconds"] < found["seconds"]
+    assert bench.headline(kept[0]).startswith("1 of 2 blocks in ")
+    some = quant_speed.run(parser.parse_args([*arguments, "--layers", "1"]), tmp_path, lambda part: None)
+    assert (some["blocks"], some["of_blocks"]) == (1, 2)
 
 
 def test_a_stage_past_its_time_ends_with_all_it_started_and_keeps_what_it_wrote(
@@ -225,6 +329,30 @@ def test_a_tiny_model_is_served_and_its_rows_are_kept_one_by_one(on_the_cpu: Pat
     assert any("weights" in line for line in found["start_up"])
 
 
+def test_more_adapters_than_places_come_and_go_while_they_are_served(on_the_cpu: Path) -> None:
+    rows = ((2, 2, 4), (5, 2, 10))
+    found = serving.cliff("tiny", (8, 16), lambda part: None, rows)
+    assert "error" not in found, found.get("server_log")
+    few, many = found["rows"]
+    assert (few["adapters"], few["requests"], few["loads"], few["evictions"]) == (2, 4, 0, 0)
+    assert (many["adapters"], many["requests"]) == (5, 10)
+    assert many["loads"] >= many["evictions"] > 0
+    assert few["ttft_ms"] > 0 < many["ttft_p99_ms"]
+    assert found["places"] == 2
+
+
+def test_sums_by_arrival_are_rows_of_their_own(on_the_cpu: Path) -> None:
+    found = serving.by_arrival("tiny", [(0, 1, 1), (1, 16, 2)], (16,), lambda part: None)
+    assert found["more"] == ["--no-deterministic"]
+    assert [(row["adapters"], row["concurrency"]) for row in found["rows"]] == [(0, 1)]
+
+
+def test_a_start_with_the_caches_that_are_there(on_the_cpu: Path) -> None:
+    (start,) = serving.start_warm("tiny", lambda part: None)["starts"]
+    assert start["caches"] == "as they are"
+    assert start["ready_s"] > 0
+
+
 def test_what_a_server_says_before_it_ends_is_kept(on_the_cpu: Path) -> None:
     model, adapters = serving.files("tiny", (16,), 1)
     found = serving.served(lambda part: None, {}, "tiny", model, adapters, 8, [("a", 1, 1, 1)])
@@ -250,9 +378,9 @@ def test_a_start_from_nothing_is_timed_with_what_the_log_says(on_the_cpu: Path) 
 
 
 def test_headlines_say_what_matters() -> None:
-    row = {"adapters": 32, "concurrency": 64, "output_tokens_per_second": 6605.4, "ms_per_token": 8.7}
+    row = {"adapters": 32, "concurrency": 64, "output_tokens_per_second": 6605.4, "ms_per_token": 8.7, "ttft_ms": 160}
     assert bench.headline({"ready_s": 12.34, "rows": [row, {**row, "names": "m", "concurrency": 1}]}) == (
-        "ready in 12.3 s; 32@64 6605 tok/s; m32@1 8.70 ms"
+        "ready in 12.3 s; 32@64 6605 tok/s, first 160 ms; m32@1 8.70 ms"
     )
     choices = [
         {"variant": "as shipped", "us": 7000.0, "same_bits": "20 of 20"},
