@@ -1,11 +1,11 @@
 """One command for everything that is measured on a GPU: `python -m perf.gpu.bench --out FOLDER --call a --archive`.
 
 Stages run one after another, each in a process of its own with a limit on its time, and each writes FOLDER/NAME.json
-with what it found and where (commit, device, driver, versions, command), first as far as it has come and then whole. A
-stage that fails or runs out of time is reported and the rest goes on. `--stages` picks some; each `--lane` is a list
-of its own, and lists run side by side, each on a GPU, a share of the cores and a scratch folder of its own, caches of
-compiled kernels included. `--call a` (b) are the lanes of ten minutes. With `--archive` FOLDER has one file,
-results.tar.gz, with what there is so far.
+with what it found and where (commit, device, driver, versions, command), first as far as it has come and then whole;
+what it says goes to NAME.log. A stage that fails or runs out of time is reported and the rest goes on. `--stages` picks
+some; each `--lane` is a list of its own, and lists run side by side, each on a GPU, a share of the cores and a scratch
+folder of its own, caches of compiled kernels included. `--call a` (b) are the lanes of ten minutes. With `--archive`
+FOLDER has one file, results.tar.gz, with what there is so far.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -31,12 +32,12 @@ from perf.gpu.serving import caches
 
 LIMITS = {  # seconds
     "tests": 110, "sweep": 140, "order-sweep": 100, "variants-7b": 130, "variants-8b": 130,
-    "serve-7b": 150, "serve-8b": 130, "serve-7b-arrival": 120, "serve-8b-arrival": 110, "serve-cliff-8b": 220,
-    "determinism-7b": 120, "startup-7b": 150, "startwarm-7b": 60, "ranks-7b": 160,
+    "serve-7b": 150, "serve-8b": 130, "serve-7b-arrival": 120, "serve-8b-arrival": 110, "serve-cliff-8b": 280,
+    "determinism-7b": 170, "startup-7b": 150, "startwarm-7b": 60, "ranks-7b": 160,
     "exllama-7b": 120, "exllama-demo": 90, "soak": 110,
     "demo": 90, "gates": 240, "micro": 300, "offline-7b": 150, "offline-8b": 130, "startup-8b": 150,
     "micro-decode_attention-pending": 90, "micro-ordered": 120,
-    "sched": 150, "quant": 200,
+    "sched": 150, "quant": 190,
     "adapters-load": 60, "adapters-modes": 220, "adapters-modes-cached": 120,
     "adapters-cliff-mixed": 120, "adapters-cliff-slots": 130, "adapters-cliff-resident": 100, "adapters-crossover": 150,
     "serve-tiny": 100, "serve-tiny-arrival": 100, "serve-cliff-tiny": 100, "ranks-tiny": 100, "variants-tiny": 100,
@@ -48,8 +49,8 @@ CALLS = {  # the lanes of ten minutes
         ("quant", "sched", "adapters-load", "adapters-modes", "adapters-modes-cached"),
     ),
     "b": (
-        ("serve-cliff-8b", "adapters-cliff-slots", "adapters-cliff-resident", "adapters-crossover"),
-        ("demo", "determinism-7b", "soak", "exllama-demo", "exllama-7b", "gates"),
+        ("serve-cliff-8b", "adapters-cliff-slots", "adapters-cliff-resident", "adapters-crossover", "gates"),
+        ("demo", "determinism-7b", "soak", "exllama-demo", "exllama-7b"),
     ),
 }
 LOOK = 5.0  # seconds between the archive and what there is
@@ -172,11 +173,18 @@ def in_process(stage: str, out: Path) -> int:
     """The stage itself."""
     file = out / f"{stage}.json"
     about = provenance() | {"stage": stage}
+    result: dict[str, Any] = {}
 
     def keep(part: dict[str, Any]) -> None:
+        nonlocal result
+        result = part
         write(file, about | {"cut_short": True, "result": part})
 
-    result = run_stage(stage, out, keep)
+    try:
+        result = run_stage(stage, out, keep)
+    except Exception as error:  # noqa: BLE001 - with what it had found
+        traceback.print_exc()
+        result = {**result, "error": f"{type(error).__name__}: {error}"}
     write(file, about | {"result": result})
     return int(bool(result.get("error") or result.get("failed")))
 
@@ -231,7 +239,7 @@ def archive(folder: Path, target: Path) -> None:
     """All results of a folder, in place of the archive that was there."""
     scratch = target.with_suffix(".part")
     with tarfile.open(scratch, "w:gz") as whole:
-        for file in sorted(folder.glob("*.json")):
+        for file in sorted([*folder.glob("*.json"), *folder.glob("*.log")]):
             content = file.read_bytes()
             member = tarfile.TarInfo(file.name)
             member.size = len(content)
@@ -247,7 +255,10 @@ def one_stage(stage: str, out: Path, end: float, environment: Mapping[str, str] 
         return line
     command = [sys.executable, "-m", "perf.gpu.bench", "--out", str(out), "--stages", stage, "--in-process"]
     begin = time.monotonic()
-    process = subprocess.Popen(command, start_new_session=True, env={**os.environ, **environment})
+    with (out / f"{stage}.log").open("wb") as log:
+        process = subprocess.Popen(
+            command, start_new_session=True, env={**os.environ, **environment}, stdout=log, stderr=subprocess.STDOUT
+        )
     try:
         code = process.wait(limit)
         ending = "done" if code == 0 else f"failed with exit code {code}"
@@ -256,7 +267,10 @@ def one_stage(stage: str, out: Path, end: float, environment: Mapping[str, str] 
         process.wait()
         ending = f"failed: ran past {limit:.0f} s"
     file = out / f"{stage}.json"
-    said = headline(json.loads(file.read_text())["result"]) if file.exists() else ""
+    try:
+        said = headline(json.loads(file.read_text())["result"]) if file.exists() else ""
+    except Exception as error:  # noqa: BLE001 - the file has it all; the stages after this one go on
+        said = f"no line about it ({type(error).__name__}: {error})"
     line = f"{stage}: {ending} after {time.monotonic() - begin:.0f} s" + (f": {said}" if said else "")
     print(line, flush=True)
     return line
@@ -265,7 +279,8 @@ def one_stage(stage: str, out: Path, end: float, environment: Mapping[str, str] 
 def about_row(row: dict[str, Any]) -> str:
     """Of a server's row: speed, and the mean time to the first token. Of others: what they say, shortened."""
     if "ms_per_token" not in row:
-        return " ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values())[:160]
+        said = [value for value in row.values() if not isinstance(value, dict)]
+        return " ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in said)[:160]
     name = f"{row.get('names', '')}{row['adapters']}@{row['concurrency']}"
     if row["concurrency"] == 1:
         return f"{name} {row['ms_per_token']:.2f} ms"

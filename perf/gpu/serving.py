@@ -225,7 +225,7 @@ def served(
 
     log, port = ROOT / "server.log", free_port()
     server = start_server(port, model, adapters, max_rank, log, more)
-    report |= {"shape": shape, "rows": [], "host_cpus": os.cpu_count(), "more": list(more)}
+    report |= {"shape": shape, "rows": [], "host_cpus": len(os.sched_getaffinity(0)), "more": list(more)}
     try:
         report["ready_s"] = wait_ready(server, port, limit)
         report["start_up"] = timeline(log)

@@ -11,6 +11,7 @@ import torch
 from inlaid.sim.cost import load_cost
 from inlaid.sim.validate import Plan
 from perf.gpu import sched
+from perf.gpu.bench import headline
 
 PLAN = Plan(loads=(0.6,), seconds=1.5, rounds=1, prompt=(4, 24), output=(4, 16))
 
@@ -31,6 +32,7 @@ def test_the_stage_fits_a_machine_and_compares_both_policies(one_thread: None, t
         assert row["engine"]["requests"] == row["simulator"]["requests"] > 5
         assert row["engine"]["throughput"] > 0
         assert row["fit_on_unseen_steps"]["steps"] > 50
+    assert headline(found).startswith("fcfs ")
     off = max(abs(row[key]) for row in found["rows"] for key in ("throughput_error", "ttft_error"))
     assert found["within_10_percent"] == (off <= 0.1)
     machine = load_cost(str(tmp_path / "cpu.json"))

@@ -53,7 +53,7 @@ def test_lanes_run_side_by_side_each_with_a_gpu_cores_and_a_folder_of_its_own(
         "import json, os, sys, time; from pathlib import Path; out, stage, other = sys.argv[1:];"
         "names = ('CUDA_VISIBLE_DEVICES', 'INLAID_BENCH_ROOT', 'TRITON_CACHE_DIR', 'HUMMING_CACHE_DIR', "
         "'XDG_CACHE_HOME');"
-        "Path(out, stage + '.started').touch();"
+        "Path(out, stage + '.started').touch(); print('here');"
         "found = {'cores': len(os.sched_getaffinity(0)), **{name: os.environ[name] for name in names}};"
         "end = time.monotonic() + 60\n"
         "while other and not Path(out, other + '.started').exists() and time.monotonic() < end: time.sleep(0.05)\n"
@@ -75,19 +75,33 @@ def test_lanes_run_side_by_side_each_with_a_gpu_cores_and_a_folder_of_its_own(
     assert bench.main() == 0
     assert [file.name for file in home.iterdir()] == ["results.tar.gz"]
     with tarfile.open(home / "results.tar.gz") as whole:
-        found = {name: json.load(whole.extractfile(name) or io.BytesIO())["result"] for name in whole.getnames()}
-    assert set(found) == {"demo.json", "gates.json", "soak.json"}
-    assert [found[f"{name}.json"]["CUDA_VISIBLE_DEVICES"] for name in ("demo", "gates", "soak")] == ["0", "0", "1"]
-    assert found["demo.json"]["INLAID_BENCH_ROOT"] == found["gates.json"]["INLAID_BENCH_ROOT"]
+        read = {name: (whole.extractfile(name) or io.BytesIO()).read() for name in whole.getnames()}
+    assert read["soak.log"] == b"here\n"
+    found = {name.removesuffix(".json"): json.loads(read[name])["result"] for name in read if name.endswith("json")}
+    assert set(read) == {f"{stage}.{kind}" for stage in ("demo", "gates", "soak") for kind in ("json", "log")}
+    assert [found[name]["CUDA_VISIBLE_DEVICES"] for name in ("demo", "gates", "soak")] == ["0", "0", "1"]
+    assert found["demo"]["INLAID_BENCH_ROOT"] == found["gates"]["INLAID_BENCH_ROOT"]
     for name in ("TRITON_CACHE_DIR", "HUMMING_CACHE_DIR", "XDG_CACHE_HOME"):
         for stage in ("demo", "soak"):
-            assert found[f"{stage}.json"][name].startswith(found[f"{stage}.json"]["INLAID_BENCH_ROOT"] + "/")
-        assert found["demo.json"][name] != found["soak.json"][name]
+            assert found[stage][name].startswith(found[stage]["INLAID_BENCH_ROOT"] + "/")
+        assert found["demo"][name] != found["soak"][name]
     cores = len(os.sched_getaffinity(0))
-    assert found["demo.json"]["cores"] == max(1, cores // 2)
+    assert found["demo"]["cores"] == max(1, cores // 2)
     said = capsys.readouterr().out
     assert said.count("soak: done after") == 2  # at once, and at the end
     assert "share 0.5" in said
+
+
+def test_a_stage_that_breaks_keeps_what_it_found_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stage(name: str, out: Path, keep: Any) -> dict[str, Any]:
+        keep({"share": 0.5})
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(bench, "run_stage", stage)
+    assert bench.in_process("soak", tmp_path) == 1
+    written = json.loads((tmp_path / "soak.json").read_text())
+    assert written["result"] == {"share": 0.5, "error": "RuntimeError: no room"}
+    assert written["stage"] == "soak"
 
 
 def test_all_stages_take_their_folder_from_one_place() -> None:
