@@ -31,13 +31,13 @@ from perf.gpu import ROOT
 from perf.gpu.serving import caches
 
 LIMITS = {  # seconds
-    "tests": 110, "sweep": 140, "order-sweep": 100, "variants-7b": 130, "variants-8b": 130,
+    "tests": 110, "sweep": 100, "variants-7b": 130, "variants-8b": 130,
     "serve-7b": 150, "serve-8b": 130, "serve-7b-arrival": 120, "serve-8b-arrival": 110, "serve-cliff-8b": 280,
     "determinism-7b": 170, "startup-7b": 150, "startwarm-7b": 60, "ranks-7b": 160,
     "exllama-7b": 120, "exllama-demo": 90, "soak": 110,
     "demo": 90, "gates": 240, "micro": 300, "offline-7b": 150, "offline-8b": 130, "startup-8b": 150,
     "micro-decode_attention-pending": 90, "micro-ordered": 120,
-    "sched": 150, "quant": 190,
+    "sched": 150, "quant": 300,
     "adapters-load": 60, "adapters-modes": 220, "adapters-modes-cached": 120,
     "adapters-cliff-mixed": 120, "adapters-cliff-slots": 130, "adapters-cliff-resident": 100, "adapters-crossover": 150,
     "serve-tiny": 100, "serve-tiny-arrival": 100, "serve-cliff-tiny": 100, "ranks-tiny": 100, "variants-tiny": 100,
@@ -45,12 +45,12 @@ LIMITS = {  # seconds
 }  # fmt: skip
 CALLS = {  # the lanes of ten minutes
     "a": (
-        ("order-sweep", "serve-7b", "serve-8b", "serve-7b-arrival", "ranks-7b", "startwarm-7b"),
+        ("sweep", "serve-7b", "serve-8b", "serve-7b-arrival", "ranks-7b", "startwarm-7b"),
         ("quant", "sched", "adapters-load", "adapters-modes", "adapters-modes-cached"),
     ),
     "b": (
         ("serve-cliff-8b", "adapters-cliff-slots", "adapters-cliff-resident", "adapters-crossover", "gates"),
-        ("demo", "determinism-7b", "soak", "exllama-demo", "exllama-7b"),
+        ("demo", "determinism-7b", "soak", "variants-7b", "exllama-demo", "exllama-7b"),
     ),
 }
 LOOK = 5.0  # seconds between the archive and what there is

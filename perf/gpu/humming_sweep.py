@@ -132,7 +132,7 @@ def order(shapes: Sequence[str]) -> Iterator[tuple[int, str]]:
     return ((rows, shape) for rows in BUCKETS for shape in shapes)
 
 
-def run(keep: Callable[[dict[str, Any]], None], limit: float = 120.0) -> dict[str, Any]:
+def run(keep: Callable[[dict[str, Any]], None], limit: float = 85.0) -> dict[str, Any]:
     """All shapes, as far as the time goes; what is found is written as it is found."""
     begin = time.monotonic()
     entries: list[dict[str, Any]] = []
