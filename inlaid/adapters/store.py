@@ -50,7 +50,8 @@ class AdapterStore:
         shared: bool = False,
     ) -> None:
         """`shared`: memory is given to it later, see `move_into`; `pool_elements` is what it will have of its own."""
-        assert mode in (CACHED, ON_DEMAND) or loader is not None, f"{mode} needs a loader"
+        on_gpu = device.type == "cuda"
+        assert mode in (CACHED, ON_DEMAND) or loader is not None or on_gpu, f"{mode} needs a loader"
         assert read is not None or not host_budget, "what leaves host memory must be read again"
         slots = max_resident + 1
         self._spec = spec
@@ -70,7 +71,6 @@ class AdapterStore:
         self._clock = 0  # counts wants and pins
         self._aging = 0.0  # the value of what was last evicted: what is kept unused falls behind it
         self._now = clock
-        on_gpu = device.type == "cuda"
         self._loader = StreamLoader(CudaLane(device)) if loader is None and on_gpu else loader
         self._host = HostMemory(self._held, host_budget, read, pin=on_gpu)
         self._layers_per_group = -(-spec.num_layers // NUM_GROUPS)

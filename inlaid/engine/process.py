@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from inlaid.config import EngineConfig
@@ -75,7 +76,7 @@ def build_engine(config: EngineConfig, adapters: Mapping[str, str], *, strict: b
     began = time.monotonic()
     from inlaid.engine.loading import load_model
 
-    _leave_a_core_to_http()
+    _limit_threads(config.device)
     imported = time.monotonic()
     model = load_model(config)
     made = time.monotonic()
@@ -93,18 +94,28 @@ def build_engine(config: EngineConfig, adapters: Mapping[str, str], *, strict: b
     )
     loaded = Loaded(engine, _describe(config, model), LoraAdapters(config, model), compile_grammar=model.grammars)
     load_adapters(loaded, adapters, strict)
-    spent = imported - began, made - imported, time.monotonic() - made
-    log.info("start-up: imports %.1f s, model %.1f s, adapters %.1f s", *spent)
+    spent = process_age() - (time.monotonic() - began), imported - began, made - imported, time.monotonic() - made
+    log.info("start-up: process %.1f s, imports %.1f s, model %.1f s, adapters %.1f s", *spent)
     return loaded
 
 
-def _leave_a_core_to_http() -> None:
+def process_age() -> float:
+    """Seconds since this process began; where nothing tells when that was, those that it has computed."""
+    if not Path("/proc/self/stat").exists():
+        return time.process_time()
+    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+
+
+def _limit_threads(device: str) -> None:
     """Threads of a matmul wait for each other in busy loops: with one for every core, the server beside this process
-    makes each step many times slower. Who sets OMP_NUM_THREADS decides himself."""
+    makes each step many times slower, so one core is left to it. With a GPU there is nothing for them to do but wait.
+    Who sets OMP_NUM_THREADS decides himself."""
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
+        on_gpu = device != "cpu" and torch.cuda.is_available()
+        torch.set_num_threads(1 if on_gpu else max(1, len(os.sched_getaffinity(0)) - 1))
 
 
 def load_adapters(loaded: Loaded, adapters: Mapping[str, str], strict: bool) -> None:

@@ -231,9 +231,6 @@ def _import() -> _Humming:
     )
 
 
-_set_aside: list[Any] = []  # kernels that were compiled from other headers stay on the device
-
-
 def use_headers(ordered: bool) -> None:
     """Whether what is compiled from here on adds in a fixed order: a choice of the process."""
     from humming.jit.compiler import Compiler
@@ -245,5 +242,4 @@ def use_headers(ordered: bool) -> None:
     wanted = headers(installed, Path(get_humming_cache_dir())) if ordered else installed
     if wanted != Path(Compiler.humming_include_dir()):
         Compiler.humming_include_dir = staticmethod(lambda: str(wanted))
-        _set_aside.extend((KernelRuntime._instances, HummingKernel._str2kernel_cache))
-        KernelRuntime._instances, HummingKernel._str2kernel_cache = {}, {}
+        KernelRuntime._instances, HummingKernel._str2kernel_cache = {}, {}  # what is on the device already stays there

@@ -20,6 +20,7 @@ from aiohttp import web
 
 from inlaid.config import ConfigError, EngineConfig, ServerConfig
 from inlaid.engine.async_engine import AsyncEngine, EngineDead
+from inlaid.engine.process import process_age
 from inlaid.engine.text import Tokenizer
 from inlaid.server import admin, info, native, protocol
 from inlaid.server.completions import chat_completions, completions
@@ -286,6 +287,7 @@ async def serve(
         if not stop.done():
             stop.set_result(1)
 
+    began = process_age()
     service_ready = asyncio.ensure_future(make_service(config, engine_config, adapters, give_up, **engine_options))
     _on_signals(stop, service_ready)
     try:
@@ -306,6 +308,7 @@ async def serve(
     await web.SockSite(runner, listener, backlog=1024).start()
     watching = [asyncio.create_task(watcher.run(config.lora_watch_interval)) for watcher in service.watchers]
     host, port = listener.getsockname()[:2]
+    log.info("start-up: ready %.1f s after the process began, %.1f s of them before the engine", process_age(), began)
     announce(service, f"http://{f'[{host}]' if ':' in host else host}:{port}")
     status = await stop
     for watch in watching:

@@ -38,7 +38,7 @@ LIMITS = {  # seconds
     "demo": 90, "gates": 240, "micro": 300, "offline-7b": 150, "offline-8b": 130, "startup-8b": 150,
     "micro-decode_attention-pending": 90, "micro-ordered": 120,
     "sched": 150, "quant": 300,
-    "adapters-load": 60, "adapters-modes": 220, "adapters-modes-cached": 120,
+    "adapters-load": 60, "adapters-modes": 230, "adapters-modes-cached": 120,
     "adapters-cliff-mixed": 120, "adapters-cliff-slots": 130, "adapters-cliff-resident": 100, "adapters-crossover": 150,
     "serve-tiny": 100, "serve-tiny-arrival": 100, "serve-cliff-tiny": 100, "ranks-tiny": 100, "variants-tiny": 100,
     "determinism-tiny": 60, "startup-tiny": 150, "startwarm-tiny": 60,

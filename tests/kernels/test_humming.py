@@ -41,6 +41,7 @@ def chip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "chip")
     properties = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(early, "possible", lambda: False)
     return tmp_path / "tuning.json"
 
 
