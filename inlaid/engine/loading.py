@@ -5,7 +5,6 @@ which they come there. The engine process and LLM call it; which runner and kern
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -85,9 +84,7 @@ def load_model(config: EngineConfig, progress: bool = True) -> LoadedModel:
     if arriving is not None:
         assert kernels.lora is not None
         kernels = replace(kernels, lora=ArrivingLora(kernels.lora, adapters.pages, arriving))
-    began = time.monotonic()
     model = load(checkpoint, spec, kernels, device, dtype, max_model_len, progress)
-    log.info("start-up: weights %.1f s", time.monotonic() - began)
     if device.type == "cuda":
         from inlaid.engine.cuda_runner import CudaRunner
 

@@ -6,7 +6,9 @@ The runner's start-up calls `fetch`, `read_spec`, `load` and `base_version`.
 from __future__ import annotations
 
 import json
+import logging
 import os
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +26,8 @@ from inlaid.layers.norm import RMSNorm
 from inlaid.layers.rotary import Rotary
 from inlaid.model.spec import ModelSpec, module_path
 from inlaid.model.transformer import Block, Transformer
+
+log = logging.getLogger(__name__)
 
 READERS = 4  # threads that bring weights into memory
 AHEAD = 3  # layers that they are ahead of the one being repacked
@@ -99,7 +103,11 @@ def load(
     progress: bool = True,
 ) -> Transformer:
     """Build the model; layer by layer, so that no more than one layer is in memory twice."""
-    return _Loader(checkpoint, spec, kernels, device, dtype).build(max_len or spec.max_len, progress)
+    began, loader = time.monotonic(), _Loader(checkpoint, spec, kernels, device, dtype)
+    model = loader.build(max_len or spec.max_len, progress)
+    spent = time.monotonic() - began
+    log.info("start-up: weights %.1f s, of them %.1f waiting for the file", spent, loader.waited)
+    return model
 
 
 class _Loader:
@@ -116,6 +124,7 @@ class _Loader:
         self.unused = {name for name in checkpoint.dense if not name.endswith("rotary_emb.inv_freq")}
         self.unused |= set(checkpoint.linears)
         self.ahead: dict[str, Future[list[QuantizedLinear]]] = {}  # by the first of the siblings
+        self.waited = 0.0  # seconds for readers
 
     def build(self, max_len: int, progress: bool) -> Transformer:
         with ThreadPoolExecutor(READERS, "read-weights") as readers:
@@ -201,7 +210,9 @@ class _Loader:
             groups = [self.parts([path], [shape]) for path, shape in zip(paths, shapes, strict=True)]
             return [part for group in groups for part in group]
         read = self.ahead.pop(paths[0], None)
+        began = time.monotonic()
         weights_q = self.quantized_siblings(paths, shapes) if read is None else read.result()
+        self.waited += time.monotonic() - began
         return [self.prepare(weight) for weight in weights_q]
 
     def quantized_siblings(self, paths: list[str], shapes: list[tuple[int, int]]) -> list[QuantizedLinear]:

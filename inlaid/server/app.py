@@ -192,7 +192,8 @@ async def make_service(
     give_up: Callable[[str], None],
     **engine_options: Any,
 ) -> Service:
-    """Start the engine and read the tokenizer meanwhile. ConfigError: why it cannot."""
+    """Start the engine and, where the model is a folder, read its tokenizer meanwhile: importing what reads it takes
+    seconds. ConfigError: why it cannot."""
     keys = Keys.of(config, os.environ)
     check_config(config, keys)
     folders = AllowedFolders(config.lora_root)
@@ -210,9 +211,13 @@ async def make_service(
     )
     resolver = make_resolver(config, engine)
     watchers = [Watcher(Path(folder).expanduser(), engine, (model_name,)) for folder in config.lora_watch]
+    reading = None
+    if Path(engine_config.model).is_dir():
+        reading = asyncio.create_task(asyncio.to_thread(Tokenizer, engine_config.model, template))
+        reading.add_done_callback(lambda done: done.cancelled() or done.exception())  # the engine's reason comes first
     try:
         model = await engine.start()
-        tokenizer = await asyncio.to_thread(Tokenizer, model.folder, template)
+        tokenizer = await (reading or asyncio.to_thread(Tokenizer, model.folder, template))
     except EngineDead as error:
         raise ConfigError(str(error)) from error
     except (OSError, ValueError) as error:
