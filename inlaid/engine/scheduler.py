@@ -517,9 +517,9 @@ class Scheduler:
         """Tokens [start, end) are computed: name the blocks that they filled."""
         first, last = start // self.pool.block_size, end // self.pool.block_size
         if self.cache.enable_prefix_caching and first < last:
-            self._extend_keys(request)
-            for index in range(first, last):
-                self.pool.publish(request.blocks[index], request.block_keys[index])
+            if len(request.block_keys) < last:
+                self._extend_keys(request)
+            self.pool.publish(request.blocks[first:last], request.block_keys[first:last])
 
     def _settle(self, batch: Batch, now: float) -> None:
         """The step is over: measure the pace, and free what only it could still write."""
