@@ -10,12 +10,12 @@ the memory (engine/unified.py) there is a fourth: lent to them, until it is aske
 
 from __future__ import annotations
 
-from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from hashlib import blake2b
 from itertools import groupby
+from struct import pack
 from typing import Protocol
 
 
@@ -42,8 +42,8 @@ def extend_keys(keys: list[Key], root: Key, tokens: Sequence[int], block_size: i
     """Append to keys until it names every full block of tokens: by everything before it (its parent) and what is in
     it."""
     parent = keys[-1] if keys else root
-    text = array("q", tokens[len(keys) * block_size : len(tokens) // block_size * block_size]).tobytes()
-    width = 8 * block_size
+    fresh = tokens[len(keys) * block_size : len(tokens) // block_size * block_size]
+    text, width = pack(f"{len(fresh)}i", *fresh), 4 * block_size  # so that 16 tokens and a parent are one round
     for start in range(0, len(text), width):
         parent = blake2b(parent + text[start : start + width], digest_size=16).digest()
         keys.append(parent)
@@ -113,10 +113,11 @@ class BlockPool:
         return block
 
     def _forget(self, block: int) -> None:
+        """This block has a name; take it away."""
         key = self._key_of[block]
-        if key is not None:
-            del self._block_of[key]
-            self._key_of[block] = None
+        assert key is not None
+        del self._block_of[key]
+        self._key_of[block] = None
 
     def share(self, blocks: Iterable[int]) -> None:
         """One more reference to each of these named or referenced blocks."""
@@ -127,21 +128,25 @@ class BlockPool:
 
     def free(self, blocks: Sequence[int]) -> None:
         """Drop one reference to each. The last blocks of a chain are the first to be overwritten later."""
+        references, key_of = self._references, self._key_of
         for block in reversed(blocks):
-            assert self._references[block] > 0, f"block {block} freed twice"
-            self._references[block] -= 1
-            if self._references[block] == 0:
-                if self._key_of[block] is None:
+            left = references[block] - 1
+            assert left >= 0, f"block {block} freed twice"
+            references[block] = left
+            if not left:
+                if key_of[block] is None:
                     self._free.append(block)
                 else:
                     self._idle[block] = None
 
-    def publish(self, block: int, key: Key) -> None:
-        """Name a full block whose KV is written. If another block already has this name, that one keeps it."""
-        assert self._references[block] > 0, f"block {block} is named but nobody holds it"
-        if self._key_of[block] is None and key not in self._block_of:
-            self._key_of[block] = key
-            self._block_of[key] = block
+    def publish(self, blocks: Iterable[int], keys: Iterable[Key]) -> None:
+        """Name full blocks whose KV is written. If another block already has such a name, that one keeps it."""
+        key_of, block_of = self._key_of, self._block_of
+        for block, key in zip(blocks, keys):
+            assert self._references[block] > 0, f"block {block} is named but nobody holds it"
+            if key_of[block] is None and key not in block_of:
+                key_of[block] = key
+                block_of[key] = block
 
     def match(self, keys: Sequence[Key]) -> list[int]:
         """The blocks of the longest known prefix of keys; not referenced yet, see share."""
@@ -179,14 +184,15 @@ class BlockPool:
         self._lent |= taken
         return sorted(taken)
 
-    def want(self, available: int, capacity: int, keep: str | None) -> None:
+    def want(self, available: int, capacity: int, keep: str | None) -> bool:
         """Ask lent blocks back until so many are available and so many may be held, as far as they come; not at the
-        cost of the adapter with this identity."""
+        cost of the adapter with this identity. True: so many are available now."""
         missing = max(available - self.num_available, capacity - self.capacity)
         if missing > 0 and self._lent and self._borrower is not None:
             for block in self._borrower.give_back(missing, keep):
                 self._lent.remove(block)
                 self._free.append(block)
+        return self.num_available >= available
 
     def clear(self) -> None:
         """Forget every name; referenced blocks stay with their requests."""

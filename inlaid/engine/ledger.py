@@ -78,13 +78,15 @@ class ProfiledCost:
 
 @dataclass(slots=True, eq=False)
 class Account:
-    """One tenant's sums."""
+    """One tenant's sums. Every step delivers hundreds of output tokens: where all cost the same they are only counted,
+    and priced when somebody asks for `service` or `counter`."""
 
     tenant: str
     order: int
     weight: float = 1.0
-    service: float = 0.0
-    counter: float = 0.0
+    price: float = 0.0  # of an output token, where all cost the same
+    charged: float = 0.0  # service without output tokens at this price
+    virtual: float = 0.0  # counter without them
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
@@ -94,14 +96,25 @@ class Account:
     version: int = 0  # which of its entries in the backlog heap is current
     noted: float = 0.0  # service at the last note in the history
 
+    @property
+    def service(self) -> float:
+        return self.charged + self.output_tokens * self.price
+
+    @property
+    def counter(self) -> float:
+        return self.virtual + self.output_tokens * self.price / self.weight
+
+    @counter.setter
+    def counter(self, value: float) -> None:
+        self.virtual = value - self.output_tokens * self.price / self.weight
+
 
 class Ledger:
     """Owner of the accounts."""
 
     def __init__(self, cost: Cost | None = None, max_accounts: int = 20_000) -> None:
         self.cost: Cost = cost or LinearCost()
-        # Charged for every token: where the price is flat it is not asked for again.
-        self._flat = isinstance(self.cost, LinearCost)
+        self._price = self.cost.output(0, 1, 1) if isinstance(self.cost, LinearCost) else 0.0
         self.accounts: dict[str, Account] = {}
         self.num_backlogged = 0  # tenants with requests waiting
         self.total = 0.0  # everything ever charged
@@ -123,7 +136,7 @@ class Ledger:
         if found is None:
             if len(self.accounts) >= self._max_accounts:
                 self._forget_idle()
-            found = Account(tenant, self._num_seen, self._weights.get(tenant, 1.0))
+            found = Account(tenant, self._num_seen, self._weights.get(tenant, 1.0), self._price)
             self.accounts[tenant] = found
             self._num_seen += 1
         return found
@@ -135,7 +148,8 @@ class Ledger:
                 raise ValueError(f"weight of tenant {tenant!r} is {weight}; it must be a positive number")
         self._weights = dict(weights)
         for account in self.accounts.values():
-            account.weight = self._weights.get(account.tenant, 1.0)
+            counter, account.weight = account.counter, self._weights.get(account.tenant, 1.0)
+            account.counter = counter
 
     @property
     def weights(self) -> dict[str, float]:
@@ -193,32 +207,34 @@ class Ledger:
 
     def charge_outputs(self, requests: Sequence[Request]) -> None:
         """The newest token of each of these was delivered; up to num_prepaid the counter has it already."""
-        flat, cost, total = self._flat, self.cost.output(0, 1, 1), 0.0
+        price = self._price
+        self.total += len(requests) * price
+        self.num_output_tokens += len(requests)
         for request in requests:
-            if not flat:
-                number = request.num_outputs
-                cost = self.cost.output(len(request.prompt), number, number)
             account = request.account
             account.output_tokens += 1
-            account.service += cost
-            total += cost
-            if not request.num_prepaid or request.num_outputs > request.num_prepaid:
-                account.counter += cost / account.weight
-        self.total += total
-        self.num_output_tokens += len(requests)
+            prepaid = request.num_prepaid and len(request.tokens) <= len(request.prompt) + request.num_prepaid
+            if not price:
+                number = request.num_outputs
+                cost = self.cost.output(len(request.prompt), number, number)
+                self.total += cost
+                account.charged += cost
+                account.virtual += 0.0 if prepaid else cost / account.weight
+            elif prepaid:
+                account.virtual -= price / account.weight
 
     def _charge(self, account: Account, cost: float) -> None:
-        account.service += cost
         self.total += cost
-        account.counter += cost / account.weight
+        account.charged += cost
+        account.virtual += cost / account.weight
 
     def prepay(self, account: Account, num_prompt: int, count: int) -> None:
         """Charge a predicted output ahead: on the counter only, as nothing is delivered yet."""
-        account.counter += self.cost.output(num_prompt, 1, count) / account.weight
+        account.virtual += self.cost.output(num_prompt, 1, count) / account.weight
 
     def refund_prepaid(self, account: Account, num_prompt: int, delivered: int, prepaid: int) -> None:
         """The request ended after fewer outputs than were charged ahead."""
-        account.counter -= self.cost.output(num_prompt, delivered + 1, prepaid) / account.weight
+        account.virtual -= self.cost.output(num_prompt, delivered + 1, prepaid) / account.weight
         if account.num_waiting:
             self._rank(account)
 
@@ -230,9 +246,10 @@ class Ledger:
             return
         served: dict[str, float] = {}
         for account in self.accounts.values():
-            if account.service != account.noted:
-                served[account.tenant] = account.service - account.noted
-                account.noted = account.service
+            service = account.service
+            if service != account.noted:
+                served[account.tenant] = service - account.noted
+                account.noted = service
         self.history.append((now, served))
         self._noted_at = now
         while self.history[0][0] < now - HISTORY_SECONDS:

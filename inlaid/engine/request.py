@@ -105,7 +105,6 @@ class Request:
     tokens: list[int] = field(default_factory=list)  # starts as a copy of prompt
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0  # tokens whose KV is written or being written by a submitted step
-    num_inflight: int = 0  # tokens sampled by submitted, not yet committed steps
     num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
     num_preemptions: int = 0
     status: Status = Status.WAITING
@@ -123,6 +122,7 @@ class Request:
     block_keys: list[bytes] = field(default_factory=list)  # names of its full blocks, see kv_cache.py
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # gathered until the first output takes them
     account: Any = None  # its tenant's Account in the ledger
+    num_owed: int = 0  # num_inflight when it was preempted, less what has come since
     num_reserved: int = 0  # blocks that its admission counted on, those to come included
     decode_until: int = 0  # below this position each step decodes one token, with nothing to check first
     prefilled: bool = False  # since it runs, everything before its newest token has been computed
@@ -144,6 +144,11 @@ class Request:
     @property
     def outputs(self) -> list[int]:
         return self.tokens[len(self.prompt) :]
+
+    @property
+    def num_inflight(self) -> int:
+        """Tokens sampled by submitted, not yet committed steps, while it runs."""
+        return max(0, min(self.num_computed + 1, self.limit) - len(self.tokens))
 
     @property
     def must_see(self) -> bool:

@@ -190,24 +190,20 @@ class Scheduler:
             start = request.num_computed
             if start < request.decode_until:
                 request.num_computed = start + 1
-                request.num_inflight += 1
                 singles.append(Work(request, start, 1, True, True))
                 continue
-            total = len(request.tokens) + request.num_inflight
-            if total - start != 1 or request.num_charged < len(request.prompt):
-                if total > start:
-                    unfinished.append(request)
+            known, limit, must_see = len(request.tokens), request.limit, request.must_see
+            if start + 1 < known or request.num_charged < len(request.prompt):
+                unfinished.append(request)
                 continue
-            if request.num_inflight and (total >= request.limit or request.must_see):
-                continue  # its next token must be seen first, or is the last
+            if start >= known and (start + 1 >= limit or must_see):
+                continue  # its newest token must be seen first, or is the last
             if start >= len(request.blocks) * block_size and not self._grow(request):
                 continue
-            samples = total < request.limit
-            request.num_computed = total
-            request.num_inflight += samples
-            singles.append(Work(request, start, 1, samples, start < request.limit - 2))
-            if not request.must_see:
-                request.decode_until = min(len(request.blocks) * block_size, request.limit - 2)
+            request.num_computed = start + 1
+            singles.append(Work(request, start, 1, start + 1 < limit, start + 2 < limit))
+            if not must_see:
+                request.decode_until = min(len(request.blocks) * block_size, limit - 2)
         if self.num_preemptions != preemptions:
             singles = _still_running(singles)
         budget = self.config.max_num_batched_tokens - len(singles)
@@ -228,14 +224,12 @@ class Scheduler:
             request.num_charged = last
         samples = start + count == total and total < request.limit
         request.num_computed = start + count
-        request.num_inflight += samples
         return Work(request, start, count, samples)
 
     def _grow(self, request: Request) -> bool:
         """One more block; others are preempted for it, last in the policy's order first, maybe itself."""
         while request.status is Status.RUNNING:
-            self.pool.want(1, 0, request.adapter)
-            if self.pool.num_available:
+            if self.pool.num_available or self.pool.want(1, 0, request.adapter):
                 request.blocks.append(self.pool.take())
                 return True
             if self._num_promised < sum(len(held.blocks) for held in self._limbo):
@@ -254,6 +248,7 @@ class Scheduler:
         self.num_preemptions += 1
         request.num_preemptions += 1
         self._leave_running(request)
+        request.num_owed = request.num_inflight
         request.num_computed = request.decode_until = 0
         request.prefilled = False
         request.status = Status.WAITING
@@ -372,7 +367,7 @@ class Scheduler:
             return None
         if self.tasks.state(identity) != READY or not self.tasks.has_room(identity):
             return None
-        if request.num_inflight:
+        if request.num_owed:
             return None  # preempted while a step was in flight: its token comes first
         hits = self._prefix(request)
         remaining = len(request.tokens) - len(hits) * self.pool.block_size
@@ -458,7 +453,6 @@ class Scheduler:
             request = work.request
             token = next(sampled) if work.samples else None
             if work.plain and token and request.status is running and token.token not in request.stop_ids:
-                request.num_inflight -= 1
                 request.tokens.append(token.token)
                 served.append(request)
                 logprobs = None if token.logprobs is None else [token.logprobs]
@@ -486,7 +480,8 @@ class Scheduler:
     def _accept(self, request: Request, sampled: Sampled, now: float) -> Output:
         """One more token of this request."""
         token = sampled.token
-        request.num_inflight -= 1
+        if request.num_owed:
+            request.num_owed -= 1
         request.tokens.append(token)
         self.ledger.charge_outputs((request,))
         logprobs = None if sampled.logprobs is None else [sampled.logprobs]
@@ -517,9 +512,9 @@ class Scheduler:
         """Tokens [start, end) are computed: name the blocks that they filled."""
         first, last = start // self.pool.block_size, end // self.pool.block_size
         if self.cache.enable_prefix_caching and first < last:
-            self._extend_keys(request)
-            for index in range(first, last):
-                self.pool.publish(request.blocks[index], request.block_keys[index])
+            if len(request.block_keys) < last:
+                self._extend_keys(request)
+            self.pool.publish(request.blocks[first:last], request.block_keys[first:last])
 
     def _settle(self, batch: Batch, now: float) -> None:
         """The step is over: measure the pace, and free what only it could still write."""
@@ -620,7 +615,7 @@ def _still_running(works: list[Work]) -> list[Work]:
     """Without those whose request was preempted after it had been given its share of this step."""
     for work in works:
         if work.request.status is not Status.RUNNING and work.samples:
-            work.request.num_inflight -= 1
+            work.request.num_owed -= 1
     return [work for work in works if work.request.status is Status.RUNNING]
 
 

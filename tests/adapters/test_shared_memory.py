@@ -64,7 +64,7 @@ class Sharing(RuleBasedStateMachine):
         blocks = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
         for number in blocks if named else ():
             self.num_keys += 1
-            self.pool.publish(number, str(self.num_keys).encode())
+            self.pool.publish([number], [str(self.num_keys).encode()])
         self.pool.free(blocks)
 
     @rule(number=st.integers(1, 9), sites=st.integers(1, 4))
@@ -175,7 +175,7 @@ def test_cached_prefixes_go_after_idle_adapters() -> None:
     store, pool = make()
     blocks = pool.allocate(BLOCKS - FIRST - 1)
     for number in blocks:
-        pool.publish(number, str(number).encode())
+        pool.publish([number], [str(number).encode()])
     pool.free(blocks)
     one, two = (store.add(f"a{number}", adapter(number, 4)) for number in (1, 2))
     store.want(one)

@@ -38,8 +38,7 @@ def test_named_blocks_outlive_their_request_until_room_is_needed() -> None:
     keys: list[bytes] = []
     extend_keys(keys, root_key("v1", None), [1, 2, 3, 4], 2)
     blocks = pool.allocate(2)
-    for block, key in zip(blocks, keys):
-        pool.publish(block, key)
+    pool.publish(blocks, keys)
     pool.free(blocks)
     assert pool.match(keys) == blocks
     assert pool.num_available == 3
@@ -63,8 +62,8 @@ def test_names_made_in_one_go_and_one_by_one_are_the_same() -> None:
 def test_the_first_name_wins_and_the_second_block_stays_unnamed() -> None:
     pool = BlockPool(4, 2)
     first, second = pool.allocate(2)
-    pool.publish(first, b"k" * 16)
-    pool.publish(second, b"k" * 16)
+    pool.publish([first], [b"k" * 16])
+    pool.publish([second], [b"k" * 16])
     assert pool.match([b"k" * 16]) == [first]
     pool.free([second])
     pool.check([[first]])
@@ -113,8 +112,7 @@ class Storm(RuleBasedStateMachine):
             return
         self.pool.share(hits)
         blocks = hits + self.pool.allocate(need)
-        for block, key in zip(blocks, keys):
-            self.pool.publish(block, key)
+        self.pool.publish(blocks, keys)
         self.held.append((blocks, keys))
 
     @precondition(lambda self: self.held)

@@ -134,6 +134,20 @@ def test_weights_divide_the_counter_and_bad_ones_change_nothing() -> None:
     assert ledger.weights == {"gold": 4.0}
 
 
+def test_new_weights_leave_the_past_as_it_was_charged() -> None:
+    bench = Bench(policy="vtc")
+    bench.add("r", [1, 2, 3], tenant="t", max_tokens=20, ignore_eos=True)
+    bench.step()
+    bench.step()
+    ledger = bench.scheduler.ledger
+    account = ledger.account("t")
+    assert account.counter == account.service == 3 + 2 * 2
+    ledger.set_weights({"t": 4.0})
+    assert (account.service, account.counter) == (7, 7)
+    bench.step()
+    assert (account.service, account.counter) == (9, 7.5)
+
+
 def test_a_failed_step_and_an_abort_give_back_what_was_charged_ahead() -> None:
     bench = Bench(policy="vtc:predict=oracle", adapters=FakeAdapters())
     bench.add("r", [1, 2, 3], tenant="t", max_tokens=20, ignore_eos=True, true_output_len=20)
