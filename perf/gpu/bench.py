@@ -65,12 +65,12 @@ def provenance() -> dict[str, Any]:
     query = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm", "--format=csv,noheader"]
     driver = said(*query, *(["-i", which] if which else []))
     return {
-        "commit": said("git", "rev-parse", "HEAD") or os.environ.get("INLAID_COMMIT", "unknown"),
+        "commit": os.environ.get("INLAID_COMMIT") or said("git", "rev-parse", "HEAD") or "unknown",
         "gpu": driver or "none",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": sys.version.split()[0],
-        "command": " ".join(sys.argv),
+        "command": "python -m perf.gpu.bench --out DIR --stages",
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
@@ -173,6 +173,7 @@ def in_process(stage: str, out: Path) -> int:
     """The stage itself."""
     file = out / f"{stage}.json"
     about = provenance() | {"stage": stage}
+    about["command"] += f" {stage}"
     result: dict[str, Any] = {}
 
     def keep(part: dict[str, Any]) -> None:
