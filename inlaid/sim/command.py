@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--lengths", default="history", help="what policies know: history, none, oracle, noisy:0.5")
     parser.add_argument(
-        "--machine", default="", help="a10g, a100-13b, h200, or a file from inlaid.sim.fit; default: the suite's"
+        "--machine", default="", help="a10g, a100-13b, h100, h200, or a file from inlaid.sim.fit; default: the suite's"
     )
     parser.add_argument("--num-tokens", type=int, default=0, help="KV memory in tokens; default: the suite's")
     parser.add_argument("--seed", type=int, default=42)

@@ -53,12 +53,14 @@ class Load(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds per unit of load. A step takes at least `floor`, loading an adapter `load_base` + rank * `load_rank`."""
+    """Seconds per unit of load. A step takes at least `floor`; with prompts, whose kernels a GPU gets one by one, at
+    least `prompt_floor`. Loading an adapter takes `load_base` + rank * `load_rank`."""
 
     name: str
     source: str
     step: float = 0.0
     floor: float = 0.0
+    prompt_floor: float = 0.0
     prefill_tokens: float = 0.0
     prefills: float = 0.0
     decodes: float = 0.0
@@ -85,7 +87,7 @@ class CostModel:
             + self.adapter_rows * load.adapter_rows
             + self.ranks * load.ranks
         )
-        return max(self.floor, seconds)
+        return max(self.floor, seconds, self.prompt_floor if load.prefills else 0.0)
 
     def load_seconds(self, rank: int) -> float:
         return self.load_base + self.load_rank * rank
@@ -100,7 +102,7 @@ class CostModel:
 
 
 def load_cost(name: str) -> CostModel:
-    """A machine by name (a10g, a10g-13b, h200) or the path of a fitted file."""
+    """A machine by name (a10g, a100-13b, h100, h200) or the path of a fitted file."""
     path = Path(name) if name.endswith(".json") else MACHINES / f"{name}.json"
     if not path.exists():
         known = ", ".join(sorted(file.stem for file in MACHINES.glob("*.json")))

@@ -26,18 +26,45 @@ TERMS = ("step", *Load.__struct_fields__)
 Array = npt.NDArray[np.float64]
 
 
+FLOORS = 24  # values tried for the least that a step with prompts takes
+
+
 def fit(steps: Sequence[Step], name: str, source: str, load_base: float = 0.0, load_rank: float = 0.0) -> CostModel:
     """The model of these steps: plain least squares first, then each step weighted by one over what that predicts, as
     longer steps vary more. Weighting by the measured seconds instead would favour the lucky steps and predict sums too
-    small."""
+    small. The least that a step with prompts takes is the one of those tried that explains the steps best."""
     if len(steps) < 50:
         raise ValueError(f"{len(steps)} steps are too few to fit {len(TERMS)} terms; record at least 50")
     rows = np.array([[1.0, *msgspec.structs.astuple(step.load)] for step in steps])
     seconds = np.array([step.seconds for step in steps])
     first = rows @ _solve(rows, seconds, np.ones(len(rows)))
-    coefficients = _solve(rows, seconds, 1.0 / np.maximum(first, seconds.mean() / 10))
+    weights = 1.0 / np.maximum(first, seconds.mean() / 10)
+    prompts = rows[:, TERMS.index("prefills")] > 0
+    tried = [0.0]
+    if prompts.sum() >= FLOORS:
+        tried += [float(value) for value in np.quantile(seconds[prompts], np.linspace(0.02, 0.9, FLOORS))]
+    _, floor, coefficients = min(
+        (_above(rows, seconds, weights, prompts, least) for least in tried), key=lambda t: t[0]
+    )
     terms = {term: float(value) for term, value in zip(TERMS, coefficients)}
-    return CostModel(name=name, source=source, load_base=load_base, load_rank=load_rank, **terms)
+    return CostModel(name=name, source=source, prompt_floor=floor, load_base=load_base, load_rank=load_rank, **terms)
+
+
+def _above(
+    rows: Array, seconds: Array, weights: Array, prompts: npt.NDArray[np.bool_], floor: float, rounds: int = 4
+) -> tuple[float, float, Array]:
+    """(weighted squared error, floor, coefficients) where steps with prompts take at least `floor`: the coefficients
+    are those of the steps that are above it, which the coefficients decide."""
+    free = ~prompts | (seconds > floor)
+    coefficients = _solve(rows[free], seconds[free], weights[free])
+    for _ in range(rounds if floor else 0):
+        now = ~prompts | (rows @ coefficients > floor)
+        if (now == free).all():
+            break
+        free = now
+        coefficients = _solve(rows[free], seconds[free], weights[free])
+    predicted = np.maximum(rows @ coefficients, np.where(prompts, floor, 0.0))
+    return float((weights * (predicted - seconds) ** 2).sum()), floor, coefficients
 
 
 def _solve(rows: Array, seconds: Array, weights: Array, sweeps: int = 3000) -> Array:
@@ -50,9 +77,12 @@ def _solve(rows: Array, seconds: Array, weights: Array, sweeps: int = 3000) -> A
     gram, moments = design.T @ design, design.T @ target
     x = np.zeros(rows.shape[1])
     for _ in range(sweeps):
+        before = x.copy()
         for j in range(len(x)):
             if gram[j, j] > 0:
                 x[j] = max(0.0, x[j] + (moments[j] - gram[j] @ x) / gram[j, j])
+        if np.abs(x - before).max() <= 1e-9 * np.abs(x).max():
+            break
     return np.asarray(x / norms)
 
 

@@ -2,8 +2,8 @@
 
     python -m inlaid.sim.validate --out perf/results/sim-validation-cpu.json
 
-The engine serves bursts, to which this machine's cost model is fitted, and in turns with them other traces, which the
-simulator then serves too.
+The engine serves bursts and quieter and busier traffic, to which this machine's cost model is fitted, and in turns with
+them other traces, which the simulator then serves too.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from inlaid.sim.provenance import provenance
 from inlaid.sim.replay import BusyClock, Clock, Replay, Step, WallClock, mixed_trace, replay
 from inlaid.sim.simulate import Setup, simulate
 
+OTHER_LOADS = (0.3, 0.9)  # shares of what the engine can do
 DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
 
 
@@ -158,8 +159,9 @@ class Comparison:
 
 
 def validate(loaded: Loaded, plan: Plan) -> Comparison:
-    """Rounds of bursts, to which the cost model is fitted, take turns with rounds of the compared traces, which it
-    never sees: a machine whose speed drifts drifts under both."""
+    """Rounds of bursts and of other loads, to which the cost model is fitted, take turns with rounds of the compared
+    traces, which it never sees: a machine whose speed drifts drifts under both. Bursts show batches of all sizes, the
+    others how a step with a single prompt differs from one with many."""
     names = [info.name for info in loaded.adapters.list()]
     draw = partial(mixed_trace, names, loaded.model.vocab_size, prompt=plan.prompt, output=plan.output)
     rate = find_rate(loaded, draw)
@@ -171,6 +173,8 @@ def validate(loaded: Loaded, plan: Plan) -> Comparison:
             for number in range(plan.rounds):
                 seed = 1000 * len(found.rows) + number
                 fitted += measure(loaded, draw(seconds, rate, seed, bursts=True), "fcfs").steps
+                other = rate * OTHER_LOADS[number % len(OTHER_LOADS)]
+                fitted += measure(loaded, draw(seconds, other, seed + 250), "fcfs").steps
                 trace = draw(seconds, rate * load, seed + 500)
                 real = measure(loaded, trace, policy)
                 unseen += real.steps

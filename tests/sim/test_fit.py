@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,17 @@ def test_it_finds_the_model_that_made_the_steps() -> None:
 def test_noise_does_not_bias_the_sum() -> None:
     model = fit(steps(TRUE, 2000, 0.4), "m", "s")
     assert abs(errors(model, steps(TRUE, 1000, 0.0, seed=1))["relative_error_of_sum"]) < 0.03
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_the_least_that_a_step_with_prompts_takes_is_found(noise: float) -> None:
+    true = replace(TRUE, prompt_floor=7e-3)
+    model = fit(steps(true, 1000, noise), "m", "s")
+    assert model.prompt_floor == pytest.approx(true.prompt_floor, rel=0.02 + noise)
+    assert model.step == pytest.approx(true.step, rel=0.1 + noise)
+    found = errors(model, steps(true, 500, 0.0, seed=1))
+    assert abs(found["relative_error_of_sum"]) < 0.01 + noise / 3
+    assert fit(steps(TRUE, 1000, noise), "m", "s").prompt_floor < 0.3 * true.prompt_floor
 
 
 def test_a_cost_is_never_negative_and_few_steps_are_refused() -> None:

@@ -147,7 +147,7 @@ def test_machines_and_lengths_by_name_or_a_sentence() -> None:
     assert load_cost("a10g").step_seconds(Load()) == 0.0225
     prompt = load_cost("a10g").step_seconds(Load(prefill_tokens=512, prefills=1))
     assert prompt == pytest.approx((0.21001891 * 512 + 1.14601454) / 1000)
-    with pytest.raises(ValueError, match="known: a100-13b, a10g, h200"):
+    with pytest.raises(ValueError, match="known: a100-13b, a10g, h100, h200"):
         load_cost("tpu")
     with pytest.raises(ValueError, match="unknown lengths"):
         make_lengths("crystal", 0)

@@ -15,9 +15,22 @@ from inlaid.engine.engine import Engine
 from inlaid.engine.process import Loaded
 from inlaid.engine.request import Batch, NewRequest, Runner, StepResult
 from inlaid.sim.cost import CostModel, Load, load_cost
+from inlaid.sim.fit import fit
 from inlaid.sim.journal import Arrival
-from inlaid.sim.replay import mixed_trace, replay
-from inlaid.sim.validate import DEMO, Plan, fresh_engine, load, ranks_of, serve, simulated, summary, validate
+from inlaid.sim.replay import Step, mixed_trace, replay
+from inlaid.sim.simulate import Setup, simulate
+from inlaid.sim.validate import (
+    DEMO,
+    OTHER_LOADS,
+    Plan,
+    fresh_engine,
+    load,
+    ranks_of,
+    serve,
+    simulated,
+    summary,
+    validate,
+)
 from tests.engine.bench import ADAPTERS, Bench
 
 ATTEMPTS = 3  # a machine whose speed changes within seconds may spoil one comparison of seconds
@@ -104,6 +117,49 @@ def test_they_agree_when_steps_are_made_one_ahead_too(policy: str) -> None:
         figures[overlap] = agree(bench.engine, clock, list(ADAPTERS), trace, policy)
         bench.scheduler.check_whole()
     assert figures[True]["mean_ttft"] > 1.2 * figures[False]["mean_ttft"]
+
+
+class HostBound(CostModel):
+    """A GPU, roughly: steps with prompts wait for the host that launches their kernels."""
+
+    def step_seconds(self, load: Load) -> float:
+        rows = max(0, load.prefill_tokens + load.decodes - 32)
+        return max(4e-3 + 16e-6 * min(rows, 480) + 20e-6 * max(0, rows - 480), 12e-3 if load.prefills else 0.0)
+
+
+@dataclass
+class Noting:
+    """A machine, and the steps that it was asked about."""
+
+    cost: CostModel
+    steps: list[Step]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cost, name)
+
+    def step_seconds(self, load: Load) -> float:
+        self.steps.append(Step(self.cost.step_seconds(load), load))
+        return self.steps[-1].seconds
+
+
+def test_a_model_fitted_to_some_traffic_foretells_other() -> None:
+    """Of a machine whose steps are no linear function of what they hold."""
+    machine: Any = Noting(HostBound("true", ""), [])
+
+    def served(cost: Any, seed: int, share: float, bursts: bool = False) -> dict[str, float]:
+        trace = mixed_trace(ADAPTERS, 500, 3.0, 93.0 * share, seed, prompt=(16, 512), output=(8, 128), bursts=bursts)
+        made = simulate(trace, Setup(cost=cost, resident=tuple(ADAPTERS), num_tokens=400_000, overlap=True))
+        return summary(made.records, made.end)
+
+    served(machine, 0, 1.0, bursts=True)
+    for seed, share in enumerate(OTHER_LOADS, start=1):
+        served(machine, seed, share)
+    cost = fit(list(machine.steps), "fitted", "")
+    assert cost.prompt_floor == pytest.approx(12e-3, rel=0.05)
+    for share in (0.5, 0.7):
+        real, model = served(machine, 9, share), served(cost, 9, share)
+        for figure in ("throughput", "mean_ttft", "mean_latency"):
+            assert model[figure] == pytest.approx(real[figure], rel=0.1), figure
 
 
 @pytest.mark.slow
