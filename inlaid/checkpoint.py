@@ -21,6 +21,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ def unpack(packed: Tensor, bits: int, dim: int = 0) -> Tensor:
 def holds_only(packed: Tensor, value: int, bits: int) -> bool:
     """Whether every code of words packed along dim 1 is `value`, told without unpacking them."""
     _, words = _period(bits)
-    return bool((packed.reshape(packed.shape[0], -1, words) == _words_of(value, bits)).all())
+    return bool((packed.reshape(packed.shape[0], -1, words) == _words_of(value, bits).to(packed.device)).all())
 
 
 def _words_of(value: int, bits: int) -> Tensor:
@@ -201,10 +202,12 @@ def to_tensors(name: str, linear: QuantizedLinear, zero_format: str = "gptq") ->
 
 
 class Checkpoint:
-    """A model folder, quantized or not, in one file or in shards. Tensors are read when asked for."""
+    """A model folder, quantized or not, in one file or in shards. Tensors are read when asked for, with a device into
+    its memory (`g_idx` stays on the CPU); several threads may ask."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, device: torch.device | None = None) -> None:
         self.path = Path(path)
+        self._stages = None if device is None else _Stages(device)
         self.config: dict[str, Any] = _read_json(self.path / "config.json")
         self.quantization = _quantization(self.path, self.config)
         self._file_of = _index(self.path)
@@ -241,7 +244,10 @@ class Checkpoint:
         try:
             if file not in self._handles:
                 self._handles[file] = safe_open(str(self.path / file), framework="pt")
-            return self._handles[file].get_tensor(name)
+            handle = self._handles[file]
+            if self._stages is None:
+                return handle.get_tensor(name)
+            return self._stages.read(self.path / file, name, handle.get_tensor)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.path / file} cannot be read ({error}); fetch it again") from error
 
@@ -287,7 +293,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: {name} has codes of {bits} bits; 2, 3, 4 and 8 are supported")
         inputs = qweight.shape[0] * 32 // bits
         if f"{name}.g_idx" in self._file_of:
-            g_idx = self.tensor(f"{name}.g_idx")
+            g_idx = self.tensor(f"{name}.g_idx").cpu()
             if g_idx.shape != (inputs,):
                 raise CheckpointError(f"{self.path}: {name} has g_idx {tuple(g_idx.shape)} for {inputs} inputs")
             return bits, g_idx
@@ -302,9 +308,59 @@ class Checkpoint:
             if holds_only(stored, middle, bits):
                 return stored
             if holds_only(stored, middle - 1, bits):
-                words = _words_of(middle, bits)
+                words = _words_of(middle, bits).to(stored.device)
                 return words.repeat(stored.shape[0], stored.shape[1] // len(words))
         return stored if self.zero_format == "gptq_v2" else shift_zeros(stored, bits, 1)
+
+
+class _Stages:
+    """From files into the memory of a device, through a buffer for each thread that reads. Memory that is used again
+    needs no new pages; those of a mapped file, and of what is made of it, take several times as long as the copy. A
+    buffer that is pinned is copied from at the speed of the bus."""
+
+    def __init__(self, device: torch.device, size: int = 32 << 20) -> None:
+        self._device, self._size = device, size
+        self._own = threading.local()
+        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
+
+    def read(self, file: Path, name: str, otherwise: Callable[[str], Tensor]) -> Tensor:
+        """One tensor; `otherwise` reads types that have no counterpart here."""
+        if file not in self._headers:
+            header = _header(file)
+            whole = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            self._headers[file] = file.stat().st_size - whole, header
+        data, header = self._headers[file]
+        entry = header[name]
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None:
+            return otherwise(name).to(self._device)
+        made = torch.empty(entry["shape"], dtype=dtype, device=self._device)
+        start, end = entry["data_offsets"]
+        if made.nbytes != end - start:
+            raise CheckpointError(f"{file}: {name} has {end - start} bytes, not the {made.nbytes} of its shape")
+        if start < end:
+            self._fill(made.view(-1).view(torch.uint8), file, data + start)
+        return made
+
+    def _fill(self, target: Tensor, file: Path, start: int) -> None:
+        if not hasattr(self._own, "stage"):
+            self._own.stage = torch.empty(self._size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        stage: Tensor = self._own.stage
+        with file.open("rb", buffering=0) as handle:
+            handle.seek(start)
+            at = 0
+            while at < len(target):
+                count = handle.readinto(stage[: len(target) - at].numpy().data)
+                if not count:
+                    raise CheckpointError(f"{file} was cut short while it was read; fetch it again")
+                target[at : at + count].copy_(stage[:count])
+                at += count
+
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 def hash_file(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> str:

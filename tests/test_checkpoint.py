@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from inlaid.checkpoint import (
     CheckpointError,
     QuantizedLinear,
     QuantSpec,
+    _Stages,
     atomic_folder,
     dequantize,
     from_codes,
@@ -30,6 +32,8 @@ from inlaid.checkpoint import (
     to_tensors,
     unpack,
 )
+
+CPU = torch.device("cpu")
 
 
 def bit_stream(words: list[int], bits: int) -> list[int]:
@@ -115,12 +119,12 @@ def test_folder_against_independent_unpacker(
     write_folder(
         tmp_path, tensors | {"norm.weight": torch.ones(4)}, quantization_config(linear.spec, 0.01, False, zero_format)
     )
-    checkpoint = Checkpoint(tmp_path)
-    assert checkpoint.linears == ("a.b",)
-    assert checkpoint.dense == ("norm.weight",)
-    read = checkpoint.linear("a.b")
-    assert read.spec == linear.spec == QuantSpec(bits, group, symmetric, act_order)
-    assert torch.equal(dequantize(read), independent_weight(tensors, "a.b", bits, add=int(zero_format == "gptq")))
+    for checkpoint in (Checkpoint(tmp_path), Checkpoint(tmp_path, CPU)):  # mapped, and through a buffer
+        assert checkpoint.linears == ("a.b",)
+        assert checkpoint.dense == ("norm.weight",)
+        read = checkpoint.linear("a.b")
+        assert read.spec == linear.spec == QuantSpec(bits, group, symmetric, act_order)
+        assert torch.equal(dequantize(read), independent_weight(tensors, "a.b", bits, add=int(zero_format == "gptq")))
 
 
 @pytest.mark.parametrize("stored", ["gptq", "gptq_v2"])
@@ -213,6 +217,39 @@ def test_group_index_outside_is_refused(tmp_path: Path) -> None:
 def test_shapes_that_do_not_fit(spec: QuantSpec, shape: tuple[int, int], words: str) -> None:
     assert words in (spec.why_not(*shape) or "")
     assert QuantSpec(4, 32, True, False).why_not(64, 32) is None
+
+
+def test_through_a_buffer_tensors_are_what_they_are(tmp_path: Path) -> None:
+    """As they are read for a GPU, here with the CPU as the device and a buffer that most tensors do not fit into."""
+    generator = torch.Generator().manual_seed(0)
+    kinds = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
+    tensors = {
+        f"{dtype}-{shape}": (torch.randn(shape, generator=generator) * 50).to(dtype)
+        for dtype in kinds
+        for shape in ((), (0,), (3,), (7, 11), (40, 5, 3))
+    }
+    tensors["rare"] = torch.ones(3).to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    read = Checkpoint(tmp_path, CPU)
+    read._stages = _Stages(CPU, size=64)
+    with ThreadPoolExecutor(4) as readers:
+        for name, found in zip(tensors, readers.map(read.tensor, tensors), strict=True):
+            assert (found.dtype, found.shape) == (tensors[name].dtype, tensors[name].shape), name
+            assert found.view(-1).view(torch.uint8).equal(tensors[name].view(-1).view(torch.uint8)), name
+    for name, first in zip(tensors, [read.tensor(name) for name in tensors], strict=True):
+        assert first.view(-1).view(torch.uint8).equal(tensors[name].view(-1).view(torch.uint8)), name  # none is a view
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(100), "b": torch.ones(100)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    read = Checkpoint(tmp_path, CPU)
+    read.tensor("a")
+    with (tmp_path / "model.safetensors").open("r+b") as file:
+        file.truncate(file.seek(0, os.SEEK_END) - 4)
+    with pytest.raises(CheckpointError, match="cut short while it was read"):
+        read.tensor("b")
 
 
 def test_fingerprint_follows_the_bytes(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def load_model(config: EngineConfig, progress: bool = True) -> LoadedModel:
     device = choose_device(config.device)
     folder = fetch(config.model)
     spec = read_spec(folder)
-    checkpoint = Checkpoint(folder)
+    checkpoint = Checkpoint(folder, device if device.type == "cuda" else None)
     hasher = ThreadPoolExecutor(1, "hash-weights")
     version = hasher.submit(base_version, checkpoint)  # takes seconds where it is not known yet: beside the loading
     dtype = compute_dtype(config.dtype, spec, device)
