@@ -18,6 +18,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -360,7 +361,42 @@ class _Stages:
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+
+
+def tensors_in(data: bytearray) -> dict[str, Tensor]:
+    """A whole safetensors file in memory as views of it; `safetensors.torch.load` would copy each, and let no other
+    thread run meanwhile. CheckpointError: it is not one, tensors overlap, or bytes are left over."""
+    length = int.from_bytes(data[:8], "little")
+    if not 2 <= length <= min(100_000_000, len(data) - 8):
+        raise CheckpointError("its header is not whole")
+    try:
+        header = json.loads(bytes(data[8 : 8 + length]))
+        header.pop("__metadata__", None)
+        entries = sorted((*entry["data_offsets"], name, entry) for name, entry in header.items())
+        at, tensors = 0, {}
+        for start, end, name, entry in entries:
+            dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
+            count = math.prod(shape)
+            if start != at or min(shape, default=0) < 0 or end - start != count * dtype.itemsize:
+                raise CheckpointError(f"{name} does not lie where it should")
+            if 8 + length + end > len(data):
+                raise CheckpointError(f"{name} is not whole")
+            first, at = 8 + length + start, end
+            if count == 0:
+                tensors[name] = torch.empty(shape, dtype=dtype)
+            elif first % dtype.itemsize:
+                tensors[name] = torch.frombuffer(bytearray(data[first : first + end - start]), dtype=dtype).view(shape)
+            else:
+                tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=first).view(shape)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"its header makes no sense: {error!r}") from None
+    if 8 + length + at != len(data):
+        raise CheckpointError("it is longer than its header says")
+    return tensors
 
 
 def hash_file(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> str:

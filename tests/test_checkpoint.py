@@ -7,14 +7,16 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from inlaid.checkpoint import (
     BITS,
@@ -29,6 +31,7 @@ from inlaid.checkpoint import (
     holds_only,
     pack,
     quantization_config,
+    tensors_in,
     to_tensors,
     unpack,
 )
@@ -239,6 +242,47 @@ def test_through_a_buffer_tensors_are_what_they_are(tmp_path: Path) -> None:
             assert found.view(-1).view(torch.uint8).equal(tensors[name].view(-1).view(torch.uint8)), name
     for name, first in zip(tensors, [read.tensor(name) for name in tensors], strict=True):
         assert first.view(-1).view(torch.uint8).equal(tensors[name].view(-1).view(torch.uint8)), name  # none is a view
+
+
+def damaged(tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, bytes]]:
+    whole = save(tensors)
+    length = int.from_bytes(whole[:8], "little")
+    header, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
+
+    def with_header(found: Any) -> bytes:
+        text = found if isinstance(found, bytes) else json.dumps(found).encode()
+        return len(text).to_bytes(8, "little") + text + data
+
+    assert tensors_in(bytearray(with_header(header))).keys() == tensors.keys()
+    yield "empty", b""
+    yield "no data", whole[: 8 + length]
+    yield "cut", whole[:-1]
+    yield "more", whole + b"0"
+    yield "huge header", (1 << 62).to_bytes(8, "little") + whole[8:]
+    yield "no json", with_header(b"x" * 40)
+    yield "deep json", with_header(b"[" * 100_000)
+    yield "a list", with_header([1, 2])
+    for change in (
+        {"dtype": "F7"}, {"dtype": "F64"}, {"shape": [3, 3]}, {"shape": [-2, -3]}, {"shape": "ab"}, {"shape": [1e30]},
+        {"data_offsets": [4, 28]}, {"data_offsets": [-24, 0]}, {"data_offsets": [0, 1 << 40]}, {"data_offsets": [0]},
+    ):  # fmt: skip
+        yield str(change), with_header({**header, "a": {**header["a"], **change}})
+    yield "overlap", with_header({**header, "c": header["a"]})
+    yield "a hole", with_header({"b": header["b"]})
+
+
+def test_files_in_memory_are_read_whole_or_refused() -> None:
+    tensors = {"a": torch.randn(2, 3), "b": torch.arange(5).to(torch.int8), "c": torch.ones(0, 4), "d": torch.ones(())}
+    for offset in range(8):  # headers that end anywhere
+        whole = bytearray(save({"x" * (1 + offset): torch.ones(2), **tensors}))
+        found = tensors_in(whole)
+        assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    for about, data in damaged({name: tensors[name] for name in "ab"}):
+        try:
+            tensors_in(bytearray(data))
+        except CheckpointError:
+            continue
+        pytest.fail(f"{about} was read")
 
 
 def test_a_file_that_is_cut_while_it_is_read_is_refused(tmp_path: Path) -> None:

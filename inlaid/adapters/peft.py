@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_safetensors
 
+from inlaid.checkpoint import CheckpointError, tensors_in
 from inlaid.kernels.backend import MODULES
 from inlaid.model.spec import ModelSpec, module_path
 
@@ -86,7 +85,7 @@ def read_adapter(
     return lay_out(identity.hexdigest(), str(folder), factors, scales, dtype, pin)
 
 
-def _read_files(folder: Path) -> tuple[bytes, bytes]:
+def _read_files(folder: Path) -> tuple[bytes, bytearray]:
     config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     if not folder.is_dir():
         raise AdapterError(f"adapter {folder}: there is no such folder")
@@ -100,8 +99,11 @@ def _read_files(folder: Path) -> tuple[bytes, bytes]:
             )
         raise AdapterError(f"adapter {folder}: it has no adapter_model.safetensors")
     before = [_state(file) for file in (config, weights)]
-    read = config.read_bytes(), weights.read_bytes()
-    if [_state(file) for file in (config, weights)] != before:
+    data = bytearray(weights.stat().st_size)
+    with weights.open("rb") as file:
+        whole = file.readinto(data) == len(data)
+    read = config.read_bytes(), data
+    if not whole or [_state(file) for file in (config, weights)] != before:
         raise AdapterError(f"adapter {folder}: its files changed while they were read; load it when they are at rest")
     return read
 
@@ -176,10 +178,10 @@ def _check_types(config: Mapping[str, Any]) -> None:
         raise AdapterError(f"layers_to_transform must be a layer or a list of layers, not {indices!r}")
 
 
-def _parse_weights(data: bytes) -> dict[str, torch.Tensor]:
+def _parse_weights(data: bytearray) -> dict[str, torch.Tensor]:
     try:
-        tensors: dict[str, torch.Tensor] = parse_safetensors(data)
-    except (SafetensorError, ValueError, KeyError) as error:
+        tensors = tensors_in(data)
+    except CheckpointError as error:
         raise AdapterError(f"adapter_model.safetensors is damaged or cut short ({error})") from None
     if not tensors:
         raise AdapterError("adapter_model.safetensors is empty")
@@ -327,10 +329,11 @@ def _check_values(factors: Factors, dtype: torch.dtype) -> None:
         for factor, tensor in zip("AB", pair, strict=True):
             if not tensor.is_floating_point():
                 raise AdapterError(f"{site_path(site)} lora_{factor} is {tensor.dtype}, not a floating-point type")
-            if not torch.isfinite(tensor).all():
-                raise AdapterError(f"{site_path(site)} lora_{factor} holds NaN or infinity")
-            if tensor.dtype != dtype and not torch.isfinite(tensor.to(dtype)).all():
-                raise AdapterError(f"{site_path(site)} lora_{factor} does not fit into {dtype}")
+            least, most = torch.aminmax(tensor.to(dtype))  # each is NaN where one is in between
+            if not torch.isfinite(torch.stack((least, most))).all():
+                finite = torch.isfinite(tensor.float()).all()
+                wrong = f"does not fit into {dtype}" if finite else "holds NaN or infinity"
+                raise AdapterError(f"{site_path(site)} lora_{factor} {wrong}")
 
 
 def lay_out(

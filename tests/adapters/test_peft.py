@@ -244,7 +244,7 @@ def test_files_that_change_while_they_are_read_are_refused(
 
     def meanwhile(path: Path) -> bytes:
         data = original(path)
-        if path.name == "adapter_model.safetensors":
+        if path.name == "adapter_config.json":  # it is read last
             (folder / file).write_bytes(original(folder / file) + b" ")
         return data
 
