@@ -295,6 +295,9 @@ class AdapterStore:
     def all_landed(self, slot: int) -> bool:
         return self._num_landed(slot) >= self._num_groups
 
+    def num_bytes(self, slot: int) -> int:
+        return self._at[slot].nbytes
+
     def wait(self, slot: int, layer: int) -> None:
         arrival = self._arrival(slot)
         if arrival is not None:

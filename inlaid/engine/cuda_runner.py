@@ -18,6 +18,8 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -160,6 +162,10 @@ class CudaRunner(ModelRunner):
                     pool = pool or graph.pool()
                     self._graphs[layout, level] = graph
             gc.unfreeze()
+            if self.arriving is not None and layouts:
+                prompts = [layout for layout in layouts if layout.prefills]
+                self.arriving.patience = self._seconds_without_graph(min(prompts, key=lambda layout: layout.tokens))
+                log.info("adapters that come in %.0f ms are waited for whole", self.arriving.patience * 1e3)
         for backend in self.model.kernels.quantized:
             if isinstance(backend, AutoLinear):
                 for line in backend.report():
@@ -168,6 +174,21 @@ class CudaRunner(ModelRunner):
             "start-up: kernels of %d layouts warm in %.1f s, %d graphs captured in %.1f s, %d KV blocks",
             len(layouts), compiled - begin, len(self._graphs), time.monotonic() - compiled, self.num_blocks,
         )  # fmt: skip
+
+    def _seconds_without_graph(self, layout: Layout, times: int = 5) -> float:
+        """By how much longer a step takes whose kernels are launched one by one."""
+
+        def seconds(run: Callable[[], object]) -> float:
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            run()
+            torch.cuda.synchronize()
+            return time.perf_counter() - begin
+
+        ways = self._graphs[layout, ALL_ADAPTERS].replay, partial(self._idle_step, layout, ALL_ADAPTERS)
+        self._idle_step(layout, ALL_ADAPTERS)
+        whole, apart = (median(seconds(way) for _ in range(times)) for way in ways)
+        return max(0.0, apart - whole)
 
     def _make_cache(self, config: EngineConfig, max_model_len: int) -> None:
         spec, store = self.model.spec, self.adapters
@@ -261,11 +282,11 @@ class CudaRunner(ModelRunner):
 
     def _arriving_in(self, step: _Step) -> Arriving | None:
         """Asked layer by layer when a step with prompts has adapters that are still coming. Decodes, which are short,
-        wait for all of them, on the device."""
+        wait for all of them, on the device, and so do prompts where that is quicker than launching every kernel."""
         arriving = self.arriving
         if arriving is None or not step.adapters or not arriving.plan(self._rows_of(step)):
             return None
-        if step.prompts:
+        if step.prompts and not arriving.is_soon_whole():
             return arriving
         arriving.wait_for_all()
         return None

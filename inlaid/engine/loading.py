@@ -142,19 +142,21 @@ def make_arriving(
     mode, workers = config.adapters.adapter_mode, config.adapters.adapter_workers
     if workers < 0:
         raise ConfigError(f"adapter_workers is {workers}; give a number of threads, or 0 for a measured one")
-    if mode == PIPELINED:
-        return Arriving(store, spec.num_layers)
-    if mode != CPU_ASSIST:
+    if mode not in (PIPELINED, CPU_ASSIST):
         return None
+    copy = cuda_copy_seconds(device) if device.type == "cuda" else None
+    if mode == PIPELINED:
+        return Arriving(store, spec.num_layers, seconds_for=copy)
     if device.type != "cuda":
         return Arriving(store, spec.num_layers, Assistant(NoFerry(dtype), Profile(workers)))
     rows = max(config.scheduler.max_num_batched_tokens, config.scheduler.max_num_seqs)
     widest = max(3 * spec.module_shape("q_proj")[0], 2 * spec.intermediate_size)  # of siblings together, at most
     longest = max(spec.module_shape(module)[1] for module in MODULES)
     ferry = CudaFerry(device, dtype, rows, longest, widest)
-    profile = measure(spec.hidden_size, workers, cuda_copy_seconds(device))
+    assert copy is not None
+    profile = measure(spec.hidden_size, workers, copy)
     log.info("cpu-assist: %d workers, %d rows or more each", profile.workers, profile.rows_per_worker)
-    return Arriving(store, spec.num_layers, Assistant(ferry, profile))
+    return Arriving(store, spec.num_layers, Assistant(ferry, profile), copy)
 
 
 def choose_device(name: str) -> torch.device:

@@ -8,7 +8,7 @@ around an adapter backend.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +29,8 @@ class Arrivals(Protocol):
 
     def all_landed(self, slot: int) -> bool: ...
 
+    def num_bytes(self, slot: int) -> int: ...
+
     def wait(self, slot: int, layer: int) -> None:
         """What is computed from now on finds this layer in place. RuntimeError when it does not come."""
         ...
@@ -39,11 +41,23 @@ class Arrivals(Protocol):
 
 
 class Arriving:
-    """The adapters of one step that are not whole. With an assistant the CPU computes what has not landed."""
+    """The adapters of one step that are not whole. With an assistant the CPU computes what has not landed.
 
-    def __init__(self, arrivals: Arrivals, num_layers: int, assistant: Assistant | None = None) -> None:
+    Where a step that asks layer by layer takes longer than one that does not (a GPU gets its kernels one by one instead
+    of replaying a graph), what comes in less time than that is waited for whole: `patience` are those seconds, and
+    `seconds_for` what so many bytes take."""
+
+    def __init__(
+        self,
+        arrivals: Arrivals,
+        num_layers: int,
+        assistant: Assistant | None = None,
+        seconds_for: Callable[[int], float] | None = None,
+    ) -> None:
         self.arrivals = arrivals
         self.assistant = assistant
+        self.patience = 0.0
+        self._seconds_for = seconds_for
         self._last_layer = num_layers - 1
         self._coming: dict[int, Ranges] = {}
 
@@ -51,6 +65,12 @@ class Arriving:
         """Once a step: which rows each slot has in it. Whether any adapter at work is still coming."""
         self._coming = {slot: rows for slot, rows in rows_of.items() if slot and not self.arrivals.all_landed(slot)}
         return bool(self._coming)
+
+    def is_soon_whole(self) -> bool:
+        """Whether all that is coming may be waited for."""
+        if self._seconds_for is None or not self.patience:
+            return False
+        return self._seconds_for(sum(map(self.arrivals.num_bytes, self._coming))) < self.patience
 
     def wait_for_all(self) -> None:
         """For a step that does not ask layer by layer."""
