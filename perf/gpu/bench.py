@@ -45,12 +45,12 @@ LIMITS = {  # seconds
 }  # fmt: skip
 CALLS = {  # the lanes of ten minutes
     "a": (
-        ("sweep", "serve-7b", "serve-8b", "serve-7b-arrival", "ranks-7b", "startwarm-7b"),
-        ("quant", "sched", "adapters-load", "adapters-modes", "adapters-modes-cached"),
+        ("sweep", "serve-7b", "serve-8b", "serve-cliff-8b", "ranks-7b", "startwarm-7b"),
+        ("sched", "adapters-modes", "adapters-crossover", "exllama-7b", "soak", "exllama-demo", "gates"),
     ),
     "b": (
-        ("serve-cliff-8b", "adapters-cliff-slots", "adapters-cliff-resident", "adapters-crossover", "gates"),
-        ("demo", "determinism-7b", "soak", "variants-7b", "exllama-demo", "exllama-7b"),
+        ("serve-7b-arrival", "serve-8b-arrival", "variants-7b", "variants-8b", "determinism-7b", "demo"),
+        ("quant", "adapters-load", "adapters-modes-cached", "adapters-cliff-slots", "adapters-cliff-resident"),
     ),
 }
 LOOK = 5.0  # seconds between the archive and what there is
