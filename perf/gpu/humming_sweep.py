@@ -23,8 +23,9 @@ from inlaid.kernels.humming import OPEN, TUNING, HummingLinear, HummingPacked, _
 from inlaid.kernels.humming_order import Problem
 from inlaid.kernels.measure import CACHE, random_weight, time_calls, weight_bytes
 
+# Rows timed -> buckets that the winner serves; what is not known yet first.
 BUCKETS = {128: (96, 128), 512: (512,), 2048: (1024, 2048, 4096), 64: (48, 64), 1: (1, 2, 4, 8), 16: (16,),
-           256: (192, 256), 32: (24, 32)}  # rows timed -> buckets that the winner serves; what is not known yet first  # fmt: skip
+           256: (192, 256), 32: (24, 32)}  # fmt: skip
 BELOW = {1: 0, 16: 8, 32: 16, 64: 32, 128: 64, 256: 128, 512: 256, 2048: 512}
 TRIED = 8  # candidates of each
 REPEATS = 20
