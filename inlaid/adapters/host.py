@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
@@ -67,6 +67,11 @@ class Held:
     popularity: int = 0  # requests since it came to the device
     value: float = 0.0  # of keeping it: grows with popularity and the cost of loading it again
     counts: Counts = field(default_factory=Counts)
+
+    @cached_property
+    def rank(self) -> int:
+        """The largest of its modules'."""
+        return max(entry.rank for entry in self.entries)
 
     @property
     def arriving(self) -> bool:

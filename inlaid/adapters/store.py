@@ -220,7 +220,7 @@ class AdapterStore:
         self._drop_if_unused(identity)
 
     def rank(self, identity: str) -> int:
-        return max(entry.rank for entry in self._held[identity].entries)
+        return self._held[identity].rank
 
     def sites(self, identity: str) -> tuple[int, ...]:
         """Where it acts."""

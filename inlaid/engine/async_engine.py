@@ -225,6 +225,10 @@ class AsyncEngine:
         self._keeper: asyncio.Task[None] | None = None
         self._closing = False
         self._numbers = itertools.count(1)
+        self._looking = asyncio.Lock()
+        self._num_looks = 0  # at all adapters, begun
+        self._last_look = 0  # the last that was answered, and what it found
+        self._listed: list[AdapterInfo] = []
 
     @property
     def ready(self) -> bool:
@@ -326,9 +330,19 @@ class AsyncEngine:
         return in_flight
 
     async def list_adapters(self) -> list[AdapterInfo]:
-        listed = msgspec.convert(await self.call("adapters"), list[AdapterInfo])
-        self.adapters = {info.name: info for info in listed}
-        return listed
+        """The step loop tells them once at a time, however many ask: who asks while it does shares the next time."""
+        came = self._num_looks
+        async with self._looking:
+            if self._last_look <= came:
+                number = self._num_looks = self._num_looks + 1
+                listed = msgspec.convert(await self.call("adapters"), list[AdapterInfo])
+                self.adapters = {info.name: info for info in listed}
+                self._listed, self._last_look = listed, number
+            return self._listed
+
+    async def describe_adapter(self, name: str) -> AdapterInfo:
+        """ValueError: there is none of that name."""
+        return msgspec.convert(await self.call("adapter", name=name), AdapterInfo)
 
     async def close(self) -> None:
         """End the process; what is in flight fails."""

@@ -56,6 +56,8 @@ class Adapters(Protocol):
         """Requests that still run on removed weights; 0 when their memory is free."""
         ...
 
+    def describe(self, name: str) -> AdapterInfo: ...
+
     def list(self) -> list[AdapterInfo]: ...
 
 
@@ -196,11 +198,13 @@ class LoraAdapters:
         return self._model.adapters.leaving(identity)
 
     def list(self) -> list[AdapterInfo]:
-        store = self._model.adapters
-        return [self._info(name, store.identity(name) or "") for name in store.names()]
+        return [self.describe(name) for name in self._model.adapters.names()]
 
-    def _info(self, name: str, identity: str) -> AdapterInfo:
+    def describe(self, name: str) -> AdapterInfo:
         store = self._model.adapters
+        identity = store.identity(name)
+        if identity is None:
+            raise ValueError(f"adapter {name!r} is not loaded")
         counts = store.counts(identity)
         return AdapterInfo(
             name=name,
@@ -235,6 +239,9 @@ class Calls:
 
     def adapters(self) -> list[AdapterInfo]:
         return self._loaded.adapters.list()
+
+    def adapter(self, name: str) -> AdapterInfo:
+        return self._loaded.adapters.describe(name)
 
     def unload_adapter(self, name: str) -> int:
         return self._loaded.adapters.remove(name)
@@ -434,7 +441,7 @@ class EngineProcess:
 
         def install(done: Future[Any]) -> AdapterInfo:
             self._loaded.adapters.install(name, done.result(), in_place, time.monotonic() - started, pinned)
-            return next(info for info in self._loaded.adapters.list() if info.name == name)
+            return self._loaded.adapters.describe(name)
 
         def finish(done: Future[Any]) -> None:
             if self._loading.get(key) is calls:

@@ -25,8 +25,11 @@ _MAX_LOADS = 32  # waiting or under way
 
 async def list_adapters(request: web.Request) -> web.Response:
     """Every adapter with its rank, bytes and where it is."""
-    engine = request.app[SERVICE].engine
-    cards = [AdapterCard(**msgspec.structs.asdict(info)) for info in await engine.list_adapters()]
+    service = request.app[SERVICE]
+    engine, paths = service.engine, service.keys.opens_paths(request.headers)
+    listed = await engine.list_adapters()
+    shown = listed if paths else [msgspec.structs.replace(info, path=info.name) for info in listed]
+    cards = [msgspec.convert(info, AdapterCard, from_attributes=True) for info in shown]
     assert engine.model is not None
     return answer(AdapterList(adapters=cards, max_loras=engine.model.max_loras))
 

@@ -237,6 +237,7 @@ async def make_service(
         watchers=watchers,
         model_name=model_name,
         model_path=engine_config.model,
+        public_path=model_name if Path(engine_config.model).is_dir() else engine_config.model,
         max_model_len=min(model.max_model_len, (model.num_blocks - 1) * model.block_size),
         vocab_size=model.vocab_size,
         started=int(time.time()),

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Awaitable, Iterable
 from contextlib import aclosing
+from typing import TypeVar
 
+import msgspec
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from inlaid import __version__
 from inlaid.engine.async_engine import EngineDead
+from inlaid.engine.messages import AdapterInfo
 from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.server.completions import answer
 from inlaid.server.errors import BadRequest, NotFound, Unavailable
 from inlaid.server.prepare import chat_tokens, encode, resolve, template_options
 from inlaid.server.protocol import (
+    AdapterState,
     DetokenizeBody,
     Detokenized,
     Health,
@@ -26,40 +31,68 @@ from inlaid.server.protocol import (
     Tokens,
     Version,
 )
-from inlaid.server.service import SERVICE, Service
+from inlaid.server.service import SERVICE
 
-_PATIENCE = 30.0  # seconds that a probe which makes a token may take
+_PATIENCE = 30.0  # seconds that the engine may take to say how it is, or to make a token that shows it
+_Said = TypeVar("_Said")
 
 
-def _cards(service: Service) -> list[ModelCard]:
-    base = ModelCard(
-        id=service.model_name, created=service.started, root=service.model_path, max_model_len=service.max_model_len
+def _base_card(request: web.Request) -> ModelCard:
+    service = request.app[SERVICE]
+    return ModelCard(
+        id=service.model_name,
+        created=service.started,
+        root=service.root(request.headers),
+        max_model_len=service.max_model_len,
     )
-    adapters = [
+
+
+def _adapter_cards(request: web.Request, adapters: Iterable[AdapterInfo], heard: bool) -> list[ModelCard]:
+    """Each with its state, if that was heard just now."""
+    service = request.app[SERVICE]
+    paths = service.keys.opens_paths(request.headers)
+    return [
         ModelCard(
             id=info.name,
             created=service.started,
-            root=info.path,
+            root=info.path if paths else info.name,
             parent=service.model_name,
             max_model_len=service.max_model_len,
+            adapter=msgspec.convert(info, AdapterState, from_attributes=True) if heard else msgspec.UNSET,
         )
-        for info in service.engine.adapters.values()
+        for info in adapters
     ]
-    return [base, *adapters]
 
 
 async def models(request: web.Request) -> web.Response:
     """The base and its adapters, each a model."""
-    return answer(ModelList(data=_cards(request.app[SERVICE])))
+    engine = request.app[SERVICE].engine
+    adapters = await _told(engine.list_adapters())
+    listed = _adapter_cards(request, engine.adapters.values(), adapters is not None)
+    return answer(ModelList(data=[_base_card(request), *listed]))
 
 
 async def model(request: web.Request) -> web.Response:
     """One model."""
-    name = request.match_info["name"]
-    for card in _cards(request.app[SERVICE]):
-        if card.id == name:
-            return answer(card)
-    raise NotFound(f"model {name!r} does not exist here", "model", "model_not_found")
+    service, name = request.app[SERVICE], request.match_info["name"]
+    if name == service.model_name:
+        return answer(_base_card(request))
+    known = service.engine.adapters.get(name)
+    if known is None:
+        raise NotFound(f"model {name!r} does not exist here", "model", "model_not_found")
+    try:
+        now = await _told(service.engine.describe_adapter(name))
+    except ValueError:
+        raise NotFound(f"model {name!r} has just been unloaded", "model", "model_not_found") from None
+    return answer(*_adapter_cards(request, [now or known], now is not None))
+
+
+async def _told(asked: Awaitable[_Said]) -> _Said | None:
+    """What the engine process says; None: it is not there, or busy for too long."""
+    try:
+        return await asyncio.wait_for(asked, _PATIENCE)
+    except (EngineDead, asyncio.TimeoutError):
+        return None
 
 
 async def tokenize(request: web.Request, body: TokenizeBody) -> web.Response:
@@ -131,7 +164,7 @@ async def version(request: web.Request) -> web.Response:
 async def model_info(request: web.Request) -> web.Response:
     """SGLang's summary of the model."""
     service = request.app[SERVICE]
-    path = service.model_path
+    path = service.root(request.headers)
     return answer(ModelSummary(model_path=path, tokenizer_path=path, max_model_len=service.max_model_len))
 
 
@@ -139,11 +172,7 @@ async def metrics(request: web.Request) -> web.Response:
     """Prometheus metrics, with vLLM's names."""
     service = request.app[SERVICE]
     engine = service.engine
-    try:
-        stats, adapters = await asyncio.wait_for(
-            asyncio.gather(engine.call("stats"), engine.list_adapters()), _PATIENCE
-        )
-    except (EngineDead, asyncio.TimeoutError):
-        stats, adapters = None, []
+    told = await _told(asyncio.gather(engine.call("stats"), engine.list_adapters()))
+    stats, adapters = told or (None, [])
     page = service.metrics.show(stats, adapters, engine.model, engine.num_restarts)
     return web.Response(body=page, headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -100,8 +100,8 @@ async def server_info(request: web.Request) -> web.Response:
     assert model is not None
     return answer(
         ServerInfo(
-            model_path=service.model_path,
-            tokenizer_path=service.model_path,
+            model_path=service.root(request.headers),
+            tokenizer_path=service.root(request.headers),
             served_model_name=service.model_name,
             version=__version__,
             context_length=service.max_model_len,

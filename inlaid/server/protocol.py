@@ -455,7 +455,28 @@ class ChatChunk(Answer, kw_only=True):
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
 
 
+class AdapterState(Answer, kw_only=True):
+    """Where an adapter is and what has happened to it; the fields are AdapterInfo's."""
+
+    name: str
+    identity: str
+    rank: int
+    bytes: int
+    tier: str
+    requests: int
+    load_seconds: float
+    on_host: bool
+    reads: int
+    loads: int
+    evictions: int
+    hits: int
+    copy_seconds: float
+    pinned: bool
+
+
 class ModelCard(Answer, kw_only=True):
+    """As vLLM has it, and for an adapter its state beside that."""
+
     id: str
     object: Literal["model"] = "model"
     created: int
@@ -463,6 +484,7 @@ class ModelCard(Answer, kw_only=True):
     root: str
     parent: str | None = None
     max_model_len: int
+    adapter: AdapterState | msgspec.UnsetType = msgspec.UNSET
 
 
 class ModelList(Answer, kw_only=True):
@@ -499,22 +521,8 @@ class ModelSummary(Answer, kw_only=True):
     max_model_len: int
 
 
-class AdapterCard(Answer, kw_only=True):
-    name: str
-    identity: str
+class AdapterCard(AdapterState, kw_only=True):
     path: str
-    rank: int
-    bytes: int
-    tier: str
-    requests: int
-    load_seconds: float
-    on_host: bool
-    reads: int
-    loads: int
-    evictions: int
-    hits: int
-    copy_seconds: float
-    pinned: bool
 
 
 class AdapterList(Answer, kw_only=True):

@@ -52,6 +52,11 @@ class Keys:
         if not self._matches(bearer(headers), [self._admin]):
             raise Unauthorized("the admin key is needed: send it as 'Authorization: Bearer KEY'")
 
+    def opens_paths(self, headers: Mapping[str, str]) -> bool:
+        """Whether a client may know where on the server's disk things are: with the admin key, or where no key is
+        needed for anything."""
+        return self._matches(bearer(headers), self._admins()) if self._inference or self._admin else True
+
     def _admins(self) -> list[bytes]:
         return [] if self._admin is None else [self._admin]
 

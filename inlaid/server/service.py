@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -26,6 +26,7 @@ class Service:
     folders: AllowedFolders
     model_name: str
     model_path: str
+    public_path: str  # the same for those who may not know where things are: a hub id as it is, else the model's name
     max_model_len: int
     vocab_size: int
     started: int  # Unix seconds
@@ -34,6 +35,10 @@ class Service:
     draining: bool = False
     num_in_flight: int = 0  # requests for answers being worked on
     num_loads: int = 0  # adapters being loaded, or waiting for that
+
+    def root(self, headers: Mapping[str, str]) -> str:
+        """Where the base is, as far as a client may know."""
+        return self.model_path if self.keys.opens_paths(headers) else self.public_path
 
 
 SERVICE: web.AppKey[Service] = web.AppKey("service", Service)

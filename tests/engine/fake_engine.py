@@ -57,10 +57,10 @@ class _Adapters:
         return 0
 
     def list(self) -> list[AdapterInfo]:
-        return [
-            AdapterInfo(name=name, identity=name, path=path, rank=8, bytes=1, tier="host")
-            for name, path in self._paths.items()
-        ]
+        return [self.describe(name) for name in self._paths]
+
+    def describe(self, name: str) -> AdapterInfo:
+        return AdapterInfo(name=name, identity=name, path=self._paths[name], rank=8, bytes=1, tier="host")
 
 
 def _compile(grammar: Grammar) -> None:

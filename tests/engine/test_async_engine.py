@@ -76,6 +76,34 @@ def test_a_request_that_is_left_frees_its_blocks() -> None:
     asyncio.run(main())
 
 
+def test_however_many_ask_for_the_adapters_the_engine_tells_them_once_at_a_time(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with running({f"a{n}": str(tmp_path) for n in range(100)}) as engine:
+            asked = []
+            ask = engine._ask
+
+            async def counted(link: Any, method: str, arguments: dict[str, Any]) -> Any:
+                asked.append(method)
+                return await ask(link, method, arguments)
+
+            engine._ask = counted  # type: ignore[method-assign]
+            first = asyncio.create_task(engine.list_adapters())
+            await asyncio.sleep(0)
+            lists = await asyncio.gather(*(engine.list_adapters() for _ in range(50)))
+            assert [len(found) for found in (await first, *lists)] == [100] * 51
+            assert asked == ["adapters"] * 2  # the 50 came while the first was asked
+            left = asyncio.create_task(engine.list_adapters())
+            await asyncio.sleep(0)
+            waiting = asyncio.create_task(engine.list_adapters())
+            await asyncio.sleep(0)
+            left.cancel()
+            await engine.load_adapter("new", str(tmp_path))
+            assert "new" in {info.name for info in await engine.list_adapters()}
+            assert len(await waiting) >= 100
+
+    asyncio.run(main())
+
+
 def test_a_stopped_request_ends_as_a_whole_answer() -> None:
     async def main() -> None:
         async with running() as engine:

@@ -61,7 +61,7 @@ def test_sglangs_paths(server: Live) -> None:
     assert loaded.json["success"] is True
     assert loaded.json["loaded_adapters"]["other"].endswith("velar")
     assert "other" not in server.admin("POST", "/unload_lora_adapter", {"lora_name": "other"}).json["loaded_adapters"]
-    info = server.ask("GET", "/get_model_info").json
+    info = server.admin("GET", "/get_model_info").json
     assert info["is_generation"] is True
     assert info["model_path"].endswith("base")
     assert server.ask("GET", "/health_generate").status == 200

@@ -7,7 +7,7 @@ import msgspec
 from inlaid.server.app import ROUTES
 from inlaid.server.metrics import OTHER, Metrics
 from inlaid.server.openapi import plain_path
-from tests.server.live import Live
+from tests.server.live import DEMO, Live
 
 
 def test_tokenize_and_detokenize_are_inverse(server: Live) -> None:
@@ -62,6 +62,13 @@ def test_refusals_are_counted_apart(server: Live) -> None:
     assert server.metric("inlaid:requests_refused_total") == refused + 1
 
 
+def test_only_the_admin_key_sees_paths(server: Live) -> None:
+    paths = ("/v1/models", "/v1/models/code", "/v1/models/demo", "/v1/adapters", "/get_model_info", "/get_server_info")
+    for path in paths:
+        assert b"/" not in server.ask("GET", path).body
+        assert str(DEMO).encode() in server.admin("GET", path).body
+
+
 def test_the_number_of_adapter_labels_is_bounded() -> None:
     metrics = Metrics("base", 2)
     assert [metrics.label(name) for name in ("a", "b", "c", "a", None, "d")] == ["a", "b", OTHER, "a", "", OTHER]
@@ -104,6 +111,10 @@ def test_each_adapters_place_and_history(server: Live) -> None:
         assert server.ask("POST", "/v1/completions", body).status == 200
     cards = {card["name"]: card for card in server.ask("GET", "/v1/adapters").json["adapters"]}
     code = cards["code"]
+    listed = {card["id"]: card for card in server.ask("GET", "/v1/models").json["data"]}
+    assert "adapter" not in listed["demo"]
+    assert listed["code"] == server.ask("GET", "/v1/models/code").json
+    assert listed["code"]["adapter"] == {key: value for key, value in code.items() if key != "path"}
     assert (code["tier"], code["on_host"], code["loads"], code["evictions"], code["reads"]) == ("device", True, 1, 0, 0)
     assert code["hits"] >= 1
     assert code["copy_seconds"] > 0

@@ -36,6 +36,13 @@ def test_the_inference_key_does_not_administer() -> None:
             keys.check_admin(headers)
 
 
+def test_paths_are_for_the_admin_key_or_where_there_are_no_keys() -> None:
+    assert Keys((), None).opens_paths({})
+    for keys in (Keys(("one",), None), Keys(("one",), "admin"), Keys((), "admin")):
+        assert not any(keys.opens_paths(headers) for headers in ({}, bearer(""), bearer("one")))
+        assert keys.opens_paths(bearer("admin")) == keys.has_admin
+
+
 def test_keys_come_from_the_environment_too() -> None:
     keys = Keys.of(ServerConfig(), {"INLAID_API_KEY": "a, b", "INLAID_ADMIN_KEY": "c"})
     keys.check_inference(bearer("b"))
