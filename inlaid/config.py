@@ -102,7 +102,7 @@ class AdapterConfig:
         "for experiments without a GPU: let adapters arrive at so many GB/s, as over a bus; 0: as fast as it goes",
     )
     adapter_timeout: float = option(
-        60.0, "seconds that a request waits for its adapter to be on the device before it fails"
+        60.0, "seconds that a request waits for its adapter to be on the device, before it is answered 503"
     )
     pin_adapter: tuple[str, ...] = option(
         (), "name of an adapter that stays on the device once it is there, may be repeated; one place stays free"

@@ -5,6 +5,7 @@ is the only caller, on the engine's thread.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,7 +14,9 @@ from functools import cached_property, partial
 import torch
 
 from inlaid.adapters.loader import Arrival
-from inlaid.adapters.peft import Adapter, AdapterEntry
+from inlaid.adapters.peft import Adapter, AdapterEntry, AdapterError
+
+log = logging.getLogger(__name__)
 
 GRACE = 256  # wants that an adapter outlasts where it was loaded to before the request it was loaded for must run
 _READERS = 2
@@ -55,7 +58,7 @@ class Held:
     nbytes: int
     flat: torch.Tensor | None = None
     reading: Future[Adapter] | None = None
-    failed: str | None = None  # why it cannot be had, until a new request tries again
+    failed: Exception | None = None  # why it cannot be had, until a new request tries again
     asked: float | None = None  # when loading it began, while it is under way
     names: set[str] = field(default_factory=set)
     kept: set[str] = field(default_factory=set)  # those of its names that keep it on the device
@@ -132,8 +135,9 @@ class HostMemory:
         try:
             held.flat, held.reading, held.fetched = reading.result().flat, None, now
         except (ValueError, OSError, MemoryError) as error:
+            log.error("adapter %s could not be read again: %s", held.path, error)
             self.drop(held)
-            held.failed = str(error)
+            held.failed = RuntimeError(_told(held, error))
 
     def _make_room(self, held: Held, now: int) -> bool:
         if not self.budget:
@@ -156,11 +160,19 @@ def _order(held: Held) -> tuple[bool, float, int]:
     return (bool(held.references), held.value, held.last_used)
 
 
+def _told(held: Held, error: Exception) -> str:
+    """The reason as its requests hear it: without paths."""
+    if isinstance(error, AdapterError):
+        return str(error).removeprefix(f"adapter {held.path}: ")
+    more = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
+    return f"it could not be read again{more}; the server's log says more"
+
+
 def _read_same(read: Read, path: str, identity: str, pin: bool) -> Adapter:
     adapter = read(path)
     if adapter.identity != identity:
-        raise ValueError(
-            f"adapter {path} has changed on disk since it was loaded, and its old weights are gone from memory; "
+        raise AdapterError(
+            f"adapter {path}: it has changed on disk since it was loaded, and its old weights are gone from memory; "
             "load it again (load_inplace)"
         )
     return Adapter(identity, path, _pinned(adapter.flat), adapter.entries) if pin else adapter

@@ -175,15 +175,15 @@ class AdapterStore:
     def ready(self, identity: str) -> bool:
         held = self._held.get(identity)
         if held is None:
-            raise RuntimeError(f"adapter {identity[:12]} is no longer loaded")
+            raise RuntimeError("it is no longer loaded")
         resident = held.resident
         if resident is not None and self._may_start(resident):
             return True
         held.failed = _failure(held)
         if held.asked is not None and self._now() - held.asked > self.max_seconds:
-            held.failed = f"adapter {held.path} did not arrive within {self.max_seconds:g} s"
+            held.failed = TimeoutError(f"it did not arrive within {self.max_seconds:g} s")
         if held.failed is not None:
-            raise RuntimeError(held.failed)
+            raise held.failed.with_traceback(None)
         return False
 
     def _may_start(self, resident: Resident) -> bool:
@@ -529,9 +529,9 @@ class AdapterStore:
         show(self.pages, resident.slot, held.entries, resident.starts, groups * self._layers_per_group)
 
 
-def _failure(held: Held) -> str | None:
+def _failure(held: Held) -> Exception | None:
     arrival = held.resident.arrival if held.resident is not None else None
-    return held.failed if arrival is None or arrival.error is None else arrival.error
+    return held.failed if arrival is None or arrival.error is None else RuntimeError(arrival.error)
 
 
 def _elements(held: Held) -> int:

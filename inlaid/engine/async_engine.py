@@ -38,6 +38,14 @@ class EngineDead(EngineError):
     """The engine process is not there (yet, or any more)."""
 
 
+class NotNow(EngineError):
+    """What the request needs is not there; after retry_after seconds it may be."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 class RequestTimeout(EngineError):
     """The request took longer than it may."""
 
@@ -97,7 +105,8 @@ def merge(first: Output, second: Output) -> Output:
         num_cached=max(first.num_cached, second.num_cached),
         queue_time=second.queue_time if first.queue_time is None else first.queue_time,
         message=second.message,
-        own_fault=second.own_fault,
+        refused=second.refused,
+        retry_after=second.retry_after,
     )
 
 
@@ -191,6 +200,13 @@ def _refusal(event: messages.Refusal) -> Exception:
     return EngineError(event.message) if event.fault else RequestRefused(event.message, event.retry_after)
 
 
+def _failure(output: Output) -> Exception:
+    message = output.message or "the request failed in the engine"
+    if output.refused:
+        return RequestRefused(message, output.retry_after)
+    return EngineError(message) if output.retry_after is None else NotNow(message, output.retry_after)
+
+
 def _timer(inbox: _Inbox, timeout: float) -> asyncio.TimerHandle:
     error = RequestTimeout(f"the request was not done within the {timeout:g} s that this server allows")
     return asyncio.get_running_loop().call_later(timeout, inbox.fail, error)
@@ -252,7 +268,8 @@ class AsyncEngine:
 
     async def generate(self, request: NewRequest, timeout: float = 0.0) -> AsyncGenerator[Output, None]:
         """Outputs until one has a finish_reason. Left early (closed, cancelled, timed out), the request is aborted, so
-        close it: `async with aclosing(engine.generate(…))`. RequestRefused, RequestTimeout, EngineDead, EngineError."""
+        close it: `async with aclosing(engine.generate(…))`. RequestRefused, RequestTimeout, NotNow, EngineDead,
+        EngineError."""
         link = self._live()
         inbox = link.inboxes[request.id] = _Inbox()
         over = False
@@ -265,8 +282,7 @@ class AsyncEngine:
                 output = await inbox.get()
                 over = output.finish_reason is not None
                 if output.finish_reason is FinishReason.ERROR:
-                    error = RequestRefused if output.own_fault else EngineError
-                    raise error(output.message or "the request failed in the engine")
+                    raise _failure(output)
                 yield output
         except (RequestRefused, EngineDead):
             over = True

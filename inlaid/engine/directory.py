@@ -18,7 +18,8 @@ class AdapterDirectory(Protocol):
         ...
 
     def ready(self, identity: str) -> bool:
-        """Whether it is on the device. Raises RuntimeError when it can never be, with the reason."""
+        """Whether it is on the device. RuntimeError: it can never be, with the reason. TimeoutError: it has not come in
+        the time it has, and may when it is asked for again."""
         ...
 
     def want(self, identity: str) -> None:

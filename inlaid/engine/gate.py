@@ -85,6 +85,10 @@ class Gate:
         """Seconds until so many have been admitted, at the present pace."""
         return num_ahead * self._interval
 
+    def retry_after(self, num_ahead: int) -> float:
+        """Seconds after which asking again makes sense for someone behind so many."""
+        return min(max(1.0, self.expected_wait(num_ahead)), MAX_RETRY_SECONDS)
+
     def _full(self, message: str, num_ahead: int) -> QueueFull:
-        seconds = min(max(1.0, self.expected_wait(num_ahead)), MAX_RETRY_SECONDS)
+        seconds = self.retry_after(num_ahead)
         return QueueFull(f"{message}; try again in {seconds:.0f} s", seconds)

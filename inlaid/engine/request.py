@@ -233,4 +233,5 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     num_cached: int = 0
     queue_time: float | None = None  # seconds from arrival to first scheduled, with the first output
     message: str | None = None  # with FinishReason.ERROR: what went wrong
-    own_fault: bool = False  # with FinishReason.ERROR: it asked for what cannot be done
+    refused: bool = False  # with FinishReason.ERROR: nothing broke, it asked for what cannot be done (now)
+    retry_after: float | None = None  # with FinishReason.ERROR: seconds after which it may go well

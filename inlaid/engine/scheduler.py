@@ -31,7 +31,7 @@ from inlaid.engine.request import (
     TokenLogprobs,
     Work,
 )
-from inlaid.engine.tasks import LOADING, READY, Tasks
+from inlaid.engine.tasks import LOADING, READY, Missing, Tasks
 from inlaid.engine.waiting import WaitingQueue
 
 MAX_LOOKED_AT = 32  # requests that do not fit are passed by others at most this deep into the queue
@@ -311,7 +311,9 @@ class Scheduler:
     def _given_up(self, request: Request) -> bool:
         verdict = self.policy.verdict(request, self.view)
         if verdict == REFUSE:
-            self._end_early(request, FinishReason.ERROR, "its deadline can no longer be met", queued=False)
+            seconds = self.gate.retry_after(self.num_waiting)
+            message = f"its deadline can no longer be met under this load; try again in {seconds:.0f} s"
+            self._end_early(request, FinishReason.ERROR, message, queued=False, refused=True, retry_after=seconds)
         elif verdict != GO:
             request.hopeless = True
             self.waiting.push(request)
@@ -322,19 +324,24 @@ class Scheduler:
         tasks, state = self.tasks, self.tasks.state(request.adapter)
         if state == READY or (state == LOADING and len(tasks.parked) >= most and request.adapter not in tasks.parked):
             return False
-        if state == LOADING:
+        if isinstance(state, Missing):
+            self._end_without_adapter(request, state)
+        else:
             request.passed_since = self.num_admitted if request.passed_since is None else request.passed_since
             tasks.park(request, self.view.now)
-        else:
-            self._end_early(request, FinishReason.ERROR, state, queued=False)
         return True
 
     def _unpark(self) -> None:
         for request, state in self.tasks.settled(self.view.now):
-            if state == READY:
-                self._enqueue(request)
+            if isinstance(state, Missing):
+                self._end_without_adapter(request, state)
             else:
-                self._end_early(request, FinishReason.ERROR, state, queued=False)
+                self._enqueue(request)
+
+    def _end_without_adapter(self, request: Request, missing: Missing) -> None:
+        message = f"adapter {request.adapter_name!r}: {missing.reason}"
+        seconds = self.gate.retry_after(self.num_waiting) if missing.later else None
+        self._end_early(request, FinishReason.ERROR, message, queued=False, retry_after=seconds)
 
     def _prefetch(self) -> None:
         """While the batch is full, the adapters of those who come next are loaded already."""
@@ -491,7 +498,7 @@ class Scheduler:
         stops = token in request.stop_ids and request.num_outputs >= request.params.min_tokens
         if stops and (fault := request.grammar and request.grammar.fault):
             self._close(request, FinishReason.ERROR)
-            return Output(id=request.id, tokens=[], finish_reason=FinishReason.ERROR, message=fault, own_fault=True)
+            return Output(id=request.id, tokens=[], finish_reason=FinishReason.ERROR, message=fault, refused=True)
         if stops:
             return self._end(request, FinishReason.STOP, [token], logprobs, token, first)
         if len(request.tokens) >= request.limit:
@@ -548,14 +555,23 @@ class Scheduler:
         return Output(id=request.id, tokens=tokens, logprobs=logprobs, finish_reason=reason, stop_token=stop_token)
 
     def _end_early(
-        self, request: Request, reason: FinishReason, message: str | None = None, queued: bool = True
+        self,
+        request: Request,
+        reason: FinishReason,
+        message: str | None = None,
+        queued: bool = True,
+        refused: bool = False,
+        retry_after: float | None = None,
     ) -> None:
         """An end that no token brought about. `queued`: it may still be in the queue or parked."""
         if request.status is Status.WAITING and not queued:
             self.ledger.leave_queue(request.account)
             request.status = Status.FINISHED
         self._close(request, reason)
-        self._outputs.append(Output(id=request.id, tokens=[], finish_reason=reason, message=message))
+        output = Output(
+            id=request.id, tokens=[], finish_reason=reason, message=message, refused=refused, retry_after=retry_after
+        )
+        self._outputs.append(output)
 
     def _close(self, request: Request, reason: FinishReason) -> None:
         before, request.status, request.finish_reason = request.status, Status.FINISHED, reason

@@ -4,11 +4,22 @@ caller; whether an adapter is on the device is the directory's to say."""
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Final
 
 from inlaid.engine.directory import AdapterDirectory
 from inlaid.engine.request import Request
 
-READY, LOADING = "ready", "loading"
+READY: Final = "ready"
+LOADING: Final = "loading"
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Why a request cannot have its adapter, and whether it may when it asks again."""
+
+    reason: str
+    later: bool = False
 
 
 class Tasks:
@@ -54,14 +65,14 @@ class Tasks:
         ranks = self._max_sum_of_ranks
         return not self.full and (not ranks or self._sum_of_ranks + self._adapters.rank(identity) <= ranks)
 
-    def state(self, identity: str | None) -> str:
-        """READY, LOADING, or the reason why it can never be on the device."""
+    def state(self, identity: str | None) -> str | Missing:
+        """READY, LOADING, or why it will not be on the device."""
         if identity is None or identity in self.active:
             return READY
         try:
             return READY if self._adapters.ready(identity) else LOADING
-        except RuntimeError as error:
-            return str(error) or "its adapter cannot be loaded"
+        except (RuntimeError, TimeoutError) as error:
+            return Missing(str(error) or "it cannot be loaded", later=isinstance(error, TimeoutError))
 
     def park(self, request: Request, now: float) -> None:
         assert request.adapter is not None
@@ -80,12 +91,11 @@ class Tasks:
             del self.parked[request.adapter or ""]
         return True
 
-    def settled(self, now: float) -> list[tuple[Request, str]]:
+    def settled(self, now: float) -> list[tuple[Request, str | Missing]]:
         """Take out those whose adapter has come, or can never come, or who have waited too long, with its state."""
         states = {identity: self.state(identity) for identity in self.parked}
-        out = [
-            (request, self._too_long()) for request in self._overdue(now) if states[request.adapter or ""] == LOADING
-        ]
+        overdue = [request for request in self._overdue(now) if states[request.adapter or ""] == LOADING]
+        out: list[tuple[Request, str | Missing]] = [(request, self._too_long()) for request in overdue]
         for request, _ in out:
             self.remove(request)
         states = {identity: state for identity, state in states.items() if identity in self.parked}
@@ -100,10 +110,11 @@ class Tasks:
         everyone = (request for requests in self.parked.values() for request in requests)
         return [r for r in everyone if r.parked_at is not None and now - r.parked_at > self._max_wait]
 
-    def _too_long(self) -> str:
-        return (
-            f"its adapter was not on the device within {self._max_wait:g} s: it is still loading, or every place is in "
-            "use; ask again, or raise --adapter-timeout or --max-loras"
+    def _too_long(self) -> Missing:
+        return Missing(
+            f"it was not on the device within {self._max_wait:g} s: it is still loading, or every place is in use; ask "
+            "again, or raise --adapter-timeout or --max-loras",
+            later=True,
         )
 
     def want(self, only: str | None) -> None:

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from inlaid.engine.async_engine import RequestRefused
+from inlaid.engine.async_engine import NotNow, RequestRefused
 from inlaid.engine.request import FinishReason, TokenLogprobs
 from inlaid.engine.text import Piece, TextStream, Tokenizer
 from inlaid.server.prepare import Job
@@ -46,6 +46,9 @@ async def pieces(service: Service, job: Job, index: int) -> AsyncGenerator[Piece
                     return
     except RequestRefused as error:
         meter.refuse(400 if error.retry_after is None else 429)
+        raise
+    except NotNow:
+        meter.refuse(503)
         raise
     finally:
         meter.close()

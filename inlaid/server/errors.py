@@ -10,7 +10,7 @@ ApiError
 ├── TooLarge        413  the body is larger than allowed
 ├── TooMany         429  later, see Retry-After
 ├── Fault           500  our fault
-├── Unavailable     503  the engine is down, or the server is draining
+├── Unavailable     503  the engine is down, the server is draining, or an adapter has not come in time
 └── TimedOut        504  the request took longer than allowed
 """
 
@@ -22,7 +22,7 @@ import re
 import msgspec
 from aiohttp import web
 
-from inlaid.engine.async_engine import EngineDead, EngineError, RequestRefused, RequestTimeout
+from inlaid.engine.async_engine import EngineDead, EngineError, NotNow, RequestRefused, RequestTimeout
 from inlaid.engine.params import ParamError
 from inlaid.engine.text import TemplateError
 
@@ -131,6 +131,8 @@ def translate(error: Exception) -> ApiError | None:
             return TimedOut(str(error))
         case EngineDead():
             return Unavailable(str(error), code="engine_unavailable", retry_after=5)
+        case NotNow():
+            return Unavailable(str(error), code="adapter_not_ready", retry_after=error.retry_after)
         case EngineError():
             return Fault(str(error))
         case web.HTTPRequestEntityTooLarge():

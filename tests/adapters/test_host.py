@@ -98,6 +98,23 @@ def test_changed_or_lost_files_are_refused_until_they_are_back(there: bool, reas
     store.check()
 
 
+@pytest.mark.parametrize("error", [OSError(5, "broken disk", "/secret/a"), ValueError("/secret/r.json refuses it")])
+def test_what_goes_wrong_on_disk_is_told_without_paths(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    disk = Disk()
+
+    def read(path: str) -> Adapter:
+        raise error
+
+    store = make(disk, host_budget=1024)
+    store._host._read = read
+    for name in "ab":
+        store.add(name, disk(name))
+    with pytest.raises(RuntimeError, match="could not be read again") as refused:
+        come(store, store.resolve("a"))
+    assert "secret" not in str(refused.value)
+    assert "/secret/" in caplog.text
+
+
 def test_more_than_the_budget_is_refused() -> None:
     with pytest.raises(AdapterError, match=r"needs 1024 bytes of the 1000.*--max-cpu-adapter-gib"):
         make(Disk(), host_budget=1000).add("a", adapter("a", 1.0))
@@ -142,7 +159,7 @@ def test_waiting_for_a_copy_ends(mode: str) -> None:
     now[0] = 5.0
     assert not store.ready(identity)
     now[0] = 5.1
-    with pytest.raises(RuntimeError, match="did not arrive within 5 s"):
+    with pytest.raises(TimeoutError, match="did not arrive within 5 s"):
         store.ready(identity)
     store.release(identity)
     again = store.resolve("a")  # a new request tries again

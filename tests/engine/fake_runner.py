@@ -143,7 +143,7 @@ class FakeAdapters:
 
     def ready(self, identity: str) -> bool:
         if identity in self.broken:
-            raise RuntimeError(f"adapter {identity} has NaNs")
+            raise RuntimeError("it has NaNs")
         return identity in self.resident
 
     def want(self, identity: str) -> None:

@@ -275,7 +275,8 @@ def test_a_broken_adapter_ends_its_requests_with_the_reason() -> None:
     bench.adapters.broken.add("a")
     bench.add("fresh", [1], "a")
     bench.run()
-    assert [bench.ends[id].message for id in ("parked", "fresh")] == ["adapter a has NaNs"] * 2
+    assert [bench.ends[id].message for id in ("parked", "fresh")] == ["adapter 'a': it has NaNs"] * 2
+    assert bench.ends["fresh"].retry_after is None
     bench.check_all()
 
 
@@ -294,6 +295,7 @@ def test_a_request_waits_for_its_adapter_no_longer_than_allowed() -> None:
     bench.step()
     bench.step()
     assert "not on the device within 5 s" in (bench.ends["early"].message or "")
+    assert (bench.ends["early"].retry_after or 0) >= 1
     assert "late" not in bench.ends
     bench.engine.abort("holder")
     bench.run()

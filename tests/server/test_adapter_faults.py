@@ -135,7 +135,7 @@ def test_a_disk_that_is_gone(strict: Live, root: Path) -> None:
     assert load(strict, "new").status == 403
     answer = ask(strict, lost)
     assert answer.status == 500
-    assert "there is no such folder" in answer.json["error"]["message"]
+    assert answer.json["error"]["message"] == f"adapter {lost!r}: there is no such folder"
     assert served(strict, "more-0") == expected
     away.rename(root)
     assert served(strict, lost)
@@ -146,10 +146,21 @@ def test_a_request_waits_for_its_adapter_no_longer_than_said(root: Path) -> None
     with serving(*flags) as server:
         running = Stream(server, LONG)
         running.event()
-        answer = ask(server, "maths")
-        assert answer.status == 500
-        assert "not on the device within 0.2 s" in answer.json["error"]["message"]
+        for more in ({}, {"stream": True}):
+            answer = server.ask("POST", "/v1/chat/completions", {**HELLO, **more, "model": "maths"})
+            assert (answer.status, answer.json["error"]["code"]) == (503, "adapter_not_ready")
+            assert "adapter 'maths': it was not on the device within 0.2 s" in answer.json["error"]["message"]
+            assert int(answer.headers["Retry-After"]) >= 1
+        assert 'inlaid:requests_refused_total{adapter="maths",engine="0",model_name="demo",status="503"} 2.0' in (
+            server.ask("GET", "/metrics").body.decode()
+        )
         assert ask(server, "demo").status == 200  # nobody else waits
+        sampling = {"max_new_tokens": 8, "ignore_eos": True}
+        body = {"text": ["one", "two"], "lora_path": [None, "maths"], "sampling_params": sampling, "stream": True}
+        *events, error, done = server.ask("POST", "/generate", body).body.strip().split(b"\n\n")
+        assert {json.loads(event[len(b"data: ") :])["index"] for event in events} == {0}
+        assert json.loads(error[len(b"data: ") :])["error"]["code"] == "adapter_not_ready"
+        assert done == b"data: [DONE]"
         running.leave()
         server.until_metric("vllm:num_requests_running", 0)
         assert served(server, "maths")

@@ -100,6 +100,22 @@ def test_a_killed_engine_fails_what_is_in_flight_and_comes_back(server: Live) ->
     assert server.metric("inlaid:engine_restarts") == 1
 
 
+def test_who_can_no_longer_be_served_in_time_is_refused() -> None:
+    """The first is let in, as nothing is known of the pace yet; who waits behind it is too late when it has ended."""
+    with serving("--policy", "slo:seconds=0.1,late=refuse", "--max-num-seqs", "1") as server:
+        stream = Stream(server, {**LONG, "prompt": [[5, 6, 7], [5, 6, 8]]})
+        assert stream.response.status == 200
+        events = list(iter(stream.event, "done"))
+        stream.close()
+        assert [event["choices"][0]["finish_reason"] for event in events[-2:-1]] == ["length"]
+        assert events[-1]["error"]["code"] == "rate_limit_exceeded"
+        late = server.ask("POST", "/v1/completions", {**LONG, "stream": False})  # it takes longer than that, alone
+        assert (late.status, late.json["error"]["type"]) == (429, "rate_limit_error")
+        assert "deadline can no longer be met" in late.json["error"]["message"]
+        assert int(late.headers["Retry-After"]) >= 1
+        assert server.ask("POST", "/v1/completions", {"prompt": "a", "max_tokens": 1}).status == 200
+
+
 @contextmanager
 def full_house(server: Live, key: dict[str, str]) -> Any:
     """Two long requests: one runs and one waits, and that is all the server takes."""
