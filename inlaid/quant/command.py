@@ -1,14 +1,18 @@
-"""`inlaid quantize` and `inlaid task add | remove | list`: arguments, a progress bar, and errors in one sentence."""
+"""`inlaid quantize` and `inlaid task add | remove | list`: arguments, a progress bar, and errors in one sentence. The
+exit status is 2 for what cannot be done as it was typed, said before anything runs, and 1 for what fails later.
+"""
 
 from __future__ import annotations
 
 import argparse
 import errno
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from tqdm import tqdm
@@ -94,7 +98,7 @@ def run_quantize(args: argparse.Namespace) -> int:
         sources = [TaskSource.parse(text) for text in args.task]
         return quantize(args.base, sources, settings, args.out, place, Gate(args.tolerance, args.force))
 
-    return _attempt(lambda: _shown(job))
+    return _attempt(job)
 
 
 def _grid(args: argparse.Namespace) -> Grid:
@@ -129,7 +133,7 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
 def run_task(args: argparse.Namespace) -> int:
     """Run `inlaid task`; the exit status."""
     if args.verb == "list":
-        return _attempt(lambda: Record.read(args.folder), as_json=args.json)
+        return _attempt(lambda progress: Record.read(args.folder), as_json=args.json)
 
     def job(progress: Progress) -> Record:
         place, gate = _place(args, progress), Gate(args.tolerance, args.force)
@@ -137,7 +141,7 @@ def run_task(args: argparse.Namespace) -> int:
             return add_task(args.folder, TaskSource.parse(args.task), place, gate)
         return remove_task(args.folder, args.name, place, gate)
 
-    return _attempt(lambda: _shown(job))
+    return _attempt(job)
 
 
 def _add_place_arguments(parser: argparse.ArgumentParser) -> None:
@@ -154,38 +158,49 @@ def _place(args: argparse.Namespace, progress: Progress) -> Place:
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: no CUDA device is available; use --device cpu")
+    known = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    if known is None:
+        raise ValueError(f"--device {device}: give auto, cpu, cuda or cuda:N")
+    if device != "cpu" and int(known[1] or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices; use --device cpu")
     return Place(device, args.offload, progress)
 
 
-def _shown(job: Callable[[Progress], Record]) -> Record:
-    """Run a job under a bar that shows layer, task and the time that is left."""
-    form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"
-    with tqdm(total=1, desc="quantizing", bar_format=form, file=sys.stderr) as bar:
+class _Bar:
+    """Shows layer, task and the time that is left, from when the job has begun: everything it was given is right."""
 
-        def show(step: str, done: int, total: int) -> None:
-            bar.total = total
-            bar.set_postfix_str(step, refresh=False)
-            bar.update(done - bar.n)
-            bar.refresh()
+    def __init__(self) -> None:
+        self._bar: tqdm[NoReturn] | None = None
 
-        return job(show)
+    @property
+    def begun(self) -> bool:
+        return self._bar is not None
+
+    def show(self, step: str, done: int, total: int) -> None:
+        form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"
+        bar = self._bar = self._bar or tqdm(total=total, desc="quantizing", bar_format=form, file=sys.stderr)
+        bar.total = total
+        bar.set_postfix_str(step, refresh=False)
+        bar.update(done - bar.n)
+        bar.refresh()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
-def _attempt(job: Callable[[], Record], as_json: bool = False) -> int:
+def _attempt(job: Callable[[Progress], Record], as_json: bool = False) -> int:
     """Run a job and print what it made, or why it could not, in one sentence."""
+    bar = _Bar()
     try:
-        record = job()
-    except ValueError as error:
-        print(f"inlaid: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        hint = (
-            "; free some space and run the same command, it goes on from there" if error.errno == errno.ENOSPC else ""
-        )
+        record = job(bar.show)
+    except (ValueError, OSError) as error:
+        bar.close()
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        hint = "; free some space and run the same command, it goes on from there" if full else ""
         print(f"inlaid: {error}{hint}", file=sys.stderr)
-        return 1
+        return 1 if bar.begun else 2
+    bar.close()
     print(json.dumps(record.values(), indent=1) if as_json else _table(record))
     return 0
 

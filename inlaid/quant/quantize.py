@@ -113,6 +113,7 @@ def quantize(
 
 def add_task(out: Path, source: TaskSource, place: Place | None = None, gate: Gate | None = None) -> Record:
     """Take one more task into a folder that `quantize` made; only that task is run for Hessians."""
+    Record.read(out)  # before a lock is laid beside what is no such folder
     with _only_job(out):
         record = Record.read(out)
         if source.name in record.tasks:
@@ -122,6 +123,7 @@ def add_task(out: Path, source: TaskSource, place: Place | None = None, gate: Ga
 
 def remove_task(out: Path, name: str, place: Place | None = None, gate: Gate | None = None) -> Record:
     """Take a task out: the rest is solved again from the bank."""
+    Record.read(out)
     with _only_job(out):
         record = Record.read(out)
         if name not in record.tasks:
@@ -193,6 +195,7 @@ class _Job:
 
     def run(self, known: dict[str, Any]) -> Record:
         """Hessians, solving, the gate, and the switch. `known` are the tasks that were there before."""
+        self._say("everything read")
         full = self._check_new([task for task in self.tasks if task.name not in known])
         full |= {name: task["loss_full"] for name, task in known.items()}
         partial, facts = self._candidate()

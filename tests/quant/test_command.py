@@ -71,7 +71,8 @@ def test_progress_says_layer_task_and_time_left(world: Path, capsys: pytest.Capt
         (("--task", "a=gone:gone.jsonl"), "not a PEFT adapter"),
         (("--task", "a=none:gone.jsonl"), "cannot be read"),
         (("--group-size", "48", "--task", "a=none:gone.jsonl"), "groups of 48"),
-        (("--task", "a=none:gone.jsonl", "--device", "cuda:77"), "--device"),
+        (("--task", "a=none:gone.jsonl", "--device", "cuda:77"), "--device cuda:77: there are"),
+        (("--task", "a=none:gone.jsonl", "--device", "tpu"), "give auto, cpu, cuda or cuda:N"),
         (("--task", "a=none:gone.jsonl", "--held-out", "2"), "held_out"),
     ],
 )
@@ -79,11 +80,40 @@ def test_mistakes_are_one_sentence(
     world: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], sentence: str
 ) -> None:
     device = () if "--device" in words else ("--device", "cpu")
-    assert run("quantize", str(world / "base"), "--out", str(world / "out"), "--group-size", "32", *device, *words) == 1
-    said = capsys.readouterr().err.splitlines()[-1]
+    assert run("quantize", str(world / "base"), "--out", str(world / "out"), "--group-size", "32", *device, *words) == 2
+    (said,) = capsys.readouterr().err.splitlines()  # and no bar before it
     assert said.startswith("inlaid: ")
     assert sentence in said
     assert not (world / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("list", "none/there"), "only folders made by `inlaid quantize` have tasks"),
+        (("remove", "none/there", "a"), "only folders made by `inlaid quantize` have tasks"),
+        (("add", "none/there", "a=none:gone.jsonl"), "only folders made by `inlaid quantize` have tasks"),
+        (("add", "none/there", "nonsense"), "is not NAME=ADAPTER:DATA"),
+    ],
+)
+def test_mistakes_with_tasks_are_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...],
+    sentence: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert run("task", *words) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("inlaid: ")
+    assert sentence in said
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_the_gate_refuses_is_no_mistake(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("quantize", str(world / "base"), "--out", str(world / "out"), "--group-size", "32", "--device", "cpu")
+    assert run(*words, "--task", task(world, "a")) == 1
+    *bar, said = capsys.readouterr().err.splitlines()
+    assert any("quantizing" in line for line in bar)
+    assert said.startswith("inlaid: refused before quantizing")
 
 
 def test_a_full_disk_is_told_and_can_go_on(
