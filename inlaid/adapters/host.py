@@ -6,6 +6,7 @@ is the only caller, on the engine's thread.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ class Counts:
     loads: int = 0  # to the device
     evictions: int = 0  # from the device, to make room
     hits: int = 0  # requests that found it on the device and did not have to wait for it
+    read_seconds: float = 0.0  # disk to host, the last time
     seconds: float = 0.0  # host to device, the last time
 
 
@@ -57,7 +59,7 @@ class Held:
     entries: tuple[AdapterEntry, ...]
     nbytes: int
     flat: torch.Tensor | None = None
-    reading: Future[Adapter] | None = None
+    reading: Future[tuple[Adapter, float]] | None = None
     failed: Exception | None = None  # why it cannot be had, until a new request tries again
     asked: float | None = None  # when loading it began, while it is under way
     names: set[str] = field(default_factory=set)
@@ -130,10 +132,11 @@ class HostMemory:
             held.reading.cancel()
         held.flat = held.reading = None
 
-    def _take(self, held: Held, reading: Future[Adapter], now: int) -> None:
+    def _take(self, held: Held, reading: Future[tuple[Adapter, float]], now: int) -> None:
         held.counts.reads += 1
         try:
-            held.flat, held.reading, held.fetched = reading.result().flat, None, now
+            adapter, held.counts.read_seconds = reading.result()
+            held.flat, held.reading, held.fetched = adapter.flat, None, now
         except (ValueError, OSError, MemoryError) as error:
             log.error("adapter %s could not be read again: %s", held.path, error)
             self.drop(held)
@@ -168,14 +171,17 @@ def _told(held: Held, error: Exception) -> str:
     return f"it could not be read again{more}; the server's log says more"
 
 
-def _read_same(read: Read, path: str, identity: str, pin: bool) -> Adapter:
+def _read_same(read: Read, path: str, identity: str, pin: bool) -> tuple[Adapter, float]:
+    """The adapter, and how many seconds that took."""
+    started = time.monotonic()
     adapter = read(path)
     if adapter.identity != identity:
         raise AdapterError(
             f"adapter {path}: it has changed on disk since it was loaded, and its old weights are gone from memory; "
             "load it again (load_inplace)"
         )
-    return Adapter(identity, path, _pinned(adapter.flat), adapter.entries) if pin else adapter
+    adapter = Adapter(identity, path, _pinned(adapter.flat), adapter.entries) if pin else adapter
+    return adapter, time.monotonic() - started
 
 
 def _pinned(flat: torch.Tensor) -> torch.Tensor:

@@ -30,13 +30,13 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     bytes: int
     tier: str  # the fastest place where all of it is: "device", "host" or "disk"
     requests: int = 0  # that hold it now
-    load_seconds: float = 0.0  # from disk to host memory, when it was named
+    load_seconds: float = 0.0  # from disk to host memory, the last time
     on_host: bool = True  # whether host memory holds it, be it on the device or not
     reads: int = 0  # from disk, after the first
     loads: int = 0  # to the device
     evictions: int = 0  # from the device, to make room
     hits: int = 0  # requests that found it on the device and did not have to wait for it
-    copy_seconds: float = 0.0  # from host memory to the device, the last time
+    copy_seconds: float = 0.0  # from host memory to the device, the last time; 0: never yet
     pinned: bool = False  # whether it stays on the device
 
 

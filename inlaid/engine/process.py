@@ -169,7 +169,6 @@ class LoraAdapters:
     def __init__(self, config: EngineConfig, model: LoadedModel) -> None:
         self._config = config.adapters
         self._model = model
-        self._seconds: dict[str, float] = {}
 
     def read(self, path: str) -> Any:
         from inlaid.adapters.gate import check
@@ -189,7 +188,7 @@ class LoraAdapters:
             identity = store.replace(name, adapter, pinned)
         else:
             identity = store.add(name, adapter, bool(pinned))
-        self._seconds[identity] = seconds
+        store.counts(identity).read_seconds = seconds
 
     def remove(self, name: str) -> int:
         return self._model.adapters.remove(name)
@@ -214,7 +213,7 @@ class LoraAdapters:
             bytes=store.nbytes(identity),
             tier=store.tier(identity),
             requests=store.references(identity),
-            load_seconds=self._seconds.get(identity, 0.0),
+            load_seconds=counts.read_seconds,
             on_host=store.on_host(identity),
             reads=counts.reads,
             loads=counts.loads,

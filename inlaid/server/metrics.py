@@ -281,7 +281,8 @@ class _EngineGauges:
         for info in shown:
             self._loaded.labels(info.name, _LEVELS[info.tier], str(info.pinned).lower()).set(1)
             self._seconds.labels(info.name, "cpu").set(info.load_seconds)
-            self._seconds.labels(info.name, "gpu").set(info.copy_seconds)
+            if info.copy_seconds:
+                self._seconds.labels(info.name, "gpu").set(info.copy_seconds)
             for (key, name), counter in self._adapter_counts(info.name).items():
                 counter.labels(name).inc(self._growth(f"{key} {name}", getattr(info, key)))
             self._bytes.labels(info.name).set(info.bytes)

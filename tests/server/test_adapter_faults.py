@@ -206,6 +206,30 @@ def test_a_pinned_adapter_stays_on_the_device(strict: Live, root: Path) -> None:
     assert unload(strict, "kept").status == 200
 
 
+def test_load_seconds_are_of_loads_that_were(strict: Live, root: Path) -> None:
+    def seconds(level: str) -> list[str]:
+        start = f'vllm:lora_adapter_load_seconds{{adapter_name="timed",level="{level}"}} '
+        page = strict.ask("GET", "/metrics").body.decode()
+        return [line.removeprefix(start) for line in page.splitlines() if line.startswith(start)]
+
+    adapter(root, "timed")
+    assert load(strict, "timed").status == 200
+    (first,) = seconds("cpu")
+    assert float(first) > 0
+    assert seconds("gpu") == []
+    assert served(strict, "timed")
+    assert float(seconds("gpu")[0]) > 0
+    for number in range(4):
+        adapter(root, f"pushing-{number}")
+        assert load(strict, f"pushing-{number}").status == 200
+        assert served(strict, f"pushing-{number}")
+    assert strict.ask("GET", "/v1/models/timed").json["adapter"]["tier"] == "disk"
+    assert served(strict, "timed")
+    state = strict.ask("GET", "/v1/models/timed").json["adapter"]
+    assert (state["tier"], state["reads"], state["loads"], state["evictions"]) == ("device", 1, 2, 1)
+    assert seconds("cpu") == [str(state["load_seconds"])] != [first]
+
+
 def test_ten_thousand_loads(strict: Live, root: Path) -> None:
     """Refused or done, each with its reason, while somebody else is served."""
     for number in range(3):
