@@ -85,7 +85,7 @@ class AdapterConfig:
     max_loras: int = option(32, "adapters resident on the device at once (their pages are of true rank)")
     max_lora_rank: int = option(256, "largest rank accepted")
     max_cpu_loras: int = option(
-        4096, "most adapters loaded, whether in host memory or, beyond its budget, on disk only"
+        4096, "most adapters loaded, by name, whether in host memory or, beyond its budget, on disk only"
     )
     max_cpu_adapter_gib: float = option(
         0.0, "host memory for adapters, in GiB; those that it does not hold are read again when wanted; 0: no limit"

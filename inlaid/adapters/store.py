@@ -358,6 +358,11 @@ class AdapterStore:
 
     def _bind(self, name: str, adapter: Adapter, instead_of: Held | None, keep: bool) -> str:
         held = self._held.get(adapter.identity)
+        more_names = name not in self._identity_of
+        if (held is None and len(self._held) >= self.max_held) or len(self._identity_of) + more_names > self.max_held:
+            raise AdapterError(
+                f"{self.max_held} adapters are loaded, the most allowed; unload one or raise --max-cpu-loras"
+            )
         going = instead_of if instead_of is not None and instead_of.names == {name} else None
         if keep:
             self._check_kept(name, adapter, going)
@@ -425,10 +430,6 @@ class AdapterStore:
             raise AdapterError(
                 f"adapter {name!r} needs {need} bytes of the {budget} for adapters in host memory; "
                 "raise --max-cpu-adapter-gib"
-            )
-        if len(self._held) >= self.max_held:
-            raise AdapterError(
-                f"{self.max_held} adapters are loaded, the most allowed; unload one or raise --max-cpu-loras"
             )
 
     def _load_now(self, held: Held, flat: torch.Tensor, instead_of: Held | None) -> bool:

@@ -201,7 +201,11 @@ def test_too_large_and_too_many_are_refused() -> None:
     adapters.add("b", adapter(2))
     with pytest.raises(AdapterError, match="--max-cpu-loras"):
         adapters.add("c", adapter(3))
+    with pytest.raises(AdapterError, match="--max-cpu-loras"):
+        adapters.add("second name", adapter(1))
     assert adapters.names() == ["a", "b"]
+    adapters.replace("b", adapter(1))
+    assert adapters.identity("b") == adapters.identity("a")
 
 
 def test_weights_survive_a_fragmented_pool() -> None:

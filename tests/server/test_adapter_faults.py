@@ -141,6 +141,28 @@ def test_a_disk_that_is_gone(strict: Live, root: Path) -> None:
     assert served(strict, lost)
 
 
+def test_files_that_change_while_they_are_on_disk_only(strict: Live, root: Path) -> None:
+    weights = adapter(root, "spoilt") / "adapter_model.safetensors"
+    assert load(strict, "spoilt").status == 200
+    expected = served(strict, "spoilt")
+    for number in range(4):
+        adapter(root, f"pushes-{number}")
+        assert load(strict, f"pushes-{number}").status == 200
+        assert served(strict, f"pushes-{number}")
+    os.truncate(weights, 1000)
+    refused = ask(strict, "spoilt")
+    assert refused.status == 500
+    assert refused.json["error"]["message"].startswith("adapter 'spoilt': adapter_model.safetensors is damaged or cut")
+    shutil.copy(DEMO / "adapters" / "text_summary" / "adapter_config.json", weights.parent)
+    shutil.copy(DEMO / "adapters" / "text_summary" / "adapter_model.safetensors", weights)
+    refused = ask(strict, "spoilt")
+    assert refused.status == 500
+    assert "has changed on disk since it was loaded" in refused.json["error"]["message"]
+    assert served(strict, "good") == expected
+    assert load(strict, "spoilt", load_inplace=True).status == 200
+    assert served(strict, "spoilt") != expected
+
+
 def test_a_request_waits_for_its_adapter_no_longer_than_said(root: Path) -> None:
     flags = ["--max-loras", "1", "--adapter-timeout", "0.2"]
     with serving(*flags) as server:
