@@ -1,16 +1,24 @@
-"""What surrounds every route, without an engine."""
+"""What surrounds every route, and what is told when there is no engine."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
+from pathlib import Path
 from typing import Any, cast
 
 from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
 
-from inlaid.config import ServerConfig
+from inlaid.config import EngineConfig, ServerConfig
+from inlaid.engine.async_engine import AsyncEngine
 from inlaid.server import app
+from inlaid.server.metrics import Metrics
+from inlaid.server.safety import AllowedFolders, Keys
 from inlaid.server.service import SERVICE, Service
+from tests.engine.fake_engine import ENVIRONMENT, FACTORY
 
 
 async def _answer_to(sent: bytes, config: ServerConfig, end: bytes) -> bytes:
@@ -57,3 +65,47 @@ def test_a_whole_body_is_read() -> None:
     for seconds in (60.0, 0.0):  # 0 is any time, not none
         answer = asyncio.run(_answer_to(whole, ServerConfig(body_timeout=seconds), b"\r\n\r\n4"))
         assert answer.startswith(b"HTTP/1.1 200")
+
+
+def test_while_the_engine_is_down_models_are_named_and_no_state_is_made_up(tmp_path: Path) -> None:
+    async def listed(client: TestClient[Any, Any]) -> list[dict[str, Any]]:
+        data = (await (await client.get("/v1/models")).json())["data"]
+        assert (await (await client.get("/v1/models/a")).json()) == data[1]
+        return cast(list[dict[str, Any]], data)
+
+    async def main() -> None:
+        down = asyncio.Event()
+        engine = AsyncEngine(
+            EngineConfig(model="fake"),
+            {"a": str(tmp_path)},
+            on_death="exit",
+            give_up=lambda reason: down.set(),
+            factory=FACTORY,
+            environment=ENVIRONMENT,
+        )
+        await engine.start()
+        service = Service(
+            config=ServerConfig(),
+            engine=engine,
+            tokenizer=cast(Any, None),
+            metrics=Metrics("base", 10),
+            keys=Keys((), None),
+            folders=AllowedFolders([]),
+            model_name="base",
+            model_path="fake",
+            public_path="fake",
+            max_model_len=900,
+            vocab_size=50,
+            started=0,
+        )
+        async with TestClient(TestServer(app.make_app(service))) as client:
+            base, card = await listed(client)
+            assert (base["id"], card["id"], card["adapter"]["tier"]) == ("base", "a", "host")
+            assert engine.process_id is not None
+            os.kill(engine.process_id, signal.SIGKILL)
+            await down.wait()
+            del card["adapter"]
+            assert await listed(client) == [base, card]
+        await engine.close()
+
+    asyncio.run(main())
