@@ -2,7 +2,7 @@
 
 Adding a task must not cost what quantizing for all of them did: the demo's twelve tasks are quantized together, then
 eleven and one more, and the seconds spent on Hessians are compared. Memory must not grow with the depth of the model,
-and with the tasks that are there already only by what the gate runs of them: random blocks, few and many, are quantized
+and with the tasks that are there already only by as many as are checked at a time: random blocks, few and many, are quantized
 for a first task, a second and a twelfth, each in a process of its own, and the peak of anonymous memory (weights,
 Hessians, hidden states; not the mapped files) stands beside what one block, its Hessians and the new task's hidden
 states come to.

@@ -23,6 +23,7 @@ from inlaid.quant.calibration import Batch, Sequence, batches
 
 MISPAIRED_SHARE = 0.9
 LOUDNESS = 100.0
+HELD = 32_768  # tokens whose hidden states are held at a time; for each such group the blocks are loaded once more
 
 Report = Callable[[str], None]
 
@@ -52,10 +53,27 @@ class Fit:
 
 
 def quantized_losses(model: BlockModel, tasks: list[GateTask], report: Report) -> dict[str, float]:
-    """Each task's loss on a (quantized) folder, adapter attached."""
-    passes = [_Pass(model, task.adapter, batches(task.sequences)) for task in tasks]
-    _run(model, passes, report, "checking quantized")
-    return {task.name: done.loss for task, done in zip(tasks, passes, strict=True)}
+    """Each task's loss on a (quantized) folder, adapter attached. Memory does not grow with the number of tasks."""
+    losses: dict[str, float] = {}
+    for group in _groups(tasks):
+        passes = [_Pass(model, task.adapter, batches(task.sequences)) for task in group]
+        _run(model, passes, report, "checking quantized")
+        losses |= {task.name: done.loss for task, done in zip(group, passes, strict=True)}
+    return losses
+
+
+def _groups(tasks: list[GateTask]) -> Iterator[list[GateTask]]:
+    """As many tasks at a time as are held; at least one."""
+    group: list[GateTask] = []
+    held = 0
+    for task in tasks:
+        tokens = sum(len(sequence.ids) for sequence in task.sequences)
+        if group and held + tokens > HELD:
+            yield group
+            group, held = [], 0
+        group.append(task)
+        held += tokens
+    yield group
 
 
 def fits(model: BlockModel, tasks: list[GateTask], report: Report) -> dict[str, Fit]:

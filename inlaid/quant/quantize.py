@@ -2,7 +2,8 @@
 
 One loop over the blocks of the model. A block is loaded; each task that the bank does not know yet runs through it with
 its adapter attached and leaves its Hessians in the bank; the Hessians of all tasks are aggregated and the block is
-solved and written as one file. Memory holds one block, the Hessians of one block, and the tasks' hidden states.
+solved and written as one file. Memory holds one block, the Hessians of one block, and the hidden states of the tasks
+that are new; old ones are checked so many at a time.
 
 independent mode  blocks see the activations of the unquantized base, so a task's Hessians are its own for ever: adding
                   or removing a task re-solves from the bank and ends in the same bits as quantizing all at once.

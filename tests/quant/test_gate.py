@@ -6,15 +6,20 @@ import json
 import random
 import shutil
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from inlaid.checkpoint import Checkpoint
+from inlaid.quant import gate
 from inlaid.quant import quantize as rail
-from inlaid.quant.calibration import CalibrationSettings, Sequence
-from inlaid.quant.gate import Fit, GateRefusal, mispaired, regressions, why_unfit
+from inlaid.quant.adapter import NO_ADAPTER
+from inlaid.quant.blocks import BlockModel, Stream
+from inlaid.quant.calibration import Batch, CalibrationSettings, Sequence
+from inlaid.quant.gate import Fit, GateRefusal, GateTask, mispaired, regressions, why_unfit
 from inlaid.quant.grid import Grid
 from inlaid.quant.quantize import add_task, quantize
 from inlaid.quant.settings import Gate, Record, Settings, TaskSource
@@ -43,6 +48,32 @@ def test_what_makes_a_task_unfit(change: dict, words: str | None) -> None:
         assert reason is None
     else:
         assert words in (reason or "")
+
+
+def test_tasks_are_checked_so_many_at_a_time_and_each_as_if_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = BlockModel(Checkpoint(DEMO / "base"))
+    sequences = [Sequence(tuple(range(5 + n, 25 + 2 * n)), 4) for n in range(6)]
+    tasks = [GateTask(str(n), NO_ADAPTER, (sequence, sequence)) for n, sequence in enumerate(sequences)]
+    held: list[int] = []
+    start, finish = model.start, gate._Pass.finish
+
+    def counted(parts: list[Batch]) -> list[Stream]:
+        held.append(sum(part.ids_BS.numel() for part in parts))
+        return start(parts)
+
+    def ended(done: gate._Pass) -> None:
+        held.append(-sum(stream.batch.ids_BS.numel() for stream in done.streams))
+        finish(done)
+
+    monkeypatch.setattr(model, "start", counted)
+    monkeypatch.setattr(gate._Pass, "finish", ended)
+    together = gate.quantized_losses(model, tasks, lambda what: None)
+    assert max(accumulate(held)) == sum(2 * len(sequence.ids) for sequence in sequences)
+    held.clear()
+    monkeypatch.setattr(gate, "HELD", 100)
+    assert gate.quantized_losses(model, tasks, lambda what: None) == together
+    assert max(accumulate(held)) <= 100
+    assert sum(held) == 0
 
 
 def test_answers_are_exchanged_not_prompts() -> None:
