@@ -48,8 +48,7 @@ ALONE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "
 
 
 class HessianClock:
-    """Counts the processor's seconds in forward passes with Hessians; the clock's would be stretched by whoever else works
-    on the machine."""
+    """Counts the processor's seconds in forward passes with Hessians; whoever else runs would stretch the clock's."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
