@@ -255,10 +255,11 @@ def one_stage(stage: str, out: Path, end: float, environment: Mapping[str, str] 
         print(line := f"{stage}: failed: no time was left", flush=True)
         return line
     command = [sys.executable, "-m", "perf.gpu.bench", "--out", str(out), "--stages", stage, "--in-process"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **environment}
     begin = time.monotonic()
     with (out / f"{stage}.log").open("wb") as log:
         process = subprocess.Popen(
-            command, start_new_session=True, env={**os.environ, **environment}, stdout=log, stderr=subprocess.STDOUT
+            command, start_new_session=True, env=environment, stdout=log, stderr=subprocess.STDOUT
         )
     try:
         code = process.wait(limit)
