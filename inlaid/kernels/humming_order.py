@@ -63,7 +63,7 @@ def _stamp(installed: Path) -> str:
 def _edit(file: Path, condition: str, times: int) -> None:
     status, text = file.stat(), file.read_text()
     if text.count(condition) != times:
-        raise RuntimeError(
+        raise ValueError(
             "this version of humming-kernels adds its sums in another way than 0.1.19: install that version, "
             "or pass --no-deterministic"
         )

@@ -240,7 +240,7 @@ def archive(folder: Path, target: Path) -> None:
     """All results of a folder, in place of the archive that was there."""
     scratch = target.with_suffix(".part")
     with tarfile.open(scratch, "w:gz") as whole:
-        for file in sorted([*folder.glob("*.json"), *folder.glob("*.log")]):
+        for file in sorted(file for kind in ("json", "jsonl", "log") for file in folder.glob(f"*.{kind}")):
             content = file.read_bytes()
             member = tarfile.TarInfo(file.name)
             member.size = len(content)

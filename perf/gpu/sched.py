@@ -3,8 +3,8 @@ fitted to their steps, and traffic that it has not seen is served by the engine 
 mean time to first token must agree within 10%. One stage of bench.py, about 100 seconds, half of them the engine's
 start.
 
-Beside the result lies MACHINE.json, the fitted machine in the form that `inlaid sim --machine` reads; that of an H200
-is kept as inlaid/sim/machines/h200.json.
+Beside the result lie MACHINE.json, the fitted machine in the form that `inlaid sim --machine` reads (that of an H200
+is kept as inlaid/sim/machines/h200.json), and the steps it was fitted to, for `python -m inlaid.sim.fit`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from inlaid.engine.process import build_engine
 from inlaid.sim.cost import load_cost
-from inlaid.sim.fit import errors, fit, write_cost
+from inlaid.sim.fit import errors, fit, write_cost, write_steps
 from inlaid.sim.provenance import provenance
 from inlaid.sim.validate import Plan, validate
 from perf.gpu import ROOT
@@ -55,6 +55,8 @@ def run(
     cost = fit(found.fitted, machine, source, link.load_base, link.load_rank)
     quality = errors(cost, found.unseen)
     write_cost(out / f"{machine}.json", cost, quality, {**provenance(), "device": name})
+    write_steps(out / "sched-fitted.jsonl", found.fitted)
+    write_steps(out / "sched-unseen.jsonl", found.unseen)
     off = [abs(row[key]) for row in found.rows for key in ("throughput_error", "ttft_error")]
     return {
         "shape": shape,

@@ -130,6 +130,6 @@ def test_headers_of_another_version_are_made_anew_or_refused(tmp_path: Path) -> 
     condition, times = EDITS["epilogue/pipeline.cuh"]
     other = package(tmp_path / "humming", f"c(); {condition}" * times)
     assert headers(other, tmp_path / "cache") != made
-    with pytest.raises(RuntimeError, match=r"0\.1\.19.*--no-deterministic"):
+    with pytest.raises(ValueError, match=r"0\.1\.19.*--no-deterministic"):
         headers(package(tmp_path / "humming", "if (later) {}"), tmp_path / "cache")
     assert len(list(made.parent.iterdir())) == 2
