@@ -32,7 +32,8 @@ from perf.gpu.serving import caches
 
 LIMITS = {  # seconds
     "tests": 110, "sweep": 100, "variants-7b": 130, "variants-8b": 130,
-    "serve-7b": 150, "serve-8b": 130, "serve-7b-arrival": 120, "serve-8b-arrival": 110, "serve-cliff-8b": 280,
+    "serve-7b": 150, "serve-8b": 130, "serve-7b-arrival": 150, "serve-8b-arrival": 120,
+    "serve-7b-unified": 150, "serve-cliff-8b": 280,
     "determinism-7b": 170, "startup-7b": 150, "startwarm-7b": 60, "ranks-7b": 160,
     "exllama-7b": 120, "exllama-demo": 90, "soak": 110,
     "demo": 90, "gates": 240, "micro": 300, "offline-7b": 150, "offline-8b": 130, "startup-8b": 150,
@@ -50,7 +51,14 @@ CALLS = {  # the lanes of ten minutes
     ),
     "b": (
         ("serve-7b-arrival", "serve-8b-arrival", "variants-7b", "variants-8b", "determinism-7b", "demo"),
-        ("quant", "adapters-load", "adapters-modes-cached", "adapters-cliff-slots", "adapters-cliff-resident"),
+        (
+            "quant",
+            "adapters-load",
+            "adapters-modes-cached",
+            "adapters-cliff-slots",
+            "adapters-cliff-resident",
+            "serve-7b-unified",
+        ),
     ),
 }
 LOOK = 5.0  # seconds between the archive and what there is
@@ -89,7 +97,7 @@ def run_stage(name: str, out: Path, keep: Callable[[dict[str, Any]], None]) -> d
     from perf.gpu import adapters, demo, gates, humming_sweep, micro, offline, quant_speed, sched, serving, soak
 
     kind, _, rest = name.partition("-")
-    shape = rest.removesuffix("-arrival").removeprefix("cliff-")
+    shape, how = rest.removeprefix("cliff-").partition("-")[::2]
     rows, ranks = offline.ROWS.get(shape, []), offline.RANKS.get(shape, ())
     stages: dict[str, Callable[[], dict[str, Any]]] = {
         "tests": kernel_tests,
@@ -107,8 +115,8 @@ def run_stage(name: str, out: Path, keep: Callable[[dict[str, Any]], None]) -> d
         "serve": lambda: (
             serving.cliff(shape, ranks, keep)
             if rest.startswith("cliff-")
-            else serving.by_arrival(shape, rows, ranks, keep)
-            if rest.endswith("-arrival")
+            else serving.otherwise(how, shape, rows, ranks, keep)
+            if how
             else serving.run(shape, rows, ranks, keep)
         ),
         "ranks": lambda: serving.ranks(rest, keep),

@@ -35,7 +35,7 @@ DEVICE = ("--device", "cuda", "--dtype", "float16")
 CLIENTS = 4
 PROMPT, OUTPUT = 256, 128
 MIXED = (8, 16, 40, 128)  # ranks in turn; their mean is 48
-ARRIVAL = (1, 64, 256)  # how many at a time where sums by arrival are held against a fixed order
+FEW = (1, 64, 256)  # how many at a time where sums by arrival are held against a fixed order
 CLIFF = ((32, 64, 192), (256, 64, 512))  # (adapters, concurrency, requests) over places for 32
 
 
@@ -270,9 +270,14 @@ def run(
     return served(keep, {}, shape, model, adapters, max(ranks), [("a", *row) for row in rows], more)
 
 
-def by_arrival(shape: str, rows: list[tuple[int, int, int]], ranks: tuple[int, ...], keep: Keep) -> dict[str, Any]:
-    """The same, on kernels that may add in any order."""
-    return run(shape, [row for row in rows if row[1] in ARRIVAL], ranks, keep, ("--no-deterministic",))
+OTHERWISE = {"arrival": ("--no-deterministic",), "unified": ("--unified-memory",)}  # names of stages, and their flags
+
+
+def otherwise(
+    how: str, shape: str, rows: list[tuple[int, int, int]], ranks: tuple[int, ...], keep: Keep
+) -> dict[str, Any]:
+    """The same with a flag: on kernels that may add in any order, or with adapters and KV in one memory."""
+    return run(shape, [row for row in rows if row[1] in FEW], ranks, keep, OTHERWISE[how])
 
 
 def cliff(

@@ -357,7 +357,7 @@ def test_more_adapters_than_places_come_and_go_while_they_are_served(on_the_cpu:
 
 
 def test_sums_by_arrival_are_rows_of_their_own(on_the_cpu: Path) -> None:
-    found = serving.by_arrival("tiny", [(0, 1, 1), (1, 16, 2)], (16,), lambda part: None)
+    found = serving.otherwise("arrival", "tiny", [(0, 1, 1), (1, 16, 2)], (16,), lambda part: None)
     assert found["more"] == ["--no-deterministic"]
     assert [(row["adapters"], row["concurrency"]) for row in found["rows"]] == [(0, 1)]
 
