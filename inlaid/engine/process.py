@@ -78,7 +78,7 @@ def build_engine(config: EngineConfig, adapters: Mapping[str, str], *, strict: b
     began = time.monotonic()
     from inlaid.engine.loading import load_model
 
-    _limit_threads(config.device)
+    _leave_a_core_to_http()
     imported = time.monotonic()
     model = load_model(config)
     made = time.monotonic()
@@ -109,15 +109,13 @@ def process_age() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
-def _limit_threads(device: str) -> None:
+def _leave_a_core_to_http() -> None:
     """Threads of a matmul wait for each other in busy loops: with one for every core, the server beside this process
-    makes each step many times slower, so one core is left to it. With a GPU there is nothing for them to do but wait.
-    Who sets OMP_NUM_THREADS decides himself."""
+    makes each step many times slower. Who sets OMP_NUM_THREADS decides himself."""
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:
-        on_gpu = device != "cpu" and torch.cuda.is_available()
-        torch.set_num_threads(1 if on_gpu else max(1, len(os.sched_getaffinity(0)) - 1))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
 
 
 def load_adapters(loaded: Loaded, adapters: Mapping[str, str], strict: bool) -> None:
