@@ -390,12 +390,14 @@ class Scheduler:
         if not self.running:
             pool.want(fresh, 0, request.adapter)
             return fresh <= pool.num_available
-        growth = int(self.config.reserve * self.view.lengths.remaining(request)) // pool.block_size
-        margin, reserved = int(self.config.admission_margin * pool.capacity), self._num_reserved + fresh + growth
-        pool.want(fresh + margin, reserved, request.adapter)
-        if fresh + margin > pool.num_available:
+        margin = int(self.config.admission_margin * pool.capacity)
+        if fresh + margin > pool.num_available and not pool.want(fresh + margin, 0, request.adapter):
             return False
+        # Not before: a prediction is kept, and those who have to wait shall have one that knows more.
+        growth = int(self.config.reserve * self.view.lengths.remaining(request)) // pool.block_size
         request.num_reserved += growth
+        reserved = self._num_reserved + request.num_reserved
+        pool.want(fresh + margin, reserved, request.adapter)
         return reserved <= pool.capacity
 
     def _prefix(self, request: Request) -> list[int]:
