@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from eval.metrics import Answer
-from inlaid.checkpoint import write_atomically
+from inlaid.files import write_atomically
 
 
 class Key(msgspec.Struct, frozen=True, kw_only=True):

@@ -45,7 +45,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data import scoring
-from inlaid.checkpoint import Checkpoint, hash_file
+from inlaid.checkpoint import Checkpoint
+from inlaid.files import hash_file
 from inlaid.quant.adapter import NO_ADAPTER, Adapter, read_adapter
 from inlaid.quant.aggregate import AGGREGATIONS, LOSS_ROUNDS, MINIMAX_LOSS, TaskHessian, raised, solve_together
 from inlaid.quant.baselines import scaled_weight

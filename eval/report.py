@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from inlaid.checkpoint import write_atomically
+from inlaid.files import write_atomically
 
 Record = dict[str, Any]
 

@@ -28,7 +28,8 @@ from transformers import AutoTokenizer
 
 from eval import provenance
 from eval.grid import Base
-from inlaid.checkpoint import Checkpoint, QuantSpec, atomic_folder, quantization_config, to_tensors
+from inlaid.checkpoint import Checkpoint, QuantSpec, quantization_config, to_tensors
+from inlaid.files import atomic_folder
 from inlaid.quant.adapter import NO_ADAPTER
 from inlaid.quant.aggregate import AGGREGATIONS, TaskHessian, combine
 from inlaid.quant.baselines import scaled_weight

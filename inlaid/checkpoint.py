@@ -15,16 +15,8 @@ Legend: K inputs, N outputs, G groups.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
-import math
-import os
-import shutil
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +26,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from inlaid.files import hash_file, write_atomically
+from inlaid.tensorfiles import CheckpointError, Stages, header_of
+
 BITS = (2, 3, 4, 8)
 ZERO_FORMATS = ("gptq", "gptq_v2")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be read or written; the message says which file and what would fix it."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +199,7 @@ class Checkpoint:
 
     def __init__(self, path: str | Path, device: torch.device | None = None) -> None:
         self.path = Path(path)
-        self._stages = None if device is None else _Stages(device)
+        self._stages = None if device is None else Stages(device)
         self.config: dict[str, Any] = _read_json(self.path / "config.json")
         self.quantization = _quantization(self.path, self.config)
         self._file_of = _index(self.path)
@@ -314,101 +305,6 @@ class Checkpoint:
         return stored if self.zero_format == "gptq_v2" else shift_zeros(stored, bits, 1)
 
 
-class _Stages:
-    """From files into the memory of a device, through a buffer for each thread that reads. Memory that is used again
-    needs no new pages; those of a mapped file, and of what is made of it, take several times as long as the copy. A
-    buffer that is pinned is copied from at the speed of the bus."""
-
-    def __init__(self, device: torch.device, size: int = 32 << 20) -> None:
-        self._device, self._size = device, size
-        self._own = threading.local()
-        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
-
-    def read(self, file: Path, name: str, otherwise: Callable[[str], Tensor]) -> Tensor:
-        """One tensor; `otherwise` reads types that have no counterpart here."""
-        if file not in self._headers:
-            header = _header(file)
-            whole = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-            self._headers[file] = file.stat().st_size - whole, header
-        data, header = self._headers[file]
-        entry = header[name]
-        dtype = _DTYPES.get(entry["dtype"])
-        if dtype is None:
-            return otherwise(name).to(self._device)
-        made = torch.empty(entry["shape"], dtype=dtype, device=self._device)
-        start, end = entry["data_offsets"]
-        if made.nbytes != end - start:
-            raise CheckpointError(f"{file}: {name} has {end - start} bytes, not the {made.nbytes} of its shape")
-        if start < end:
-            self._fill(made.view(-1).view(torch.uint8), file, data + start)
-        return made
-
-    def _fill(self, target: Tensor, file: Path, start: int) -> None:
-        if not hasattr(self._own, "stage"):
-            self._own.stage = torch.empty(self._size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        stage: Tensor = self._own.stage
-        with file.open("rb", buffering=0) as handle:
-            handle.seek(start)
-            at = 0
-            while at < len(target):
-                count = handle.readinto(stage[: len(target) - at].numpy().data)
-                if not count:
-                    raise CheckpointError(f"{file} was cut short while it was read; fetch it again")
-                target[at : at + count].copy_(stage[:count])
-                at += count
-
-
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
-
-
-def tensors_in(data: bytearray) -> dict[str, Tensor]:
-    """A whole safetensors file in memory as views of it; `safetensors.torch.load` would copy each, and let no other
-    thread run meanwhile. CheckpointError: it is not one, tensors overlap, or bytes are left over."""
-    length = int.from_bytes(data[:8], "little")
-    if not 2 <= length <= min(100_000_000, len(data) - 8):
-        raise CheckpointError("its header is not whole")
-    try:
-        header = json.loads(bytes(data[8 : 8 + length]))
-        header.pop("__metadata__", None)
-        entries = sorted((*entry["data_offsets"], name, entry) for name, entry in header.items())
-        at, tensors = 0, {}
-        for start, end, name, entry in entries:
-            dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
-            count = math.prod(shape)
-            if start != at or min(shape, default=0) < 0 or end - start != count * dtype.itemsize:
-                raise CheckpointError(f"{name} does not lie where it should")
-            if 8 + length + end > len(data):
-                raise CheckpointError(f"{name} is not whole")
-            first, at = 8 + length + start, end
-            if count == 0:
-                tensors[name] = torch.empty(shape, dtype=dtype)
-            elif first % dtype.itemsize:
-                tensors[name] = torch.frombuffer(bytearray(data[first : first + end - start]), dtype=dtype).view(shape)
-            else:
-                tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=first).view(shape)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"its header makes no sense: {error!r}") from None
-    if 8 + length + at != len(data):
-        raise CheckpointError("it is longer than its header says")
-    return tensors
-
-
-def hash_file(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> str:
-    """SHA-256 of a file's bytes, telling how many more it has read."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-            on_bytes(len(chunk))
-    return digest.hexdigest()
-
-
 def quantization_config(
     spec: QuantSpec, damping: float, static_groups: bool, zero_format: str = "gptq"
 ) -> dict[str, Any]:
@@ -425,96 +321,6 @@ def quantization_config(
         "lm_head": False,
         "checkpoint_format": zero_format,
     }
-
-
-@contextmanager
-def atomic_folder(path: str | Path, partial: Path | None = None) -> Iterator[Path]:
-    """Fill a new folder beside `path`; only when the body ends well does it take `path`'s place, whole.
-
-    A kill at any moment leaves the old folder (or none) as it was. `partial` names the folder to fill and may hold work
-    of an earlier, killed run; without it a fresh one is made, and removed if the body fails.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    filling = partial or path.parent / f".{path.name}.{os.getpid()}.partial"
-    if partial is None and filling.exists():
-        shutil.rmtree(filling)
-    filling.mkdir(exist_ok=True)
-    try:
-        yield filling
-        sync_folder(filling)
-        replace_folder(filling, path)
-    except BaseException:
-        if partial is None:
-            shutil.rmtree(filling, ignore_errors=True)
-        raise
-
-
-def replace_folder(new: Path, path: Path) -> None:
-    """Put `new` in the place of `path` in one step, and drop what was there."""
-    if path.exists():
-        _exchange(new, path)
-        _sync_directory(path.parent)
-        shutil.rmtree(new)
-    else:
-        os.rename(new, path)
-        _sync_directory(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make every file below a folder durable."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-    _sync_directory(folder)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write one file so that a kill leaves the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_index(folder: Path) -> None:
-    """Write model.safetensors.index.json over all the safetensors files of a folder."""
-    weight_map: dict[str, str] = {}
-    size = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        for name, entry in _header(file).items():
-            weight_map[name] = file.name
-            size += entry["data_offsets"][1] - entry["data_offsets"][0]
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    write_atomically(folder / "model.safetensors.index.json", json.dumps(index, indent=1).encode())
-
-
-def _exchange(new: Path, path: Path) -> None:
-    """Swap two folders. Linux does it in one step; elsewhere the old one waits under a name of its own meanwhile."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        at_cwd, exchange = -100, 2
-        if libc.renameat2(at_cwd, os.fsencode(new), at_cwd, os.fsencode(path), exchange) == 0:
-            return
-    aside = path.with_name(f".{path.name}.old")
-    os.rename(path, aside)
-    os.rename(new, path)
-    os.rename(aside, new)
-
-
-def _sync_directory(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -561,23 +367,16 @@ def _index(path: Path) -> dict[str, str]:
         files = sorted(file.name for file in path.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{path} holds no .safetensors file; other formats are not read, convert it first")
-    return {name: file for file in files for name in _header(path / file)}
+    return {name: file for file in files for name in header_of(path / file)}
 
 
-def _header(file: Path) -> dict[str, Any]:
-    """A safetensors header, checked against the file's length so that a cut file is refused before it is used."""
-    try:
-        with file.open("rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            if not 2 <= length <= min(100_000_000, file.stat().st_size - 8):
-                raise CheckpointError(f"{file} is cut short or is not a safetensors file; fetch it again")
-            header = json.loads(handle.read(length))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file} is named in the index but does not exist; fetch it again") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file} is cut short or is not a safetensors file; fetch it again") from error
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if file.stat().st_size != 8 + length + end:
-        raise CheckpointError(f"{file} is {file.stat().st_size} bytes, not {8 + length + end}; fetch it again")
-    return header
+def write_index(folder: Path) -> None:
+    """Write model.safetensors.index.json over all the safetensors files of a folder."""
+    weight_map: dict[str, str] = {}
+    size = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, entry in header_of(file).items():
+            weight_map[name] = file.name
+            size += entry["data_offsets"][1] - entry["data_offsets"][0]
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    write_atomically(folder / "model.safetensors.index.json", json.dumps(index, indent=1).encode())

@@ -24,17 +24,16 @@ from inlaid.checkpoint import (
     CheckpointError,
     QuantizedLinear,
     QuantSpec,
-    _Stages,
-    atomic_folder,
     dequantize,
     from_codes,
     holds_only,
     pack,
     quantization_config,
-    tensors_in,
     to_tensors,
     unpack,
 )
+from inlaid.files import atomic_folder
+from inlaid.tensorfiles import Stages, tensors_in
 
 CPU = torch.device("cpu")
 
@@ -235,7 +234,7 @@ def test_through_a_buffer_tensors_are_what_they_are(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
     read = Checkpoint(tmp_path, CPU)
-    read._stages = _Stages(CPU, size=64)
+    read._stages = Stages(CPU, size=64)
     with ThreadPoolExecutor(4) as readers:
         for name, found in zip(tensors, readers.map(read.tensor, tensors), strict=True):
             assert (found.dtype, found.shape) == (tensors[name].dtype, tensors[name].shape), name
@@ -328,7 +327,7 @@ def test_a_kill_leaves_the_old_folder_whole(tmp_path: Path) -> None:
         (folder / "file").write_text("old")
     program = (
         "import os, signal, sys\n"
-        "from inlaid.checkpoint import atomic_folder\n"
+        "from inlaid.files import atomic_folder\n"
         "with atomic_folder(sys.argv[1]) as folder:\n"
         "    (folder / 'file').write_text('new')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

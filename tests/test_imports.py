@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "inlaid"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-# A part may import the parts listed here and itself; `config` and `checkpoint` are open to all.
+# A part may import the parts listed here and itself; `config`, `checkpoint`, `files` and `tensorfiles` are open to all.
 MAY_IMPORT = {
     "kernels": set(),
     "layers": {"kernels"},
@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "program": {"engine"},
     "cluster": {"engine"},
 }
-OPEN = {"config", "checkpoint", ""}
+OPEN = {"config", "checkpoint", "files", "tensorfiles", ""}
 
 HOST_ONLY = [
     "engine/request.py",

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from inlaid.checkpoint import CheckpointError, tensors_in
 from inlaid.kernels.backend import MODULES
 from inlaid.model.spec import ModelSpec, module_path
+from inlaid.tensorfiles import CheckpointError, tensors_in
 
 ALIGNMENT = 64  # elements; each matrix starts at a multiple, so that a kernel may load wide words
 

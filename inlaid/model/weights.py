@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from inlaid.checkpoint import Checkpoint, QuantizedLinear, QuantSpec, write_atomically
+from inlaid.checkpoint import Checkpoint, QuantizedLinear, QuantSpec
+from inlaid.files import write_atomically
 from inlaid.kernels.backend import MODULES, Gemm, Kernels, LinearBackend, Site
 from inlaid.kernels.reference import DENSE
 from inlaid.layers.attention import Attention

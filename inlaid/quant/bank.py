@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from inlaid.checkpoint import write_atomically
+from inlaid.files import write_atomically
 
 PRECISIONS = ("float32", "float16")
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inlaid.checkpoint import hash_file
+from inlaid.files import hash_file
 
 
 class CalibrationError(ValueError):

@@ -31,16 +31,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from inlaid.checkpoint import (
-    Checkpoint,
-    dequantize,
-    quantization_config,
-    replace_folder,
-    sync_folder,
-    to_tensors,
-    write_atomically,
-    write_index,
-)
+from inlaid.checkpoint import Checkpoint, dequantize, quantization_config, to_tensors, write_index
+from inlaid.files import replace_folder, sync_folder, write_atomically
 from inlaid.quant.adapter import NO_ADAPTER, Adapter, read_adapter
 from inlaid.quant.aggregate import LOSS_ROUNDS, MINIMAX_LOSS, TaskHessian, raised, solve_together
 from inlaid.quant.bank import Bank, Entry, entry_key

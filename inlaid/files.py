@@ -1,0 +1,100 @@
+"""Files and folders that are there whole or not at all, whenever a process is killed; and their hashes."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def hash_file(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> str:
+    """SHA-256 of a file's bytes, telling how many more it has read."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+            on_bytes(len(chunk))
+    return digest.hexdigest()
+
+
+@contextmanager
+def atomic_folder(path: str | Path, partial: Path | None = None) -> Iterator[Path]:
+    """Fill a new folder beside `path`; only when the body ends well does it take `path`'s place, whole.
+
+    A kill at any moment leaves the old folder (or none) as it was. `partial` names the folder to fill and may hold work
+    of an earlier, killed run; without it a fresh one is made, and removed if the body fails.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    filling = partial or path.parent / f".{path.name}.{os.getpid()}.partial"
+    if partial is None and filling.exists():
+        shutil.rmtree(filling)
+    filling.mkdir(exist_ok=True)
+    try:
+        yield filling
+        sync_folder(filling)
+        replace_folder(filling, path)
+    except BaseException:
+        if partial is None:
+            shutil.rmtree(filling, ignore_errors=True)
+        raise
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Put `new` in the place of `path` in one step, and drop what was there."""
+    if path.exists():
+        _exchange(new, path)
+        _sync_directory(path.parent)
+        shutil.rmtree(new)
+    else:
+        os.rename(new, path)
+        _sync_directory(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make every file below a folder durable."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+    _sync_directory(folder)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write one file so that a kill leaves the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _exchange(new: Path, path: Path) -> None:
+    """Swap two folders. Linux does it in one step; elsewhere the old one waits under a name of its own meanwhile."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        at_cwd, exchange = -100, 2
+        if libc.renameat2(at_cwd, os.fsencode(new), at_cwd, os.fsencode(path), exchange) == 0:
+            return
+    aside = path.with_name(f".{path.name}.old")
+    os.rename(path, aside)
+    os.rename(new, path)
+    os.rename(aside, new)
+
+
+def _sync_directory(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,123 @@
+"""Safetensors files, read without trust: a header that is checked against its file, tensors straight into the memory of
+a device, and a whole file in memory as tensors. Checkpoints and adapters are read through here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOST_HEADER = 100_000_000  # bytes
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read or written; the message says which file and what would fix it."""
+
+
+def header_of(file: Path) -> dict[str, Any]:
+    """A safetensors header, checked against the file's length so that a cut file is refused before it is used."""
+    try:
+        with file.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            if not 2 <= length <= min(MOST_HEADER, file.stat().st_size - 8):
+                raise CheckpointError(f"{file} is cut short or is not a safetensors file; fetch it again")
+            header = json.loads(handle.read(length))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} is named in the index but does not exist; fetch it again") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is cut short or is not a safetensors file; fetch it again") from error
+    header.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if file.stat().st_size != 8 + length + end:
+        raise CheckpointError(f"{file} is {file.stat().st_size} bytes, not {8 + length + end}; fetch it again")
+    return header
+
+
+class Stages:
+    """From files into the memory of a device, through a buffer for each thread that reads. Memory that is used again
+    needs no new pages; those of a mapped file, and of what is made of it, take several times as long as the copy. A
+    buffer that is pinned is copied from at the speed of the bus."""
+
+    def __init__(self, device: torch.device, size: int = 32 << 20) -> None:
+        self._device, self._size = device, size
+        self._own = threading.local()
+        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
+
+    def read(self, file: Path, name: str, otherwise: Callable[[str], Tensor]) -> Tensor:
+        """One tensor; `otherwise` reads types that have no counterpart here."""
+        if file not in self._headers:
+            header = header_of(file)
+            whole = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            self._headers[file] = file.stat().st_size - whole, header
+        data, header = self._headers[file]
+        entry = header[name]
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None:
+            return otherwise(name).to(self._device)
+        (start, end), wanted = entry["data_offsets"], math.prod(entry["shape"]) * dtype.itemsize
+        if wanted != end - start:
+            raise CheckpointError(f"{file}: {name} has {end - start} bytes, not the {wanted} of its shape")
+        made = torch.empty(entry["shape"], dtype=dtype, device=self._device)
+        if start < end:
+            self._fill(made.view(-1).view(torch.uint8), file, data + start)
+        return made
+
+    def _fill(self, target: Tensor, file: Path, start: int) -> None:
+        if not hasattr(self._own, "stage"):
+            self._own.stage = torch.empty(self._size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        stage: Tensor = self._own.stage
+        with file.open("rb", buffering=0) as handle:
+            handle.seek(start)
+            at = 0
+            while at < len(target):
+                count = handle.readinto(stage[: len(target) - at].numpy().data)
+                if not count:
+                    raise CheckpointError(f"{file} was cut short while it was read; fetch it again")
+                target[at : at + count].copy_(stage[:count])
+                at += count
+
+
+def tensors_in(data: bytearray) -> dict[str, Tensor]:
+    """A whole safetensors file in memory as views of it; `safetensors.torch.load` would copy each, and let no other
+    thread run meanwhile. CheckpointError: it is not one, tensors overlap, or bytes are left over."""
+    length = int.from_bytes(data[:8], "little")
+    if not 2 <= length <= min(MOST_HEADER, len(data) - 8):
+        raise CheckpointError("its header is not whole")
+    try:
+        header = json.loads(bytes(data[8 : 8 + length]))
+        header.pop("__metadata__", None)
+        entries = sorted((*entry["data_offsets"], name, entry) for name, entry in header.items())
+        at, tensors = 0, {}
+        for start, end, name, entry in entries:
+            dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
+            count = math.prod(shape)
+            if start != at or min(shape, default=0) < 0 or end - start != count * dtype.itemsize:
+                raise CheckpointError(f"{name} does not lie where it should")
+            if 8 + length + end > len(data):
+                raise CheckpointError(f"{name} is not whole")
+            first, at = 8 + length + start, end
+            if count == 0:
+                tensors[name] = torch.empty(shape, dtype=dtype)
+            elif first % dtype.itemsize:
+                tensors[name] = torch.frombuffer(bytearray(data[first : first + end - start]), dtype=dtype).view(shape)
+            else:
+                tensors[name] = torch.frombuffer(data, dtype=dtype, count=count, offset=first).view(shape)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"its header makes no sense: {error!r}") from None
+    if 8 + length + at != len(data):
+        raise CheckpointError("it is longer than its header says")
+    return tensors
