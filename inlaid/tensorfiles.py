@@ -33,15 +33,16 @@ def header_of(file: Path) -> dict[str, Any]:
             length = int.from_bytes(handle.read(8), "little")
             if not 2 <= length <= min(MOST_HEADER, file.stat().st_size - 8):
                 raise CheckpointError(f"{file} is cut short or is not a safetensors file; fetch it again")
-            header = json.loads(handle.read(length))
+            header: dict[str, Any] = json.loads(handle.read(length))
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        whole = 8 + length + int(end)
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} is named in the index but does not exist; fetch it again") from error
-    except ValueError as error:
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OverflowError) as error:
         raise CheckpointError(f"{file} is cut short or is not a safetensors file; fetch it again") from error
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if file.stat().st_size != 8 + length + end:
-        raise CheckpointError(f"{file} is {file.stat().st_size} bytes, not {8 + length + end}; fetch it again")
+    if file.stat().st_size != whole:
+        raise CheckpointError(f"{file} is {file.stat().st_size} bytes, not {whole}; fetch it again")
     return header
 
 
@@ -66,10 +67,13 @@ class Stages:
         dtype = _DTYPES.get(entry["dtype"])
         if dtype is None:
             return otherwise(name).to(self._device)
-        (start, end), wanted = entry["data_offsets"], math.prod(entry["shape"]) * dtype.itemsize
-        if wanted != end - start:
-            raise CheckpointError(f"{file}: {name} has {end - start} bytes, not the {wanted} of its shape")
-        made = torch.empty(entry["shape"], dtype=dtype, device=self._device)
+        try:
+            (start, end), wanted = entry["data_offsets"], math.prod(entry["shape"]) * dtype.itemsize
+            if wanted != end - start or start < 0:
+                raise CheckpointError(f"{file}: {name} has {end - start} bytes, not the {wanted} of its shape")
+            made = torch.empty(entry["shape"], dtype=dtype, device=self._device)
+        except TypeError as error:
+            raise CheckpointError(f"{file}: what its header says of {name} makes no sense; fetch it again") from error
         if start < end:
             self._fill(made.view(-1).view(torch.uint8), file, data + start)
         return made

@@ -284,6 +284,21 @@ def test_files_in_memory_are_read_whole_or_refused() -> None:
         pytest.fail(f"{about} was read")
 
 
+def test_a_folder_with_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    """When it is opened, or when the tensor is read, mapped or through a buffer; never with another error."""
+    (tmp_path / "config.json").write_text("{}")
+    for about, data in damaged({"a": torch.randn(2, 3), "b": torch.arange(5).to(torch.int8)}):
+        (tmp_path / "model.safetensors").write_bytes(data)
+        for device in (None, CPU):
+            try:
+                read = Checkpoint(tmp_path, device)
+                for name in read.dense:
+                    read.tensor(name)
+            except CheckpointError:
+                continue
+            pytest.fail(f"{about} was read")
+
+
 def test_a_file_that_is_cut_while_it_is_read_is_refused(tmp_path: Path) -> None:
     save_file({"a": torch.ones(100), "b": torch.ones(100)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
