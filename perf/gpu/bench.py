@@ -97,8 +97,6 @@ def run_stage(name: str, out: Path, keep: Callable[[dict[str, Any]], None]) -> d
     from perf.gpu import adapters, demo, gates, humming_sweep, micro, offline, quant_speed, sched, serving, soak
 
     kind, _, rest = name.partition("-")
-    shape, how = rest.removeprefix("cliff-").partition("-")[::2]
-    rows, ranks = offline.ROWS.get(shape, []), offline.RANKS.get(shape, ())
     stages: dict[str, Callable[[], dict[str, Any]]] = {
         "tests": kernel_tests,
         "sweep": lambda: humming_sweep.run(keep),
@@ -112,19 +110,24 @@ def run_stage(name: str, out: Path, keep: Callable[[dict[str, Any]], None]) -> d
         "offline": lambda: offline.run(rest, keep),
         "determinism": lambda: offline.determinism(rest, keep),
         "variants": lambda: offline.variants(rest, keep),
-        "serve": lambda: (
-            serving.cliff(shape, ranks, keep)
-            if rest.startswith("cliff-")
-            else serving.otherwise(how, shape, rows, ranks, keep)
-            if how
-            else serving.run(shape, rows, ranks, keep)
-        ),
+        "serve": lambda: served(rest, keep),
         "ranks": lambda: serving.ranks(rest, keep),
         "startup": lambda: serving.start_up(rest, keep),
         "startwarm": lambda: serving.start_warm(rest, keep),
         "exllama": lambda: demo.run("exllama") if rest == "demo" else serving.on_backend(rest, "exllama", keep),
     }
     return stages[kind]()
+
+
+def served(rest: str, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """SHAPE, SHAPE-HOW (with a flag) or cliff-SHAPE."""
+    from perf.gpu import offline, serving
+
+    shape, _, how = rest.removeprefix("cliff-").partition("-")
+    rows, ranks = offline.ROWS[shape], offline.RANKS[shape]
+    if rest.startswith("cliff-"):
+        return serving.cliff(shape, ranks, keep)
+    return serving.otherwise(how, shape, rows, ranks, keep) if how else serving.run(shape, rows, ranks, keep)
 
 
 def kernel_tests() -> dict[str, Any]:
