@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
+from inlaid import files
 from inlaid.checkpoint import (
     BITS,
     Checkpoint,
@@ -32,7 +34,7 @@ from inlaid.checkpoint import (
     to_tensors,
     unpack,
 )
-from inlaid.files import atomic_folder
+from inlaid.files import atomic_folder, hash_file
 from inlaid.tensorfiles import Stages, tensors_in
 
 CPU = torch.device("cpu")
@@ -316,6 +318,21 @@ def test_fingerprint_follows_the_bytes(tmp_path: Path) -> None:
     assert Checkpoint(tmp_path).fingerprint() == first
     write_folder(tmp_path, {"a": torch.zeros(4)}, None)
     assert Checkpoint(tmp_path).fingerprint() != first
+
+
+def test_a_large_file_is_hashed_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, data = tmp_path / "file", bytes(range(256)) * 5
+    file.write_bytes(data)
+    assert hash_file(file) == hashlib.sha256(data).hexdigest()
+    monkeypatch.setattr(files, "PIECE", 512)
+    read: list[int] = []
+    pieces = [hashlib.sha256(data[at : at + 512]).digest() for at in (0, 512, 1024)]
+    assert hash_file(file, read.append) == hashlib.sha256(b"".join(pieces)).hexdigest()
+    assert sum(read) == len(data)
+    file.write_bytes(data[:512])
+    assert hash_file(file) == hashlib.sha256(data[:512]).hexdigest()
+    file.write_bytes(b"")
+    assert hash_file(file) == hashlib.sha256().hexdigest()
 
 
 def test_atomic_folder_replaces_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ from inlaid.model.transformer import Transformer, new_cache
 log = logging.getLogger(__name__)
 
 DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
-TOKEN_BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, 3072, 4096, 6144, 8192)
+TOKEN_BUCKETS = (64, 128, 192, 256, *range(384, 2048, 128), 2048, 3072, 4096, 6144, 8192)
 STAGES = 4  # metadata and results of so many steps may be under way
 SPARE_TILES = 128  # prompts in a captured step beyond those that fill their query tiles
 TABLE_UPDATES = 1 << 16  # new KV blocks told to the device in one go

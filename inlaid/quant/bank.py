@@ -24,6 +24,7 @@ from torch import Tensor
 from inlaid.files import write_atomically
 
 PRECISIONS = ("float32", "float16")
+TILE = 256  # rows taken at a time
 
 
 class BankError(ValueError):
@@ -91,7 +92,7 @@ class Entry:
             raise BankError(
                 f"{self._file(layer)} cannot be read ({error}); delete it, it will be made again"
             ) from error
-        return _decode(parts).to(device)
+        return _decode({part: tensor.to(device) for part, tensor in parts.items()})
 
     def _metadata(self, layer: int) -> dict[str, str]:
         try:
@@ -107,7 +108,7 @@ class Entry:
 
 
 def _encode(hessian_KK: Tensor, precision: str) -> dict[str, Tensor]:
-    hessian_KK = hessian_KK.float().cpu()
+    hessian_KK = hessian_KK.float()
     if precision == "float32":
         return {"triangle": _upper(hessian_KK)}
     diagonal_K = hessian_KK.diagonal().clamp(min=0).contiguous()
@@ -128,16 +129,31 @@ def _decode(parts: dict[str, Tensor]) -> Tensor:
 
 def _upper(matrix_KK: Tensor) -> Tensor:
     """Rows of the upper triangle end to end, without an index the size of the matrix."""
-    return torch.cat([row[i:] for i, row in enumerate(matrix_KK)])
+    return torch.cat(
+        [
+            rows.masked_select(_right_of_diagonal(rows))
+            for rows in (matrix_KK[i : i + TILE, i:] for i in _tiles(matrix_KK))
+        ]
+    )
 
 
 def _symmetric(triangle: Tensor) -> Tensor:
     size = int(((8 * len(triangle) + 1) ** 0.5 - 1) / 2)
-    matrix_KK = torch.empty(size, size, dtype=triangle.dtype)
+    matrix_KK = triangle.new_empty(size, size)
     start = 0
-    for i in range(size):
-        row = triangle[start : start + size - i]
-        matrix_KK[i, i:] = row
-        matrix_KK[i:, i] = row
-        start += size - i
+    for i in _tiles(matrix_KK):
+        rows, tile = matrix_KK[i : i + TILE, i:], matrix_KK[i : i + TILE, i : i + TILE]
+        count = rows.numel() - len(rows) * (len(rows) - 1) // 2
+        rows.masked_scatter_(_right_of_diagonal(rows), triangle[start : start + count])
+        start += count
+        tile.copy_(tile.triu() + tile.triu(1).T)
+        matrix_KK[i + TILE :, i : i + TILE] = matrix_KK[i : i + TILE, i + TILE :].T
     return matrix_KK
+
+
+def _tiles(matrix_KK: Tensor) -> range:
+    return range(0, len(matrix_KK), TILE)
+
+
+def _right_of_diagonal(rows: Tensor) -> Tensor:
+    return torch.ones_like(rows, dtype=torch.bool).triu()

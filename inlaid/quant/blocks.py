@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from inlaid.checkpoint import Checkpoint, CheckpointError, dequantize
 from inlaid.quant.calibration import Batch
+from inlaid.quant.clock import Clock
 
 
 @dataclass(eq=False)
@@ -47,10 +48,16 @@ class BlockModel:
     """One model folder, opened for running by blocks on a device. `offload` keeps hidden states on the host."""
 
     def __init__(
-        self, checkpoint: Checkpoint, device: str = "cpu", dtype: torch.dtype = torch.float32, offload: bool = False
+        self,
+        checkpoint: Checkpoint,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        offload: bool = False,
+        clock: Clock | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.device, self.dtype = torch.device(device), dtype
+        self.clock = clock or Clock(self.device)
         self.hold = torch.device("cpu") if offload else self.device
         config = AutoConfig.from_pretrained(checkpoint.path)
         if hasattr(config, "quantization_config"):
@@ -87,7 +94,7 @@ class BlockModel:
         """A parameter in the compute type on the device, dequantized if the folder holds it quantized."""
         linear = name.removesuffix(".weight")
         if name.endswith(".weight") and name not in self.checkpoint and f"{linear}.qweight" in self.checkpoint:
-            return dequantize(self.checkpoint.linear(linear), self.dtype).T.contiguous().to(self.device)
+            return dequantize(self.checkpoint.linear(linear), self.dtype).T.contiguous()
         return self.checkpoint.tensor(name).to(self.device, self.dtype)
 
     @contextmanager
@@ -95,7 +102,8 @@ class BlockModel:
         """The block with its weights, for as long as the body runs."""
         block = self.blocks[index]
         names = list(block.state_dict())
-        block.load_state_dict({name: self.tensor(self.prefix(index) + name) for name in names}, assign=True)
+        with self.clock.part("reading"):
+            block.load_state_dict({name: self.tensor(self.prefix(index) + name) for name in names}, assign=True)
         block.requires_grad_(False)
         try:
             yield block

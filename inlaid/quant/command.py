@@ -217,4 +217,7 @@ def _table(record: Record) -> str:
         hashes = f"{task['adapter_hash'][:12]:12} {task['data_hash'][:12]:12}"
         losses = f"{task['loss_full']:>12.5f} {task['loss_quantized']:>10.5f}"
         lines.append(f"{name:24} {hashes} {task['tokens']:>8} {losses}  {task['checked']}")
+    if record.seconds:
+        parts = ", ".join(f"{part} {spent:.1f}" for part, spent in record.seconds.items())
+        lines.append(f"the last job took {sum(record.seconds.values()):.1f} s: {parts}")
     return "\n".join(lines)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from inlaid.quant.adapter import Adapter
 from inlaid.quant.blocks import BlockModel, Stream
+from inlaid.quant.clock import Clock
 
 
 def second_moment(x_TK: Tensor) -> Tensor:
@@ -29,7 +30,8 @@ def second_moment(x_TK: Tensor) -> Tensor:
 class Sites:
     """Listens to the linears of one block. `members` names each site's linears, `sums` holds its running sum."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
         self.members: dict[str, list[str]] = {}
         self.sums: dict[str, Tensor] = {}
         self.weight_BS = torch.empty(0)
@@ -71,11 +73,12 @@ class Sites:
         weight_T = self.weight_BS.to(x_BSK.device).flatten()
         kept_T = weight_T > 0
         x_TK = x_BSK.flatten(0, 1)[kept_T] * weight_T[kept_T].sqrt().to(x_BSK.dtype)[:, None]
-        moment_KK = second_moment(x_TK)
-        if self._site in self.sums:
-            self.sums[self._site] += moment_KK
-        else:
-            self.sums[self._site] = moment_KK
+        with self.clock.part("Hessians"):
+            moment_KK = second_moment(x_TK)
+            if self._site in self.sums:
+                self.sums[self._site] += moment_KK
+            else:
+                self.sums[self._site] = moment_KK
 
 
 @torch.no_grad()
@@ -83,8 +86,9 @@ def block_hessians(
     model: BlockModel, block: nn.Module, index: int, adapter: Adapter, streams: list[Stream], advance: bool
 ) -> Sites:
     """Run a task's streams through a loaded block and collect; `advance` moves the streams past it."""
-    sites = Sites()
-    with adapter.attached(block, model.prefix(index)), sites.listening(model.linears(index)):
+    sites = Sites(model.clock)
+    listening = sites.listening(model.linears(index))
+    with model.clock.part("forward"), adapter.attached(block, model.prefix(index)), listening:
         for stream in streams:
             sites.begin(stream.batch.weight_BS)
             output_BSD = model.run(block, index, stream)
@@ -96,6 +100,6 @@ def block_hessians(
 @torch.no_grad()
 def advance(model: BlockModel, block: nn.Module, index: int, adapter: Adapter, streams: list[Stream]) -> None:
     """Move streams past a loaded block."""
-    with adapter.attached(block, model.prefix(index)):
+    with model.clock.part("forward"), adapter.attached(block, model.prefix(index)):
         for stream in streams:
             stream.hidden_BSD = model.run(block, index, stream)

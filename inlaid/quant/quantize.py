@@ -38,6 +38,7 @@ from inlaid.quant.aggregate import LOSS_ROUNDS, MINIMAX_LOSS, TaskHessian, raise
 from inlaid.quant.bank import Bank, Entry, entry_key
 from inlaid.quant.blocks import BlockModel, Stream
 from inlaid.quant.calibration import Calibration, batches, load_calibration
+from inlaid.quant.clock import Clock
 from inlaid.quant.gate import GateRefusal, GateTask, fits, quantized_losses, regressions, why_unfit
 from inlaid.quant.hessian import advance, block_hessians
 from inlaid.quant.settings import (
@@ -163,15 +164,17 @@ class _Job:
         if out.resolve() == base.resolve():
             raise QuantizeError(f"the output is the base itself ({base}); give another folder")
         self.base, self.settings, self.out, self.place, self.gate = base, settings, out, place, gate
-        self.checkpoint = Checkpoint(base)
-        if self.checkpoint.is_quantized:
-            raise QuantizeError(f"{base} is quantized already; give the 16-bit model that it was made from")
-        self.model = BlockModel(self.checkpoint, place.device, DTYPES[settings.dtype], place.offload)
-        self._check_shapes()
-        self.fingerprint = self.checkpoint.fingerprint()
-        tokenizer = _tokenizer(base)
-        # Sorted: any history of additions and removals must sum in the same order.
-        self.tasks = [self._task(source, tokenizer) for source in sorted(sources, key=lambda source: source.name)]
+        self.clock = Clock(torch.device(place.device))
+        with self.clock.part("reading"):
+            self.model = self._opened(base)
+            self.checkpoint = self.model.checkpoint
+            if self.checkpoint.is_quantized:
+                raise QuantizeError(f"{base} is quantized already; give the 16-bit model that it was made from")
+            self._check_shapes()
+            self.fingerprint = self.checkpoint.fingerprint()
+            tokenizer = _tokenizer(base)
+            # Sorted: any history of additions and removals must sum in the same order.
+            self.tasks = [self._task(source, tokenizer) for source in sorted(sources, key=lambda source: source.name)]
         self.bank = Bank(bank_path(out), settings.bank_precision)
         self.shares = torch.ones(len(self.tasks), dtype=torch.float64) / len(self.tasks)
         self.done, self.total = 0, self.model.num_blocks + 2
@@ -189,10 +192,12 @@ class _Job:
     def run(self, known: dict[str, Any]) -> Record:
         """Hessians, solving, the gate, and the switch. `known` are the tasks that were there before."""
         self._say("everything read")
-        full = self._check_new([task for task in self.tasks if task.name not in known])
+        with self.clock.part("checking"):
+            full = self._check_new([task for task in self.tasks if task.name not in known])
         full |= {name: task["loss_full"] for name, task in known.items()}
         partial, facts = self._candidate()
-        after = self._check_quantized(partial, {name: task["loss_quantized"] for name, task in known.items()})
+        with self.clock.part("checking"):
+            after = self._check_quantized(partial, {name: task["loss_quantized"] for name, task in known.items()})
         record = self._record(full, after, facts)
         write_atomically(partial / RECORD, json.dumps(record.values(), indent=1).encode())
         sync_folder(partial)
@@ -256,15 +261,19 @@ class _Job:
 
     def _fill(self, partial: Path) -> list[dict[str, Any]]:
         facts = self._solve_blocks(partial)
-        self._finish_folder(partial)
+        with self.clock.part("writing"):
+            self._finish_folder(partial)
         return facts
 
     def _opened(self, folder: Path) -> BlockModel:
-        return BlockModel(Checkpoint(folder), self.place.device, self.model.dtype, self.place.offload)
+        device, dtype = torch.device(self.place.device), DTYPES[self.settings.dtype]
+        checkpoint = Checkpoint(folder, None if device.type == "cpu" else device)
+        return BlockModel(checkpoint, self.place.device, dtype, self.place.offload, self.clock)
 
     def _weighing_losses(self, model: BlockModel) -> Tensor:
         """Nats an answer, task by task."""
-        found = quantized_losses(model, [task.weighing for task in self.tasks], self._say)
+        with self.clock.part("checking"):
+            found = quantized_losses(model, [task.weighing for task in self.tasks], self._say)
         return torch.tensor([found[task.name] * task.answer_length for task in self.tasks], dtype=torch.float64)
 
     def _partial(self, number: int = 0) -> Path:
@@ -296,8 +305,9 @@ class _Job:
                     self._pass_written(block, index, partial)
                 else:
                     tensors, solved = self._solve_block(block, index)
-                    write_atomically(shard, save(tensors, metadata={"format": "pt"}))
-                    write_atomically(note, json.dumps(solved).encode())
+                    with self.clock.part("writing"):
+                        write_atomically(shard, save(tensors, metadata={"format": "pt"}))
+                        write_atomically(note, json.dumps(solved).encode())
             facts += json.loads(note.read_text())
             self._step(f"layer {index} solved")
         return facts
@@ -308,7 +318,8 @@ class _Job:
         for task in self.tasks:
             task.streams = []
             if self.settings.sequential or not self.bank.entry(task.key).complete(self.model.num_blocks):
-                task.streams = self.model.start(batches(task.calibration.fitting, weight))
+                with self.clock.part("forward"):
+                    task.streams = self.model.start(batches(task.calibration.fitting, weight))
                 self.total += self.model.num_blocks
 
     def _solve_block(self, block: nn.Module, index: int) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
@@ -318,15 +329,17 @@ class _Job:
         facts = []
         for site, hessians in sites.items():
             named = {name: linears[name].weight.detach().T.float() for name in members[site]}
-            solution = solve_together(
-                self.settings.aggregation, torch.cat(list(named.values()), dim=1), hessians, self.settings.grid
-            )
+            with self.clock.part("solving"):
+                solution = solve_together(
+                    self.settings.aggregation, torch.cat(list(named.values()), dim=1), hessians, self.settings.grid
+                )
             facts.append({"site": site, "loss": solution.loss, "damping": solution.damping})
             start = 0
             for name, weight_KN in named.items():
-                packed = solution.columns(start, start + weight_KN.shape[1]).packed(self.settings.grid)
+                with self.clock.part("writing"):
+                    packed = solution.columns(start, start + weight_KN.shape[1]).packed(self.settings.grid)
+                    tensors |= to_tensors(name, packed)
                 start += weight_KN.shape[1]
-                tensors |= to_tensors(name, packed)
                 if sequential:
                     linears[name].weight.data = dequantize(packed, self.model.dtype).T.contiguous()
         if sequential:
@@ -356,7 +369,8 @@ class _Job:
                 advance(self.model, block, index, task.adapter, task.streams)
             else:
                 made = block_hessians(self.model, block, index, task.adapter, task.streams, advance=True)
-                entry.write(index, made.hessians(), made.members, made.total)
+                with self.clock.part("bank"):
+                    entry.write(index, made.hessians(), made.members, made.total)
             self._step(f"layer {index}, task {task.name}")
         members = entries[0].members(index)
         shared = list(zip(entries, self.shares.tolist(), strict=True))
@@ -364,7 +378,11 @@ class _Job:
         return sites, members
 
     def _banked(self, entry: Entry, share: float, index: int, site: str) -> TaskHessian:
-        return TaskHessian(lambda: entry.read(index, site, self.model.device), entry.tokens(index), share)
+        def read() -> Tensor:
+            with self.clock.part("bank"):
+                return entry.read(index, site, self.model.device)
+
+        return TaskHessian(read, entry.tokens(index), share)
 
     def _fresh_hessians(self, block: nn.Module, index: int) -> tuple[_SiteHessians, _Members]:
         """Every task's Hessians of a block as its quantized predecessors make them."""
@@ -432,7 +450,8 @@ class _Job:
             for task in self.tasks
         }
         base = {"path": stored_path(self.base, self.out), "fingerprint": self.fingerprint}
-        return Record(self.out, base, self.settings, tasks, facts)
+        seconds = {part: round(spent, 4) for part, spent in sorted(self.clock.seconds.items())}
+        return Record(self.out, base, self.settings, tasks, facts, seconds)
 
     def _step(self, what: str) -> None:
         self.done += 1

@@ -94,20 +94,22 @@ class Gate:
 
 @dataclass(frozen=True)
 class Record:
-    """`inlaid.json`: base, settings, tasks with their hashes and losses, and what solving each site cost."""
+    """`inlaid.json`: base, settings, tasks with their hashes and losses, what solving each site cost, and the seconds
+    of the job that wrote it, by part."""
 
     out: Path
     base: dict[str, str]
     settings: Settings
     tasks: dict[str, dict[str, Any]]
     sites: list[dict[str, Any]]
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def read(cls, out: Path) -> Record:
         try:
             values = json.loads((out / RECORD).read_text())
             settings = Settings.from_record(values["settings"])
-            return cls(out, values["base"], settings, values["tasks"], values["sites"])
+            return cls(out, values["base"], settings, values["tasks"], values["sites"], values.get("seconds", {}))
         except FileNotFoundError as error:
             raise QuantizeError(f"{out} has no {RECORD}: only folders made by `inlaid quantize` have tasks") from error
         except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:

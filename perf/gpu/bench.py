@@ -4,7 +4,7 @@ Stages run one after another, each in a process of its own with a limit on its t
 with what it found and where (commit, device, driver, versions, command), first as far as it has come and then whole;
 what it says goes to NAME.log. A stage that fails or runs out of time is reported and the rest goes on. `--stages` picks
 some; each `--lane` is a list of its own, and lists run side by side, each on a GPU, a share of the cores and a scratch
-folder of its own, caches of compiled kernels included. `--call a` (b) are the lanes of ten minutes. With `--archive`
+folder of its own, caches of compiled kernels included. `--call a` (b, c) are the lanes of ten minutes. With `--archive`
 FOLDER has one file, results.tar.gz, with what there is so far.
 """
 
@@ -33,12 +33,12 @@ from perf.gpu.serving import caches
 LIMITS = {  # seconds
     "tests": 110, "sweep": 100, "variants-7b": 130, "variants-8b": 130,
     "serve-7b": 150, "serve-8b": 130, "serve-7b-arrival": 150, "serve-8b-arrival": 120,
-    "serve-7b-unified": 150, "serve-cliff-8b": 280,
+    "serve-7b-unified": 150, "serve-cliff-8b": 280, "serve-cliff-8b-largest": 280,
     "determinism-7b": 170, "startup-7b": 150, "startwarm-7b": 60, "ranks-7b": 160,
     "exllama-7b": 120, "exllama-demo": 90, "soak": 110,
     "demo": 90, "gates": 240, "micro": 300, "offline-7b": 150, "offline-8b": 130, "startup-8b": 150,
     "micro-decode_attention-pending": 90, "micro-ordered": 120,
-    "sched": 150, "quant": 300,
+    "sched": 150, "quant": 480,
     "adapters-load": 60, "adapters-modes": 230, "adapters-modes-cached": 120,
     "adapters-cliff-mixed": 120, "adapters-cliff-slots": 130, "adapters-cliff-resident": 100, "adapters-crossover": 150,
     "serve-tiny": 100, "serve-tiny-arrival": 100, "serve-cliff-tiny": 100, "ranks-tiny": 100, "variants-tiny": 100,
@@ -46,19 +46,16 @@ LIMITS = {  # seconds
 }  # fmt: skip
 CALLS = {  # the lanes of ten minutes
     "a": (
-        ("sweep", "serve-7b", "serve-8b", "serve-cliff-8b", "ranks-7b", "startwarm-7b"),
-        ("sched", "adapters-modes", "adapters-crossover", "exllama-7b", "soak", "exllama-demo", "gates"),
+        ("serve-7b", "serve-8b", "serve-cliff-8b-largest", "ranks-7b", "startwarm-7b"),
+        ("sched", "quant", "sweep"),
     ),
     "b": (
-        ("serve-7b-arrival", "serve-8b-arrival", "variants-7b", "variants-8b", "determinism-7b", "demo"),
-        (
-            "quant",
-            "adapters-load",
-            "adapters-modes-cached",
-            "adapters-cliff-slots",
-            "adapters-cliff-resident",
-            "serve-7b-unified",
-        ),
+        ("exllama-7b", "soak", "exllama-demo", "demo", "determinism-7b", "gates"),
+        ("adapters-modes", "adapters-crossover", "serve-cliff-8b", "serve-7b-unified"),
+    ),
+    "c": (
+        ("serve-7b-arrival", "serve-8b-arrival", "variants-7b", "variants-8b"),
+        ("adapters-load", "adapters-modes-cached", "adapters-cliff-slots", "adapters-cliff-resident"),
     ),
 }
 LOOK = 5.0  # seconds between the archive and what there is
@@ -120,13 +117,13 @@ def run_stage(name: str, out: Path, keep: Callable[[dict[str, Any]], None]) -> d
 
 
 def served(rest: str, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """SHAPE, SHAPE-HOW (with a flag) or cliff-SHAPE."""
+    """SHAPE, SHAPE-HOW (with a flag), cliff-SHAPE or cliff-SHAPE-largest."""
     from perf.gpu import offline, serving
 
     shape, _, how = rest.removeprefix("cliff-").partition("-")
     rows, ranks = offline.ROWS[shape], offline.RANKS[shape]
     if rest.startswith("cliff-"):
-        return serving.cliff(shape, ranks, keep)
+        return serving.cliff(shape, ranks, keep, largest=how == "largest")
     return serving.otherwise(how, shape, rows, ranks, keep) if how else serving.run(shape, rows, ranks, keep)
 
 
@@ -303,9 +300,9 @@ def about_row(row: dict[str, Any]) -> str:
 def headline(result: dict[str, Any]) -> str:
     """What matters most of a stage's result."""
     parts = [f"ready in {result['ready_s']:.1f} s"] if "ready_s" in result else []
-    if "blocks" in result:
+    if "parts" in result:
         seconds = ", ".join(f"{part} {spent:.1f}" for part, spent in result["parts"].items())
-        parts.append(f"{result['blocks']} of {result['of_blocks']} blocks in {result['seconds']:.1f} s ({seconds})")
+        parts.append(f"{result['seconds']:.1f} s ({seconds})")
     parts += [about_row(row) for row in result.get("rows", ())]
     for start in result.get("starts", ()):
         parts.append(f"{start['caches']} {start.get('ready_s', float('nan')):.1f} s")

@@ -1,4 +1,5 @@
-"""Random models and adapters of real shapes, for timing: a GPTQ checkpoint, its tokenizer, and LoRA adapters.
+"""Random models and adapters of real shapes, for timing: a GPTQ checkpoint or a 16-bit one, its tokenizer, LoRA
+adapters, and prompts.
 
 Codes are uniform and scales keep activations near unit variance. The tokenizer maps the word "w<i>" to token i, so a
 prompt of n words is exactly n tokens.
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from inlaid.checkpoint import QuantSpec, quantization_config, to_tensors
+from inlaid.checkpoint import QuantSpec, quantization_config, to_tensors, write_index
 from inlaid.kernels.measure import random_weight
 from inlaid.model.spec import ModelSpec, module_path, spec_from_config
 
@@ -69,6 +70,51 @@ def write_model(folder: Path, shape: str, bits: int = 4, group: int = 128) -> Mo
     (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
     write_tokenizer(folder, spec.vocab_size)
     return spec
+
+
+def write_dense(folder: Path, shape: str, shards: int = 4) -> ModelSpec:
+    """A 16-bit checkpoint and its tokenizer; outputs of about unit variance."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device=device).manual_seed(0)
+    settings = config(shape)
+    spec = spec_from_config(settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    layers = [f"model.layers.{layer}" for layer in range(spec.num_layers)]
+    with ThreadPoolExecutor(shards) as writers:
+        writing = []
+        for shard in range(shards):
+            shapes: dict[str, tuple[int, ...]] = {}
+            for layer in range(shard, spec.num_layers, shards):
+                shapes |= {f"{module_path(layer, module)}.weight": spec.module_shape(module) for module in EVERY_LINEAR}
+                for norm in ("input_layernorm", "post_attention_layernorm"):
+                    shapes[f"{layers[layer]}.{norm}.weight"] = (spec.hidden_size,)
+            if shard == 0:
+                table = (spec.vocab_size, spec.hidden_size)
+                shapes |= {"model.embed_tokens.weight": table, "lm_head.weight": table}
+                shapes["model.norm.weight"] = (spec.hidden_size,)
+            tensors = {name: _random_dense(name, size, device, generator) for name, size in shapes.items()}
+            file = folder / f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+            writing.append(writers.submit(save_file, tensors, file, {"format": "pt"}))
+        for one in writing:
+            one.result()
+    write_index(folder)
+    (folder / "config.json").write_text(json.dumps(settings, indent=1))
+    write_tokenizer(folder, spec.vocab_size)
+    return spec
+
+
+def _random_dense(name: str, shape: tuple[int, ...], device: str, generator: torch.Generator) -> torch.Tensor:
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.float16)
+    scale = 1.0 if "embed" in name else shape[1] ** -0.5
+    return (torch.randn(shape, generator=generator, device=device, dtype=torch.float16) * scale).cpu()
+
+
+def write_prompts(file: Path, count: int, length: int, vocab_size: int, seed: int) -> None:
+    """JSONL of random prompts of so many tokens."""
+    drawn = torch.randint(3, vocab_size, (count, length), generator=torch.Generator().manual_seed(seed)).tolist()
+    lines = (json.dumps({"prompt": " ".join(f"w{token}" for token in row)}) for row in drawn)
+    file.write_text("".join(f"{line}\n" for line in lines))
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from inlaid.quant.bank import Bank, BankError, entry_key
+from inlaid.quant.bank import TILE, Bank, BankError, entry_key
 
 CPU = torch.device("cpu")
 
@@ -21,11 +21,13 @@ def moments(size: int = 20) -> torch.Tensor:
 def test_single_precision_comes_back_bit_for_bit(tmp_path: Path) -> None:
     entry = Bank(tmp_path).entry("k")
     assert not entry.has(3)
-    entry.write(3, {"a.b": moments(), "a": moments(7)}, {"a.b": ["a.b", "a.c"], "a": ["a"]}, 12.5)
+    large = moments(2 * TILE + 7)
+    entry.write(3, {"a.b": moments(), "a": moments(7), "b": large}, {"a.b": ["a.b", "a.c"], "a": ["a"]}, 12.5)
     assert entry.has(3)
     assert not entry.complete(4)
     assert torch.equal(entry.read(3, "a.b", CPU), moments())
     assert torch.equal(entry.read(3, "a", CPU), moments(7))
+    assert torch.equal(entry.read(3, "b", CPU), large)
     assert entry.members(3) == {"a.b": ["a.b", "a.c"], "a": ["a"]}
     assert entry.tokens(3) == 12.5
 

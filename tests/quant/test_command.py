@@ -48,7 +48,10 @@ def test_quantize_add_list_remove(world: Path, capsys: pytest.CaptureFixture[str
     assert run("task", "list", out) == 0
     shown = capsys.readouterr().out
     assert "3 bits, groups of 32, mean, independent" in shown
-    assert [line.split()[0] for line in shown.splitlines()[2:]] == ["a", "b"]
+    *tasks, seconds = shown.splitlines()[2:]
+    assert [line.split()[0] for line in tasks] == ["a", "b"]
+    assert seconds.startswith("the last job took ")
+    assert all(part in seconds for part in ("forward ", "Hessians ", "solving ", "bank ", "checking "))
     assert run("task", "remove", out, "a", *common) == 0
     capsys.readouterr()
     assert run("task", "list", out, "--json") == 0

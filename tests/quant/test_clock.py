@@ -1,0 +1,20 @@
+"""Each second belongs to one part, the innermost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from inlaid.quant import clock
+from inlaid.quant.clock import Clock
+
+
+def test_a_part_within_another_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter((0.0, 1.0, 3.0, 7.0, 20.0, 25.0))
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: next(now))
+    watch = Clock(torch.device("cpu"))
+    with watch.part("forward"), watch.part("Hessians"):
+        pass
+    with pytest.raises(OSError, match="full"), watch.part("bank"):
+        raise OSError("full")
+    assert watch.seconds == {"forward": 1.0 + 4.0, "Hessians": 2.0, "bank": 5.0}
