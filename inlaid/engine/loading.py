@@ -5,14 +5,16 @@ which they come there. The engine process and LLM call it; which runner and kern
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from inlaid.adapters.gate import check
+from inlaid.adapters.host import Adapter
 from inlaid.adapters.loader import Loader
 from inlaid.adapters.peft import read_adapter
 from inlaid.adapters.store import CPU_ASSIST, MODES, PIPELINED, AdapterStore
@@ -34,6 +36,18 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class OpenedModel:
+    """A model's folder before its weights are read: all that reading adapters takes."""
+
+    folder: Path
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    device: torch.device
+    dtype: torch.dtype
+    version: Future[str]  # hashing takes seconds where it is not known yet: beside the loading
+
+
+@dataclass(frozen=True)
 class LoadedModel:
     """A model ready to be stepped, and what the engine needs to know of it."""
 
@@ -50,10 +64,6 @@ class LoadedModel:
     def num_blocks(self) -> int:
         return self.runner.num_blocks
 
-    @property
-    def on_gpu(self) -> bool:
-        return self.runner.device.type == "cuda"
-
 
 class GrammarFactory:
     """Makes the compiler when the first constrained request comes: reading a large tokenizer takes a second."""
@@ -68,15 +78,39 @@ class GrammarFactory:
         return self._compiler.state(grammar)
 
 
-def load_model(config: EngineConfig, progress: bool = True) -> LoadedModel:
-    """Everything from the configuration to a runner: weights, KV pages, room for adapters."""
+def open_model(config: EngineConfig) -> OpenedModel:
+    """What the configuration names, found and described."""
     device = choose_device(config.device)
     folder = fetch(config.model)
     spec = read_spec(folder)
     checkpoint = Checkpoint(folder, device if device.type == "cuda" else None)
-    hasher = ThreadPoolExecutor(1, "hash-weights")
-    version = hasher.submit(base_version, checkpoint)  # takes seconds where it is not known yet: beside the loading
-    dtype = compute_dtype(config.dtype, spec, device)
+    version = ThreadPoolExecutor(1, "hash-weights").submit(base_version, checkpoint)
+    return OpenedModel(folder, checkpoint, spec, device, compute_dtype(config.dtype, spec, device), version)
+
+
+def adapter_reader(config: AdapterConfig, opened: OpenedModel) -> Callable[[str], Adapter]:
+    """Reads a folder as this model serves it; several threads may ask."""
+
+    def read(path: str) -> Adapter:
+        pin = opened.device.type == "cuda"
+        adapter = read_adapter(path, opened.spec, opened.dtype, config.max_lora_rank, pin=pin)
+        if config.require_eval:
+            check(config.require_eval, opened.version.result(), adapter.identity, config.max_drop)
+        return adapter
+
+    return read
+
+
+def load_model(
+    config: EngineConfig,
+    progress: bool = True,
+    opened: OpenedModel | None = None,
+    settle: Callable[[], object] = lambda: None,
+) -> LoadedModel:
+    """Everything from the configuration to a runner: weights, KV pages, room for adapters. `settle` returns when no
+    other thread uses the device any more, which capturing graphs does not allow."""
+    opened = opened or open_model(config)
+    device, spec, dtype = opened.device, opened.spec, opened.dtype
     max_model_len = choose_max_len(config.max_model_len, spec)
     adapters = make_store(config.adapters, spec, device, dtype, config.cache.unified_memory)
     kernels = choose_kernels(config, device, adapters.pages)
@@ -84,11 +118,13 @@ def load_model(config: EngineConfig, progress: bool = True) -> LoadedModel:
     if arriving is not None:
         assert kernels.lora is not None
         kernels = replace(kernels, lora=ArrivingLora(kernels.lora, adapters.pages, arriving))
-    model = load(checkpoint, spec, kernels, device, dtype, max_model_len, progress)
+    model = load(opened.checkpoint, spec, kernels, device, dtype, max_model_len, progress)
     if device.type == "cuda":
         from inlaid.engine.cuda_runner import CudaRunner
 
-        runner: ModelRunner = CudaRunner(model, config, device, dtype, max_model_len, adapters, progress, arriving)
+        runner: ModelRunner = CudaRunner(
+            model, config, device, dtype, max_model_len, adapters, progress, arriving, settle
+        )
     else:
         num_blocks = count_blocks(config, spec, device, dtype, max_model_len)
         unified = None
@@ -98,12 +134,12 @@ def load_model(config: EngineConfig, progress: bool = True) -> LoadedModel:
     return LoadedModel(
         runner=runner,
         spec=spec,
-        folder=folder,
-        base_version=version.result(),
+        folder=opened.folder,
+        base_version=opened.version.result(),
         dtype=dtype,
         max_model_len=max_model_len,
         adapters=adapters,
-        grammars=GrammarFactory(folder, spec.vocab_size, spec.eos_token_ids),
+        grammars=GrammarFactory(opened.folder, spec.vocab_size, spec.eos_token_ids),
     )
 
 

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -76,26 +76,30 @@ def build_engine(config: EngineConfig, adapters: Mapping[str, str], *, strict: b
     """Load the model and the adapters named. With strict an adapter that cannot be served raises; else it is left out
     and named."""
     began = time.monotonic()
-    from inlaid.engine.loading import load_model
+    from inlaid.engine.loading import adapter_reader, load_model, open_model
 
     _leave_a_core_to_http()
     imported = time.monotonic()
-    model = load_model(config)
-    made = time.monotonic()
-    engine = make_engine(
-        config,
-        model.runner,
-        time.monotonic,
-        num_blocks=model.num_blocks,
-        max_model_len=model.max_model_len,
-        adapters=model.adapters,
-        eos_ids=model.spec.eos_token_ids,
-        base_version=model.base_version,
-        make_grammar=model.grammars,
-        pool=model.runner.pool,
-    )
-    loaded = Loaded(engine, _describe(config, model), LoraAdapters(config, model), compile_grammar=model.grammars)
-    load_adapters(loaded, adapters, strict)
+    opened = open_model(config)
+    read = adapter_reader(config.adapters, opened)
+    with Readers(adapters, read) as readers:
+        model = load_model(config, opened=opened, settle=readers.wait)
+        made = time.monotonic()
+        engine = make_engine(
+            config,
+            model.runner,
+            time.monotonic,
+            num_blocks=model.num_blocks,
+            max_model_len=model.max_model_len,
+            adapters=model.adapters,
+            eos_ids=model.spec.eos_token_ids,
+            base_version=model.base_version,
+            make_grammar=model.grammars,
+            pool=model.runner.pool,
+        )
+        directory = LoraAdapters(config, model, read)
+        loaded = Loaded(engine, _describe(config, model), directory, compile_grammar=model.grammars)
+        install(loaded, readers, strict)
     spent = process_age() - (time.monotonic() - began), imported - began, made - imported, time.monotonic() - made
     log.info("start-up: process %.1f s, imports %.1f s, model %.1f s, adapters %.1f s", *spent)
     return loaded
@@ -118,32 +122,51 @@ def _leave_a_core_to_http() -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
 
 
-def load_adapters(loaded: Loaded, adapters: Mapping[str, str], strict: bool) -> None:
-    """Read several at a time and install one by one, with a progress bar when it takes long."""
-    import torch
-    from tqdm import tqdm
+class Readers:
+    """Adapters read from disk, several at a time, while the model is loaded."""
 
-    threads = torch.get_num_threads()
+    def __init__(self, adapters: Mapping[str, str], read: Callable[[str], Any]) -> None:
+        import torch
 
-    def read(path: str) -> tuple[Any, float]:
+        self._threads = torch.get_num_threads()
+        alone = partial(torch.set_num_threads, 1)  # readers with a team of threads each would wait for one another
+        self._pool = ThreadPoolExecutor(_READERS, "adapter-reader", alone)
+        self.reads = {name: self._pool.submit(self._timed, read, path) for name, path in adapters.items()}
+
+    def wait(self) -> None:
+        """Until each is read, or cannot be; with a progress bar when it takes long."""
+        from tqdm import tqdm
+
+        for _ in tqdm(
+            as_completed(self.reads.values()), "reading adapters", total=len(self.reads), delay=1, leave=False
+        ):
+            pass
+
+    @staticmethod
+    def _timed(read: Callable[[str], Any], path: str) -> tuple[Any, float]:
         started = time.monotonic()
-        return loaded.adapters.read(path), time.monotonic() - started
+        return read(path), time.monotonic() - started
 
-    alone = partial(torch.set_num_threads, 1)  # readers with a team of threads each would wait for one another
-    try:
-        with ThreadPoolExecutor(_READERS, "adapter-reader", alone) as readers:
-            reads = {name: readers.submit(read, path) for name, path in adapters.items()}
-            for name, done in tqdm(reads.items(), desc="loading adapters", delay=1, leave=False):
-                try:
-                    adapter, seconds = done.result()
-                    loaded.adapters.install(name, adapter, False, seconds)
-                except (ValueError, OSError) as error:
-                    if strict:
-                        readers.shutdown(wait=False, cancel_futures=True)
-                        raise
-                    loaded.left_out[name] = str(error)
-    finally:
-        torch.set_num_threads(threads)
+    def __enter__(self) -> Readers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        import torch
+
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        torch.set_num_threads(self._threads)
+
+
+def install(loaded: Loaded, readers: Readers, strict: bool) -> None:
+    """One by one; with strict the first that cannot be served raises, else it is left out and named."""
+    readers.wait()
+    for name, done in readers.reads.items():
+        try:
+            loaded.adapters.install(name, done.result()[0], False, done.result()[1])
+        except (ValueError, OSError) as error:
+            if strict:
+                raise
+            loaded.left_out[name] = str(error)
 
 
 def _describe(config: EngineConfig, model: LoadedModel) -> ModelInfo:
@@ -164,19 +187,10 @@ def _describe(config: EngineConfig, model: LoadedModel) -> ModelInfo:
 class LoraAdapters:
     """The store, read from disk and described."""
 
-    def __init__(self, config: EngineConfig, model: LoadedModel) -> None:
+    def __init__(self, config: EngineConfig, model: LoadedModel, read: Callable[[str], Any]) -> None:
         self._config = config.adapters
         self._model = model
-
-    def read(self, path: str) -> Any:
-        from inlaid.adapters.gate import check
-        from inlaid.adapters.peft import read_adapter
-
-        config, model = self._config, self._model
-        adapter = read_adapter(path, model.spec, model.dtype, config.max_lora_rank, pin=model.on_gpu)
-        if config.require_eval:
-            check(config.require_eval, model.base_version, adapter.identity, config.max_drop)
-        return adapter
+        self.read = read
 
     def install(self, name: str, adapter: Any, in_place: bool, seconds: float, pinned: bool | None = None) -> None:
         store = self._model.adapters

@@ -158,7 +158,7 @@ class Comparison:
     unseen: list[Step]
 
 
-def validate(loaded: Loaded, plan: Plan) -> Comparison:
+def validate(loaded: Loaded, plan: Plan, on_row: Callable[[Comparison], None] = lambda found: None) -> Comparison:
     """Rounds of bursts and of other loads, to which the cost model is fitted, take turns with rounds of the compared
     traces, which it never sees: a machine whose speed drifts drifts under both. Bursts show batches of all sizes, the
     others how a step with a single prompt differs from one with many."""
@@ -184,6 +184,7 @@ def validate(loaded: Loaded, plan: Plan) -> Comparison:
             found.rows.append({**row, "fit_on_unseen_steps": errors(cost, unseen)})
             found.fitted += fitted
             found.unseen += unseen
+            on_row(found)
     return found
 
 

@@ -38,7 +38,8 @@ LIMITS = {  # seconds
     "exllama-7b": 120, "exllama-demo": 90, "soak": 110,
     "demo": 90, "gates": 240, "micro": 300, "offline-7b": 150, "offline-8b": 130, "startup-8b": 150,
     "micro-decode_attention-pending": 90, "micro-ordered": 120,
-    "sched": 150, "quant": 480,
+    "startprofile-7b": 100, "startprofile-tiny": 60,
+    "sched": 240, "quant": 480,
     "adapters-load": 60, "adapters-modes": 230, "adapters-modes-cached": 120,
     "adapters-cliff-mixed": 120, "adapters-cliff-slots": 130, "adapters-cliff-resident": 100, "adapters-crossover": 150,
     "serve-tiny": 100, "serve-tiny-arrival": 100, "serve-cliff-tiny": 100, "ranks-tiny": 100, "variants-tiny": 100,
@@ -47,11 +48,11 @@ LIMITS = {  # seconds
 CALLS = {  # the lanes of ten minutes
     "a": (
         ("serve-7b", "serve-8b", "serve-cliff-8b-largest", "ranks-7b", "startwarm-7b"),
-        ("sched", "quant", "sweep"),
+        ("quant", "sweep"),
     ),
     "b": (
-        ("exllama-7b", "soak", "exllama-demo", "demo", "determinism-7b", "gates"),
-        ("adapters-modes", "adapters-crossover", "serve-cliff-8b", "serve-7b-unified"),
+        ("sched", "exllama-7b", "startprofile-7b", "startwarm-7b", "determinism-7b"),
+        ("soak", "exllama-demo", "demo", "adapters-modes", "adapters-crossover", "gates"),
     ),
     "c": (
         ("serve-7b-arrival", "serve-8b-arrival", "variants-7b", "variants-8b"),
@@ -101,7 +102,7 @@ def run_stage(name: str, out: Path, keep: Callable[[dict[str, Any]], None]) -> d
         "micro": lambda: micro.run(keep, tuple(rest.split("-")) if rest else tuple(micro.PARTS)),
         "demo": demo.run,
         "soak": soak.run,
-        "sched": lambda: sched.run(out),
+        "sched": lambda: sched.run(out, keep=keep),
         "quant": lambda: quant_speed.measure(quant_speed.options().parse_args([]), keep),
         "adapters": lambda: adapters.run(name, keep),
         "offline": lambda: offline.run(rest, keep),
@@ -110,6 +111,7 @@ def run_stage(name: str, out: Path, keep: Callable[[dict[str, Any]], None]) -> d
         "serve": lambda: served(rest, keep),
         "ranks": lambda: serving.ranks(rest, keep),
         "startup": lambda: serving.start_up(rest, keep),
+        "startprofile": lambda: offline.start_profile(rest),
         "startwarm": lambda: serving.start_warm(rest, keep),
         "exllama": lambda: demo.run("exllama") if rest == "demo" else serving.on_backend(rest, "exllama", keep),
     }

@@ -3,6 +3,9 @@ the same tokens again; and one decode step under other choices of kernels (step.
 
 from __future__ import annotations
 
+import cProfile
+import io
+import pstats
 import random
 import time
 from dataclasses import asdict
@@ -139,6 +142,22 @@ def load(shape: str, count: int, **changes: Any) -> tuple[Loaded, ModelSpec]:
     adapters = dict(list(adapters.items())[:count])
     config = engine_config(model, max(1, count), max(RANKS[shape]), **changes)
     return build_engine(config, adapters), spec_of(shape)
+
+
+def start_profile(shape: str) -> dict[str, Any]:
+    """Where the main thread's seconds go while an engine starts, with the caches as they are."""
+    files(shape, RANKS[shape], max(some for some, _, _ in ROWS[shape]))
+    profile = cProfile.Profile()
+    begin = time.perf_counter()
+    loaded, _ = profile.runcall(load, shape, 32)
+    seconds = time.perf_counter() - begin
+    assert loaded.engine is not None
+    tables = {}
+    for order in ("tottime", "cumulative"):
+        text = io.StringIO()
+        pstats.Stats(profile, stream=text).sort_stats(order).print_stats(60)
+        tables[order] = [line.rstrip() for line in text.getvalue().splitlines() if line.strip()]
+    return {"shape": shape, "seconds": seconds, **tables}
 
 
 def run(shape: str, keep: Keep) -> dict[str, Any]:

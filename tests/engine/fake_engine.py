@@ -12,7 +12,7 @@ from typing import Any
 from inlaid.config import EngineConfig
 from inlaid.engine.engine import Engine, make_engine
 from inlaid.engine.messages import AdapterInfo, ModelInfo
-from inlaid.engine.process import Loaded, load_adapters
+from inlaid.engine.process import Loaded, Readers, install
 from inlaid.engine.request import Batch, Grammar, NewRequest, Request
 from tests.engine.fake_runner import EOS, VOCABULARY, FakeAdapters, FakeRunner
 
@@ -99,5 +99,6 @@ def build(config: EngineConfig, adapters: Mapping[str, str], *, strict: bool = T
         dtype="none",
     )
     loaded = Loaded(engine, model, _Adapters(directory), compile_grammar=_compile)
-    load_adapters(loaded, adapters, strict)
+    with Readers(adapters, loaded.adapters.read) as readers:
+        install(loaded, readers, strict)
     return loaded

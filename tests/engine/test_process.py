@@ -7,13 +7,14 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from inlaid.config import AdapterConfig, EngineConfig, SchedulerConfig
-from inlaid.engine import messages
+from inlaid.engine import loading, messages, process
 from inlaid.engine.process import build_engine
 from inlaid.engine.request import NewRequest, SamplingParams
 from tests.engine.fake_engine import ENVIRONMENT, FACTORY
@@ -95,6 +96,35 @@ def test_an_adapter_that_cannot_be_served_ends_a_strict_start_and_is_left_out_of
     loaded = build_engine(config, adapters, strict=False)
     assert [info.name for info in loaded.adapters.list()] == ["good"]
     assert list(loaded.left_out) == ["bad"]
+
+
+def test_adapters_are_read_while_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights come only when an adapter has been read, and graphs would be captured only when all have been."""
+    first, real, load_model = threading.Event(), loading.read_adapter, loading.load_model
+
+    def read(*args: Any, **more: Any) -> Any:
+        adapter = real(*args, **more)
+        first.set()
+        return adapter
+
+    def load(config: EngineConfig, opened: Any, settle: Any) -> Any:
+        assert first.wait(30)
+        settle()
+        assert all(one.done() for one in readers[0].reads.values())
+        return load_model(config, opened=opened, settle=settle)
+
+    class Readers(process.Readers):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            readers.append(self)
+
+    readers: list[process.Readers] = []
+    monkeypatch.setattr(loading, "read_adapter", read)
+    monkeypatch.setattr(loading, "load_model", load)
+    monkeypatch.setattr(process, "Readers", Readers)
+    adapters = {name: str(DEMO / "adapters" / name) for name in ("to_velar", "maths")}
+    loaded = build_engine(EngineConfig(model=str(DEMO / "base")), adapters)
+    assert {info.name for info in loaded.adapters.list()} == set(adapters)
 
 
 def test_with_require_eval_only_adapters_with_a_passing_record_are_served(tmp_path: Path) -> None:
