@@ -93,7 +93,7 @@ class Stages:
                 at += count
 
 
-def tensors_in(data: bytearray) -> dict[str, Tensor]:
+def tensors_in(data: bytearray | memoryview) -> dict[str, Tensor]:
     """A whole safetensors file in memory as views of it; `safetensors.torch.load` would copy each, and let no other
     thread run meanwhile. CheckpointError: it is not one, tensors overlap, or bytes are left over."""
     length = int.from_bytes(data[:8], "little")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from inlaid.kernels.backend import MODULES
@@ -73,19 +74,21 @@ def read_adapter(
         tensors = _parse_weights(weight_bytes)
         factors = _pair(tensors, spec)
         _check_targets(config, factors, spec)
-        _check_values(factors, dtype)
         scales = {site: _scale(config, site, a.shape[0]) for site, (a, _) in factors.items()}
         _check_ranks(config, factors, max_rank)
         if not allow_noop and all(scales[site] == 0 or not b.any() for site, (_, b) in factors.items()):
             raise AdapterError("every B is zero, so it changes nothing; it looks untrained")
+        identity = hashlib.sha256(hashlib.sha256(config_bytes).digest())
+        identity.update(weight_bytes)
+        adapter = lay_out(identity.hexdigest(), str(folder), factors, scales, dtype, pin)
+        if not _is_finite(adapter.flat):
+            _check_values(factors, dtype)
     except AdapterError as error:
         raise AdapterError(f"adapter {folder}: {error}") from None
-    identity = hashlib.sha256(hashlib.sha256(config_bytes).digest())
-    identity.update(weight_bytes)
-    return lay_out(identity.hexdigest(), str(folder), factors, scales, dtype, pin)
+    return adapter
 
 
-def _read_files(folder: Path) -> tuple[bytes, bytearray]:
+def _read_files(folder: Path) -> tuple[bytes, memoryview]:
     config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     if not folder.is_dir():
         raise AdapterError(f"adapter {folder}: there is no such folder")
@@ -99,7 +102,7 @@ def _read_files(folder: Path) -> tuple[bytes, bytearray]:
             )
         raise AdapterError(f"adapter {folder}: it has no adapter_model.safetensors")
     before = [_state(file) for file in (config, weights)]
-    data = bytearray(weights.stat().st_size)
+    data = np.empty(weights.stat().st_size, np.uint8).data  # a bytearray would be filled first, and hold up all threads
     with weights.open("rb") as file:
         whole = file.readinto(data) == len(data)
     read = config.read_bytes(), data
@@ -178,7 +181,7 @@ def _check_types(config: Mapping[str, Any]) -> None:
         raise AdapterError(f"layers_to_transform must be a layer or a list of layers, not {indices!r}")
 
 
-def _parse_weights(data: bytearray) -> dict[str, torch.Tensor]:
+def _parse_weights(data: memoryview) -> dict[str, torch.Tensor]:
     try:
         tensors = tensors_in(data)
     except CheckpointError as error:
@@ -244,6 +247,9 @@ def _check_shape(site: int, a: torch.Tensor, b: torch.Tensor, spec: ModelSpec) -
             f"{site_path(site)} has A {tuple(a.shape)} and B {tuple(b.shape)}, "
             f"made for another base: this one's layer is {inputs} to {outputs}"
         )
+    for factor, tensor in (("A", a), ("B", b)):
+        if not tensor.is_floating_point():
+            raise AdapterError(f"{site_path(site)} lora_{factor} is {tensor.dtype}, not a floating-point type")
     if a.shape[0] != b.shape[1] or a.shape[0] == 0:
         raise AdapterError(f"{site_path(site)}: A has rank {a.shape[0]} and B has rank {b.shape[1]}")
     return a, b
@@ -325,15 +331,18 @@ def _check_ranks(config: Mapping[str, Any], factors: Factors, max_rank: int) -> 
 
 
 def _check_values(factors: Factors, dtype: torch.dtype) -> None:
+    """Name the first that is not finite in the compute type."""
     for site, pair in factors.items():
         for factor, tensor in zip("AB", pair, strict=True):
-            if not tensor.is_floating_point():
-                raise AdapterError(f"{site_path(site)} lora_{factor} is {tensor.dtype}, not a floating-point type")
-            least, most = torch.aminmax(tensor.to(dtype))  # each is NaN where one is in between
-            if not torch.isfinite(torch.stack((least, most))).all():
+            if not _is_finite(tensor.to(dtype)):
                 finite = torch.isfinite(tensor.float()).all()
                 wrong = f"does not fit into {dtype}" if finite else "holds NaN or infinity"
                 raise AdapterError(f"{site_path(site)} lora_{factor} {wrong}")
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    least, most = torch.aminmax(tensor)  # each is NaN where one is in between
+    return math.isfinite(least) and math.isfinite(most)
 
 
 def lay_out(

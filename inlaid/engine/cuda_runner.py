@@ -56,6 +56,7 @@ log = logging.getLogger(__name__)
 
 DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 TOKEN_BUCKETS = (64, 128, 192, 256, *range(384, 2048, 128), 2048, 3072, 4096, 6144, 8192)
+BY_HEAD = True  # how keys and values lie in memory
 STAGES = 4  # metadata and results of so many steps may be under way
 SPARE_TILES = 128  # prompts in a captured step beyond those that fill their query tiles
 TABLE_UPDATES = 1 << 16  # new KV blocks told to the device in one go
@@ -141,7 +142,7 @@ class CudaRunner(ModelRunner):
         """Compile everything on a cache of two blocks, give the KV what memory is left, capture the graphs."""
         spec = self.model.spec
         begin = time.monotonic()
-        self.forward.cache = new_cache(spec, 2, self.block_size, self.device, self.dtype)
+        self.forward.cache = new_cache(spec, 2, self.block_size, self.device, self.dtype, BY_HEAD)
         with torch.inference_mode():
             layouts = self._captured_layouts() if self._on_gpu and not config.enforce_eager else []
             for layout in tqdm(layouts, desc="compiling kernels", disable=not progress, delay=1, leave=False):
@@ -202,10 +203,10 @@ class CudaRunner(ModelRunner):
         floor = floor_blocks(store, spec, self.block_size) if unified else 0
         self.num_blocks = count_blocks(config, spec, self.device, self.dtype, max_model_len, floor)
         if unified:
-            shared = unify(spec, config.cache, self.num_blocks, max_model_len, store, self.device, self.dtype)
+            shared = unify(spec, config.cache, self.num_blocks, max_model_len, store, self.device, self.dtype, BY_HEAD)
             self.cache, self.stride, self.pool = shared.cache, shared.stride, shared.pool
         else:
-            self.cache = new_cache(spec, self.num_blocks, self.block_size, self.device, self.dtype)
+            self.cache = new_cache(spec, self.num_blocks, self.block_size, self.device, self.dtype, BY_HEAD)
         self.forward.cache = self.cache
 
     def _captured_layouts(self) -> list[Layout]:

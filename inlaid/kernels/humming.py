@@ -11,6 +11,7 @@ time (humming_order.py).
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -242,4 +243,6 @@ def use_headers(ordered: bool) -> None:
     wanted = headers(installed, Path(get_humming_cache_dir())) if ordered else installed
     if wanted != Path(Compiler.humming_include_dir()):
         Compiler.humming_include_dir = staticmethod(lambda: str(wanted))
+        listed = getattr(Compiler, "listed", Compiler.cuh_last_update_time)  # the package's own, for every kernel again
+        Compiler.listed, Compiler.cuh_last_update_time = staticmethod(listed), staticmethod(functools.cache(listed))
         KernelRuntime._instances, HummingKernel._str2kernel_cache = {}, {}  # what is on the device already stays there

@@ -38,7 +38,7 @@ LIMITS = {  # seconds
     "exllama-7b": 120, "exllama-demo": 90, "soak": 110,
     "demo": 90, "gates": 240, "micro": 300, "offline-7b": 150, "offline-8b": 130, "startup-8b": 150,
     "micro-decode_attention-pending": 90, "micro-ordered": 120,
-    "startprofile-7b": 100, "startprofile-tiny": 60,
+    "starts-7b": 300, "starts-tiny": 100, "micro-layout": 100, "micro-layout-decode_attention": 150,
     "sched": 240, "quant": 480,
     "adapters-load": 60, "adapters-modes": 230, "adapters-modes-cached": 120,
     "adapters-cliff-mixed": 120, "adapters-cliff-slots": 130, "adapters-cliff-resident": 100, "adapters-crossover": 150,
@@ -51,7 +51,7 @@ CALLS = {  # the lanes of ten minutes
         ("quant", "sweep"),
     ),
     "b": (
-        ("sched", "exllama-7b", "startprofile-7b", "startwarm-7b", "determinism-7b"),
+        ("sched", "exllama-7b", "starts-7b", "determinism-7b"),
         ("soak", "exllama-demo", "demo", "adapters-modes", "adapters-crossover", "gates"),
     ),
     "c": (
@@ -92,7 +92,7 @@ def said(*command: str) -> str:
 
 def run_stage(name: str, out: Path, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """The stage's own result, in this process; `keep` writes what there is so far."""
-    from perf.gpu import adapters, demo, gates, humming_sweep, micro, offline, quant_speed, sched, serving, soak
+    from perf.gpu import adapters, demo, gates, humming_sweep, micro, offline, quant_speed, sched, serving, soak, starts
 
     kind, _, rest = name.partition("-")
     stages: dict[str, Callable[[], dict[str, Any]]] = {
@@ -111,7 +111,7 @@ def run_stage(name: str, out: Path, keep: Callable[[dict[str, Any]], None]) -> d
         "serve": lambda: served(rest, keep),
         "ranks": lambda: serving.ranks(rest, keep),
         "startup": lambda: serving.start_up(rest, keep),
-        "startprofile": lambda: offline.start_profile(rest),
+        "starts": lambda: starts.run(rest, keep),
         "startwarm": lambda: serving.start_warm(rest, keep),
         "exllama": lambda: demo.run("exllama") if rest == "demo" else serving.on_backend(rest, "exllama", keep),
     }

@@ -1,3 +1,4 @@
+# mypy: disallow_untyped_defs=False, disallow_incomplete_defs=False
 """Times of the kernels of a step beside their floors: linears, attention, adapters and the small operations. One stage
 of bench.py; the shapes are those of Llama-2-7B and Llama-3-8B."""
 
@@ -10,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import triton
+import triton.language as tl
 
 from inlaid.checkpoint import QuantSpec
 from inlaid.kernels import attention_triton, command, fused_triton, lora_triton
@@ -36,6 +39,10 @@ ADAPTERS = [
 ]
 
 ONE_TILES = ((64, 4, 1), (32, 4, 1), (32, 4, 3), (64, 4, 2), (64, 8, 2))
+LAYOUT_TILES = {
+    True: ((32, 4, 3), (16, 2, 3), (32, 2, 3), (32, 2, 4), (64, 4, 2), (64, 4, 3), (32, 4, 4)),
+    False: ((64, 4, 3), (32, 4, 3), (64, 4, 2), (128, 4, 2)),
+}
 GROUP_TILES = ((64, 4, 3), (64, 4, 5), (32, 4, 3), (32, 4, 5), (64, 2, 3))
 SHRINKS = (
     (4, 128, 2, 4),
@@ -93,6 +100,50 @@ def decode_attention() -> list[dict[str, Any]]:
                 "default_us": times[default_name], "floor": ceiling().microseconds(moved), "all": times,
             }
         )  # fmt: skip
+    return found
+
+
+@triton.jit
+def _read_kernel(x, out, count, BLOCK: tl.constexpr, TURNS: tl.constexpr):
+    total = tl.zeros((BLOCK,), tl.float32)
+    first = tl.program_id(0).to(tl.int64) * BLOCK * TURNS
+    for turn in tl.range(0, TURNS, num_stages=3):
+        at = first + turn * BLOCK + tl.arange(0, BLOCK)
+        total += tl.load(x + at, mask=at < count, other=0.0).to(tl.float32)
+    tl.store(out + tl.program_id(0), tl.sum(total, axis=0))
+
+
+def layout() -> list[dict[str, Any]]:
+    """Decode attention with a token's heads side by side in memory, or a head's tokens, in several tiles; and how long
+    reading as many bytes takes."""
+    found = []
+    for heads, kv, batch, context in ((32, 32, 64, 320), (32, 32, 256, 320), (32, 8, 64, 320), (32, 8, 256, 320)):
+        moved = 2 * batch * context * kv * 128 * 2
+        copies = max(1, int(CACHE // moved)) if moved < CACHE else 1
+        blocks = batch * -(-context // 16) + 1
+        caches = [torch.randn(2, blocks, 16, kv, 128, device=DEVICE).half() for _ in range(copies)]
+        tables = (torch.randperm(blocks - 1, device=DEVICE) + 1).int().view(batch, -1).contiguous()
+        lengths = torch.full((batch,), context, dtype=torch.int32, device=DEVICE)
+        q = torch.randn(batch, heads, 128, device=DEVICE).half()
+        out = torch.empty_like(q)
+        splits = attention_triton.num_splits(batch, kv)
+        scratch = attention_triton.decode_scratch(batch, heads, 128, splits, DEVICE)
+        times = {}
+        for name, by_head in (("by token", False), ("by head", True)):
+            laid = [c.view(2, blocks, kv, 16, 128).transpose(2, 3) if by_head else c for c in caches]
+            for tile in LAYOUT_TILES[heads == kv]:
+                decode = partial(
+                    attention_triton.decode, tables_SB=tables, lengths_S=lengths, out_SHC=out, scratch=scratch,
+                    splits=splits, tile=tile,
+                )  # fmt: skip
+                times[f"{name} {tile}"] = time_calls([partial(decode, q, c[0], c[1]) for c in laid], 9)
+        sums = torch.empty(1 << 16, device=DEVICE)
+        for block, turns in ((2048, 16), (4096, 16), (2048, 64)):
+            flat = [c.view(-1) for c in caches]
+            launch = _read_kernel[(triton.cdiv(flat[0].numel(), block * turns),)]
+            launches = [partial(launch, x, sums, x.numel(), BLOCK=block, TURNS=turns, num_warps=4) for x in flat]
+            times[f"reading {block} x {turns}"] = time_calls(launches, 9)
+        found.append({"heads": f"{heads}/{kv}", "batch": batch, "context": context, "bytes": moved, "us": times})
     return found
 
 
@@ -272,7 +323,7 @@ def ordered() -> list[dict[str, Any]]:
 
 PARTS = {
     part.__name__: part
-    for part in (decode_attention, pending, ordered, prefill_attention, adapters, small_operations, linears)
+    for part in (decode_attention, layout, pending, ordered, prefill_attention, adapters, small_operations, linears)
 }
 
 

@@ -3,9 +3,6 @@ the same tokens again; and one decode step under other choices of kernels (step.
 
 from __future__ import annotations
 
-import cProfile
-import io
-import pstats
 import random
 import time
 from dataclasses import asdict
@@ -16,7 +13,7 @@ from typing import Any
 from inlaid.checkpoint import QuantSpec
 from inlaid.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig
 from inlaid.engine.process import Loaded, build_engine
-from inlaid.engine.request import NewRequest, SamplingParams
+from inlaid.engine.request import Batch, NewRequest, SamplingParams
 from inlaid.kernels.measure import Ceiling
 from inlaid.model.spec import ModelSpec
 from perf.gpu import step as step_module
@@ -115,12 +112,22 @@ def host_share(loaded: Loaded, adapters: int, concurrency: int, vocab: int) -> d
 
 
 def repeats(loaded: Loaded, adapters: int, vocab: int, times: int, count: int = 64) -> dict[str, Any]:
-    """The same requests over and over: how many answers are, token for token, those of the first time."""
+    """The same requests over and over: how many answers are, token for token, those of the first time, and whether
+    they were in the same batches. Before that once, as adapters come to the device with it and make other batches."""
     engine, generator = loaded.engine, random.Random(11)
     prompts = [[generator.randrange(3, vocab) for _ in range(32)] for _ in range(count)]
-    rounds = []
-    for turn in range(times):
+    rounds: list[dict[str, list[int]]] = []
+    batches: list[list[list[tuple[str, int]]]] = []  # of each round: of each batch, who and how many tokens
+    submit = engine.runner.submit
+
+    def noted(batch: Batch) -> Any:
+        batches[-1].append([(work.request.id.split("-")[1], work.num_tokens) for work in batch.works])
+        return submit(batch)
+
+    engine.runner.submit = noted  # type: ignore[method-assign]
+    for turn in range(times + 1):
         answers: dict[str, list[int]] = {}
+        batches.append([])
         for i, prompt in enumerate(prompts):
             name = f"a{i % adapters}" if adapters else None
             params = SamplingParams(max_tokens=32, temperature=0.0, ignore_eos=True)
@@ -129,10 +136,13 @@ def repeats(loaded: Loaded, adapters: int, vocab: int, times: int, count: int = 
             for output in engine.step():
                 answers.setdefault(output.id.split("-")[1], []).extend(output.tokens)
         rounds.append(answers)
-    same = [sum(answers[name] == rounds[0][name] for name in answers) for answers in rounds[1:]]
+    engine.runner.submit = submit  # type: ignore[method-assign]
+    same = [sum(answers[name] == rounds[1][name] for name in answers) for answers in rounds]
     return {
-        "requests": len(prompts), "tokens": 32, "repetitions": len(same),
-        "all_equal": sum(one == len(prompts) for one in same), "fewest_equal": min(same),
+        "requests": len(prompts), "tokens": 32, "repetitions": times - 1,
+        "all_equal": sum(one == len(prompts) for one in same[2:]), "fewest_equal": min(same[2:]),
+        "in_the_same_batches": sum(one == batches[1] for one in batches[2:]),
+        "the_time_before": {"equal": same[0], "in_the_same_batches": batches[0] == batches[1]},
     }  # fmt: skip
 
 
@@ -142,22 +152,6 @@ def load(shape: str, count: int, **changes: Any) -> tuple[Loaded, ModelSpec]:
     adapters = dict(list(adapters.items())[:count])
     config = engine_config(model, max(1, count), max(RANKS[shape]), **changes)
     return build_engine(config, adapters), spec_of(shape)
-
-
-def start_profile(shape: str) -> dict[str, Any]:
-    """Where the main thread's seconds go while an engine starts, with the caches as they are."""
-    files(shape, RANKS[shape], max(some for some, _, _ in ROWS[shape]))
-    profile = cProfile.Profile()
-    begin = time.perf_counter()
-    loaded, _ = profile.runcall(load, shape, 32)
-    seconds = time.perf_counter() - begin
-    assert loaded.engine is not None
-    tables = {}
-    for order in ("tottime", "cumulative"):
-        text = io.StringIO()
-        pstats.Stats(profile, stream=text).sort_stats(order).print_stats(60)
-        tables[order] = [line.rstrip() for line in text.getvalue().splitlines() if line.strip()]
-    return {"shape": shape, "seconds": seconds, **tables}
 
 
 def run(shape: str, keep: Keep) -> dict[str, Any]:

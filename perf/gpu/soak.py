@@ -111,6 +111,31 @@ def alone(engine: Engine, request: NewRequest) -> list[int]:
     return tokens
 
 
+def difference(engine: Engine, seen: Seen) -> dict[str, Any] | None:
+    """Where an answer departs from the same request's alone, and by how much the token there beat the runner-up: other
+    batches take other kernels, whose sums are rounded in another order. Of greedy ones a lead of more than a rounding
+    error would be a wrong token; drawn ones (`temperature`) also depend on their noise."""
+    tokens = alone(engine, seen.request)
+    if tokens == seen.tokens:
+        return None
+    at = next((i for i, (a, b) in enumerate(zip(tokens, seen.tokens, strict=False)) if a != b), None)
+    params = msgspec.structs.replace(seen.request.params, logprobs=2)
+    leads = [one.top[0][1] - one.top[1][1] for one in _logprobs(engine, seen.request, params)]
+    return {
+        "id": seen.request.id, "temperature": seen.request.params.temperature, "at": at,
+        "tokens": [len(tokens), len(seen.tokens)], "lead": None if at is None else round(leads[at], 4),
+    }  # fmt: skip
+
+
+def _logprobs(engine: Engine, request: NewRequest, params: SamplingParams) -> list[Any]:
+    engine.add(msgspec.structs.replace(request, id="again-" + request.id, params=params))
+    found: list[Any] = []
+    while engine.has_work:
+        for output in engine.step():
+            found += output.logprobs or []
+    return found
+
+
 def left_over(loaded: Loaded) -> dict[str, int]:
     """What an idle engine still holds; everything must be zero."""
     engine = loaded.engine
@@ -119,12 +144,13 @@ def left_over(loaded: Loaded) -> dict[str, int]:
     pool = engine.scheduler.pool
     runner: Any = engine.runner
     runner.adapters.check()
+    ended = set(engine.scheduler.released)  # since the last step; the next one tells the runner
     return {
         "kv_blocks": pool.capacity - pool.num_available,
         "requests": len(engine.scheduler.requests),
         "adapter_requests": sum(int(runner.adapters.references(info.identity)) for info in loaded.adapters.list()),
-        "noise_keys": len(runner._keys),
-        "rows": len(getattr(runner, "_rows", ())),
+        "noise_keys": len(set(runner._keys) - ended),
+        "rows": len(set(getattr(runner, "_rows", ())) - ended),
     }
 
 
@@ -143,7 +169,7 @@ def run(seconds: float = 40.0, device: str | None = None) -> dict[str, Any]:
         loaded.adapters.install(name, loaded.adapters.read(str(ADAPTERS / name)), False, 0.0)
     finished = [one for one in seen.values() if one.reason in (FinishReason.STOP, FinishReason.LENGTH)]
     checked = generator.sample(finished, min(CHECKED, len(finished)))
-    different = [one.request.id for one in checked if alone(loaded.engine, one.request) != one.tokens]
+    different = [found for one in checked if (found := difference(loaded.engine, one)) is not None]
     reasons = [one.reason.value if one.reason else "none" for one in seen.values()]
     report = {
         "device": device,

@@ -1,0 +1,134 @@
+"""What an engine's start spends its seconds on, and under which choices it is shorter. Stage `starts-SHAPE` of
+bench.py.
+
+Each start is a process of its own: `python -m perf.gpu.starts SHAPE CHOICE…` builds the engine as the server does,
+looks every few milliseconds where its main thread is, and prints what it found as JSON. The first start of a stage may
+have to compile; those after it have warm caches.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import FrameType
+from typing import Any
+
+from perf.gpu.serving import Keep, files
+
+LOOK = 0.003  # seconds between two looks
+CHOICES: dict[str, tuple[str, ...]] = {
+    "cold": (),
+    "warm": (),
+    "adapters read after the model": ("after",),
+    "threads take turns every 0.2 ms": ("switch",),
+    "both": ("switch", "after"),
+    "warm again": (),
+}
+
+
+class Watch(threading.Thread):
+    """Counts where a thread is: the innermost line of ours, and the innermost of all."""
+
+    def __init__(self, ident: int) -> None:
+        super().__init__(daemon=True)
+        self.ident_watched, self.over = ident, threading.Event()
+        self.ours: Counter[str] = Counter()
+        self.innermost: Counter[str] = Counter()
+        self.looks = 0
+
+    def run(self) -> None:
+        while not self.over.wait(LOOK):
+            frame = sys._current_frames().get(self.ident_watched)
+            if frame is not None:
+                self.looks += 1
+                self.innermost[_line(frame)] += 1
+                while frame is not None and "/inlaid/" not in frame.f_code.co_filename:
+                    frame = frame.f_back
+                if frame is not None:
+                    self.ours[_line(frame)] += 1
+
+    def found(self, seconds: float) -> dict[str, Any]:
+        share = seconds / max(1, self.looks)
+        return {
+            name: {line: round(count * share, 2) for line, count in counter.most_common(40)}
+            for name, counter in (("ours", self.ours), ("innermost", self.innermost))
+        }
+
+
+def _line(frame: FrameType) -> str:
+    code = frame.f_code
+    return f"{'/'.join(code.co_filename.split('/')[-3:])}:{frame.f_lineno} {code.co_name}"
+
+
+def one(shape: str, choices: list[str]) -> dict[str, Any]:
+    """A start in this process."""
+    if "switch" in choices:
+        sys.setswitchinterval(2e-4)
+    lines: list[str] = []
+    log = logging.getLogger()
+    log.setLevel(logging.INFO)
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    begin = time.perf_counter()
+    from inlaid.engine import process
+    from perf.gpu import offline
+
+    if "after" in choices:
+        process.Readers = _later()  # type: ignore[misc, assignment]
+    watch = Watch(threading.get_ident())
+    watch.start()
+    offline.load(shape, max(some for some, _, _ in offline.ROWS[shape]))
+    watch.over.set()
+    watch.join()
+    seconds = time.perf_counter() - begin
+    return {"seconds": seconds, "log": [line for line in lines if "start-up" in line], **watch.found(seconds)}
+
+
+def _later() -> type:
+    from inlaid.engine.process import Readers
+
+    class Later(Readers):
+        """Reads only when it is waited for."""
+
+        def __init__(self, adapters: Any, read: Any) -> None:
+            super().__init__({}, read)
+            self._given = adapters, read
+
+        def wait(self) -> None:
+            adapters, read = self._given
+            if not self.reads:
+                with ThreadPoolExecutor(8) as readers:
+                    self.reads = {name: readers.submit(self._timed, read, path) for name, path in adapters.items()}
+            super().wait()
+
+    return Later
+
+
+def run(shape: str, keep: Keep) -> dict[str, Any]:
+    """All choices, one after the other."""
+    from perf.gpu import offline
+
+    files(shape, offline.RANKS[shape], max(some for some, _, _ in offline.ROWS[shape]))
+    report: dict[str, Any] = {"shape": shape, "starts": []}
+    command = partial(subprocess.run, stdout=subprocess.PIPE, text=True)
+    for name, choices in CHOICES.items():
+        begin = time.monotonic()
+        done = command([sys.executable, "-m", "perf.gpu.starts", shape, *choices])
+        found = {"caches": name, "ready_s": time.monotonic() - begin}
+        last = done.stdout.splitlines()[-1] if done.stdout.strip() else "{}"
+        report["starts"].append(found | (json.loads(last) if done.returncode == 0 else {"error": done.returncode}))
+        keep(report)
+        print(name, found["ready_s"], flush=True)
+    return report
+
+
+if __name__ == "__main__":
+    print(json.dumps(one(sys.argv[1], sys.argv[2:])))
