@@ -9,7 +9,8 @@ Shapes: T tokens, D decodes (one token each, the first of T), P prefills, L rows
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, is_dataclass
 from functools import cached_property
 from typing import Any
 
@@ -19,8 +20,10 @@ from inlaid.kernels import attention_triton, fused_triton, lora_triton
 from inlaid.kernels.arriving import Arriving
 from inlaid.kernels.backend import AdapterPages
 from inlaid.kernels.sample_triton import Sampler
+from inlaid.layers.attention import Attention
 from inlaid.layers.linear import Linear
-from inlaid.model.transformer import KVCache, Transformer
+from inlaid.layers.norm import RMSNorm
+from inlaid.model.transformer import Block, KVCache, Transformer
 
 ALIGNMENT = 32  # of the pieces of meta, in elements: kernels are compiled for aligned addresses
 QUERY_TILE = 64
@@ -134,9 +137,10 @@ class Forward:
         found["tiles"] = found["tiles"].view(2, layout.tiles)
         return found
 
-    def run(self, layout: Layout, adapters: int) -> None:
-        """The whole step: from meta to sampled tokens."""
-        self.layers(layout, adapters)
+    def run(self, layout: Layout, adapters: int, blocks: Sequence[int] | None = None) -> None:
+        """The whole step: from meta to sampled tokens; or with these blocks only, which says nothing but loads every
+        kernel that they need."""
+        self.layers(layout, adapters, blocks)
         views, count = self.views(layout), layout.samples
         spec, norm = self.model.spec, self.model.norm
         tokens = layout.tokens
@@ -151,7 +155,15 @@ class Forward:
             views["drawn_at"], views["rows"], self.last, self.sampled[:count],
         )  # fmt: skip
 
-    def layers(self, layout: Layout, adapters: int) -> None:
+    def kinds(self) -> list[int]:
+        """Blocks that need between them every kernel that the model needs: the first of each kind, and the last."""
+        blocks = self.model.blocks
+        firsts: dict[Any, int] = {}
+        for index, block in enumerate(blocks):
+            firsts.setdefault(_kind(block), index)
+        return sorted({*firsts.values(), len(blocks) - 1})
+
+    def layers(self, layout: Layout, adapters: int, blocks: Sequence[int] | None = None) -> None:
         """Everything up to the last residual sum, whose two parts are left in `y` and `residual`."""
         views, tokens = self.views(layout), layout.tokens
         model, rotary = self.model, self.model.rotary
@@ -164,12 +176,14 @@ class Forward:
         in_attention, in_mlp = adapters >= ATTENTION_ADAPTERS, adapters >= ALL_ADAPTERS
         large = self.max_rank > PENDING_RANK
         residual, x, y = self.residual[:tokens], self.x[:tokens], self.y[:tokens]
-        first = model.blocks[0].attention_norm
+        blocks = range(len(model.blocks)) if blocks is None else blocks
+        first = model.blocks[blocks[0]].attention_norm
         fused_triton.embed_norm(
             views["ids"], views["sources"], self.last, model.embedding.weight_VD, first.weight, first.eps, residual, x
         )
-        for index, (block, (k_cache, v_cache)) in enumerate(zip(model.blocks, self.cache, strict=True)):
-            attention = block.attention
+        for index, following in zip(blocks, [*blocks[1:], None], strict=True):
+            block, (k_cache, v_cache) = model.blocks[index], self.cache[index]
+            attention, last = block.attention, following is None
             norms = None
             if attention.q_norm is not None and attention.k_norm is not None:
                 norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.eps)
@@ -183,11 +197,10 @@ class Forward:
             fused_triton.norm(y, block.mlp_norm.weight, block.mlp_norm.eps, x, residual, pending=pending)
             pending = self._linear(block.gate_up, x, self.wide[:tokens], segments, slots, in_mlp)
             fused_triton.silu_mul(self.wide[:tokens], self.narrow[:tokens], pending)
-            last = index + 1 == len(model.blocks)
             pending = self._linear(block.down, self.narrow[:tokens], y, segments, slots, in_mlp, last or large)
-            if not last:
-                following = model.blocks[index + 1].attention_norm
-                fused_triton.norm(y, following.weight, following.eps, x, residual, pending=pending)
+            if following is not None:
+                after = model.blocks[following].attention_norm
+                fused_triton.norm(y, after.weight, after.eps, x, residual, pending=pending)
 
     def all_hidden(self, layout: Layout) -> torch.Tensor:
         """Normalized hidden states of every token, after `layers` (for prompt log probabilities)."""
@@ -276,3 +289,15 @@ class Forward:
 def block_rows_for(tokens: int) -> int:
     """Rows of an adapter segment: prompts are cut coarser."""
     return 16 if tokens <= 256 else 64
+
+
+def _kind(part: Any) -> Any:
+    """What decides which kernels a part of the model needs: types, shapes and settings, not values."""
+    if isinstance(part, torch.Tensor):
+        return part.dtype, tuple(part.shape), part.stride()
+    if isinstance(part, (tuple, list)):
+        return tuple(map(_kind, part))
+    if isinstance(part, (Block, Attention, Linear, RMSNorm)) or is_dataclass(part):
+        names = [name for name in sorted(vars(part)) if name not in ("kernels", "lora", "site")]
+        return type(part), tuple(_kind(getattr(part, name)) for name in names)
+    return part if isinstance(part, (int, float, str, type(None))) else type(part)

@@ -20,11 +20,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
+from threading import Thread
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
+from triton.runtime.cache import triton_key
 
 from inlaid.adapters.store import AdapterStore
 from inlaid.config import ConfigError, EngineConfig
@@ -56,7 +58,6 @@ log = logging.getLogger(__name__)
 
 DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 TOKEN_BUCKETS = (64, 128, 192, 256, *range(384, 2048, 128), 2048, 3072, 4096, 6144, 8192)
-BY_HEAD = True  # how keys and values lie in memory
 STAGES = 4  # metadata and results of so many steps may be under way
 SPARE_TILES = 128  # prompts in a captured step beyond those that fill their query tiles
 TABLE_UPDATES = 1 << 16  # new KV blocks told to the device in one go
@@ -142,13 +143,16 @@ class CudaRunner(ModelRunner):
         """Compile everything on a cache of two blocks, give the KV what memory is left, capture the graphs."""
         spec = self.model.spec
         begin = time.monotonic()
-        self.forward.cache = new_cache(spec, 2, self.block_size, self.device, self.dtype, BY_HEAD)
+        self.forward.cache = new_cache(spec, 2, self.block_size, self.device, self.dtype)
         with torch.inference_mode():
             layouts = self._captured_layouts() if self._on_gpu and not config.enforce_eager else []
+            kinds = self.forward.kinds()
             for layout in tqdm(layouts, desc="compiling kernels", disable=not progress, delay=1, leave=False):
-                self._idle_step(layout, ALL_ADAPTERS)
+                self._idle_step(layout, ALL_ADAPTERS, kinds)
             for level in (NO_ADAPTERS, ATTENTION_ADAPTERS) if layouts else ():
-                self._idle_step(layouts[0], level)  # kernels that add no adapter, where few rows had them all adding
+                self._idle_step(
+                    layouts[0], level, kinds
+                )  # kernels that add no adapter, where few rows had them all adding
             compiled = time.monotonic()
             settle()
             settled = time.monotonic()
@@ -203,10 +207,10 @@ class CudaRunner(ModelRunner):
         floor = floor_blocks(store, spec, self.block_size) if unified else 0
         self.num_blocks = count_blocks(config, spec, self.device, self.dtype, max_model_len, floor)
         if unified:
-            shared = unify(spec, config.cache, self.num_blocks, max_model_len, store, self.device, self.dtype, BY_HEAD)
+            shared = unify(spec, config.cache, self.num_blocks, max_model_len, store, self.device, self.dtype)
             self.cache, self.stride, self.pool = shared.cache, shared.stride, shared.pool
         else:
-            self.cache = new_cache(spec, self.num_blocks, self.block_size, self.device, self.dtype, BY_HEAD)
+            self.cache = new_cache(spec, self.num_blocks, self.block_size, self.device, self.dtype)
         self.forward.cache = self.cache
 
     def _captured_layouts(self) -> list[Layout]:
@@ -227,10 +231,10 @@ class CudaRunner(ModelRunner):
         segments = lora_triton.max_segments(tokens, slots, block_rows)
         return Layout(tokens, decodes, prefills, samples, tiles, segments, block_rows)
 
-    def _idle_step(self, layout: Layout, level: int) -> None:
-        """A step of padding only."""
+    def _idle_step(self, layout: Layout, level: int, blocks: Sequence[int] | None = None) -> None:
+        """A step of padding only, of these blocks or all."""
         self.forward.meta[: layout.size].copy_(torch.from_numpy(self._template(layout)))
-        self.forward.run(layout, level)
+        self.forward.run(layout, level, blocks)
 
     # A step.
 
@@ -551,6 +555,7 @@ def cuda_kernels(config: EngineConfig, pages: AdapterPages) -> Kernels:
     }
     backend = linears[config.linear_backend]()
     lora = lora_triton.TritonLora(pages, config.adapters.max_lora_rank)
+    Thread(target=triton_key, daemon=True).start()  # Triton reads and hashes itself once: beside the weights
     return Kernels((backend,), TritonAttention(), fused_triton.TritonOps(), lora)
 
 

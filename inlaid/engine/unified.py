@@ -53,10 +53,8 @@ def unify(
     store: AdapterStore,
     device: torch.device,
     dtype: torch.dtype,
-    by_head: bool = False,
 ) -> Unified:
-    """Memory for so many KV blocks (scratch included) and the adapters' floor; the store moves into it. `by_head`: as
-    of `new_cache`."""
+    """Memory for so many KV blocks (scratch included) and the adapters' floor; the store moves into it."""
     size = config.block_size
     unit, stride = block_elements(spec, size), 2 * spec.num_layers
     if unit % ALIGNMENT:
@@ -66,10 +64,7 @@ def unify(
     floor = min(num_kv_blocks - 1, max(config.min_kv_blocks, -(-max_model_len // size)))
     with torch.inference_mode(False):  # adapters are copied into it outside of inference
         memory = torch.zeros(total * unit, dtype=dtype, device=device)
-    if by_head:
-        micro = memory.view(total * stride, spec.num_kv_heads, size, spec.head_dim).transpose(1, 2)
-    else:
-        micro = memory.view(total * stride, size, spec.num_kv_heads, spec.head_dim)
+    micro = memory.view(total * stride, size, spec.num_kv_heads, spec.head_dim)
     cache = [(micro[2 * layer :], micro[2 * layer + 1 :]) for layer in range(spec.num_layers)]
     pool = BlockPool(total, size, first=first, floor=floor, borrower=store)
     store.move_into(memory, unit, first, pool)

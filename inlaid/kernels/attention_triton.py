@@ -6,8 +6,7 @@ All that a step needs to know (lengths, block tables, which query tiles exist) i
 planned on the host and a captured graph serves every batch of its size. Decode splits each sequence into `splits`
 runs of tokens whose results a second kernel merges in a fixed order: the same bits every time.
 
-Shapes: S sequences, T tokens, H query heads, G key/value heads, C head width; caches are [blocks, page, G, C], with any
-strides but that of C.
+Shapes: S sequences, T tokens, H query heads, G key/value heads, C head width; caches are [blocks, page, G, C].
 """
 
 from __future__ import annotations
@@ -40,8 +39,7 @@ def _span(length, window, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _decode_one_kernel(
-    q, q_row, k_cache, v_cache, block_row, token_row, head_row, tables, table_row, lengths, out, out_row,
-    partial, stats, scale, window,
+    q, q_row, k_cache, v_cache, cache_row, tables, table_row, lengths, out, out_row, partial, stats, scale, window,
     H: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
     SPLITS: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +71,7 @@ def _decode_one_kernel(
                 following = tl.load(table + (t + BLOCK) // PAGE, mask=t + BLOCK < end, other=0)
             else:
                 page = tl.load(table + t // PAGE, mask=inside, other=0)
-            at = page.to(tl.int64) * block_row + t % PAGE * token_row + head * head_row
+            at = (page.to(tl.int64) * PAGE + t % PAGE) * cache_row + head * C
             mask = inside[:, None] & c_mask[None, :]
             k_BC = tl.load(k_cache + at[:, None] + c[None, :], mask=mask, other=0.0)
             v_BC = tl.load(v_cache + at[:, None] + c[None, :], mask=mask, other=0.0)
@@ -104,8 +102,7 @@ def _decode_one_kernel(
 
 @triton.jit
 def _decode_group_kernel(
-    q, q_row, k_cache, v_cache, block_row, token_row, head_row, tables, table_row, lengths, out, out_row,
-    partial, stats, scale, window,
+    q, q_row, k_cache, v_cache, cache_row, tables, table_row, lengths, out, out_row, partial, stats, scale, window,
     H: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -136,7 +133,7 @@ def _decode_group_kernel(
             t = start + lane
             inside = t < end
             page = tl.load(table + t // PAGE, mask=inside, other=0).to(tl.int64)
-            at = page * block_row + t % PAGE * token_row + kv_head * head_row
+            at = (page * PAGE + t % PAGE) * cache_row + kv_head * C
             mask = inside[:, None] & c_mask[None, :]
             k_BC = tl.load(k_cache + at[:, None] + c[None, :], mask=mask, other=0.0)
             v_BC = tl.load(v_cache + at[:, None] + c[None, :], mask=mask, other=0.0)
@@ -190,8 +187,8 @@ def _merge_kernel(
 
 @triton.jit
 def _prefill_kernel(
-    q, q_row, k_cache, v_cache, block_row, token_row, head_row, tables, table_row, lengths, starts,
-    tiles, num_tiles, out, out_row, scale, window,
+    q, q_row, k_cache, v_cache, cache_row, tables, table_row, lengths, starts, tiles, num_tiles, out, out_row,
+    scale, window,
     GROUP: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -227,7 +224,7 @@ def _prefill_kernel(
             t = start + lane
             inside = t < end
             page = tl.load(table + t // PAGE, mask=inside, other=0).to(tl.int64)
-            at = page * block_row + t % PAGE * token_row + head // GROUP * head_row
+            at = (page * PAGE + t % PAGE) * cache_row + (head // GROUP) * C
             mask = inside[:, None] & c_mask[None, :]
             k_NC = tl.load(k_cache + at[:, None] + c[None, :], mask=mask, other=0.0)
             v_NC = tl.load(v_cache + at[:, None] + c[None, :], mask=mask, other=0.0)
@@ -286,7 +283,7 @@ def decode(
     exponent = (width**-0.5 if scale is None else scale) * 1.4426950408889634  # the kernels work in powers of two
     pad, group = max(16, triton.next_power_of_2(width)), heads // kv_heads
     shared = (
-        q_SHC, q_SHC.stride(0), k_cache, v_cache, *k_cache.stride()[:3], tables_SB, tables_SB.stride(0), lengths_S,
+        q_SHC, q_SHC.stride(0), k_cache, v_cache, k_cache.stride(1), tables_SB, tables_SB.stride(0), lengths_S,
         out_SHC, out_SHC.stride(0), *scratch, exponent, window,
     )  # fmt: skip
     block, warps, stages = tile or (ONE_TILE if group == 1 else GROUP_TILE)
@@ -326,7 +323,7 @@ def prefill(
     page, kv_heads = k_cache.shape[1], k_cache.shape[2]
     exponent = (width**-0.5 if scale is None else scale) * 1.4426950408889634
     _prefill_kernel[(heads, tiles.shape[1])](
-        q_THC, q_THC.stride(0), k_cache, v_cache, *k_cache.stride()[:3], tables_SB, tables_SB.stride(0), lengths_S,
+        q_THC, q_THC.stride(0), k_cache, v_cache, k_cache.stride(1), tables_SB, tables_SB.stride(0), lengths_S,
         starts_S1, tiles, tiles.shape[1], out_THC, out_THC.stride(0), exponent, window,
         GROUP=heads // kv_heads, C=width, C_PAD=max(16, triton.next_power_of_2(width)), PAGE=page,
         BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,

@@ -90,11 +90,11 @@ def _head_norm(x_lo, x_hi, weight, c, half: tl.constexpr, C: tl.constexpr, eps, 
 
 @triton.jit(do_not_specialize=["site"])
 def _rope_store_kernel(
-    qkv, qkv_row, positions, slots, cos, sin, k_cache, v_cache, block_row, token_row, head_row, q_weight, k_weight, eps,
+    qkv, qkv_row, positions, slots, cos, sin, k_cache, v_cache, q_weight, k_weight, eps,
     partial, partial_stride, pool, table, scale, adapters, num_sites, site,
-    H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, PAGE: tl.constexpr, HALF_PAD: tl.constexpr,
-    HEADS: tl.constexpr, NORM: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, R_STRIDE: tl.constexpr,
-    BLOCK_R: tl.constexpr, EARLY: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, HALF_PAD: tl.constexpr, HEADS: tl.constexpr,
+    NORM: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, R_STRIDE: tl.constexpr, BLOCK_R: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     if EARLY:
         tl.extra.cuda.gdc_wait()
@@ -110,7 +110,6 @@ def _rope_store_kernel(
     lo = tl.load(at, mask=mask, other=0.0)
     hi = tl.load(at + half, mask=mask, other=0.0)
     slot = tl.load(slots + t).to(tl.int64)
-    at_slot = slot // PAGE * block_row + slot % PAGE * token_row
     if P > 0:
         sibling = (head0 >= H).to(tl.int32) + (head0 >= H + G).to(tl.int32)
         first = tl.where(sibling == 0, 0, tl.where(sibling == 1, H, H + G))
@@ -128,7 +127,7 @@ def _rope_store_kernel(
         )  # fmt: skip
         hi = (hi.to(tl.float32) + tl.reshape(part, (HEADS, HALF_PAD))).to(hi.dtype)
     if head0 >= H + G:  # values: only moved
-        to = v_cache + at_slot + ((head0 - H - G) + h)[:, None] * head_row + c[None, :]
+        to = v_cache + (slot * G + (head0 - H - G) + h)[:, None] * C + c[None, :]
         tl.store(to, lo, mask=mask)
         tl.store(to + half, hi, mask=mask)
     else:
@@ -147,7 +146,7 @@ def _rope_store_kernel(
             tl.store(at, turned_lo.to(lo.dtype), mask=mask)
             tl.store(at + half, turned_hi.to(lo.dtype), mask=mask)
         else:
-            to = k_cache + at_slot + ((head0 - H) + h)[:, None] * head_row + c[None, :]
+            to = k_cache + (slot * G + (head0 - H) + h)[:, None] * C + c[None, :]
             tl.store(to, turned_lo.to(lo.dtype), mask=mask)
             tl.store(to + half, turned_hi.to(lo.dtype), mask=mask)
 
@@ -202,16 +201,14 @@ def _rotate_kernel(x, x_row, cos, sin, C: tl.constexpr, HALF_PAD: tl.constexpr):
 
 @triton.jit
 def _store_kv_kernel(
-    k, k_row, v, v_row, k_cache, v_cache, block_row, token_row, head_row, slots,
-    C: tl.constexpr, PAGE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    k, k_row, v, v_row, k_cache, v_cache, slots, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + t).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = i < WIDTH
-    to = slot // PAGE * block_row + slot % PAGE * token_row + i // C * head_row + i % C
-    tl.store(k_cache + to, tl.load(k + t * k_row + i, mask=mask), mask=mask)
-    tl.store(v_cache + to, tl.load(v + t * v_row + i, mask=mask), mask=mask)
+    tl.store(k_cache + slot * WIDTH + i, tl.load(k + t * k_row + i, mask=mask), mask=mask)
+    tl.store(v_cache + slot * WIDTH + i, tl.load(v + t * v_row + i, mask=mask), mask=mask)
 
 
 @triton.jit(do_not_specialize=["table_row"])
@@ -317,11 +314,9 @@ def rope_store(
     warps = warps or (max(1, together * width // 512) if pending is None else 4)
     q_weight, k_weight, eps = norms or (cos, cos, 0.0)
     _rope_store_kernel[(qkv_TN.shape[0], (num_heads + 2 * kv_heads) // together)](
-        qkv_TN, qkv_TN.stride(0), positions_T, kv_slots_T, cos, sin, k_cache, v_cache, *k_cache.stride()[:3],
-        q_weight, k_weight, eps,
-        H=num_heads, G=kv_heads, C=width, PAGE=k_cache.shape[1], HALF_PAD=triton.next_power_of_2(width // 2),
-        HEADS=together, NORM=norms is not None, **arguments, **early(alone=not (pending and pending.joins)),
-        num_warps=warps,
+        qkv_TN, qkv_TN.stride(0), positions_T, kv_slots_T, cos, sin, k_cache, v_cache, q_weight, k_weight, eps,
+        H=num_heads, G=kv_heads, C=width, HALF_PAD=triton.next_power_of_2(width // 2), HEADS=together,
+        NORM=norms is not None, **arguments, **early(alone=not (pending and pending.joins)), num_warps=warps,
     )  # fmt: skip
 
 
@@ -380,6 +375,5 @@ class TritonOps:
         width = k_TGC.shape[1] * k_TGC.shape[2]
         block = min(1024, triton.next_power_of_2(width))
         _store_kv_kernel[(k_TGC.shape[0], triton.cdiv(width, block))](
-            k_TGC, k_TGC.stride(0), v_TGC, v_TGC.stride(0), k_cache, v_cache, *k_cache.stride()[:3], slots_T,
-            C=k_TGC.shape[2], PAGE=k_cache.shape[1], WIDTH=width, BLOCK=block,
-        )  # fmt: skip
+            k_TGC, k_TGC.stride(0), v_TGC, v_TGC.stride(0), k_cache, v_cache, slots_T, WIDTH=width, BLOCK=block
+        )

@@ -201,6 +201,10 @@ def tuned_for(config: Any, device_name: str, ordered: bool) -> dict[int, dict[st
     return found
 
 
+def _unmarked(function: Any) -> Any:
+    return function
+
+
 @dataclass(frozen=True)
 class _Humming:
     """What is used of the package."""
@@ -213,20 +217,24 @@ class _Humming:
 
 def _import() -> _Humming:
     """The package's pieces. On import it would start a process that builds a launcher it already ships; the variable
-    that prevents that must not stay, as it also makes it compile one kernel after another."""
+    that prevents that must not stay, as it also makes it compile one kernel after another. A mark for torch.compile,
+    which is not used here, would import a thousand modules, in seconds."""
     switch = "HUMMING_DISABLE_PARALLEL_BUILD"
-    before = os.environ.get(switch)
-    os.environ[switch] = "1"
+    before, mark = os.environ.get(switch), torch.compiler.assume_constant_result
+    os.environ[switch], torch.compiler.assume_constant_result = "1", _unmarked
     try:
+        from humming.jit.runtime import KernelRuntime
         from humming.kernel.humming import HummingKernel
         from humming.schema.humming import HummingWeightSchema
         from humming.transform import prepare_and_transform_humming_tensors
         from humming.tune import get_heuristics_config
     finally:
+        torch.compiler.assume_constant_result = mark
         if before is None:
             del os.environ[switch]
         else:
             os.environ[switch] = before
+    KernelRuntime.inited = False  # threads may see one that another has just made, before it says so itself
     return _Humming(
         HummingWeightSchema, prepare_and_transform_humming_tensors, get_heuristics_config, HummingKernel.prepare_kernels
     )

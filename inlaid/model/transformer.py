@@ -76,24 +76,13 @@ class Transformer:
         return self.head(hidden_TD.index_select(0, rows_L))
 
 
-def new_cache(
-    spec: ModelSpec,
-    num_blocks: int,
-    block_size: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    by_head: bool = False,
-) -> KVCache:
-    """Zeroed pages for every layer: what a padded read touches must be finite. `by_head`: a head's tokens of a page lie
-    side by side in memory, instead of a token's heads; the shape is the same."""
+def new_cache(spec: ModelSpec, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype) -> KVCache:
+    """Zeroed pages for every layer: what a padded read touches must be finite."""
     shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
-
-    def zeros() -> torch.Tensor:
-        if by_head:
-            return torch.zeros(shape[0], shape[2], shape[1], shape[3], device=device, dtype=dtype).transpose(1, 2)
-        return torch.zeros(shape, device=device, dtype=dtype)
-
-    return [(zeros(), zeros()) for _ in range(spec.num_layers)]
+    return [
+        (torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
+        for _ in range(spec.num_layers)
+    ]
 
 
 def block_bytes(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:

@@ -38,7 +38,7 @@ LIMITS = {  # seconds
     "exllama-7b": 120, "exllama-demo": 90, "soak": 110,
     "demo": 90, "gates": 240, "micro": 300, "offline-7b": 150, "offline-8b": 130, "startup-8b": 150,
     "micro-decode_attention-pending": 90, "micro-ordered": 120,
-    "starts-7b": 300, "starts-tiny": 100, "micro-layout": 100, "micro-layout-decode_attention": 150,
+    "starts-7b": 300, "starts-tiny": 100, "micro-decode_attention": 150,
     "sched": 240, "quant": 480,
     "adapters-load": 60, "adapters-modes": 230, "adapters-modes-cached": 120,
     "adapters-cliff-mixed": 120, "adapters-cliff-slots": 130, "adapters-cliff-resident": 100, "adapters-crossover": 150,

@@ -38,11 +38,8 @@ ADAPTERS = [
     (64, 32, 64),
 ]
 
-ONE_TILES = ((64, 4, 1), (32, 4, 1), (32, 4, 3), (64, 4, 2), (64, 8, 2))
-LAYOUT_TILES = {
-    True: ((32, 4, 3), (16, 2, 3), (32, 2, 3), (32, 2, 4), (64, 4, 2), (64, 4, 3), (32, 4, 4)),
-    False: ((64, 4, 3), (32, 4, 3), (64, 4, 2), (128, 4, 2)),
-}
+READ = (2048, 64)  # numbers of a block, and blocks of a program
+ONE_TILES = ((64, 4, 1), (32, 4, 3), (16, 2, 3), (32, 4, 4), (64, 4, 2), (64, 4, 3))
 GROUP_TILES = ((64, 4, 3), (64, 4, 5), (32, 4, 3), (32, 4, 5), (64, 2, 3))
 SHRINKS = (
     (4, 128, 2, 4),
@@ -66,8 +63,19 @@ def linears(shapes: tuple[str, ...] = command.SHAPES, rows: tuple[int, ...] = co
     return [vars(row) for row in table]
 
 
+@triton.jit
+def _read_kernel(x, out, count, BLOCK: tl.constexpr, TURNS: tl.constexpr):
+    total = tl.zeros((BLOCK,), tl.float32)
+    first = tl.program_id(0).to(tl.int64) * BLOCK * TURNS
+    for turn in tl.range(0, TURNS, num_stages=3):
+        at = first + turn * BLOCK + tl.arange(0, BLOCK)
+        total += tl.load(x + at, mask=at < count, other=0.0).to(tl.float32)
+    tl.store(out + tl.program_id(0), tl.sum(total, axis=0))
+
+
 def decode_attention() -> list[dict[str, Any]]:
-    """Best of a few tile shapes and numbers of splits; the default's time beside it."""
+    """Best of a few tile shapes and numbers of splits; beside it the default's time, and that of a kernel which does
+    nothing but read as many bytes."""
     found = []
     for heads, kv, batch, context in ATTENTION:
         moved = 2 * batch * context * kv * 128 * 2
@@ -92,58 +100,18 @@ def decode_attention() -> list[dict[str, Any]]:
             calls = [partial(decode, q, c[0], c[1]) for c in caches]
             times[f"splits {splits} tile {tile}"] = time_calls(calls, 5)
         best = min(times, key=lambda name: times[name])
+        flat, sums = [c.view(-1) for c in caches], torch.empty(1 << 16, device=DEVICE)
+        launch = _read_kernel[(triton.cdiv(flat[0].numel(), READ[0] * READ[1]),)]
+        reads = [partial(launch, x, sums, x.numel(), BLOCK=READ[0], TURNS=READ[1], num_warps=4) for x in flat]
         shipped = attention_triton.ONE_TILE if heads == kv else attention_triton.GROUP_TILE
         default_name = f"splits {default} tile {shipped}"
         found.append(
             {
                 "heads": f"{heads}/{kv}", "batch": batch, "context": context, "best": best, "us": times[best],
-                "default_us": times[default_name], "floor": ceiling().microseconds(moved), "all": times,
+                "default_us": times[default_name], "reading_us": time_calls(reads, 9),
+                "floor": ceiling().microseconds(moved), "all": times,
             }
         )  # fmt: skip
-    return found
-
-
-@triton.jit
-def _read_kernel(x, out, count, BLOCK: tl.constexpr, TURNS: tl.constexpr):
-    total = tl.zeros((BLOCK,), tl.float32)
-    first = tl.program_id(0).to(tl.int64) * BLOCK * TURNS
-    for turn in tl.range(0, TURNS, num_stages=3):
-        at = first + turn * BLOCK + tl.arange(0, BLOCK)
-        total += tl.load(x + at, mask=at < count, other=0.0).to(tl.float32)
-    tl.store(out + tl.program_id(0), tl.sum(total, axis=0))
-
-
-def layout() -> list[dict[str, Any]]:
-    """Decode attention with a token's heads side by side in memory, or a head's tokens, in several tiles; and how long
-    reading as many bytes takes."""
-    found = []
-    for heads, kv, batch, context in ((32, 32, 64, 320), (32, 32, 256, 320), (32, 8, 64, 320), (32, 8, 256, 320)):
-        moved = 2 * batch * context * kv * 128 * 2
-        copies = max(1, int(CACHE // moved)) if moved < CACHE else 1
-        blocks = batch * -(-context // 16) + 1
-        caches = [torch.randn(2, blocks, 16, kv, 128, device=DEVICE).half() for _ in range(copies)]
-        tables = (torch.randperm(blocks - 1, device=DEVICE) + 1).int().view(batch, -1).contiguous()
-        lengths = torch.full((batch,), context, dtype=torch.int32, device=DEVICE)
-        q = torch.randn(batch, heads, 128, device=DEVICE).half()
-        out = torch.empty_like(q)
-        splits = attention_triton.num_splits(batch, kv)
-        scratch = attention_triton.decode_scratch(batch, heads, 128, splits, DEVICE)
-        times = {}
-        for name, by_head in (("by token", False), ("by head", True)):
-            laid = [c.view(2, blocks, kv, 16, 128).transpose(2, 3) if by_head else c for c in caches]
-            for tile in LAYOUT_TILES[heads == kv]:
-                decode = partial(
-                    attention_triton.decode, tables_SB=tables, lengths_S=lengths, out_SHC=out, scratch=scratch,
-                    splits=splits, tile=tile,
-                )  # fmt: skip
-                times[f"{name} {tile}"] = time_calls([partial(decode, q, c[0], c[1]) for c in laid], 9)
-        sums = torch.empty(1 << 16, device=DEVICE)
-        for block, turns in ((2048, 16), (4096, 16), (2048, 64)):
-            flat = [c.view(-1) for c in caches]
-            launch = _read_kernel[(triton.cdiv(flat[0].numel(), block * turns),)]
-            launches = [partial(launch, x, sums, x.numel(), BLOCK=block, TURNS=turns, num_warps=4) for x in flat]
-            times[f"reading {block} x {turns}"] = time_calls(launches, 9)
-        found.append({"heads": f"{heads}/{kv}", "batch": batch, "context": context, "bytes": moved, "us": times})
     return found
 
 
@@ -323,7 +291,7 @@ def ordered() -> list[dict[str, Any]]:
 
 PARTS = {
     part.__name__: part
-    for part in (decode_attention, layout, pending, ordered, prefill_attention, adapters, small_operations, linears)
+    for part in (decode_attention, pending, ordered, prefill_attention, adapters, small_operations, linears)
 }
 
 

@@ -3,6 +3,7 @@ Triton's interpreter, step by step; graphs and streams need the real thing."""
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,48 @@ def test_rows_and_tables_are_reused_cleanly(bench: Bench) -> None:
     assert isinstance(runner, CudaRunner)
     engine.step()
     assert len(runner._free_rows) + len(runner._rows) == 3
+
+
+def test_blocks_of_each_kind_and_the_last_need_every_kernel(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six blocks, the fourth with a window of its own: whatever is called for all of them, with whatever shapes and
+    settings, is called for three."""
+    _, runner = bench.engine()
+    assert isinstance(runner, CudaRunner)
+    forward, calls = runner.forward, set[Any]()
+    first, last = forward.model.blocks
+    attention = copy(first.attention)
+    attention.window = 7
+    other = replace(first, attention=attention)
+    forward.model.blocks = [first, first, first, other, first, last]
+    forward.cache = [forward.cache[0]] * 6
+    assert forward.kinds() == [0, 3, 5]
+
+    def note(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def noted(*args: Any, **more: Any) -> Any:
+            calls.add((name, cuda_forward._kind(args), cuda_forward._kind(tuple(sorted(more.items())))))
+            return real(*args, **more)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    for name in ("norm", "embed_norm", "rope_store", "silu_mul", "gather_tables"):
+        note(cuda_forward.fused_triton, name)
+    for name in ("shrink", "expand_add"):
+        note(lora_triton, name)
+    for name in ("decode", "prefill"):
+        note(attention_triton, name)
+    note(type(first.attention.qkv.parts[0][0]), "gemm")
+    for layout in (runner._decode_layout(2), runner._prompt_layout(8)):
+        for level in (cuda_forward.NO_ADAPTERS, cuda_forward.ATTENTION_ADAPTERS, cuda_forward.ALL_ADAPTERS):
+            calls.clear()
+            runner._idle_step(layout, level)
+            everything = set(calls)
+            calls.clear()
+            runner._idle_step(layout, level, [0, 5])
+            assert calls < everything  # the window's kernels
+            runner._idle_step(layout, level, forward.kinds())
+            assert calls == everything
 
 
 def test_unknown_attention_is_refused() -> None:

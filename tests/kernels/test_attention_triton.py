@@ -13,11 +13,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE = 16
 
 
-def paged(
-    lengths: list[int], kv_heads: int, width: int, by_head: bool = True
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Caches with NaN wherever no token lives, and the block tables that lead to the tokens. `by_head`: a head's tokens
-    of a page lie side by side."""
+def paged(lengths: list[int], kv_heads: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Caches with NaN wherever no token lives, and the block tables that lead to the tokens."""
     generator = torch.Generator().manual_seed(sum(lengths) + width)
     pages = [-(-length // PAGE) for length in lengths]
     blocks = torch.randperm(sum(pages) + 3, generator=generator)[: sum(pages)] + 1
@@ -30,10 +27,7 @@ def paged(
             block = int(blocks[used + t // PAGE])
             caches[:, block, t % PAGE] = torch.randn(2, kv_heads, width, generator=generator).half()
         used += pages[s]
-    if by_head:
-        caches = caches.transpose(2, 3).contiguous().transpose(2, 3)
-    k_cache, v_cache = caches.to(DEVICE)
-    return k_cache, v_cache, tables.to(DEVICE)
+    return caches[0].to(DEVICE), caches[1].to(DEVICE), tables.to(DEVICE)
 
 
 def loop(
@@ -62,10 +56,10 @@ def check(out: torch.Tensor, expected: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("splits", [1, 4, 16])
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(2, 2, 128), (8, 2, 64), (3, 3, 48), (7, 1, 32)])
-@pytest.mark.parametrize(("window", "by_head"), [(0, True), (0, False), (40, True)])
-def test_decode(splits: int, heads: int, kv_heads: int, width: int, window: int, by_head: bool) -> None:
+@pytest.mark.parametrize("window", [0, 40])
+def test_decode(splits: int, heads: int, kv_heads: int, width: int, window: int) -> None:
     lengths = [1, 17, 64, 131]
-    k_cache, v_cache, tables = paged(lengths, kv_heads, width, by_head)
+    k_cache, v_cache, tables = paged(lengths, kv_heads, width)
     q = torch.randn(4, heads, width).half().to(DEVICE)
     out = torch.full_like(q, float("nan"))
     scratch = attention.decode_scratch(4, heads, width, splits, DEVICE)
@@ -106,11 +100,11 @@ def test_padding_rows_give_zeros(splits: int, heads: int) -> None:
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(2, 2, 128), (4, 1, 64)])
-@pytest.mark.parametrize(("window", "by_head"), [(0, True), (0, False), (30, True)])
-def test_prefill_of_chunks_beside_decodes(heads: int, kv_heads: int, width: int, window: int, by_head: bool) -> None:
+@pytest.mark.parametrize("window", [0, 30])
+def test_prefill_of_chunks_beside_decodes(heads: int, kv_heads: int, width: int, window: int) -> None:
     """Sequence 0 decodes; 1 is a whole prompt; 2 is the second chunk of a longer one."""
     lengths, queries = [9, 70, 90], (1, 70, 21)
-    k_cache, v_cache, tables = paged(lengths, kv_heads, width, by_head)
+    k_cache, v_cache, tables = paged(lengths, kv_heads, width)
     q = torch.randn(sum(queries), heads, width).half().to(DEVICE)
     out = torch.full_like(q, float("nan"))
     tiles = torch.tensor([*attention.query_tiles(queries, 1), (-1, 0)], dtype=torch.int32).T.contiguous().to(DEVICE)
