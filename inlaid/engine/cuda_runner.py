@@ -17,6 +17,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
@@ -26,7 +27,6 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from triton.runtime.cache import triton_key
 
 from inlaid.adapters.store import AdapterStore
 from inlaid.config import ConfigError, EngineConfig
@@ -555,8 +555,16 @@ def cuda_kernels(config: EngineConfig, pages: AdapterPages) -> Kernels:
     }
     backend = linears[config.linear_backend]()
     lora = lora_triton.TritonLora(pages, config.adapters.max_lora_rank)
-    Thread(target=triton_key, daemon=True).start()  # Triton reads and hashes itself once: beside the weights
+    Thread(target=_name_triton, daemon=True).start()
     return Kernels((backend,), TritonAttention(), fused_triton.TritonOps(), lora)
+
+
+def _name_triton() -> None:
+    """Triton reads and hashes itself once, in most of a second: beside the weights, where it can be asked to."""
+    with suppress(ImportError):  # those before 3.6 keep it elsewhere
+        from triton.runtime.cache import triton_key
+
+        triton_key()
 
 
 class _RowState:

@@ -215,6 +215,7 @@ class _Humming:
     prepare: Any
 
 
+@functools.cache
 def _import() -> _Humming:
     """The package's pieces. On import it would start a process that builds a launcher it already ships; the variable
     that prevents that must not stay, as it also makes it compile one kernel after another. A mark for torch.compile,

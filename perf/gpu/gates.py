@@ -104,8 +104,8 @@ def run(keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.manual_seed(0)
     by_arrival: list[LinearBackend] = [HummingLinear(ordered=False), ExllamaLinear()]
-    cases = [(backend.name, backend, True) for backend in backends()]
-    cases += [(f"{backend.name}, by arrival", backend, False) for backend in by_arrival]
+    first, *slow = [(backend.name, backend, True) for backend in backends()]
+    cases = [first, *((f"{backend.name}, by arrival", backend, False) for backend in by_arrival), *slow]
     found: dict[str, Any] = {}
     for name, backend, repeatable in cases:
         try:
