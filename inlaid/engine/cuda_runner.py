@@ -150,9 +150,8 @@ class CudaRunner(ModelRunner):
             for layout in tqdm(layouts, desc="compiling kernels", disable=not progress, delay=1, leave=False):
                 self._idle_step(layout, ALL_ADAPTERS, kinds)
             for level in (NO_ADAPTERS, ATTENTION_ADAPTERS) if layouts else ():
-                self._idle_step(
-                    layouts[0], level, kinds
-                )  # kernels that add no adapter, where few rows had them all adding
+                # Kernels that add no adapter, where few rows had them all adding.
+                self._idle_step(layouts[0], level, kinds)
             compiled = time.monotonic()
             settle()
             settled = time.monotonic()
