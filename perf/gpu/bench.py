@@ -4,8 +4,8 @@ Stages run one after another, each in a process of its own with a limit on its t
 with what it found and where (commit, device, driver, versions, command), first as far as it has come and then whole;
 what it says goes to NAME.log. A stage that fails or runs out of time is reported and the rest goes on. `--stages` picks
 some; each `--lane` is a list of its own, and lists run side by side, each on a GPU, a share of the cores and a scratch
-folder of its own, caches of compiled kernels included. `--call rows` (a, b, c) are the lanes of ten minutes. With `--archive`
-FOLDER has one file, results.tar.gz, with what there is so far.
+folder of its own, caches of compiled kernels included. `--call rows` (a, b, c) are the lanes of ten minutes. With
+`--archive` FOLDER has one file, results.tar.gz, with what there is so far.
 """
 
 from __future__ import annotations
