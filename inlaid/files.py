@@ -79,18 +79,25 @@ def sync_folder(folder: Path) -> None:
     _sync_directory(folder)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write one file so that a kill leaves the old one or the new one."""
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A name to write a file under, which takes `path`'s place when the body ends well: a kill leaves the old file or
+    the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write one file so that a kill leaves the old one or the new one."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def _exchange(new: Path, path: Path) -> None:

@@ -1,18 +1,26 @@
 """Safetensors files, read without trust: a header that is checked against its file, tensors straight into the memory of
-a device, and a whole file in memory as tensors. Checkpoints and adapters are read through here.
+a device, and a whole file in memory as tensors; and written whole or not at all. Checkpoints and adapters are read
+through here.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
+
+from inlaid.files import atomic_file
 
 MOST_HEADER = 100_000_000  # bytes
 _DTYPES = {
@@ -125,3 +133,14 @@ def tensors_in(data: bytearray | memoryview) -> dict[str, Tensor]:
     if 8 + length + at != len(data):
         raise CheckpointError("it is longer than its header says")
     return tensors
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """A safetensors file that a kill leaves as it was, or whole; without a copy of it in memory. OSError: why not."""
+    with atomic_file(path) as temporary:
+        try:
+            save_file({name: tensor.cpu() for name, tensor in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:
+            found = re.search(r"os error (\d+)", str(error))
+            code = int(found[1]) if found else errno.EIO
+            raise OSError(code, os.strerror(code), str(path)) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save, save_file
 
 from inlaid import files
@@ -333,6 +335,25 @@ def test_a_large_file_is_hashed_in_pieces(tmp_path: Path, monkeypatch: pytest.Mo
     assert hash_file(file) == hashlib.sha256(data[:512]).hexdigest()
     file.write_bytes(b"")
     assert hash_file(file) == hashlib.sha256().hexdigest()
+
+
+def test_tensors_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    """A file may grow to 100 kB here: the second is too large, and the first is still there."""
+    program = (
+        "import resource, signal, sys, torch; from pathlib import Path; from inlaid.tensorfiles import write_tensors;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
+        "file = Path(sys.argv[1]); write_tensors(file, {'a': torch.arange(10)}, {'format': 'pt'})\n"
+        "try: write_tensors(file, {'a': torch.zeros(100_000)}, {})\n"
+        "except OSError as error: print(error.errno, error.filename)"
+    )
+    file = tmp_path / "out.safetensors"
+    found = subprocess.run([sys.executable, "-c", program, str(file)], capture_output=True, text=True)
+    assert found.stdout.split() == [str(errno.EFBIG), str(file)], found.stderr
+    with safe_open(file, "pt") as read:
+        assert read.metadata() == {"format": "pt"}
+        assert torch.equal(read.get_tensor("a"), torch.arange(10))
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_atomic_folder_replaces_whole_or_not_at_all(tmp_path: Path) -> None:

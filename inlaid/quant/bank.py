@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from inlaid.files import write_atomically
+from inlaid.tensorfiles import write_tensors
 
 PRECISIONS = ("float32", "float16")
 TILE = 256  # rows taken at a time
@@ -74,7 +73,7 @@ class Entry:
             tensors |= {f"{site}/{part}": tensor for part, tensor in _encode(hessian_KK, self.precision).items()}
         metadata = {"members": json.dumps(members), "tokens": repr(tokens)}
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._file(layer), save(tensors, metadata=metadata))
+        write_tensors(self._file(layer), tensors, metadata)
 
     def members(self, layer: int) -> dict[str, list[str]]:
         """The linears of each site."""

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
@@ -53,6 +52,7 @@ from inlaid.quant.settings import (
     bank_path,
     stored_path,
 )
+from inlaid.tensorfiles import write_tensors
 
 WEIGHING = 64  # sequences of each task that minimax-loss measures
 
@@ -306,7 +306,7 @@ class _Job:
                 else:
                     tensors, solved = self._solve_block(block, index)
                     with self.clock.part("writing"):
-                        write_atomically(shard, save(tensors, metadata={"format": "pt"}))
+                        write_tensors(shard, tensors, {"format": "pt"})
                         write_atomically(note, json.dumps(solved).encode())
             facts += json.loads(note.read_text())
             self._step(f"layer {index} solved")
@@ -407,7 +407,7 @@ class _Job:
     def _finish_folder(self, partial: Path) -> None:
         rest = [name for name in self.checkpoint.dense if not name.startswith("model.layers.")]
         tensors = {name: self.checkpoint.tensor(name) for name in rest}
-        write_atomically(partial / "model-rest.safetensors", save(tensors, metadata={"format": "pt"}))
+        write_tensors(partial / "model-rest.safetensors", tensors, {"format": "pt"})
         write_index(partial)
         write_atomically(partial / "quantize_config.json", json.dumps(self._quantization(), indent=2).encode())
         for file in self.base.iterdir():

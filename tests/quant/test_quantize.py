@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -208,15 +209,16 @@ def test_a_killed_run_leaves_the_old_and_resumes(
     assert not list(tmp_path.glob(".out.*"))
 
 
-def test_a_full_disk_leaves_the_old(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("writer", ["write_atomically", "write_tensors"])
+def test_a_full_disk_leaves_the_old(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch, writer: str) -> None:
     out = tmp_path / "out"
     quantize(world.base, world.pick("a"), SETTINGS, out, gate=ANYWAY)
     old = weights(out)
 
-    def full(path: Path, data: bytes) -> None:
+    def full(path: Path, *data: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(rail, "write_atomically", full)
+    monkeypatch.setattr(rail, writer, full)
     with pytest.raises(OSError, match="No space"):
         add_task(out, world.tasks["b"], gate=ANYWAY)
     assert weights(out) == old
