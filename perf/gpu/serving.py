@@ -2,7 +2,7 @@
 
 Stages of bench.py: the rows of a shape, with sums in a fixed order or by arrival; the same load with ranks mixed and
 all of their mean; hundreds of adapters over places for a few; the whole model on one linear backend; and the time from
-start to ready, cold and warm.
+start to ready, with what is compiled there already.
 
 The clients run in processes of their own, each with its share of the streams, so that counting tokens does not hold
 the server back. Tokens are counted by the server's own usage report, times by when each chunk arrived.
@@ -18,15 +18,13 @@ import random
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean, median
-from types import MappingProxyType
 from typing import Any
 
 from perf.gpu import ROOT
@@ -52,7 +50,6 @@ def start_server(
     max_rank: int,
     log: Path,
     more: tuple[str, ...] = (),
-    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> subprocess.Popen[bytes]:
     command = [
         sys.executable, "-m", "inlaid", "serve", str(model), "--port", str(port), *DEVICE,
@@ -62,12 +59,11 @@ def start_server(
     ]  # fmt: skip
     if adapters:
         command += ["--adapter", *(f"{name}={path}" for name, path in adapters.items())]
-    environment = {**os.environ, **environment}
     import torch  # not above: the clients do without
 
     torch.cuda.empty_cache()  # what made the files leaves the GPU to the server
     with log.open("wb") as output:
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
 
 
 def stop(server: subprocess.Popen[bytes]) -> None:
@@ -337,19 +333,20 @@ def on_backend(shape: str, backend: str, keep: Keep) -> dict[str, Any]:
     return served(keep, {}, shape, model, adapters, 16, rows, ("--linear-backend", backend, "--no-deterministic"))
 
 
-def start_up(shape: str, keep: Keep, starts: tuple[str, ...] = ("cold", "warm", "warm")) -> dict[str, Any]:
-    """From start to ready with nothing in any cache, and again with what the first start left there."""
-    report: dict[str, Any] = {"shape": shape, "starts": []}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in starts:
-            _start(report, shape, name, keep, caches(Path(folder)))
-    return report
-
-
 def start_warm(shape: str, keep: Keep) -> dict[str, Any]:
     """From start to ready with the caches as the stages before this one left them."""
-    report: dict[str, Any] = {"shape": shape, "starts": []}
-    _start(report, shape, "as they are", keep, {})
+    model, adapters = files(shape, (16,), 32)
+    log, port = ROOT / "server.log", free_port()
+    server = start_server(port, model, adapters, 16, log)
+    try:
+        start = {"caches": "as they are", "ready_s": wait_ready(server, port, 200), "start_up": timeline(log)}
+    except RuntimeError as error:
+        start = {"error": str(error), "server_log": log.read_text(errors="replace")[-3000:]}
+    finally:
+        stop(server)
+    report: dict[str, Any] = {"shape": shape, "starts": [start]}
+    keep(report)
+    print(start, flush=True)
     return report
 
 
@@ -357,18 +354,3 @@ def caches(folder: Path) -> dict[str, str]:
     """Where a process keeps what it compiles and measures, as its environment says it."""
     places = ("HUMMING_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME")
     return {place: str(folder / place.lower()) for place in places}
-
-
-def _start(report: dict[str, Any], shape: str, name: str, keep: Keep, environment: Mapping[str, str]) -> None:
-    model, adapters = files(shape, (16,), 32)
-    log, port = ROOT / "server.log", free_port()
-    server = start_server(port, model, adapters, 16, log, environment=environment)
-    try:
-        start = {"caches": name, "ready_s": wait_ready(server, port, 200), "start_up": timeline(log)}
-    except RuntimeError as error:
-        start = {"caches": name, "error": str(error), "server_log": log.read_text(errors="replace")[-3000:]}
-    finally:
-        stop(server)
-    report["starts"].append(start)
-    keep(report)
-    print(start, flush=True)

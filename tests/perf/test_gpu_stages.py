@@ -385,14 +385,6 @@ def test_the_same_batch_again_and_rows_without_a_server(on_the_cpu: Path) -> Non
     assert set(offline.host_share(loaded, 2, 2, spec.vocab_size)) == {"schedule", "submit", "collect", "commit"}
 
 
-def test_a_start_from_nothing_is_timed_with_what_the_log_says(on_the_cpu: Path) -> None:
-    found = serving.start_up("tiny", lambda part: None, ("cold",))
-    (start,) = found["starts"]
-    assert start["caches"] == "cold"
-    assert start["ready_s"] > 0
-    assert any("adapters" in line for line in start["start_up"])
-
-
 def test_headlines_say_what_matters() -> None:
     row = {"adapters": 32, "concurrency": 64, "output_tokens_per_second": 6605.4, "ms_per_token": 8.7, "ttft_ms": 160}
     assert bench.headline({"ready_s": 12.34, "rows": [row, {**row, "names": "m", "concurrency": 1}]}) == (
