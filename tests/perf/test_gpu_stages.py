@@ -23,9 +23,9 @@ from safetensors import safe_open
 
 from inlaid.adapters.peft import read_adapter
 from inlaid.checkpoint import Checkpoint, QuantSpec, dequantize
-from inlaid.engine import cuda_forward
+from inlaid.engine import cuda_forward, process
 from inlaid.kernels.measure import Ceiling
-from perf.gpu import bench, demo, humming_sweep, offline, quant_speed, random_model, serving, step
+from perf.gpu import bench, demo, humming_sweep, offline, quant_speed, random_model, serving, starts, step
 from tests.engine.test_cuda_runner import Bench, few_programs
 
 __all__ = ["few_programs"]  # a fixture for all tests here: the interpreter is slow
@@ -367,6 +367,28 @@ def test_a_start_with_the_caches_that_are_there(on_the_cpu: Path) -> None:
     (start,) = serving.start_warm("tiny", lambda part: None)["starts"]
     assert start["caches"] == "as they are"
     assert start["ready_s"] > 0
+
+
+@pytest.mark.parametrize("choices", [[], ["after"], ["switch", "after"]])
+def test_a_start_is_watched(on_the_cpu: Path, monkeypatch: pytest.MonkeyPatch, choices: list[str]) -> None:
+    monkeypatch.setattr(process, "Readers", process.Readers)  # put back afterwards
+    interval = sys.getswitchinterval()
+    try:
+        found = starts.one("tiny", choices)
+        assert sys.getswitchinterval() == pytest.approx(2e-4 if "switch" in choices else interval)
+    finally:
+        sys.setswitchinterval(interval)
+    assert any("weights" in line for line in found["log"])
+    assert 0 < sum(found["innermost"].values()) <= 1.01 * found["seconds"] + 0.01 * len(found["innermost"])
+    assert any("/weights.py:" in line for line in found["ours"])
+
+
+def test_a_start_that_fails_is_said(on_the_cpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own it looks for a GPU."""
+    monkeypatch.setattr(starts, "CHOICES", {"cold": ()})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (start,) = starts.run("tiny", lambda part: None)["starts"]
+    assert (start["caches"], start["error"]) == ("cold", 1)
 
 
 def test_what_a_server_says_before_it_ends_is_kept(on_the_cpu: Path) -> None:
