@@ -94,6 +94,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
         raise
 
 
+def remove_unfinished(folder: Path) -> None:
+    """What killed processes left of the files that they were writing; nobody may be writing there now."""
+    for left in folder.glob(".*.tmp"):
+        left.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write one file so that a kill leaves the old one or the new one."""
     with atomic_file(path) as temporary:

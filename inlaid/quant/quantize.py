@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from inlaid.checkpoint import Checkpoint, dequantize, quantization_config, to_tensors, write_index
-from inlaid.files import replace_folder, sync_folder, write_atomically
+from inlaid.files import remove_unfinished, replace_folder, sync_folder, write_atomically
 from inlaid.quant.adapter import NO_ADAPTER, Adapter, read_adapter
 from inlaid.quant.aggregate import LOSS_ROUNDS, MINIMAX_LOSS, TaskHessian, raised, solve_together
 from inlaid.quant.bank import Bank, Entry, entry_key
@@ -284,6 +284,7 @@ class _Job:
                 shutil.rmtree(other)
         partial = self.out.parent / f".{self.out.name}.{key}.{number}.partial"
         partial.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(partial)
         config = self.checkpoint.config | {"quantization_config": self._quantization()}
         write_atomically(partial / "config.json", json.dumps(config, indent=2).encode())
         return partial
@@ -317,6 +318,7 @@ class _Job:
         weight = self.settings.calibration.highlight
         for task in self.tasks:
             task.streams = []
+            remove_unfinished(self.bank.entry(task.key).path)
             if self.settings.sequential or not self.bank.entry(task.key).complete(self.model.num_blocks):
                 with self.clock.part("forward"):
                     task.streams = self.model.start(batches(task.calibration.fitting, weight))

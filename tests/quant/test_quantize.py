@@ -225,6 +225,26 @@ def test_a_full_disk_leaves_the_old(tmp_path: Path, world: World, monkeypatch: p
     assert sorted(Record.read(out).tasks) == ["a"]
 
 
+def test_what_a_killed_job_had_half_written_goes(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill leaves the file that was being written under its temporary name, in the folder and in the bank."""
+    out, real = tmp_path / "out", rail.write_tensors
+
+    def killed(path: Path, *data: Any) -> None:
+        if path.name == "model-block-001.safetensors":
+            for folder in (path.parent, *bank_path(out).iterdir()):
+                (folder / f".{path.name}.123.tmp").write_bytes(b"half")
+            raise KeyboardInterrupt
+        real(path, *data)
+
+    monkeypatch.setattr(rail, "write_tensors", killed)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(world.base, world.pick("a"), SETTINGS, out, gate=ANYWAY)
+    assert len(list(tmp_path.rglob("*.tmp"))) == 2
+    monkeypatch.setattr(rail, "write_tensors", real)
+    quantize(world.base, world.pick("a"), SETTINGS, out, gate=ANYWAY)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
 def test_only_one_job_at_a_time(tmp_path: Path, world: World) -> None:
     out = tmp_path / "out"
     with rail._only_job(out), pytest.raises(QuantizeError, match="another job"):
