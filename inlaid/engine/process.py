@@ -15,10 +15,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -39,6 +41,7 @@ _PAUSE = 0.001  # seconds between looks at what is loading, when there is nothin
 _MAX_FAILURES = 8  # steps that fail in a row before the process gives up
 _READ_SIZE = 1 << 20
 _READERS = 8  # adapter files read side by side at start-up
+_AHEAD = 16  # adapters read and not yet taken at start-up, where host memory does not hold them all
 _GRACE = 3.0  # seconds from the other end's closing to the end of this process, whatever it is doing
 _MAX_COMPILING = 64  # requests whose grammars are being compiled, or wait for that
 
@@ -82,7 +85,7 @@ def build_engine(config: EngineConfig, adapters: Mapping[str, str], *, strict: b
     imported = time.monotonic()
     opened = open_model(config)
     read = adapter_reader(config.adapters, opened)
-    with Readers(adapters, read) as readers:
+    with Readers(adapters, read, _AHEAD if config.adapters.max_cpu_adapter_gib else None) as readers:
         model = load_model(config, opened=opened, settle=readers.wait)
         made = time.monotonic()
         engine = make_engine(
@@ -123,29 +126,41 @@ def _leave_a_core_to_http() -> None:
 
 
 class Readers:
-    """Adapters read from disk, several at a time, while the model is loaded."""
+    """Adapters read from disk, several at a time, while the model is loaded: all, or `ahead` before they are taken."""
 
-    def __init__(self, adapters: Mapping[str, str], read: Callable[[str], Any]) -> None:
+    def __init__(self, adapters: Mapping[str, str], read: Callable[[str], Any], ahead: int | None = None) -> None:
         import torch
 
         self._threads = torch.get_num_threads()
         alone = partial(torch.set_num_threads, 1)  # readers with a team of threads each would wait for one another
         self._pool = ThreadPoolExecutor(_READERS, "adapter-reader", alone)
-        self.reads = {name: self._pool.submit(self._timed, read, path) for name, path in adapters.items()}
+        self._read, self._coming = read, iter(adapters.items())
+        self.count = len(adapters)
+        self.reads: deque[tuple[str, Future[tuple[Any, float]]]] = deque()
+        for _ in range(self.count if ahead is None else ahead):
+            self._begin_next()
 
     def wait(self) -> None:
-        """Until each is read, or cannot be; with a progress bar when it takes long."""
+        """Until each that was begun is read, or cannot be; with a progress bar when it takes long."""
         from tqdm import tqdm
 
-        for _ in tqdm(
-            as_completed(self.reads.values()), "reading adapters", total=len(self.reads), delay=1, leave=False
-        ):
+        begun = [done for _, done in self.reads]
+        for _ in tqdm(as_completed(begun), "reading adapters", total=len(begun), delay=1, leave=False):
             pass
 
-    @staticmethod
-    def _timed(read: Callable[[str], Any], path: str) -> tuple[Any, float]:
+    def __iter__(self) -> Iterator[tuple[str, Future[tuple[Any, float]]]]:
+        """Each name, and its adapter with the seconds that reading took; nothing that was taken is kept here."""
+        while self.reads:
+            yield self.reads.popleft()
+            self._begin_next()
+
+    def _begin_next(self) -> None:
+        for name, path in islice(self._coming, 1):
+            self.reads.append((name, self._pool.submit(self._timed, path)))
+
+    def _timed(self, path: str) -> tuple[Any, float]:
         started = time.monotonic()
-        return read(path), time.monotonic() - started
+        return self._read(path), time.monotonic() - started
 
     def __enter__(self) -> Readers:
         return self
@@ -158,11 +173,14 @@ class Readers:
 
 
 def install(loaded: Loaded, readers: Readers, strict: bool) -> None:
-    """One by one; with strict the first that cannot be served raises, else it is left out and named."""
-    readers.wait()
-    for name, done in readers.reads.items():
+    """One by one, with a progress bar when it takes long; with strict the first that cannot be served raises, else it
+    is left out and named."""
+    from tqdm import tqdm
+
+    for name, done in tqdm(readers, "loading adapters", total=readers.count, delay=1, leave=False):
         try:
-            loaded.adapters.install(name, done.result()[0], False, done.result()[1])
+            adapter, seconds = done.result()
+            loaded.adapters.install(name, adapter, False, seconds)
         except (ValueError, OSError) as error:
             if strict:
                 raise

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,8 @@ def test_adapters_are_read_while_the_model_is_loaded(monkeypatch: pytest.MonkeyP
     def load(config: EngineConfig, opened: Any, settle: Any) -> Any:
         assert first.wait(30)
         settle()
-        assert all(one.done() for one in readers[0].reads.values())
+        assert len(readers[0].reads) == 2
+        assert all(done.done() for _, done in readers[0].reads)
         return load_model(config, opened=opened, settle=settle)
 
     class Readers(process.Readers):
@@ -125,6 +127,32 @@ def test_adapters_are_read_while_the_model_is_loaded(monkeypatch: pytest.MonkeyP
     adapters = {name: str(DEMO / "adapters" / name) for name in ("to_velar", "maths")}
     loaded = build_engine(EngineConfig(model=str(DEMO / "base")), adapters)
     assert {info.name for info in loaded.adapters.list()} == set(adapters)
+
+
+def test_no_more_adapters_are_read_ahead_than_may_be_held() -> None:
+    """Of 40, five at a time; each is let go when it was taken."""
+    alive: list[weakref.ref[Any]] = []
+    most = 0
+
+    class Read:
+        pass
+
+    def read(path: str) -> Read:
+        made = Read()
+        alive.append(weakref.ref(made))
+        return made
+
+    taken = []
+    with process.Readers({str(number): "" for number in range(40)}, read, ahead=5) as readers:
+        readers.wait()
+        assert len(alive) == 5
+        for name, done in readers:
+            done.result()
+            taken.append(name)
+            del done
+            most = max(most, sum(one() is not None for one in alive))
+    assert taken == [str(number) for number in range(40)]
+    assert most <= 6
 
 
 def test_with_require_eval_only_adapters_with_a_passing_record_are_served(tmp_path: Path) -> None:
