@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -26,9 +25,7 @@ LOOK = 0.003  # seconds between two looks
 CHOICES: dict[str, tuple[str, ...]] = {
     "cold": (),
     "warm": (),
-    "adapters read after the model": ("after",),
     "threads take turns every 0.2 ms": ("switch",),
-    "both": ("switch", "after"),
     "warm again": (),
 }
 
@@ -69,47 +66,39 @@ def _line(frame: FrameType) -> str:
 
 def one(shape: str, choices: list[str]) -> dict[str, Any]:
     """A start in this process."""
-    if "switch" in choices:
-        sys.setswitchinterval(2e-4)
-    lines: list[str] = []
-    log = logging.getLogger()
-    log.setLevel(logging.INFO)
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    log.addHandler(handler)
-    begin = time.perf_counter()
-    from inlaid.engine import process
     from perf.gpu import offline
 
-    if "after" in choices:
-        process.Readers = _later()  # type: ignore[misc, assignment]
+    interval, root, lines = sys.getswitchinterval(), logging.getLogger(), _Lines()
+    level = root.level
+    root.addHandler(lines)
+    root.setLevel(logging.INFO)
+    if "switch" in choices:
+        sys.setswitchinterval(2e-4)
     watch = Watch(threading.get_ident())
+    begin = time.perf_counter()
     watch.start()
-    offline.load(shape, max(some for some, _, _ in offline.ROWS[shape]))
-    watch.over.set()
-    watch.join()
-    seconds = time.perf_counter() - begin
-    return {"seconds": seconds, "log": [line for line in lines if "start-up" in line], **watch.found(seconds)}
+    try:
+        offline.load(shape, max(some for some, _, _ in offline.ROWS[shape]))
+    finally:
+        watch.over.set()
+        watch.join()
+        seconds = time.perf_counter() - begin
+        sys.setswitchinterval(interval)
+        root.setLevel(level)
+        root.removeHandler(lines)
+    return {"seconds": seconds, "log": lines.said, **watch.found(seconds)}
 
 
-def _later() -> type:
-    from inlaid.engine.process import Readers
+class _Lines(logging.Handler):
+    """What the log says of a start."""
 
-    class Later(Readers):
-        """Reads only when it is waited for."""
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
 
-        def __init__(self, adapters: Any, read: Any) -> None:
-            super().__init__({}, read)
-            self._given = adapters, read
-
-        def wait(self) -> None:
-            adapters, read = self._given
-            if not self.reads:
-                with ThreadPoolExecutor(8) as readers:
-                    self.reads = {name: readers.submit(self._timed, read, path) for name, path in adapters.items()}
-            super().wait()
-
-    return Later
+    def emit(self, record: logging.LogRecord) -> None:
+        if "start-up" in record.getMessage():
+            self.said.append(record.getMessage())
 
 
 def run(shape: str, keep: Keep) -> dict[str, Any]:
