@@ -17,12 +17,12 @@ HASHERS = 8
 
 
 def hash_file(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> str:
-    """SHA-256 of a file's bytes, telling how many more it has read; of a large file, of its pieces' SHA-256s, several
-    at a time."""
+    """SHA-256 of a file's bytes, telling how many more it has read; of a large file, of a mark and its pieces'
+    SHA-256s, several at a time. The mark: a file of those digests is another file."""
     starts = range(0, max(1, path.stat().st_size), PIECE)
     with ThreadPoolExecutor(min(HASHERS, len(starts)), "hash") as hashers:
         digests = list(hashers.map(lambda start: _hash_piece(path, start, on_bytes), starts))
-    return (digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(digests)).digest()).hex()
+    return (digests[0] if len(digests) == 1 else hashlib.sha256(b"pieces" + b"".join(digests)).digest()).hex()
 
 
 def _hash_piece(path: Path, start: int, on_bytes: Callable[[int], object]) -> bytes:

@@ -329,7 +329,7 @@ def test_a_large_file_is_hashed_in_pieces(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(files, "PIECE", 512)
     read: list[int] = []
     pieces = [hashlib.sha256(data[at : at + 512]).digest() for at in (0, 512, 1024)]
-    assert hash_file(file, read.append) == hashlib.sha256(b"".join(pieces)).hexdigest()
+    assert hash_file(file, read.append) == hashlib.sha256(b"pieces" + b"".join(pieces)).hexdigest()
     assert sum(read) == len(data)
     file.write_bytes(data[:512])
     assert hash_file(file) == hashlib.sha256(data[:512]).hexdigest()
