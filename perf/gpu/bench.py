@@ -31,7 +31,8 @@ from perf.gpu import ROOT
 from perf.gpu.serving import caches
 
 LIMITS = {  # seconds
-    "tests": 110, "sweep": 100, "variants-7b": 130, "variants-8b": 130,
+    "tests": 110, "sweep": 100, "sweep-wide": 190, "beside-7b": 240, "beside-8b": 200,
+    "variants-7b": 130, "variants-8b": 130,
     "serve-7b": 150, "serve-8b": 130, "serve-7b-arrival": 150, "serve-8b-arrival": 120,
     "serve-7b-unified": 150, "serve-cliff-8b": 280, "serve-cliff-8b-largest": 280,
     "determinism-7b": 170, "startwarm-7b": 60, "ranks-7b": 160,
@@ -93,15 +94,29 @@ def said(*command: str) -> str:
 
 def run_stage(name: str, out: Path, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """The stage's own result, in this process; `keep` writes what there is so far."""
-    from perf.gpu import adapters, demo, gates, humming_sweep, micro, offline, quant_speed, sched, serving, soak, starts
+    from perf.gpu import (
+        adapters,
+        beside,
+        demo,
+        gates,
+        humming_sweep,
+        micro,
+        offline,
+        quant_speed,
+        sched,
+        serving,
+        soak,
+        starts,
+    )
 
     kind, _, rest = name.partition("-")
     stages: dict[str, Callable[[], dict[str, Any]]] = {
         "tests": kernel_tests,
-        "sweep": lambda: humming_sweep.run(keep),
+        "sweep": lambda: humming_sweep.run(keep, *((170.0, (64, 256)) if rest == "wide" else ())),
         "gates": lambda: gates.run(keep),
         "micro": lambda: micro.run(keep, tuple(rest.split("-")) if rest else tuple(micro.PARTS)),
         "demo": demo.run,
+        "beside": lambda: beside.run(rest, keep),
         "soak": soak.run,
         "sched": lambda: sched.run(out, keep=keep),
         "quant": lambda: quant_speed.measure(quant_speed.options().parse_args([]), keep),

@@ -6,6 +6,7 @@ dequantized product and for equal bits, and timed. Writes humming_tuning.json in
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -41,6 +42,28 @@ def problem_of(inputs: int, outputs: int, rows: int, sms: int) -> Problem:
     return Problem(inputs, outputs, SPEC.group_size, BELOW[rows], most, sms)
 
 
+def wide(problem: Problem) -> Iterator[dict[str, Any]]:
+    """Tiles of many forms for the matrix units of whole warp groups. Each block of a tile's columns reads all of x, so
+    that wider tiles, or two side by side that share what they read (multi_cast_size_a), read it less often."""
+    heights = (64,) if problem.most <= 64 else (64, 128)
+    for height, width, depth in itertools.product(heights, (128, 256), (64, 128)):
+        for across in (32, 64):
+            for ctas, together, stages in itertools.product((1, 2), (1, 2), (3, 4, 6)):
+                stage = depth * (2 * height + width // 2) + width * 4
+                threads = 128 + width // across * 32
+                fits = ctas * (stages * stage + 4096) <= 220 * 1024 and ctas * threads <= 1024
+                accumulators = height * width * 4 * ctas <= 200 * 1024
+                if not fits or not accumulators or problem.inputs % depth or problem.outputs % (width * together):
+                    continue
+                if (stages == 6 and depth == 128) or (stages == 3 and ctas * stage * 4 <= 200 * 1024):
+                    continue
+                yield {
+                    "mma_type": "wgmma", "block_shape": (height, width, depth), "warp_shape": (height, across, depth),
+                    "num_stages": stages, "num_ctas_per_sm": ctas, "multi_cast_size_a": together,
+                    "use_stream_k": True, "use_tma": True, "use_warp_spec": True,
+                }  # fmt: skip
+
+
 def compile_one(kind: str, config: dict[str, Any]) -> torch.Tensor | None:
     """None where its checks refuse the configuration, or where its blocks could not all be on the device at once: they
     wait for each other."""
@@ -73,14 +96,15 @@ class Swept:
         self.kind = self.packed[0].kind
         self.tried: list[tuple[dict[str, Any], Future[torch.Tensor | None]]] = []
 
-    def compile(self, rows: int) -> None:
+    def compile(self, rows: int, widely: bool = False) -> None:
         """Start on the candidates for so many rows, which are timed next."""
         config = self.backend.configs[self.kind]
         base = _import().heuristics(config, shape_m=rows, device=DEVICE)
         found = tuned_for(config, torch.cuda.get_device_name(), ordered=True).get(rows)
         known = [] if found is None else [{**base, **found}]
         sms = torch.cuda.get_device_properties(DEVICE).multi_processor_count
-        near = humming_order.candidates(base, problem_of(self.inputs, self.outputs, rows, sms))[:TRIED]
+        problem = problem_of(self.inputs, self.outputs, rows, sms)
+        near = list(wide(problem)) if widely else humming_order.candidates(base, problem)[:TRIED]
         configs = [base, *known, *(one for one in near if one not in (base, *known))]
         self.tried = [(one, self.compilers.submit(compile_one, self.kind, one)) for one in configs]
 
@@ -133,18 +157,21 @@ def order(shapes: Sequence[str]) -> Iterator[tuple[int, str]]:
     return ((rows, shape) for rows in BUCKETS for shape in shapes)
 
 
-def run(keep: Callable[[dict[str, Any]], None], limit: float = 85.0) -> dict[str, Any]:
-    """All shapes, as far as the time goes; what is found is written as it is found."""
+def run(keep: Callable[[dict[str, Any]], None], limit: float = 85.0, widely: tuple[int, ...] = ()) -> dict[str, Any]:
+    """All shapes, as far as the time goes; what is found is written as it is found. `widely`: only these numbers of
+    rows, with candidates of all forms."""
     begin = time.monotonic()
     entries: list[dict[str, Any]] = []
     with ThreadPoolExecutor(16) as compilers:
         shapes = {name: Swept(name, compilers) for name in command.SHAPES}
         for rows, name in order(command.SHAPES):
+            if widely and rows not in widely:
+                continue
             if time.monotonic() - begin > limit:
                 break
             if not entries or entries[-1]["rows"] != rows:
                 for each in shapes.values():
-                    each.compile(rows)
+                    each.compile(rows, rows in widely)
             entries.append(shapes[name].time(rows))
             print(name, rows, entries[-1]["own_us"], "->", entries[-1]["best_us"], flush=True)
             write(entries)
