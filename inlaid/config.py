@@ -39,11 +39,6 @@ class SchedulerConfig:
     max_num_seqs: int = option(256, "most sequences in one step")
     max_num_batched_tokens: int = option(2048, "most tokens in one step; longer prompts are prefilled in chunks")
     max_num_waiting: int = option(4096, "most requests waiting; more are refused with 429")
-    prompts_beside: float = option(
-        0.0,
-        "share of a GPU's multiprocessors that compute prompts while the others go on decoding, once 32 requests "
-        "decode; 0: a step computes both, one after the other",
-    )
     enable_chunked_prefill: bool = option(True, "split prompts that exceed the token budget over several steps")
     max_tasks_per_step: int = option(0, "most distinct adapters in one step; 0: no limit")
     max_sum_of_ranks: int = option(0, "most ranks, summed over distinct adapters, in one step; 0: no limit")

@@ -100,9 +100,7 @@ class Forward:
         device: torch.device,
         dtype: torch.dtype,
         meta_size: int,
-        beside: Forward | None = None,
     ) -> None:
-        """`beside`: another one that knows of the same rows, and may run at the same time."""
         spec = model.spec
         self.model, self.pages, self.device = model, pages, device
         self.max_rank = max_rank
@@ -112,10 +110,9 @@ class Forward:
             return torch.zeros(*shape, dtype=kind, device=device)
 
         self.meta = buffer(meta_size, kind=torch.int32)
-        rows = max_rows + 1  # the last one is for padding
-        self.tables: torch.Tensor = buffer(rows, max_blocks, kind=torch.int32) if beside is None else beside.tables
+        self.tables = buffer(max_rows + 1, max_blocks, kind=torch.int32)  # by row; the last row is for padding
         self.step_tables = buffer(2 * max_rows, max_blocks, kind=torch.int32)
-        self.last: torch.Tensor = buffer(rows, kind=torch.int32) if beside is None else beside.last  # newest tokens
+        self.last = buffer(max_rows + 1, kind=torch.int32)  # each row's newest token
         self.sampled = buffer(max_rows, kind=torch.int32)
         self.residual, self.x, self.y = (buffer(max_tokens, spec.hidden_size) for _ in range(3))
         self.qkv = buffer(max_tokens, q_width + 2 * kv_width)
@@ -130,7 +127,7 @@ class Forward:
         self.lora_scratch = buffer(self._lora_scratch_size(max_tokens), kind=torch.float32)
         self.cache: KVCache = []
         self.arriving: Arriving | None = None  # adapters of this step that are still coming; never in a captured one
-        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def views(self, layout: Layout) -> dict[str, torch.Tensor]:
         """The pieces of meta on the device."""
@@ -250,7 +247,7 @@ class Forward:
                 jobs = self.arriving.before(x, site)
             tuning = lora_triton.tuning_for(x.shape[0], segments.block_rows, self.max_rank)
             partial = self._partial(x.shape[0], tuning.parts, len(site.widths))
-            beside = self.side if x.shape[0] >= SIDE_STREAM_ROWS else None
+            beside = self._side if x.shape[0] >= SIDE_STREAM_ROWS else None
             if beside is not None:
                 beside.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(beside):  # beside the base weights, which read the same x

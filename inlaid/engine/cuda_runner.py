@@ -30,7 +30,6 @@ from tqdm import tqdm
 
 from inlaid.adapters.store import AdapterStore
 from inlaid.config import ConfigError, EngineConfig
-from inlaid.engine.cuda_beside import Beside, Prompts
 from inlaid.engine.cuda_forward import (
     ALL_ADAPTERS,
     ATTENTION_ADAPTERS,
@@ -74,7 +73,6 @@ class Ticket:
     done: Any
     logprobs: sampler.Logprobs | None = None
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
-    joined: Prompts | None = None  # whose tokens come with these
 
 
 @dataclass(frozen=True)
@@ -116,14 +114,14 @@ class CudaRunner(ModelRunner):
         self._keys: dict[str, int] = {}
         self._counts: dict[str, Any] = {}
         self._on_gpu = device.type == "cuda"
-        largest = self.exact_layout(self.max_tokens, self.max_rows, self.max_rows, self.max_rows, self.max_tokens)
-        self.meta_size = largest.size + 2 * TABLE_UPDATES
+        largest = self._exact_layout(self.max_tokens, self.max_rows, self.max_rows, self.max_rows, self.max_tokens)
+        self._meta_size = largest.size + 2 * TABLE_UPDATES
         self.forward = Forward(
             model, adapters.pages, self.max_tokens, self.max_rows, self.max_blocks, config.adapters.max_lora_rank,
-            device, dtype, self.meta_size,
+            device, dtype, self._meta_size,
         )  # fmt: skip
-        self._staging = [self.pinned(self.meta_size) for _ in range(STAGES)]
-        self._results = [self.pinned(self.max_rows) for _ in range(STAGES)]
+        self._staging = [self._pinned(self._meta_size) for _ in range(STAGES)]
+        self._results = [self._pinned(self.max_rows) for _ in range(STAGES)]
         self._templates: dict[Layout, np.ndarray] = {}
         self._graphs: dict[tuple[Layout, int], torch.cuda.CUDAGraph] = {}
         self._rows: dict[str, int] = {}
@@ -137,9 +135,6 @@ class CudaRunner(ModelRunner):
         self._num_submitted = 0
         self.num_eager_steps = 0
         self.num_blocks = 0
-        share = config.scheduler.prompts_beside
-        self.beside = Beside(self, share) if share else None
-        self.most_beside = self.beside.most_tokens if self.beside is not None else 0
         self._start(config, max_model_len, progress, settle)
 
     # Start-up.
@@ -153,12 +148,10 @@ class CudaRunner(ModelRunner):
             layouts = self._captured_layouts() if self._on_gpu and not config.enforce_eager else []
             kinds = self.forward.kinds()
             for layout in tqdm(layouts, desc="compiling kernels", disable=not progress, delay=1, leave=False):
-                self.idle_step(layout, ALL_ADAPTERS, kinds)
+                self._idle_step(layout, ALL_ADAPTERS, kinds)
             for level in (NO_ADAPTERS, ATTENTION_ADAPTERS) if layouts else ():
                 # Kernels that add no adapter, where few rows had them all adding.
-                self.idle_step(layouts[0], level, kinds)
-            if self.beside is not None and layouts:
-                self.beside.warm()
+                self._idle_step(layouts[0], level, kinds)
             compiled = time.monotonic()
             settle()
             settled = time.monotonic()
@@ -176,8 +169,6 @@ class CudaRunner(ModelRunner):
                         self.forward.run(layout, level)
                     pool = pool or graph.pool()
                     self._graphs[layout, level] = graph
-            if self.beside is not None and layouts:
-                self.beside.capture([layout for layout in layouts if not layout.prefills], progress)
             gc.unfreeze()
             if self.arriving is not None and layouts:
                 prompts = [layout for layout in layouts if layout.prefills]
@@ -203,8 +194,8 @@ class CudaRunner(ModelRunner):
             torch.cuda.synchronize()
             return time.perf_counter() - begin
 
-        ways = self._graphs[layout, ALL_ADAPTERS].replay, partial(self.idle_step, layout, ALL_ADAPTERS)
-        self.idle_step(layout, ALL_ADAPTERS)
+        ways = self._graphs[layout, ALL_ADAPTERS].replay, partial(self._idle_step, layout, ALL_ADAPTERS)
+        self._idle_step(layout, ALL_ADAPTERS)
         whole, apart = (median(seconds(way) for _ in range(times)) for way in ways)
         return max(0.0, apart - whole)
 
@@ -220,8 +211,6 @@ class CudaRunner(ModelRunner):
         else:
             self.cache = new_cache(spec, self.num_blocks, self.block_size, self.device, self.dtype)
         self.forward.cache = self.cache
-        if self.beside is not None:
-            self.beside.forward.cache = self.cache
 
     def _captured_layouts(self) -> list[Layout]:
         decodes = [b for b in DECODE_BUCKETS if b < self.max_rows] + [self.max_rows]
@@ -229,78 +218,41 @@ class CudaRunner(ModelRunner):
         return [self._decode_layout(count) for count in decodes] + [self._prompt_layout(count) for count in tokens]
 
     def _decode_layout(self, count: int) -> Layout:
-        return self.exact_layout(count, count, 0, count, 0)
+        return self._exact_layout(count, count, 0, count, 0)
 
     def _prompt_layout(self, tokens: int) -> Layout:
         rows = min(self.max_rows, tokens)
-        return self.exact_layout(tokens, rows, rows, rows, tokens // QUERY_TILE + min(SPARE_TILES, rows))
+        return self._exact_layout(tokens, rows, rows, rows, tokens // QUERY_TILE + min(SPARE_TILES, rows))
 
-    def exact_layout(self, tokens: int, decodes: int, prefills: int, samples: int, tiles: int) -> Layout:
+    def _exact_layout(self, tokens: int, decodes: int, prefills: int, samples: int, tiles: int) -> Layout:
         block_rows = block_rows_for(tokens)
         slots = self.adapters.pages.table.shape[0] - 1 if self.adapters is not None else 1
         segments = lora_triton.max_segments(tokens, slots, block_rows)
         return Layout(tokens, decodes, prefills, samples, tiles, segments, block_rows)
 
-    def idle_step(
-        self, layout: Layout, level: int, blocks: Sequence[int] | None = None, forward: Forward | None = None
-    ) -> None:
+    def _idle_step(self, layout: Layout, level: int, blocks: Sequence[int] | None = None) -> None:
         """A step of padding only, of these blocks or all."""
-        forward = forward or self.forward
-        forward.meta[: layout.size].copy_(torch.from_numpy(self._template(layout)))
-        forward.run(layout, level, blocks)
+        self.forward.meta[: layout.size].copy_(torch.from_numpy(self._template(layout)))
+        self.forward.run(layout, level, blocks)
 
     # A step.
 
     def submit(self, batch: Batch) -> Ticket:  # type: ignore[override]
         for request_id in batch.released:
             self._release(request_id)
-        if self.beside is None:
-            return self._submit(batch.works)
-        try:
-            if batch.beside:
-                with torch.inference_mode():
-                    self.beside.submit(batch.beside)
-            ticket = self._submit(batch.works)
-        except Exception:
-            self.beside.drop(first=batch.joins, last=bool(batch.beside))
-            raise
-        if batch.joins:
-            ticket.joined = self.beside.join()
-        return ticket
-
-    def ticket(self, step: _Step, tokens: torch.Tensor, done: Any) -> Ticket:
-        return Ticket(step.sampling, step.order, tokens, done)
-
-    def _submit(self, works: Sequence[Work]) -> Ticket:
-        if not works:  # it only joins
-            return Ticket([], [], self._results[0][:0], None)
-        step = self.lay_out(works, self._layout_for)
+        step = self._lay_out(batch.works)
         stage = self._num_submitted % STAGES
         self._num_submitted += 1
         host = self._staging[stage]
-        self.write(step, host.numpy())
+        self._write(step, host.numpy())
         with torch.inference_mode():
-            self.tell_tables(step, host)
+            self._tell_tables(step, host)
             self.forward.meta[: step.layout.size].copy_(host[: step.layout.size], non_blocking=True)
             ticket = self._compute(step, stage)
         self._previous = ticket
         return ticket
 
-    def due(self) -> bool:
-        """Whether the prompts that have been beside the steps for longest will be over when the next step is."""
-        return self.beside is not None and self.beside.due()
-
     def collect(self, ticket: Ticket) -> StepResult:  # type: ignore[override]
-        result = self._collected(ticket)
-        if self.beside is not None:
-            self.beside.note_step(time.monotonic())
-        if ticket.joined is not None:
-            assert self.beside is not None
-            result.sampled.extend(self._collected(ticket.joined.ticket).sampled)
-            self.beside.measured(ticket.joined)
-        return result
-
-    def _collected(self, ticket: Ticket) -> StepResult:
         if ticket.done is not None:
             ticket.done.synchronize()
         tokens = ticket.tokens.tolist()
@@ -324,8 +276,7 @@ class CudaRunner(ModelRunner):
             prompt_logprobs = self._prompt_logprobs(ordered, self.forward.all_hidden(layout))
             graph = None
         if graph is not None:
-            if self.beside is None or not self.beside.replay(layout, step.adapters):
-                graph.replay()
+            graph.replay()
         else:
             self.num_eager_steps += 1
             self.forward.run(layout, step.adapters)
@@ -403,7 +354,7 @@ class CudaRunner(ModelRunner):
 
     # Laying a step out.
 
-    def lay_out(self, works: Sequence[Work], layout_for: Callable[[list[Work], list[Work], int], Layout]) -> _Step:
+    def _lay_out(self, works: Sequence[Work]) -> _Step:
         """Decodes first, prompts after; within each, rows of one adapter side by side."""
         num_singles = next((i for i, work in enumerate(works) if work.num_tokens > 1), len(works))
         slots = [self._slot(work.request) for work in works]
@@ -415,7 +366,7 @@ class CudaRunner(ModelRunner):
         places = {i: place for place, i in enumerate(i for i, work in enumerate(works) if work.samples)}
         updates = self._table_updates(ordered)
         level = max((self._level(work.request.adapter) for work in works), default=NO_ADAPTERS)
-        layout = layout_for(singles, prompts, len(sampling))
+        layout = self._layout_for(singles, prompts, len(sampling))
         return _Step(layout, level, singles, prompts, sampling, [places[i] for i in order if works[i].samples], updates)
 
     def _layout_for(self, singles: list[Work], prompts: list[Work], samples: int) -> Layout:
@@ -430,7 +381,7 @@ class CudaRunner(ModelRunner):
             fits = samples <= layout.samples and len(singles) <= layout.decodes
             if fits and len(prompts) <= layout.prefills and tiles <= layout.tiles:
                 return layout
-        return self.exact_layout(tokens, len(singles), len(prompts), max(1, samples), tiles)
+        return self._exact_layout(tokens, len(singles), len(prompts), max(1, samples), tiles)
 
     def _table_updates(self, works: Sequence[Work]) -> tuple[list[int], list[int]]:
         """Blocks that the device has not been told of: places in the tables, and values."""
@@ -483,7 +434,7 @@ class CudaRunner(ModelRunner):
             self._templates[layout] = template
         return self._templates[layout]
 
-    def write(self, step: _Step, host: np.ndarray) -> None:
+    def _write(self, step: _Step, host: np.ndarray) -> None:
         """The step into pinned memory."""
         layout = step.layout
         host[: layout.size] = self._template(layout)
@@ -560,10 +511,10 @@ class CudaRunner(ModelRunner):
         for name in ("temperature", "top_p", "min_p"):
             put(name, getattr(state, name)[rows].view(np.int32))
 
-    def tell_tables(self, step: _Step, host: torch.Tensor) -> None:
+    def _tell_tables(self, step: _Step, host: torch.Tensor) -> None:
         """New blocks into the device's tables, before the step reads them."""
         places, values = step.updates
-        begin = self.meta_size - 2 * TABLE_UPDATES
+        begin = self._meta_size - 2 * TABLE_UPDATES
         flat, meta = host.numpy(), self.forward.meta
         for start in range(0, len(places), TABLE_UPDATES):
             if start:
@@ -581,7 +532,7 @@ class CudaRunner(ModelRunner):
         if self._on_gpu:
             torch.cuda.synchronize()
 
-    def pinned(self, size: int) -> torch.Tensor:
+    def _pinned(self, size: int) -> torch.Tensor:
         return torch.zeros(size, dtype=torch.int32, pin_memory=self._on_gpu)
 
 

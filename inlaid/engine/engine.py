@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from inlaid.config import ConfigError, EngineConfig, SchedulerConfig
+from inlaid.config import EngineConfig, SchedulerConfig
 from inlaid.engine.control import change, describe, fairness
 from inlaid.engine.directory import AdapterDirectory, NoAdapters
 from inlaid.engine.kv_cache import BlockPool
@@ -68,14 +68,13 @@ class Engine:
         """One turn of the loop. Nothing to compute (adapters still loading, say) gives what has ended meanwhile, and
         leaves `idle` set, so that the caller can pause instead of spinning."""
         outputs: list[Output] = []
-        due = self.scheduler.most_beside > 0 and self.runner.due()  # type: ignore[attr-defined]
-        batch = self.scheduler.schedule(self.clock(), due)
+        batch = self.scheduler.schedule(self.clock())
         current = None
         if batch is not None:
             try:
                 current = (batch, self.runner.submit(batch))
             except Exception as error:  # noqa: BLE001 - whatever the device raises ends this batch, not the server
-                outputs += self._fail(batch, error, begun=False)
+                outputs += self._fail(batch, error)
         if self.runner.overlap:
             current, self._pending = self._pending, current
         self.idle = current is None and self._pending is None
@@ -93,12 +92,12 @@ class Engine:
         self._num_tokens += batch.num_tokens
         return self.scheduler.commit(batch, result, self.clock())
 
-    def _fail(self, batch: Batch, error: Exception, begun: bool = True) -> list[Output]:
+    def _fail(self, batch: Batch, error: Exception) -> list[Output]:
         self.num_failures += 1
         self.num_failures_in_a_row += 1
         log.error("step %d of %d requests failed", batch.step, len(batch.works), exc_info=error)
         message = f"the step failed: {type(error).__name__}: {error}"
-        return self.scheduler.fail(batch, message, self.clock(), begun)
+        return self.scheduler.fail(batch, message, self.clock())
 
     def close(self) -> None:
         """Keep what the predictor has learned, if the configuration names a file."""
@@ -159,9 +158,6 @@ def make_engine(
     pool: BlockPool | None = None,
 ) -> Engine:
     """An engine from its configuration and what was found out about the model and the device's memory."""
-    most_beside = getattr(runner, "most_beside", 0)
-    if config.scheduler.prompts_beside and not most_beside:
-        raise ConfigError("prompts_beside divides a GPU: drop it on other devices and in simulations")
     scheduler = Scheduler(
         config.scheduler,
         config.cache,
@@ -173,7 +169,6 @@ def make_engine(
         base_version=base_version,
         max_adapter_wait=config.adapters.adapter_timeout,
         pool=pool,
-        most_beside=most_beside,
     )
     return Engine(scheduler, runner, clock, make_grammar)
 

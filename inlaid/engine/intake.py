@@ -25,13 +25,10 @@ def check_config(config: SchedulerConfig) -> None:
         ("prompt_weight", 0),
         ("output_weight", 0),
         ("cached_price", 0),
-        ("prompts_beside", 0),
     )
     for name, smallest in least:
         if not getattr(config, name) >= smallest:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {smallest}")
-    if config.prompts_beside > 0.75:
-        raise ValueError(f"prompts_beside is {config.prompts_beside}; decodes need a quarter of the GPU: at most 0.75")
     if config.admission_margin >= 1:
         raise ValueError(f"admission_margin is {config.admission_margin}; it is a share, below 1")
 

@@ -132,7 +132,6 @@ class Request:
     parked_at: float | None = None  # when it first stepped aside for want of its adapter, until it starts
     predicted_log: float | None = None  # the predictor's guess of log(output tokens)
     hopeless: bool = False  # its deadline can no longer be met
-    apart: Any = None  # the Apart that computes its prompt beside the steps, until a step joins it
 
     @property
     def num_prompt(self) -> int:
@@ -150,16 +149,6 @@ class Request:
     def num_inflight(self) -> int:
         """Tokens sampled by submitted, not yet committed steps, while it runs."""
         return max(0, min(self.num_computed + 1, self.limit) - len(self.tokens))
-
-    @property
-    def plain(self) -> bool:
-        """Whether the device alone can choose its tokens: nothing about them is asked but the tokens."""
-        p = self.params
-        return not (
-            self.must_see or p.min_tokens or p.logit_bias or p.allowed_token_ids or p.presence_penalty
-            or p.frequency_penalty or p.logprobs is not None or p.prompt_logprobs is not None
-            or p.repetition_penalty != 1.0
-        )  # fmt: skip
 
     @property
     def must_see(self) -> bool:
@@ -188,22 +177,15 @@ class Work(msgspec.Struct, frozen=True, gc=False):
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step computes. Works are ordered: single-token works first, then longer ones.
-
-    `beside` are prompts that begin with this step and go on beside it and those after it. A step that `joins` waits for
-    those that began first: what they sample comes with its result (`joined`), and is decoded after it."""
+    """What one step computes. Works are ordered: single-token works first, then longer ones."""
 
     step: int
     works: tuple[Work, ...]
     released: tuple[str, ...] = ()  # ended or preempted since the last batch: their rows may be reused
-    beside: tuple[Work, ...] = ()
-    joins: bool = False
-    joined: tuple[Work, ...] = ()
 
     @property
     def num_tokens(self) -> int:
-        """Of works that begin with it."""
-        return sum(work.num_tokens for work in (*self.works, *self.beside))
+        return sum(work.num_tokens for work in self.works)
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, gc=False):
@@ -224,16 +206,13 @@ class Sampled(msgspec.Struct, frozen=True, gc=False):
 
 @dataclass(frozen=True)
 class StepResult:
-    sampled: list[Sampled]  # one per Work with samples=True, in order, of works and then of joined
+    sampled: list[Sampled]  # one per Work with samples=True, in order
     # request id -> logprobs of prompt positions start+1 .. start+num_tokens computed by this step
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
 
 
 class Runner(Protocol):
-    """The device's side of a step. With `overlap` the engine submits step n+1 before it collects step n.
-
-    A runner that takes prompts beside its steps has `most_beside`, the most tokens of them at a time, and `due()`:
-    whether those that have been under way for longest will be over by the end of the next step."""
+    """The device's side of a step. With `overlap` the engine submits step n+1 before it collects step n."""
 
     overlap: bool
 

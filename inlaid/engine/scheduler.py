@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from inlaid.config import CacheConfig, SchedulerConfig
 from inlaid.engine.directory import AdapterDirectory
@@ -37,18 +37,6 @@ from inlaid.engine.waiting import WaitingQueue
 MAX_LOOKED_AT = 32  # requests that do not fit are passed by others at most this deep into the queue
 MAX_PARKED = 64  # adapters that requests near the front wait for at the same time
 MAX_PREFETCHED = 8  # of them while there is no room for their requests yet
-BESIDE_DECODES = 32  # with fewer of them a step is short, and prompts are computed sooner as part of it
-BESIDE_TOKENS = 16  # of prompts beside each decode, at most: prompts that are computed long decode late
-BESIDE_PROMPTS = 64  # at most, together
-
-
-@dataclass(eq=False)
-class Apart:
-    """Prompts that are computed beside the steps, and what the ended or preempted among them held."""
-
-    works: tuple[Work, ...]
-    held: list[tuple[list[int], str | None]] = field(default_factory=list)
-    released: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -76,9 +64,7 @@ class Scheduler:
         base_version: str = "",
         max_adapter_wait: float = math.inf,
         pool: BlockPool | None = None,
-        most_beside: int = 0,
     ) -> None:
-        """`most_beside`: as the runner says."""
         check_config(config)
         self.config = config
         self.cache = cache
@@ -104,8 +90,6 @@ class Scheduler:
         self._submitted: deque[tuple[int, float]] = deque()  # steps in flight, and when they were made
         self._committed_at = 0.0
         self._limbo: list[_Limbo] = []
-        self.most_beside = most_beside
-        self._apart: deque[Apart] = deque()
         self.released: list[str] = []  # who has ended or was preempted since the last batch; the next one says so
         self._outputs: list[Output] = []  # ends that no step brought about
         self._stuck: tuple[int, int, int] | None = None
@@ -171,14 +155,12 @@ class Scheduler:
 
     # One step ahead: what to compute.
 
-    def schedule(self, now: float, due: bool = False) -> Batch | None:
-        """The next step's batch, or None when nothing can be computed now. `due`: prompts beside the steps are over
-        when this one is."""
-        due = due and bool(self._apart)
+    def schedule(self, now: float) -> Batch | None:
+        """The next step's batch, or None when nothing can be computed now."""
         self.view.now = now
         self.ledger.note(now)
         preemptions = self.num_preemptions
-        singles, prefills, budget = self._running_work(len(self._apart) - due)
+        singles, prefills, budget = self._running_work()
         if self.tasks.parked:
             self._unpark()
         if preemptions == self.num_preemptions:
@@ -189,49 +171,15 @@ class Scheduler:
         if self.tasks.parked:
             # After admission, when what has arrived is pinned and cannot be pushed out by what is asked for now.
             self.tasks.want(self._overdue_adapter())
-        beside: tuple[Work, ...] = ()
-        if prefills and self._goes_beside(singles) and all(work.request.plain for work in prefills):
-            beside, prefills = tuple(prefills), []
-        works = tuple(singles + prefills)
-        if not (works or beside or self._apart):
+        works = singles + prefills
+        if not works:
             return None
         self._step += 1
         self._submitted.append((self._step, now))
         released, self.released = tuple(self.released), []
-        joins = due or not (works or beside)
-        joined = self._join() if joins else ()
-        if beside:
-            self._apart.append(Apart(beside))
-            for work in beside:
-                work.request.apart = self._apart[-1]
-        return Batch(self._step, works, released, beside, joins, joined)
+        return Batch(self._step, tuple(works), released)
 
-    def _goes_beside(self, singles: list[Work]) -> bool:
-        return self.most_beside > 0 and len(singles) >= BESIDE_DECODES
-
-    def _join(self) -> tuple[Work, ...]:
-        """The prompts that have been beside the steps for longest end with this one; what some of them held is free
-        when it is over."""
-        group = self._apart.popleft()
-        # Who was preempted is still owed its token; but where there is none it may be under way anew.
-        joined = tuple(work for work in group.works if work.samples or work.request.apart is group)
-        for work in group.works:
-            if work.request.apart is group:
-                work.request.apart = None
-        self._limbo += [_Limbo(self._step, blocks, adapter) for blocks, adapter in group.held]
-        self.released += group.released
-        return joined
-
-    def _prompt_budget(self, singles: list[Work], num_apart: int) -> int:
-        """Prompt tokens that may begin with this step: none while others are computed beside it."""
-        budget = self.config.max_num_batched_tokens - len(singles)
-        if num_apart > 0:
-            return 0
-        if self._goes_beside(singles) and self.config.enable_chunked_prefill:
-            budget = min(budget, BESIDE_TOKENS * len(singles))
-        return budget
-
-    def _running_work(self, num_apart: int) -> tuple[list[Work], list[Work], int]:
+    def _running_work(self) -> tuple[list[Work], list[Work], int]:
         """Decode first, one token each; then the prompts that are under way, as far as the budget goes."""
         block_size = self.pool.block_size
         self._num_promised = 0
@@ -239,8 +187,6 @@ class Scheduler:
         singles: list[Work] = []
         unfinished: list[Request] = []
         for request in list(self.running.values()):
-            if request.apart is not None:
-                continue
             start = request.num_computed
             if start < request.decode_until:
                 request.num_computed = start + 1
@@ -260,7 +206,7 @@ class Scheduler:
                 request.decode_until = min(len(request.blocks) * block_size, limit - 2)
         if self.num_preemptions != preemptions:
             singles = _still_running(singles)
-        budget = self._prompt_budget(singles, num_apart)
+        budget = self.config.max_num_batched_tokens - len(singles)
         prefills: list[Work] = []
         for request in unfinished:
             if request.status is Status.RUNNING and budget > 0:
@@ -289,7 +235,7 @@ class Scheduler:
             if self._num_promised < sum(len(held.blocks) for held in self._limbo):
                 self._num_promised += 1  # enough comes free when the step in flight is committed
                 return False
-            self._preempt(max((r for r in self.running.values() if r.apart is None), key=self.standing))
+            self._preempt(max(self.running.values(), key=self.standing))
         return False
 
     def standing(self, request: Request) -> tuple[tuple[float, ...], int]:
@@ -318,10 +264,7 @@ class Scheduler:
         if self._is_stuck():
             return works
         passed: list[Request] = []
-        most = BESIDE_PROMPTS if self.most_beside else self._max_running
-        while (
-            budget > 0 and len(works) < most and len(self.running) < self._max_running and len(passed) < MAX_LOOKED_AT
-        ):
+        while budget > 0 and len(self.running) < self._max_running and len(passed) < MAX_LOOKED_AT:
             request = self._next()
             if request is None:
                 break
@@ -515,7 +458,7 @@ class Scheduler:
         sampled = iter(result.sampled)
         running, finished = Status.RUNNING, Status.FINISHED  # a member looked up in its enum costs five attributes
         served: list[Request] = []
-        for work in (*batch.works, *batch.joined):
+        for work in batch.works:
             request = work.request
             token = next(sampled) if work.samples else None
             if work.plain and token and request.status is running and token.token not in request.stop_ids:
@@ -566,15 +509,9 @@ class Scheduler:
             return _first_output(request, [token], logprobs)
         return Output(id=request.id, tokens=[token], logprobs=logprobs)
 
-    def fail(self, batch: Batch, message: str, now: float, begun: bool = True) -> list[Output]:
-        """The step came to nothing: its requests end with an error, everyone else goes on, and so do, once `begun`,
-        the prompts beside it."""
-        works = batch.works + batch.joined
-        if batch.beside and not begun:
-            works += batch.beside
-            self._apart.rotate()
-            self._join()
-        for work in works:
+    def fail(self, batch: Batch, message: str, now: float) -> list[Output]:
+        """The step came to nothing: its requests end with an error, everyone else goes on."""
+        for work in batch.works:
             if work.request.status is not Status.FINISHED:
                 self._end_early(work.request, FinishReason.ERROR, message)
         self._settle(batch, now)
@@ -663,15 +600,12 @@ class Scheduler:
         del self.running[request.id]
         self._num_reserved -= request.num_reserved
         request.account.num_running -= 1
-        apart, request.apart = request.apart, None
-        (self.released if apart is None else apart.released).append(request.id)
+        self.released.append(request.id)
         self.tasks.leave(request.adapter)
         if request.prefilled:
             self._publish(request, request.num_prompt, len(request.tokens) - 1)  # its answer, for the next turn
         blocks, request.blocks = request.blocks, []
-        if apart is not None:
-            apart.held.append((blocks, request.adapter))
-        elif self._submitted:
+        if self._submitted:
             self._limbo.append(_Limbo(self._step, blocks, request.adapter))
         else:
             self._free(blocks, request.adapter)
@@ -687,8 +621,7 @@ class Scheduler:
     def check_whole(self) -> None:
         """Raise AssertionError unless blocks, queues and counts agree. For tests, and when idle."""
         holders: list[list[int]] = [request.blocks for request in self.running.values()]
-        held = [blocks for group in self._apart for blocks, _ in group.held]
-        self.pool.check([*holders, *held, *(limbo.blocks for limbo in self._limbo)])
+        self.pool.check([*holders, *(held.blocks for held in self._limbo)])
         waiting = [r for r in self.requests.values() if r.status is Status.WAITING]
         assert len(waiting) == self.num_waiting
         assert len(self.requests) == len(waiting) + len(self.running)

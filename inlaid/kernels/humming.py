@@ -16,9 +16,8 @@ import importlib
 import importlib.util
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,6 @@ class HummingLinear:
         self._compilers = ThreadPoolExecutor(8, "humming")
         self._locks: torch.Tensor | None = None
         self._ordered: torch.Tensor | None = None
-        self._apart: list[Any] = []  # what graphs captured apart use
 
     def why_not(self, spec: QuantSpec, device: torch.device) -> str | None:
         if device.type != "cuda":
@@ -149,19 +147,6 @@ class HummingLinear:
             None, out_TN, None, None, None, None, self._locks, 1, 0,
         )  # fmt: skip
 
-    @contextmanager
-    def apart(self, sms: int) -> Iterator[None]:
-        """What is captured meanwhile runs on so many multiprocessors, beside others: it has counters, and room for x,
-        of its own."""
-        before = self._kernels, self._locks, self._ordered
-        self._kernels = {kind: held_to(self._kernels_of(kind), sms) for kind in self.configs}
-        self._locks, self._ordered = (None if one is None else torch.zeros_like(one) for one in before[1:])
-        self._apart.append((self._kernels, self._locks, self._ordered))
-        try:
-            yield
-        finally:
-            self._kernels, self._locks, self._ordered = before
-
     def _permuted(self, x_TK: torch.Tensor, permutation_K: torch.Tensor) -> torch.Tensor:
         from inlaid.kernels.linear_triton import permute_columns
 
@@ -189,14 +174,6 @@ class HummingLinear:
         if kind not in self._kernels:
             self._kernels[kind] = self._compiling[kind].result()
         return self._kernels[kind]
-
-
-def held_to(kernels: torch.Tensor, sms: int) -> torch.Tensor:
-    """A table of kernels, each on at most so many multiprocessors."""
-    held = kernels.clone()
-    column = held.view(-1, 4)[:, 3]  # 0: all there are
-    column.copy_(torch.where(column == 0, sms, column.clamp(max=sms)))
-    return held
 
 
 def intervals(config: Any, device: torch.device, ordered: bool = True) -> list[list[Any]]:

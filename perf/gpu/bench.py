@@ -34,7 +34,6 @@ LIMITS = {  # seconds
     "tests": 110, "sweep": 100, "sweep-wide": 190, "beside-7b": 240, "beside-8b": 200,
     "variants-7b": 130, "variants-8b": 130,
     "serve-7b": 200, "serve-8b": 170, "serve-7b-arrival": 150, "serve-8b-arrival": 120,
-    "serve-7b-beside30": 200, "serve-7b-beside36": 200, "serve-7b-beside42": 200, "serve-8b-beside30": 200,
     "serve-7b-unified": 150, "serve-cliff-8b": 280, "serve-cliff-8b-largest": 280,
     "determinism-7b": 170, "startwarm-7b": 60, "ranks-7b": 160,
     "exllama-7b": 120, "exllama-demo": 90, "soak": 110,

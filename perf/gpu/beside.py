@@ -7,9 +7,11 @@ has room for. What is reported is how many decode steps end while the prompts ar
 
 from __future__ import annotations
 
+import ctypes
 import math
 import traceback
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -20,7 +22,6 @@ import torch
 from inlaid.engine.cuda_forward import ATTENTION_ADAPTERS, NO_ADAPTERS, QUERY_TILE, Forward, Layout
 from inlaid.engine.engine import Engine
 from inlaid.kernels import lora_triton
-from inlaid.kernels.division import divide
 from perf.gpu import step as step_module
 from perf.gpu.offline import CONTEXT, load
 from perf.gpu.serving import Keep
@@ -28,6 +29,38 @@ from perf.gpu.serving import Keep
 PROMPTS, LENGTH = 8, 256
 CASES = ((64, 0), (64, 32), (256, 0))
 PARTS = (32, 40, 48, 56, 64)
+
+
+class Driver:
+    """The few calls that torch does not offer."""
+
+    def __init__(self) -> None:
+        self.cuda = ctypes.CDLL("libcuda.so.1")
+
+    def call(self, name: str, *args: Any) -> None:
+        code = getattr(self.cuda, name)(*args)
+        if code:
+            raise RuntimeError(f"{name} answered {code}")
+
+    def split(self, count: int) -> list[tuple[int, list[Any]]]:
+        """Two parts of the device, the first of `count` multiprocessors: how many each has, and two streams."""
+        whole, first, rest = (ctypes.create_string_buffer(144) for _ in range(3))
+        device, groups = ctypes.c_int(0), ctypes.c_uint(1)
+        self.call("cuDeviceGet", ctypes.byref(device), torch.cuda.current_device())
+        self.call("cuDeviceGetDevResource", device, whole, 1)
+        self.call("cuDevSmResourceSplitByCount", first, ctypes.byref(groups), whole, rest, 0, ctypes.c_uint(count))
+        return [self._part(resource, device) for resource in (first, rest)]
+
+    def _part(self, resource: Any, device: Any) -> tuple[int, list[Any]]:
+        described, context = ctypes.c_void_p(), ctypes.c_void_p()
+        self.call("cuDevResourceGenerateDesc", ctypes.byref(described), resource, 1)
+        self.call("cuGreenCtxCreate", ctypes.byref(context), described, device, 1)
+        streams = []
+        for _ in range(2):
+            stream = ctypes.c_void_p()
+            self.call("cuGreenCtxStreamCreate", ctypes.byref(stream), context, 1, 0)
+            streams.append(torch.cuda.ExternalStream(stream.value))
+        return int.from_bytes(resource.raw[96:100], "little"), streams
 
 
 @dataclass
@@ -41,15 +74,15 @@ class Lane:
     sms: int
     graph: Any = None
 
-    def capture(self, engine: Engine) -> None:
-        side, self.forward.side = self.forward.side, self.streams[1]
-        with ExitStack() as stack, torch.inference_mode():
-            for backend in step_module.humming_of(engine):
-                stack.enter_context(backend.apart(self.sms))
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=self.streams[0]):
-                self.forward.run(self.layout, self.level)
-        self.forward.side = side
+    def capture(self, engine: Engine, locks: torch.Tensor) -> None:
+        side, self.forward._side = self.forward._side, self.streams[1]
+        try:
+            with held_to(engine, self.sms, locks), torch.inference_mode():
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph, stream=self.streams[0]):
+                    self.forward.run(self.layout, self.level)
+        finally:
+            self.forward._side = side
 
     def replay(self) -> torch.cuda.Event:
         with torch.cuda.stream(self.streams[0]):
@@ -59,10 +92,29 @@ class Lane:
         return done
 
 
+@contextmanager
+def held_to(engine: Engine, sms: int, locks: torch.Tensor) -> Iterator[None]:
+    """humming's kernels on so many multiprocessors, with counters of their own."""
+    backends = step_module.humming_of(engine)
+    before = [(backend, dict(backend._kernels), backend._locks) for backend in backends]
+    for backend in backends:
+        for kind in list(backend.configs):
+            table = backend._kernels_of(kind).clone()
+            rows = table.view(-1, 4)
+            rows[:, 3] = torch.where(rows[:, 3] == 0, torch.full_like(rows[:, 3], sms), rows[:, 3].clamp(max=sms))
+            backend._kernels[kind] = table
+        backend._locks = locks
+    try:
+        yield
+    finally:
+        for backend, kernels, old in before:
+            backend._kernels, backend._locks = kernels, old
+
+
 def prompts_of(runner: Any, adapters: int, vocab: int) -> tuple[Forward, Layout, int]:
     """PROMPTS prompts at the far end of the KV cache, in a forward of their own."""
     tokens = PROMPTS * LENGTH
-    layout = runner.exact_layout(tokens, 0, PROMPTS, PROMPTS, tokens // QUERY_TILE)
+    layout = runner._exact_layout(tokens, 0, PROMPTS, PROMPTS, tokens // QUERY_TILE)
     forward = Forward(
         runner.model, runner.adapters.pages, tokens, PROMPTS, runner.max_blocks, runner.forward.max_rank,
         runner.device, runner.dtype, layout.size,
@@ -142,8 +194,9 @@ def logits_of(runner: Any, step: Any, lane: Lane) -> torch.Tensor:
 
 def one_way(engine: Engine, decodes: Lane, prompts: Lane, whole: tuple[float, float]) -> dict[str, Any]:
     """Both lanes captured, alone and together."""
-    decodes.capture(engine)
-    prompts.capture(engine)
+    locks = [torch.zeros(4096, dtype=torch.int32, device="cuda") for _ in range(2)]
+    decodes.capture(engine, locks[0])
+    prompts.capture(engine, locks[1])
     alone = seconds(decodes), seconds(prompts, 6)
     count = math.ceil(alone[1] / alone[0] * 1.6) + 4
     found = []
@@ -169,10 +222,11 @@ def run(shape: str, keep: Keep) -> dict[str, Any]:
     loaded, spec = load(shape, 32, enforce_eager=True)
     engine, runner = loaded.engine, step_module.runner_of(loaded.engine)
     sms = torch.cuda.get_device_properties(0).multi_processor_count
+    driver = Driver()
     report: dict[str, Any] = {"shape": shape, "sms": sms, "cases": []}
     parts = {}
     for count in PARTS:
-        parts[count] = [(part.sms, [part.stream, part.side]) for part in divide(runner.device, count)]
+        parts[count] = driver.split(count)
         print("parts", [part for part, _ in parts[count]], flush=True)
     for seed, (rows, adapters) in enumerate(CASES):
         names = [f"a{i % adapters}" if adapters else None for i in range(rows)]
@@ -187,8 +241,9 @@ def run(shape: str, keep: Keep) -> dict[str, Any]:
         both = (runner.forward, step.layout, step.level), (forward, layout, level)
         plain = [torch.cuda.Stream() for _ in range(4)]
         decodes, prompts = lanes(both, (sms, plain[:2]), (sms, plain[2:]))
-        decodes.capture(engine)
-        prompts.capture(engine)
+        locks = torch.zeros(4096, dtype=torch.int32, device="cuda")
+        decodes.capture(engine, locks)
+        prompts.capture(engine, locks)
         whole = seconds(decodes), seconds(prompts, 6)
         case["decode_ms"], case["prompts_ms"] = whole
         print(rows, adapters, whole, flush=True)

@@ -273,9 +273,7 @@ def otherwise(
     how: str, shape: str, rows: list[tuple[int, int, int]], ranks: tuple[int, ...], keep: Keep
 ) -> dict[str, Any]:
     """The same with a flag: on kernels that may add in any order, or with adapters and KV in one memory."""
-    share = how.removeprefix("beside")  # in hundredths
-    more = OTHERWISE.get(how) or ("--prompts-beside", str(int(share) / 100))
-    return run(shape, [row for row in rows if row[1] in FEW], ranks, keep, more)
+    return run(shape, [row for row in rows if row[1] in FEW], ranks, keep, OTHERWISE[how])
 
 
 def cliff(

@@ -28,18 +28,12 @@ class Bench:
         cache: dict[str, Any] | None = None,
         lengths: Lengths | None = None,
         max_adapter_wait: float = math.inf,
-        beside: bool = False,
-        span: int = 3,
         **config: Any,
     ) -> None:
-        """`beside`: prompts are computed beside the steps, and are due after `span` of them."""
         self.time = 0.0
         self.adapters = adapters or FakeAdapters(ADAPTERS)
         scheduler = SchedulerConfig(**{"max_num_batched_tokens": 16, "max_num_seqs": 8, **config})
-        most_beside = scheduler.max_num_batched_tokens if beside else 0
-        self.runner = FakeRunner(
-            block_size, overlap, scheduler.max_num_batched_tokens, most_beside=most_beside, span=span
-        )
+        self.runner = FakeRunner(block_size, overlap, scheduler.max_num_batched_tokens)
         self.scheduler = Scheduler(
             scheduler,
             CacheConfig(block_size=block_size, **(cache or {})),
@@ -49,7 +43,6 @@ class Bench:
             eos_ids=(EOS,),
             lengths=lengths,
             max_adapter_wait=max_adapter_wait,
-            most_beside=most_beside,
         )
         self.engine = Engine(self.scheduler, self.runner, lambda: self.time)
         self.tokens: dict[str, list[int]] = {}

@@ -5,11 +5,10 @@ outputs must not depend on batching, chunking, preemption or prefix hits."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from inlaid.engine.request import Batch, Request, Sampled, StepResult, TokenLogprobs, Work
+from inlaid.engine.request import Batch, Request, Sampled, StepResult, TokenLogprobs
 
 EOS = 7
 VOCABULARY = 50
@@ -54,33 +53,17 @@ class FakeRunner:
     last: dict[str, int] = field(default_factory=dict)
     batches: list[Batch] = field(default_factory=list)
     in_flight: dict[int, dict[int, str]] = field(default_factory=dict)  # step -> block it writes -> request
-    most_beside: int = 0
-    span: int = 3  # after how many steps prompts beside them are due
-    apart: list[tuple[Batch, list[list[int]]]] = field(default_factory=list)  # and the blocks that they were given
-    since: int = 0
-
-    def due(self) -> bool:
-        self.since += 1
-        return bool(self.apart) and self.since >= self.span
 
     def submit(self, batch: Batch) -> Any:
-        assert batch.works or batch.joins or batch.beside
+        assert batch.works
         assert batch.num_tokens <= self.max_tokens
-        assert not (batch.beside and any(work.num_tokens > 1 for work in batch.works))
-        apart = {work.request.id for group, _ in self.apart for work in group.beside}
-        assert not apart & {work.request.id for work in (*batch.works, *batch.beside)}, "it is computed beside"
         assert len({work.request.id for work in batch.works}) == len(batch.works)
         sizes = [work.num_tokens > 1 for work in batch.works]
         assert sizes == sorted(sizes), "single-token works come first"
         self.batches.append(batch)
         self._check_writes(batch)
         if batch.step in self.fail_submit:
-            if batch.joins:
-                del self.in_flight[-self.apart.pop(0)[0].step]
             raise RuntimeError("the device said no")
-        if batch.beside:
-            self.since = 0
-            self.apart.append((batch, [list(work.request.blocks) for work in batch.beside]))
         result = StepResult([])
         for work in batch.works:
             contexts = self._write(work.request, work.start, work.num_tokens)
@@ -90,65 +73,46 @@ class FakeRunner:
             if work.request.params.prompt_logprobs is not None:
                 known = work.request.prompt[work.start + 1 : work.start + work.num_tokens + 1]
                 result.prompt_logprobs[work.request.id] = [TokenLogprobs(t, -1.0, 1, []) for t in known]
-        over = self._join(result) if batch.joins else None
-        return batch.step, result, over
-
-    def _join(self, result: StepResult) -> int:
-        """The prompts are computed as late as may be, into the blocks that they were given."""
-        group, blocks = self.apart.pop(0)
-        for work, given in zip(group.beside, blocks, strict=True):
-            contexts = self._write(work.request, work.start, work.num_tokens, given)
-            if work.samples:
-                self.last[work.request.id] = next_token(contexts[-1])
-                result.sampled.append(Sampled(self.last[work.request.id]))
-        return -group.step
+        return batch.step, result
 
     def collect(self, ticket: Any) -> StepResult:
-        step, result, over = ticket
-        for key in (step,) if over is None else (step, over):
-            del self.in_flight[key]
+        step, result = ticket
+        del self.in_flight[step]
         if step in self.fail_collect:
             raise RuntimeError("the device fell over")
         return result
 
     def _check_writes(self, batch: Batch) -> None:
         """No block that a submitted step still writes has been given to someone else."""
-        begun = batch.step not in self.fail_submit
-        for key, works in ((batch.step, batch.works), (-batch.step, batch.beside)):
-            if works or key > 0:
-                self._check_those(works, key, begun)
-
-    def _check_those(self, works: Sequence[Work], key: int, begun: bool) -> None:
         writes: dict[int, str] = {}
-        for work in works:
+        for work in batch.works:
             first, last = work.start // self.block_size, (work.start + work.num_tokens - 1) // self.block_size
             writes |= dict.fromkeys(work.request.blocks[first : last + 1], work.request.id)
         for other in self.in_flight.values():
             for block, owner in writes.items():
                 assert other.get(block, owner) == owner, f"block {block} is still written by {other[block]}"
-        if begun:
-            self.in_flight[key] = writes
+        if batch.step not in self.fail_submit:
+            self.in_flight[batch.step] = writes
 
-    def _write(self, request: Request, start: int, count: int, blocks: list[int] | None = None) -> list[int]:
+    def _write(self, request: Request, start: int, count: int) -> list[int]:
         contexts = []
-        blocks = request.blocks if blocks is None else blocks
-        context = root(request.adapter) if start == 0 else self._read(request, start - 1, blocks)
+        context = root(request.adapter) if start == 0 else self._read(request, start - 1)
         for position in range(start):
-            self._read(request, position, blocks)
+            self._read(request, position)
         for position in range(start, start + count):
             known = position < len(request.tokens)
             context = chain(context, request.tokens[position] if known else self.last[request.id])
-            block = blocks[position // self.block_size]
+            block = request.blocks[position // self.block_size]
             assert block != 0
             self.kv[block, position % self.block_size] = context
             contexts.append(context)
         return contexts
 
-    def _read(self, request: Request, position: int, blocks: list[int]) -> int:
+    def _read(self, request: Request, position: int) -> int:
         context = root(request.adapter)
         for index in range(position + 1):
             context = chain(context, request.tokens[index] if index < len(request.tokens) else self.last[request.id])
-        stored = self.kv.get((blocks[position // self.block_size], position % self.block_size))
+        stored = self.kv.get((request.blocks[position // self.block_size], position % self.block_size))
         assert stored == context, f"KV of {request.id} at {position} is not its own"
         return context
 

@@ -18,7 +18,7 @@ from inlaid.adapters.peft import read_adapter
 from inlaid.adapters.store import CACHED, CPU_ASSIST, MODES, PIPELINED, AdapterStore
 from inlaid.checkpoint import Checkpoint
 from inlaid.config import AdapterConfig, CacheConfig, ConfigError, EngineConfig, SchedulerConfig
-from inlaid.engine import cuda_forward, scheduler
+from inlaid.engine import cuda_forward
 from inlaid.engine.cuda_runner import CudaRunner, cuda_kernels
 from inlaid.engine.engine import Engine, make_engine
 from inlaid.engine.model_runner import ModelRunner
@@ -84,13 +84,13 @@ class Bench:
         store: AdapterStore | None = None,
         arriving: Arriving | None = None,
         cache: dict[str, Any] | None = None,
-        **settings: Any,
+        **scheduler: Any,
     ) -> tuple[Engine, ModelRunner]:
         config = EngineConfig(
             model=str(self.model),
             cache=CacheConfig(block_size=4, num_blocks=300, **(cache or {})),
             adapters=AdapterConfig(max_loras=4, max_lora_rank=16, adapter_timeout=1e9),
-            scheduler=SchedulerConfig(**{"max_num_seqs": 6, "max_num_batched_tokens": 24, **settings}),
+            scheduler=SchedulerConfig(**{"max_num_seqs": 6, "max_num_batched_tokens": 24, **scheduler}),
             linear_backend="reference",
         )
         spec = read_spec(self.model)
@@ -147,33 +147,6 @@ def test_mixed_adapters_chunked_prompts_and_decodes(bench: Bench) -> None:
     answers = serve(engine, requests)
     for request in requests:
         bench.check(request, answers[request.id])
-
-
-def test_prompts_beside_decodes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU on multiprocessors of their own; elsewhere what is shared and what is not is the same. One that leaves
-    while its prompt is computed leaves the others alone."""
-    monkeypatch.setattr(scheduler, "BESIDE_DECODES", 1)
-    engine, runner = bench.engine(prompts_beside=0.3)
-    assert isinstance(runner, CudaRunner)
-    assert runner.beside is not None
-    submit, beside = runner.beside.submit, []
-
-    def noted(works: Any) -> None:
-        beside.extend(work.request.id for work in works)
-        if len(beside) < 3:
-            engine.abort("gone")
-        submit(works)
-
-    monkeypatch.setattr(runner.beside, "submit", noted)
-    requests = [*mixed(*SIZE), ask("gone", list(range(3, 24)), "a1", max_tokens=4, logprobs=None)]
-    answers = serve(engine, requests)
-    assert len(beside) > 1
-    for request in requests[:-1]:
-        bench.check(request, answers[request.id])
-    while engine.has_work:
-        engine.step()
-    engine.scheduler.check_whole()
-    assert not runner.due()
 
 
 def test_tokens_are_the_same_in_unified_memory(bench: Bench) -> None:
@@ -327,12 +300,12 @@ def test_blocks_of_each_kind_and_the_last_need_every_kernel(bench: Bench, monkey
     for layout in (runner._decode_layout(2), runner._prompt_layout(8)):
         for level in (cuda_forward.NO_ADAPTERS, cuda_forward.ATTENTION_ADAPTERS, cuda_forward.ALL_ADAPTERS):
             calls.clear()
-            runner.idle_step(layout, level)
+            runner._idle_step(layout, level)
             everything = set(calls)
             calls.clear()
-            runner.idle_step(layout, level, [0, 5])
+            runner._idle_step(layout, level, [0, 5])
             assert calls < everything  # the window's kernels
-            runner.idle_step(layout, level, forward.kinds())
+            runner._idle_step(layout, level, forward.kinds())
             assert calls == everything
 
 

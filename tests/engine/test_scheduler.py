@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inlaid.engine import scheduler
 from inlaid.engine.policy import POLICIES, MaxTokens, QueueFull
 from inlaid.engine.request import FinishReason, Request
 from tests.engine.bench import ADAPTERS, Bench
@@ -18,14 +17,6 @@ from tests.engine.fake_runner import EOS, FakeAdapters, generate
 
 def both(test: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.parametrize("overlap", [False, True])(test)
-
-
-@pytest.fixture(scope="module")
-def few_decodes_suffice() -> Iterator[None]:
-    """For prompts to be computed beside them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scheduler, "BESIDE_DECODES", 1)
-        yield
 
 
 @both
@@ -46,72 +37,6 @@ def test_long_prompts_are_prefilled_in_chunks_beside_decodes(overlap: bool) -> N
     bench.run().check_all()
     chunks = [w.num_tokens for b in bench.runner.batches for w in b.works if w.request.id == "long"]
     assert chunks[:3] == [15, 15, 10]
-
-
-@both
-def test_decodes_go_on_while_prompts_are_computed_beside_them(few_decodes_suffice: None, overlap: bool) -> None:
-    bench = Bench(overlap=overlap, beside=True, span=4)
-    bench.add("first", [1, 2], max_tokens=30, ignore_eos=True)
-    bench.step()
-    bench.add("second", list(range(9)), max_tokens=3, ignore_eos=True)
-    bench.add("third", list(range(20, 30)), max_tokens=3, ignore_eos=True)
-    bench.run().check_all()
-    (begins,) = (i for i, batch in enumerate(bench.runner.batches) if batch.beside and batch.beside[0].start == 0)
-    assert [work.num_tokens for work in bench.runner.batches[begins].beside] == [9, 6]
-    joins = next(i for i, batch in enumerate(bench.runner.batches) if batch.joins)
-    assert joins - begins == 4
-    assert all(batch.works for batch in bench.runner.batches[begins:joins])
-    assert not any(work.num_tokens > 1 for batch in bench.runner.batches[begins:] for work in batch.works)
-
-
-@both
-def test_the_next_prompts_begin_with_the_step_that_joins_the_last(few_decodes_suffice: None, overlap: bool) -> None:
-    bench = Bench(overlap=overlap, beside=True, span=3)
-    bench.add("first", [1, 2], max_tokens=40, ignore_eos=True)
-    bench.step()
-    for index in range(3):
-        bench.add(f"r{index}", list(range(index, index + 15)), max_tokens=3, ignore_eos=True)
-    bench.add("long", list(range(40)), max_tokens=3, ignore_eos=True)
-    bench.run().check_all()
-    apart = [batch for batch in bench.runner.batches if batch.beside]
-    assert [batch.beside[0].request.id for batch in apart[:3]] == ["r0", "r1", "r2"]
-    assert [batch.joins for batch in apart[:3]] == [False, True, True]
-    assert sum(work.request.id == "long" for batch in apart for work in batch.beside) > 1
-
-
-@both
-def test_whoever_leaves_while_its_prompt_is_computed_keeps_its_blocks_until_that_ends(
-    few_decodes_suffice: None, overlap: bool
-) -> None:
-    bench = Bench(overlap=overlap, beside=True, span=6)
-    bench.add("first", [1, 2], max_tokens=40, ignore_eos=True)
-    bench.step()
-    bench.add("gone", list(range(9)), "a", max_tokens=3, ignore_eos=True)
-    bench.add("preempted", list(range(5)), "b", max_tokens=3, ignore_eos=True)
-    while not bench.runner.apart:
-        bench.step()
-    before = bench.scheduler.pool.num_available
-    bench.engine.abort("gone")
-    bench.step()
-    bench.step()
-    assert bench.runner.apart
-    assert bench.scheduler.pool.num_available <= before
-    assert not any(batch.released for batch in bench.runner.batches)
-    bench.scheduler.set_base_version("other")  # preempts everyone: nothing is left to be computed meanwhile
-    bench.run().check_all()
-    assert bench.scheduler.num_preemptions == 2
-    released = [request for batch in bench.runner.batches for request in batch.released]
-    assert sorted(released[:3]) == ["first", "gone", "preempted"]
-
-
-def test_what_asks_for_more_than_tokens_is_computed_in_a_step(few_decodes_suffice: None) -> None:
-    bench = Bench(beside=True)
-    bench.add("first", [1, 2], max_tokens=20, ignore_eos=True)
-    bench.step()
-    bench.add("asks", list(range(9)), max_tokens=3, ignore_eos=True, prompt_logprobs=0)
-    bench.run().check_all()
-    assert not any(batch.beside for batch in bench.runner.batches)
-    assert bench.firsts["asks"].prompt_logprobs is not None
 
 
 def test_without_chunking_a_prompt_waits_for_a_step_that_holds_it() -> None:
@@ -504,23 +429,12 @@ requests = st.lists(
     num_blocks=st.integers(12, 40),
     slots=st.integers(1, 4),
     failing=st.sets(st.integers(1, 30), max_size=2),
-    beside=st.booleans(),
     data=st.data(),
 )
 def test_any_storm_leaves_the_pool_whole_and_every_answer_exact(
-    few_decodes_suffice: None,
-    requests: Any,
-    overlap: bool,
-    policy: str,
-    num_blocks: int,
-    slots: int,
-    failing: set[int],
-    beside: bool,
-    data: st.DataObject,
+    requests: Any, overlap: bool, policy: str, num_blocks: int, slots: int, failing: set[int], data: st.DataObject
 ) -> None:
     bench = Bench(
-        beside=beside,
-        span=data.draw(st.integers(0, 5)),
         num_blocks=num_blocks,
         overlap=overlap,
         policy=policy,
