@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from inlaid.checkpoint import QuantizedLinear, QuantSpec
-from inlaid.kernels.backend import LinearBackend
+from inlaid.kernels.backend import GemmInParts, LinearBackend, Parts
 from inlaid.kernels.exllama import ExllamaLinear
 from inlaid.kernels.humming import HummingLinear
 from inlaid.kernels.linear_triton import TritonLinear
@@ -129,11 +129,21 @@ class AutoLinear:
             below = most
 
     def gemm(self, x_TK: torch.Tensor, packed: AutoPacked, out_TN: torch.Tensor) -> None:
-        rows = x_TK.shape[0]
-        for most, backend, inner in packed.choices:
-            if rows <= most:
-                backend.gemm(x_TK, inner, out_TN)
-                return
+        backend, inner = self._serving(packed, x_TK.shape[0])
+        backend.gemm(x_TK, inner, out_TN)
+
+    def parts(self, packed: AutoPacked, rows: int) -> Parts | None:
+        backend, inner = self._serving(packed, rows)
+        return backend.parts(inner, rows) if isinstance(backend, GemmInParts) else None
+
+    def gemm_in_parts(self, x_TK: torch.Tensor, packed: AutoPacked, out_PTN: torch.Tensor) -> None:
+        backend, inner = self._serving(packed, x_TK.shape[0])
+        assert isinstance(backend, GemmInParts)
+        backend.gemm_in_parts(x_TK, inner, out_PTN)
+
+    @staticmethod
+    def _serving(packed: AutoPacked, rows: int) -> tuple[LinearBackend, Any]:
+        return next((backend, inner) for most, backend, inner in packed.choices if rows <= most)
 
     def report(self) -> list[str]:
         """One line per kind of weight: how many, and what serves them."""

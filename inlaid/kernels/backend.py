@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 
@@ -65,6 +65,28 @@ class Gemm(Protocol):
 
     def gemm(self, x_TK: torch.Tensor, packed: Any, out_TN: torch.Tensor) -> None:
         """Write the product into out; allocates nothing visible, never synchronizes."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How a product lies in parts [P, T, N] that whoever reads it adds, the first part first: of a tile of `height`
+    rows and `width` columns the first `counts[row tile, column tile]` parts were written, and nothing of the others."""
+
+    counts: torch.Tensor  # int32, on the device
+    most: int
+    height: int
+    width: int
+
+
+@runtime_checkable
+class GemmInParts(Protocol):
+    """What a backend may offer besides: blocks that share a sum over K need not wait for each other."""
+
+    def parts(self, packed: Any, rows: int) -> Parts | None:
+        """None where one whole product is as fast; before a graph is captured, asked once for the same rows."""
+
+    def gemm_in_parts(self, x_TK: torch.Tensor, packed: Any, out_PTN: torch.Tensor) -> None:
+        """Write the parts, as many as `parts` says that there are at most."""
 
 
 class LinearBackend(Gemm, Protocol):

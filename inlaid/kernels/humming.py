@@ -6,7 +6,7 @@ its cache on disk; the first use waits for them, so after the warm-up nothing is
 in memory and go in as they are; act-order weights are put in order and x is permuted to match.
 
 With `ordered`, which is the default, every sum is added in a fixed order and the same batch gives the same bits every
-time (humming_order.py).
+time (humming_order.py). Where a sweep found it faster, a product can be had in parts that its reader adds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ import torch
 from inlaid.checkpoint import QuantizedLinear, QuantSpec
 from inlaid.kernels import early
 from inlaid.kernels.act_order import group_length, sequential
-from inlaid.kernels.humming_order import headers
+from inlaid.kernels.backend import Parts
+from inlaid.kernels.humming_order import IN_PARTS, Problem, headers, slices_of
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096)
 TUNING = Path(__file__).parent / "humming_tuning.json"  # made by perf/gpu/humming_sweep.py
@@ -59,6 +60,8 @@ class HummingLinear:
         self.configs: dict[str, Any] = {}  # humming's LayerConfig of each kind
         self._kernels: dict[str, torch.Tensor] = {}
         self._compiling: dict[str, Future[torch.Tensor]] = {}
+        self._in_parts: dict[str, dict[int, dict[str, Any]]] = {}  # kind -> bucket -> parameters
+        self._parts: dict[tuple[Any, ...], Parts | None] = {}
         self._compilers = ThreadPoolExecutor(8, "humming")
         self._locks: torch.Tensor | None = None
         self._ordered: torch.Tensor | None = None
@@ -140,11 +143,32 @@ class HummingLinear:
             x_TK = self._permuted(x_TK, packed.permutation_K)
         self.launch(self._kernels_of(packed.kind), x_TK, packed, out_TN)
 
-    def launch(self, kernels: torch.Tensor, x_TK: torch.Tensor, packed: HummingPacked, out_TN: torch.Tensor) -> None:
-        """`gemm` with given kernels and x already in the weight's order."""
+    def parts(self, packed: HummingPacked, rows: int) -> Parts | None:
+        """By the kernel's parameters and the multiprocessors that it is launched on."""
+        bucket = next((most for most in ROW_BUCKETS if rows <= most), OPEN)
+        config = self._in_parts[packed.kind].get(bucket)
+        if config is None:
+            return None
+        _, _, kernel, sms = next(row for row in self._kernels_of(packed.kind).view(-1, 4).tolist() if rows <= row[1])
+        device = packed.weight.device
+        key = (packed.kind, kernel, sms, -(-rows // config["block_shape"][0]))
+        if key not in self._parts:
+            self._parts[key] = laid_out(config, self.configs[packed.kind], rows, sms, device)
+        return self._parts[key]
+
+    def gemm_in_parts(self, x_TK: torch.Tensor, packed: HummingPacked, out_PTN: torch.Tensor) -> None:
+        if packed.permutation_K is not None:
+            x_TK = self._permuted(x_TK, packed.permutation_K)
+        assert out_PTN.is_contiguous()
+        self.launch(self._kernels_of(packed.kind), x_TK, packed, out_PTN[0], IN_PARTS)
+
+    def launch(
+        self, kernels: torch.Tensor, x_TK: torch.Tensor, packed: HummingPacked, out_TN: torch.Tensor, top_k: int = 1
+    ) -> None:
+        """`gemm` with given kernels and x already in the weight's order; with IN_PARTS the parts lie behind `out`."""
         torch.ops.humming.launch_kernel.out(
             kernels, x_TK, packed.weight, packed.scales, None, None, None, packed.zeros,
-            None, out_TN, None, None, None, None, self._locks, 1, 0,
+            None, out_TN, None, None, None, None, self._locks, top_k, 0,
         )  # fmt: skip
 
     def _permuted(self, x_TK: torch.Tensor, permutation_K: torch.Tensor) -> torch.Tensor:
@@ -167,6 +191,9 @@ class HummingLinear:
         if kind not in self._compiling:
             self.configs[kind] = config
             chosen = intervals(config, device, self.ordered)
+            found = tuned(config, torch.cuda.get_device_name(device), self.ordered)
+            buckets = {bucket for bucket, entry in found.items() if entry.get("parts")}
+            self._in_parts[kind] = {most: parameters for _, most, parameters in chosen if most in buckets}
             self._compiling[kind] = self._compilers.submit(_import().prepare, kind, None, chosen, device)
 
     def _kernels_of(self, kind: str) -> torch.Tensor:
@@ -187,18 +214,39 @@ def intervals(config: Any, device: torch.device, ordered: bool = True) -> list[l
     return out
 
 
-def tuned_for(config: Any, device_name: str, ordered: bool) -> dict[int, dict[str, Any]]:
-    """Changes to the package's parameters by bucket of rows, from the shipped table (TUNING): what a sweep on such a
-    device, or else on another, found faster than its choice."""
+def tuned_for(config: Any, device_name: str, ordered: bool, parts: bool = True) -> dict[int, dict[str, Any]]:
+    """Changes to the package's parameters by bucket of rows."""
+    return {bucket: entry["changes"] for bucket, entry in tuned(config, device_name, ordered, parts).items()}
+
+
+def tuned(config: Any, device_name: str, ordered: bool, parts: bool = True) -> dict[int, dict[str, Any]]:
+    """Entries of the shipped table (TUNING) by bucket of rows: what a sweep on such a device, or else on another, found
+    faster than the package's choice; without `parts` only those of whole products. An entry for parts serves a bucket's
+    whole products too, as each bucket has one kernel."""
     if not TUNING.exists():
         return {}
     found: dict[int, dict[str, Any]] = {}
     entries = json.loads(TUNING.read_text())["entries"]
-    for entry in sorted(entries, key=lambda entry: entry["device"] == device_name):  # the last wins
+    for entry in sorted(entries, key=lambda entry: (entry["device"] == device_name, entry.get("parts", False))):
         same = entry["bits"] == config.b_dtype.num_bits and entry.get("ordered", False) == ordered
+        same &= parts or not entry.get("parts", False)
         if same and (entry["inputs"], entry["outputs"]) == (config.shape_k, config.shape_n):
-            found |= dict.fromkeys(entry["buckets"], entry["changes"])
+            found |= dict.fromkeys(entry["buckets"], entry)  # the last wins
     return found
+
+
+def laid_out(config: dict[str, Any], layer: Any, rows: int, sms: int, device: torch.device) -> Parts | None:
+    """What a launch in parts leaves, on so many multiprocessors (0: all). None where no tile is cut, or where the
+    kernel stores by TMA, which writes whole products only."""
+    by_tma = config.get("use_tma_c")
+    if config.get("use_tma") if by_tma is None else by_tma:
+        return None
+    sms = sms or torch.cuda.get_device_properties(device).multi_processor_count
+    problem = Problem(layer.shape_k, layer.shape_n, layer.weight_scale_group_size, 0, rows, sms)
+    counts = slices_of({**config, "num_sms": 0}, problem, problem.row_tiles(config))
+    most = max(map(max, counts))
+    height, width = config["block_shape"][0] * config.get("multi_cast_size_b", 1), config["block_shape"][1]
+    return None if most == 1 else Parts(torch.tensor(counts, dtype=torch.int32, device=device), most, height, width)
 
 
 def _unmarked(function: Any) -> Any:
