@@ -18,7 +18,7 @@ import torch
 
 from inlaid.kernels import attention_triton, fused_triton, lora_triton
 from inlaid.kernels.arriving import Arriving
-from inlaid.kernels.backend import AdapterPages
+from inlaid.kernels.backend import AdapterPages, GemmInParts, Parts
 from inlaid.kernels.sample_triton import Sampler
 from inlaid.layers.attention import Attention
 from inlaid.layers.linear import Linear
@@ -29,6 +29,7 @@ ALIGNMENT = 32  # of the pieces of meta, in elements: kernels are compiled for a
 QUERY_TILE = 64
 SIDE_STREAM_ROWS = 16  # with fewer rows a shrink is shorter than the detour
 PENDING_ROWS = 64  # with more rows an expansion of its own, which reads each adapter once, is faster
+PARTS_ROWS = 256  # linears before a norm may leave it parts to add, where their backend finds that faster
 PENDING_RANK = 32  # a norm has one program a row, which would read a larger B alone
 NO_ADAPTERS, ATTENTION_ADAPTERS, ALL_ADAPTERS = 0, 1, 2  # which linears may have adapters in a step
 
@@ -115,6 +116,7 @@ class Forward:
         self.last = buffer(max_rows + 1, kind=torch.int32)  # each row's newest token
         self.sampled = buffer(max_rows, kind=torch.int32)
         self.residual, self.x, self.y = (buffer(max_tokens, spec.hidden_size) for _ in range(3))
+        self.parts = buffer(self._most_parts(max_tokens) * spec.hidden_size)  # instead of y
         self.qkv = buffer(max_tokens, q_width + 2 * kv_width)
         self.mixed = buffer(max_tokens, q_width)
         self.wide = buffer(max_tokens, 2 * spec.intermediate_size)
@@ -145,8 +147,9 @@ class Forward:
         spec, norm = self.model.spec, self.model.norm
         tokens = layout.tokens
         hidden, logits = self.hidden[:count], self.logits[:count]
+        y, parts = self._before_norm(self.model.blocks[-1].down, tokens)
         fused_triton.norm(
-            self.y[:tokens], norm.weight, norm.eps, hidden, self.residual[:tokens], views["logit_rows"], keep=False
+            y, norm.weight, norm.eps, hidden, self.residual[:tokens], views["logit_rows"], keep=False, parts=parts
         )
         torch.mm(hidden, self.model.head.packed.weight_KN, out=logits)
         assert logits.shape[1] == spec.vocab_size
@@ -164,7 +167,8 @@ class Forward:
         return sorted({*firsts.values(), len(blocks) - 1})
 
     def layers(self, layout: Layout, adapters: int, blocks: Sequence[int] | None = None) -> None:
-        """Everything up to the last residual sum, whose two parts are left in `y` and `residual`."""
+        """Everything up to the last residual sum, whose two sides are left in `residual` and where the last block's
+        product goes."""
         views, tokens = self.views(layout), layout.tokens
         model, rotary = self.model, self.model.rotary
         sequences = layout.decodes + layout.prefills
@@ -175,7 +179,7 @@ class Forward:
         slots = views["adapters"]
         in_attention, in_mlp = adapters >= ATTENTION_ADAPTERS, adapters >= ALL_ADAPTERS
         large = self.max_rank > PENDING_RANK
-        residual, x, y = self.residual[:tokens], self.x[:tokens], self.y[:tokens]
+        residual, x = self.residual[:tokens], self.x[:tokens]
         blocks = range(len(model.blocks)) if blocks is None else blocks
         first = model.blocks[blocks[0]].attention_norm
         fused_triton.embed_norm(
@@ -193,20 +197,25 @@ class Forward:
                 attention.num_heads, norms, pending,
             )  # fmt: skip
             self._attend(layout, views, k_cache, v_cache, attention.window or 0)
+            y, parts = self._before_norm(attention.output, tokens)
             pending = self._linear(attention.output, self.mixed[:tokens], y, segments, slots, in_attention, large)
-            fused_triton.norm(y, block.mlp_norm.weight, block.mlp_norm.eps, x, residual, pending=pending)
+            norm = block.mlp_norm
+            fused_triton.norm(y, norm.weight, norm.eps, x, residual, pending=pending, parts=parts)
             pending = self._linear(block.gate_up, x, self.wide[:tokens], segments, slots, in_mlp)
             fused_triton.silu_mul(self.wide[:tokens], self.narrow[:tokens], pending)
+            y, parts = self._before_norm(block.down, tokens)
             pending = self._linear(block.down, self.narrow[:tokens], y, segments, slots, in_mlp, last or large)
             if following is not None:
-                after = model.blocks[following].attention_norm
-                fused_triton.norm(y, after.weight, after.eps, x, residual, pending=pending)
+                norm = model.blocks[following].attention_norm
+                fused_triton.norm(y, norm.weight, norm.eps, x, residual, pending=pending, parts=parts)
 
     def all_hidden(self, layout: Layout) -> torch.Tensor:
         """Normalized hidden states of every token, after `layers` (for prompt log probabilities)."""
         norm, tokens = self.model.norm, layout.tokens
-        fused_triton.norm(self.y[:tokens], norm.weight, norm.eps, self.x[:tokens], self.residual[:tokens], keep=False)
-        return self.x[:tokens]
+        y, parts = self._before_norm(self.model.blocks[-1].down, tokens)
+        x, residual = self.x[:tokens], self.residual[:tokens]
+        fused_triton.norm(y, norm.weight, norm.eps, x, residual, keep=False, parts=parts)
+        return x
 
     @property
     def _page(self) -> int:
@@ -230,6 +239,25 @@ class Forward:
                 views["starts"], views["tiles"], out, window, block_m=QUERY_TILE,
             )  # fmt: skip
 
+    def leaves_parts(self, layout: Layout) -> bool:
+        """Whether norms may have parts to add, as many as they are compiled for."""
+        return self.parts.numel() > 0 and layout.tokens <= PARTS_ROWS
+
+    def _most_parts(self, max_tokens: int) -> int:
+        """Rows of all parts that a product before a norm may have."""
+        rows = range(1, min(PARTS_ROWS, max_tokens) + 1)
+        blocks = [self.model.blocks[index] for index in self.kinds()]
+        linears = [linear for block in blocks for linear in (block.attention.output, block.down)]
+        found = ((count, _parts_of(linear, count)) for linear in linears for count in rows)
+        return max((count * parts.most for count, parts in found if parts is not None), default=0)
+
+    def _before_norm(self, linear: Linear, rows: int) -> tuple[torch.Tensor, Parts | None]:
+        """Where a product goes that a norm reads, and how it lies there."""
+        parts, width = _parts_of(linear, rows), linear.out_features
+        if parts is None or parts.most * rows * width > self.parts.numel():  # on fewer multiprocessors they may be more
+            return self.y[:rows], None
+        return self.parts[: parts.most * rows * width].view(parts.most, rows, width), parts
+
     def _linear(
         self,
         linear: Linear,
@@ -240,7 +268,9 @@ class Forward:
         adapted: bool,
         at_once: bool = False,
     ) -> lora_triton.Pending | None:
-        """Of few rows the adapters' part is left to whoever reads `out`, unless it is wanted at once."""
+        """Of few rows the adapters' part is left to whoever reads `out`, unless it is wanted at once. Where `out` has
+        several parts, what is added is added to the first."""
+        whole, out = out, out if out.dim() == 2 else out[0]
         site, jobs = linear.site if adapted else None, []
         if site is not None:
             if self.arriving is not None:
@@ -254,7 +284,11 @@ class Forward:
                 lora_triton.shrink(x, self.pages, segments, partial, site, tuning, alone=beside is None)
         if len(linear.parts) == 1:
             backend, packed = linear.parts[0]
-            backend.gemm(x, packed, out)
+            if whole.dim() == 2:
+                backend.gemm(x, packed, out)
+            else:
+                assert isinstance(backend, GemmInParts)
+                backend.gemm_in_parts(x, packed, whole)
         else:  # siblings that could not be fused: each into memory of its own, then into place
             start = 0
             for backend, packed in linear.parts:
@@ -284,6 +318,14 @@ class Forward:
         rows = (min(8, max_tokens), min(256, max_tokens), max_tokens)
         parts = [lora_triton.tuning_for(count, block_rows_for(count), self.max_rank).parts for count in rows]
         return max(3 * p * count * stride for p, count in zip(parts, rows, strict=True))
+
+
+def _parts_of(linear: Linear, rows: int) -> Parts | None:
+    """How a product lies that a norm reads; None: whole."""
+    if rows > PARTS_ROWS or len(linear.parts) > 1:
+        return None
+    backend, packed = linear.parts[0]
+    return backend.parts(packed, rows) if isinstance(backend, GemmInParts) else None
 
 
 def block_rows_for(tokens: int) -> int:

@@ -149,9 +149,11 @@ class CudaRunner(ModelRunner):
             kinds = self.forward.kinds()
             for layout in tqdm(layouts, desc="compiling kernels", disable=not progress, delay=1, leave=False):
                 self._idle_step(layout, ALL_ADAPTERS, kinds)
-            for level in (NO_ADAPTERS, ATTENTION_ADAPTERS) if layouts else ():
-                # Kernels that add no adapter, where few rows had them all adding.
-                self._idle_step(layouts[0], level, kinds)
+            for layout in layouts:
+                if layout is layouts[0] or self.forward.leaves_parts(layout):
+                    # Kernels that add no adapter, where few rows had them all adding.
+                    self._idle_step(layout, NO_ADAPTERS, kinds)
+                    self._idle_step(layout, ATTENTION_ADAPTERS, kinds)
             compiled = time.monotonic()
             settle()
             settled = time.monotonic()

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from inlaid.kernels.backend import Parts
 from inlaid.kernels.early import early
 from inlaid.kernels.lora_triton import Pending, nothing_pending, pending_part
 
@@ -45,22 +46,30 @@ def _embed_norm_kernel(
     tl.store(out + t * D + d, y.to(row.dtype), mask=mask)
 
 
-@triton.jit(do_not_specialize=["site"])
+@triton.jit(do_not_specialize=["site", "height"])
 def _add_norm_kernel(
-    x, residual, weight, rows, out, eps,
+    x, residual, weight, rows, out, eps, counts, part_stride, height,
     partial, partial_stride, pool, table, scale, adapters, num_sites, site,
     D: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr, ADD: tl.constexpr, KEEP: tl.constexpr,
+    PARTS: tl.constexpr, WIDTH: tl.constexpr,
     GROUPS: tl.constexpr, P: tl.constexpr, R_STRIDE: tl.constexpr, BLOCK_R: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     t = tl.program_id(0).to(tl.int64)
     source = tl.load(rows + t).to(tl.int64) if GATHER else t
     d = tl.arange(0, BLOCK)
     mask = d < D
+    if PARTS > 1:  # nothing writes the counts: they need not be waited for
+        count = tl.load(counts + source // height * (D // WIDTH) + d // WIDTH, mask=mask, other=1)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     value = tl.load(x + source * D + d, mask=mask, other=0.0)
+    if PARTS > 1:
+        total = value.to(tl.float32)
+        for p in tl.static_range(1, PARTS):
+            total += tl.load(x + p * part_stride + source * D + d, mask=mask & (p < count), other=0.0).to(tl.float32)
+        value = total.to(value.dtype)
     if P > 0:
         part = pending_part(
             source, 0, d, mask, partial, partial_stride, pool, table, scale, adapters, num_sites, site,
@@ -276,17 +285,21 @@ def norm(
     keep: bool = True,
     pending: Pending | None = None,
     warps: int = 0,
+    parts: Parts | None = None,
 ) -> None:
     """out = rms_norm(x + residual) (the sum is written to residual if `keep`), for all rows or those listed; `pending`
-    is added to x first. `warps` 0: as measured."""
+    is added to x first. With `parts` x is [P, T, D] and their sum, rounded once, is what is meant by x. `warps` 0: as
+    measured."""
     width = weight_D.shape[0]
     arguments = nothing_pending(x_TD) if pending is None else pending.arguments(block_r=8)  # 16 would spill registers
     warps = warps or _warps(width) * (1 if pending is None else 2)
-    count = x_TD.numel() // width if rows_L is None else rows_L.shape[0]
-    _add_norm_kernel[(count,)](
+    rows = x_TD.numel() // width if parts is None else x_TD.shape[1]
+    most, height, tile = (1, 1, 1) if parts is None else (parts.most, parts.height, parts.width)
+    _add_norm_kernel[(rows if rows_L is None else rows_L.shape[0],)](
         x_TD, residual_TD if residual_TD is not None else x_TD, weight_D, rows_L if rows_L is not None else x_TD,
-        out_TD, eps, D=width, BLOCK=triton.next_power_of_2(width), GATHER=rows_L is not None,
-        ADD=residual_TD is not None, KEEP=keep, **arguments,
+        out_TD, eps, x_TD if parts is None else parts.counts, rows * width, height,
+        D=width, BLOCK=triton.next_power_of_2(width), GATHER=rows_L is not None,
+        ADD=residual_TD is not None, KEEP=keep, PARTS=most, WIDTH=tile, **arguments,
         **early(alone=rows_L is None and not (pending and pending.joins)), num_warps=warps,
     )  # fmt: skip
 

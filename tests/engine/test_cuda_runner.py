@@ -3,6 +3,7 @@ Triton's interpreter, step by step; graphs and streams need the real thing."""
 
 from __future__ import annotations
 
+import sys
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,8 @@ from inlaid.engine.request import NewRequest
 from inlaid.kernels import attention_triton, lora_triton
 from inlaid.kernels.arriving import Arriving
 from inlaid.kernels.assist import Assistant, CudaFerry, Profile
-from inlaid.kernels.reference import reference_kernels
+from inlaid.kernels.backend import Parts
+from inlaid.kernels.reference import DenseLinear, DensePacked, reference_kernels
 from inlaid.model.spec import read_spec
 from inlaid.model.weights import load
 from tests.adapters.fake_lane import FakeFerry, FakeLane
@@ -307,6 +309,60 @@ def test_blocks_of_each_kind_and_the_last_need_every_kernel(bench: Bench, monkey
             assert calls < everything  # the window's kernels
             runner._idle_step(layout, level, forward.kinds())
             assert calls == everything
+
+
+class Offering(DenseLinear):
+    """A backend that offers products of up to `most` rows in parts, of each tile two or three."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.num_in_parts = most, 0
+
+    def parts(self, packed: DensePacked, rows: int) -> Parts | None:
+        if rows > self.most:
+            return None
+        across = packed.out_features // 32
+        counts = torch.arange(-(-rows // 4) * across, dtype=torch.int32, device=DEVICE) % 2 + 2
+        return Parts(counts.view(-1, across), 3, 4, 32)
+
+    def gemm_in_parts(self, x_TK: torch.Tensor, packed: DensePacked, out_PTN: torch.Tensor) -> None:
+        """Halves and quarters, which add up to the whole to the bit; what a tile has not is not a number."""
+        self.num_in_parts += 1
+        parts = self.parts(packed, x_TK.shape[0])
+        assert parts is not None
+        two = parts.counts.repeat_interleave(4, 0)[: x_TK.shape[0]].repeat_interleave(32, 1) == 2
+        whole = x_TK @ packed.weight_KN
+        out_PTN[0] = whole / 2
+        out_PTN[1] = whole / 2 - torch.where(two, 0, whole / 4)
+        out_PTN[2] = torch.where(two, torch.nan, whole / 4)
+
+
+@pytest.mark.parametrize("most", [2, 256])
+def test_linears_before_a_norm_may_leave_parts(bench: Bench, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of some numbers of rows or of all; with biases, adapters at once and pending, log probabilities of a prompt, and
+    the last block's product before the head."""
+    prompt = ask("prompt", [9, 8, 7, 6, 5, 4, 3], "a1", max_tokens=2, logprobs=1, prompt_logprobs=0)
+    requests = [*mixed(4, max_tokens=3, logprobs=1), prompt]
+    whole = serve(bench.engine()[0], requests)
+    real, offering = load, Offering(most)
+
+    def loaded(*given: Any, **more: Any) -> Any:
+        model = real(*given, **more)
+        for block in model.blocks:
+            for linear in (block.attention.output, block.down):
+                linear.parts = tuple((offering, packed) for _, packed in linear.parts)
+        return model
+
+    monkeypatch.setattr(sys.modules[__name__], "load", loaded)
+    engine, runner = bench.engine()
+    assert isinstance(runner, CudaRunner)
+    assert runner.forward.parts.numel() == 3 * min(most, 24) * runner.model.spec.hidden_size
+    in_parts = serve(engine, requests)
+    assert offering.num_in_parts > 0
+    for request in requests:
+        bench.check(request, in_parts[request.id])
+        assert in_parts[request.id].logprobs == pytest.approx(whole[request.id].logprobs, abs=NEAR_TIE / 3)
+    said, expected = in_parts["prompt"].prompt_logprobs[1:], whole["prompt"].prompt_logprobs[1:]
+    assert said == pytest.approx(expected, abs=NEAR_TIE / 3)
 
 
 def test_unknown_attention_is_refused() -> None:

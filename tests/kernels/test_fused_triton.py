@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install trito
 
 from inlaid.kernels import fused_triton as fused
 from inlaid.kernels import lora_triton as lora
-from inlaid.kernels.backend import Site
+from inlaid.kernels.backend import Parts, Site
 from inlaid.kernels.reference import ReferenceOps
 from tests.kernels.test_lora_triton import make_adapters
 
@@ -177,3 +177,42 @@ def test_what_is_pending_for_a_row_depends_on_that_row_alone() -> None:
     fused.norm(y[:1], weight, EPS, alone, residual[:1].clone(), pending=pended.pending)
     fused.norm(y, weight, EPS, together, residual, pending=pended.pending)
     assert torch.equal(alone[0], together[0])
+
+
+def in_parts(rows: int, width: int, tile: tuple[int, int], most: int) -> tuple[torch.Tensor, Parts, torch.Tensor]:
+    """Parts of which each tile has its own number, the others never written; and their sum, rounded once."""
+    counts = torch.randint(1, most + 1, (-(-rows // tile[0]), width // tile[1]), dtype=torch.int32)
+    counts[0, 0], counts[-1, -1] = most, 1
+    x = half(most, rows, width)
+    expanded = counts.repeat_interleave(tile[0], 0)[:rows].repeat_interleave(tile[1], 1).to(DEVICE)
+    written = torch.arange(most, device=DEVICE)[:, None, None] < expanded
+    total = torch.zeros(rows, width, device=DEVICE)
+    for part, there in zip(x, written, strict=True):
+        total += part.float() * there
+    return x.masked_fill(~written, float("nan")), Parts(counts.to(DEVICE), most, *tile), total.half()
+
+
+@pytest.mark.parametrize("tile", [(64, 32), (2, 64), (3, 128)])
+@pytest.mark.parametrize("gather", [False, True])
+def test_norm_adds_parts(tile: tuple[int, int], gather: bool) -> None:
+    x, parts, total = in_parts(7, 384, tile, most=4)
+    residual, weight = half(7, 384), half(384)
+    rows = torch.tensor([6, 0, 3], dtype=torch.int32, device=DEVICE) if gather else None
+    out, expected = (torch.empty(3 if gather else 7, 384, dtype=torch.float16, device=DEVICE) for _ in range(2))
+    for keep in (False, True):
+        other = residual.clone()
+        fused.norm(total, weight, EPS, expected, other, rows, keep=keep)
+        fused.norm(x, weight, EPS, out, residual, rows, keep=keep, parts=parts)
+        assert torch.equal(out, expected)
+        assert torch.equal(residual, other)
+
+
+def test_norm_adds_parts_and_what_is_pending() -> None:
+    pended = Pended((96,))
+    x, parts, total = in_parts(5, 96, (4, 32), most=3)
+    residual, weight, out = half(5, 96), half(96), torch.empty_like(total)
+    other, expected = residual.clone(), torch.empty_like(total)
+    fused.norm(total, weight, EPS, expected, other, pending=pended.pending)
+    fused.norm(x, weight, EPS, out, residual, pending=pended.pending, parts=parts)
+    assert torch.equal(out, expected)
+    assert torch.equal(residual, other)
