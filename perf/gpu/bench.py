@@ -31,7 +31,7 @@ from perf.gpu import ROOT
 from perf.gpu.serving import caches
 
 LIMITS = {  # seconds
-    "tests": 110, "sweep": 100, "sweep-wide": 190, "beside-7b": 240, "beside-8b": 200,
+    "tests": 110, "sweep": 100, "sweep-wide": 190, "sweep-parts": 210, "beside-7b": 240, "beside-8b": 200,
     "variants-7b": 130, "variants-8b": 130,
     "serve-7b": 200, "serve-8b": 170, "serve-7b-arrival": 150, "serve-8b-arrival": 120,
     "serve-7b-unified": 150, "serve-cliff-8b": 280, "serve-cliff-8b-largest": 280,
@@ -99,7 +99,6 @@ def run_stage(name: str, out: Path, keep: Callable[[dict[str, Any]], None]) -> d
         beside,
         demo,
         gates,
-        humming_sweep,
         micro,
         offline,
         quant_speed,
@@ -112,7 +111,7 @@ def run_stage(name: str, out: Path, keep: Callable[[dict[str, Any]], None]) -> d
     kind, _, rest = name.partition("-")
     stages: dict[str, Callable[[], dict[str, Any]]] = {
         "tests": kernel_tests,
-        "sweep": lambda: humming_sweep.run(keep, *((170.0, (64, 256)) if rest == "wide" else ())),
+        "sweep": lambda: swept(rest, keep),
         "gates": lambda: gates.run(keep),
         "micro": lambda: micro.run(keep, tuple(rest.split("-")) if rest else tuple(micro.PARTS)),
         "demo": demo.run,
@@ -131,6 +130,15 @@ def run_stage(name: str, out: Path, keep: Callable[[dict[str, Any]], None]) -> d
         "exllama": lambda: demo.run("exllama") if rest == "demo" else serving.on_backend(rest, "exllama", keep),
     }
     return stages[kind]()
+
+
+def swept(rest: str, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Near the package's choices; of all forms ("wide"); of all forms before norms ("parts")."""
+    from perf.gpu import humming_sweep
+
+    if rest == "parts":
+        return humming_sweep.run_parts(keep)
+    return humming_sweep.run(keep, *((170.0, (64, 256)) if rest == "wide" else ()))
 
 
 def served(rest: str, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

@@ -75,14 +75,15 @@ class Lane:
     graph: Any = None
 
     def capture(self, engine: Engine, locks: torch.Tensor) -> None:
-        side, self.forward._side = self.forward._side, self.streams[1]
-        try:
-            with held_to(engine, self.sms, locks), torch.inference_mode():
+        with held_to(engine, self.sms, locks), torch.inference_mode():
+            self.forward.run(self.layout, self.level)  # on fewer multiprocessors products have other numbers of parts
+            side, self.forward._side = self.forward._side, self.streams[1]
+            try:
                 self.graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(self.graph, stream=self.streams[0]):
                     self.forward.run(self.layout, self.level)
-        finally:
-            self.forward._side = side
+            finally:
+                self.forward._side = side
 
     def replay(self) -> torch.cuda.Event:
         with torch.cuda.stream(self.streams[0]):

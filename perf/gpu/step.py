@@ -177,6 +177,7 @@ def variants(grouped: bool) -> list[Variant]:
     return [
         Variant("as shipped"),
         Variant("sums by arrival", ordered=False),
+        Variant("whole products before norms", ((cuda_forward, "PARTS_ROWS", 0),)),
         Variant("launches as usual", ((early, "EARLY", False),)),
         Variant("expansions of their own", ((cuda_forward, "PENDING_ROWS", 0),)),
         *([Variant("attention with more splits", ((attention_triton, "TARGET_PROGRAMS", 1000),))] if grouped else []),

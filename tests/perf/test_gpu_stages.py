@@ -264,7 +264,7 @@ def test_the_sweep_keeps_what_is_best_and_what_others_found(tmp_path: Path, monk
     monkeypatch.setattr(humming_sweep, "TUNING", table)
     found = humming_sweep.record(4096, 4096, 64, [(12.0, {"a": 0}), (15.0, {"a": 1}), (11.0, {"a": 2})])
     assert (found["own_us"], found["best_us"], found["buckets"]) == (12.0, 11.0, [48, 64])
-    assert found["changes"] == {"num_sms": 0, "multi_cast_size_a": 1, "a": 2}
+    assert found["changes"] == {**humming_sweep.UNSET, "a": 2}
     others = [{**found, "best_us": us, **of} for us, of in ((1.0, {"ordered": False}), (2.0, {"rows": 1}))]
     table.write_text(json.dumps({"entries": [*others, {**found, "best_us": 13.0}]}))
     wrong = humming_sweep.record(4096, 4096, 16, [(float("inf"), {"a": 0})])
@@ -272,6 +272,71 @@ def test_the_sweep_keeps_what_is_best_and_what_others_found(tmp_path: Path, monk
     entries = json.loads(table.read_text())["entries"]
     assert [entry["best_us"] for entry in entries] == [1.0, 2.0, 11.0]
     assert not any("all" in entry for entry in entries[2:])
+
+
+def test_parts_are_kept_where_they_are_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = tmp_path / "table.json"
+    monkeypatch.setattr(humming_sweep, "TUNING", table)
+    whole = humming_sweep.record(4096, 4096, 64, [(12.0, {"a": 0}), (11.0, {"a": 1})])
+    parts = humming_sweep.record(4096, 4096, 64, [(9.0, {"a": 2}), (10.0, {"a": 3})], whole["best_us"])
+    assert (parts["own_us"], parts["best_us"], parts["parts"], parts["changes"]["a"]) == (11.0, 9.0, True, 2)
+    humming_sweep.write([whole, parts])
+    assert [(entry["best_us"], entry.get("parts")) for entry in entries_of(table)] == [(11.0, None), (9.0, True)]
+    slower = humming_sweep.record(4096, 4096, 64, [(11.5, {"a": 2})], whole["best_us"])
+    humming_sweep.write([whole, slower, humming_sweep.record(4096, 4096, 256, [], 20.0)])
+    assert [entry["best_us"] for entry in entries_of(table)] == [11.0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are stand-ins")
+def test_the_sweep_checks_what_a_norm_makes_of_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three kernels: one as it should be, one whose parts miss one, one whose blocks store by TMA."""
+    tiles = {"block_shape": (64, 64, 64), "num_stages": 2, "num_ctas_per_sm": 1, "num_sms": 4}
+    configs = [{**tiles, "a": 0}, {**tiles, "a": 1}, {**tiles, "a": 2, "use_tma": True}]
+    exact = torch.randn(512, 128)
+
+    def launch(kernel: int, x: torch.Tensor, weight: None, out_TN: torch.Tensor, top_k: int = 1) -> None:
+        whole = x.float() @ exact
+        if top_k == 1:
+            out_TN.copy_(whole)
+        else:  # the parts lie behind `out`
+            parts = torch.as_strided(out_TN, (2, *out_TN.shape), (out_TN.numel(), *out_TN.stride()))
+            parts[0] = whole / 3
+            parts[1] = torch.nan if kernel == 1 else whole - whole / 3
+
+    swept = object.__new__(humming_sweep.Swept)
+    swept.inputs, swept.outputs, swept.kind, swept.packed, swept.exact = 512, 128, "kind", [None, None], exact
+    layer = SimpleNamespace(shape_k=512, shape_n=128, weight_scale_group_size=128)
+    swept.backend = SimpleNamespace(configs={"kind": layer}, launch=launch)
+    compiled = [SimpleNamespace(result=lambda kernel=kernel: kernel) for kernel in range(3)]
+    swept.tried = {64: list(zip(configs, compiled, strict=True))}
+    monkeypatch.setattr(humming_sweep, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(humming_sweep, "REPEATS", 2)
+    monkeypatch.setattr(humming_sweep, "time_calls", lambda calls, replays: float(len(calls)))
+    whole, parts = swept.time_before_norm(64)
+    assert [us for us, _ in whole["all"]] == [2.0] * 3
+    assert [us for us, _ in parts["all"]] == [2.0, float("inf")]
+    assert (parts["parts"], parts["own_us"], parts["changes"]["a"]) == (True, 2.0, 0)
+
+
+def entries_of(table: Path) -> Any:
+    return json.loads(table.read_text())["entries"]
+
+
+@pytest.mark.parametrize("rows", humming_sweep.PART_ROWS)
+def test_tiles_of_all_forms(rows: int) -> None:
+    found = [
+        config
+        for shape in humming_sweep.BEFORE_NORMS
+        for config in humming_sweep.wide(humming_sweep.problem_of(*map(int, shape.split("x")), rows, 132))
+    ]
+    assert {config["num_ctas_per_sm"] for config in found} == {1, 2, 3, 4}
+    assert {config["block_shape"][1] for config in found} == {64, 128, 256}
+    assert any(config["block_shape"][2] == 2 * config["warp_shape"][2] for config in found)
+    for config in found:
+        (_, width, depth), (_, across, inner) = config["block_shape"], config["warp_shape"]
+        warps = width // across * (depth // inner)
+        assert config["mma_type"] == "mma" or width // across % 4 == 0
+        assert config["num_ctas_per_sm"] * 32 * warps <= 1024
 
 
 def test_the_sweep_times_every_shape_before_other_rows() -> None:
