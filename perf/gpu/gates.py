@@ -103,9 +103,9 @@ def run(keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """All backends; `failed` names those with a failure."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.manual_seed(0)
-    by_arrival: list[LinearBackend] = [HummingLinear(ordered=False), ExllamaLinear()]
-    first, *slow = [(backend.name, backend, True) for backend in backends()]
-    cases = [first, *((f"{backend.name}, by arrival", backend, False) for backend in by_arrival), *slow]
+    by_arrival: list[LinearBackend] = [ExllamaLinear(), HummingLinear(ordered=False)]
+    others = [(backend.name, backend, True) for backend in backends()]
+    cases = [*((f"{backend.name}, by arrival", backend, False) for backend in by_arrival), *others]
     found: dict[str, Any] = {}
     for name, backend, repeatable in cases:
         try:
