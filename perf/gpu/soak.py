@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import resource
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from inlaid.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerCon
 from inlaid.engine.engine import Engine
 from inlaid.engine.process import Loaded, build_engine
 from inlaid.engine.request import FinishReason, NewRequest, SamplingParams
+from inlaid.layers import sampler
 from perf.gpu.demo import ADAPTERS, MODEL, questions
 
 CHECKED = 150  # answers compared with the same request run alone
@@ -112,19 +114,45 @@ def alone(engine: Engine, request: NewRequest) -> list[int]:
 
 
 def difference(engine: Engine, seen: Seen) -> dict[str, Any] | None:
-    """Where an answer departs from the same request's alone, and by how much the token there beat the runner-up: other
-    batches take other kernels, whose sums are rounded in another order. Of greedy ones a lead of more than a rounding
-    error would be a wrong token; drawn ones (`temperature`) also depend on their noise."""
-    tokens = alone(engine, seen.request)
+    """Where an answer departs from the same request's alone, and by how much the token there led the other one: other
+    batches take other kernels, whose sums are rounded in another order. A lead of more than a rounding error would be
+    a wrong token."""
+    request, tokens = seen.request, alone(engine, seen.request)
     if tokens == seen.tokens:
         return None
     at = next((i for i, (a, b) in enumerate(zip(tokens, seen.tokens, strict=False)) if a != b), None)
-    params = msgspec.structs.replace(seen.request.params, logprobs=2)
-    leads = [one.top[0][1] - one.top[1][1] for one in _logprobs(engine, seen.request, params)]
-    return {
-        "id": seen.request.id, "temperature": seen.request.params.temperature, "at": at,
-        "tokens": [len(tokens), len(seen.tokens)], "lead": None if at is None else round(leads[at], 4),
+    found = {
+        "id": request.id, "temperature": request.params.temperature, "at": at, "tokens": [len(tokens), len(seen.tokens)]
     }  # fmt: skip
+    return found if at is None else found | lead(engine, request, tokens, at, seen.tokens[at])
+
+
+def lead(engine: Engine, request: NewRequest, tokens: Sequence[int], at: int, other: int) -> dict[str, Any]:
+    """By how much logits would have to change for another token to be chosen at a place of an answer: `lead` over it,
+    noise of drawn ones included, or, where top_p leaves it out, by how much probability it comes too late
+    (`past_top_p`). `explained`: what is computed here from the model's probabilities is the token that was chosen."""
+    params = request.params
+    size: int = engine.runner.model.spec.vocab_size  # type: ignore[attr-defined]
+    logprobs_1V = torch.full((1, size), -torch.inf)
+    told = _logprobs(engine, request, msgspec.structs.replace(params, logprobs=size))[at].top
+    logprobs_1V[0, [token for token, _ in told]] = torch.tensor([value for _, value in told])
+    if params.greedy:
+        scores_V, kept_V, heat = logprobs_1V[0], torch.ones(size, dtype=torch.bool), 1.0
+    else:
+        heat = params.temperature
+        cut = sampler.Truncation(
+            *(torch.tensor([value]) for value in (0, max(0, params.top_k), params.top_p, params.min_p))
+        )
+        kept_V = sampler._truncate(logprobs_1V / heat, cut)[0] > -torch.inf
+        key, position = sampler.seed_key(params.seed or 0), len(request.prompt) + at
+        scores_V = (logprobs_1V / heat + sampler.gumbel(torch.tensor([key]), torch.tensor([position]), size))[0]
+    best = int(scores_V.masked_fill(~kept_V, -torch.inf).argmax())
+    found = {"lead": round(float(scores_V[tokens[at]] - scores_V[other]) * heat, 4), "explained": best == tokens[at]}
+    if not kept_V[other]:
+        probabilities_V = (logprobs_1V[0] / heat).softmax(-1)
+        before = float(probabilities_V[probabilities_V > probabilities_V[other]].sum())
+        found["past_top_p"] = round(before - params.top_p, 4)
+    return found
 
 
 def _logprobs(engine: Engine, request: NewRequest, params: SamplingParams) -> list[Any]:

@@ -24,8 +24,9 @@ from safetensors import safe_open
 from inlaid.adapters.peft import read_adapter
 from inlaid.checkpoint import Checkpoint, QuantSpec, dequantize
 from inlaid.engine import cuda_forward
+from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.kernels.measure import Ceiling
-from perf.gpu import bench, demo, humming_sweep, offline, quant_speed, random_model, serving, starts, step
+from perf.gpu import bench, demo, humming_sweep, offline, quant_speed, random_model, serving, soak, starts, step
 from tests.engine.test_cuda_runner import Bench, few_programs
 
 __all__ = ["few_programs"]  # a fixture for all tests here: the interpreter is slow
@@ -524,3 +525,21 @@ def test_the_choices_change_constants_that_exist() -> None:
         for choice in choices:
             for owner, name, value in choice.changes:
                 assert type(getattr(owner, name)) is type(value), name
+
+
+def test_the_soak_says_by_how_much_a_token_led_the_one_in_its_place() -> None:
+    """Recomputed from probabilities and noise, the winner is the token that was chosen; a wrong one is told."""
+    loaded = soak.load("cpu")
+    _, adapter, ids = soak.questions()[0]
+    for number, (temperature, top_p) in enumerate(((0.0, 1.0), (1.3, 1.0), (1.3, 0.7))):
+        params = SamplingParams(max_tokens=8, temperature=temperature, top_p=top_p, seed=number + 5, ignore_eos=True)
+        request = NewRequest(id=f"r{number}", prompt=ids[: 6 + number], params=params, adapter=adapter)
+        tokens = soak.alone(loaded.engine, request)
+        assert soak.difference(loaded.engine, soak.Seen(request, tokens)) is None
+        for at, token in enumerate(tokens):
+            found = soak.difference(loaded.engine, soak.Seen(request, [*tokens[:at], token + 1, *tokens[at + 1 :]]))
+            assert found is not None
+            assert found["at"] == at
+            assert found["explained"]
+            assert found["lead"] > 0 or found.get("past_top_p", -1) > 0
+    assert not soak.lead(loaded.engine, request, [*tokens[:2], tokens[2] + 1], 2, tokens[2])["explained"]
