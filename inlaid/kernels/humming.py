@@ -32,6 +32,7 @@ from inlaid.kernels.humming_order import IN_PARTS, Problem, headers, slices_of
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096)
 TUNING = Path(__file__).parent / "humming_tuning.json"  # made by perf/gpu/humming_sweep.py
+GENERATION = 9  # of the devices in it (Hopper), whose instructions others do not have
 OPEN = 1 << 30  # the end of the last bucket
 LOCKS = 4096  # its split of K over blocks counts arrivals here; 132 SMs need far fewer
 
@@ -191,7 +192,7 @@ class HummingLinear:
         if kind not in self._compiling:
             self.configs[kind] = config
             chosen = intervals(config, device, self.ordered)
-            found = tuned(config, torch.cuda.get_device_name(device), self.ordered)
+            found = tuned(config, device, self.ordered)
             buckets = {bucket for bucket, entry in found.items() if entry.get("parts")}
             self._in_parts[kind] = {most: parameters for _, most, parameters in chosen if most in buckets}
             self._compiling[kind] = self._compilers.submit(_import().prepare, kind, None, chosen, device)
@@ -205,7 +206,7 @@ class HummingLinear:
 
 def intervals(config: Any, device: torch.device, ordered: bool = True) -> list[list[Any]]:
     """[rows above, rows up to, kernel parameters] for ROW_BUCKETS; the last bucket is open-ended."""
-    tuned = tuned_for(config, torch.cuda.get_device_name(device), ordered)
+    tuned = tuned_for(config, device, ordered)
     out: list[list[Any]] = []
     for below, bucket in zip((0, *ROW_BUCKETS[:-1]), ROW_BUCKETS, strict=True):
         chosen = {**_import().heuristics(config, shape_m=bucket, device=device), **tuned.get(bucket, {})}
@@ -214,20 +215,20 @@ def intervals(config: Any, device: torch.device, ordered: bool = True) -> list[l
     return out
 
 
-def tuned_for(config: Any, device_name: str, ordered: bool, parts: bool = True) -> dict[int, dict[str, Any]]:
+def tuned_for(config: Any, device: torch.device, ordered: bool, parts: bool = True) -> dict[int, dict[str, Any]]:
     """Changes to the package's parameters by bucket of rows."""
-    return {bucket: entry["changes"] for bucket, entry in tuned(config, device_name, ordered, parts).items()}
+    return {bucket: entry["changes"] for bucket, entry in tuned(config, device, ordered, parts).items()}
 
 
-def tuned(config: Any, device_name: str, ordered: bool, parts: bool = True) -> dict[int, dict[str, Any]]:
-    """Entries of the shipped table (TUNING) by bucket of rows: what a sweep on such a device, or else on another, found
-    faster than the package's choice; without `parts` only those of whole products. An entry for parts serves a bucket's
-    whole products too, as each bucket has one kernel."""
-    if not TUNING.exists():
+def tuned(config: Any, device: torch.device, ordered: bool, parts: bool = True) -> dict[int, dict[str, Any]]:
+    """Entries of the shipped table (TUNING) by bucket of rows: what a sweep on such a device, or else on another of its
+    generation, found faster than the package's choice; without `parts` only those of whole products. An entry for parts
+    serves a bucket's whole products too, as each bucket has one kernel."""
+    if not TUNING.exists() or torch.cuda.get_device_capability(device)[0] != GENERATION:
         return {}
     found: dict[int, dict[str, Any]] = {}
-    entries = json.loads(TUNING.read_text())["entries"]
-    for entry in sorted(entries, key=lambda entry: (entry["device"] == device_name, entry.get("parts", False))):
+    name, entries = torch.cuda.get_device_name(device), json.loads(TUNING.read_text())["entries"]
+    for entry in sorted(entries, key=lambda entry: (entry["device"] == name, entry.get("parts", False))):
         same = entry["bits"] == config.b_dtype.num_bits and entry.get("ordered", False) == ordered
         same &= parts or not entry.get("parts", False)
         if same and (entry["inputs"], entry["outputs"]) == (config.shape_k, config.shape_n):

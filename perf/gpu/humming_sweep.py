@@ -142,7 +142,7 @@ class Swept:
         """Start on the candidates for so many rows. What is tried in parts may not store by TMA."""
         config = self.backend.configs[self.kind]
         base = _import().heuristics(config, shape_m=rows, device=DEVICE)
-        found = tuned_for(config, torch.cuda.get_device_name(), ordered=True, parts=False).get(rows)
+        found = tuned_for(config, DEVICE, ordered=True, parts=False).get(rows)
         known = [] if found is None else [{**base, **found}]
         sms = torch.cuda.get_device_properties(DEVICE).multi_processor_count
         problem = problem_of(self.inputs, self.outputs, rows, sms)

@@ -46,6 +46,7 @@ def chip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(humming, "_import", lambda: SimpleNamespace(heuristics=package, prepare=compiled))
     monkeypatch.setattr(humming, "TUNING", tmp_path / "tuning.json")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "chip")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     properties = SimpleNamespace(multi_processor_count=SMS)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(early, "possible", lambda: False)
@@ -62,6 +63,17 @@ def test_every_number_of_rows_is_served(chip: Path) -> None:
     chosen = humming.intervals(LAYER, DEVICE)
     assert [below for below, _, _ in chosen] == [0, *humming.ROW_BUCKETS[:-1]]
     assert [most for _, most, _ in chosen] == [*humming.ROW_BUCKETS[:-1], humming.OPEN]
+
+
+def test_devices_of_another_generation_keep_the_packages_choice(chip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tune(chip, buckets=[64], ordered=True, parts=True, changes=WHOLE)
+    backend = humming.HummingLinear()
+    assert backend.parts(packed_for(backend), 64) is not None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    older = humming.HummingLinear()
+    assert older.parts(packed_for(older), 64) is None
+    for (_, _, config), rows in zip(humming.intervals(LAYER, DEVICE), humming.ROW_BUCKETS, strict=True):
+        assert config == package(LAYER, rows, DEVICE)
 
 
 def test_without_it_the_choice_is_the_packages(chip: Path) -> None:
@@ -124,7 +136,7 @@ def test_parts_are_offered_where_they_were_found_faster(chip: Path) -> None:
     assert few.most == int(few.counts.max()) == 8  # 32 tiles of 64 K tiles over 264 blocks, four at a time
     assert many.counts.shape == (4, 32)
     assert found[49] is few
-    assert humming.tuned_for(LAYER, "chip", ordered=True, parts=False)[64]["num_stages"] == 3
+    assert humming.tuned_for(LAYER, DEVICE, ordered=True, parts=False)[64]["num_stages"] == 3
     by_arrival = humming.HummingLinear(ordered=False)
     assert by_arrival.parts(packed_for(by_arrival), 64) is None
 
