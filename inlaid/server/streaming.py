@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 import msgspec
@@ -29,18 +29,23 @@ async def send(request: web.Request, events: AsyncGenerator[bytes, None]) -> web
         first = await anext(events)
         response = web.StreamResponse(headers=_HEADERS)
         await response.prepare(request)
-        try:
-            await response.write(first)
-            async for data in events:
-                await response.write(data)
-        except (ConnectionError, OSError):
-            return response  # the client has gone; closing the events aborts the request
-        except Exception as error:
-            known = translate(error)
-            if known is None:
-                log.error("a stream failed", exc_info=error)
-                known = Fault(f"{type(error).__name__} while answering; the server's log has the details")
-            await response.write(event(known.body))
-        await response.write(b"data: [DONE]\n\n")
-        await response.write_eof()
+        with suppress(OSError):  # the client has gone; closing the events aborts the request
+            await _write(response, first, events)
         return response
+
+
+async def _write(response: web.StreamResponse, first: bytes, events: AsyncGenerator[bytes, None]) -> None:
+    try:
+        await response.write(first)
+        async for data in events:
+            await response.write(data)
+    except OSError:
+        raise
+    except Exception as error:
+        known = translate(error)
+        if known is None:
+            log.error("a stream failed", exc_info=error)
+            known = Fault(f"{type(error).__name__} while answering; the server's log has the details")
+        await response.write(event(known.body))
+    await response.write(b"data: [DONE]\n\n")
+    await response.write_eof()
