@@ -58,6 +58,10 @@ class RequestRefused(ValueError):
         self.retry_after = retry_after
 
 
+class AdapterGone(RequestRefused):
+    """The request's adapter was unloaded while it was on its way."""
+
+
 class _Inbox:
     """Outputs of one request on their way to its reader. What is not read yet is kept as one Output, so that a slow
     reader costs no more than the tokens of its answer."""
@@ -197,6 +201,8 @@ def _look_at(future: asyncio.Future[Any]) -> None:
 
 
 def _refusal(event: messages.Refusal) -> Exception:
+    if event.unknown:
+        return AdapterGone(event.message)
     return EngineError(event.message) if event.fault else RequestRefused(event.message, event.retry_after)
 
 

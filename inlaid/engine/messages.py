@@ -112,6 +112,7 @@ class Refusal(Message, frozen=True, kw_only=True):
     message: str
     retry_after: float | None = None
     fault: bool = False  # ours, not the request's
+    unknown: bool = False  # its adapter has gone
 
 
 class Reply(Message, frozen=True, kw_only=True):

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from inlaid.config import EngineConfig
 from inlaid.engine import messages
+from inlaid.engine.directory import UnknownAdapter
 from inlaid.engine.engine import Engine, make_engine
 from inlaid.engine.messages import AdapterInfo, ModelInfo
 from inlaid.engine.policy import Refused
@@ -432,7 +433,7 @@ class EngineProcess:
         except Refused as error:
             self._send(refusal(message=str(error), retry_after=error.retry_after))
         except ValueError as error:
-            self._send(refusal(message=str(error)))
+            self._send(refusal(message=str(error), unknown=isinstance(error, UnknownAdapter)))
         except Exception as error:
             log.error("request %s could not be added", request.id, exc_info=error)
             self._send(refusal(message=f"{type(error).__name__}: {error}", fault=True))

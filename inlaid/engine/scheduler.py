@@ -577,11 +577,12 @@ class Scheduler:
 
     def _close(self, request: Request, reason: FinishReason) -> None:
         before, request.status, request.finish_reason = request.status, Status.FINISHED, reason
-        self._stuck = None  # whoever waited for this one, also one that was parked, may fit now
-        if before is Status.WAITING:
-            self._leave_waiting(request)
-        elif before is Status.RUNNING:
+        if before is Status.RUNNING:
             self._leave_running(request)
+        else:
+            self._stuck = None  # whoever was not admitted because this one waited, or was awaited, may fit now
+            if before is Status.WAITING:
+                self._leave_waiting(request)
         del self.requests[request.id]
         if request.num_prepaid > request.num_outputs:
             account = request.account

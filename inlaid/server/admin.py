@@ -119,6 +119,8 @@ async def _unload(service: Service, body: UnloadAdapterBody) -> int:
     try:
         return await service.engine.unload_adapter(body.lora_name, service.engine.config.adapters.adapter_timeout)
     except ValueError as error:
+        if body.lora_name not in service.engine.adapters:  # another one was first
+            raise NotFound(str(error), "lora_name", "model_not_found") from error
         raise BadRequest(str(error), "lora_name") from error
 
 

@@ -22,7 +22,7 @@ import re
 import msgspec
 from aiohttp import web
 
-from inlaid.engine.async_engine import EngineDead, EngineError, NotNow, RequestRefused, RequestTimeout
+from inlaid.engine.async_engine import AdapterGone, EngineDead, EngineError, NotNow, RequestRefused, RequestTimeout
 from inlaid.engine.params import ParamError
 from inlaid.engine.text import TemplateError
 
@@ -123,6 +123,8 @@ def translate(error: Exception) -> ApiError | None:
             return BadRequest(str(error), error.param)
         case TemplateError():
             return BadRequest(str(error), "messages")
+        case AdapterGone():
+            return NotFound(str(error), "model", "model_not_found")
         case RequestRefused(retry_after=None):
             return BadRequest(str(error))
         case RequestRefused():

@@ -13,8 +13,17 @@ from typing import Any
 import pytest
 
 from inlaid.config import EngineConfig, SchedulerConfig
-from inlaid.engine.async_engine import AsyncEngine, EngineDead, EngineError, RequestRefused, RequestTimeout, merge
+from inlaid.engine.async_engine import (
+    AdapterGone,
+    AsyncEngine,
+    EngineDead,
+    EngineError,
+    RequestRefused,
+    RequestTimeout,
+    merge,
+)
 from inlaid.engine.request import FinishReason, Grammar, NewRequest, Output, SamplingParams, TokenLogprobs
+from inlaid.server.errors import translate
 from tests.engine.fake_engine import DEADLY, ENVIRONMENT, FACTORY, FAULTY
 from tests.engine.fake_runner import generate
 
@@ -143,6 +152,11 @@ def test_refusals_say_why_and_when() -> None:
             with pytest.raises(RequestRefused, match="prompt has 901 tokens") as refused:
                 await tokens(engine, NewRequest(id="long", prompt=[1] * 901))
             assert refused.value.retry_after is None
+            with pytest.raises(AdapterGone, match="'none such' is unknown") as gone:
+                await tokens(engine, NewRequest(id="gone", prompt=[1], adapter="none such"))
+            known = translate(gone.value)
+            assert known is not None
+            assert (known.status, known.body.error.code) == (404, "model_not_found")
             readers = [
                 asyncio.create_task(tokens(engine, NewRequest(id=str(n), prompt=[n], params=LONG, tenant="t")))
                 for n in range(5)
