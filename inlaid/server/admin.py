@@ -98,14 +98,17 @@ async def _load(service: Service, body: LoadAdapterBody) -> None:
         raise BadRequest(f"{name!r} cannot be an adapter's name", "lora_name")
     folder = service.folders.resolve(body.lora_path)
     in_place = bool(body.load_inplace)
+    loaded = Conflict(f"adapter {name!r} is loaded already; unload it first or set load_inplace", "lora_name")
     if name in service.engine.adapters and not in_place:
-        raise Conflict(f"adapter {name!r} is loaded already; unload it first or set load_inplace", "lora_name")
+        raise loaded
     if service.num_loads >= _MAX_LOADS:
         raise TooMany(f"{service.num_loads} adapters are being loaded already", retry_after=5)
     service.num_loads += 1
     try:
         await service.engine.load_adapter(name, str(folder), in_place, body.pinned)
     except ValueError as error:
+        if name in service.engine.adapters and not in_place:  # another one was first
+            raise loaded from error
         raise BadRequest(str(error), "lora_path") from error
     finally:
         service.num_loads -= 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,19 @@ def test_load_use_and_unload_as_vllm_has_it(server: Live) -> None:
     gone = server.ask("POST", "/v1/chat/completions", {"model": "new", "messages": MESSAGES})
     assert (gone.status, gone.json["error"]["code"]) == (404, "model_not_found")
     assert server.admin("POST", "/v1/unload_lora_adapter", {"lora_name": "new"}).status == 404
+
+
+def test_of_two_who_load_or_unload_a_name_at_once_the_second_is_told(server: Live, adapter_root: Path) -> None:
+    """Whichever of them is looked at when: one has done it, the other hears that it is so already."""
+    shutil.copytree(DEMO / "adapters" / "maths", adapter_root / "other")
+    for _ in range(10):
+        with ThreadPoolExecutor(2) as threads:
+            loads = [{"lora_name": "twice", "lora_path": path} for path in ("velar", "other")]
+            answers = threads.map(lambda body: server.admin("POST", "/v1/load_lora_adapter", body), loads)
+            assert sorted(answer.status for answer in answers) == [200, 409]
+            unloads = [{"lora_name": "twice"}] * 2
+            answers = threads.map(lambda body: server.admin("POST", "/v1/unload_lora_adapter", body), unloads)
+            assert sorted(answer.status for answer in answers) == [200, 404]
 
 
 def test_load_in_place_changes_the_weights_that_a_name_stands_for(server: Live, adapter_root: Path) -> None:
