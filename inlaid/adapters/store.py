@@ -22,7 +22,6 @@ from inlaid.adapters.loader import NUM_GROUPS, AnyLoader, Arrival, CudaLane, Str
 from inlaid.adapters.pages import Lender, PagePool
 from inlaid.adapters.peft import Adapter, AdapterError
 from inlaid.adapters.tables import clear, copies, empty_pages, show, size
-from inlaid.engine.directory import UnknownAdapter
 from inlaid.kernels.assist import Factors
 from inlaid.kernels.backend import MODULES
 from inlaid.model.spec import ModelSpec
@@ -158,7 +157,7 @@ class AdapterStore:
 
     def resolve(self, name: str) -> str:
         if name not in self._identity_of:
-            raise UnknownAdapter(f"adapter {name!r} is not loaded; loaded: {', '.join(self.names()) or 'none'}")
+            raise AdapterError(f"adapter {name!r} is not loaded; loaded: {', '.join(self.names()) or 'none'}")
         identity = self._identity_of[name]
         held = self._held[identity]
         held.references += 1

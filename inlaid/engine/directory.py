@@ -6,15 +6,11 @@ from __future__ import annotations
 from typing import Protocol
 
 
-class UnknownAdapter(ValueError):
-    """No adapter has this name, or none any more."""
-
-
 class AdapterDirectory(Protocol):
     """Names, identities and residence of adapters. An identity is a content hash."""
 
     def resolve(self, name: str) -> str:
-        """The identity that this name stands for now, kept loadable until release. UnknownAdapter."""
+        """The identity that this name stands for now, kept loadable until release. Unknown: raises ValueError."""
         ...
 
     def release(self, identity: str) -> None:
@@ -45,7 +41,7 @@ class NoAdapters:
     """The directory of an engine that serves its base model only."""
 
     def resolve(self, name: str) -> str:
-        raise UnknownAdapter(f"adapter {name!r} is unknown: this engine has no adapters")
+        raise ValueError(f"adapter {name!r} is unknown: this engine has no adapters")
 
     def release(self, identity: str) -> None: ...
 

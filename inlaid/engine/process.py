@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from inlaid.config import EngineConfig
 from inlaid.engine import messages
-from inlaid.engine.directory import UnknownAdapter
 from inlaid.engine.engine import Engine, make_engine
 from inlaid.engine.messages import AdapterInfo, ModelInfo
 from inlaid.engine.policy import Refused
@@ -433,10 +432,16 @@ class EngineProcess:
         except Refused as error:
             self._send(refusal(message=str(error), retry_after=error.retry_after))
         except ValueError as error:
-            self._send(refusal(message=str(error), unknown=isinstance(error, UnknownAdapter)))
+            self._send(refusal(message=str(error), unknown=not self._has(request.adapter)))
         except Exception as error:
             log.error("request %s could not be added", request.id, exc_info=error)
             self._send(refusal(message=f"{type(error).__name__}: {error}", fault=True))
+
+    def _has(self, adapter: str | None) -> bool:
+        try:
+            return adapter is None or bool(self._loaded.adapters.describe(adapter))
+        except ValueError:
+            return False
 
     def _dispatch(self, call: messages.Call) -> Any:
         if call.name.startswith("_") or not hasattr(Calls, call.name):

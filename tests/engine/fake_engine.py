@@ -60,6 +60,8 @@ class _Adapters:
         return [self.describe(name) for name in self._paths]
 
     def describe(self, name: str) -> AdapterInfo:
+        if name not in self._paths:
+            raise ValueError(f"adapter {name!r} is not loaded")
         return AdapterInfo(name=name, identity=name, path=self._paths[name], rank=8, bytes=1, tier="host")
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from inlaid.engine.directory import UnknownAdapter
 from inlaid.engine.request import Batch, Request, Sampled, StepResult, TokenLogprobs
 
 EOS = 7
@@ -134,7 +133,7 @@ class FakeAdapters:
 
     def resolve(self, name: str) -> str:
         if name not in self.names:
-            raise UnknownAdapter(f"adapter {name!r} is unknown")
+            raise ValueError(f"adapter {name!r} is unknown")
         self.held[name] = self.held.get(name, 0) + 1
         return name
 
