@@ -342,16 +342,18 @@ def _quantization(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
         found = _read_json(path / "quantize_config.json")
     if found is None:
         return None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: quantization_config is {found!r}; it must be an object")
     method = str(found.get("quant_method") or "gptq").lower()
     if method != "gptq" or found.get("is_marlin_format"):
         raise CheckpointError(
             f"{path} is quantized by {method!r} or repacked for one kernel; only GPTQ's format is read"
         )
     stored = found.get("checkpoint_format") or "gptq"
-    if stored not in ZERO_FORMATS:
+    if not isinstance(stored, str) or stored not in ZERO_FORMATS:
         raise CheckpointError(f"{path} stores checkpoint_format {stored!r}; readable are {', '.join(ZERO_FORMATS)}")
     for key in ("bits", "group_size"):
-        if not isinstance(found.get(key), int):
+        if type(found.get(key)) is not int:
             raise CheckpointError(f"{path}: the quantization's metadata has no whole number {key!r}")
     return found
 
@@ -360,7 +362,7 @@ def _index(path: Path) -> dict[str, str]:
     """Tensor name to file, from the headers of the files themselves."""
     index = path / "model.safetensors.index.json"
     if index.exists():
-        files = sorted(set(_read_json(index)["weight_map"].values()))
+        files = _named_in(index)
     elif (path / "model.safetensors").exists():
         files = ["model.safetensors"]
     else:
@@ -368,6 +370,15 @@ def _index(path: Path) -> dict[str, str]:
     if not files:
         raise CheckpointError(f"{path} holds no .safetensors file; other formats are not read, convert it first")
     return {name: file for file in files for name in header_of(path / file)}
+
+
+def _named_in(index: Path) -> list[str]:
+    """The files of an index, all beside it."""
+    named = _read_json(index).get("weight_map")
+    values: list[Any] = list(named.values()) if isinstance(named, dict) else [None]
+    if not all(isinstance(value, str) and value == Path(value).name for value in values):
+        raise CheckpointError(f"{index} must have a weight_map from tensors to names of files beside it")
+    return sorted(set(values))
 
 
 def write_index(folder: Path) -> None:

@@ -178,6 +178,8 @@ def test_missing_g_idx_means_in_order(tmp_path: Path) -> None:
         ({"quant_method": "awq"}, "only GPTQ"),
         ({"checkpoint_format": "marlin"}, "marlin"),
         ({"bits": "four"}, "bits"),
+        ({"bits": True}, "bits"),
+        ({"checkpoint_format": ["gptq"]}, "checkpoint_format"),
         ({"group_size": 16}, "groups"),
     ],
 )
@@ -186,6 +188,23 @@ def test_bad_metadata_is_refused(tmp_path: Path, change: dict, words: str) -> No
     write_folder(tmp_path, to_tensors("a", linear), quantization_config(linear.spec, 0.01, False) | change)
     with pytest.raises(CheckpointError, match=words):
         Checkpoint(tmp_path).linear("a")
+
+
+@pytest.mark.parametrize("files", [["x"], None, {"a": "../other.safetensors"}, {"a": "/x.safetensors"}, {"a": 5}])
+def test_an_index_names_files_beside_it(tmp_path: Path, files: Any) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    save_file({"a": torch.ones(2)}, tmp_path / "other.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    with pytest.raises(CheckpointError, match="names of files beside it"):
+        Checkpoint(folder)
+
+
+def test_quantization_that_is_no_object_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"quantization_config": "4 bits"}')
+    with pytest.raises(CheckpointError, match="'4 bits'; it must be an object"):
+        Checkpoint(tmp_path)
 
 
 def test_broken_folders_are_refused(tmp_path: Path) -> None:

@@ -296,10 +296,12 @@ def _in_layers(config: Mapping[str, Any], path: str) -> bool:
         return True
     patterns = config.get("layers_pattern") or []
     patterns = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise AdapterError(f"layers_pattern is {patterns!r}; it must be a name, or a list of names")
     forms = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
     for form in forms:
         match = re.match(form, path)
-        if match:
+        if match and match[1]:
             return int(match[1]) in (indices if isinstance(indices, list) else [indices])
     return False
 

@@ -5,6 +5,7 @@ adapters and the engine read it; an architecture or option that would be compute
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,14 +78,21 @@ def read_spec(folder: Path) -> ModelSpec:
 def spec_from_config(config: dict[str, Any], generation: dict[str, Any] | None = None) -> ModelSpec:
     """Read a config of any version: rope_theta and rope_scaling, or rope_parameters."""
     kind = config.get("model_type")
-    if kind not in _FAMILIES:
+    if not isinstance(kind, str) or kind not in _FAMILIES:
         known = ", ".join(sorted(_FAMILIES))
         raise UnsupportedModel(f"model_type {kind!r} is not supported; supported: {known}")
     _require(config, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    _check(config, _WHOLE, _NUMBERS, "config.json")
     if config.get("hidden_act", "silu") != "silu":
         raise UnsupportedModel(f"hidden_act {config['hidden_act']!r} is not supported; supported: silu")
     num_heads = config["num_attention_heads"]
-    max_len = config.get("max_position_embeddings", 2048)
+    num_kv_heads = config.get("num_key_value_heads") or num_heads
+    if num_heads % num_kv_heads:
+        raise UnsupportedModel(f"{num_heads} attention heads cannot share {num_kv_heads} key/value heads evenly")
+    head_dim = config.get("head_dim") or (128 if kind == "qwen3" else config["hidden_size"] // num_heads)
+    if head_dim < 2 or head_dim % 2:
+        raise UnsupportedModel(f"heads of width {head_dim} cannot be rotated in halves")
+    max_len = config.get("max_position_embeddings") or 2048
     return ModelSpec(
         architecture=kind,
         vocab_size=config["vocab_size"],
@@ -92,8 +100,8 @@ def spec_from_config(config: dict[str, Any], generation: dict[str, Any] | None =
         intermediate_size=config["intermediate_size"],
         num_layers=config["num_hidden_layers"],
         num_heads=num_heads,
-        num_kv_heads=config.get("num_key_value_heads") or num_heads,
-        head_dim=config.get("head_dim") or (128 if kind == "qwen3" else config["hidden_size"] // num_heads),
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
         norm_eps=config.get("rms_norm_eps", 1e-6),
         max_len=max_len,
         rope=_rope(config, max_len),
@@ -139,16 +147,20 @@ def _layer_windows(config: dict[str, Any]) -> tuple[int | None, ...]:
         return (None,) * num_layers
     types = config.get("layer_types")
     if types is None:
-        first = config.get("max_window_layers", 28)
+        first = config.get("max_window_layers")
+        first = 28 if first is None else first
         return tuple(window if layer >= first else None for layer in range(num_layers))
-    unknown = set(types) - {"full_attention", "sliding_attention"}
-    if unknown or len(types) != num_layers:
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(types, list) or len(types) != num_layers or any(name not in known for name in types):
         raise UnsupportedModel(f"layer_types {types} is not supported for {num_layers} layers")
     return tuple(window if name == "sliding_attention" else None for name in types)
 
 
 def _rope(config: dict[str, Any], max_len: int) -> RopeSpec:
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise UnsupportedModel(f"config.json: rope scaling is {scaling!r}; it must be an object")
+    _check(scaling, _WHOLE, _NUMBERS, "config.json, rope scaling")
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ROPE_KINDS:
         raise UnsupportedModel(f"rope scaling type {kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}")
@@ -181,7 +193,33 @@ def _eos(config: dict[str, Any], generation: dict[str, Any]) -> tuple[int, ...]:
     for source in (generation, config):
         value = source.get("eos_token_id")
         ids += value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(one, int) and one >= 0 for one in ids):
+        raise UnsupportedModel(f"eos_token_id must be a token's id, or a list of them, not {ids}")
     return tuple(dict.fromkeys(ids))
+
+
+_WHOLE = {  # fields that are whole numbers, and their bounds
+    "vocab_size": (1, 1 << 24), "hidden_size": (1, 1 << 20), "intermediate_size": (1, 1 << 20),
+    "num_hidden_layers": (1, 1 << 12), "num_attention_heads": (1, 1 << 16), "num_key_value_heads": (0, 1 << 16),
+    "head_dim": (0, 1 << 16), "max_position_embeddings": (1, 1 << 31), "max_window_layers": (0, 1 << 12),
+    "sliding_window": (1, 1 << 31), "original_max_position_embeddings": (0, 1 << 31),
+}  # fmt: skip
+_NUMBERS = (  # fields that are finite numbers from 0 on
+    "rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow",
+    "attention_factor", "mscale", "mscale_all_dim", "partial_rotary_factor",
+)  # fmt: skip
+
+
+def _check(config: dict[str, Any], whole: dict[str, tuple[int, int]], numbers: tuple[str, ...], where: str) -> None:
+    """Fields that are there, and not null, are what they must be."""
+    for name, (least, most) in whole.items():
+        value = config.get(name)
+        if value is not None and (type(value) is not int or not least <= value <= most):
+            raise UnsupportedModel(f"{where}: {name} is {value!r}; it must be a whole number from {least} to {most}")
+    for name in numbers:
+        value = config.get(name)
+        if value is not None and (type(value) not in (int, float) or not 0 <= value < math.inf):
+            raise UnsupportedModel(f"{where}: {name} is {value!r}; it must be a number from 0 on")
 
 
 def _require(config: dict[str, Any], *keys: str) -> None:

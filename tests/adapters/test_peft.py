@@ -147,6 +147,8 @@ REFUSED_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"target_modules": [*QV, "k_proj"]}, r"targets model\.layers\.0\.self_attn\.k_proj but there are no tensors"),
     ({"target_modules": [*QV, "lm_head"]}, "'lm_head' is none of the base's"),
     ({"target_modules": "["}, "not a regular expression"),
+    ({"layers_to_transform": 1, "layers_pattern": 5}, "layers_pattern is 5"),
+    ({"layers_to_transform": 1, "layers_pattern": "q_proj|k_proj"}, "which the config does not target"),
     ({"layers_to_transform": [0]}, "does not target"),
     ({"layers_to_transform": "0"}, "layers_to_transform"),
 ]
