@@ -82,7 +82,7 @@ def spec_from_config(config: dict[str, Any], generation: dict[str, Any] | None =
         known = ", ".join(sorted(_FAMILIES))
         raise UnsupportedModel(f"model_type {kind!r} is not supported; supported: {known}")
     _require(config, "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    _check(config, _WHOLE, _NUMBERS, "config.json")
+    _check(config, "config.json")
     if config.get("hidden_act", "silu") != "silu":
         raise UnsupportedModel(f"hidden_act {config['hidden_act']!r} is not supported; supported: silu")
     num_heads = config["num_attention_heads"]
@@ -160,7 +160,7 @@ def _rope(config: dict[str, Any], max_len: int) -> RopeSpec:
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(scaling, dict):
         raise UnsupportedModel(f"config.json: rope scaling is {scaling!r}; it must be an object")
-    _check(scaling, _WHOLE, _NUMBERS, "config.json, rope scaling")
+    _check(scaling, "config.json, rope scaling")
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ROPE_KINDS:
         raise UnsupportedModel(f"rope scaling type {kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}")
@@ -210,20 +210,20 @@ _NUMBERS = (  # fields that are finite numbers from 0 on
 )  # fmt: skip
 
 
-def _check(config: dict[str, Any], whole: dict[str, tuple[int, int]], numbers: tuple[str, ...], where: str) -> None:
+def _check(config: dict[str, Any], where: str) -> None:
     """Fields that are there, and not null, are what they must be."""
-    for name, (least, most) in whole.items():
+    for name, (least, most) in _WHOLE.items():
         value = config.get(name)
         if value is not None and (type(value) is not int or not least <= value <= most):
             raise UnsupportedModel(f"{where}: {name} is {value!r}; it must be a whole number from {least} to {most}")
-    for name in numbers:
+    for name in _NUMBERS:
         value = config.get(name)
         if value is not None and (type(value) not in (int, float) or not 0 <= value < math.inf):
             raise UnsupportedModel(f"{where}: {name} is {value!r}; it must be a number from 0 on")
 
 
 def _require(config: dict[str, Any], *keys: str) -> None:
-    missing = [key for key in keys if not isinstance(config.get(key), int)]
+    missing = [key for key in keys if config.get(key) is None]
     if missing:
         raise UnsupportedModel(f"config.json lacks {', '.join(missing)}")
 

@@ -24,7 +24,7 @@ from inlaid.engine.process import process_age
 from inlaid.engine.text import Tokenizer
 from inlaid.server import admin, info, native, protocol
 from inlaid.server.completions import chat_completions, completions
-from inlaid.server.errors import Fault, TooSlow, Unavailable, response, translate, undecodable
+from inlaid.server.errors import TooSlow, Unavailable, response, told, undecodable
 from inlaid.server.metrics import Metrics
 from inlaid.server.openapi import document
 from inlaid.server.resolver import make_resolver
@@ -177,12 +177,8 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Whatever goes wrong is answered in one form."""
     try:
         return await handler(request)
-    except Exception as error:
-        known = translate(error)
-        if known is None:
-            log.error("%s %s failed", request.method, request.path, exc_info=error)
-            known = Fault(f"{type(error).__name__} while answering; the server's log has the details")
-        return response(known)
+    except Exception as error:  # noqa: BLE001 - what is not known is logged
+        return response(told(error, f"{request.method} {request.path}"))
 
 
 async def make_service(

@@ -16,6 +16,7 @@ ApiError
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 
@@ -25,6 +26,8 @@ from aiohttp import web
 from inlaid.engine.async_engine import AdapterGone, EngineDead, EngineError, NotNow, RequestRefused, RequestTimeout
 from inlaid.engine.params import ParamError
 from inlaid.engine.text import TemplateError
+
+log = logging.getLogger(__name__)
 
 # The first half of a surrogate pair without the second: msgspec calls that truncated when the text ends there.
 _HALF = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
@@ -148,6 +151,15 @@ def translate(error: Exception) -> ApiError | None:
         case msgspec.MsgspecError() | UnicodeDecodeError() | RecursionError():
             return undecodable(error)
     return None
+
+
+def told(error: Exception, what: str) -> ApiError:
+    """What a client hears of an exception; a defect is logged, as what has failed."""
+    known = translate(error)
+    if known is None:
+        log.error("%s failed", what, exc_info=error)
+        known = Fault(f"{type(error).__name__} while answering; the server's log has the details")
+    return known
 
 
 def undecodable(error: Exception, data: bytes = b"") -> BadRequest:

@@ -4,7 +4,6 @@ HTTP status; what fails later is an event with the error.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from typing import Any
@@ -12,9 +11,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from inlaid.server.errors import Fault, translate
-
-log = logging.getLogger(__name__)
+from inlaid.server.errors import told
 
 _HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -29,23 +26,20 @@ async def send(request: web.Request, events: AsyncGenerator[bytes, None]) -> web
         first = await anext(events)
         response = web.StreamResponse(headers=_HEADERS)
         await response.prepare(request)
-        with suppress(OSError):  # the client has gone; closing the events aborts the request
-            await _write(response, first, events)
+        async with aclosing(_to_the_end(events)) as rest:
+            with suppress(OSError):  # the client has gone; closing the events aborts the request
+                await response.write(first)
+                async for data in rest:
+                    await response.write(data)
+                await response.write_eof()
         return response
 
 
-async def _write(response: web.StreamResponse, first: bytes, events: AsyncGenerator[bytes, None]) -> None:
+async def _to_the_end(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """The events, what went wrong with them if anything did, and the mark of the end."""
     try:
-        await response.write(first)
         async for data in events:
-            await response.write(data)
-    except OSError:
-        raise
-    except Exception as error:
-        known = translate(error)
-        if known is None:
-            log.error("a stream failed", exc_info=error)
-            known = Fault(f"{type(error).__name__} while answering; the server's log has the details")
-        await response.write(event(known.body))
-    await response.write(b"data: [DONE]\n\n")
-    await response.write_eof()
+            yield data
+    except Exception as error:  # noqa: BLE001 - what is not known is logged
+        yield event(told(error, "a stream").body)
+    yield b"data: [DONE]\n\n"

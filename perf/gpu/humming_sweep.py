@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from inlaid.checkpoint import QuantSpec, dequantize
+from inlaid.files import write_atomically
 from inlaid.kernels import command, early, fused_triton, humming_order
 from inlaid.kernels.backend import Parts
 from inlaid.kernels.humming import OPEN, TUNING, HummingLinear, HummingPacked, _import, laid_out, tuned_for
@@ -303,7 +304,7 @@ def write(entries: list[dict[str, Any]]) -> None:
         for entry in (*(entry for entry in old if place(entry) not in new), *entries)
         if not entry.get("parts") or entry["best_us"] < entry["own_us"]
     )
-    TUNING.write_text(f'{{"entries": [\n{lines}\n]}}\n')
+    write_atomically(TUNING, f'{{"entries": [\n{lines}\n]}}\n'.encode())  # a stage's time may end in the middle
 
 
 if __name__ == "__main__":  # a stage's result, from another machine, into the package
