@@ -189,13 +189,14 @@ def _rope(config: dict[str, Any], max_len: int) -> RopeSpec:
 
 
 def _eos(config: dict[str, Any], generation: dict[str, Any]) -> tuple[int, ...]:
+    """Of both files, in their order; -1, which some have for none, and what the vocabulary does not have end nothing."""
     ids: list[int] = []
     for source in (generation, config):
         value = source.get("eos_token_id")
         ids += value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(one, int) and one >= 0 for one in ids):
+    if not all(type(one) is int for one in ids):
         raise UnsupportedModel(f"eos_token_id must be a token's id, or a list of them, not {ids}")
-    return tuple(dict.fromkeys(ids))
+    return tuple(one for one in dict.fromkeys(ids) if 0 <= one < config["vocab_size"])
 
 
 _WHOLE = {  # fields that are whole numbers, and their bounds

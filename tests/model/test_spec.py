@@ -57,6 +57,8 @@ def test_end_tokens_from_both_files(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "eos_token_id": 2}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 2]}))
     assert read_spec(tmp_path).eos_token_ids == (7, 2)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, -1, 100]}))
+    assert read_spec(tmp_path).eos_token_ids == (7, 2), "-1 is none, and a vocabulary of 100 ends at 99"
 
 
 @pytest.mark.parametrize(
