@@ -189,7 +189,7 @@ def _rope(config: dict[str, Any], max_len: int) -> RopeSpec:
 
 
 def _eos(config: dict[str, Any], generation: dict[str, Any]) -> tuple[int, ...]:
-    """Of both files, in their order; -1, which some have for none, and what the vocabulary does not have end nothing."""
+    """Of both files, in their order. -1, which some have for none, and what is not in the vocabulary end nothing."""
     ids: list[int] = []
     for source in (generation, config):
         value = source.get("eos_token_id")
