@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from inlaid.engine.llm import LLM
     from inlaid.engine.request import SamplingParams
+    from inlaid.llm import LLM
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "SamplingParams", "__version__"]
@@ -15,7 +15,7 @@ __all__ = ["LLM", "SamplingParams", "__version__"]
 def __getattr__(name: str) -> Any:
     """Load the heavy names on first use, so that `import inlaid` stays instant and free of torch."""
     if name == "LLM":
-        from inlaid.engine.llm import LLM
+        from inlaid.llm import LLM
 
         return LLM
     if name == "SamplingParams":

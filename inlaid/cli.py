@@ -307,8 +307,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    from inlaid.engine.llm import LLM
     from inlaid.engine.request import SamplingParams
+    from inlaid.llm import LLM
 
     model, adapters, chosen = _generate_adapters(args)
     params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature)

@@ -34,8 +34,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from inlaid.adapters.peft import read_adapter
 from inlaid.config import EngineConfig
 from inlaid.engine.engine import Engine, make_engine
-from inlaid.engine.loading import LoadedModel, load_model
 from inlaid.engine.request import NewRequest, SamplingParams
+from inlaid.worker.loading import LoadedModel, load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "models" / "demo"

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from inlaid.engine.gate import Limits
+from inlaid.engine.limits import Limits
 from inlaid.engine.policy import POLICIES, Policy, make_policy
 from inlaid.engine.request import Status
 from inlaid.engine.scheduler import Scheduler

@@ -13,11 +13,11 @@ from typing import Any
 
 from inlaid.config import EngineConfig, SchedulerConfig
 from inlaid.engine.control import change, describe, fairness
-from inlaid.engine.directory import AdapterDirectory, NoAdapters
 from inlaid.engine.kv_cache import BlockPool
 from inlaid.engine.policy import Lengths, MaxTokens
 from inlaid.engine.predictor import Predictor
 from inlaid.engine.request import Batch, FinishReason, Grammar, NewRequest, Output, Request, Runner
+from inlaid.engine.residency import AdapterDirectory, NoAdapters
 from inlaid.engine.scheduler import Scheduler
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ scratch block (padding rows write there) and is never given out.
 
 A block is in exactly one of three places: referenced (by one request or more), idle (nobody uses it, but it still
 holds a named prefix and waits, least recently used first, to be reused or overwritten), or free. Where adapters share
-the memory (engine/unified.py) there is a fourth: lent to them, until it is asked back.
+the memory (runner/unified.py) there is a fourth: lent to them, until it is asked back.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ class Request:
     first_scheduled: float | None = None
     first_token: float | None = None
     predicted_len: float | None = None  # predicted total output tokens, kept by the predictor
-    grammar: Any = None  # a GrammarState (engine/grammar.py) when params.grammar is set
+    grammar: Any = None  # a GrammarState (text/grammar.py) when params.grammar is set
 
     # What the scheduler keeps for itself.
     order: int = 0  # how many requests were added before; breaks ties, so runs repeat exactly

@@ -13,11 +13,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from inlaid.config import CacheConfig, SchedulerConfig
-from inlaid.engine.directory import AdapterDirectory
-from inlaid.engine.gate import Gate
 from inlaid.engine.intake import check_config, make_cost, make_request, most_tokens
 from inlaid.engine.kv_cache import BlockPool, extend_keys, root_key
 from inlaid.engine.ledger import Ledger
+from inlaid.engine.limits import Gate
 from inlaid.engine.policy import GO, REFUSE, Inlaid, Lengths, MaxTokens, Policy, Rpm, View, parse_policy
 from inlaid.engine.request import (
     Batch,
@@ -31,6 +30,7 @@ from inlaid.engine.request import (
     TokenLogprobs,
     Work,
 )
+from inlaid.engine.residency import AdapterDirectory
 from inlaid.engine.tasks import LOADING, READY, Missing, Tasks
 from inlaid.engine.waiting import WaitingQueue
 

@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-from inlaid.engine.directory import AdapterDirectory
 from inlaid.engine.request import Request
+from inlaid.engine.residency import AdapterDirectory
 
 READY: Final = "ready"
 LOADING: Final = "loading"

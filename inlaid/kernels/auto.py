@@ -17,10 +17,10 @@ import torch
 
 from inlaid.checkpoint import QuantizedLinear, QuantSpec
 from inlaid.kernels.backend import GemmInParts, LinearBackend, Parts
+from inlaid.kernels.cpu import ReferenceLinear
 from inlaid.kernels.exllama import ExllamaLinear
 from inlaid.kernels.humming import HummingLinear
 from inlaid.kernels.linear_triton import TritonLinear
-from inlaid.kernels.reference import ReferenceLinear
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from inlaid.kernels.reference import DENSE
+from inlaid.kernels.cpu import DENSE
 
 
 class Embedding:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from inlaid.checkpoint import Checkpoint, QuantizedLinear, QuantSpec
 from inlaid.files import write_atomically
 from inlaid.kernels.backend import MODULES, Gemm, Kernels, LinearBackend, Site
-from inlaid.kernels.reference import DENSE
+from inlaid.kernels.cpu import DENSE
 from inlaid.layers.attention import Attention
 from inlaid.layers.embedding import Embedding, Head
 from inlaid.layers.linear import Linear

@@ -9,9 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from inlaid.engine.async_engine import NotNow, RequestRefused
 from inlaid.engine.request import FinishReason, TokenLogprobs
-from inlaid.engine.text import Piece, TextStream, Tokenizer
 from inlaid.server.prepare import Job
 from inlaid.server.protocol import (
     CachedTokens,
@@ -24,6 +22,8 @@ from inlaid.server.protocol import (
     Usage,
 )
 from inlaid.server.service import Service
+from inlaid.text.tokenizer import Piece, TextStream, Tokenizer
+from inlaid.worker.client import NotNow, RequestRefused
 
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity
 _QUEUED_PIECES = 256

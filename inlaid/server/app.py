@@ -19,9 +19,6 @@ import msgspec
 from aiohttp import web
 
 from inlaid.config import ConfigError, EngineConfig, ServerConfig
-from inlaid.engine.async_engine import AsyncEngine, EngineDead
-from inlaid.engine.process import process_age
-from inlaid.engine.text import Tokenizer
 from inlaid.server import admin, info, native, protocol
 from inlaid.server.completions import chat_completions, completions
 from inlaid.server.errors import TooSlow, Unavailable, response, told, undecodable
@@ -32,6 +29,9 @@ from inlaid.server.route import Guard, Route
 from inlaid.server.safety import AllowedFolders, Keys, check_config
 from inlaid.server.service import SERVICE, Service
 from inlaid.server.watcher import Watcher
+from inlaid.text.tokenizer import Tokenizer
+from inlaid.worker.client import AsyncEngine, EngineDead
+from inlaid.worker.process import process_age
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ import msgspec
 from aiohttp import web
 
 from inlaid.engine.request import FinishReason, TokenLogprobs
-from inlaid.engine.text import Piece
 from inlaid.server import answers
 from inlaid.server.answers import CompletionLogprobsWriter, Counter, Whole
 from inlaid.server.prepare import Job, chat_job, completion_job
@@ -31,6 +30,7 @@ from inlaid.server.protocol import (
 )
 from inlaid.server.service import SERVICE, Service
 from inlaid.server.streaming import event, send
+from inlaid.text.tokenizer import Piece
 
 
 def answer(value: object) -> web.Response:

@@ -23,9 +23,9 @@ import re
 import msgspec
 from aiohttp import web
 
-from inlaid.engine.async_engine import AdapterGone, EngineDead, EngineError, NotNow, RequestRefused, RequestTimeout
-from inlaid.engine.params import ParamError
-from inlaid.engine.text import TemplateError
+from inlaid.text.params import ParamError
+from inlaid.text.tokenizer import TemplateError
+from inlaid.worker.client import AdapterGone, EngineDead, EngineError, NotNow, RequestRefused, RequestTimeout
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,6 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from inlaid import __version__
-from inlaid.engine.async_engine import EngineDead
-from inlaid.engine.messages import AdapterInfo
 from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.server.completions import answer
 from inlaid.server.errors import BadRequest, NotFound, Unavailable
@@ -32,6 +30,8 @@ from inlaid.server.protocol import (
     Version,
 )
 from inlaid.server.service import SERVICE
+from inlaid.worker.client import EngineDead
+from inlaid.worker.messages import AdapterInfo
 
 _PATIENCE = 30.0  # seconds that the engine may take to say how it is, or to make a token that shows it
 _Said = TypeVar("_Said")

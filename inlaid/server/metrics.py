@@ -11,9 +11,9 @@ from typing import ClassVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from inlaid.engine.messages import AdapterInfo, ModelInfo
 from inlaid.engine.request import NewRequest
-from inlaid.engine.text import Piece
+from inlaid.text.tokenizer import Piece
+from inlaid.worker.messages import AdapterInfo, ModelInfo
 
 OTHER = "other"  # adapters beyond the cap share this label
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)

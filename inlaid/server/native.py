@@ -17,9 +17,7 @@ import msgspec
 from aiohttp import web
 
 from inlaid import __version__
-from inlaid.engine.params import ParamError
 from inlaid.engine.request import FinishReason, TokenLogprobs
-from inlaid.engine.text import Piece, Tokenizer
 from inlaid.server import answers
 from inlaid.server.completions import answer
 from inlaid.server.errors import ApiError, BadRequest, ErrorResponse, translate
@@ -36,6 +34,8 @@ from inlaid.server.protocol import (
 )
 from inlaid.server.service import SERVICE, Service
 from inlaid.server.streaming import event, send
+from inlaid.text.params import ParamError
+from inlaid.text.tokenizer import Piece, Tokenizer
 
 _OURS = {
     "max_new_tokens": "max_tokens",

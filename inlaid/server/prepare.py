@@ -13,13 +13,13 @@ from typing import Any
 
 import msgspec
 
-from inlaid.engine.params import MAX_BAD_WORDS, check
 from inlaid.engine.request import Grammar, NewRequest, SamplingParams
-from inlaid.engine.text import Tokenizer
 from inlaid.server import safety
 from inlaid.server.errors import BadRequest, NotFound
 from inlaid.server.protocol import ChatBody, CompletionBody, GenerateBody, Message, Tool
 from inlaid.server.service import Service
+from inlaid.text.params import MAX_BAD_WORDS, check
+from inlaid.text.tokenizer import Tokenizer
 
 _LONG_TEXT = 20_000  # characters; longer texts are tokenized in a thread
 _SAME_NAMES = (

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from inlaid.config import ServerConfig
-from inlaid.engine.async_engine import AsyncEngine
-from inlaid.engine.text import Tokenizer
 from inlaid.server.metrics import Metrics
 from inlaid.server.resolver import Resolver
 from inlaid.server.safety import AllowedFolders, Keys
 from inlaid.server.watcher import Watcher
+from inlaid.text.tokenizer import Tokenizer
+from inlaid.worker.client import AsyncEngine
 
 
 @dataclass

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from inlaid.config import ConfigError
-from inlaid.engine.async_engine import EngineDead, EngineError
+from inlaid.worker.client import EngineDead, EngineError
 
 log = logging.getLogger(__name__)
 

@@ -46,11 +46,11 @@ from inlaid.adapters.loader import CudaLane, Loader, StreamLoader
 from inlaid.adapters.peft import Adapter, lay_out
 from inlaid.adapters.store import CACHED, CPU_ASSIST, ON_DEMAND, PIPELINED, AdapterStore
 from inlaid.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig
-from inlaid.engine.process import Loaded, build_engine
 from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.kernels.assist import Assistant, Profile
 from inlaid.kernels.backend import MODULES
 from inlaid.model.spec import ModelSpec, spec_from_config
+from inlaid.worker.process import Loaded, build_engine
 from perf.gpu import ROOT
 from perf.gpu.random_model import ATTENTION, EVERY_LINEAR, config, write_model
 

@@ -164,7 +164,7 @@ def kernel_tests() -> dict[str, Any]:
         "-p",
         "no:cacheprovider",
         "tests/kernels",
-        "tests/engine/test_cuda_runner.py",
+        "tests/runner/test_cuda_runner.py",
     ]
     result = subprocess.run(command, capture_output=True, text=True)
     tail = result.stdout.strip().splitlines()[-60:]

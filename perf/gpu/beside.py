@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from inlaid.engine.cuda_forward import ATTENTION_ADAPTERS, NO_ADAPTERS, QUERY_TILE, Forward, Layout
 from inlaid.engine.engine import Engine
 from inlaid.kernels import lora_triton
+from inlaid.runner.cuda_forward import ATTENTION_ADAPTERS, NO_ADAPTERS, QUERY_TILE, Forward, Layout
 from perf.gpu import step as step_module
 from perf.gpu.offline import CONTEXT, load
 from perf.gpu.serving import Keep

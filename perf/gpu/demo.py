@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from inlaid.checkpoint import Checkpoint, QuantSpec, quantization_config, to_tensors
 from inlaid.config import AdapterConfig, EngineConfig
-from inlaid.engine.process import Loaded, build_engine
 from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.quant.solver import Grid, round_to_nearest
+from inlaid.worker.process import Loaded, build_engine
 from perf.gpu import ROOT
 
 MODEL = Path("models/demo/base")

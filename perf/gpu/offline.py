@@ -13,10 +13,10 @@ from unittest.mock import patch
 
 from inlaid.checkpoint import QuantSpec
 from inlaid.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig
-from inlaid.engine.process import Loaded, build_engine
 from inlaid.engine.request import Batch, NewRequest, SamplingParams
 from inlaid.kernels.measure import Ceiling
 from inlaid.model.spec import ModelSpec
+from inlaid.worker.process import Loaded, build_engine
 from perf.gpu import step as step_module
 from perf.gpu.random_model import spec_of
 from perf.gpu.serving import Keep, files

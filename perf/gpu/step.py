@@ -18,9 +18,6 @@ from typing import Any
 
 import torch
 
-from inlaid.engine import cuda_forward
-from inlaid.engine.cuda_forward import Layout
-from inlaid.engine.cuda_runner import CudaRunner
 from inlaid.engine.engine import Engine
 from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.kernels import attention_triton, early
@@ -28,6 +25,9 @@ from inlaid.kernels.auto import AutoLinear
 from inlaid.kernels.humming import HummingLinear, use_headers
 from inlaid.kernels.measure import Ceiling, weight_bytes
 from inlaid.model.spec import ModelSpec
+from inlaid.runner import cuda_forward
+from inlaid.runner.cuda_forward import Layout
+from inlaid.runner.cuda_runner import CudaRunner
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ pytest.importorskip("triton", reason="triton is not installed: pip install trito
 from inlaid.checkpoint import QuantizedLinear, QuantSpec
 from inlaid.kernels import command
 from inlaid.kernels.auto import UNLIMITED, AutoLinear, Measured, backends, choose, read_table
+from inlaid.kernels.cpu import DensePacked, ReferenceLinear
 from inlaid.kernels.measure import random_weight
-from inlaid.kernels.reference import DensePacked, ReferenceLinear
 
 CPU = torch.device("cpu")
 SPEC = QuantSpec(4, 32, True, False)

@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install trito
 from inlaid.kernels import fused_triton as fused
 from inlaid.kernels import lora_triton as lora
 from inlaid.kernels.backend import Parts, Site
-from inlaid.kernels.reference import ReferenceOps
+from inlaid.kernels.cpu import ReferenceOps
 from tests.kernels.test_lora_triton import make_adapters
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from inlaid.checkpoint import Checkpoint
-from inlaid.kernels.reference import reference_kernels
+from inlaid.kernels.cpu import reference_kernels
 from inlaid.model.spec import read_spec
 from inlaid.model.transformer import Transformer
 from inlaid.model.weights import WeightError, base_version, compute_dtype, fetch, load

@@ -34,8 +34,8 @@ from inlaid.checkpoint import (
 )
 from inlaid.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig
 from inlaid.engine.engine import Engine, make_engine
-from inlaid.engine.loading import LoadedModel, load_model
 from inlaid.engine.request import NewRequest, Output, SamplingParams
+from inlaid.worker.loading import LoadedModel, load_model
 
 VOCAB = 199
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

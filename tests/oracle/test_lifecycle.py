@@ -21,14 +21,14 @@ from inlaid.adapters.store import CACHED, CPU_ASSIST, MODES, PIPELINED, AdapterS
 from inlaid.checkpoint import Checkpoint
 from inlaid.config import CacheConfig, EngineConfig, SchedulerConfig
 from inlaid.engine.engine import Engine, make_engine
-from inlaid.engine.model_runner import ModelRunner
 from inlaid.engine.request import FinishReason
-from inlaid.engine.unified import block_elements, unify
 from inlaid.kernels.arriving import Arriving, ArrivingLora
 from inlaid.kernels.assist import Assistant, NoFerry, Profile
-from inlaid.kernels.reference import reference_kernels
+from inlaid.kernels.cpu import reference_kernels
 from inlaid.model.spec import read_spec
 from inlaid.model.weights import load
+from inlaid.runner.model_runner import ModelRunner
+from inlaid.runner.unified import block_elements, unify
 from tests.adapters.fake_lane import FakeLane
 from tests.oracle.oracle import adapter_settings, ask, family_config, prompts, save_adapter, save_model, serve
 

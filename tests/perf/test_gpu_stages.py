@@ -23,11 +23,11 @@ from safetensors import safe_open
 
 from inlaid.adapters.peft import read_adapter
 from inlaid.checkpoint import Checkpoint, QuantSpec, dequantize
-from inlaid.engine import cuda_forward
 from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.kernels.measure import Ceiling
+from inlaid.runner import cuda_forward
 from perf.gpu import bench, demo, humming_sweep, offline, quant_speed, random_model, serving, soak, starts, step
-from tests.engine.test_cuda_runner import Bench, few_programs
+from tests.runner.test_cuda_runner import Bench, few_programs
 
 __all__ = ["few_programs"]  # a fixture for all tests here: the interpreter is slow
 

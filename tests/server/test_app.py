@@ -13,12 +13,12 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from inlaid.config import EngineConfig, ServerConfig
-from inlaid.engine.async_engine import AsyncEngine
 from inlaid.server import app
 from inlaid.server.metrics import Metrics
 from inlaid.server.safety import AllowedFolders, Keys
 from inlaid.server.service import SERVICE, Service
-from tests.engine.fake_engine import ENVIRONMENT, FACTORY
+from inlaid.worker.client import AsyncEngine
+from tests.worker.fake_engine import ENVIRONMENT, FACTORY
 
 
 async def _answer_to(sent: bytes, config: ServerConfig, end: bytes) -> bytes:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from inlaid.engine.gate import Gate
+from inlaid.engine.limits import Gate
 from inlaid.engine.policy import Refused
 from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.sim.cost import CostModel, Load, load_cost

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from inlaid.engine.engine import Engine
-from inlaid.engine.process import Loaded
 from inlaid.engine.request import Batch, NewRequest, Runner, StepResult
 from inlaid.sim.cost import CostModel, Load, load_cost
 from inlaid.sim.fit import fit
@@ -31,6 +30,7 @@ from inlaid.sim.validate import (
     summary,
     validate,
 )
+from inlaid.worker.process import Loaded
 from tests.engine.bench import ADAPTERS, Bench
 
 ATTEMPTS = 3  # a machine whose speed changes within seconds may spoil one comparison of seconds

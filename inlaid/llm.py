@@ -12,11 +12,11 @@ from tqdm import tqdm
 
 from inlaid.config import EngineConfig, from_dict
 from inlaid.engine.engine import Engine
-from inlaid.engine.params import check
 from inlaid.engine.policy import Refused
-from inlaid.engine.process import build_engine
 from inlaid.engine.request import FinishReason, NewRequest, Output, SamplingParams, TokenLogprobs
-from inlaid.engine.text import Piece, TextStream, Tokenizer
+from inlaid.text.params import check
+from inlaid.text.tokenizer import Piece, TextStream, Tokenizer
+from inlaid.worker.process import build_engine
 
 Conversation = Sequence[dict[str, Any]]
 _PAUSE = 0.001  # seconds, while adapters load and there is nothing to compute

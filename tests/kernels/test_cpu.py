@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from inlaid.kernels.backend import AdapterPages, Site
 from inlaid.kernels.context import StepContext
-from inlaid.kernels.reference import ReferenceAttention, ReferenceLora, ReferenceOps
+from inlaid.kernels.cpu import ReferenceAttention, ReferenceLora, ReferenceOps
 
 SITES = 14
 SITE = Site(0, (6, 4, 4))

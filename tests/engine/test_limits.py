@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from inlaid.engine.gate import MAX_REMEMBERED, Gate, Limits
 from inlaid.engine.ledger import Account
+from inlaid.engine.limits import MAX_REMEMBERED, Gate, Limits
 from inlaid.engine.policy import QueueFull, Refused
 
 

@@ -19,18 +19,18 @@ from inlaid.adapters.peft import read_adapter
 from inlaid.adapters.store import CACHED, CPU_ASSIST, MODES, PIPELINED, AdapterStore
 from inlaid.checkpoint import Checkpoint
 from inlaid.config import AdapterConfig, CacheConfig, ConfigError, EngineConfig, SchedulerConfig
-from inlaid.engine import cuda_forward
-from inlaid.engine.cuda_runner import CudaRunner, cuda_kernels
 from inlaid.engine.engine import Engine, make_engine
-from inlaid.engine.model_runner import ModelRunner
 from inlaid.engine.request import NewRequest
 from inlaid.kernels import attention_triton, lora_triton
 from inlaid.kernels.arriving import Arriving
 from inlaid.kernels.assist import Assistant, CudaFerry, Profile
 from inlaid.kernels.backend import Parts
-from inlaid.kernels.reference import DenseLinear, DensePacked, reference_kernels
+from inlaid.kernels.cpu import DenseLinear, DensePacked, reference_kernels
 from inlaid.model.spec import read_spec
 from inlaid.model.weights import load
+from inlaid.runner import cuda_forward
+from inlaid.runner.cuda_runner import CudaRunner, cuda_kernels
+from inlaid.runner.model_runner import ModelRunner
 from tests.adapters.fake_lane import FakeFerry, FakeLane
 from tests.oracle.oracle import (
     Answer,

@@ -11,12 +11,12 @@ from typing import Any
 
 from inlaid.config import EngineConfig
 from inlaid.engine.engine import Engine, make_engine
-from inlaid.engine.messages import AdapterInfo, ModelInfo
-from inlaid.engine.process import Loaded, Readers, install
 from inlaid.engine.request import Batch, Grammar, NewRequest, Request
+from inlaid.worker.messages import AdapterInfo, ModelInfo
+from inlaid.worker.process import Loaded, Readers, install
 from tests.engine.fake_runner import EOS, VOCABULARY, FakeAdapters, FakeRunner
 
-FACTORY = "tests.engine.fake_engine:build"
+FACTORY = "tests.worker.fake_engine:build"
 ENVIRONMENT = {"PYTHONPATH": str(Path(__file__).parents[2])}
 FAULTY = [40]  # this prompt makes add raise what nobody expects
 DEADLY = [41]  # this prompt ends the process in the middle of a step

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from inlaid.config import EngineConfig, SchedulerConfig
-from inlaid.engine.async_engine import (
+from inlaid.engine.request import FinishReason, Grammar, NewRequest, Output, SamplingParams, TokenLogprobs
+from inlaid.server.errors import translate
+from inlaid.worker.client import (
     AdapterGone,
     AsyncEngine,
     EngineDead,
@@ -22,10 +24,8 @@ from inlaid.engine.async_engine import (
     RequestTimeout,
     merge,
 )
-from inlaid.engine.request import FinishReason, Grammar, NewRequest, Output, SamplingParams, TokenLogprobs
-from inlaid.server.errors import translate
-from tests.engine.fake_engine import DEADLY, ENVIRONMENT, FACTORY, FAULTY
 from tests.engine.fake_runner import generate
+from tests.worker.fake_engine import DEADLY, ENVIRONMENT, FACTORY, FAULTY
 
 LONG = SamplingParams(max_tokens=800, ignore_eos=True, temperature=0.0)
 

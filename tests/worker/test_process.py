@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from inlaid.config import AdapterConfig, EngineConfig, SchedulerConfig
-from inlaid.engine import loading, messages, process
-from inlaid.engine.process import build_engine
 from inlaid.engine.request import NewRequest, SamplingParams
-from tests.engine.fake_engine import ENVIRONMENT, FACTORY
+from inlaid.worker import loading, messages, process
+from inlaid.worker.process import build_engine
+from tests.worker.fake_engine import ENVIRONMENT, FACTORY
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
 
@@ -30,7 +30,7 @@ class Child:
         self.socket, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "inlaid.engine.process", str(theirs.fileno())],
+                [sys.executable, "-m", "inlaid.worker.process", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, **ENVIRONMENT},
             )

@@ -12,8 +12,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import ByteLevel
 
-from inlaid.engine.grammar import GrammarCompiler, GrammarError, completing
 from inlaid.engine.request import Grammar
+from inlaid.text.grammar import GrammarCompiler, GrammarError, completing
 
 END = 2
 

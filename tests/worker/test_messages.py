@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inlaid.config import AdapterConfig, EngineConfig
-from inlaid.engine import messages
 from inlaid.engine.request import FinishReason, Grammar, NewRequest, Output, SamplingParams, TokenLogprobs
+from inlaid.worker import messages
 
 COMMANDS = [
     messages.Start(

@@ -21,16 +21,16 @@ from inlaid.adapters.store import CPU_ASSIST, MODES, PIPELINED, AdapterStore
 from inlaid.adapters.tables import default_pool_elements
 from inlaid.checkpoint import Checkpoint
 from inlaid.config import AdapterConfig, ConfigError, EngineConfig
-from inlaid.engine.grammar import GrammarCompiler, GrammarState
-from inlaid.engine.model_runner import ModelRunner, count_blocks
 from inlaid.engine.request import Grammar
-from inlaid.engine.unified import unify
 from inlaid.kernels.arriving import Arriving, ArrivingLora
 from inlaid.kernels.assist import Assistant, CudaFerry, NoFerry, Profile, cuda_copy_seconds, measure
 from inlaid.kernels.backend import MODULES, AdapterPages, Kernels
-from inlaid.kernels.reference import reference_kernels
+from inlaid.kernels.cpu import reference_kernels
 from inlaid.model.spec import ModelSpec, read_spec
 from inlaid.model.weights import base_version, compute_dtype, fetch, load
+from inlaid.runner.model_runner import ModelRunner, count_blocks
+from inlaid.runner.unified import unify
+from inlaid.text.grammar import GrammarCompiler, GrammarState
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def load_model(
         kernels = replace(kernels, lora=ArrivingLora(kernels.lora, adapters.pages, arriving))
     model = load(opened.checkpoint, spec, kernels, device, dtype, max_model_len, progress)
     if device.type == "cuda":
-        from inlaid.engine.cuda_runner import CudaRunner
+        from inlaid.runner.cuda_runner import CudaRunner
 
         runner: ModelRunner = CudaRunner(
             model, config, device, dtype, max_model_len, adapters, progress, arriving, settle
@@ -206,7 +206,7 @@ def choose_device(name: str) -> torch.device:
 def choose_kernels(config: EngineConfig, device: torch.device, pages: AdapterPages) -> Kernels:
     """The kernels that the configuration names; on a CPU there is one choice."""
     if device.type == "cuda":
-        from inlaid.engine.cuda_runner import cuda_kernels
+        from inlaid.runner.cuda_runner import cuda_kernels
 
         return cuda_kernels(config, pages)
     for setting in (config.linear_backend, config.attention_backend):

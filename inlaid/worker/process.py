@@ -1,4 +1,4 @@
-"""The engine process: `python -m inlaid.engine.process FD`. It loads the model, then steps the engine for whoever holds
+"""The engine process: `python -m inlaid.worker.process FD`. It loads the model, then steps the engine for whoever holds
 the other end of the socket, and ends when that end closes.
 
 `build_engine` puts the parts together; LLM calls it too, in its own process.
@@ -25,18 +25,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from inlaid.config import EngineConfig
-from inlaid.engine import messages
 from inlaid.engine.engine import Engine, make_engine
-from inlaid.engine.messages import AdapterInfo, ModelInfo
 from inlaid.engine.policy import Refused
 from inlaid.engine.request import Grammar, NewRequest
+from inlaid.worker import messages
+from inlaid.worker.messages import AdapterInfo, ModelInfo
 
 if TYPE_CHECKING:
-    from inlaid.engine.loading import LoadedModel
+    from inlaid.worker.loading import LoadedModel
 
 log = logging.getLogger("inlaid.engine")
 
-FACTORY = "inlaid.engine.process:build_engine"
+FACTORY = "inlaid.worker.process:build_engine"
 _PAUSE = 0.001  # seconds between looks at what is loading, when there is nothing to compute
 _MAX_FAILURES = 8  # steps that fail in a row before the process gives up
 _READ_SIZE = 1 << 20
@@ -79,7 +79,7 @@ def build_engine(config: EngineConfig, adapters: Mapping[str, str], *, strict: b
     """Load the model and the adapters named. With strict an adapter that cannot be served raises; else it is left out
     and named."""
     began = time.monotonic()
-    from inlaid.engine.loading import adapter_reader, load_model, open_model
+    from inlaid.worker.loading import adapter_reader, load_model, open_model
 
     _leave_a_core_to_http()
     imported = time.monotonic()

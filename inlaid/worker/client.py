@@ -18,13 +18,13 @@ from typing import Any
 import msgspec
 
 from inlaid.config import EngineConfig
-from inlaid.engine import messages
-from inlaid.engine.messages import AdapterInfo, ModelInfo
 from inlaid.engine.request import FinishReason, NewRequest, Output
+from inlaid.worker import messages
+from inlaid.worker.messages import AdapterInfo, ModelInfo
 
 log = logging.getLogger(__name__)
 
-FACTORY = "inlaid.engine.process:build_engine"
+FACTORY = "inlaid.worker.process:build_engine"
 _READ_SIZE = 1 << 20
 _LONGEST_PAUSE = 30.0  # seconds between two starts
 _MAX_STARTS = 5  # that fail in a row, before the engine is given up
@@ -132,7 +132,7 @@ class _Link:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "inlaid.engine.process",
+                "inlaid.worker.process",
                 str(theirs.fileno()),
                 pass_fds=(theirs.fileno(),),
                 stdin=asyncio.subprocess.DEVNULL,

@@ -13,15 +13,15 @@ import torch
 
 from inlaid.adapters.store import AdapterStore
 from inlaid.config import ConfigError, EngineConfig
-from inlaid.engine.grammar import completing, token_bits
 from inlaid.engine.kv_cache import BlockPool
 from inlaid.engine.request import Batch, Request, Sampled, SamplingParams, StepResult, TokenLogprobs, Work
-from inlaid.engine.unified import Unified
 from inlaid.kernels.context import StepContext
 from inlaid.layers import sampler
 from inlaid.layers.sampler import SamplingBatch, seed_key
 from inlaid.model.spec import ModelSpec
 from inlaid.model.transformer import Transformer, block_bytes, new_cache
+from inlaid.runner.unified import Unified
+from inlaid.text.grammar import completing, token_bits
 
 _BAN = -1e9  # beyond any logit, yet above what must not be chosen at all
 _PROMPT_LOGPROB_ROWS = 256  # rows of logits held at once for prompt logprobs

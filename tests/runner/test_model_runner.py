@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from inlaid.config import AdapterConfig, CacheConfig, ConfigError, EngineConfig
-from inlaid.engine.loading import load_model, make_store
 from inlaid.engine.request import Batch, Request, SamplingParams, Work
 from inlaid.model.transformer import block_bytes
+from inlaid.worker.loading import load_model, make_store
 
 
 @pytest.fixture(scope="module")

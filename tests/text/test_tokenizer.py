@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inlaid.engine.request import FinishReason, Output, SamplingParams
-from inlaid.engine.text import Piece, TemplateError, TextStream, Tokenizer
+from inlaid.text.tokenizer import Piece, TemplateError, TextStream, Tokenizer
 
 DEMO = Path(__file__).parents[2] / "models" / "demo" / "base"
 TOKENIZER = Tokenizer(DEMO)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from inlaid.engine.llm import LLM
-from inlaid.engine.params import ParamError
 from inlaid.engine.request import FinishReason, SamplingParams
+from inlaid.llm import LLM
+from inlaid.text.params import ParamError
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)

@@ -30,7 +30,19 @@ from tqdm import tqdm
 
 from inlaid.adapters.store import AdapterStore
 from inlaid.config import ConfigError, EngineConfig
-from inlaid.engine.cuda_forward import (
+from inlaid.engine.request import Batch, Request, Sampled, SamplingParams, StepResult, TokenLogprobs, Work
+from inlaid.kernels import fused_triton, lora_triton
+from inlaid.kernels.arriving import Arriving
+from inlaid.kernels.attention_triton import TritonAttention
+from inlaid.kernels.auto import AutoLinear, backends
+from inlaid.kernels.backend import MODULES, AdapterPages, Kernels
+from inlaid.kernels.cpu import ReferenceLinear
+from inlaid.kernels.exllama import ExllamaLinear
+from inlaid.kernels.humming import HummingLinear
+from inlaid.kernels.linear_triton import TritonLinear
+from inlaid.layers import sampler
+from inlaid.model.transformer import Transformer, new_cache
+from inlaid.runner.cuda_forward import (
     ALL_ADAPTERS,
     ATTENTION_ADAPTERS,
     NO_ADAPTERS,
@@ -39,20 +51,8 @@ from inlaid.engine.cuda_forward import (
     Layout,
     block_rows_for,
 )
-from inlaid.engine.model_runner import ModelRunner, _penalized, _sampled, count_blocks
-from inlaid.engine.request import Batch, Request, Sampled, SamplingParams, StepResult, TokenLogprobs, Work
-from inlaid.engine.unified import floor_blocks, unify
-from inlaid.kernels import fused_triton, lora_triton
-from inlaid.kernels.arriving import Arriving
-from inlaid.kernels.attention_triton import TritonAttention
-from inlaid.kernels.auto import AutoLinear, backends
-from inlaid.kernels.backend import MODULES, AdapterPages, Kernels
-from inlaid.kernels.exllama import ExllamaLinear
-from inlaid.kernels.humming import HummingLinear
-from inlaid.kernels.linear_triton import TritonLinear
-from inlaid.kernels.reference import ReferenceLinear
-from inlaid.layers import sampler
-from inlaid.model.transformer import Transformer, new_cache
+from inlaid.runner.model_runner import ModelRunner, _penalized, _sampled, count_blocks
+from inlaid.runner.unified import floor_blocks, unify
 
 log = logging.getLogger(__name__)
 

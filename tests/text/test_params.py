@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from inlaid.engine.params import POSITIVE, RANGES, ParamError, check
 from inlaid.engine.request import Grammar, SamplingParams
+from inlaid.text.params import POSITIVE, RANGES, ParamError, check
 
 VOCABULARY = 100
 
