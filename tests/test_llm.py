@@ -10,7 +10,7 @@ from inlaid.engine.request import FinishReason, SamplingParams
 from inlaid.llm import LLM
 from inlaid.text.params import ParamError
 
-DEMO = Path(__file__).parents[2] / "models" / "demo"
+DEMO = Path(__file__).parents[1] / "models" / "demo"
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 
 
