@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from inlaid.config import EngineConfig, from_dict
 from inlaid.engine.engine import Engine
-from inlaid.engine.policy import Refused
+from inlaid.engine.refusal import Refused
 from inlaid.engine.request import FinishReason, NewRequest, Output, SamplingParams, TokenLogprobs
 from inlaid.text.params import check
 from inlaid.text.tokenizer import Piece, TextStream, Tokenizer
@@ -153,15 +153,15 @@ class LLM:
         while waiting:
             try:
                 self.engine.add(waiting[-1])
-            except Refused:
-                if not self.engine.has_work:
+            except Refused as error:
+                if error.retry_after is None or not self.engine.has_work:
                     raise
                 return
             waiting.pop()
 
     def _take(self, streams: dict[str, TextStream], output: Output) -> Piece:
         if output.finish_reason is FinishReason.ERROR:
-            raise GenerationError(output.message or "the request failed in the engine")
+            raise GenerationError(output.refusal.message if output.refusal else "the request failed in the engine")
         piece = streams[output.id].take(output)
         if piece.finish_reason is not None:
             del streams[output.id]

@@ -16,6 +16,7 @@ from inlaid.engine.control import change, describe, fairness
 from inlaid.engine.kv_cache import BlockPool
 from inlaid.engine.policy import Lengths, MaxTokens
 from inlaid.engine.predictor import Predictor
+from inlaid.engine.refusal import Refusal, Refused
 from inlaid.engine.request import Batch, FinishReason, Grammar, NewRequest, Output, Request, Runner
 from inlaid.engine.residency import AdapterDirectory, NoAdapters
 from inlaid.engine.scheduler import Scheduler
@@ -45,12 +46,16 @@ class Engine:
         self._num_tokens = 0
 
     def add(self, new: NewRequest) -> Request:
-        """Queue a request. ValueError: it can never be served; Refused (a ValueError with retry_after): not now."""
+        """Queue a request, or raise Refused."""
         grammar = None
         if new.params.grammar is not None:
             if self._make_grammar is None:
-                raise ValueError("structured output needs a grammar library: pip install 'inlaid[grammar]'")
-            grammar = self._make_grammar(new.params.grammar)
+                message = "structured output needs a grammar library: pip install 'inlaid[grammar]'"
+                raise Refused(Refusal(message))
+            try:
+                grammar = self._make_grammar(new.params.grammar)
+            except ValueError as error:
+                raise Refused(Refusal(str(error))) from error
         request = self.scheduler.add(new, self.clock())
         request.grammar = grammar
         return request

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from inlaid.config import SchedulerConfig
 from inlaid.engine.kv_cache import BlockPool
 from inlaid.engine.ledger import LinearCost, ProfiledCost
+from inlaid.engine.refusal import Refusal, Refused
 from inlaid.engine.request import NewRequest, Request
 
 
@@ -43,32 +44,34 @@ def make_cost(config: SchedulerConfig) -> LinearCost | ProfiledCost:
 
 
 def most_tokens(new: NewRequest, max_model_len: int, pool: BlockPool, config: SchedulerConfig) -> int:
-    """The most tokens of prompt plus output. Raises ValueError for a request that can never be served."""
+    """The most tokens of prompt plus output. Raise Refused for a request that can never be served."""
     params = new.params
     if not new.prompt:
-        raise ValueError("the prompt is empty; at least one token is needed")
+        raise _invalid("the prompt is empty; at least one token is needed")
     if params.max_tokens < (0 if params.prompt_logprobs is not None else 1):
-        raise ValueError(f"max_tokens is {params.max_tokens}; it must be at least 1 (0 only with prompt_logprobs)")
-    if params.min_tokens > params.max_tokens:
-        raise ValueError(f"min_tokens {params.min_tokens} is above max_tokens {params.max_tokens}")
+        raise _invalid(f"max_tokens is {params.max_tokens}; it must be at least 1 (0 only with prompt_logprobs)")
     if len(new.prompt) + (params.max_tokens > 0) > max_model_len:
-        raise ValueError(
+        raise _invalid(
             f"the prompt has {len(new.prompt)} tokens; with max_model_len {max_model_len} it can have "
             f"{max_model_len - 1} at most"
         )
     limit = min(len(new.prompt) + params.max_tokens, max_model_len)
     blocks = -(-max(limit - 1, len(new.prompt)) // pool.block_size)
     if blocks > pool.guaranteed:
-        raise ValueError(
+        raise _invalid(
             f"prompt and output may take {limit} tokens, {blocks} KV blocks; there are {pool.guaranteed}: "
             f"ask for at most {pool.guaranteed * pool.block_size + 1} tokens together"
         )
     if not config.enable_chunked_prefill and limit > config.max_num_batched_tokens:
-        raise ValueError(
+        raise _invalid(
             f"prompt and output may take {limit} tokens, but chunked prefill is off and a step holds "
             f"{config.max_num_batched_tokens}: raise max_num_batched_tokens or enable chunked prefill"
         )
     return limit
+
+
+def _invalid(message: str) -> Refused:
+    return Refused(Refusal(message))
 
 
 def make_request(

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import msgspec
 
 from inlaid.engine.ledger import Account
-from inlaid.engine.policy import QueueFull, Refused
+from inlaid.engine.refusal import Refusal, RefusalKind, Refused
 
 MAX_RETRY_SECONDS = 600.0
 MAX_REMEMBERED = 10_000  # tenants whose acceptances are kept before those out of the window are forgotten
@@ -64,9 +64,8 @@ class Gate:
             times.popleft()
         if len(times) >= limit:
             wait = times[len(times) - limit] + window - now if limit else window
-            raise Refused(
-                f"tenant {tenant!r} may start {limit} requests per {window:g} s; try again in {wait:.0f} s", wait
-            )
+            message = f"tenant {tenant!r} may start {limit} requests per {window:g} s; try again in {wait:.0f} s"
+            raise Refused(Refusal(message, RefusalKind.TOO_MANY, retry_after=wait))
 
     def note_accepted(self, tenant: str, now: float, limited: bool) -> None:
         """This tenant's request is in; remembered where a rate limit looks at it."""
@@ -89,6 +88,7 @@ class Gate:
         """Seconds after which asking again makes sense for someone behind so many."""
         return min(max(1.0, self.expected_wait(num_ahead)), MAX_RETRY_SECONDS)
 
-    def _full(self, message: str, num_ahead: int) -> QueueFull:
+    def _full(self, message: str, num_ahead: int) -> Refused:
         seconds = self.retry_after(num_ahead)
-        return QueueFull(f"{message}; try again in {seconds:.0f} s", seconds)
+        message = f"{message}; try again in {seconds:.0f} s"
+        return Refused(Refusal(message, RefusalKind.TOO_MANY, retry_after=seconds))

@@ -59,18 +59,6 @@ class View:
         return (prefill + self.lengths.remaining(request)) * self.seconds_per_step
 
 
-class Refused(ValueError):
-    """A request the policy or a limit turns away now; HTTP 429, try again after retry_after seconds."""
-
-    def __init__(self, message: str, retry_after: float) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class QueueFull(Refused):
-    """Too many requests wait."""
-
-
 @dataclass(frozen=True)
 class Policy:
     """First come, first served; the base of the others."""

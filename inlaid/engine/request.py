@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import msgspec
 
+from inlaid.engine.refusal import Refusal
+
 
 class FinishReason(str, enum.Enum):
     STOP = "stop"
@@ -232,6 +234,4 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     stop_token: int | None = None  # the stop_token_ids entry or eos that ended it
     num_cached: int = 0
     queue_time: float | None = None  # seconds from arrival to first scheduled, with the first output
-    message: str | None = None  # with FinishReason.ERROR: what went wrong
-    refused: bool = False  # with FinishReason.ERROR: nothing broke, it asked for what cannot be done (now)
-    retry_after: float | None = None  # with FinishReason.ERROR: seconds after which it may go well
+    refusal: Refusal | None = None  # with FinishReason.ERROR: why

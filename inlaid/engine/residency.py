@@ -10,7 +10,7 @@ class AdapterDirectory(Protocol):
     """Names, identities and residence of adapters. An identity is a content hash."""
 
     def resolve(self, name: str) -> str:
-        """The identity that this name stands for now, kept loadable until release. Unknown: raises ValueError."""
+        """Return the identity behind a name and keep it loadable until release; raise ValueError if there is none."""
         ...
 
     def release(self, identity: str) -> None:

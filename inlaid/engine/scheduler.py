@@ -18,6 +18,7 @@ from inlaid.engine.kv_cache import BlockPool, extend_keys, root_key
 from inlaid.engine.ledger import Ledger
 from inlaid.engine.limits import Gate
 from inlaid.engine.policy import GO, REFUSE, Inlaid, Lengths, MaxTokens, Policy, Rpm, View, parse_policy
+from inlaid.engine.refusal import Refusal, RefusalKind, Refused
 from inlaid.engine.request import (
     Batch,
     FinishReason,
@@ -31,7 +32,7 @@ from inlaid.engine.request import (
     Work,
 )
 from inlaid.engine.residency import AdapterDirectory
-from inlaid.engine.tasks import LOADING, READY, Missing, Tasks
+from inlaid.engine.tasks import LOADING, READY, Tasks
 from inlaid.engine.waiting import WaitingQueue
 
 MAX_LOOKED_AT = 32  # requests that do not fit are passed by others at most this deep into the queue
@@ -117,16 +118,16 @@ class Scheduler:
         self.waiting.reorder(policy)
 
     def add(self, new: NewRequest, now: float) -> Request:
-        """Let a request wait its turn. ValueError: it can never be served; Refused: not now."""
+        """Queue a request, or raise Refused."""
         if new.id in self.requests:
-            raise ValueError(f"request id {new.id!r} is in use")
+            raise Refused(Refusal(f"request id {new.id!r} is in use"))
         limit = most_tokens(new, self.max_model_len, self.pool, self.config)
         account = self.ledger.account(new.tenant)
         rpm = self.policy if isinstance(self.policy, Rpm) else None
         self.gate.check(account, self.num_waiting, self.ledger.num_backlogged, now)
         if rpm is not None:
             self.gate.check_rate(new.tenant, rpm.limit, rpm.window, now)
-        identity = None if new.adapter is None else self.adapters.resolve(new.adapter)
+        identity = self._resolve(new.adapter)
         self._num_added += 1
         request = make_request(new, identity, limit, now, self._num_added, self.eos_ids)
         request.account = account
@@ -136,6 +137,12 @@ class Scheduler:
         self.ledger.enter_queue(account)
         self._enqueue(request)
         return request
+
+    def _resolve(self, name: str | None) -> str | None:
+        try:
+            return None if name is None else self.adapters.resolve(name)
+        except ValueError as error:
+            raise Refused(Refusal(str(error), RefusalKind.NOT_FOUND)) from error
 
     def _enqueue(self, request: Request) -> None:
         self.waiting.push(request)
@@ -313,7 +320,8 @@ class Scheduler:
         if verdict == REFUSE:
             seconds = self.gate.retry_after(self.num_waiting)
             message = f"its deadline can no longer be met under this load; try again in {seconds:.0f} s"
-            self._end_early(request, FinishReason.ERROR, message, queued=False, refused=True, retry_after=seconds)
+            refusal = Refusal(message, RefusalKind.DEADLINE, retry_after=seconds)
+            self._end_early(request, FinishReason.ERROR, refusal, queued=False)
         elif verdict != GO:
             request.hopeless = True
             self.waiting.push(request)
@@ -324,7 +332,7 @@ class Scheduler:
         tasks, state = self.tasks, self.tasks.state(request.adapter)
         if state == READY or (state == LOADING and len(tasks.parked) >= most and request.adapter not in tasks.parked):
             return False
-        if isinstance(state, Missing):
+        if isinstance(state, Refusal):
             self._end_without_adapter(request, state)
         else:
             request.passed_since = self.num_admitted if request.passed_since is None else request.passed_since
@@ -333,15 +341,16 @@ class Scheduler:
 
     def _unpark(self) -> None:
         for request, state in self.tasks.settled(self.view.now):
-            if isinstance(state, Missing):
+            if isinstance(state, Refusal):
                 self._end_without_adapter(request, state)
             else:
                 self._enqueue(request)
 
-    def _end_without_adapter(self, request: Request, missing: Missing) -> None:
-        message = f"adapter {request.adapter_name!r}: {missing.reason}"
-        seconds = self.gate.retry_after(self.num_waiting) if missing.later else None
-        self._end_early(request, FinishReason.ERROR, message, queued=False, retry_after=seconds)
+    def _end_without_adapter(self, request: Request, why: Refusal) -> None:
+        message = f"adapter {request.adapter_name!r}: {why.message}"
+        seconds = self.gate.retry_after(self.num_waiting) if why.kind is RefusalKind.UNAVAILABLE else None
+        refusal = Refusal(message, why.kind, retry_after=seconds)
+        self._end_early(request, FinishReason.ERROR, refusal, queued=False)
 
     def _prefetch(self) -> None:
         """While the batch is full, the adapters of those who come next are loaded already."""
@@ -500,7 +509,7 @@ class Scheduler:
         stops = token in request.stop_ids and request.num_outputs >= request.params.min_tokens
         if stops and (fault := request.grammar and request.grammar.fault):
             self._close(request, FinishReason.ERROR)
-            return Output(id=request.id, tokens=[], finish_reason=FinishReason.ERROR, message=fault, refused=True)
+            return Output(id=request.id, tokens=[], finish_reason=FinishReason.ERROR, refusal=Refusal(fault))
         if stops:
             return self._end(request, FinishReason.STOP, [token], logprobs, token, first)
         if len(request.tokens) >= request.limit:
@@ -513,7 +522,7 @@ class Scheduler:
         """The step came to nothing: its requests end with an error, everyone else goes on."""
         for work in batch.works:
             if work.request.status is not Status.FINISHED:
-                self._end_early(work.request, FinishReason.ERROR, message)
+                self._end_early(work.request, FinishReason.ERROR, Refusal(message, RefusalKind.FAULT))
         self._settle(batch, now)
         return self.take_outputs()
 
@@ -560,20 +569,15 @@ class Scheduler:
         self,
         request: Request,
         reason: FinishReason,
-        message: str | None = None,
+        refusal: Refusal | None = None,
         queued: bool = True,
-        refused: bool = False,
-        retry_after: float | None = None,
     ) -> None:
         """An end that no token brought about. `queued`: it may still be in the queue or parked."""
         if request.status is Status.WAITING and not queued:
             self.ledger.leave_queue(request.account)
             request.status = Status.FINISHED
         self._close(request, reason)
-        output = Output(
-            id=request.id, tokens=[], finish_reason=reason, message=message, refused=refused, retry_after=retry_after
-        )
-        self._outputs.append(output)
+        self._outputs.append(Output(id=request.id, tokens=[], finish_reason=reason, refusal=refusal))
 
     def _close(self, request: Request, reason: FinishReason) -> None:
         before, request.status, request.finish_reason = request.status, Status.FINISHED, reason

@@ -4,22 +4,14 @@ caller; whether an adapter is on the device is the directory's to say."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Final
 
+from inlaid.engine.refusal import Refusal, RefusalKind
 from inlaid.engine.request import Request
 from inlaid.engine.residency import AdapterDirectory
 
 READY: Final = "ready"
 LOADING: Final = "loading"
-
-
-@dataclass(frozen=True)
-class Missing:
-    """Why a request cannot have its adapter, and whether it may when it asks again."""
-
-    reason: str
-    later: bool = False
 
 
 class Tasks:
@@ -65,14 +57,16 @@ class Tasks:
         ranks = self._max_sum_of_ranks
         return not self.full and (not ranks or self._sum_of_ranks + self._adapters.rank(identity) <= ranks)
 
-    def state(self, identity: str | None) -> str | Missing:
+    def state(self, identity: str | None) -> str | Refusal:
         """READY, LOADING, or why it will not be on the device."""
         if identity is None or identity in self.active:
             return READY
         try:
             return READY if self._adapters.ready(identity) else LOADING
-        except (RuntimeError, TimeoutError) as error:
-            return Missing(str(error) or "it cannot be loaded", later=isinstance(error, TimeoutError))
+        except TimeoutError as error:
+            return Refusal(str(error), RefusalKind.UNAVAILABLE)
+        except RuntimeError as error:
+            return Refusal(str(error) or "it cannot be loaded", RefusalKind.FAULT)
 
     def park(self, request: Request, now: float) -> None:
         assert request.adapter is not None
@@ -91,11 +85,11 @@ class Tasks:
             del self.parked[request.adapter or ""]
         return True
 
-    def settled(self, now: float) -> list[tuple[Request, str | Missing]]:
+    def settled(self, now: float) -> list[tuple[Request, str | Refusal]]:
         """Take out those whose adapter has come, or can never come, or who have waited too long, with its state."""
         states = {identity: self.state(identity) for identity in self.parked}
         overdue = [request for request in self._overdue(now) if states[request.adapter or ""] == LOADING]
-        out: list[tuple[Request, str | Missing]] = [(request, self._too_long()) for request in overdue]
+        out: list[tuple[Request, str | Refusal]] = [(request, self._too_long()) for request in overdue]
         for request, _ in out:
             self.remove(request)
         states = {identity: state for identity, state in states.items() if identity in self.parked}
@@ -110,11 +104,11 @@ class Tasks:
         everyone = (request for requests in self.parked.values() for request in requests)
         return [r for r in everyone if r.parked_at is not None and now - r.parked_at > self._max_wait]
 
-    def _too_long(self) -> Missing:
-        return Missing(
+    def _too_long(self) -> Refusal:
+        return Refusal(
             f"it was not on the device within {self._max_wait:g} s: it is still loading, or every place is in use; ask "
             "again, or raise --adapter-timeout or --max-loras",
-            later=True,
+            RefusalKind.UNAVAILABLE,
         )
 
     def want(self, only: str | None) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from inlaid.engine.engine import Engine
-from inlaid.engine.policy import Refused
+from inlaid.engine.refusal import Refused
 from inlaid.engine.request import FinishReason, NewRequest, Output
 
 
@@ -70,7 +70,9 @@ class Journal:
         )
         try:
             engine.add(new).arrival = arrival.time
-        except Refused:
+        except Refused as error:
+            if error.retry_after is None:
+                raise  # the workload asks for what this engine can never serve
             self._ended.append(replace(record, refused=True))
         else:
             self.open[new.id] = record

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from inlaid.config import EngineConfig
+from inlaid.engine.refusal import Refusal, RefusalKind
 from inlaid.engine.request import FinishReason, NewRequest, Output
 from inlaid.worker import messages
 from inlaid.worker.messages import AdapterInfo, ModelInfo
@@ -108,9 +109,7 @@ def merge(first: Output, second: Output) -> Output:
         stop_token=second.stop_token,
         num_cached=max(first.num_cached, second.num_cached),
         queue_time=second.queue_time if first.queue_time is None else first.queue_time,
-        message=second.message,
-        refused=second.refused,
-        retry_after=second.retry_after,
+        refusal=second.refusal,
     )
 
 
@@ -207,10 +206,12 @@ def _refusal(event: messages.Refusal) -> Exception:
 
 
 def _failure(output: Output) -> Exception:
-    message = output.message or "the request failed in the engine"
-    if output.refused:
-        return RequestRefused(message, output.retry_after)
-    return EngineError(message) if output.retry_after is None else NotNow(message, output.retry_after)
+    refusal = output.refusal or Refusal("the request failed in the engine", RefusalKind.FAULT)
+    if refusal.kind is RefusalKind.FAULT:
+        return EngineError(refusal.message)
+    if refusal.kind is RefusalKind.UNAVAILABLE:
+        return NotNow(refusal.message, refusal.retry_after or 1.0)
+    return RequestRefused(refusal.message, refusal.retry_after)
 
 
 def _timer(inbox: _Inbox, timeout: float) -> asyncio.TimerHandle:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from inlaid.config import EngineConfig
 from inlaid.engine.engine import Engine, make_engine
-from inlaid.engine.policy import Refused
+from inlaid.engine.refusal import RefusalKind, Refused
 from inlaid.engine.request import Grammar, NewRequest
 from inlaid.worker import messages
 from inlaid.worker.messages import AdapterInfo, ModelInfo
@@ -430,7 +430,8 @@ class EngineProcess:
                 after.result()
             self._engine.add(request)
         except Refused as error:
-            self._send(refusal(message=str(error), retry_after=error.retry_after))
+            unknown = error.refusal.kind is RefusalKind.NOT_FOUND
+            self._send(refusal(message=str(error), retry_after=error.retry_after, unknown=unknown))
         except ValueError as error:
             self._send(refusal(message=str(error), unknown=not self._has(request.adapter)))
         except Exception as error:

@@ -271,7 +271,7 @@ def serve(loaded: Loaded, asks: Sequence[Ask], vocab: int, concurrency: int = 10
             engine.add(NewRequest(id=name, prompt=prompt, params=params, adapter=ask.adapter))
             began[name], seen[name], running = now if ask.due is None else ask.due, [], running + 1
         for output in engine.step() if running else ():
-            assert output.message is None, output.message
+            assert output.refusal is None, output.refusal
             seen[output.id] += [time.perf_counter() - start_time] * len(output.tokens)
             running -= output.finish_reason is not None
     wall = time.perf_counter() - start_time

@@ -76,7 +76,7 @@ def answer(device: str, dtype: str, num_top: int | None, model: Path = MODEL, ba
     found: Answers = {}
     while loaded.engine.has_work:
         for output in loaded.engine.step():
-            assert output.message is None, output.message
+            assert output.refusal is None, output.refusal
             tokens, leads = found.setdefault(output.id, ([], []))
             tokens += output.tokens
             leads += [one.top[0][1] - one.top[1][1] for one in output.logprobs or []]

@@ -68,7 +68,7 @@ def drive(loaded: Loaded, adapters: int, concurrency: int, total: int, vocab: in
         now = time.perf_counter()
         steps.append(now - started)
         for output in outputs:
-            assert output.message is None, output.message
+            assert output.refusal is None, output.refusal
             tokens += len(output.tokens)
             seen[output.id] += [now] * len(output.tokens)
             running -= output.finish_reason is not None

@@ -64,7 +64,7 @@ def decoding(engine: Engine, names: Sequence[str | None], context: int, vocab: i
     try:
         while not submitted or submitted[-1][:2] != (len(names), 0):
             for output in engine.step():
-                assert output.message is None, output.message
+                assert output.refusal is None, output.refusal
     finally:
         runner._compute = compute  # type: ignore[method-assign]
     _, _, layout, level = submitted[-1]

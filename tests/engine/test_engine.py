@@ -10,8 +10,9 @@ import pytest
 
 from inlaid.config import EngineConfig, SchedulerConfig
 from inlaid.engine.engine import make_engine, make_lengths
-from inlaid.engine.policy import MaxTokens, QueueFull, Refused
+from inlaid.engine.policy import MaxTokens
 from inlaid.engine.predictor import Predictor
+from inlaid.engine.refusal import Refused
 from inlaid.engine.request import FinishReason, Grammar, NewRequest, SamplingParams
 from tests.engine.bench import Bench
 from tests.engine.fake_runner import FakeAdapters, FakeRunner
@@ -127,7 +128,7 @@ def test_limits_of_a_tenant_refuse_it_alone() -> None:
     bench.engine.set_scheduler({"limits": {"t": {"max_waiting": 2}, "u": {"requests_per_minute": 1}}})
     for index in range(2):
         bench.add(f"t{index}", [1], tenant="t")
-    with pytest.raises(QueueFull):
+    with pytest.raises(Refused):
         bench.add("t2", [1], tenant="t")
     bench.add("u0", [1], tenant="u")
     with pytest.raises(Refused):
@@ -163,8 +164,8 @@ def test_a_flood_by_one_tenant_is_contained_and_others_get_their_share() -> None
             bench.engine.add(new)
             bench.wanted[new.id] = new
             bench.tokens[new.id] = []
-        except QueueFull as full:
-            waits.append(full.retry_after)
+        except Refused as full:
+            waits.append(full.retry_after or 0.0)
     assert len(waits) == 100_000 - 100
     assert min(waits) >= 1
     for index in range(10):

@@ -6,7 +6,7 @@ import pytest
 
 from inlaid.engine.ledger import Account
 from inlaid.engine.limits import MAX_REMEMBERED, Gate, Limits
-from inlaid.engine.policy import QueueFull, Refused
+from inlaid.engine.refusal import Refused
 
 
 def account(tenant: str, waiting: int) -> Account:
@@ -16,11 +16,11 @@ def account(tenant: str, waiting: int) -> Account:
 def test_a_full_queue_still_takes_those_below_an_equal_share() -> None:
     gate = Gate(max_waiting=12)
     gate.check(account("alone", 11), 11, 1, 0.0)
-    with pytest.raises(QueueFull):
+    with pytest.raises(Refused):
         gate.check(account("alone", 12), 12, 1, 0.0)
     gate.check(account("new", 0), 12, 1, 0.0)
     gate.check(account("new", 5), 17, 2, 0.0)
-    with pytest.raises(QueueFull):
+    with pytest.raises(Refused):
         gate.check(account("new", 6), 18, 2, 0.0)
 
 
@@ -31,7 +31,7 @@ def test_a_crowd_of_tenants_with_one_request_each_cannot_grow_without_end() -> N
         try:
             gate.check(account(f"t{number}", 0), let_in, let_in, 0.0)
             let_in += 1
-        except QueueFull:
+        except Refused:
             break
     assert let_in == 100
 

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inlaid.engine.policy import POLICIES, Refused, make_policy, parse_policy
+from inlaid.engine.policy import POLICIES, make_policy, parse_policy
 from inlaid.engine.predictor import Oracle
+from inlaid.engine.refusal import Refused
 from inlaid.engine.request import FinishReason
 from tests.engine.bench import ADAPTERS, Bench
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from inlaid.engine.refusal import Refusal, RefusalKind
 from inlaid.engine.request import FinishReason
 from inlaid.engine.scheduler import MAX_PARKED
-from inlaid.engine.tasks import LOADING, READY, Missing, Tasks
+from inlaid.engine.tasks import LOADING, READY, Tasks
 from tests.engine.bench import Bench
 from tests.engine.fake_runner import FakeAdapters
 
@@ -53,7 +54,7 @@ def test_states_and_who_is_done_waiting() -> None:
     adapters.broken = {"broken"}
     tasks = Tasks(adapters, 0)
     assert [tasks.state(name) for name in (None, "here", "coming")] == [READY, READY, LOADING]
-    assert tasks.state("broken") == Missing("it has NaNs")
+    assert tasks.state("broken") == Refusal("it has NaNs", RefusalKind.FAULT)
     bench = Bench()
     for name in ("here", "coming", "broken"):
         bench.add(name, [1], None)
@@ -62,7 +63,7 @@ def test_states_and_who_is_done_waiting() -> None:
         tasks.park(request, 0.0)
     settled = {request.id: state for request, state in tasks.settled(0.0)}
     assert settled["here"] == READY
-    assert settled["broken"] == Missing("it has NaNs")
+    assert settled["broken"] == Refusal("it has NaNs", RefusalKind.FAULT)
     assert (list(tasks.parked), tasks.num_parked) == (["coming"], 1)
     assert tasks.remove(bench.scheduler.requests["coming"])
     assert not tasks.remove(bench.scheduler.requests["coming"])

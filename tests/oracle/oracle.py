@@ -206,7 +206,7 @@ def serve(engine: Engine, requests: list[NewRequest]) -> dict[str, Answer]:
 
 
 def _note(answer: Answer, output: Output) -> None:
-    assert output.message is None, output.message
+    assert output.refusal is None, output.refusal
     answer.tokens += output.tokens
     answer.logprobs += [entry.logprob for entry in output.logprobs or []]
     answer.num_cached = max(answer.num_cached, output.num_cached)

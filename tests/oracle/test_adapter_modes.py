@@ -121,7 +121,7 @@ def test_nobody_waits_for_anothers_adapter(judge: Judge, monkeypatch: pytest.Mon
     monkeypatch.setattr(store, "_now", lambda: time.monotonic() + 6.0)
     (last,) = [output for _ in range(3) for output in engine.step()]
     assert (last.id, last.finish_reason) == ("stuck", FinishReason.ERROR)
-    assert "did not arrive within 5 s" in (last.message or "")
+    assert "did not arrive within 5 s" in (last.refusal.message if last.refusal else "")
     engine.scheduler.check_whole()
     store.check()
 

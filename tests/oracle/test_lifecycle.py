@@ -135,7 +135,7 @@ def machine(world: World) -> type[RuleBasedStateMachine]:
                     continue
                 asked, tokens = self.asked.pop(output.id), self.tokens.pop(output.id)
                 expected = world.alone(*asked)
-                assert output.finish_reason in (FinishReason.LENGTH, FinishReason.ABORT), output.message
+                assert output.finish_reason in (FinishReason.LENGTH, FinishReason.ABORT), output.refusal
                 assert tokens == (expected if output.finish_reason is FinishReason.LENGTH else expected[: len(tokens)])
             self.engine.scheduler.check_whole()
             self.store.check()

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from inlaid.engine.limits import Gate
-from inlaid.engine.policy import Refused
+from inlaid.engine.refusal import Refused
 from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.sim.cost import CostModel, Load, load_cost
 from inlaid.sim.experiment import bound, prepare, run, table, total_service
