@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from inlaid.llm import LLM
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ("LLM", "SamplingParams", "__version__")
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args, get_type_hints
 
 from inlaid import __version__
@@ -26,16 +27,15 @@ _ROOT = Path(__file__).resolve().parents[1]
 DEMO = _ROOT / "models" / "demo"
 _INSTALL = f"install what inlaid needs: {sys.executable} -m pip install --editable {_ROOT}"
 _MOST_NAMES = 16  # of adapters, in what is said at the start
-_SIZES = {"k": 1000, "m": 1000**2, "g": 1000**3, "K": 1024, "M": 1024**2, "G": 1024**3}
+_SIZES = MappingProxyType({"k": 1000, "m": 1000**2, "g": 1000**3, "K": 1024, "M": 1024**2, "G": 1024**3})
 
-# name: module, function that adds its arguments, function that runs it, help
-_PARTS = {
-    "quantize": ("inlaid.quant.command", "add_quantize_arguments", "run_quantize", "quantize a base for several tasks"),
-    "task": ("inlaid.quant.command", "add_task_arguments", "run_task", "add, remove or list the tasks of a base"),
-    "kernels": ("inlaid.kernels.command", "add_arguments", "run", "which kernels this machine has, and their times"),
-    "sim": ("inlaid.sim.command", "add_arguments", "run", "run a workload on the simulated engine"),
-    "cluster": ("inlaid.cluster.command", "add_arguments", "run", "serve on several GPUs or machines"),
-}
+# command, module, function that adds its arguments, function that runs it, help
+_PARTS = (
+    ("quantize", "inlaid.quant.command", "add_quantize_arguments", "run_quantize", "quantize a base for several tasks"),
+    ("task", "inlaid.quant.command", "add_task_arguments", "run_task", "add, remove or list the tasks of a base"),
+    ("kernels", "inlaid.kernels.command", "add_arguments", "run", "which kernels this machine has, and their times"),
+    ("sim", "inlaid.sim.command", "add_arguments", "run", "run a workload on the simulated engine"),
+)
 
 
 class UsageError(ValueError):
@@ -86,9 +86,8 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     ):
         usage = f"inlaid {name} [MODEL] [OPTIONS]  (inlaid {name} --help lists them)"  # all sixty would help nobody
         add(commands.add_parser(name, help=help, usage=usage, allow_abbrev=False))
-    for name, (module, add_arguments, run, help) in _PARTS.items():
-        if importlib.util.find_spec(module.rpartition(".")[0]) and importlib.util.find_spec(module):
-            _add_part(commands.add_parser(name, help=help), name == command, module, add_arguments, run)
+    for name, module, add_arguments, run, help in _PARTS:
+        _add_part(commands.add_parser(name, help=help), name == command, module, add_arguments, run)
     version = commands.add_parser("version", help="print versions")
     version.set_defaults(run=run_version)
     for each in commands.choices.values():

@@ -135,7 +135,7 @@ class EngineConfig:
         "the same batch gives the same bits every time: only kernels that add in a fixed order are chosen (exllama's "
         "cannot, and serves only when named); without it a GPU may be a little faster",
     )
-    attention_backend: str = option("auto", "kernel of attention", ("auto", "reference", "flashinfer", "triton"))
+    attention_backend: str = option("auto", "kernel of attention", ("auto", "reference", "triton"))
     enforce_eager: bool = option(False, "no CUDA graphs")
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)

@@ -13,6 +13,7 @@ import re
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,11 +24,11 @@ from torch import Tensor
 from inlaid.files import atomic_file
 
 MOST_HEADER = 100_000_000  # bytes
-_DTYPES = {
+_DTYPES = MappingProxyType({
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
+})  # fmt: skip
 
 
 class CheckpointError(ValueError):

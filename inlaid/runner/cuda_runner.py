@@ -543,10 +543,7 @@ def cuda_kernels(config: EngineConfig, pages: AdapterPages) -> Kernels:
     if pages.pool.dtype not in (torch.float16, torch.bfloat16):
         raise ConfigError(f"a GPU computes in float16 or bfloat16 here, not {pages.pool.dtype}: choose another dtype")
     if config.attention_backend not in ("auto", "triton"):
-        raise ConfigError(
-            f"attention backend {config.attention_backend!r} is not offered on a GPU; use auto or triton "
-            "(measured level with FlashInfer's kernels or faster, and graphs need nothing planned on the host)"
-        )
+        raise ConfigError(f"attention backend {config.attention_backend!r} is for a CPU; use auto or triton on a GPU")
     linears: dict[str, Callable[[], Any]] = {
         "auto": lambda: AutoLinear(backends(config.deterministic)),
         "humming": lambda: HummingLinear(ordered=config.deterministic),
