@@ -1,4 +1,4 @@
-"""Paged attention in Triton against a plain loop: decode and prefill, grouped queries, head widths, windows."""
+"""Paged attention in Triton against the specification: decode and prefill, grouped queries, head widths, windows."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed: pip install triton")
 
 from inlaid.kernels import attention_triton as attention
+from inlaid.kernels import spec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE = 16
@@ -30,22 +31,11 @@ def paged(lengths: list[int], kv_heads: int, width: int) -> tuple[torch.Tensor, 
     return caches[0].to(DEVICE), caches[1].to(DEVICE), tables.to(DEVICE)
 
 
-def loop(
+def expected_of(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, table: torch.Tensor, length: int, window: int
 ) -> torch.Tensor:
-    """The last len(q) tokens of one sequence, in fp32."""
-    index = [(int(table[t // PAGE]), t % PAGE) for t in range(length)]
-    k = torch.stack([k_cache[b, o] for b, o in index]).float()
-    v = torch.stack([v_cache[b, o] for b, o in index]).float()
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    out = torch.empty_like(q, dtype=torch.float32)
-    for i in range(len(q)):
-        position = length - len(q) + i
-        low = max(0, position - window + 1) if window else 0
-        scores = torch.einsum("hc,thc->ht", q[i].float(), k[low : position + 1]) * q.shape[2] ** -0.5
-        out[i] = torch.einsum("ht,thc->hc", scores.softmax(-1), v[low : position + 1])
-    return out
+    """Return the specification's attention of the last len(q) tokens of one sequence."""
+    return spec.attention(q, k_cache, v_cache, table[None], [len(q)], [length], window or None)
 
 
 def check(out: torch.Tensor, expected: torch.Tensor) -> None:
@@ -67,7 +57,7 @@ def test_decode(splits: int, heads: int, kv_heads: int, width: int, window: int)
         part.fill_(float("nan"))
     on_device = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
     attention.decode(q, k_cache, v_cache, tables, on_device, out, scratch, splits, window)
-    expected = [loop(q[i : i + 1], k_cache, v_cache, tables[i], n, window) for i, n in enumerate(lengths)]
+    expected = [expected_of(q[i : i + 1], k_cache, v_cache, tables[i], n, window) for i, n in enumerate(lengths)]
     check(out, torch.cat(expected))
 
 
@@ -82,7 +72,7 @@ def test_decode_in_other_tiles(tile: tuple[int, int, int], kv_heads: int) -> Non
     on_device = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
     scratch = attention.decode_scratch(3, 2, 64, 2, DEVICE)
     attention.decode(q, k_cache, v_cache, tables, on_device, out, scratch, 2, tile=tile)
-    check(out, torch.cat([loop(q[i : i + 1], k_cache, v_cache, tables[i], n, 0) for i, n in enumerate(lengths)]))
+    check(out, torch.cat([expected_of(q[i : i + 1], k_cache, v_cache, tables[i], n, 0) for i, n in enumerate(lengths)]))
 
 
 @pytest.mark.parametrize("splits", [1, 4])
@@ -96,7 +86,7 @@ def test_padding_rows_give_zeros(splits: int, heads: int) -> None:
         q, k_cache, v_cache, tables, torch.tensor([20, 0], dtype=torch.int32, device=DEVICE), out, scratch, splits
     )
     assert torch.equal(out[1], torch.zeros_like(out[1]))
-    check(out[:1], loop(q[:1], k_cache, v_cache, tables[0], 20, 0))
+    check(out[:1], expected_of(q[:1], k_cache, v_cache, tables[0], 20, 0))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(2, 2, 128), (4, 1, 64)])
@@ -112,8 +102,8 @@ def test_prefill_of_chunks_beside_decodes(heads: int, kv_heads: int, width: int,
     on_device = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
     attention.prefill(q, k_cache, v_cache, tables, on_device, starts, tiles, out, window)
     assert torch.isnan(out[0]).all()  # not prefill's to write
-    check(out[1:71], loop(q[1:71], k_cache, v_cache, tables[1], 70, window))
-    check(out[71:], loop(q[71:], k_cache, v_cache, tables[2], 90, window))
+    check(out[1:71], expected_of(q[1:71], k_cache, v_cache, tables[1], 70, window))
+    check(out[71:], expected_of(q[71:], k_cache, v_cache, tables[2], 90, window))
 
 
 def test_splits_fill_the_chip_for_small_batches_only() -> None:

@@ -1,4 +1,4 @@
-"""The fused small operations against reference.py."""
+"""The fused small operations against the specification."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ pytest.importorskip("triton", reason="triton is not installed: pip install trito
 
 from inlaid.kernels import fused_triton as fused
 from inlaid.kernels import lora_triton as lora
+from inlaid.kernels import spec
 from inlaid.kernels.backend import Parts, Site
-from inlaid.kernels.cpu import ReferenceOps
 from tests.kernels.test_lora_triton import make_adapters
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-REFERENCE = ReferenceOps()
 OPS = fused.TritonOps()
 EPS = 1e-5
 
@@ -31,10 +30,10 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
 @pytest.mark.parametrize("width", [64, 896])
 def test_norms(width: int) -> None:
     x, residual, weight = half(5, width) * 30, half(5, width), half(width)
-    close(OPS.rms_norm(x, weight, EPS), REFERENCE.rms_norm(x, weight, EPS))
-    other = residual.clone()
-    close(OPS.add_rms_norm(x, residual, weight, EPS), REFERENCE.add_rms_norm(x, other, weight, EPS))
-    assert torch.equal(residual, other)
+    close(OPS.rms_norm(x, weight, EPS), spec.rms_norm(x, weight, EPS))
+    total, normed = spec.add_norm(x, residual, weight, EPS)
+    close(OPS.add_rms_norm(x, residual, weight, EPS), normed)
+    assert torch.equal(residual, total.half())
 
 
 def test_norm_of_listed_rows_leaves_the_residual() -> None:
@@ -44,7 +43,7 @@ def test_norm_of_listed_rows_leaves_the_residual() -> None:
     out = torch.empty(2, 64, dtype=torch.float16, device=DEVICE)
     fused.norm(x, weight, EPS, out, residual, rows, keep=False)
     assert torch.equal(residual, before)
-    close(out, REFERENCE.add_rms_norm(x, residual, weight, EPS)[rows.long()])
+    close(out, spec.add_norm(x, residual, weight, EPS)[1][rows.long()])
 
 
 def test_embedding_takes_tokens_from_the_device_where_told() -> None:
@@ -54,8 +53,9 @@ def test_embedding_takes_tokens_from_the_device_where_told() -> None:
     last = torch.tensor([1, 1, 33], dtype=torch.int32, device=DEVICE)
     residual, out = (torch.empty(3, 96, dtype=torch.float16, device=DEVICE) for _ in range(2))
     fused.embed_norm(ids, sources, last, table, weight, EPS, residual, out)
-    assert torch.equal(residual, table[[7, 33, 9]])
-    close(out, REFERENCE.rms_norm(residual, weight, EPS))
+    embedded, normed = spec.embed_norm(ids.tolist(), sources.tolist(), last.tolist(), table, weight, EPS)
+    assert torch.equal(residual, embedded.half())
+    close(out, normed)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 64), (14, 2, 64), (8, 1, 128), (3, 3, 48)])
@@ -70,41 +70,30 @@ def test_rope_and_store(heads: int, kv_heads: int, width: int, with_norms: bool)
     slots = torch.tensor([21, 5, 30, 16, 0], dtype=torch.int64, device=DEVICE)
     caches = [torch.zeros(2, 16, kv_heads, width, dtype=torch.float16, device=DEVICE) for _ in range(4)]
     norms = (half(width), half(width), EPS) if with_norms else None
-    view = qkv.clone().view(tokens, total, width)
-    qk, v = view[:, : heads + kv_heads], view[:, heads + kv_heads :]
-    if norms:
-        qk = torch.cat(
-            [
-                REFERENCE.rms_norm(qk[:, :heads], norms[0], EPS),
-                REFERENCE.rms_norm(qk[:, heads:], norms[1], EPS),
-            ],
-            dim=1,
-        )
-    REFERENCE.rotate(qk, cos[positions], sin[positions])
-    REFERENCE.store_kv(qk[:, heads:].contiguous(), v.contiguous(), caches[2], caches[3], slots)
+    q = spec.rope_store(qkv, cos[positions], sin[positions], caches[2], caches[3], slots.tolist(), norms)
     fused.rope_store(qkv, positions, slots, cos, sin, caches[0], caches[1], heads, norms)
-    close(qkv.view(tokens, total, width)[:, :heads], qk[:, :heads])
+    close(qkv.view(tokens, total, width)[:, :heads], q)
     close(caches[0], caches[2])
     assert torch.equal(caches[1], caches[3])
 
 
 def test_separate_rotation_and_store() -> None:
     x, cos, sin = half(3, 4, 32), half(3, 16).repeat(1, 2), half(3, 16).repeat(1, 2)
-    expected = x.clone()
+    expected = spec.rotate(x, cos, sin)
     OPS.rotate(x, cos, sin)
-    REFERENCE.rotate(expected, cos, sin)
     close(x, expected)
     slots = torch.tensor([3, 9, 20], dtype=torch.int64, device=DEVICE)
     caches = [torch.zeros(2, 16, 4, 32, dtype=torch.float16, device=DEVICE) for _ in range(4)]
-    OPS.store_kv(x, expected, caches[0], caches[1], slots)
-    REFERENCE.store_kv(x, expected, caches[2], caches[3], slots)
+    OPS.store_kv(x, x * 2, caches[0], caches[1], slots)
+    for values, cache in ((x, caches[2]), (x * 2, caches[3])):
+        spec.store(values, cache, slots.tolist())
     assert torch.equal(caches[0], caches[2])
     assert torch.equal(caches[1], caches[3])
 
 
 def test_silu_mul() -> None:
     x = half(4, 2 * 688) * 4
-    close(OPS.silu_mul(x), REFERENCE.silu_mul(x))
+    close(OPS.silu_mul(x), spec.silu_mul(x))
 
 
 class Pended:
@@ -185,11 +174,9 @@ def in_parts(rows: int, width: int, tile: tuple[int, int], most: int) -> tuple[t
     counts[0, 0], counts[-1, -1] = most, 1
     x = half(most, rows, width)
     expanded = counts.repeat_interleave(tile[0], 0)[:rows].repeat_interleave(tile[1], 1).to(DEVICE)
-    written = torch.arange(most, device=DEVICE)[:, None, None] < expanded
-    total = torch.zeros(rows, width, device=DEVICE)
-    for part, there in zip(x, written, strict=True):
-        total += part.float() * there
-    return x.masked_fill(~written, float("nan")), Parts(counts.to(DEVICE), most, *tile), total.half()
+    x.masked_fill_(torch.arange(most, device=DEVICE)[:, None, None] >= expanded, float("nan"))
+    parts = Parts(counts.to(DEVICE), most, *tile)
+    return x, parts, spec.sum_of_parts(x, parts).half()
 
 
 @pytest.mark.parametrize("tile", [(64, 32), (2, 64), (3, 128)])

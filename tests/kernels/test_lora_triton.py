@@ -1,4 +1,4 @@
-"""The adapter kernels against a loop in fp32, over popularity of adapters and mixed ranks (in Triton's interpreter
+"""The adapter kernels against the specification, over popularity of adapters and mixed ranks (in Triton's interpreter
 where there is no GPU)."""
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from inlaid.kernels import lora_triton as lora  # noqa: E402
+from inlaid.kernels import spec  # noqa: E402
 from inlaid.kernels.backend import AdapterPages, Site  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -45,7 +46,7 @@ def make_adapters(
     return AdapterPages(pool.to(DEVICE), table.to(DEVICE), scale.to(DEVICE), [1] * (len(ranks) + 1))
 
 
-def loop(
+def expected_of(
     x: torch.Tensor,
     y: torch.Tensor,
     slots: np.ndarray,
@@ -53,18 +54,7 @@ def loop(
     site: int,
     widths: tuple[int, ...],
 ) -> torch.Tensor:
-    out = y.float().clone()
-    for row, slot in enumerate(slots.tolist()):
-        column = 0
-        for sibling, n in enumerate(widths):
-            a_at, b_at, rank = adapters.table[slot, site + sibling].tolist()
-            if rank:
-                a = adapters.pool[a_at : a_at + rank * x.shape[1]].view(rank, -1).float()
-                b = adapters.pool[b_at : b_at + rank * n].view(n, rank).float()
-                delta = b @ (a @ x[row].float())
-                out[row, column : column + n] += delta * float(adapters.scale[slot, site + sibling])
-            column += n
-    return out
+    return spec.lora(x, y, slots.tolist(), adapters, Site(site, widths))
 
 
 def run(
@@ -116,7 +106,7 @@ def test_popularity(kind: str, rows: int) -> None:
     slots = popularity(kind, rows, 6)
     x = torch.randn(rows, 96).half().to(DEVICE)
     y, before = run(x, slots, adapters, 0, widths, max_rank=24)
-    check(y, loop(x, before, slots, adapters, 0, widths))
+    check(y, expected_of(x, before, slots, adapters, 0, widths))
     assert torch.equal(y[slots == 0], before[slots == 0])
 
 
@@ -127,7 +117,7 @@ def test_any_rank_beside_any_other(rank: int) -> None:
     slots = np.array([1, 2, 3, 4, 1, 0, 1, 3], np.int32)
     x = torch.randn(8, 64).half().to(DEVICE)
     y, before = run(x, slots, adapters, 3, widths, max_rank=256)
-    check(y, loop(x, before, slots, adapters, 3, widths))
+    check(y, expected_of(x, before, slots, adapters, 3, widths))
 
 
 @pytest.mark.parametrize(("block_r", "shares"), [(32, 1), (32, 2), (16, 3)])
@@ -138,7 +128,7 @@ def test_ranks_divided_among_programs(block_r: int, shares: int) -> None:
     x = torch.randn(6, 64).half().to(DEVICE)
     tuning = lora.Tuning(parts=2, block_k=32, block_n=32, block_r=block_r, shares=shares)
     y, before = run(x, slots, adapters, 0, widths, max_rank=128, tuning=tuning)
-    check(y, loop(x, before, slots, adapters, 0, widths))
+    check(y, expected_of(x, before, slots, adapters, 0, widths))
 
 
 def test_more_than_a_hundred_adapters_in_a_batch() -> None:
@@ -148,7 +138,7 @@ def test_more_than_a_hundred_adapters_in_a_batch() -> None:
     x = torch.randn(110, 32).half().to(DEVICE)
     tuning = lora.Tuning(parts=1, block_k=32, block_n=32)
     y, before = run(x, slots, adapters, 4, widths, max_rank=16, tuning=tuning)
-    check(y, loop(x, before, slots, adapters, 4, widths))
+    check(y, expected_of(x, before, slots, adapters, 4, widths))
 
 
 BFLOAT16 = pytest.param(
@@ -165,7 +155,7 @@ def test_prefill_blocks(dtype: torch.dtype) -> None:
     x = torch.randn(len(slots), 64).to(dtype).to(DEVICE)
     tuning = lora.Tuning(parts=2, block_k=32, block_n=64)
     y, before = run(x, slots, adapters, 6, widths, max_rank=16, block_rows=64, tuning=tuning)
-    check(y, loop(x, before, slots, adapters, 6, widths), limit=2e-3 if dtype == torch.float16 else 1e-2)
+    check(y, expected_of(x, before, slots, adapters, 6, widths), limit=2e-3 if dtype == torch.float16 else 1e-2)
 
 
 def test_inner_values_beyond_half_precision() -> None:
@@ -178,7 +168,7 @@ def test_inner_values_beyond_half_precision() -> None:
     x = torch.full((3, 64), 300.0).half().to(DEVICE)
     slots = np.array([1, 1, 0], np.int32)
     y, before = run(x, slots, adapters, 0, widths, max_rank=16)
-    check(y, loop(x, before, slots, adapters, 0, widths))
+    check(y, expected_of(x, before, slots, adapters, 0, widths))
 
 
 def test_row_does_not_depend_on_its_neighbours() -> None:

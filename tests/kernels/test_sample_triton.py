@@ -1,4 +1,4 @@
-"""Sampling kernels against layers/sampler.py: the same draws, with and without truncation."""
+"""The sampling kernels against the specification: the same draws, with and without truncation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton")
 
-from inlaid.kernels import sample_triton
+from inlaid.kernels import sample_triton, spec
 from inlaid.layers import sampler
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,20 +36,13 @@ def draw(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min
     return tokens.tolist()
 
 
-def reference(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> list[int]:
-    rows = torch.arange(len(logits))
-    keys = torch.tensor([sampler.seed_key(row) for row in range(len(logits))])
-    if temperature < 1e-5:
-        return logits.float().cpu().argmax(-1).tolist()
-    truncation = sampler.Truncation(
-        rows,
-        torch.full((len(logits),), top_k),
-        torch.full((len(logits),), top_p),
-        torch.full((len(logits),), min_p),
-    )
-    noise = sampler.Noise(rows, torch.full((len(logits),), temperature), keys, rows + 5)
-    batch = sampler.SamplingBatch(noise=noise, truncation=truncation)
-    return sampler.sample(logits.float().cpu(), batch)[0].tolist()
+def expected_of(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> list[int]:
+    rows = logits.tolist()
+    keys = [sampler.seed_key(row) for row in range(len(rows))]
+    return [
+        spec.draw(row, temperature, key, place + 5, top_k, top_p, min_p)
+        for place, (row, key) in enumerate(zip(rows, keys, strict=True))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +67,7 @@ def test_same_draws(temperature: float, top_k: int, top_p: float, min_p: float, 
     if levels:
         logits = (logits / 9 * levels).round().clamp(-levels, levels)
     logits = logits.half().to(DEVICE)
-    expected = reference(logits, temperature, top_k, top_p, min_p)
+    expected = expected_of(logits, temperature, top_k, top_p, min_p)
     assert draw(logits, temperature, top_k, top_p, min_p) == expected
 
 
