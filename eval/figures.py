@@ -1,36 +1,30 @@
-"""The report's figures: the only file of the harness that imports matplotlib."""
+"""The report's figures: heat map, worst task against bits, radar of text metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from inlaid.report.plots import new_figure, save
+
+if TYPE_CHECKING:
+    from inlaid.report.plots import Figure
 
 Record = dict[str, Any]
 RADAR = ("rouge1", "rouge2", "nist", "bleu", "meteor", "gleu")
 
 
-class FiguresMissing(RuntimeError):
-    """matplotlib is not installed."""
-
-
 def draw(stem: Path, records: Sequence[Record], summary: Sequence[Record]) -> list[Path]:
-    """Heat map, worst task against bits, and the radar, where the records hold enough for them."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise FiguresMissing("figures need matplotlib: pip install 'inlaid[plot]' (or pass --no-figures)") from error
-    matplotlib.use("Agg")
+    """Draw heat map, worst task against bits, and the radar, where the records hold enough for them."""
     made = [_heat_map(stem, records), _worst(stem, summary), _radar(stem, records)]
     return [path for path in made if path is not None]
 
 
 def _heat_map(stem: Path, records: Sequence[Record]) -> Path | None:
     """Drop by task (columns) and base (rows); colours end at 20 points so that 4 bits still shows."""
-    from matplotlib import pyplot
-
     dropped = [r for r in records if r["drop"] is not None and r["variant"] != "fp16"]
     if not dropped:
         return None
@@ -40,7 +34,7 @@ def _heat_map(stem: Path, records: Sequence[Record]) -> Path | None:
     drops = np.full((len(bases), len(tasks)), np.nan)
     for record in dropped:
         drops[bases.index((record["variant"], record["bits"])), tasks.index(record["task"])] = record["drop"]
-    figure, axes = pyplot.subplots(figsize=(2.5 + 0.75 * len(tasks), 1.6 + 0.32 * len(bases)), layout="constrained")
+    figure, ((axes,),) = new_figure((2.5 + 0.75 * len(tasks), 1.6 + 0.32 * len(bases)))
     image = axes.imshow(drops, cmap="Reds", vmin=0, vmax=20, aspect="auto")
     axes.set_xticks(range(len(tasks)), tasks, rotation=40, ha="right")
     axes.set_yticks(range(len(bases)), [f"{variant} {bits}-bit" for variant, bits in bases])
@@ -55,13 +49,11 @@ def _heat_map(stem: Path, records: Sequence[Record]) -> Path | None:
 
 def _worst(stem: Path, summary: Sequence[Record]) -> Path | None:
     """The worst task's drop against bits, a line for each variant."""
-    from matplotlib import pyplot
-
     rows = [row for row in summary if row["worst_drop"] is not None and row["variant"] != "fp16"]
     widths = sorted({row["bits"] for row in rows})
     if len(widths) < 2:
         return None
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure, ((axes,),) = new_figure((6, 4))
     for variant in dict.fromkeys(row["variant"] for row in rows):
         points = sorted((row["bits"], row["worst_drop"]) for row in rows if row["variant"] == variant)
         axes.plot(*zip(*points), marker="o", label=variant)
@@ -78,22 +70,13 @@ def _worst(stem: Path, summary: Sequence[Record]) -> Path | None:
 
 def _radar(stem: Path, records: Sequence[Record]) -> Path | None:
     """Six text metrics as shares of full precision, averaged over the tasks that have them; a panel for each width."""
-    from matplotlib import pyplot
-
     full = _text_metrics([r for r in records if r["variant"] == "fp16"])
     widths = sorted({r["bits"] for r in records if r["variant"] != "fp16"}, reverse=True)
     names = [name for name in RADAR if full.get(name)]
     if len(names) < 3 or not widths:
         return None
     angles = np.linspace(0, 2 * np.pi, len(names), endpoint=False)
-    figure, panels = pyplot.subplots(
-        1,
-        len(widths),
-        figsize=(4.2 * len(widths), 4.6),
-        subplot_kw={"polar": True},
-        layout="constrained",
-        squeeze=False,
-    )
+    figure, panels = new_figure((4.2 * len(widths), 4.6), columns=len(widths), polar=True)
     for axes, bits in zip(panels[0], widths):
         for variant in dict.fromkeys(r["variant"] for r in records if r["variant"] != "fp16"):
             found = _text_metrics([r for r in records if (r["variant"], r["bits"]) == (variant, bits)])
@@ -119,10 +102,7 @@ def _text_metrics(records: Sequence[Record]) -> dict[str, float]:
     return {name: float(np.mean(found)) for name, found in values.items()}
 
 
-def _save(figure: Any, stem: Path, name: str) -> Path:
-    from matplotlib import pyplot
-
+def _save(figure: Figure, stem: Path, name: str) -> Path:
     path = stem.with_name(f"{stem.name}-{name}.png")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save(figure, path)
     return path

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from inlaid.files import write_atomically
+from inlaid.report import tables
 
 Record = dict[str, Any]
 
@@ -51,23 +52,28 @@ def _head(report: dict[str, Any]) -> str:
 
 
 def _summary(rows: Sequence[Record]) -> str:
-    lines = ["| variant | bits | average score | average drop | worst drop | worst task |", "|---|--:|--:|--:|--:|---|"]
-    for row in rows:
-        lines.append(
-            f"| {row['variant']} | {row['bits']} | {row['average_score']:.2f} | {_number(row['average_drop'])} | "
-            f"{_number(row['worst_drop'])} | {row['worst_task'] or ''} |"
+    head = ("variant", "bits", "average score", "average drop", "worst drop", "worst task")
+    cells = (
+        (
+            row["variant"],
+            row["bits"],
+            _number(row["average_score"]),
+            _number(row["average_drop"]),
+            _number(row["worst_drop"]),
+            row["worst_task"] or "",
         )
-    return "\n".join(lines)
+        for row in rows
+    )
+    return tables.markdown(head, cells, "lrrrrl")
 
 
 def _by_task(records: Sequence[Record]) -> str:
     tasks = list(dict.fromkeys(r["task"] for r in records))
-    lines = ["| variant | bits | " + " | ".join(tasks) + " |", "|---|--:|" + "--:|" * len(tasks)]
+    rows = []
     for variant, bits in dict.fromkeys((r["variant"], r["bits"]) for r in records):
         found = {r["task"]: r for r in records if (r["variant"], r["bits"]) == (variant, bits)}
-        cells = [_cell(found.get(task), shows_score=variant == "fp16") for task in tasks]
-        lines.append(f"| {variant} | {bits} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([variant, bits, *(_cell(found.get(task), shows_score=variant == "fp16") for task in tasks)])
+    return tables.markdown(["variant", "bits", *tasks], rows)
 
 
 def _cell(record: Record | None, shows_score: bool) -> str:

@@ -37,6 +37,7 @@ from inlaid.adapters.gate import why_not
 from inlaid.checkpoint import BITS, CheckpointError
 from inlaid.quant.calibration import CalibrationError, CalibrationSettings
 from inlaid.quant.settings import QuantizeError
+from inlaid.report.plots import PlotsMissing
 
 BACKENDS = ("engine", "server", "oracle")
 _TASKS_HELP = (
@@ -50,7 +51,7 @@ USER_ERRORS = (
     CheckpointError,
     QuantizeError,
     CalibrationError,
-    figures.FiguresMissing,
+    PlotsMissing,
 )
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import subprocess
 import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -19,9 +18,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from perf.client import write_atomically
+from inlaid.files import write_atomically
+from inlaid.report.provenance import git
 from perf.instance import Instance
-from perf.process import ROOT
 
 EventKind = Literal["started", "passed", "failed", "interrupted", "resumed", "forced"]
 
@@ -160,22 +159,13 @@ def _fresh(home: Path) -> Path:
 
 
 def git_revision() -> str:
-    return _git("rev-parse", "HEAD").strip() or "unknown"
-
-
-def _git(*arguments: str) -> str:
-    """Empty where there is no git or no repository: an archive can be made from an unpacked tarball too."""
-    try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, check=False, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.decode(errors="replace") if done.returncode == 0 else ""
+    return git("rev-parse", "HEAD") or "unknown"
 
 
 def _write_git(directory: Path) -> None:
     (directory / "git-revision.txt").write_text(git_revision() + "\n")
-    (directory / "git-diff.patch").write_text(_git("diff", "--binary", "HEAD"))
-    (directory / "git-untracked.txt").write_text(_git("ls-files", "--others", "--exclude-standard"))
+    (directory / "git-diff.patch").write_text(git("diff", "--binary", "HEAD", strip=False))
+    (directory / "git-untracked.txt").write_text(git("ls-files", "--others", "--exclude-standard", strip=False))
 
 
 def _now() -> str:

@@ -25,6 +25,7 @@ import aiohttp
 import msgspec
 import tqdm
 
+from inlaid.files import write_atomically
 from perf.options import build_parser, workload_from
 from perf.prompts import PromptFormat, PromptMaker, ServerTokenizer, TokenizerFile
 from perf.protocols import PROTOCOLS, WireOptions
@@ -278,13 +279,6 @@ def _heading(
         "seed": seed,
         "clock_start": clock_start,
     }
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """The file is either the old one or the whole new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    partial.replace(path)
 
 
 def _warn_if_late(summary: dict[str, Any]) -> None:

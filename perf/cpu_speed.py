@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,9 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
 from peft import PeftModel
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,6 +31,7 @@ from inlaid.adapters.peft import read_adapter
 from inlaid.config import EngineConfig
 from inlaid.engine.engine import Engine, make_engine
 from inlaid.engine.request import NewRequest, SamplingParams
+from inlaid.report.provenance import provenance
 from inlaid.worker.loading import LoadedModel, load_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -247,24 +244,12 @@ def report(repeats: int, threads: int) -> dict[str, Any]:
             "matmul_gflops_at_48_rows": round(rate, 1),
             "base_matmuls_alone_tokens_per_second": round(rate * 1e9 / base_flops_per_token(ours.loaded), 1),
         },
-        "provenance": provenance(threads),
-    }
-
-
-def provenance(threads: int) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
-    return {
-        "commit": commit.stdout.strip(),
-        "load_average": os.getloadavg()[0],
-        "command": "python -m perf.cpu_speed " + " ".join(sys.argv[1:]),
-        "cpu": model.split(":")[-1].strip(),
-        "threads": threads,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-        "seed": "none: greedy, prompts are the first of each eval split",
+        "provenance": {
+            **provenance(packages=("torch", "transformers", "peft")),
+            "load_average": os.getloadavg()[0],
+            "threads": threads,
+            "seed": "none: greedy, prompts are the first of each eval split",
+        },
     }
 
 

@@ -12,22 +12,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from perf.archive import git_revision
-from perf.client import wait_until_ready, write_atomically
+from inlaid.files import write_atomically
+from inlaid.report.provenance import now, provenance
+from perf.client import wait_until_ready
 from perf.fake_server import Sent
 from perf.process import ROOT, child_environment, free_port
 from perf.records import Record, read_records
@@ -96,16 +95,11 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in (found | {"max": float(data.max())}).items()}
 
 
-def provenance(argv: list[str]) -> dict[str, Any]:
-    cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), "unknown")
+def about() -> dict[str, Any]:
     return {
-        "command": ["python", "-m", "perf.measure_client", *argv],
-        "commit": git_revision(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": f"{cpu}, {os.cpu_count()} cores",
+        **provenance(seed=0),
+        "date": now(),
         "scheduling": "real-time (chrt)" if _is_realtime() else f"ordinary, nice {os.nice(0)}",
-        "python": platform.python_version(),
-        "seed": 0,
         "ceiling": "one core each for the generator and the fake server",
     }
 
@@ -113,11 +107,6 @@ def provenance(argv: list[str]) -> dict[str, Any]:
 def _is_realtime() -> bool:
     """On a machine shared with other work, `chrt -r 1` gives the two processes the cores they would have alone."""
     return sys.platform == "linux" and os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR)
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -133,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             runs.append(one_run(arguments.rate, arguments.seconds, Path(folder)))
             print(json.dumps(runs[-1]), flush=True)
-    result = provenance(argv) | {"runs": runs}
+    result = about() | {"runs": runs}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(arguments.out, json.dumps(result, indent=1).encode() + b"\n")
     print(json.dumps(result))

@@ -1,23 +1,19 @@
-"""Draws the figures of `perf.report` as PNG. The only file that imports matplotlib, an optional extra."""
+"""The figures of `perf.report` as PNG."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import tqdm
 
-matplotlib.use("Agg")
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
+from inlaid.report.plots import COLOURS, new_figure, png
 from perf import series
 from perf.series import Points, Run
 
-# Okabe and Ito's colours: told apart by people who do not see red and green as different.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+if TYPE_CHECKING:
+    from inlaid.report.plots import Axes, Figure
+
 MAX_CURVES = len(COLOURS)
 
 
@@ -36,7 +32,7 @@ def draw_all(runs: list[Run]) -> dict[str, bytes]:
     }
     bar = tqdm.tqdm(makers.items(), desc="drawing", unit="figure", delay=1, leave=False)
     drawn = {title: make() for title, make in bar}
-    return {title: png for title, png in drawn.items() if png is not None}
+    return {title: image for title, image in drawn.items() if image is not None}
 
 
 Panel = tuple[str, Callable[[Run], Points]]
@@ -75,7 +71,7 @@ def _panels(runs: list[Run], panels: list[Panel], x_label: str) -> bytes:
             axis.plot(*curve, color=colour, label=run.label, linewidth=1.6, marker=marker)
         _dress(axis, title, x_label)
     _legend(figure, axes[0])
-    return _png(figure)
+    return png(figure)
 
 
 def _service(runs: list[Run]) -> bytes:
@@ -88,7 +84,7 @@ def _service(runs: list[Run]) -> bytes:
         _dress(axis, run.label, "seconds since the start")
         axis.legend(fontsize=7, frameon=False)
     axes[0].set_ylabel("input + 2 x output tokens", fontsize=8)
-    return _png(figure)
+    return png(figure)
 
 
 def _against_rate(runs: list[Run]) -> bytes | None:
@@ -110,13 +106,12 @@ def _against_rate(runs: list[Run]) -> bytes | None:
         if title == "SLO attainment":
             axis.set_ylim(-0.03, 1.03)
     _legend(figure, axes[0])
-    return _png(figure)
+    return png(figure)
 
 
 def _figure(panels: int) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(12.6, 3.6), dpi=110, layout="constrained")
-    axes: Any = figure.subplots(1, panels, squeeze=False)
-    return figure, list(axes[0])
+    figure, (axes,) = new_figure((12.6, 3.6), columns=panels)
+    return figure, axes
 
 
 def _dress(axis: Axes, title: str, x_label: str) -> None:
@@ -133,16 +128,9 @@ def _legend(figure: Figure, axis: Axes) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=min(2, len(labels)), fontsize=7, frameon=False)
 
 
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
 def cliff(rows: list[dict[str, Any]], resident: dict[str, Any] | None) -> bytes:
     """TTFT and throughput against adapters per place on the device; dashed: all of them resident."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    latency, speed = figure.subplots(1, 2)
+    figure, ((latency, speed),) = new_figure((9, 3.6), columns=2)
     ordered = sorted(rows, key=lambda row: row["adapters"] / row["places"])
     ratios = [row["adapters"] / row["places"] for row in ordered]
     for colour, (key, label) in zip(COLOURS, (("ttft_p50_ms", "median"), ("ttft_p99_ms", "p99")), strict=False):
@@ -157,6 +145,4 @@ def cliff(rows: list[dict[str, Any]], resident: dict[str, Any] | None) -> bytes:
         axes.set_ylim(bottom=0)
         axes.set(title=title, xlabel="adapters per place on the device")
     latency.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()
+    return png(figure, dpi=120)

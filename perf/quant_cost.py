@@ -36,7 +36,7 @@ from inlaid.quant.calibration import CalibrationSettings
 from inlaid.quant.grid import Grid
 from inlaid.quant.quantize import add_task, quantize
 from inlaid.quant.settings import Gate, Place, Settings, TaskSource
-from inlaid.sim.provenance import provenance
+from inlaid.report.provenance import provenance
 
 DEMO = Path("models/demo")
 BLOCK = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 8}

@@ -16,6 +16,8 @@ from typing import Any
 
 import tqdm
 
+from inlaid.report.plots import PlotsMissing
+from perf import plots
 from perf.records import read_records
 from perf.series import Run
 
@@ -211,13 +213,12 @@ def page(runs: list[Run], images: dict[str, bytes], note: str = "") -> str:
 
 def draw(runs: list[Run]) -> tuple[dict[str, bytes], str]:
     """The figures, and what to say in their place or beside them."""
-    try:
-        from perf import plots
-    except ImportError:
-        return {}, NO_MATPLOTLIB
     too_many = len(runs) > plots.MAX_CURVES
     note = f"Series and distributions show the first {plots.MAX_CURVES} of {len(runs)} runs." if too_many else ""
-    return plots.draw_all(runs), note
+    try:
+        return plots.draw_all(runs), note
+    except PlotsMissing:
+        return {}, NO_MATPLOTLIB
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from inlaid.engine.request import NewRequest, SamplingParams
+from inlaid.report import tables
 from inlaid.sim.adapters import CPU_ASSIST, MODES
 from inlaid.sim.cost import CostModel, load_cost
 from inlaid.sim.simulate import Arrival, Setup, simulate
@@ -62,9 +63,7 @@ def _row(cost: CostModel, ratio: float, mode: str, rate: float, seconds: float, 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     names = list(rows[0])
-    lines = [" | ".join(names), " | ".join("---" for _ in names)]
-    lines += [" | ".join(str(row[name]) for name in names) for row in rows]
-    return "\n".join(f"| {line} |" for line in lines) + "\n"
+    return tables.markdown(names, ([row[name] for name in names] for row in rows), "l") + "\n"
 
 
 def lines(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, list[tuple[float, float]]]:

@@ -15,11 +15,11 @@ import msgspec
 from tqdm import tqdm
 
 from inlaid.engine.policy import parse_policy
+from inlaid.report.provenance import provenance
 from inlaid.sim import cliff, placement
 from inlaid.sim.experiment import Experiment, bound, prepare, table
 from inlaid.sim.experiment import run as run_policy
 from inlaid.sim.journal import Arrival
-from inlaid.sim.provenance import provenance
 from inlaid.sim.report import file_name, markdown, write_records, write_table
 from inlaid.sim.simulate import make_lengths
 from inlaid.sim.suites import SUITES, as_trace

@@ -117,7 +117,7 @@ def write_cost(path: Path, model: CostModel, held_out: dict[str, float], made: d
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    from inlaid.sim.provenance import provenance
+    from inlaid.report.provenance import provenance
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("steps", type=Path, nargs="+")

@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from inlaid.report import tables
+
 RANKS = (8, 16, 32, 64)
 MAX_BATCH = 32
 
@@ -267,9 +269,10 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     cells: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
     for row in rows:
         cells.setdefault((row["kernel"], row["rate"], row["placement"]), []).append(row)
-    lines = ["| kernel | rate | placement | SLO | mean ms/token | p99 ms/token |", "|---|---:|---|---:|---:|---:|"]
+    lines = []
     for (kernel, rate, name), group in cells.items():
         mean = {key: statistics.fmean(row[key] for row in group) for key in ("slo_attainment", "mean_ms", "p99_ms")}
-        figures = f"{mean['slo_attainment']:.1%} | {mean['mean_ms']:.1f} | {mean['p99_ms']:.1f}"
-        lines.append(f"| {kernel} | {rate:g} | {name} | {figures} |")
-    return "\n".join(lines) + "\n"
+        figures = (f"{mean['slo_attainment']:.1%}", f"{mean['mean_ms']:.1f}", f"{mean['p99_ms']:.1f}")
+        lines.append([kernel, f"{rate:g}", name, *figures])
+    head = ("kernel", "rate", "placement", "SLO", "mean ms/token", "p99 ms/token")
+    return tables.markdown(head, lines, "lrlr") + "\n"

@@ -1,36 +1,24 @@
-"""The paper's figures from outcomes: service and response over time per client, and the gap. The only file that
-imports matplotlib."""
+"""The paper's figures from outcomes: service and response over time per client, and the gap."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from inlaid.report.plots import new_figure, save
 from inlaid.sim.metrics import by_tenant, rates, response
 from inlaid.sim.simulate import Outcome
 
+KINDS = (".png", ".pdf")
 MAX_CLIENTS = 8  # lines in one panel
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise RuntimeError("figures need matplotlib: pip install 'inlaid[plot]', or give --no-figures") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def draw_suite(path: Path, title: str, outcomes: Sequence[Outcome], duration: float, bound: float | None) -> None:
     """One column per policy: service rate, response time; and one panel with every policy's gap. PNG and PDF."""
-    pyplot = _pyplot()
     count = len(outcomes)
-    figure, axes = pyplot.subplots(3, count, figsize=(4.2 * count, 8.4), squeeze=False, layout="constrained")
+    figure, axes = new_figure((4.2 * count, 8.4), 3, count)
     times = np.linspace(0, duration, 61)
     for column, outcome in enumerate(outcomes):
         groups = by_tenant(outcome.records)
@@ -50,15 +38,13 @@ def draw_suite(path: Path, title: str, outcomes: Sequence[Outcome], duration: fl
         axes[row][0].set_ylabel(label)
     axes[0][0].legend(fontsize="small")
     figure.suptitle(title)
-    _save(figure, path)
-    pyplot.close(figure)
+    save(figure, path, KINDS)
 
 
 def draw_bars(path: Path, title: str, label: str, groups: Mapping[str, Mapping[str, float]]) -> None:
     """Bars of one figure: group -> name -> value."""
-    pyplot = _pyplot()
     names = list(dict.fromkeys(name for values in groups.values() for name in values))
-    figure, axis = pyplot.subplots(figsize=(1.6 + 1.1 * len(groups) * max(1, len(names) / 3), 4), layout="constrained")
+    figure, ((axis,),) = new_figure((1.6 + 1.1 * len(groups) * max(1, len(names) / 3), 4))
     width = 0.8 / max(1, len(names))
     for place, name in enumerate(names):
         left = np.arange(len(groups)) + (place - (len(names) - 1) / 2) * width
@@ -67,16 +53,14 @@ def draw_bars(path: Path, title: str, label: str, groups: Mapping[str, Mapping[s
     axis.set_ylabel(label)
     axis.legend(fontsize="small")
     axis.set_title(title)
-    _save(figure, path)
-    pyplot.close(figure)
+    save(figure, path, KINDS)
 
 
 def draw_lines(
     path: Path, title: str, labels: tuple[str, str], lines: Mapping[str, Sequence[tuple[float, float]]]
 ) -> None:
     """One line per name."""
-    pyplot = _pyplot()
-    figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure, ((axis,),) = new_figure((6, 4))
     for name, points in lines.items():
         values = np.array(points)
         axis.plot(values[:, 0], values[:, 1], label=name)
@@ -84,11 +68,4 @@ def draw_lines(
     axis.set_ylabel(labels[1])
     axis.legend(fontsize="small")
     axis.set_title(title)
-    _save(figure, path)
-    pyplot.close(figure)
-
-
-def _save(figure: Any, path: Path) -> None:
-    for kind in (".png", ".pdf"):
-        metadata = {"CreationDate": None} if kind == ".pdf" else {"Software": None}
-        figure.savefig(path.with_suffix(kind), dpi=110, metadata=metadata)
+    save(figure, path, KINDS)

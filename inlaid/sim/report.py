@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from inlaid.report import tables
 from inlaid.sim.simulate import Outcome
 
 COLUMNS = (
@@ -46,14 +47,9 @@ def write_records(path: Path, manifest: dict[str, Any], outcome: Outcome) -> Non
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table; columns that nobody fills are left out."""
     columns = [column for column in COLUMNS if any(row.get(column[0]) is not None for row in rows)]
-    lines = [
-        "| " + " | ".join(title for _, title, _ in columns) + " |",
-        "|" + "|".join("---" if key in ("policy", "isolation") else "---:" for key, _, _ in columns) + "|",
-    ]
-    for row in rows:
-        cells = ["-" if row.get(key) is None else form.format(row[key]) for key, _, form in columns]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    align = "".join("l" if key in ("policy", "isolation") else "r" for key, _, _ in columns)
+    cells = (["-" if row.get(key) is None else form.format(row[key]) for key, _, form in columns] for row in rows)
+    return tables.markdown([title for _, title, _ in columns], cells, align) + "\n"
 
 
 def write_table(folder: Path, name: str, about: str, manifest: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:

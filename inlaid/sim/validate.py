@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from inlaid.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig
 from inlaid.engine.engine import Engine, make_engine
+from inlaid.report.provenance import provenance
 from inlaid.sim.cost import CostModel
 from inlaid.sim.fit import errors, fit, write_cost, write_steps
 from inlaid.sim.journal import Arrival, Record
-from inlaid.sim.provenance import provenance
 from inlaid.sim.replay import BusyClock, Clock, Replay, Step, WallClock, mixed_trace, replay
 from inlaid.sim.simulate import Setup, simulate
 from inlaid.worker.process import Loaded, build_engine

@@ -27,6 +27,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from inlaid.report.provenance import gpu, now, provenance
 from perf.gpu import ROOT
 from perf.gpu.serving import caches
 
@@ -64,32 +65,14 @@ CALLS = {  # the lanes of ten minutes
 LOOK = 5.0  # seconds between the archive and what there is
 
 
-def provenance() -> dict[str, Any]:
-    """Where and with what a figure was made."""
-    import torch
-    import triton
-
-    which = os.environ.get("CUDA_VISIBLE_DEVICES")
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm", "--format=csv,noheader"]
-    driver = said(*query, *(["-i", which] if which else []))
+def origin() -> dict[str, Any]:
+    """Return where and with what a figure was made."""
     return {
-        "commit": os.environ.get("INLAID_COMMIT") or said("git", "rev-parse", "HEAD") or "unknown",
-        "gpu": driver or "none",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": sys.version.split()[0],
+        **provenance(packages=("torch", "triton")),
+        "gpu": gpu() or "none",
         "command": "python -m perf.gpu.bench --out DIR --stages",
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "time": now(),
     }
-
-
-def said(*command: str) -> str:
-    """What a program prints; nothing where it is not there or fails."""
-    try:
-        result = subprocess.run(command, capture_output=True, text=True)
-    except OSError:
-        return ""
-    return result.stdout.strip() if result.returncode == 0 else ""
 
 
 def run_stage(name: str, out: Path, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -205,7 +188,7 @@ def stages_of(text: str) -> tuple[str, ...]:
 def in_process(stage: str, out: Path) -> int:
     """The stage itself."""
     file = out / f"{stage}.json"
-    about = provenance() | {"stage": stage}
+    about = origin() | {"stage": stage}
     about["command"] += f" {stage}"
     result: dict[str, Any] = {}
 

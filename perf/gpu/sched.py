@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from inlaid.report.provenance import provenance
 from inlaid.sim.cost import load_cost
 from inlaid.sim.fit import errors, fit, write_cost, write_steps
-from inlaid.sim.provenance import provenance
 from inlaid.sim.validate import Comparison, Plan, validate
 from inlaid.worker.process import build_engine
 from perf.gpu import ROOT

@@ -21,9 +21,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from inlaid.report.provenance import provenance
 from inlaid.sim.experiment import prepare, run
 from inlaid.sim.metrics import summarize
-from inlaid.sim.provenance import provenance
 from inlaid.sim.suites import SUITES
 from perf.scheduling.artifact_rules import like_the_artifact
 

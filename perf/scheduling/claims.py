@@ -19,10 +19,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from inlaid.report.provenance import provenance
 from inlaid.sim.experiment import Experiment, prepare, run
 from inlaid.sim.metrics import summarize
 from inlaid.sim.plot import draw_lines
-from inlaid.sim.provenance import provenance
 from inlaid.sim.suites import SUITES, Suite, tasks_trace
 
 ABLATION = (  # what is left out, policy, lengths

@@ -33,8 +33,8 @@ from inlaid.config import CacheConfig, SchedulerConfig
 from inlaid.engine.predictor import Predictor
 from inlaid.engine.request import FinishReason, NewRequest, Sampled, SamplingParams, StepResult
 from inlaid.engine.scheduler import Scheduler
+from inlaid.report.provenance import provenance
 from inlaid.sim.experiment import prepare, run
-from inlaid.sim.provenance import provenance
 from inlaid.sim.suites import SUITES
 
 POLICIES = ("fcfs", "priority", "srtf", "inlaid", "vtc", "vtc:predict=predicted", "lcf", "drr", "slo:seconds=30")

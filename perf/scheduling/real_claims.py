@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from inlaid.engine.request import NewRequest, SamplingParams
+from inlaid.report.provenance import provenance
 from inlaid.sim.journal import Arrival
-from inlaid.sim.provenance import provenance
 from inlaid.sim.replay import Replay
 from inlaid.sim.validate import DEMO, load, serve
 from perf.random_adapters import RandomAdapters, make_adapters

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from eval import figures, judge, report
+from inlaid.report.plots import PlotsMissing
 
 TEXT = dict.fromkeys(figures.RADAR, 90.0)
 
@@ -79,7 +80,7 @@ def test_figures_are_drawn_where_there_is_something_to_draw(tmp_path: Path) -> N
 
 def test_without_matplotlib_one_sentence_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(figures.FiguresMissing, match=r"pip install 'inlaid\[plot\]'.*--no-figures"):
+    with pytest.raises(PlotsMissing, match=r"pip install 'inlaid\[plot\]'.*--no-figures"):
         figures.draw(tmp_path / "demo", records(), judge.summary(records()))
 
 

@@ -1,0 +1,1 @@
+"""Reports of experiments: provenance, tables and plots. Used by `inlaid.sim`, `eval` and `perf`; host only."""

@@ -1,0 +1,53 @@
+"""Figures: the only file of the project that imports matplotlib, an optional package.
+
+Callers get a figure and its axes from `new_figure`, draw with matplotlib's own methods, and hand the figure to `save`
+or `png`. There is no pyplot, hence no state between figures.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes as Axes
+    from matplotlib.figure import Figure as Figure
+
+# Okabe and Ito's colours: told apart by people who do not see red and green as different.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+DPI = 110
+
+
+class PlotsMissing(RuntimeError):
+    """matplotlib is not installed; the message says what to do."""
+
+
+def new_figure(
+    size: tuple[float, float], rows: int = 1, columns: int = 1, *, polar: bool = False
+) -> tuple[Figure, list[list[Any]]]:
+    """Return a figure of `size` inches and its axes, row by row."""
+    try:
+        from matplotlib import figure as figures
+    except ImportError as error:
+        raise PlotsMissing(
+            "figures need matplotlib: pip install matplotlib, or pip install 'inlaid[plot]'; or pass --no-figures"
+        ) from error
+    figure = figures.Figure(figsize=size, dpi=DPI, layout="constrained")
+    grid: Any = figure.subplots(rows, columns, squeeze=False, subplot_kw={"polar": True} if polar else None)
+    return figure, [list(row) for row in grid]
+
+
+def save(figure: Figure, path: Path, kinds: Sequence[str] = (".png",)) -> None:
+    """Write a figure under `path` with each suffix of `kinds`; equal figures make equal files."""
+    for kind in kinds:
+        metadata = {"CreationDate": None} if kind == ".pdf" else {"Software": None}
+        figure.savefig(path.with_suffix(kind), dpi=DPI, metadata=metadata)
+
+
+def png(figure: Figure, dpi: int = DPI) -> bytes:
+    """Return a figure as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return buffer.getvalue()
