@@ -243,7 +243,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 
 
 def run_serve(args: argparse.Namespace) -> int:
-    from inlaid.server.app import serve
+    from inlaid.server.serving import serve
 
     model, adapters = model_and_adapters(args.model, parse_adapters(args.adapter))
     args.pin_adapter = pinned_adapters(args, adapters)
@@ -273,7 +273,7 @@ def announce(service: Any, address: str) -> None:
     asked = names[0] if names else service.model_name
     body = json.dumps({"model": asked, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32})
     path = "/v1/chat/completions"
-    if not service.tokenizer.has_template:
+    if not service.tokenizer.template.exists:
         path, body = "/v1/completions", json.dumps({"model": asked, "prompt": "Hello", "max_tokens": 32})
     lines = [
         f"Serving {service.model_name} ({model.device}, {model.dtype}, up to {model.max_model_len} tokens, "
@@ -315,12 +315,12 @@ def run_generate(args: argparse.Namespace) -> int:
         llm = LLM(model, adapters, config=engine_config(args, model))
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
-    chat = llm.tokenizer.has_template and not args.raw
+    chat = llm.tokenizer.template.exists and not args.raw
 
     def say(conversation: list[dict[str, str]]) -> str:
         prompt: Any = conversation[-1]["content"]
         if chat:
-            prompt = llm.tokenizer.encode(llm.tokenizer.render(conversation), False)
+            prompt = llm.tokenizer.encode(llm.tokenizer.template.render(conversation), False)
         text = ""
         for piece in llm.stream(prompt, params, chosen):
             print(piece.text, end="", flush=True)

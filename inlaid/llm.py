@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from tqdm import tqdm
@@ -13,12 +12,14 @@ from tqdm import tqdm
 from inlaid.config import EngineConfig, from_dict
 from inlaid.engine.engine import Engine
 from inlaid.engine.refusal import Refused
-from inlaid.engine.request import FinishReason, NewRequest, Output, SamplingParams, TokenLogprobs
-from inlaid.text.params import check
-from inlaid.text.tokenizer import Piece, TextStream, Tokenizer
-from inlaid.worker.process import build_engine
+from inlaid.engine.request import FinishReason, NewRequest, Output, SamplingParams
+from inlaid.text.encoder import RequestEncoder
+from inlaid.text.stream import Answer, Piece, TextStream
+from inlaid.text.template import Message
+from inlaid.text.tokenizer import Tokenizer
+from inlaid.worker.build import build_engine
 
-Conversation = Sequence[dict[str, Any]]
+Conversation = Sequence[Message]
 _PAUSE = 0.001  # seconds, while adapters load and there is nothing to compute
 
 
@@ -26,27 +27,10 @@ class GenerationError(RuntimeError):
     """A request failed inside the engine."""
 
 
-@dataclass
-class Completion:
-    """One answer."""
+class Completion(Answer, kw_only=True):
+    """One answer, with the tokens of its prompt."""
 
     prompt_tokens: list[int]
-    text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] | None = None
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
-    finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
-    num_cached: int = 0
-
-    def add(self, piece: Piece) -> None:
-        self.text += piece.text
-        self.tokens += piece.tokens
-        if piece.logprobs is not None:
-            self.logprobs = (self.logprobs or []) + piece.logprobs
-        self.prompt_logprobs = self.prompt_logprobs or piece.prompt_logprobs
-        self.finish_reason, self.stop_reason = piece.finish_reason, piece.stop_reason
-        self.num_cached = max(self.num_cached, piece.num_cached)
 
 
 class LLM:
@@ -60,18 +44,23 @@ class LLM:
         self._loaded = build_engine(config, adapters or {})
         self.engine: Engine = self._loaded.engine
         self.tokenizer = Tokenizer(self._loaded.model.folder)
-        self._numbers = itertools.count()
+        served = self._loaded.model
+        self._encoder = RequestEncoder(self.tokenizer, served.vocab_size, served.max_model_len)
+        self._ids = map(str, itertools.count())
 
     @property
     def adapters(self) -> list[str]:
+        """The names of the adapters that are served."""
         return [info.name for info in self._loaded.adapters.list()]
 
     def load_adapter(self, name: str, path: str, in_place: bool = False) -> None:
+        """Serve an adapter from a folder; with in_place it may replace one of that name."""
         started = time.monotonic()
         adapter = self._loaded.adapters.read(path)
         self._loaded.adapters.install(name, adapter, in_place, time.monotonic() - started)
 
     def unload_adapter(self, name: str) -> None:
+        """Forget an adapter."""
         self._loaded.adapters.remove(name)
 
     def generate(
@@ -81,11 +70,11 @@ class LLM:
         adapter: str | Sequence[str | None] | None = None,
         progress: bool = True,
     ) -> list[Completion]:
-        """An answer for each prompt, in order. Params and adapter: one for all, or one for each. ValueError names what
-        cannot be served; GenerationError what failed."""
+        """Return an answer to each prompt, in order. Params and adapter: one for all, or one for each. Refused says
+        what cannot be served; GenerationError says what failed."""
         tokens = [self._tokens(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
         requests = self._requests(tokens, params, adapter)
-        answers = {request.id: Completion(list(request.prompt)) for request in requests}
+        answers = {request.id: Completion(prompt_tokens=list(request.prompt)) for request in requests}
         with tqdm(total=len(requests), desc="generating", delay=1, leave=False, disable=not progress) as bar:
             for request_id, piece in self._run(requests):
                 answers[request_id].add(piece)
@@ -100,20 +89,21 @@ class LLM:
         progress: bool = True,
         **template: Any,
     ) -> list[Completion]:
-        """As generate, for one conversation or several, each a list of messages."""
+        """Return an answer to one conversation or several, each a list of messages; see generate. `template` is what
+        the chat template is told beside them."""
         listed: Any = [conversations] if conversations and isinstance(conversations[0], dict) else conversations
-        prompts = [self.tokenizer.encode(self.tokenizer.render(one, **template), False) for one in listed]
+        prompts = [self._encoder.conversation(one, **_options(template)) for one in listed]
         return self.generate(prompts, params, adapter, progress)
 
     def stream(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, adapter: str | None = None
     ) -> Iterator[Piece]:
-        """One answer, piece by piece. Closing the iterator ends the request."""
+        """Yield one answer, piece by piece. Closing the iterator ends the request."""
         for _, piece in self._run(self._requests([self._tokens(prompt)], params, adapter)):
             yield piece
 
     def _tokens(self, prompt: str | Sequence[int]) -> list[int]:
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        return self._encoder.text(prompt) if isinstance(prompt, str) else self._encoder.tokens(list(prompt))
 
     def _requests(
         self,
@@ -126,15 +116,14 @@ class LLM:
         adapters = [adapter] * len(prompts) if adapter is None or isinstance(adapter, str) else list(adapter)
         if not len(prompts) == len(each) == len(adapters):
             raise ValueError(f"{len(prompts)} prompts, {len(each)} params and {len(adapters)} adapters do not match")
-        for sampling in each:
-            check(sampling, self._loaded.model.vocab_size)
         return [
-            NewRequest(id=str(next(self._numbers)), prompt=tokens, params=sampling, adapter=name)
+            request
             for tokens, sampling, name in zip(prompts, each, adapters, strict=True)
+            for request in self._encoder.requests(self._ids, [tokens], sampling, adapter=name)
         ]
 
     def _run(self, requests: Sequence[NewRequest]) -> Iterator[tuple[str, Piece]]:
-        """Step until all have ended. What is left when the caller goes away is aborted."""
+        """Step until all have ended. Requests that are left when the caller goes away are aborted."""
         streams = {r.id: TextStream(self.tokenizer, r.prompt, r.params) for r in requests}
         waiting = list(reversed(requests))
         try:
@@ -149,7 +138,7 @@ class LLM:
             self._abort(streams)
 
     def _submit(self, waiting: list[NewRequest]) -> None:
-        """As many as the queue takes; the others when it has room."""
+        """Add as many requests as the queue takes; the others wait until it has room."""
         while waiting:
             try:
                 self.engine.add(waiting[-1])
@@ -174,8 +163,14 @@ class LLM:
             self.engine.abort(request_id)
 
 
+def _options(template: Mapping[str, Any]) -> dict[str, Any]:
+    """Split what the chat template is told into tools and its other options."""
+    options = dict(template)
+    return {"tools": options.pop("tools", None), "options": options}
+
+
 def _config(model: str, settings: Mapping[str, Any]) -> EngineConfig:
-    """Nested settings may be dicts."""
+    """Return the configuration of settings, of which nested ones may be dicts."""
     plain = {"model": model, **settings}
     defaults = EngineConfig()
     for name in ("scheduler", "cache", "adapters"):

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from inlaid.engine.refusal import Refused
 from inlaid.engine.request import FinishReason, SamplingParams
 from inlaid.llm import LLM
-from inlaid.text.params import ParamError
 
 DEMO = Path(__file__).parents[1] / "models" / "demo"
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
@@ -49,7 +49,7 @@ def test_a_stop_string_ends_the_request_in_the_engine_too(llm: LLM) -> None:
 
 def test_chat_is_generate_on_the_template(llm: LLM) -> None:
     conversation = [{"role": "user", "content": "hello"}]
-    prompt = llm.tokenizer.encode(llm.tokenizer.render(conversation), False)
+    prompt = llm.tokenizer.encode(llm.tokenizer.template.render(conversation), False)
     by_chat = llm.chat(conversation, GREEDY, "maths", progress=False)
     assert by_chat == llm.generate([prompt], GREEDY, "maths", progress=False)
 
@@ -64,7 +64,7 @@ def test_a_stream_that_is_left_leaves_nothing_behind(llm: LLM) -> None:
 
 
 def test_what_cannot_be_served_is_refused_by_name(llm: LLM) -> None:
-    with pytest.raises(ParamError, match="top_p is 2"):
+    with pytest.raises(Refused, match="top_p is 2"):
         llm.generate("a", SamplingParams(top_p=2.0))
     with pytest.raises(ValueError, match="'nobody' is not loaded"):
         llm.generate("a", GREEDY, "nobody")

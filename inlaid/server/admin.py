@@ -9,22 +9,22 @@ from aiohttp import web
 
 from inlaid.server.completions import answer
 from inlaid.server.errors import BadRequest, Conflict, Forbidden, NotFound, TooMany
-from inlaid.server.protocol import (
+from inlaid.server.protocol.admin import (
     AdapterCard,
     AdapterList,
     LoadAdapterBody,
-    LoadResult,
     SchedulerBody,
     UnloadAdapterBody,
 )
-from inlaid.server.safety import check_depth
+from inlaid.server.protocol.sglang import LoadResult
 from inlaid.server.service import SERVICE, Service
+from inlaid.text.nesting import check_depth
 
 _MAX_LOADS = 32  # waiting or under way
 
 
 async def list_adapters(request: web.Request) -> web.Response:
-    """Every adapter with its rank, bytes and where it is."""
+    """List every adapter with its rank, bytes and residency."""
     service = request.app[SERVICE]
     engine, paths = service.engine, service.keys.opens_paths(request.headers)
     listed = await engine.list_adapters()
@@ -41,7 +41,7 @@ async def load_adapter(request: web.Request, body: LoadAdapterBody) -> web.Respo
 
 
 async def unload_adapter(request: web.Request, body: UnloadAdapterBody) -> web.Response:
-    """Forget an adapter; requests that run on it finish, and then it is answered."""
+    """Forget an adapter and answer when the requests that run on it have finished."""
     in_flight = await _unload(request.app[SERVICE], body)
     more = f"; {in_flight} requests still run on it, and its memory goes with the last" if in_flight else ""
     return web.Response(text=f"Success: LoRA adapter '{body.lora_name}' removed successfully{more}")
@@ -62,7 +62,7 @@ async def unload_adapter_sglang(request: web.Request, body: UnloadAdapterBody) -
 
 
 async def get_scheduler(request: web.Request) -> web.Response:
-    """The policy in force, its options, weights and limits."""
+    """Return the policy in force, its options, weights and limits."""
     return answer(await request.app[SERVICE].engine.call("scheduler"))
 
 
@@ -78,7 +78,7 @@ async def put_scheduler(request: web.Request, body: SchedulerBody) -> web.Respon
 
 
 async def fairness(request: web.Request) -> web.Response:
-    """Service per tenant in the last `window` seconds, gaps, and who waits."""
+    """Return the service per tenant in the last `window` seconds, gaps, and who waits."""
     try:
         window = float(request.query.get("window", "60"))
         return answer(await request.app[SERVICE].engine.call("fairness", window=window))
@@ -115,7 +115,7 @@ async def _load(service: Service, body: LoadAdapterBody) -> None:
 
 
 async def _unload(service: Service, body: UnloadAdapterBody) -> int:
-    """Waits for requests in flight as long as a request may wait for its adapter. How many there still are."""
+    """Wait for the requests of an adapter as long as one may wait for it; return how many there still are."""
     _check_on(service)
     if body.lora_name not in service.engine.adapters:
         raise NotFound(f"adapter {body.lora_name!r} is not loaded", "lora_name", "model_not_found")

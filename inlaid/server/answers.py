@@ -1,5 +1,5 @@
-"""From engine outputs to answers: each answer's pieces of text, several answers side by side, and their logprobs in
-OpenAI's two shapes. The completion and chat routes are made of these.
+"""From engine outputs to answers: the pieces of each answer, several answers side by side, and their log probabilities
+in OpenAI's two shapes. The completion and chat routes are made of these.
 """
 
 from __future__ import annotations
@@ -7,11 +7,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
 
-from inlaid.engine.request import FinishReason, TokenLogprobs
-from inlaid.server.prepare import Job
-from inlaid.server.protocol import (
+from inlaid.engine.refusal import Refused
+from inlaid.engine.request import TokenLogprobs
+from inlaid.server.errors import refused
+from inlaid.server.prepare import ClientRequest
+from inlaid.server.protocol.openai import (
     CachedTokens,
     ChatLogprob,
     ChatLogprobs,
@@ -22,16 +23,16 @@ from inlaid.server.protocol import (
     Usage,
 )
 from inlaid.server.service import Service
-from inlaid.text.tokenizer import Piece, TextStream, Tokenizer
-from inlaid.worker.client import NotNow, RequestRefused
+from inlaid.text.stream import Answer, Piece, TextStream
+from inlaid.text.tokenizer import Tokenizer
 
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity
 _QUEUED_PIECES = 256
 
 
-async def pieces(service: Service, job: Job, index: int) -> AsyncGenerator[Piece, None]:
-    """One answer as it comes, metered. The last piece has a finish_reason."""
-    request = job.requests[index]
+async def pieces(service: Service, client: ClientRequest, index: int) -> AsyncGenerator[Piece, None]:
+    """Yield one answer as it comes, metered. The last piece has a finish_reason."""
+    request = client.requests[index]
     stream = TextStream(service.tokenizer, request.prompt, request.params)
     meter = service.metrics.meter(request)
     try:
@@ -44,25 +45,22 @@ async def pieces(service: Service, job: Job, index: int) -> AsyncGenerator[Piece
                     if output.finish_reason is None:
                         service.engine.stop(request.id)
                     return
-    except RequestRefused as error:
-        meter.refuse(400 if error.retry_after is None else 429)
-        raise
-    except NotNow:
-        meter.refuse(503)
+    except Refused as error:
+        meter.refuse(refused(error.refusal).status)
         raise
     finally:
         meter.close()
 
 
-async def all_pieces(service: Service, job: Job) -> AsyncGenerator[tuple[int, Piece], None]:
-    """The pieces of all answers as they come, each with its answer's index."""
-    if len(job.requests) == 1:
-        async with aclosing(pieces(service, job, 0)) as only:
+async def all_pieces(service: Service, client: ClientRequest) -> AsyncGenerator[tuple[int, Piece], None]:
+    """Yield the pieces of all answers as they come, each with its answer's index."""
+    if len(client.requests) == 1:
+        async with aclosing(pieces(service, client, 0)) as only:
             async for piece in only:
                 yield 0, piece
         return
     queue: asyncio.Queue[tuple[int, Piece] | Exception | None] = asyncio.Queue(_QUEUED_PIECES)
-    tasks = [asyncio.create_task(_pump(service, job, index, queue)) for index in range(len(job.requests))]
+    tasks = [asyncio.create_task(_pump(service, client, index, queue)) for index in range(len(client.requests))]
     try:
         num_open = len(tasks)
         while num_open:
@@ -80,10 +78,10 @@ async def all_pieces(service: Service, job: Job) -> AsyncGenerator[tuple[int, Pi
 
 
 async def _pump(
-    service: Service, job: Job, index: int, queue: asyncio.Queue[tuple[int, Piece] | Exception | None]
+    service: Service, client: ClientRequest, index: int, queue: asyncio.Queue[tuple[int, Piece] | Exception | None]
 ) -> None:
     try:
-        async with aclosing(pieces(service, job, index)) as mine:
+        async with aclosing(pieces(service, client, index)) as mine:
             async for piece in mine:
                 await queue.put((index, piece))
         await queue.put(None)
@@ -91,52 +89,33 @@ async def _pump(
         await queue.put(error)
 
 
-@dataclass
-class Whole:
-    """An answer gathered to its end."""
-
-    text: list[str] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
-    finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
-    num_cached: int = 0
-
-    def add(self, piece: Piece) -> None:
-        self.text.append(piece.text)
-        self.tokens += piece.tokens
-        self.logprobs += piece.logprobs or ()
-        self.prompt_logprobs = self.prompt_logprobs or piece.prompt_logprobs
-        self.finish_reason, self.stop_reason = piece.finish_reason, piece.stop_reason
-        self.num_cached = max(self.num_cached, piece.num_cached)
-
-
-async def gather(service: Service, job: Job) -> list[Whole]:
-    """All answers, complete."""
-    wholes = [Whole() for _ in job.requests]
-    async with aclosing(all_pieces(service, job)) as arriving:
+async def gather(service: Service, client: ClientRequest) -> list[Answer]:
+    """Return all answers, complete."""
+    answers = [Answer() for _ in client.requests]
+    async with aclosing(all_pieces(service, client)) as arriving:
         async for index, piece in arriving:
-            wholes[index].add(piece)
-    return wholes
+            answers[index].add(piece)
+    return answers
 
 
-class Counter:
-    """Usage: each prompt counted once, every answer's tokens."""
+class TokenCounter:
+    """Token counts of a client's request: each prompt once, and every answer."""
 
-    def __init__(self, job: Job) -> None:
-        self._prompt = sum(len(prompt.tokens) for prompt in job.prompts)
-        self._num_answers = job.num_answers
+    def __init__(self, client: ClientRequest) -> None:
+        self._prompt = sum(len(request.prompt) for request in client.requests[:: client.num_answers])
+        self._num_answers = client.num_answers
         self._cached: dict[int, int] = {}  # per prompt, by its first answer
         self._completion = 0
 
     def add(self, index: int, num_tokens: int, num_cached: int) -> None:
+        """Count tokens of an answer."""
         self._completion += num_tokens
         if index % self._num_answers == 0:
             prompt = index // self._num_answers
             self._cached[prompt] = max(self._cached.get(prompt, 0), num_cached)
 
     def usage(self) -> Usage:
+        """Return the counts so far."""
         return Usage(
             prompt_tokens=self._prompt,
             completion_tokens=self._completion,
@@ -145,22 +124,24 @@ class Counter:
         )
 
 
-def usage(job: Job, wholes: Sequence[Whole]) -> Usage:
-    counter = Counter(job)
-    for index, whole in enumerate(wholes):
-        counter.add(index, len(whole.tokens), whole.num_cached)
+def usage(client: ClientRequest, answers: Sequence[Answer]) -> Usage:
+    """Return the usage of complete answers."""
+    counter = TokenCounter(client)
+    for index, answer in enumerate(answers):
+        counter.add(index, len(answer.tokens), answer.num_cached)
     return counter.usage()
 
 
 class CompletionLogprobsWriter:
-    """Logprobs of one answer in the completions shape; remembers where in the text it is."""
+    """Log probabilities of one answer in the shape of completions; it keeps the place in the text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._offset = 0
 
     def write(self, listed: Sequence[TokenLogprobs | None], first_token: int = 0) -> CompletionLogprobs:
-        """`None` stands for a prompt's first token, which nothing predicts."""
+        """Return the log probabilities of the next tokens. `None` stands for a prompt's first token, which nothing
+        predicts."""
         made = CompletionLogprobs()
         for item in listed:
             text = self._tokenizer.token_text(first_token if item is None else item.token)
@@ -172,7 +153,7 @@ class CompletionLogprobsWriter:
         return made
 
     def _top(self, item: TokenLogprobs) -> dict[str, float]:
-        """By text. Of tokens with the same text the likelier counts."""
+        """Return the top tokens by their text. Of tokens with the same text the likelier counts."""
         top: dict[str, float] = {}
         for token, logprob in [*item.top, (item.token, item.logprob)]:
             text = self._tokenizer.token_text(token)
@@ -181,7 +162,7 @@ class CompletionLogprobsWriter:
 
 
 def chat_logprobs(tokenizer: Tokenizer, listed: Sequence[TokenLogprobs]) -> ChatLogprobs:
-    """Logprobs in the chat shape."""
+    """Return log probabilities in the shape of chat completions."""
 
     def entry(token: int, logprob: float) -> TopLogprob:
         return TopLogprob(
@@ -197,7 +178,7 @@ def chat_logprobs(tokenizer: Tokenizer, listed: Sequence[TokenLogprobs]) -> Chat
 
 
 def prompt_logprobs(tokenizer: Tokenizer, listed: Sequence[TokenLogprobs | None]) -> PromptLogprobs:
-    """vLLM's shape: per position a dict from token id."""
+    """Return a prompt's log probabilities in vLLM's shape: for each position a dict from token id."""
     return [None if item is None else _by_token(tokenizer, item) for item in listed]
 
 
@@ -213,4 +194,5 @@ def _by_token(tokenizer: Tokenizer, item: TokenLogprobs) -> dict[int, PromptLogp
 
 
 def finite(logprob: float) -> float:
+    """Return a log probability that JSON can hold."""
     return max(logprob, _LEAST_LOGPROB)

@@ -10,9 +10,9 @@ from aiohttp import web
 
 from inlaid.engine.request import FinishReason, TokenLogprobs
 from inlaid.server import answers
-from inlaid.server.answers import CompletionLogprobsWriter, Counter, Whole
-from inlaid.server.prepare import Job, chat_job, completion_job
-from inlaid.server.protocol import (
+from inlaid.server.answers import CompletionLogprobsWriter, TokenCounter
+from inlaid.server.prepare import ClientRequest, chat_request, completion_request
+from inlaid.server.protocol.openai import (
     ChatBody,
     ChatChoice,
     ChatChunk,
@@ -30,42 +30,43 @@ from inlaid.server.protocol import (
 )
 from inlaid.server.service import SERVICE, Service
 from inlaid.server.streaming import event, send
-from inlaid.text.tokenizer import Piece
+from inlaid.text.stream import Answer, Piece
 
 
 def answer(value: object) -> web.Response:
+    """Return a value as JSON."""
     return web.Response(body=msgspec.json.encode(value), content_type="application/json")
 
 
 async def completions(request: web.Request, body: CompletionBody) -> web.StreamResponse:
     """Complete prompts, given as text or token ids."""
     service = request.app[SERVICE]
-    job = await completion_job(service, body, request.headers)
+    client = await completion_request(service, body, request.headers)
     if body.stream:
-        return await send(request, _completion_events(service, body, job))
-    wholes = await answers.gather(service, job)
-    choices = [_completion_choice(service, body, job, index, whole) for index, whole in enumerate(wholes)]
-    usage = answers.usage(job, wholes)
-    return answer(Completion(id=job.id, created=job.created, model=job.target.name, choices=choices, usage=usage))
+        return await send(request, _completion_events(service, body, client))
+    complete = await answers.gather(service, client)
+    choices = [_completion_choice(service, body, client, index, whole) for index, whole in enumerate(complete)]
+    usage = answers.usage(client, complete)
+    return answer(Completion(id=client.id, created=client.created, model=client.model, choices=choices, usage=usage))
 
 
 async def chat_completions(request: web.Request, body: ChatBody) -> web.StreamResponse:
     """Answer a conversation, written out by the model's chat template."""
     service = request.app[SERVICE]
-    job = await chat_job(service, body, request.headers)
+    client = await chat_request(service, body, request.headers)
     if body.stream:
-        return await send(request, _chat_events(service, body, job))
-    wholes = await answers.gather(service, job)
-    listed = wholes[0].prompt_logprobs
+        return await send(request, _chat_events(service, body, client))
+    complete = await answers.gather(service, client)
+    listed = complete[0].prompt_logprobs
     return answer(
         ChatCompletion(
-            id=job.id,
-            created=job.created,
-            model=job.target.name,
-            choices=[_chat_choice(service, body, index, whole) for index, whole in enumerate(wholes)],
-            usage=answers.usage(job, wholes),
+            id=client.id,
+            created=client.created,
+            model=client.model,
+            choices=[_chat_choice(service, body, index, whole) for index, whole in enumerate(complete)],
+            usage=answers.usage(client, complete),
             prompt_logprobs=None if listed is None else answers.prompt_logprobs(service.tokenizer, listed),
-            prompt_token_ids=job.prompts[0].tokens if body.return_token_ids else msgspec.UNSET,
+            prompt_token_ids=client.prompt_of(0) if body.return_token_ids else msgspec.UNSET,
         )
     )
 
@@ -73,33 +74,35 @@ async def chat_completions(request: web.Request, body: ChatBody) -> web.StreamRe
 # Completions
 
 
-def _completion_choice(service: Service, body: CompletionBody, job: Job, index: int, whole: Whole) -> CompletionChoice:
+def _completion_choice(
+    service: Service, body: CompletionBody, client: ClientRequest, index: int, whole: Answer
+) -> CompletionChoice:
     listed = whole.prompt_logprobs if body.prompt_logprobs is not None else None
     return CompletionChoice(
         index=index,
-        text=_echo(service, body, job, index) + "".join(whole.text),
+        text=_echo(service, body, client, index) + whole.text,
         logprobs=_completion_logprobs(
-            CompletionLogprobsWriter(service.tokenizer), body, job, index, whole.prompt_logprobs, whole.logprobs
+            CompletionLogprobsWriter(service.tokenizer), body, client, index, whole.prompt_logprobs, whole.logprobs
         ),
         finish_reason=_reason(whole.finish_reason),
         stop_reason=whole.stop_reason,
         prompt_logprobs=msgspec.UNSET if listed is None else answers.prompt_logprobs(service.tokenizer, listed),
         token_ids=whole.tokens if body.return_token_ids else msgspec.UNSET,
-        prompt_token_ids=job.prompt_of(index).tokens if body.return_token_ids else msgspec.UNSET,
+        prompt_token_ids=client.prompt_of(index) if body.return_token_ids else msgspec.UNSET,
     )
 
 
-def _echo(service: Service, body: CompletionBody, job: Job, index: int) -> str:
+def _echo(service: Service, body: CompletionBody, client: ClientRequest, index: int) -> str:
     if not body.echo:
         return ""
-    prompt = job.prompt_of(index)
-    return service.tokenizer.decode(prompt.tokens) if prompt.text is None else prompt.text
+    text = client.text_of(index)
+    return service.tokenizer.decode(client.prompt_of(index)) if text is None else text
 
 
 def _completion_logprobs(
     writer: CompletionLogprobsWriter,
     body: CompletionBody,
-    job: Job,
+    client: ClientRequest,
     index: int,
     prompt_logprobs: list[TokenLogprobs | None] | None,
     logprobs: list[TokenLogprobs] | None,
@@ -107,18 +110,20 @@ def _completion_logprobs(
     if body.logprobs is None:
         return None
     echoed = (prompt_logprobs or []) if body.echo else []
-    return writer.write([*echoed, *(logprobs or ())], job.prompt_of(index).tokens[0])
+    return writer.write([*echoed, *(logprobs or ())], client.prompt_of(index)[0])
 
 
-async def _completion_events(service: Service, body: CompletionBody, job: Job) -> AsyncGenerator[bytes, None]:
-    counter = Counter(job)
-    writers = [CompletionLogprobsWriter(service.tokenizer) for _ in job.requests]
+async def _completion_events(
+    service: Service, body: CompletionBody, client: ClientRequest
+) -> AsyncGenerator[bytes, None]:
+    counter = TokenCounter(client)
+    writers = [CompletionLogprobsWriter(service.tokenizer) for _ in client.requests]
     started: set[int] = set()
 
     def chunk(choices: list[CompletionChoice], usage: Usage | msgspec.UnsetType | None) -> bytes:
-        return event(Completion(id=job.id, created=job.created, model=job.target.name, choices=choices, usage=usage))
+        return event(Completion(id=client.id, created=client.created, model=client.model, choices=choices, usage=usage))
 
-    async with aclosing(answers.all_pieces(service, job)) as arriving:
+    async with aclosing(answers.all_pieces(service, client)) as arriving:
         async for index, piece in arriving:
             counter.add(index, len(piece.tokens), piece.num_cached)
             first = index not in started
@@ -127,8 +132,10 @@ async def _completion_events(service: Service, body: CompletionBody, job: Job) -
                 continue
             choice = CompletionChoice(
                 index=index,
-                text=(_echo(service, body, job, index) if first else "") + piece.text,
-                logprobs=_completion_logprobs(writers[index], body, job, index, piece.prompt_logprobs, piece.logprobs),
+                text=(_echo(service, body, client, index) if first else "") + piece.text,
+                logprobs=_completion_logprobs(
+                    writers[index], body, client, index, piece.prompt_logprobs, piece.logprobs
+                ),
                 finish_reason=_reason(piece.finish_reason),
                 stop_reason=piece.stop_reason,
                 token_ids=piece.tokens if body.return_token_ids else msgspec.UNSET,
@@ -141,10 +148,10 @@ async def _completion_events(service: Service, body: CompletionBody, job: Job) -
 # Chat
 
 
-def _chat_choice(service: Service, body: ChatBody, index: int, whole: Whole) -> ChatChoice:
+def _chat_choice(service: Service, body: ChatBody, index: int, whole: Answer) -> ChatChoice:
     return ChatChoice(
         index=index,
-        message=ChatMessage(content="".join(whole.text)),
+        message=ChatMessage(content=whole.text),
         logprobs=_chat_logprobs(service, body, whole.logprobs),
         finish_reason=_reason(whole.finish_reason),
         stop_reason=whole.stop_reason,
@@ -156,14 +163,14 @@ def _chat_logprobs(service: Service, body: ChatBody, logprobs: list[TokenLogprob
     return answers.chat_logprobs(service.tokenizer, logprobs or []) if body.logprobs else None
 
 
-async def _chat_events(service: Service, body: ChatBody, job: Job) -> AsyncGenerator[bytes, None]:
-    counter = Counter(job)
+async def _chat_events(service: Service, body: ChatBody, client: ClientRequest) -> AsyncGenerator[bytes, None]:
+    counter = TokenCounter(client)
     started: set[int] = set()
 
     def chunk(choices: list[ChunkChoice], usage: Usage | msgspec.UnsetType | None) -> bytes:
-        return event(ChatChunk(id=job.id, created=job.created, model=job.target.name, choices=choices, usage=usage))
+        return event(ChatChunk(id=client.id, created=client.created, model=client.model, choices=choices, usage=usage))
 
-    async with aclosing(answers.all_pieces(service, job)) as arriving:
+    async with aclosing(answers.all_pieces(service, client)) as arriving:
         async for index, piece in arriving:
             counter.add(index, len(piece.tokens), piece.num_cached)
             usage = _running_usage(body, counter)
@@ -196,8 +203,9 @@ def _wants_usage(body: GenerateBody) -> bool:
     return body.stream_options is not None and bool(body.stream_options.include_usage)
 
 
-def _running_usage(body: GenerateBody, counter: Counter) -> Usage | msgspec.UnsetType | None:
-    """In every chunk on request; null in each but the last when usage is wanted, as OpenAI does."""
+def _running_usage(body: GenerateBody, counter: TokenCounter) -> Usage | msgspec.UnsetType | None:
+    """Return the usage that a chunk carries: the running one on request; null where only the last chunk has it, as
+    OpenAI does."""
     options = body.stream_options
     if options is None or not (options.include_usage or options.continuous_usage_stats):
         return msgspec.UNSET

@@ -1,4 +1,5 @@
-"""What the server answers when it does not do what was asked, always in OpenAI's form.
+"""The server's answers when it does not do what was asked, always in OpenAI's form. A refusal of the engine or of
+`inlaid.text` becomes one by its kind.
 
 ApiError
 ├── BadRequest      400  the request cannot be served as it is
@@ -19,17 +20,18 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import msgspec
 from aiohttp import web
 
-from inlaid.text.params import ParamError
-from inlaid.text.tokenizer import TemplateError
-from inlaid.worker.client import AdapterGone, EngineDead, EngineError, NotNow, RequestRefused, RequestTimeout
+from inlaid.engine.refusal import Refusal, RefusalKind, Refused
+from inlaid.worker.errors import EngineDead, EngineError, RequestTimeout
 
 log = logging.getLogger(__name__)
 
-# The first half of a surrogate pair without the second: msgspec calls that truncated when the text ends there.
+# Half a surrogate pair without the other half: msgspec calls that truncated when the text ends there.
 _HALF = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
 
 
@@ -41,12 +43,14 @@ class ErrorBody(msgspec.Struct, frozen=True):
 
 
 class ErrorResponse(msgspec.Struct, frozen=True):
-    """Every answer with a status of 400 or more."""
+    """The body of every answer with a status of 400 or more."""
 
     error: ErrorBody
 
 
 class ApiError(Exception):
+    """An answer that is an error."""
+
     status = 500
     kind = "server_error"
     code: str | None = None
@@ -55,8 +59,15 @@ class ApiError(Exception):
         self, message: str, param: str | None = None, code: str | None = None, retry_after: float | None = None
     ) -> None:
         super().__init__(message)
-        self.body = ErrorResponse(ErrorBody(message, self.kind, param, code or self.code))
+        self.message = message
+        self.param = param
+        self.code = code or self.code
         self.retry_after = retry_after
+
+    @property
+    def body(self) -> ErrorResponse:
+        """The JSON form."""
+        return ErrorResponse(ErrorBody(self.message, self.kind, self.param, self.code))
 
 
 class BadRequest(ApiError):
@@ -103,7 +114,21 @@ class TimedOut(ApiError):
     status, kind = 504, "timeout_error"
 
 
+# For each kind of refusal: the answer, its code, and the parameter where the refusal names none.
+_OF_KIND: Mapping[RefusalKind, tuple[type[ApiError], str | None, str | None]] = MappingProxyType(
+    {
+        RefusalKind.INVALID: (BadRequest, None, None),
+        RefusalKind.NOT_FOUND: (NotFound, "model_not_found", "model"),
+        RefusalKind.TOO_MANY: (TooMany, None, None),
+        RefusalKind.DEADLINE: (TooMany, None, None),
+        RefusalKind.UNAVAILABLE: (Unavailable, "adapter_not_ready", None),
+        RefusalKind.FAULT: (Fault, None, None),
+    }
+)
+
+
 def response(error: ApiError) -> web.Response:
+    """Return the answer that an error is."""
     headers = {}
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
@@ -118,26 +143,16 @@ def response(error: ApiError) -> web.Response:
 
 
 def translate(error: Exception) -> ApiError | None:
-    """An exception that we know the meaning of; None: a defect."""
+    """Return the answer to an exception that has a meaning; None: it is a defect."""
     match error:
         case ApiError():
             return error
-        case ParamError():
-            return BadRequest(str(error), error.param)
-        case TemplateError():
-            return BadRequest(str(error), "messages")
-        case AdapterGone():
-            return NotFound(str(error), "model", "model_not_found")
-        case RequestRefused(retry_after=None):
-            return BadRequest(str(error))
-        case RequestRefused():
-            return TooMany(str(error), retry_after=error.retry_after)
+        case Refused():
+            return refused(error.refusal)
         case RequestTimeout():
             return TimedOut(str(error))
         case EngineDead():
             return Unavailable(str(error), code="engine_unavailable", retry_after=5)
-        case NotNow():
-            return Unavailable(str(error), code="adapter_not_ready", retry_after=error.retry_after)
         case EngineError():
             return Fault(str(error))
         case web.HTTPRequestEntityTooLarge():
@@ -153,8 +168,14 @@ def translate(error: Exception) -> ApiError | None:
     return None
 
 
-def told(error: Exception, what: str) -> ApiError:
-    """What a client hears of an exception; a defect is logged, as what has failed."""
+def refused(refusal: Refusal) -> ApiError:
+    """Return the answer to a refused request."""
+    kind, code, param = _OF_KIND[refusal.kind]
+    return kind(refusal.message, refusal.param or param, code, refusal.retry_after)
+
+
+def reported(error: Exception, what: str) -> ApiError:
+    """Return the answer to an exception; a defect is logged as the failure of `what`."""
     known = translate(error)
     if known is None:
         log.error("%s failed", what, exc_info=error)
@@ -163,7 +184,7 @@ def told(error: Exception, what: str) -> ApiError:
 
 
 def undecodable(error: Exception, data: bytes = b"") -> BadRequest:
-    """A body that is not JSON, or not of the form asked for; names the field."""
+    """Return the answer to a body that is not JSON, or not of the form asked for, with the field's name."""
     if isinstance(error, RecursionError):
         return BadRequest("the body is nested too deeply")
     text = str(error)

@@ -1,4 +1,4 @@
-"""The routes that tell about the server: models, tokens, health, metrics, version."""
+"""The routes about the server itself: models, tokens, health, metrics, version."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from inlaid import __version__
 from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.server.completions import answer
 from inlaid.server.errors import BadRequest, NotFound, Unavailable
-from inlaid.server.prepare import chat_tokens, encode, resolve, template_options
-from inlaid.server.protocol import (
-    AdapterState,
+from inlaid.server.prepare import chat_tokens, resolve, template_options, text_tokens
+from inlaid.server.protocol.admin import AdapterState
+from inlaid.server.protocol.info import (
     DetokenizeBody,
     Detokenized,
     Health,
     ModelCard,
     ModelList,
-    ModelSummary,
     TokenizeBody,
     Tokens,
     Version,
 )
+from inlaid.server.protocol.sglang import ModelSummary
 from inlaid.server.service import SERVICE
-from inlaid.worker.client import EngineDead
+from inlaid.worker.errors import EngineDead
 from inlaid.worker.messages import AdapterInfo
 
-_PATIENCE = 30.0  # seconds that the engine may take to say how it is, or to make a token that shows it
-_Said = TypeVar("_Said")
+_PATIENCE = 30.0  # seconds that the engine may take to answer, or to make a token
+_Asked = TypeVar("_Asked")
 
 
 def _base_card(request: web.Request) -> ModelCard:
@@ -43,12 +43,12 @@ def _base_card(request: web.Request) -> ModelCard:
         id=service.model_name,
         created=service.started,
         root=service.root(request.headers),
-        max_model_len=service.max_model_len,
+        max_model_len=service.encoder.max_model_len,
     )
 
 
 def _adapter_cards(request: web.Request, adapters: Iterable[AdapterInfo], heard: bool) -> list[ModelCard]:
-    """Each with its state, if that was heard just now."""
+    """Return a card for each adapter, with its state if that was heard just now."""
     service = request.app[SERVICE]
     paths = service.keys.opens_paths(request.headers)
     return [
@@ -57,7 +57,7 @@ def _adapter_cards(request: web.Request, adapters: Iterable[AdapterInfo], heard:
             created=service.started,
             root=info.path if paths else info.name,
             parent=service.model_name,
-            max_model_len=service.max_model_len,
+            max_model_len=service.encoder.max_model_len,
             adapter=msgspec.convert(info, AdapterState, from_attributes=True) if heard else msgspec.UNSET,
         )
         for info in adapters
@@ -65,15 +65,15 @@ def _adapter_cards(request: web.Request, adapters: Iterable[AdapterInfo], heard:
 
 
 async def models(request: web.Request) -> web.Response:
-    """The base and its adapters, each a model."""
+    """List the base and its adapters, each a model."""
     engine = request.app[SERVICE].engine
-    adapters = await _told(engine.list_adapters())
+    adapters = await _ask(engine.list_adapters())
     listed = _adapter_cards(request, engine.adapters.values(), adapters is not None)
     return answer(ModelList(data=[_base_card(request), *listed]))
 
 
 async def model(request: web.Request) -> web.Response:
-    """One model."""
+    """Describe one model."""
     service, name = request.app[SERVICE], request.match_info["name"]
     if name == service.model_name:
         return answer(_base_card(request))
@@ -81,22 +81,22 @@ async def model(request: web.Request) -> web.Response:
     if known is None:
         raise NotFound(f"model {name!r} does not exist here", "model", "model_not_found")
     try:
-        now = await _told(service.engine.describe_adapter(name))
+        now = await _ask(service.engine.describe_adapter(name))
     except ValueError:
         raise NotFound(f"model {name!r} has just been unloaded", "model", "model_not_found") from None
     return answer(*_adapter_cards(request, [now or known], now is not None))
 
 
-async def _told(asked: Awaitable[_Said]) -> _Said | None:
-    """What the engine process says; None: it is not there, or busy for too long."""
+async def _ask(question: Awaitable[_Asked]) -> _Asked | None:
+    """Return the engine process's answer; None: it is not there, or busy for too long."""
     try:
-        return await asyncio.wait_for(asked, _PATIENCE)
+        return await asyncio.wait_for(question, _PATIENCE)
     except (EngineDead, asyncio.TimeoutError):
         return None
 
 
 async def tokenize(request: web.Request, body: TokenizeBody) -> web.Response:
-    """Token ids of a text, or of a conversation through the chat template."""
+    """Return the token ids of a text, or of a conversation through the chat template."""
     service = request.app[SERVICE]
     resolve(service, body.model)
     if (body.prompt is None) == (body.messages is None):
@@ -107,23 +107,26 @@ async def tokenize(request: web.Request, body: TokenizeBody) -> web.Response:
         )
     else:
         special = True if body.add_special_tokens is None else body.add_special_tokens
-        tokens = await encode(service.tokenizer, body.prompt or "", special)
+        tokens = await text_tokens(service, body.prompt or "", special)
     texts = [service.tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
-    return answer(Tokens(count=len(tokens), max_model_len=service.max_model_len, tokens=tokens, token_strs=texts))
+    return answer(
+        Tokens(count=len(tokens), max_model_len=service.encoder.max_model_len, tokens=tokens, token_strs=texts)
+    )
 
 
 async def detokenize(request: web.Request, body: DetokenizeBody) -> web.Response:
-    """The text of token ids, specials included."""
+    """Return the text of token ids, special tokens included."""
     service = request.app[SERVICE]
     resolve(service, body.model)
+    vocab_size = service.encoder.vocab_size
     for token in body.tokens:
-        if not 0 <= token < service.vocab_size:
-            raise BadRequest(f"token {token} is not in the vocabulary, 0 to {service.vocab_size - 1}", "tokens")
+        if not 0 <= token < vocab_size:
+            raise BadRequest(f"token {token} is not in the vocabulary, 0 to {vocab_size - 1}", "tokens")
     return answer(Detokenized(prompt=service.tokenizer.decode(body.tokens, skip_special_tokens=False)))
 
 
 async def health(request: web.Request) -> web.Response:
-    """200 while the engine process serves."""
+    """Answer 200 while the engine process serves."""
     engine = request.app[SERVICE].engine
     if not engine.ready:
         raise EngineDead(f"the engine is down: {engine.last_death or 'it is starting'}")
@@ -131,14 +134,14 @@ async def health(request: web.Request) -> web.Response:
 
 
 async def ready(request: web.Request) -> web.Response:
-    """200 while new requests are taken: not while draining."""
+    """Answer 200 while new requests are taken: not while draining."""
     if request.app[SERVICE].draining:
         raise Unavailable("the server is shutting down", retry_after=5)
     return await health(request)
 
 
 async def health_generate(request: web.Request) -> web.Response:
-    """Health shown by making one token."""
+    """Show health by making one token."""
     service = request.app[SERVICE]
     token = NewRequest(
         id=f"health-{secrets.token_hex(8)}", prompt=[0], params=SamplingParams(max_tokens=1, temperature=0.0)
@@ -157,22 +160,22 @@ async def health_generate(request: web.Request) -> web.Response:
 
 
 async def version(request: web.Request) -> web.Response:
-    """The server's version."""
+    """Return the server's version."""
     return answer(Version(version=__version__))
 
 
 async def model_info(request: web.Request) -> web.Response:
-    """SGLang's summary of the model."""
+    """Summarize the model as SGLang does."""
     service = request.app[SERVICE]
     path = service.root(request.headers)
-    return answer(ModelSummary(model_path=path, tokenizer_path=path, max_model_len=service.max_model_len))
+    return answer(ModelSummary(model_path=path, tokenizer_path=path, max_model_len=service.encoder.max_model_len))
 
 
 async def metrics(request: web.Request) -> web.Response:
-    """Prometheus metrics, with vLLM's names."""
+    """Return Prometheus metrics, with vLLM's names."""
     service = request.app[SERVICE]
     engine = service.engine
-    told = await _told(asyncio.gather(engine.call("stats"), engine.list_adapters()))
-    stats, adapters = told or (None, [])
+    answered = await _ask(asyncio.gather(engine.call("stats"), engine.list_adapters()))
+    stats, adapters = answered or (None, [])
     page = service.metrics.show(stats, adapters, engine.model, engine.num_restarts)
     return web.Response(body=page, headers={"Content-Type": CONTENT_TYPE_LATEST})

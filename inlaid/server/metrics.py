@@ -12,7 +12,7 @@ from typing import ClassVar
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from inlaid.engine.request import NewRequest
-from inlaid.text.tokenizer import Piece
+from inlaid.text.stream import Piece
 from inlaid.worker.messages import AdapterInfo, ModelInfo
 
 OTHER = "other"  # adapters beyond the cap share this label

@@ -1,6 +1,7 @@
-"""POST /generate, SGLang's own route: its names for what completions take, a batch of prompts each with its own wishes,
-and answers that grow when streamed, text, tokens and log probabilities from the beginning each time. Every prompt is
-prepared as a completion. What SGLang's clients ask beside it, `/get_server_info` and `/flush_cache`, is here too.
+"""POST /generate, SGLang's own route: its names for the fields of completions, a batch of prompts each with its own
+sampling parameters, and answers that grow when streamed: text, tokens and log probabilities from the beginning each
+time. Every prompt is prepared as a completion. `/get_server_info` and `/flush_cache`, which SGLang's clients use beside
+it, are here too.
 """
 
 from __future__ import annotations
@@ -11,19 +12,21 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
 from inlaid import __version__
+from inlaid.engine.refusal import Refused
 from inlaid.engine.request import FinishReason, TokenLogprobs
 from inlaid.server import answers
 from inlaid.server.completions import answer
-from inlaid.server.errors import ApiError, BadRequest, ErrorResponse, translate
-from inlaid.server.prepare import Job, completion_job
-from inlaid.server.protocol import (
-    CompletionBody,
+from inlaid.server.errors import ApiError, BadRequest, refused
+from inlaid.server.prepare import ClientRequest, completion_request
+from inlaid.server.protocol.openai import CompletionBody
+from inlaid.server.protocol.sglang import (
     Finish,
     Generation,
     MetaInfo,
@@ -34,25 +37,27 @@ from inlaid.server.protocol import (
 )
 from inlaid.server.service import SERVICE, Service
 from inlaid.server.streaming import event, send
-from inlaid.text.params import ParamError
-from inlaid.text.tokenizer import Piece, Tokenizer
+from inlaid.text.stream import Piece
+from inlaid.text.tokenizer import Tokenizer
 
-_OURS = {
-    "max_new_tokens": "max_tokens",
-    "min_new_tokens": "min_tokens",
-    "sampling_seed": "seed",
-    "no_stop_trim": "include_stop_str_in_output",
-}
-_THEIRS = {ours: theirs for theirs, ours in _OURS.items()} | {
-    "logprobs": "top_logprobs_num",
-    "prompt_logprobs": "top_logprobs_num",
-}
+_OURS: Mapping[str, str] = MappingProxyType(
+    {
+        "max_new_tokens": "max_tokens",
+        "min_new_tokens": "min_tokens",
+        "sampling_seed": "seed",
+        "no_stop_trim": "include_stop_str_in_output",
+    }
+)
+_THEIRS: Mapping[str, str] = MappingProxyType(
+    {ours: theirs for theirs, ours in _OURS.items()}
+    | {"logprobs": "top_logprobs_num", "prompt_logprobs": "top_logprobs_num"}
+)
 _MAX_NEW_TOKENS = 128  # where the client says nothing
 
 
 @dataclass(frozen=True)
 class _Item:
-    """One prompt of a batch, and what is asked for it."""
+    """One prompt of a batch, with its sampling parameters."""
 
     prompt: str | list[int]
     sampling: NativeSampling
@@ -65,16 +70,17 @@ async def generate(request: web.Request, body: NativeBody) -> web.StreamResponse
     """Continue a prompt, or each of a batch; SGLang's native request."""
     service, started = request.app[SERVICE], time.monotonic()
     items, several = _items(body)
-    job = await _job(service, items, request.headers, "text" if body.input_ids is None else "input_ids")
-    several = several or job.num_answers > 1
-    names = _names(body, len(job.requests), several)
+    field = "text" if body.input_ids is None else "input_ids"
+    client = await _client_request(service, items, request.headers, field)
+    several = several or client.num_answers > 1
+    names = _names(body, len(client.requests), several)
     growing = [
-        _Growing(service.tokenizer, items[i // job.num_answers], names[i], job.prompt_of(i).tokens, started, body)
-        for i in range(len(job.requests))
+        _Growing(service.tokenizer, items[i // client.num_answers], names[i], client.prompt_of(i), started, body)
+        for i in range(len(client.requests))
     ]
     if body.stream:
-        return await send(request, _events(service, job, growing, several))
-    async with aclosing(answers.all_pieces(service, job)) as arriving:
+        return await send(request, _events(service, client, growing, several))
+    async with aclosing(answers.all_pieces(service, client)) as arriving:
         async for index, piece in arriving:
             growing[index].add(piece)
     made = [one.show() for one in growing]
@@ -82,9 +88,9 @@ async def generate(request: web.Request, body: NativeBody) -> web.StreamResponse
 
 
 async def _events(
-    service: Service, job: Job, growing: Sequence[_Growing], several: bool
+    service: Service, client: ClientRequest, growing: Sequence[_Growing], several: bool
 ) -> AsyncGenerator[bytes, None]:
-    async with aclosing(answers.all_pieces(service, job)) as arriving:
+    async with aclosing(answers.all_pieces(service, client)) as arriving:
         async for index, piece in arriving:
             growing[index].add(piece)
             if piece.tokens or piece.finish_reason:
@@ -93,7 +99,7 @@ async def _events(
 
 
 async def server_info(request: web.Request) -> web.Response:
-    """SGLang's summary of the server; the engine's counters under `internal_states`."""
+    """Summarize the server as SGLang does; the engine's counters are under `internal_states`."""
     service = request.app[SERVICE]
     stats = await service.engine.call("stats")
     model = service.engine.model
@@ -104,7 +110,7 @@ async def server_info(request: web.Request) -> web.Response:
             tokenizer_path=service.root(request.headers),
             served_model_name=service.model_name,
             version=__version__,
-            context_length=service.max_model_len,
+            context_length=service.encoder.max_model_len,
             max_total_num_tokens=(model.num_blocks - 1) * model.block_size,
             max_running_requests=service.engine.config.scheduler.max_num_seqs,
             internal_states=[stats],
@@ -118,11 +124,11 @@ async def flush_cache(request: web.Request) -> web.Response:
     return web.Response(text="Cache flushed.\n")
 
 
-# What is asked.
+# Requests
 
 
 def _items(body: NativeBody) -> tuple[list[_Item], bool]:
-    """The prompts, and whether they came as a batch, which is answered by a list."""
+    """Return the prompts, and True if they came as a batch, which is answered by a list."""
     if (body.text is None) == (body.input_ids is None):
         raise BadRequest("give either text or input_ids", "text")
     given: Any = body.text if body.input_ids is None else body.input_ids
@@ -149,38 +155,42 @@ def _items(body: NativeBody) -> tuple[list[_Item], bool]:
 
 
 def _start(given: int | None, sampling: NativeSampling | None) -> int:
-    """Left out, it means no prompt token, unless there is no other: SGLang's frontend language asks so."""
+    """Return the first prompt token whose log probability is wanted. Left out, it means none, unless no token is made:
+    SGLang's frontend language asks so."""
     if given is not None:
         return given
     return 0 if sampling is not None and sampling.max_new_tokens == 0 else -1
 
 
-async def _job(service: Service, items: Sequence[_Item], headers: Mapping[str, str], field: str) -> Job:
-    """One job of all prompts."""
+async def _client_request(
+    service: Service, items: Sequence[_Item], headers: Mapping[str, str], field: str
+) -> ClientRequest:
+    """Prepare all prompts as one request of the client."""
     numbers = {item.sampling.n or 1 for item in items}
     if len(numbers) > 1:
         raise BadRequest("n must be the same for all prompts of a batch", "n")
-    most = service.config.max_prompts
-    if len(items) * max(numbers) > most:
-        raise BadRequest(f"n is {max(numbers)} with {len(items)} prompts; 1 to {most} answers in one request", "n")
-    jobs = []
+    service.encoder.check_count(max(numbers), len(items))
+    made = []
     for item in items:
         try:
-            job = await completion_job(service, _completion(item), headers)
-        except (ApiError, ParamError) as error:
+            one = await completion_request(service, _completion(item), headers)
+        except Refused as error:
+            raise _in_their_words(refused(error.refusal), field) from error
+        except ApiError as error:
             raise _in_their_words(error, field) from error
-        if not -1 <= item.start <= len(job.prompts[0].tokens):
+        if not -1 <= item.start <= len(one.prompt_of(0)):
             raise BadRequest(f"logprob_start_len is {item.start}; it must be within the prompt", "logprob_start_len")
-        jobs.append(job)
+        made.append(one)
     return replace(
-        jobs[0],
-        prompts=[prompt for job in jobs for prompt in job.prompts],
-        requests=[request for job in jobs for request in job.requests],
+        made[0],
+        texts=[text for one in made for text in one.texts],
+        requests=[request for one in made for request in one.requests],
     )
 
 
 def _completion(item: _Item) -> CompletionBody:
-    """The same in OpenAI's and vLLM's words. An answer of no token is asked for its prompt's sake, which `echo` is."""
+    """Return a prompt of /generate as a completion. An answer without tokens is asked for its prompt's log
+    probabilities, which `echo` gives."""
     given = msgspec.structs.asdict(item.sampling)
     if given.pop("stop_regex"):
         raise BadRequest("stop_regex is not supported; use stop, or end the answer with regex", "stop_regex")
@@ -192,19 +202,16 @@ def _completion(item: _Item) -> CompletionBody:
     )
 
 
-def _in_their_words(error: ApiError | ParamError, field: str) -> ApiError:
-    """The error with the names of the fields that the client sent."""
-    known = translate(error)
-    assert known is not None
-    words, told = {**_THEIRS, "prompt": field}, known.body.error
-    message = re.sub(r"\w+", lambda word: words.get(word[0], word[0]), told.message)
-    param = None if told.param is None else words.get(told.param, told.param)
-    known.body = ErrorResponse(msgspec.structs.replace(told, message=message, param=param))
-    return known
+def _in_their_words(error: ApiError, field: str) -> ApiError:
+    """Return an error with the names of the fields that the client sent."""
+    words = {**_THEIRS, "prompt": field}
+    message = re.sub(r"\w+", lambda word: words.get(word[0], word[0]), error.message)
+    param = None if error.param is None else words.get(error.param, error.param)
+    return type(error)(message, param, error.code, error.retry_after)
 
 
 def _names(body: NativeBody, count: int, several: bool) -> list[str]:
-    """What each answer is called: the client's name for it, numbered where one name is for several."""
+    """Return each answer's name: the client's, numbered where one name is for several."""
     if isinstance(body.rid, list):
         if len(body.rid) != count:
             raise BadRequest(f"rid has {len(body.rid)} entries for {count} answers", "rid")
@@ -213,11 +220,11 @@ def _names(body: NativeBody, count: int, several: bool) -> list[str]:
     return [f"{name}_{index}" for index in range(count)] if several else [name]
 
 
-# What is answered.
+# Answers
 
 
 class _Growing:
-    """One answer as far as it has come."""
+    """One answer as far as it has come, in SGLang's form."""
 
     def __init__(
         self, tokenizer: Tokenizer, item: _Item, name: str, prompt: Sequence[int], started: float, body: NativeBody
@@ -235,6 +242,7 @@ class _Growing:
             self._meta.input_top_logprobs, self._meta.output_top_logprobs = [], []
 
     def add(self, piece: Piece) -> None:
+        """Append a piece."""
         self._text += piece.text
         self._tokens += piece.tokens
         meta = self._meta
@@ -248,10 +256,11 @@ class _Growing:
             meta.e2e_latency = time.monotonic() - self._started
 
     def show(self) -> Generation:
+        """Return the answer so far."""
         return Generation(text=self._text, output_ids=self._tokens, meta_info=self._meta)
 
     def _note(self, listed: Sequence[TokenLogprobs | None], chosen: Any, top: Any) -> None:
-        """`None` stands for a prompt's first token, which nothing predicts."""
+        """Append log probabilities. `None` stands for a prompt's first token, which nothing predicts."""
         if not isinstance(chosen, list):
             return
         for item in listed:

@@ -31,8 +31,8 @@ _MAX_NAME = 256
 Find = Callable[[str], Any]
 
 
-class Engine(Protocol):
-    """What the resolver needs of the engine."""
+class Loads(Protocol):
+    """The engine as the resolver uses it."""
 
     async def load_adapter(self, name: str, path: str) -> Any: ...
 
@@ -44,7 +44,7 @@ class Resolver:
         self,
         find: Find,
         folders: AllowedFolders,
-        engine: Engine,
+        engine: Loads,
         most: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -117,7 +117,7 @@ class Resolver:
             self._refused.popitem(last=False)
 
 
-def make_resolver(config: ServerConfig, engine: Engine) -> Resolver | None:
+def make_resolver(config: ServerConfig, engine: Loads) -> Resolver | None:
     """What the configuration asks for. ConfigError: it cannot be had."""
     root, function = config.lora_resolver_root, config.lora_resolver
     if not root and not function:

@@ -1,11 +1,13 @@
-"""Route: one line of the API. `app.py` serves the table of them and `openapi.py` describes it."""
+"""Route: one line of the API. `routes.py` lists them, `app.py` serves them and `openapi.py` describes them."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
+
+from aiohttp import web
 
 
 class Guard(enum.Enum):
@@ -21,7 +23,7 @@ class Route:
 
     method: str
     path: str
-    handler: Callable[..., Any]
+    handler: Callable[..., Awaitable[web.StreamResponse]]
     guard: Guard = Guard.INFERENCE
     body: type[Any] | None = None
     answers: tuple[Any, ...] = ()  # types: whole, and each event of a stream

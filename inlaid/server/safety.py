@@ -1,6 +1,4 @@
-"""Who may do what: keys, the tenant a request is charged to, folders that adapters may come from, and how deep JSON may
-be nested. Nothing here knows a route.
-"""
+"""Access: keys, the tenant that a request is charged to, and the folders that adapters may come from."""
 
 from __future__ import annotations
 
@@ -9,12 +7,10 @@ import hmac
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from inlaid.config import ConfigError, ServerConfig
-from inlaid.server.errors import BadRequest, Forbidden, Unauthorized
+from inlaid.server.errors import Forbidden, Unauthorized
 
-MAX_DEPTH = 64
 TENANT_HEADER = "X-Tenant"
 _MAX_TENANT_CHARS = 128
 
@@ -32,7 +28,7 @@ class Keys:
 
     @classmethod
     def of(cls, config: ServerConfig, environment: Mapping[str, str]) -> Keys:
-        """From the configuration, else from the environment."""
+        """Read the keys from the configuration, else from the environment."""
         listed = environment.get("INLAID_API_KEY", "")
         inference = config.api_key or tuple(filter(None, (key.strip() for key in listed.split(","))))
         return cls(inference, config.admin_key or environment.get("INLAID_ADMIN_KEY") or None)
@@ -42,19 +38,20 @@ class Keys:
         return self._admin is not None
 
     def check_inference(self, headers: Mapping[str, str]) -> None:
-        """Raise Unauthorized unless a key is not needed or the right one is there; the admin key opens this too."""
+        """Raise Unauthorized unless no key is needed or a valid one is there; the admin key is valid here too."""
         if self._inference and not self._matches(bearer(headers), [*self._inference, *self._admins()]):
             raise Unauthorized("a valid API key is needed: send it as 'Authorization: Bearer KEY'")
 
     def check_admin(self, headers: Mapping[str, str]) -> None:
+        """Raise Forbidden where there is no admin key, and Unauthorized unless the request carries it."""
         if self._admin is None:
             raise Forbidden("this needs an admin key, and the server was started without one (--admin-key)")
         if not self._matches(bearer(headers), [self._admin]):
             raise Unauthorized("the admin key is needed: send it as 'Authorization: Bearer KEY'")
 
     def opens_paths(self, headers: Mapping[str, str]) -> bool:
-        """Whether a client may know where on the server's disk things are: with the admin key, or where no key is
-        needed for anything."""
+        """Tell whether a client may see paths on the server's disk: with the admin key, or where no key is needed for
+        anything."""
         return self._matches(bearer(headers), self._admins()) if self._inference or self._admin else True
 
     def _admins(self) -> list[bytes]:
@@ -67,7 +64,7 @@ class Keys:
 
 
 def bearer(headers: Mapping[str, str]) -> str:
-    """The key that a request carries, or an empty string."""
+    """Return the key that a request carries, or an empty string."""
     kind, _, key = headers.get("Authorization", "").partition(" ")
     return key.strip() if kind.lower() == "bearer" else ""
 
@@ -77,7 +74,7 @@ def _hash(key: str) -> bytes:
 
 
 def tenant(kind: str, headers: Mapping[str, str], user: str | None, adapter: str | None) -> str:
-    """Whom the ledger charges. A key is shown as the beginning of its hash."""
+    """Return the tenant that the ledger charges. A key is shown as the beginning of its hash."""
     if kind == "adapter":
         return adapter or ""
     if kind == "user":
@@ -95,8 +92,8 @@ class AllowedFolders:
         self.roots = [_root(root) for root in roots]
 
     def resolve(self, path: str) -> Path:
-        """The real folder that a client's path names. Forbidden when it, or a file in it, is outside the roots. What
-        does not exist is answered like what is forbidden, so that nobody can feel around the disk."""
+        """Return the real folder that a client's path names. Forbidden when it, or a file in it, is outside the roots.
+        A path that does not exist is answered like a forbidden one, so that no client can explore the disk."""
         outside = Forbidden("lora_path must be a folder inside one of the server's --lora-root folders", "lora_path")
         if "\0" in path or ".." in Path(path).parts:
             raise outside
@@ -112,7 +109,7 @@ class AllowedFolders:
 
 
 def os_entries(folder: Path) -> list[Path]:
-    """The files of a folder; OSError when it is none."""
+    """List the files of a folder; OSError when it is none."""
     return [Path(entry.path) for entry in os.scandir(folder)]
 
 
@@ -121,22 +118,6 @@ def _root(root: str) -> Path:
         return Path(root).expanduser().resolve(strict=True)
     except OSError as error:
         raise ConfigError(f"--lora-root {root} cannot be used: {error.strerror}") from error
-
-
-def check_depth(field: str, value: Any) -> None:
-    """Refuse JSON nested deeper than anything sensible, before recursive code meets it."""
-    level, depth = [value], 0
-    while level:
-        depth += 1
-        if depth > MAX_DEPTH:
-            raise BadRequest(f"{field} is nested more than {MAX_DEPTH} levels deep", field)
-        level = [inner for item in level for inner in _inner(item)]
-
-
-def _inner(item: Any) -> list[Any]:
-    if isinstance(item, dict):
-        return list(item.values())
-    return item if isinstance(item, list) else []
 
 
 def check_config(config: ServerConfig, keys: Keys) -> None:

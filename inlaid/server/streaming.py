@@ -1,22 +1,26 @@
-"""Server-sent events: answers as they come. Headers go out with the first piece, so that a refusal still is a proper
-HTTP status; what fails later is an event with the error.
+"""Server-sent events: answers as they come. Headers go out with the first piece, so that a refusal is a proper HTTP
+status; a later failure is an event with the error.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
 from aiohttp import web
 
-from inlaid.server.errors import told
+from inlaid.server.errors import reported
 
-_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_HEADERS: Mapping[str, str] = MappingProxyType(
+    {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+)
 
 
 def event(value: Any) -> bytes:
+    """Return a value as one event."""
     return b"data: " + msgspec.json.encode(value) + b"\n\n"
 
 
@@ -36,10 +40,10 @@ async def send(request: web.Request, events: AsyncGenerator[bytes, None]) -> web
 
 
 async def _to_the_end(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    """The events, what went wrong with them if anything did, and the mark of the end."""
+    """Yield the events, an event with the error if they fail, and the mark of the end."""
     try:
         async for data in events:
             yield data
     except Exception as error:  # noqa: BLE001 - what is not known is logged
-        yield event(told(error, "a stream").body)
+        yield event(reported(error, "a stream").body)
     yield b"data: [DONE]\n\n"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from inlaid.config import ConfigError
-from inlaid.worker.client import EngineDead, EngineError
+from inlaid.worker.errors import EngineDead, EngineError
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +24,8 @@ _FILES = ("adapter_config.json", "adapter_model.safetensors")
 Signature = tuple[tuple[int, int, int], ...]  # inode, size and time of each file
 
 
-class Engine(Protocol):
-    """What the watcher needs of the engine."""
+class Loads(Protocol):
+    """The engine as the watcher uses it."""
 
     @property
     def adapters(self) -> Collection[str]: ...
@@ -47,7 +47,7 @@ class _Seen:
 class Watcher:
     """One folder."""
 
-    def __init__(self, folder: Path, engine: Engine, taken: Collection[str]) -> None:
+    def __init__(self, folder: Path, engine: Loads, taken: Collection[str]) -> None:
         if not folder.is_dir():
             raise ConfigError(f"--lora-watch {folder} is not a folder")
         self._folder = folder.resolve()

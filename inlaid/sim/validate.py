@@ -28,7 +28,7 @@ from inlaid.sim.fit import errors, fit, write_cost, write_steps
 from inlaid.sim.journal import Arrival, Record
 from inlaid.sim.replay import BusyClock, Clock, Replay, Step, WallClock, mixed_trace, replay
 from inlaid.sim.simulate import Setup, simulate
-from inlaid.worker.process import Loaded, build_engine
+from inlaid.worker.build import Loaded, build_engine
 
 OTHER_LOADS = (0.3, 0.9)  # shares of what the engine can do
 DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"

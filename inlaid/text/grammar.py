@@ -1,4 +1,4 @@
-"""Structured output: which tokens a constraint allows next, and which ones bad words do not. The engine compiles a
+"""Structured output: the tokens that a constraint allows next, and those that bad words forbid. The engine compiles a
 constraint when a request arrives (and refuses bad ones); the runner asks for masks. The only file that imports
 llguidance.
 """
@@ -14,14 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from inlaid.engine.refusal import Refusal, Refused
 from inlaid.engine.request import Grammar
 
 MAX_GRAMMAR_CHARS = 200_000
 _MAX_COMPILED = 256
-
-
-class GrammarError(ValueError):
-    """A constraint cannot be used; the message says why."""
 
 
 class GrammarState:
@@ -35,8 +32,8 @@ class GrammarState:
         self.fault: str | None = None  # why the grammar could not go on: its output is not what was asked for
 
     def mask(self, outputs: Sequence[int]) -> np.ndarray:
-        """int32 bits of the tokens that may follow these outputs; when the text is complete, only the end. A grammar
-        that outgrows the library's limits ends its own output there, with a fault, and nobody else's."""
+        """Return, as int32 bits, the tokens that may follow these outputs; when the text is complete, only the end. A
+        grammar that outgrows the library's limits ends its own output there, with a fault, and no other request's."""
         for token in outputs[self._num_consumed :]:
             self._matcher.consume_token(token)
             self._num_consumed += 1
@@ -50,21 +47,21 @@ class GrammarState:
 
     @property
     def complete(self) -> bool:
-        """Whether the outputs so far may end here."""
+        """True when the outputs so far may end here."""
         return bool(self._matcher.is_accepting())
 
 
 class GrammarCompiler:
-    """Turns constraints into states for one tokenizer; compiled ones are kept for the next request."""
+    """Constraints compiled for one tokenizer; compiled ones are kept for the next request."""
 
     def __init__(self, folder: Path, vocab_size: int, eos_ids: Sequence[int]) -> None:
         try:
             import llguidance
         except ImportError:
-            raise GrammarError("structured output needs llguidance: pip install 'inlaid[grammar]'") from None
+            raise _refused("structured output needs llguidance: pip install 'inlaid[grammar]'") from None
         file = folder / "tokenizer.json"
         if not file.exists():
-            raise GrammarError(f"structured output needs {file}, which the model does not have")
+            raise _refused(f"structured output needs {file}, which the model does not have")
         self._library = llguidance
         self._vocab_size = vocab_size
         text = _without_padding(file)
@@ -74,7 +71,7 @@ class GrammarCompiler:
         self._compiled: OrderedDict[Grammar, Any] = OrderedDict()
 
     def state(self, grammar: Grammar) -> GrammarState:
-        """A fresh state; GrammarError (a ValueError) when the constraint is not a valid one."""
+        """Return a fresh state. Refused: the constraint is not a valid one."""
         matcher = self._compiled.get(grammar)
         if matcher is None:
             matcher = self._compile(grammar)
@@ -88,26 +85,26 @@ class GrammarCompiler:
         matcher_class = self._library.LLMatcher
         try:
             source = _source(matcher_class, grammar)
-        except GrammarError:
+        except Refused:
             raise
         except ValueError as error:
-            raise GrammarError(f"the constraint is not valid: {error}") from error
+            raise _refused(f"the constraint is not valid: {error}") from error
         fault = matcher_class.validate_grammar(source, self._tokenizer)
         if fault and not fault.startswith("WARNING"):
-            raise GrammarError(f"the constraint is not valid: {fault}")
+            raise _refused(f"the constraint is not valid: {fault}")
         matcher = matcher_class(self._tokenizer, source, log_level=0)
         if matcher.is_error():
-            raise GrammarError(f"the constraint is not valid: {matcher.get_error()}")
+            raise _refused(f"the constraint is not valid: {matcher.get_error()}")
         first = GrammarState(matcher.deep_copy(), self._known_tokens, self._vocab_size, self._end_bits)
         first.mask(())
-        if first.fault is not None:  # it leaves nothing to write at all
-            raise GrammarError(first.fault)
+        if first.fault is not None:  # no first token is possible
+            raise _refused(first.fault)
         return matcher
 
 
 @lru_cache(maxsize=64)
 def token_bits(tokens: tuple[int, ...], vocab_size: int) -> np.ndarray:
-    """A mask that allows just these tokens."""
+    """Return a mask that allows just these tokens."""
     bits = np.zeros(_words(vocab_size), dtype=np.uint32)
     for token in tokens:
         bits[token // 32] |= np.uint32(1 << token % 32)
@@ -115,8 +112,12 @@ def token_bits(tokens: tuple[int, ...], vocab_size: int) -> np.ndarray:
 
 
 def completing(outputs: Sequence[int], words: Sequence[tuple[int, ...]]) -> set[int]:
-    """The tokens that would complete one of these words after these outputs."""
+    """Return the tokens that would complete one of these words after these outputs."""
     return {word[-1] for word in words if len(word) == 1 or (tuple(outputs[-len(word) + 1 :]) == word[:-1])}
+
+
+def _refused(message: str) -> Refused:
+    return Refused(Refusal(message))
 
 
 def _words(num_tokens: int) -> int:
@@ -124,13 +125,13 @@ def _words(num_tokens: int) -> int:
 
 
 def _source(matcher_class: Any, grammar: Grammar) -> str:
-    """The library's own form of a constraint."""
+    """Return a constraint in the library's own form."""
     given = [name for name in grammar.__struct_fields__ if getattr(grammar, name) not in (None, False)]
     if len(given) != 1:
         names = ", ".join(grammar.__struct_fields__)
-        raise GrammarError(f"a constraint has exactly one of {names}; got {given}")
+        raise _refused(f"a constraint has exactly one of {names}; got {given}")
     if sum(len(text) for text in (grammar.json_schema, grammar.regex, grammar.lark) if text) > MAX_GRAMMAR_CHARS:
-        raise GrammarError(f"the constraint is longer than {MAX_GRAMMAR_CHARS} characters")
+        raise _refused(f"the constraint is longer than {MAX_GRAMMAR_CHARS} characters")
     if grammar.json_object:
         return str(matcher_class.grammar_from_json_schema('{"type": "object"}'))
     if grammar.json_schema is not None:
@@ -140,7 +141,7 @@ def _source(matcher_class: Any, grammar: Grammar) -> str:
     if grammar.lark is not None:
         return str(matcher_class.grammar_from_lark(_as_lark(grammar.lark)))
     if not grammar.choice or not all(grammar.choice):
-        raise GrammarError("a choice needs at least one text, and none of them empty")
+        raise _refused("a choice needs at least one text, and none of them empty")
     return str(matcher_class.grammar_from_lark("start: " + " | ".join(json.dumps(text) for text in grammar.choice)))
 
 
@@ -150,19 +151,19 @@ def _as_lark(text: str) -> str:
     try:
         return any_to_lark(text)
     except Exception as error:
-        raise GrammarError(f"the grammar is neither Lark nor GBNF: {error}") from error
+        raise _refused(f"the grammar is neither Lark nor GBNF: {error}") from error
 
 
 def _checked_json(schema: str) -> str:
     try:
         json.loads(schema)
     except (ValueError, RecursionError) as error:
-        raise GrammarError(f"the schema is not valid JSON: {error}") from error
+        raise _refused(f"the schema is not valid JSON: {error}") from error
     return schema
 
 
 def _without_padding(file: Path) -> str:
-    """The tokenizer's own file, less what would pad or cut the library's probes."""
+    """Return the tokenizer's own file without what would pad or cut the library's probes."""
     text = json.loads(file.read_text(encoding="utf-8"))
     return json.dumps({**text, "padding": None, "truncation": None})
 

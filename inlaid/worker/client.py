@@ -1,4 +1,4 @@
-"""AsyncEngine: the server's side of the engine process. It starts the process, sends requests, hands each its outputs
+"""EngineClient: the server's side of the engine process. It starts the process, sends requests, hands each its outputs
 as they come, and brings the process back, or gives up, when it dies.
 """
 
@@ -8,8 +8,6 @@ import asyncio
 import itertools
 import logging
 import os
-import socket
-import sys
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,206 +19,21 @@ from inlaid.config import EngineConfig
 from inlaid.engine.refusal import Refusal, RefusalKind
 from inlaid.engine.request import FinishReason, NewRequest, Output
 from inlaid.worker import messages
+from inlaid.worker.errors import EngineDead, exception_of
+from inlaid.worker.inbox import Inbox
+from inlaid.worker.link import READ_SIZE, Link
 from inlaid.worker.messages import AdapterInfo, ModelInfo
 
 log = logging.getLogger(__name__)
 
-FACTORY = "inlaid.worker.process:build_engine"
-_READ_SIZE = 1 << 20
+FACTORY = "inlaid.worker.build:build_engine"
 _LONGEST_PAUSE = 30.0  # seconds between two starts
 _MAX_STARTS = 5  # that fail in a row, before the engine is given up
+_UNKNOWN_FAILURE = Refusal("the request failed in the engine", RefusalKind.FAULT)
 
 
-class EngineError(RuntimeError):
-    """Something on our side went wrong."""
-
-
-class EngineDead(EngineError):
-    """The engine process is not there (yet, or any more)."""
-
-
-class NotNow(EngineError):
-    """What the request needs is not there; after retry_after seconds it may be."""
-
-    def __init__(self, message: str, retry_after: float) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class RequestTimeout(EngineError):
-    """The request took longer than it may."""
-
-
-class RequestRefused(ValueError):
-    """The engine does not take this request, or cannot do what it asks. With retry_after, it may later."""
-
-    def __init__(self, message: str, retry_after: float | None = None) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class AdapterGone(RequestRefused):
-    """The request's adapter was unloaded while it was on its way."""
-
-
-class _Inbox:
-    """Outputs of one request on their way to its reader. What is not read yet is kept as one Output, so that a slow
-    reader costs no more than the tokens of its answer."""
-
-    def __init__(self) -> None:
-        self._output: Output | None = None
-        self._error: Exception | None = None
-        self._waiter: asyncio.Future[None] | None = None
-
-    def put(self, output: Output) -> None:
-        self._output = output if self._output is None else merge(self._output, output)
-        self._wake()
-
-    def fail(self, error: Exception) -> None:
-        self._error = error
-        self._wake()
-
-    async def get(self) -> Output:
-        """The next output. An error comes first, unless the answer is complete already."""
-        while self._output is None or (self._error is not None and self._output.finish_reason is None):
-            if self._error is not None:
-                raise self._error
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        output, self._output = self._output, None
-        return output
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-
-def merge(first: Output, second: Output) -> Output:
-    """Two consecutive outputs of one request as one."""
-    logprobs = first.logprobs
-    if second.logprobs is not None:
-        logprobs = [*(first.logprobs or []), *second.logprobs]
-    return msgspec.structs.replace(
-        first,
-        tokens=first.tokens + second.tokens,
-        logprobs=logprobs,
-        prompt_logprobs=second.prompt_logprobs if first.prompt_logprobs is None else first.prompt_logprobs,
-        finish_reason=second.finish_reason,
-        stop_token=second.stop_token,
-        num_cached=max(first.num_cached, second.num_cached),
-        queue_time=second.queue_time if first.queue_time is None else first.queue_time,
-        refusal=second.refusal,
-    )
-
-
-class _Link:
-    """One life of the engine process: the process, its socket, and who waits for what from it."""
-
-    def __init__(self) -> None:
-        self.process: asyncio.subprocess.Process | None = None
-        self.writer: asyncio.StreamWriter | None = None
-        self.ready: asyncio.Future[messages.Ready] = asyncio.get_running_loop().create_future()
-        self.ready.add_done_callback(_look_at)  # perhaps nobody waits for it
-        self.inboxes: dict[str, _Inbox] = {}
-        self.calls: dict[int, asyncio.Future[Any]] = {}
-        self.fatal: str | None = None
-
-    async def open(self, start: messages.Start, environment: Mapping[str, str]) -> asyncio.StreamReader:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self.process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "inlaid.worker.process",
-                str(theirs.fileno()),
-                pass_fds=(theirs.fileno(),),
-                stdin=asyncio.subprocess.DEVNULL,
-                env={**os.environ, **environment},
-            )
-        reader, self.writer = await asyncio.open_unix_connection(sock=ours, limit=_READ_SIZE)
-        self.send(start)
-        return reader
-
-    def send(self, message: messages.Command) -> None:
-        if self.writer is not None and not self.writer.is_closing():
-            self.writer.write(messages.frame(message))
-
-    def receive(self, event: messages.Event) -> None:
-        match event:
-            case messages.Outputs(outputs=outputs):
-                for output in outputs:
-                    if (inbox := self.inboxes.get(output.id)) is not None:
-                        inbox.put(output)
-            case messages.Refusal(id=request_id):
-                if (inbox := self.inboxes.get(request_id)) is not None:
-                    inbox.fail(_refusal(event))
-            case messages.Reply(call=call, value=value):
-                if (answer := self.calls.pop(call, None)) is not None and not answer.done():
-                    answer.set_result(value)
-            case messages.Failure(call=call, message=message, fault=fault):
-                if (answer := self.calls.pop(call, None)) is not None and not answer.done():
-                    answer.set_exception(EngineError(message) if fault else ValueError(message))
-            case messages.Ready():
-                self.ready.set_result(event)
-            case messages.Fatal(message=message):
-                self.fatal = message
-
-    def fail(self, error: EngineDead) -> None:
-        """Nobody waits for ever."""
-        for inbox in self.inboxes.values():
-            inbox.fail(error)
-        for answer in self.calls.values():
-            if not answer.done():
-                answer.set_exception(error)
-        self.calls.clear()
-        if not self.ready.done():
-            self.ready.set_exception(error)
-
-    async def close(self, patience: float = 5.0) -> None:
-        """Closing the socket asks the process to end; killing it makes sure."""
-        if self.writer is not None:
-            self.writer.close()
-        if self.process is None:
-            return
-        try:
-            await asyncio.wait_for(self.process.wait(), patience)
-        except asyncio.TimeoutError:
-            self.kill()
-            await self.process.wait()
-
-    def kill(self) -> None:
-        if self.process is not None and self.process.returncode is None:
-            self.process.kill()
-
-
-def _look_at(future: asyncio.Future[Any]) -> None:
-    """An exception that was looked at is not reported as lost."""
-    if not future.cancelled():
-        future.exception()
-
-
-def _refusal(event: messages.Refusal) -> Exception:
-    if event.unknown:
-        return AdapterGone(event.message)
-    return EngineError(event.message) if event.fault else RequestRefused(event.message, event.retry_after)
-
-
-def _failure(output: Output) -> Exception:
-    refusal = output.refusal or Refusal("the request failed in the engine", RefusalKind.FAULT)
-    if refusal.kind is RefusalKind.FAULT:
-        return EngineError(refusal.message)
-    if refusal.kind is RefusalKind.UNAVAILABLE:
-        return NotNow(refusal.message, refusal.retry_after or 1.0)
-    return RequestRefused(refusal.message, refusal.retry_after)
-
-
-def _timer(inbox: _Inbox, timeout: float) -> asyncio.TimerHandle:
-    error = RequestTimeout(f"the request was not done within the {timeout:g} s that this server allows")
-    return asyncio.get_running_loop().call_later(timeout, inbox.fail, error)
-
-
-class AsyncEngine:
-    """The engine process as asyncio sees it."""
+class EngineClient:
+    """The engine process through all its lives."""
 
     def __init__(
         self,
@@ -244,54 +57,55 @@ class AsyncEngine:
         self._give_up = give_up
         self._factory = factory
         self._environment = {"PYTHONPATH": _import_path(), **(environment or {})}
-        self._link: _Link | None = None
+        self._link: Link | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._closing = False
         self._numbers = itertools.count(1)
-        self._looking = asyncio.Lock()
-        self._num_looks = 0  # at all adapters, begun
-        self._last_look = 0  # the last that was answered, and what it found
+        self._querying = asyncio.Lock()
+        self._num_queries = 0  # for all adapters, begun
+        self._last_query = 0  # the last that was answered, and what it found
         self._listed: list[AdapterInfo] = []
 
     @property
     def ready(self) -> bool:
-        link = self._link
-        return link is not None and link.ready.done() and link.ready.exception() is None
+        """True while the process serves."""
+        return self._link is not None and self._link.serves
 
     @property
     def process_id(self) -> int | None:
+        """The process, if it runs."""
         return None if self._link is None or self._link.process is None else self._link.process.pid
 
     @property
     def num_requests(self) -> int:
+        """Count the requests that are waited for."""
         return 0 if self._link is None else len(self._link.inboxes)
 
     async def start(self) -> ModelInfo:
-        """Start the process and wait until it serves. EngineDead: why it cannot."""
-        link = self._link = _Link()
+        """Start the process and wait until it serves. EngineDead says why it cannot."""
+        link = self._link = Link()
         self._keeper = asyncio.create_task(self._keep(link))
         ready = await asyncio.shield(link.ready)
         return ready.model
 
     async def generate(self, request: NewRequest, timeout: float = 0.0) -> AsyncGenerator[Output, None]:
-        """Outputs until one has a finish_reason. Left early (closed, cancelled, timed out), the request is aborted, so
-        close it: `async with aclosing(engine.generate(…))`. RequestRefused, RequestTimeout, NotNow, EngineDead,
+        """Yield outputs until one has a finish_reason. Left early (closed, cancelled, timed out), the request is
+        aborted, so close it: `async with aclosing(engine.generate(…))`. Raises Refused, RequestTimeout, EngineDead and
         EngineError."""
         link = self._live()
-        inbox = link.inboxes[request.id] = _Inbox()
+        inbox = link.inboxes[request.id] = Inbox()
         over = False
-        timer = _timer(inbox, timeout) if timeout > 0 else None
+        timer = inbox.fail_after(timeout) if timeout > 0 else None
         try:
             link.send(messages.Add(request=request))
-            assert link.writer is not None
-            await link.writer.drain()
+            await link.drain()
             while not over:
                 output = await inbox.get()
                 over = output.finish_reason is not None
                 if output.finish_reason is FinishReason.ERROR:
-                    raise _failure(output)
+                    raise exception_of(output.refusal or _UNKNOWN_FAILURE)
                 yield output
-        except (RequestRefused, EngineDead):
+        except EngineDead:
             over = True
             raise
         except ConnectionError as error:
@@ -304,26 +118,19 @@ class AsyncEngine:
                 link.send(messages.Abort(id=request.id))
 
     def stop(self, request_id: str) -> None:
-        """A stop string was found: the answer is whole, whatever else the engine would make."""
+        """End a request whose answer is whole: a stop string was found."""
         if self._link is not None:
             self._link.send(messages.Abort(id=request_id, reason=FinishReason.STOP))
 
     async def call(self, method: str, /, **arguments: Any) -> Any:
-        """Ask the engine something, see process.Calls. ValueError: it refuses; EngineDead."""
-        return await self._ask(self._live(), method, arguments)
-
-    async def _ask(self, link: _Link, method: str, arguments: dict[str, Any]) -> Any:
-        number = next(self._numbers)
-        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        link.calls[number] = answer
-        link.send(messages.Call(call=number, name=method, arguments=arguments))
-        return await answer
+        """Call a method of `calls.Queries` in the process. Raises Refused and EngineDead."""
+        return await self._live().ask(next(self._numbers), method, arguments)
 
     async def load_adapter(
         self, name: str, path: str, in_place: bool = False, pinned: bool | None = None
     ) -> AdapterInfo:
-        """Serve an adapter from a folder; with in_place it may replace one of that name. Pinned it stays on the device
-        (None: as it was, or as the configuration says)."""
+        """Serve an adapter from a folder; with in_place it may replace one of that name. A pinned one stays on the
+        device (None: as it was, or as the configuration says)."""
         value = await self.call("load_adapter", name=name, path=path, in_place=in_place, pinned=pinned)
         info = msgspec.convert(value, AdapterInfo)
         self.adapters[name] = info
@@ -332,13 +139,14 @@ class AsyncEngine:
         return info
 
     def _remember_pin(self, name: str, pinned: bool) -> None:
-        """For the next life of the process."""
+        """Change what the next life of the process pins."""
         others = tuple(other for other in self.config.adapters.pin_adapter if other != name)
         adapters = replace(self.config.adapters, pin_adapter=(*others, name) if pinned else others)
         self.config = replace(self.config, adapters=adapters)
 
     async def unload_adapter(self, name: str, patience: float = 0.0) -> int:
-        """Forget an adapter at once, and wait so long for the requests that run on it. How many still do."""
+        """Forget an adapter at once, wait up to `patience` seconds for the requests that run on it, and return how many
+        still do."""
         known = self.adapters.get(name)
         in_flight = int(await self.call("unload_adapter", name=name))
         self.adapters.pop(name, None)
@@ -353,22 +161,23 @@ class AsyncEngine:
         return in_flight
 
     async def list_adapters(self) -> list[AdapterInfo]:
-        """The step loop tells them once at a time, however many ask: who asks while it does shares the next time."""
-        came = self._num_looks
-        async with self._looking:
-            if self._last_look <= came:
-                number = self._num_looks = self._num_looks + 1
+        """Return all adapters. Coalesce concurrent calls into one engine query: those that come while it runs share the
+        next one."""
+        came = self._num_queries
+        async with self._querying:
+            if self._last_query <= came:
+                number = self._num_queries = self._num_queries + 1
                 listed = msgspec.convert(await self.call("adapters"), list[AdapterInfo])
                 self.adapters = {info.name: info for info in listed}
-                self._listed, self._last_look = listed, number
+                self._listed, self._last_query = listed, number
             return self._listed
 
     async def describe_adapter(self, name: str) -> AdapterInfo:
-        """ValueError: there is none of that name."""
+        """Return one adapter. Refused: there is none of that name."""
         return msgspec.convert(await self.call("adapter", name=name), AdapterInfo)
 
     async def close(self) -> None:
-        """End the process; what is in flight fails."""
+        """End the process; requests in flight fail."""
         self._closing = True
         link, keeper = self._link, self._keeper
         if link is not None:
@@ -379,18 +188,18 @@ class AsyncEngine:
             await asyncio.gather(keeper, return_exceptions=True)
 
     def kill(self) -> None:
-        """End the process now, without a word."""
+        """End the process now."""
         self._closing = True
         if self._link is not None:
             self._link.kill()
 
-    def _live(self) -> _Link:
+    def _live(self) -> Link:
         if self._link is None or not self.ready:
             because = f": {self.last_death}" if self.last_death else ""
             raise EngineDead(f"the engine is not ready{because}")
         return self._link
 
-    async def _keep(self, link: _Link) -> None:
+    async def _keep(self, link: Link) -> None:
         """Follow the process through its lives."""
         num_failed = 0
         strict = True
@@ -398,12 +207,11 @@ class AsyncEngine:
             reason = await self._live_once(link, strict)
             if self._closing:
                 return
-            came_up = link.ready.done() and link.ready.exception() is None
-            num_failed = 0 if came_up else num_failed + 1
+            num_failed = 0 if link.serves else num_failed + 1
+            first = strict and not link.serves
             self.last_death = reason
             self._link = None
             link.fail(EngineDead(reason))
-            first = strict and not came_up
             strict = False
             if first:
                 return  # start() raises
@@ -414,16 +222,16 @@ class AsyncEngine:
             await asyncio.sleep(min(_LONGEST_PAUSE, 2.0**num_failed - 1))
             self.num_restarts += 1
             log.warning("starting the engine process again")
-            link = self._link = _Link()
+            link = self._link = Link()
 
-    async def _live_once(self, link: _Link, strict: bool) -> str:
-        """One life, from start to death. Why it ended."""
+    async def _live_once(self, link: Link, strict: bool) -> str:
+        """Live one life of the process from start to death, and return why it ended."""
         start = messages.Start(config=self.config, adapters=dict(self._paths), factory=self._factory, strict=strict)
         framing = messages.Framing(messages.Event)
         watch = asyncio.create_task(self._watch(link))
         try:
             reader = await link.open(start, self._environment)
-            while data := await reader.read(_READ_SIZE):
+            while data := await reader.read(READ_SIZE):
                 for event in framing.feed(data):
                     if isinstance(event, messages.Ready):
                         self._welcome(event)
@@ -436,7 +244,7 @@ class AsyncEngine:
         status = None if link.process is None else link.process.returncode
         return link.fatal or f"the engine process ended with status {status}"
 
-    async def _watch(self, link: _Link) -> None:
+    async def _watch(self, link: Link) -> None:
         """End a process that serves but has stopped answering, so that it is treated like any other dead one."""
         if not self._timeout:
             return
@@ -444,7 +252,7 @@ class AsyncEngine:
             await asyncio.shield(link.ready)
             while True:
                 await asyncio.sleep(self._timeout / 4)
-                await asyncio.wait_for(self._ask(link, "stats", {}), self._timeout)
+                await asyncio.wait_for(link.ask(next(self._numbers), "stats", {}), self._timeout)
         except asyncio.TimeoutError:
             link.fatal = f"the engine process has not answered for {self._timeout:g} s"
             link.kill()
@@ -461,6 +269,6 @@ class AsyncEngine:
 
 
 def _import_path() -> str:
-    """Where this process found inlaid (and whatever else), so that the child finds the same."""
+    """Return where this process found inlaid and other packages, so that the child finds the same."""
     here = str(Path(__file__).resolve().parents[2])
     return os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -1,5 +1,5 @@
-"""What the server and the engine process say to each other, and how it is framed: length-prefixed msgpack of tagged
-structs over a socket pair. `async_engine.py` speaks the one side, `process.py` the other.
+"""The messages between the server and the engine process, and their framing: length-prefixed msgpack of tagged structs
+over a socket pair. `client.py` speaks the one side, `process.py` the other.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from typing import Any
 import msgspec
 
 from inlaid.config import EngineConfig
+from inlaid.engine.refusal import Refusal
 from inlaid.engine.request import FinishReason, NewRequest, Output
 
 _LENGTH = struct.Struct("<I")
 MAX_MESSAGE = 1 << 28
+_ENCODER = msgspec.msgpack.Encoder()
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Its class's name travels with it."""
+    """A message; the name of its class travels with it."""
 
 
 class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,7 +43,7 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What the server has to know about the loaded model."""
+    """The facts about the loaded model that the server needs."""
 
     folder: str
     vocab_size: int
@@ -63,7 +65,7 @@ class Start(Message, frozen=True, kw_only=True):
 
     config: EngineConfig
     adapters: dict[str, str]
-    factory: str  # "module:function" that makes what process.py steps
+    factory: str  # "module:function" that makes the Loaded that process.py steps
     strict: bool = True
 
 
@@ -72,7 +74,7 @@ class Add(Message, frozen=True, kw_only=True):
 
 
 class Abort(Message, frozen=True, kw_only=True):
-    """End a request now. With STOP its answer is whole (a stop string was found), and its length is worth learning."""
+    """End a request now. With STOP its answer is whole, as a stop string was found; the predictor learns its length."""
 
     id: str
     reason: FinishReason = FinishReason.ABORT
@@ -82,7 +84,7 @@ class Call(Message, frozen=True, kw_only=True):
     """A question with one Reply or Failure."""
 
     call: int
-    name: str  # a method of process.Calls
+    name: str  # a method of calls.Queries, or load_adapter or until_unloaded
     arguments: dict[str, Any] = {}
 
 
@@ -102,17 +104,9 @@ class Fatal(Message, frozen=True, kw_only=True):
 
 
 class Outputs(Message, frozen=True, kw_only=True):
+    """Outputs of one step. A request that is not taken has an output too, with FinishReason.ERROR and a refusal."""
+
     outputs: list[Output]
-
-
-class Refusal(Message, frozen=True, kw_only=True):
-    """A request that was not taken. With retry_after it may be later."""
-
-    id: str
-    message: str
-    retry_after: float | None = None
-    fault: bool = False  # ours, not the request's
-    unknown: bool = False  # its adapter has gone
 
 
 class Reply(Message, frozen=True, kw_only=True):
@@ -122,12 +116,11 @@ class Reply(Message, frozen=True, kw_only=True):
 
 class Failure(Message, frozen=True, kw_only=True):
     call: int
-    message: str
-    fault: bool = False
+    refusal: Refusal
 
 
 Command = Start | Add | Abort | Call
-Event = Ready | Fatal | Outputs | Refusal | Reply | Failure
+Event = Ready | Fatal | Outputs | Reply | Failure
 
 
 class Framing:
@@ -137,8 +130,8 @@ class Framing:
         self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(kind)
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> list[Any]:
-        """The messages that these bytes complete. ValueError: this is no stream of ours."""
+    def feed(self, data: bytes | bytearray) -> list[Any]:
+        """Return the messages that these bytes complete. ValueError: this is no stream of ours."""
         self._buffer += data
         messages = []
         start = 0
@@ -155,7 +148,9 @@ class Framing:
         return messages
 
 
-def frame(message: Message) -> bytes:
-    """A message as it crosses the socket."""
-    body = msgspec.msgpack.encode(message)
-    return _LENGTH.pack(len(body)) + body
+def frame(message: Message) -> bytearray:
+    """Return a message as it crosses the socket."""
+    data = bytearray(_LENGTH.size)
+    _ENCODER.encode_into(message, data, _LENGTH.size)
+    _LENGTH.pack_into(data, 0, len(data) - _LENGTH.size)
+    return data

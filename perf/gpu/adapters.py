@@ -50,7 +50,7 @@ from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.kernels.assist import Assistant, Profile
 from inlaid.kernels.backend import MODULES
 from inlaid.model.spec import ModelSpec, spec_from_config
-from inlaid.worker.process import Loaded, build_engine
+from inlaid.worker.build import Loaded, build_engine
 from perf.gpu import ROOT
 from perf.gpu.random_model import ATTENTION, EVERY_LINEAR, config, write_model
 

@@ -15,7 +15,7 @@ from inlaid.checkpoint import Checkpoint, QuantSpec, quantization_config, to_ten
 from inlaid.config import AdapterConfig, EngineConfig
 from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.quant.solver import Grid, round_to_nearest
-from inlaid.worker.process import Loaded, build_engine
+from inlaid.worker.build import Loaded, build_engine
 from perf.gpu import ROOT
 
 MODEL = Path("models/demo/base")

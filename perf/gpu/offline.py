@@ -16,7 +16,7 @@ from inlaid.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerCon
 from inlaid.engine.request import Batch, NewRequest, SamplingParams
 from inlaid.kernels.measure import Ceiling
 from inlaid.model.spec import ModelSpec
-from inlaid.worker.process import Loaded, build_engine
+from inlaid.worker.build import Loaded, build_engine
 from perf.gpu import step as step_module
 from perf.gpu.random_model import spec_of
 from perf.gpu.serving import Keep, files

@@ -21,7 +21,7 @@ from inlaid.report.provenance import provenance
 from inlaid.sim.cost import load_cost
 from inlaid.sim.fit import errors, fit, write_cost, write_steps
 from inlaid.sim.validate import Comparison, Plan, validate
-from inlaid.worker.process import build_engine
+from inlaid.worker.build import build_engine
 from perf.gpu import ROOT
 from perf.gpu.offline import RANKS, engine_config
 from perf.gpu.random_model import write_adapters, write_model

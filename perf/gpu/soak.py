@@ -19,7 +19,7 @@ from inlaid.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerCon
 from inlaid.engine.engine import Engine
 from inlaid.engine.request import FinishReason, NewRequest, SamplingParams
 from inlaid.layers import sampler
-from inlaid.worker.process import Loaded, build_engine
+from inlaid.worker.build import Loaded, build_engine
 from perf.gpu.demo import ADAPTERS, MODEL, questions
 
 CHECKED = 150  # answers compared with the same request run alone

@@ -17,7 +17,7 @@ def say(server: Live, model: str) -> str:
     body = {"model": model, "messages": MESSAGES, "temperature": 0, "max_tokens": 12}
     answer = server.ask("POST", "/v1/chat/completions", body)
     assert answer.status == 200, answer.body
-    return answer.json["choices"][0]["message"]["content"]
+    return str(answer.json["choices"][0]["message"]["content"])
 
 
 def models(server: Live) -> set[str]:

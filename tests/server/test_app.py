@@ -17,7 +17,8 @@ from inlaid.server import app
 from inlaid.server.metrics import Metrics
 from inlaid.server.safety import AllowedFolders, Keys
 from inlaid.server.service import SERVICE, Service
-from inlaid.worker.client import AsyncEngine
+from inlaid.text.encoder import RequestEncoder
+from inlaid.worker.client import EngineClient
 from tests.worker.fake_engine import ENVIRONMENT, FACTORY
 
 
@@ -75,7 +76,7 @@ def test_while_the_engine_is_down_models_are_named_and_no_state_is_made_up(tmp_p
 
     async def main() -> None:
         down = asyncio.Event()
-        engine = AsyncEngine(
+        engine = EngineClient(
             EngineConfig(model="fake"),
             {"a": str(tmp_path)},
             on_death="exit",
@@ -87,15 +88,13 @@ def test_while_the_engine_is_down_models_are_named_and_no_state_is_made_up(tmp_p
         service = Service(
             config=ServerConfig(),
             engine=engine,
-            tokenizer=cast(Any, None),
+            encoder=RequestEncoder(cast(Any, None), 50, 900),
             metrics=Metrics("base", 10),
             keys=Keys((), None),
             folders=AllowedFolders([]),
             model_name="base",
             model_path="fake",
             public_path="fake",
-            max_model_len=900,
-            vocab_size=50,
             started=0,
         )
         async with TestClient(TestServer(app.make_app(service))) as client:

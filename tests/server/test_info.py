@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
-from inlaid.server.app import ROUTES
 from inlaid.server.metrics import OTHER, Metrics
 from inlaid.server.openapi import plain_path
+from inlaid.server.routes import ROUTES
 from tests.server.live import DEMO, Live
 
 

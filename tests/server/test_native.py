@@ -257,7 +257,7 @@ def test_flushing_the_cache_forgets_prompts_and_needs_the_operator(server: Live)
     text = "a prompt that no other test has asked the server to continue, long enough for a few blocks of the cache"
 
     def cached() -> int:
-        return ask(server, text=text)["meta_info"]["cached_tokens"]
+        return int(ask(server, text=text)["meta_info"]["cached_tokens"])
 
     cached()
     assert cached() > 0

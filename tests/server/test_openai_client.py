@@ -16,7 +16,7 @@ def client(server: Live) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0)
 
 
-MESSAGES: list = [{"role": "user", "content": "hello there"}]
+MESSAGES: list[Any] = [{"role": "user", "content": "hello there"}]
 
 
 def test_models_are_the_base_and_its_adapters(client: openai.OpenAI) -> None:
@@ -118,7 +118,7 @@ def test_tools_reach_the_template(client: openai.OpenAI) -> None:
     def prompt_tokens(**more: object) -> int:
         answer = client.chat.completions.create(model="demo", messages=MESSAGES, max_tokens=1, **more)  # type: ignore
         assert answer.usage is not None
-        return answer.usage.prompt_tokens
+        return int(answer.usage.prompt_tokens)
 
     assert prompt_tokens(tools=[tool]) > prompt_tokens() + 5
     assert prompt_tokens(tools=[tool], tool_choice="none") == prompt_tokens()
@@ -167,7 +167,7 @@ def test_what_vllms_and_sglangs_benchmarks_send_is_accepted(server: Live) -> Non
     parts = [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]
     sampling = {"temperature": 0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
     sglang = {"model": "maths", "lora_path": "maths", "temperature": 0.0, "ignore_eos": True, "stream": True}
-    bodies: list[tuple[str, dict]] = [
+    bodies: list[tuple[str, dict[str, Any]]] = [
         ("/v1/completions", {"model": "maths", "prompt": "x", "max_tokens": 3, "logprobs": None, **sampling, **usage}),
         (
             "/v1/chat/completions",
@@ -187,7 +187,7 @@ def test_what_vllms_and_sglangs_benchmarks_send_is_accepted(server: Live) -> Non
 
 
 def test_lora_path_names_the_adapter_as_model_does(server: Live) -> None:
-    def ask(**names: str) -> tuple[int, dict]:
+    def ask(**names: str) -> tuple[int, dict[str, Any]]:
         answer = server.ask(
             "POST", "/v1/completions", {"prompt": "Tom has 6", "max_tokens": 8, "temperature": 0, **names}
         )

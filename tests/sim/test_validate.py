@@ -30,7 +30,7 @@ from inlaid.sim.validate import (
     summary,
     validate,
 )
-from inlaid.worker.process import Loaded
+from inlaid.worker.build import Loaded
 from tests.engine.bench import ADAPTERS, Bench
 
 ATTEMPTS = 3  # a machine whose speed changes within seconds may spoil one comparison of seconds

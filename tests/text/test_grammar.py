@@ -12,8 +12,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import ByteLevel
 
+from inlaid.engine.refusal import Refused
 from inlaid.engine.request import Grammar
-from inlaid.text.grammar import GrammarCompiler, GrammarError, completing
+from inlaid.text.grammar import GrammarCompiler, completing
 
 END = 2
 
@@ -47,7 +48,8 @@ def write(compiler: GrammarCompiler, folder: Path, grammar: Grammar, seed: int, 
     """Random tokens within the mask until the end; None when that took too long."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     random = np.random.default_rng(seed)
-    state, outputs = compiler.state(grammar), []
+    state = compiler.state(grammar)
+    outputs: list[int] = []
     for _ in range(most):
         choices = sorted(allowed(state.mask(outputs)))
         assert choices, "nothing is allowed"
@@ -139,7 +141,7 @@ def test_a_grammar_that_outgrows_the_library_says_so(compiler: GrammarCompiler, 
 
 
 def test_a_constraint_that_allows_nothing_is_refused(compiler: GrammarCompiler) -> None:
-    with pytest.raises(GrammarError, match="cannot be followed after 0 tokens"):
+    with pytest.raises(Refused, match="cannot be followed after 0 tokens"):
         compiler.state(Grammar(json_schema='{"$ref": "#"}'))
 
 
@@ -175,14 +177,14 @@ def test_states_do_not_share_their_place(compiler: GrammarCompiler, folder: Path
     ],
 )
 def test_bad_constraints_are_value_errors(compiler: GrammarCompiler, grammar: Grammar) -> None:
-    with pytest.raises(GrammarError):
+    with pytest.raises(Refused):
         compiler.state(grammar)
-    assert issubclass(GrammarError, ValueError)
+    assert issubclass(Refused, ValueError)
 
 
 def test_absent_library_and_tokenizer(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(GrammarError, match=r"needs .*tokenizer\.json"):
+    with pytest.raises(Refused, match=r"needs .*tokenizer\.json"):
         GrammarCompiler(tmp_path, 300, (END,))
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(GrammarError, match=r"pip install 'inlaid\[grammar\]'"):
+    with pytest.raises(Refused, match=r"pip install 'inlaid\[grammar\]'"):
         GrammarCompiler(folder, 300, (END,))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
+from inlaid.engine.refusal import Refused
 from inlaid.engine.request import Grammar, SamplingParams
-from inlaid.text.params import POSITIVE, RANGES, ParamError, check
+from inlaid.text.params import POSITIVE, RANGES, check
 
 VOCABULARY = 100
 
 
 def changed(name: str, value: float) -> SamplingParams:
-    more = {"max_tokens": 2**31 - 1} if name == "min_tokens" else {}
+    more: dict[str, Any] = {"max_tokens": 2**31 - 1} if name == "min_tokens" else {}
     return SamplingParams(**{**more, name: value})
 
 
@@ -24,9 +26,9 @@ def test_bounds_are_allowed_and_what_is_beyond_is_refused(name: str) -> None:
         check(changed(name, least), VOCABULARY)
     check(changed(name, most), VOCABULARY)
     for value in (least - 1, most + 1, math.nan, math.inf, *([0.0] if name in POSITIVE else [])):
-        with pytest.raises(ParamError, match=f"^{name} is ") as refused:
+        with pytest.raises(Refused, match=f"^{name} is ") as refused:
             check(changed(name, value), VOCABULARY)
-        assert refused.value.param == name
+        assert refused.value.refusal.param == name
 
 
 @pytest.mark.parametrize(
@@ -49,6 +51,6 @@ def test_bounds_are_allowed_and_what_is_beyond_is_refused(name: str) -> None:
     ],
 )
 def test_what_makes_no_sense_is_refused(params: SamplingParams, name: str) -> None:
-    with pytest.raises(ParamError) as refused:
+    with pytest.raises(Refused) as refused:
         check(params, VOCABULARY)
-    assert refused.value.param == name
+    assert refused.value.refusal.param == name

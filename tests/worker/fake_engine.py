@@ -1,5 +1,5 @@
 """An engine process's insides without a model: the real scheduler over FakeRunner, with prompts that misbehave on
-request. `FACTORY` names it to AsyncEngine, `ENVIRONMENT` lets the process find it."""
+request. `FACTORY` names it to EngineClient, `ENVIRONMENT` lets the process find it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 from inlaid.config import EngineConfig
 from inlaid.engine.engine import Engine, make_engine
 from inlaid.engine.request import Batch, Grammar, NewRequest, Request
+from inlaid.worker.adapters import Readers
+from inlaid.worker.build import Loaded, install
 from inlaid.worker.messages import AdapterInfo, ModelInfo
-from inlaid.worker.process import Loaded, Readers, install
 from tests.engine.fake_runner import EOS, VOCABULARY, FakeAdapters, FakeRunner
 
 FACTORY = "tests.worker.fake_engine:build"

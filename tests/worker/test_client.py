@@ -1,4 +1,4 @@
-"""AsyncEngine over a real process with a fake model: outputs, aborts, refusals, deaths and restarts."""
+"""EngineClient over a real process with a fake model: outputs, aborts, refusals, deaths and restarts."""
 
 from __future__ import annotations
 
@@ -13,17 +13,13 @@ from typing import Any
 import pytest
 
 from inlaid.config import EngineConfig, SchedulerConfig
+from inlaid.engine.refusal import Refused
 from inlaid.engine.request import FinishReason, Grammar, NewRequest, Output, SamplingParams, TokenLogprobs
 from inlaid.server.errors import translate
-from inlaid.worker.client import (
-    AdapterGone,
-    AsyncEngine,
-    EngineDead,
-    EngineError,
-    RequestRefused,
-    RequestTimeout,
-    merge,
-)
+from inlaid.worker.client import EngineClient
+from inlaid.worker.errors import EngineDead, EngineError, RequestTimeout
+from inlaid.worker.inbox import merge
+from inlaid.worker.link import Link
 from tests.engine.fake_runner import generate
 from tests.worker.fake_engine import DEADLY, ENVIRONMENT, FACTORY, FAULTY
 
@@ -31,9 +27,9 @@ LONG = SamplingParams(max_tokens=800, ignore_eos=True, temperature=0.0)
 
 
 @asynccontextmanager
-async def running(adapters: dict[str, str] | None = None, **options: Any) -> AsyncIterator[AsyncEngine]:
+async def running(adapters: dict[str, str] | None = None, **options: Any) -> AsyncIterator[EngineClient]:
     config = options.pop("config", EngineConfig(model="fake"))
-    engine = AsyncEngine(config, adapters, factory=FACTORY, environment=ENVIRONMENT, **options)
+    engine = EngineClient(config, adapters, factory=FACTORY, environment=ENVIRONMENT, **options)
     await engine.start()
     try:
         yield engine
@@ -41,7 +37,7 @@ async def running(adapters: dict[str, str] | None = None, **options: Any) -> Asy
         await engine.close()
 
 
-async def tokens(engine: AsyncEngine, request: NewRequest, timeout: float = 0.0) -> list[int]:
+async def tokens(engine: EngineClient, request: NewRequest, timeout: float = 0.0) -> list[int]:
     made: list[int] = []
     async with aclosing(engine.generate(request, timeout)) as outputs:
         async for output in outputs:
@@ -78,24 +74,24 @@ def test_a_request_that_is_left_frees_its_blocks() -> None:
             await outputs.aclose()
 
             async def free() -> bool:
-                return (await engine.call("stats"))["kv_blocks_used"] == 0
+                return bool((await engine.call("stats"))["kv_blocks_used"] == 0)
 
             await until(free)
 
     asyncio.run(main())
 
 
-def test_however_many_ask_for_the_adapters_the_engine_tells_them_once_at_a_time(tmp_path: Path) -> None:
+def test_concurrent_lists_of_the_adapters_share_a_query(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with running({f"a{n}": str(tmp_path) for n in range(100)}) as engine:
             asked = []
-            ask = engine._ask
+            ask = Link.ask
 
-            async def counted(link: Any, method: str, arguments: dict[str, Any]) -> Any:
+            async def counted(link: Link, number: int, method: str, arguments: dict[str, Any]) -> Any:
                 asked.append(method)
-                return await ask(link, method, arguments)
+                return await ask(link, number, method, arguments)
 
-            engine._ask = counted  # type: ignore[method-assign]
+            monkeypatch.setattr(Link, "ask", counted)
             first = asyncio.create_task(engine.list_adapters())
             await asyncio.sleep(0)
             lists = await asyncio.gather(*(engine.list_adapters() for _ in range(50)))
@@ -132,13 +128,13 @@ def test_cancelling_a_reader_aborts_its_request() -> None:
             reader = asyncio.create_task(tokens(engine, NewRequest(id="a", prompt=[1], params=LONG)))
 
             async def started() -> bool:
-                return (await engine.call("stats"))["running"] == 1
+                return bool((await engine.call("stats"))["running"] == 1)
 
             await until(started)
             reader.cancel()
 
             async def ended() -> bool:
-                return (await engine.call("stats"))["running"] == 0
+                return bool((await engine.call("stats"))["running"] == 0)
 
             await until(ended)
 
@@ -149,10 +145,10 @@ def test_refusals_say_why_and_when() -> None:
     async def main() -> None:
         limits = SchedulerConfig(max_num_seqs=1, max_num_waiting=1)
         async with running(config=EngineConfig(model="fake", scheduler=limits)) as engine:
-            with pytest.raises(RequestRefused, match="prompt has 901 tokens") as refused:
+            with pytest.raises(Refused, match="prompt has 901 tokens") as refused:
                 await tokens(engine, NewRequest(id="long", prompt=[1] * 901))
             assert refused.value.retry_after is None
-            with pytest.raises(AdapterGone, match="'none such' is unknown") as gone:
+            with pytest.raises(Refused, match="'none such' is unknown") as gone:
                 await tokens(engine, NewRequest(id="gone", prompt=[1], adapter="none such"))
             known = translate(gone.value)
             assert known is not None
@@ -162,7 +158,7 @@ def test_refusals_say_why_and_when() -> None:
                 for n in range(5)
             ]
             done, _ = await asyncio.wait(readers, return_when=asyncio.FIRST_EXCEPTION)
-            later = [error.retry_after for reader in done if isinstance(error := reader.exception(), RequestRefused)]
+            later = [error.retry_after for reader in done if isinstance(error := reader.exception(), Refused)]
             assert later
             assert all(seconds is not None and seconds > 0 for seconds in later)
             for reader in readers:
@@ -279,7 +275,7 @@ def test_with_exit_a_death_is_reported_and_final() -> None:
 
 def test_a_model_that_cannot_be_loaded_is_named() -> None:
     async def main() -> None:
-        engine = AsyncEngine(EngineConfig(model="broken"), factory=FACTORY, environment=ENVIRONMENT)
+        engine = EngineClient(EngineConfig(model="broken"), factory=FACTORY, environment=ENVIRONMENT)
         with pytest.raises(EngineDead, match="the model is broken; mend it"):
             await engine.start()
         await engine.close()
@@ -302,7 +298,7 @@ def test_a_grammar_that_takes_long_to_compile_holds_nobody_up(tmp_path: Path) ->
             left.cancel()
             gate.touch()
             assert await slow == generate([5], None, 16)
-            with pytest.raises(RequestRefused, match="not valid"):
+            with pytest.raises(Refused, match="not valid"):
                 await tokens(engine, constrained("bad", json_object=True))
             assert (await engine.call("stats"))["prompt_tokens"] == 2  # the one that was left was never added
 

@@ -16,8 +16,9 @@ import pytest
 
 from inlaid.config import AdapterConfig, EngineConfig, SchedulerConfig
 from inlaid.engine.request import NewRequest, SamplingParams
-from inlaid.worker import loading, messages, process
-from inlaid.worker.process import build_engine
+from inlaid.worker import adapters as worker_adapters
+from inlaid.worker import build, loading, messages
+from inlaid.worker.build import build_engine
 from tests.worker.fake_engine import ENVIRONMENT, FACTORY
 
 DEMO = Path(__file__).parents[2] / "models" / "demo"
@@ -115,15 +116,15 @@ def test_adapters_are_read_while_the_model_is_loaded(monkeypatch: pytest.MonkeyP
         assert all(done.done() for _, done in readers[0].reads)
         return load_model(config, opened=opened, settle=settle)
 
-    class Readers(process.Readers):
+    class Readers(worker_adapters.Readers):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             readers.append(self)
 
-    readers: list[process.Readers] = []
+    readers: list[worker_adapters.Readers] = []
     monkeypatch.setattr(loading, "read_adapter", read)
     monkeypatch.setattr(loading, "load_model", load)
-    monkeypatch.setattr(process, "Readers", Readers)
+    monkeypatch.setattr(build, "Readers", Readers)
     adapters = {name: str(DEMO / "adapters" / name) for name in ("to_velar", "maths")}
     loaded = build_engine(EngineConfig(model=str(DEMO / "base")), adapters)
     assert {info.name for info in loaded.adapters.list()} == set(adapters)
@@ -143,7 +144,7 @@ def test_no_more_adapters_are_read_ahead_than_may_be_held() -> None:
         return made
 
     taken = []
-    with process.Readers({str(number): "" for number in range(40)}, read, ahead=5) as readers:
+    with worker_adapters.Readers({str(number): "" for number in range(40)}, read, ahead=5) as readers:
         readers.wait()
         assert len(alive) == 5
         for name, done in readers:
@@ -185,6 +186,6 @@ def test_the_same_load_asked_for_twice_is_done_once(tmp_path: Path) -> None:
     child.send(messages.Call(call=3, name="load_adapter", arguments=arguments))
     refused = child.receive()[0]
     assert isinstance(refused, messages.Failure)
-    assert "already loaded" in refused.message
+    assert "already loaded" in refused.refusal.message
     child.socket.close()
     assert child.process.wait(30) == 0

@@ -1,0 +1,59 @@
+"""Adapters and the scheduler, seen and changed while serving."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from msgspec import Meta
+
+from inlaid.server.protocol.base import Body, Payload
+
+
+class LoadAdapterBody(Body, frozen=True, kw_only=True):
+    lora_name: Annotated[str, Meta(min_length=1, max_length=256)]
+    lora_path: Annotated[str, Meta(min_length=1, max_length=4096)]
+    load_inplace: bool | None = None
+    pinned: bool | None = None  # stays on the device; without it: as it was
+
+
+class UnloadAdapterBody(Body, frozen=True, kw_only=True):
+    lora_name: str
+    lora_int_id: int | None = None  # no effect: names are unique
+
+
+class SchedulerBody(Body, frozen=True, kw_only=True):
+    """Any of them; what is left out stays."""
+
+    policy: str | None = None
+    options: dict[str, Any] | None = None
+    weights: dict[str, float] | None = None
+    limits: dict[str, dict[str, int | None]] | None = None
+    max_num_waiting: int | None = None
+
+
+class AdapterState(Payload, kw_only=True):
+    """An adapter's residency and history; the fields are AdapterInfo's."""
+
+    name: str
+    identity: str
+    rank: int
+    bytes: int
+    tier: str
+    requests: int
+    load_seconds: float
+    on_host: bool
+    reads: int
+    loads: int
+    evictions: int
+    hits: int
+    copy_seconds: float
+    pinned: bool
+
+
+class AdapterCard(AdapterState, kw_only=True):
+    path: str
+
+
+class AdapterList(Payload, kw_only=True):
+    adapters: list[AdapterCard]
+    max_loras: int

@@ -1,0 +1,13 @@
+"""The two kinds of struct that cross HTTP."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A body that a client sends."""
+
+
+class Payload(msgspec.Struct, kw_only=True):
+    """A body, or an event of a stream, that the server sends."""

@@ -1,0 +1,92 @@
+"""The table of routes: everything that the server answers, in one place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from inlaid.server import admin, info, native
+from inlaid.server.completions import chat_completions, completions
+from inlaid.server.protocol.admin import AdapterList, LoadAdapterBody, SchedulerBody, UnloadAdapterBody
+from inlaid.server.protocol.info import (
+    DetokenizeBody,
+    Detokenized,
+    Health,
+    ModelCard,
+    ModelList,
+    TokenizeBody,
+    Tokens,
+    Version,
+)
+from inlaid.server.protocol.openai import ChatBody, ChatChunk, ChatCompletion, Completion, CompletionBody
+from inlaid.server.protocol.sglang import Generation, LoadResult, ModelSummary, NativeBody, ServerInfo
+from inlaid.server.route import Guard, Route
+
+ROUTES = (
+    Route(
+        "POST",
+        "/v1/completions",
+        completions,
+        body=CompletionBody,
+        answers=(Completion, Completion),
+        answering=True,
+    ),
+    Route(
+        "POST",
+        "/v1/chat/completions",
+        chat_completions,
+        body=ChatBody,
+        answers=(ChatCompletion, ChatChunk),
+        answering=True,
+    ),
+    Route(
+        "POST",
+        "/generate",
+        native.generate,
+        body=NativeBody,
+        answers=(Generation | list[Generation], Generation),
+        answering=True,
+    ),
+    Route("GET", "/v1/models", info.models, answers=(ModelList,)),
+    Route("GET", "/v1/models/{name:.+}", info.model, answers=(ModelCard,)),
+    Route("POST", "/tokenize", info.tokenize, body=TokenizeBody, answers=(Tokens,)),
+    Route("POST", "/detokenize", info.detokenize, body=DetokenizeBody, answers=(Detokenized,)),
+    Route("GET", "/health", info.health, Guard.OPEN, answers=(Health,)),
+    Route("GET", "/ready", info.ready, Guard.OPEN, answers=(Health,)),
+    Route("GET", "/health_generate", info.health_generate, answers=(Health,)),
+    Route("GET", "/version", info.version, Guard.OPEN, answers=(Version,)),
+    Route("GET", "/get_model_info", info.model_info, answers=(ModelSummary,)),
+    Route("GET", "/model_info", info.model_info, answers=(ModelSummary,)),
+    Route("GET", "/get_server_info", native.server_info, answers=(ServerInfo,)),
+    Route("GET", "/server_info", native.server_info, answers=(ServerInfo,)),
+    Route("POST", "/flush_cache", native.flush_cache, Guard.OPERATOR, text=True),
+    Route("GET", "/metrics", info.metrics, Guard.OPEN, text=True),
+    Route("GET", "/v1/adapters", admin.list_adapters, answers=(AdapterList,)),
+    Route("POST", "/v1/load_lora_adapter", admin.load_adapter, Guard.ADMIN, LoadAdapterBody, text=True),
+    Route("POST", "/v1/unload_lora_adapter", admin.unload_adapter, Guard.ADMIN, UnloadAdapterBody, text=True),
+    Route(
+        "POST",
+        "/load_lora_adapter",
+        admin.load_adapter_sglang,
+        Guard.ADMIN,
+        LoadAdapterBody,
+        (LoadResult,),
+    ),
+    Route(
+        "POST",
+        "/unload_lora_adapter",
+        admin.unload_adapter_sglang,
+        Guard.ADMIN,
+        UnloadAdapterBody,
+        (LoadResult,),
+    ),
+    Route("GET", "/v1/scheduler", admin.get_scheduler, Guard.OPERATOR, answers=(dict[str, Any],)),
+    Route("PUT", "/v1/scheduler", admin.put_scheduler, Guard.ADMIN, SchedulerBody, (dict[str, Any],)),
+    Route(
+        "GET",
+        "/v1/fairness",
+        admin.fairness,
+        Guard.OPERATOR,
+        answers=(dict[str, Any],),
+        query=(("window", "number"),),
+    ),
+)

@@ -1,0 +1,206 @@
+"""The life of a server, from start to drained. `inlaid serve` calls `serve`."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from inlaid.config import ConfigError, EngineConfig, ServerConfig
+from inlaid.server.app import make_app
+from inlaid.server.metrics import Metrics
+from inlaid.server.resolver import make_resolver
+from inlaid.server.safety import AllowedFolders, Keys, check_config
+from inlaid.server.service import Service
+from inlaid.server.watcher import Watcher
+from inlaid.text.encoder import RequestEncoder
+from inlaid.text.tokenizer import Tokenizer
+from inlaid.worker.build import process_age
+from inlaid.worker.client import EngineClient
+from inlaid.worker.errors import EngineDead
+
+log = logging.getLogger(__name__)
+
+_IDLE_SECONDS = 75.0  # that a connection without a request stays open, its headers half sent included
+
+
+async def make_service(
+    config: ServerConfig,
+    engine_config: EngineConfig,
+    adapters: Mapping[str, str],
+    give_up: Callable[[str], None],
+    **engine_options: Any,
+) -> Service:
+    """Start the engine and, where the model is a folder, read its tokenizer meanwhile: importing its reader takes
+    seconds. ConfigError says why it cannot."""
+    keys = Keys.of(config, os.environ)
+    check_config(config, keys)
+    folders = AllowedFolders(config.lora_root)
+    model_name = config.served_model_name or model_display_name(engine_config.model)
+    if model_name in adapters:
+        raise ConfigError(f"an adapter is called {model_name!r} like the base; rename one (--served-model-name)")
+    template = None if config.chat_template is None else _read_template(config.chat_template)
+    engine = EngineClient(
+        engine_config,
+        adapters,
+        on_death=config.on_engine_death,
+        timeout=config.engine_timeout,
+        give_up=give_up,
+        **engine_options,
+    )
+    resolver = make_resolver(config, engine)
+    watchers = [Watcher(Path(folder).expanduser(), engine, (model_name,)) for folder in config.lora_watch]
+    reading = None
+    if Path(engine_config.model).is_dir():
+        reading = asyncio.create_task(asyncio.to_thread(Tokenizer, engine_config.model, template))
+        reading.add_done_callback(lambda done: done.cancelled() or done.exception())  # the engine's reason comes first
+    try:
+        model = await engine.start()
+        tokenizer = await (reading or asyncio.to_thread(Tokenizer, model.folder, template))
+    except EngineDead as error:
+        raise ConfigError(str(error)) from error
+    except (OSError, ValueError) as error:
+        await engine.close()
+        raise ConfigError(f"the tokenizer of {engine_config.model} cannot be read: {error}") from error
+    except BaseException:
+        await engine.close()
+        raise
+    return Service(
+        config=config,
+        engine=engine,
+        encoder=RequestEncoder(
+            tokenizer,
+            model.vocab_size,
+            min(model.max_model_len, (model.num_blocks - 1) * model.block_size),
+            config.max_prompts,
+        ),
+        metrics=Metrics(model_name, config.max_metric_adapters),
+        keys=keys,
+        folders=folders,
+        resolver=resolver,
+        watchers=watchers,
+        model_name=model_name,
+        model_path=engine_config.model,
+        public_path=model_name if Path(engine_config.model).is_dir() else engine_config.model,
+        started=int(time.time()),
+    )
+
+
+def model_display_name(model: str) -> str:
+    """Return a hub id as it is, a folder's name, or its parent's where that says nothing."""
+    path = Path(model)
+    if not path.is_dir():
+        return model
+    path = path.resolve()
+    return path.parent.name if path.name in ("base", "model") else path.name
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--chat-template {path} cannot be read: {error}") from error
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Bind a socket, before anything slow is done. ConfigError says why it cannot."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            raise ConfigError(
+                f"port {port} on {host} is in use: stop what listens there, or choose another with --port"
+            ) from error
+        raise ConfigError(f"cannot listen on {host} port {port}: {error}") from error
+    return listener
+
+
+async def serve(
+    config: ServerConfig,
+    engine_config: EngineConfig,
+    adapters: Mapping[str, str],
+    announce: Callable[[Service, str], None],
+    **engine_options: Any,
+) -> int:
+    """Serve until told to stop, and return the exit status. SIGTERM or SIGINT drains, a second one ends at once."""
+    listener = listen(config.host, config.port)
+    stop: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def give_up(reason: str) -> None:
+        log.error("giving up: %s", reason)
+        if not stop.done():
+            stop.set_result(1)
+
+    began = process_age()
+    service_ready = asyncio.ensure_future(make_service(config, engine_config, adapters, give_up, **engine_options))
+    _on_signals(stop, service_ready)
+    try:
+        service = await service_ready
+    except asyncio.CancelledError:
+        return 0
+    finally:
+        if service_ready.cancelled() or service_ready.exception() is not None:
+            listener.close()
+    runner = web.AppRunner(
+        make_app(service),
+        handler_cancellation=True,
+        access_log=None,
+        shutdown_timeout=1.0,
+        keepalive_timeout=_IDLE_SECONDS,
+    )
+    await runner.setup()
+    await web.SockSite(runner, listener, backlog=1024).start()
+    watching = [asyncio.create_task(watcher.run(config.lora_watch_interval)) for watcher in service.watchers]
+    host, port = listener.getsockname()[:2]
+    log.info("start-up: ready %.1f s after the process began, %.1f s of them before the engine", process_age(), began)
+    announce(service, f"http://{f'[{host}]' if ':' in host else host}:{port}")
+    status = await stop
+    for watch in watching:
+        watch.cancel()
+    if status == 0:
+        await drain(service)
+    await runner.cleanup()
+    await service.engine.close()
+    return status
+
+
+def _on_signals(stop: asyncio.Future[int], starting: asyncio.Future[Service]) -> None:
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if not starting.done():
+            starting.cancel()  # nothing is served yet
+        elif stop.done():
+            if starting.exception() is None:
+                starting.result().engine.kill()
+            os._exit(1)  # the second signal: now
+        else:
+            stop.set_result(0)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+
+
+async def drain(service: Service) -> None:
+    """Take no new requests and let those in flight finish, for as long as configured."""
+    service.draining = True
+    deadline = time.monotonic() + service.config.drain_timeout
+    if service.num_in_flight:
+        log.warning("draining: %d requests in flight; another signal ends at once", service.num_in_flight)
+    while service.num_in_flight and time.monotonic() < deadline:
+        await asyncio.sleep(0.02)
+    if service.num_in_flight:
+        log.warning("%d requests were still in flight after %g s", service.num_in_flight, service.config.drain_timeout)

@@ -1,0 +1,150 @@
+"""From a request's words to the engine's requests: prompts and conversations to token ids within the model's limits,
+sampling parameters checked, n answers expanded. The server and LLM both go through here.
+
+A request that cannot be served is refused (`Refused`) by the name of its parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from inlaid.engine.refusal import Refusal, Refused
+from inlaid.engine.request import NewRequest, SamplingParams
+from inlaid.text.nesting import check_depth
+from inlaid.text.params import MAX_BAD_WORDS, answer_params, check, check_tokens
+from inlaid.text.template import RESERVED, Message, content_text, plain_message
+from inlaid.text.tokenizer import Tokenizer
+
+_FORMS = "prompt must be a text, a list of texts, a list of token ids, or a list of lists of token ids"
+
+
+class RequestEncoder:
+    """A model's tokenizer, and the limits of requests to the model. Its methods only read, and may run in threads."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, max_model_len: int, max_answers: int = 0) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.max_model_len = max_model_len
+        self.max_answers = max_answers  # most prompts times n in one request; 0: any number
+
+    def text(self, text: str, add_special_tokens: bool = True, param: str = "prompt") -> list[int]:
+        """Return the token ids of a text."""
+        self._check_size(param, len(text))
+        return self.tokenizer.encode(text, add_special_tokens)
+
+    def tokens(self, ids: list[int], param: str = "prompt") -> list[int]:
+        """Return token ids that came as such, checked."""
+        check_tokens(param, ids, self.vocab_size)
+        return ids
+
+    def prompts(self, given: str | list[Any], add_special_tokens: bool = True) -> list[list[int]]:
+        """Return the token ids of each prompt: a text, several, token ids, or several lists of them."""
+        if isinstance(given, str):
+            return [self.text(given, add_special_tokens)]
+        if not given:
+            raise _refused("prompt is an empty list", "prompt")
+        if _are_ids(given):
+            return [self.tokens(given)]
+        if self.max_answers and len(given) > self.max_answers:
+            raise _refused(f"{len(given)} prompts; at most {self.max_answers} in one request", "prompt")
+        if all(isinstance(item, str) for item in given):
+            return [self.text(item, add_special_tokens) for item in given]
+        if all(isinstance(item, list) and _are_ids(item) for item in given):
+            return [self.tokens(item) for item in given]
+        raise _refused(_FORMS, "prompt")
+
+    def conversation(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None = None,
+        options: dict[str, Any] | None = None,
+        add_special_tokens: bool = False,
+    ) -> list[int]:
+        """Return the token ids of a conversation, written out by the chat template, which adds the special tokens
+        itself. `options` is what the template is told besides messages and tools."""
+        check_depth("tools", tools)
+        self._check_size("messages", num_chars(messages))
+        plain = [plain_message(message) for message in messages]
+        return self.tokenizer.encode(
+            self.tokenizer.template.render(plain, tools, **(options or {})), add_special_tokens
+        )
+
+    def bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Return each word's token ids, with a space before it and without."""
+        most = MAX_BAD_WORDS // 2
+        if len(words) > most:
+            raise _refused(f"bad_words has {len(words)} entries; at most {most}", "bad_words")
+        encode = self.tokenizer.encode
+        spelled = [tuple(encode(space + word.lstrip(), False)) for word in words for space in ("", " ")]
+        return tuple(dict.fromkeys(spelled))
+
+    def check_count(self, n: int, num_prompts: int) -> None:
+        """Refuse more answers in one request than the server gives."""
+        if n < 1 or (self.max_answers and n * num_prompts > self.max_answers):
+            raise _refused(f"n is {n} with {num_prompts} prompts; 1 to {self.max_answers} answers in one request", "n")
+
+    def requests(
+        self,
+        ids: Iterator[str],
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        n: int = 1,
+        *,
+        adapter: str | None = None,
+        tenant: str = "",
+        priority: int = 0,
+        deadline: float | None = None,
+    ) -> list[NewRequest]:
+        """Return the engine's requests for n answers to each prompt, prompt by prompt."""
+        self.check_count(n, len(prompts))
+        check(params, self.vocab_size)
+        sampling = [answer_params(params, answer) for answer in range(n)]
+        return [
+            NewRequest(
+                id=next(ids),
+                prompt=prompt,
+                params=one,
+                adapter=adapter,
+                tenant=tenant,
+                priority=priority,
+                deadline=deadline,
+            )
+            for prompt in prompts
+            for one in sampling
+        ]
+
+    def _check_size(self, param: str, num_chars: int) -> None:
+        """Refuse a text that is too long whatever its tokens are, before tokenizing it."""
+        if num_chars > self.max_model_len * self.tokenizer.max_token_bytes:
+            raise _refused(f"{param} has {num_chars} characters, more than {self.max_model_len} tokens can hold", param)
+
+
+def num_chars(messages: Sequence[Message]) -> int:
+    """Count the characters of the messages' contents."""
+    return sum(len(content_text(message.get("content"))) for message in messages)
+
+
+def last_tokens(prompt: list[int], count: int | None) -> list[int]:
+    """Return the last tokens of a prompt, where the client asks for that."""
+    if count is None:
+        return prompt
+    if count < 1:
+        raise _refused(f"truncate_prompt_tokens is {count}; it must be at least 1", "truncate_prompt_tokens")
+    return prompt[-count:] if len(prompt) > count else prompt
+
+
+def check_template_options(options: dict[str, Any]) -> None:
+    """Refuse options of the chat template that are not its own."""
+    check_depth("chat_template_kwargs", options)
+    for name in RESERVED:
+        if name in options:
+            raise _refused(f"chat_template_kwargs must not have {name!r}", "chat_template_kwargs")
+
+
+def _are_ids(items: Sequence[Any]) -> bool:
+    return all(type(item) is int for item in items)
+
+
+def _refused(message: str, param: str) -> Refused:
+    return Refused(Refusal(message, param=param))

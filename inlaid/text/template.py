@@ -1,0 +1,83 @@
+"""Conversations as text: messages in the form that chat templates expect, and the model's template that writes them
+out as one prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from inlaid.engine.refusal import Refusal, Refused
+from inlaid.text.nesting import check_depth
+
+RESERVED = ("messages", "conversation", "tools", "chat_template", "tokenize", "return_tensors", "return_dict")
+
+Message = dict[str, Any]
+
+
+class ChatTemplate:
+    """A model's chat template, or the one that replaces it."""
+
+    def __init__(self, model: Any, replacement: str | None = None) -> None:
+        self._model = model  # a tokenizer of transformers
+        if replacement is not None:
+            model.chat_template = replacement
+
+    @property
+    def exists(self) -> bool:
+        """Tell whether there is a template at all."""
+        return self._model.chat_template is not None
+
+    def render(self, messages: Sequence[Message], tools: Sequence[Any] | None = None, **options: Any) -> str:
+        """Return the prompt that the template makes of messages. Refused: it does not take them."""
+        import jinja2
+
+        if not self.exists:
+            raise _refused("the model has no chat template; give one with --chat-template, or use completions")
+        try:
+            text = self._model.apply_chat_template(
+                list(messages), tools=tools or None, tokenize=False, **{"add_generation_prompt": True, **options}
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            raise _refused(f"the chat template refuses these messages: {error}") from error
+        return str(text)
+
+
+def plain_message(message: Message) -> Message:
+    """Return a message as chat templates expect it: content as one text, arguments of tool calls as objects."""
+    plain = dict(message)
+    if isinstance(plain.get("content"), list):
+        plain["content"] = content_text(plain["content"])
+    if plain.get("role") == "developer":
+        plain["role"] = "system"
+    if plain.get("tool_calls"):
+        plain["tool_calls"] = [_plain_call(call) for call in plain["tool_calls"]]
+    return plain
+
+
+def content_text(content: str | Sequence[dict[str, Any]] | None) -> str:
+    """Return a message's content as one text."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    for part in content:
+        if "text" not in part:
+            raise _refused(f"a message has a part of type {part.get('type')!r}; only text is served here")
+    return "\n".join(part["text"] for part in content)
+
+
+def _plain_call(call: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool call with its arguments decoded; the text itself where a model wrote what is not JSON."""
+    function = dict(call["function"])
+    try:
+        function["arguments"] = msgspec.json.decode(function["arguments"])
+    except (msgspec.DecodeError, TypeError):
+        pass
+    else:
+        check_depth("messages", function["arguments"])
+    return {**call, "type": "function", "function": function}
+
+
+def _refused(message: str) -> Refused:
+    return Refused(Refusal(message, param="messages"))

@@ -1,0 +1,119 @@
+"""From a configuration to an engine that can be stepped, with the adapters it serves. The engine process, LLM and the
+benchmarks call `build_engine`; it imports torch only when it is called.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from inlaid.config import EngineConfig
+from inlaid.engine.engine import Engine, make_engine
+from inlaid.engine.request import Grammar
+from inlaid.worker.adapters import Adapters, LoraAdapters, Readers
+from inlaid.worker.messages import ModelInfo
+
+if TYPE_CHECKING:
+    from inlaid.worker.loading import LoadedModel
+
+log = logging.getLogger("inlaid.engine")
+
+_AHEAD = 16  # adapters read and not yet taken at start-up, where host memory does not hold them all
+
+
+@dataclass
+class Loaded:
+    """An engine that can be stepped, what it serves, and its adapters."""
+
+    engine: Engine
+    model: ModelInfo
+    adapters: Adapters
+    left_out: dict[str, str] = field(default_factory=dict)
+    compile_grammar: Callable[[Grammar], object] | None = (
+        None  # and keep it for Engine.add; may take seconds, on a thread
+    )
+
+
+def build_engine(config: EngineConfig, adapters: Mapping[str, str], *, strict: bool = True) -> Loaded:
+    """Load the model and the adapters named. With strict, an adapter that cannot be served raises; otherwise it is left
+    out and named."""
+    began = time.monotonic()
+    from inlaid.worker.loading import adapter_reader, load_model, open_model
+
+    _leave_a_core_to_http()
+    imported = time.monotonic()
+    opened = open_model(config)
+    read = adapter_reader(config.adapters, opened)
+    with Readers(adapters, read, _AHEAD if config.adapters.max_cpu_adapter_gib else None) as readers:
+        model = load_model(config, opened=opened, settle=readers.wait)
+        made = time.monotonic()
+        engine = make_engine(
+            config,
+            model.runner,
+            time.monotonic,
+            num_blocks=model.num_blocks,
+            max_model_len=model.max_model_len,
+            adapters=model.adapters,
+            eos_ids=model.spec.eos_token_ids,
+            base_version=model.base_version,
+            make_grammar=model.grammars,
+            pool=model.runner.pool,
+        )
+        directory = LoraAdapters(config, model, read)
+        loaded = Loaded(engine, _describe(config, model), directory, compile_grammar=model.grammars)
+        install(loaded, readers, strict)
+    spent = process_age() - (time.monotonic() - began), imported - began, made - imported, time.monotonic() - made
+    log.info("start-up: process %.1f s, imports %.1f s, model %.1f s, adapters %.1f s", *spent)
+    return loaded
+
+
+def install(loaded: Loaded, readers: Readers, strict: bool) -> None:
+    """Install adapters one by one, with a progress bar when it takes long. With strict, the first that cannot be served
+    raises; otherwise it is left out and named."""
+    from tqdm import tqdm
+
+    for name, done in tqdm(readers, "loading adapters", total=readers.count, delay=1, leave=False):
+        try:
+            adapter, seconds = done.result()
+            loaded.adapters.install(name, adapter, False, seconds)
+        except (ValueError, OSError) as error:
+            if strict:
+                raise
+            loaded.left_out[name] = str(error)
+
+
+def _describe(config: EngineConfig, model: LoadedModel) -> ModelInfo:
+    return ModelInfo(
+        folder=str(model.folder),
+        vocab_size=model.spec.vocab_size,
+        max_model_len=model.max_model_len,
+        num_blocks=model.num_blocks,
+        block_size=config.cache.block_size,
+        max_loras=config.adapters.max_loras,
+        base_version=model.base_version,
+        device=str(model.runner.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        eos_ids=tuple(model.spec.eos_token_ids),
+    )
+
+
+def process_age() -> float:
+    """Return the seconds since this process began; where nothing tells when that was, its CPU seconds."""
+    if not Path("/proc/self/stat").exists():
+        return time.process_time()
+    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+
+
+def _leave_a_core_to_http() -> None:
+    """Let torch use all cores but one. Threads of a matmul wait for each other in busy loops: with one for every core,
+    the server beside this process makes each step many times slower. OMP_NUM_THREADS overrides this."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))

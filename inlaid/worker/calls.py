@@ -1,0 +1,142 @@
+"""The calls that the server makes of the engine process. Most are answered at once by a method of Queries; loading an
+adapter and waiting until one has gone are answered when that is done.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+from inlaid.engine.refusal import Refusal, RefusalKind, Refused
+from inlaid.worker import messages
+from inlaid.worker.build import Loaded
+from inlaid.worker.messages import AdapterInfo
+from inlaid.worker.threads import Threads
+
+log = logging.getLogger("inlaid.engine")
+
+_LoadKey = tuple[str, str, bool, bool | None]
+
+
+def refusal_of(error: Exception, what: str) -> Refusal:
+    """Return how an exception is reported to the server; one that nobody expects is a fault, and logged."""
+    if isinstance(error, Refused):
+        return error.refusal
+    if isinstance(error, (ValueError, OSError)):
+        return Refusal(str(error))
+    log.error("%s failed", what, exc_info=error)
+    return Refusal(f"{type(error).__name__}: {error}", RefusalKind.FAULT)
+
+
+class Queries:
+    """The calls that are answered at once: the public methods, by name."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self._loaded = loaded
+
+    def stats(self) -> dict[str, float]:
+        return self._loaded.engine.stats()
+
+    def flush_cache(self) -> None:
+        self._loaded.engine.scheduler.pool.clear()
+
+    def adapters(self) -> list[AdapterInfo]:
+        return self._loaded.adapters.list()
+
+    def adapter(self, name: str) -> AdapterInfo:
+        return self._loaded.adapters.describe(name)
+
+    def unload_adapter(self, name: str) -> int:
+        return self._loaded.adapters.remove(name)
+
+    def scheduler(self) -> dict[str, Any]:
+        return self._loaded.engine.describe_scheduler()
+
+    def set_scheduler(self, changes: dict[str, Any]) -> dict[str, Any]:
+        return self._loaded.engine.set_scheduler(changes)
+
+    def fairness(self, window: float = 60.0) -> dict[str, Any]:
+        return self._loaded.engine.fairness(window)
+
+
+class Calls:
+    """Calls under way, and their answers."""
+
+    def __init__(self, loaded: Loaded, threads: Threads, send: Callable[[messages.Event], None]) -> None:
+        self._loaded = loaded
+        self._queries = Queries(loaded)
+        self._threads = threads
+        self._send = send
+        self._loading: dict[_LoadKey, list[messages.Call]] = {}  # who waits for which adapter
+        self._unloading: list[messages.Call] = []  # who waits for the last request on removed weights
+
+    def receive(self, call: messages.Call) -> None:
+        """Answer a call, now or when it is done."""
+        if call.name == "load_adapter":
+            self._load_adapter(call)
+        elif call.name == "until_unloaded":
+            self._unloading.append(call)
+            self.report_unloaded()
+        else:
+            self._answer(call, partial(self._query, call))
+
+    def report_unloaded(self) -> None:
+        """Answer those who wait for weights on which nothing runs any more."""
+        for call in list(self._unloading):
+            if not self._loaded.adapters.leaving(call.arguments["identity"]):
+                self._unloading.remove(call)
+                self._send(messages.Reply(call=call.call, value=None))
+
+    def _query(self, call: messages.Call) -> Any:
+        if call.name.startswith("_") or not hasattr(Queries, call.name):
+            raise ValueError(f"unknown call {call.name!r}")
+        return getattr(self._queries, call.name)(**call.arguments)
+
+    def _answer(self, call: messages.Call, ask: Callable[[], Any]) -> None:
+        try:
+            answer: messages.Event = messages.Reply(call=call.call, value=ask())
+        except Exception as error:  # noqa: BLE001 - refusal_of logs what nobody expects
+            answer = messages.Failure(call=call.call, refusal=refusal_of(error, f"call {call.name}"))
+        self._send(answer)
+
+    def _load_adapter(self, call: messages.Call) -> None:
+        """Read the files on a thread, then install the adapter on this one. Calls for the same adapter that come
+        meanwhile share the answer."""
+        started = time.monotonic()
+        name, path, in_place = (call.arguments[key] for key in ("name", "path", "in_place"))
+        pinned = call.arguments.get("pinned")
+        key = (name, path, in_place, pinned)
+        calls = self._loading.setdefault(key, [])
+        calls.append(call)
+        if len(calls) > 1:
+            return
+
+        def read() -> Any:
+            if in_place:
+                self._loading.pop(key, None)  # a later call may mean files that have changed since
+            return self._loaded.adapters.read(path)
+
+        def install(done: Future[Any]) -> AdapterInfo:
+            self._loaded.adapters.install(name, done.result(), in_place, time.monotonic() - started, pinned)
+            return self._loaded.adapters.describe(name)
+
+        def finish(done: Future[Any]) -> None:
+            if self._loading.get(key) is calls:
+                del self._loading[key]
+            self._answer_all(calls, partial(install, done))
+
+        self._threads.read(read, finish)
+
+    def _answer_all(self, calls: list[messages.Call], ask: Callable[[], Any]) -> None:
+        """Do it once and answer every call with the outcome."""
+        outcome: Future[Any] = Future()
+        try:
+            outcome.set_result(ask())
+        except Exception as error:  # noqa: BLE001 - each of them is told below
+            outcome.set_exception(error)
+        for call in calls:
+            self._answer(call, outcome.result)

@@ -1,0 +1,45 @@
+"""Work that must not hold up the step loop, on threads; what follows from it is done on the loop's own thread."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+Work = Callable[[], object]
+Then = Callable[[Future[Any]], None]
+
+
+class Threads:
+    """A thread that reads adapters and one that compiles grammars. `woken` becomes readable when something is done."""
+
+    def __init__(self) -> None:
+        self._readers = ThreadPoolExecutor(1, "adapter-reader")
+        self._compilers = ThreadPoolExecutor(1, "grammar-compiler")
+        self._done: deque[Callable[[], None]] = deque()
+        self.woken, self._wake = os.pipe()
+        os.set_blocking(self.woken, False)
+
+    def read(self, work: Work, then: Then) -> None:
+        """Read an adapter, then do something with it on the loop's thread."""
+        self._submit(self._readers, work, then)
+
+    def compile(self, work: Work, then: Then) -> None:
+        """Compile a grammar, then do something with it on the loop's thread."""
+        self._submit(self._compilers, work, then)
+
+    def finish(self) -> None:
+        """Do what follows from finished work; the loop calls this when `woken` is readable."""
+        os.read(self.woken, 4096)
+        while self._done:
+            self._done.popleft()()
+
+    def _submit(self, pool: ThreadPoolExecutor, work: Work, then: Then) -> None:
+        def wake(future: Future[Any]) -> None:
+            self._done.append(partial(then, future))
+            os.write(self._wake, b"!")
+
+        pool.submit(work).add_done_callback(wake)
