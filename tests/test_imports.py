@@ -89,7 +89,7 @@ STILL_MUTABLE: set[str] = {
     "models/plan.py",
     "perf/gpu/adapters.py",
     "perf/gpu/bench.py",
-    "perf/gpu/gates.py",
+    "perf/gpu/checks.py",
     "perf/gpu/humming_sweep.py",
     "perf/gpu/micro.py",
     "perf/gpu/offline.py",

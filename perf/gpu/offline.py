@@ -17,9 +17,10 @@ from inlaid.engine.request import Batch, NewRequest, SamplingParams
 from inlaid.kernels.measure import Ceiling
 from inlaid.model.spec import ModelSpec
 from inlaid.worker.build import Loaded, build_engine
+from perf.gpu import Keep
 from perf.gpu import step as step_module
 from perf.gpu.random_model import spec_of
-from perf.gpu.serving import Keep, files
+from perf.gpu.serving import files
 
 DEVICE = "cuda"
 PROMPT, OUTPUT = 256, 128

@@ -21,13 +21,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from perf.gpu import ROOT
+from perf.gpu import ROOT, Keep
 
 DEVICE = ("--device", "cuda", "--dtype", "float16")
 CLIENTS = 4
@@ -188,9 +187,6 @@ def measure(
     }  # fmt: skip
 
 
-Keep = Callable[[dict[str, Any]], None]
-
-
 def files(shape: str, ranks: tuple[int, ...], count: int) -> tuple[Path, dict[str, str]]:
     """The random model and adapters of a shape, made where they are not there yet."""
     from perf.gpu.random_model import spec_of, write_adapters, write_model
@@ -299,22 +295,24 @@ def cliff(
     return served(keep, report, shape, model, adapters, max(ranks), [("a", *row) for row in rows], more, 240)
 
 
-def ranks(shape: str, keep: Keep, count: int = 32) -> dict[str, Any]:
-    """Adapters on every linear with ranks mixed up to 128 (names m...), and all of their mean rank (u...)."""
+def ranks(shape: str, keep: Keep, count: int = 32, uniform: bool = True) -> dict[str, Any]:
+    """Measure adapters on every linear with ranks mixed up to 128 (names m...) and, if `uniform`, with all of their
+    mean rank (names u...). The server has room for both either way, so that the mixed rows are the same."""
     from perf.gpu.random_model import EVERY_LINEAR, spec_of, write_adapters
 
     model, _ = files(shape, (16,), 1)
     begin = time.monotonic()
+    sets = {"m": MIXED, "u": (sum(MIXED) // len(MIXED),)} if uniform else {"m": MIXED}
     adapters: dict[str, str] = {}
-    for prefix, some in (("m", MIXED), ("u", (sum(MIXED) // len(MIXED),))):
+    for prefix, some in sets.items():
         root = ROOT / f"{shape}-every-linear"
         adapters |= write_adapters(root, spec_of(shape), count, some, EVERY_LINEAR, prefix)
-    report: dict[str, Any] = {"ranks": {"m": MIXED, "u": sum(MIXED) // len(MIXED)}}
-    report["write_s"] = time.monotonic() - begin
+    report: dict[str, Any] = {"ranks": sets, "write_s": time.monotonic() - begin}
     size = sum(file.stat().st_size for path in adapters.values() for file in Path(path).glob("*.safetensors"))
-    more = ("--adapter-memory-gib", f"{size / 2**30 + 0.5:.1f}")
+    room = 2 * size // len(sets) / 2**30 + 0.5  # both sets have as many bytes
+    more = ("--adapter-memory-gib", f"{room:.1f}", "--max-loras", str(2 * count))
     loads = ((1, 3), (64, 192), (256, 512))
-    rows = [(prefix, count, concurrency, total) for concurrency, total in loads for prefix in ("m", "u")]
+    rows = [(prefix, count, concurrency, total) for concurrency, total in loads for prefix in sets]
     served(keep, report, shape, model, adapters, max(MIXED), rows, more)
     by = {(row["names"], row["concurrency"]): row["output_tokens_per_second"] for row in report["rows"]}
     report["mixed_over_uniform"] = {
@@ -348,9 +346,3 @@ def start_warm(shape: str, keep: Keep) -> dict[str, Any]:
     keep(report)
     print(start, flush=True)
     return report
-
-
-def caches(folder: Path) -> dict[str, str]:
-    """Where a process keeps what it compiles and measures, as its environment says it."""
-    places = ("HUMMING_CACHE_DIR", "TRITON_CACHE_DIR", "XDG_CACHE_HOME")
-    return {place: str(folder / place.lower()) for place in places}

@@ -19,7 +19,8 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
-from perf.gpu.serving import Keep, files
+from perf.gpu import Keep
+from perf.gpu.serving import files
 
 LOOK = 0.003  # seconds between two looks
 CHOICES: dict[str, tuple[str, ...]] = {

@@ -13,7 +13,8 @@ import pytest
 from inlaid.adapters.store import MODES
 from perf.gpu import adapters
 from perf.gpu.adapters import Size
-from perf.gpu.bench import LIMITS, headline
+from perf.gpu.bench import LIMITS
+from perf.gpu.headlines import headline
 
 TINY = Size("tiny", 6, 3, (4, 8), rate=50.0, seconds=0.2, prompt=12, output=4, concurrency=4)
 FIGURES = {

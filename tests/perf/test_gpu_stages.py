@@ -3,13 +3,10 @@ and run again under other choices, floors, the rounded demo, and the sweep's tab
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
 import sys
-import tarfile
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +23,8 @@ from inlaid.checkpoint import Checkpoint, QuantSpec, dequantize
 from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.kernels.measure import Ceiling
 from inlaid.runner import cuda_forward
-from perf.gpu import bench, demo, humming_sweep, offline, quant_speed, random_model, serving, soak, starts, step
+from perf.gpu import demo, humming_sweep, offline, quant_speed, random_model, serving, soak, starts, step
+from perf.gpu.headlines import headline
 from tests.runner.test_cuda_runner import Bench, few_programs
 
 __all__ = ["few_programs"]  # a fixture for all tests here: the interpreter is slow
@@ -35,72 +33,6 @@ __all__ = ["few_programs"]  # a fixture for all tests here: the interpreter is s
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(tmp_path_factory.mktemp("step"), "llama-bias")
-
-
-def test_calls_are_made_of_known_stages_and_no_two_lanes_do_the_same() -> None:
-    for lanes in bench.CALLS.values():
-        stages = [stage for lane in lanes for stage in lane]
-        assert set(stages) <= set(bench.LIMITS)
-        assert len(set(stages)) == len(stages)
-
-
-def test_lanes_run_side_by_side_each_with_a_gpu_cores_and_a_folder_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Each stage waits for its neighbour; and writes what it was given."""
-    program = (
-        "import json, os, sys, time; from pathlib import Path; out, stage, other = sys.argv[1:];"
-        "names = ('CUDA_VISIBLE_DEVICES', 'INLAID_BENCH_ROOT', 'TRITON_CACHE_DIR', 'HUMMING_CACHE_DIR', "
-        "'XDG_CACHE_HOME');"
-        "Path(out, stage + '.started').touch(); print('here');"
-        "found = {'cores': len(os.sched_getaffinity(0)), **{name: os.environ[name] for name in names}};"
-        "end = time.monotonic() + 60\n"
-        "while other and not Path(out, other + '.started').exists() and time.monotonic() < end: time.sleep(0.05)\n"
-        "from perf.gpu import bench; bench.write(Path(out, stage + '.json'), {'result': {'share': 0.5, **found}})"
-    )
-    start = subprocess.Popen
-    others = {"demo": "soak", "soak": "demo", "gates": ""}
-
-    def popen(command: list[str], **more: Any) -> Any:
-        out, stage = command[command.index("--out") + 1], command[command.index("--stages") + 1]
-        return start([sys.executable, "-c", program, out, stage, others[stage]], **more)
-
-    monkeypatch.setattr(bench.subprocess, "Popen", popen)
-    monkeypatch.setattr(bench, "LOOK", 0.1)
-    home = tmp_path / "home"
-    monkeypatch.setattr(
-        sys, "argv", ["bench", "--out", str(home), "--lane", "demo,gates", "--lane", "soak", "--archive"]
-    )
-    assert bench.main() == 0
-    assert [file.name for file in home.iterdir()] == ["results.tar.gz"]
-    with tarfile.open(home / "results.tar.gz") as whole:
-        read = {name: (whole.extractfile(name) or io.BytesIO()).read() for name in whole.getnames()}
-    assert read["soak.log"] == b"here\n"
-    found = {name.removesuffix(".json"): json.loads(read[name])["result"] for name in read if name.endswith("json")}
-    assert set(read) == {f"{stage}.{kind}" for stage in ("demo", "gates", "soak") for kind in ("json", "log")}
-    assert [found[name]["CUDA_VISIBLE_DEVICES"] for name in ("demo", "gates", "soak")] == ["0", "0", "1"]
-    assert found["demo"]["INLAID_BENCH_ROOT"] == found["gates"]["INLAID_BENCH_ROOT"]
-    for name in ("TRITON_CACHE_DIR", "HUMMING_CACHE_DIR", "XDG_CACHE_HOME"):
-        for stage in ("demo", "soak"):
-            assert found[stage][name].startswith(found[stage]["INLAID_BENCH_ROOT"] + "/")
-        assert found["demo"][name] != found["soak"][name]
-    cores = len(os.sched_getaffinity(0))
-    assert found["demo"]["cores"] == max(1, cores // 2)
-    said = capsys.readouterr().out
-    assert said.count("soak: done after") == 2  # at once, and at the end
-    assert "share 0.5" in said
-
-
-def test_a_stage_that_breaks_keeps_what_it_found_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stage(name: str, out: Path, keep: Any) -> dict[str, Any]:
-        keep({"share": 0.5})
-        raise RuntimeError("no room")
-
-    monkeypatch.setattr(bench, "run_stage", stage)
-    assert bench.in_process("soak", tmp_path) == 1
-    written = json.loads((tmp_path / "soak.json").read_text())
-    assert written["result"] == {"share": 0.5, "error": "RuntimeError: no room"}
-    assert written["stage"] == "soak"
 
 
 def test_all_stages_take_their_folder_from_one_place() -> None:
@@ -151,44 +83,8 @@ def test_quantizing_is_timed_as_a_user_runs_it(tmp_path: Path, monkeypatch: pyte
     assert sum(found["parts"].values()) < found["seconds"]  # imports are in it
     sizes = [256 * 257 // 2, 256 * 257 // 2, 256 * 257 // 2, 512 * 513 // 2]  # of two blocks' Hessians, 4 bytes each
     assert found["bank_gib"] == pytest.approx(8 * sum(sizes) / 2**30, rel=0.01)
-    assert bench.headline(kept[0]).startswith(f"{found['seconds']:.1f} s (Hessians ")
+    assert headline(kept[0]).startswith(f"{found['seconds']:.1f} s (Hessians ")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_stage_past_its_time_ends_with_all_it_started_and_keeps_what_it_wrote(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(bench.LIMITS, "soak", 6)
-    child = tmp_path / "child"
-    program = (
-        "import subprocess, sys, time, pathlib; from perf.gpu import bench;"
-        f"bench.write(pathlib.Path({str(tmp_path)!r}) / 'soak.json', {{'result': {{'share': 0.5}}}});"
-        "grandchild = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)']);"
-        f"pathlib.Path({str(child)!r}).write_text(str(grandchild.pid)); time.sleep(300)"
-    )
-    start = subprocess.Popen
-    monkeypatch.setattr(
-        bench.subprocess, "Popen", lambda command, **more: start([sys.executable, "-c", program], **more)
-    )
-    line = bench.one_stage("soak", tmp_path, time.monotonic() + 100)
-    assert "ran past 6 s" in line
-    assert line.endswith("share 0.5")
-    assert ended(int(child.read_text()))
-    assert "no time was left" in bench.one_stage("soak", tmp_path, time.monotonic() + 1)
-    assert line in capsys.readouterr().out
-
-
-def ended(pid: int) -> bool:
-    """Gone, or dead and not yet reaped."""
-    for _ in range(100):
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-        except OSError:
-            return True
-        if state == "Z":
-            return True
-        time.sleep(0.1)
-    return False
 
 
 def test_a_step_is_taken_from_the_engine_and_run_again(tiny: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -471,28 +367,6 @@ def test_the_same_batch_again_and_rows_without_a_server(on_the_cpu: Path) -> Non
     assert set(offline.host_share(loaded, 2, 2, spec.vocab_size)) == {"schedule", "submit", "collect", "commit"}
 
 
-def test_headlines_say_what_matters() -> None:
-    row = {"adapters": 32, "concurrency": 64, "output_tokens_per_second": 6605.4, "ms_per_token": 8.7, "ttft_ms": 160}
-    assert bench.headline({"ready_s": 12.34, "rows": [row, {**row, "names": "m", "concurrency": 1}]}) == (
-        "ready in 12.3 s; 32@64 6605 tok/s, first 160 ms; m32@1 8.70 ms"
-    )
-    choices = [
-        {"variant": "as shipped", "us": 7000.0, "same_bits": "20 of 20"},
-        {"variant": "b", "us": 6900.4, "same_bits": ""},
-        {"variant": "c", "failed": "x"},
-    ]  # fmt: skip
-    step_found = {
-        "steps": [{"rows": 64, "adapters": 32, "choices": choices}, {"rows": 1, "adapters": 1, "choices": []}]
-    }
-    assert bench.headline(step_found) == "32@64 7000 us, b 6900 (20 of 20 equal)"
-    again = {"deterministic": True, "32 adapters": {"all_equal": 99, "repetitions": 99, "fewest_equal": 64}}
-    assert bench.headline(again) == "32 adapters: 99 of 99 equal"
-    assert bench.headline({"failed": ["humming"], "share": 0.99}) == "share 0.99; failed ['humming']"
-    assert bench.headline({"starts": [{"caches": "cold", "error": "x"}, {"caches": "warm", "ready_s": 9.0}]}) == (
-        "cold nan s; warm 9.0 s"
-    )
-
-
 def test_variants_take_one_step_after_the_other_apart(tiny: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, _ = tiny.engine()
     monkeypatch.setattr(step, "repeats", lambda *arguments: 20)
@@ -514,7 +388,7 @@ def test_variants_take_one_step_after_the_other_apart(tiny: Bench, monkeypatch: 
     assert first["by_group"]["attention"]["us"] == 3
     assert all(choice["error"] == 0 and choice["us"] == 1.0 for one in found["steps"] for choice in one["choices"])
     assert not engine.has_work
-    assert bench.headline(found).startswith("1@2 1 us")
+    assert headline(found).startswith("1@2 1 us")
 
 
 def test_the_choices_change_constants_that_exist() -> None:
