@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from inlaid.engine.limits import Limits
+from inlaid.engine.limits import TenantLimits
 from inlaid.engine.policy import POLICIES, Policy, make_policy
 from inlaid.engine.request import Status
 from inlaid.engine.scheduler import Scheduler
@@ -24,8 +24,8 @@ def describe(scheduler: Scheduler) -> dict[str, Any]:
         "policy": scheduler.policy.name,
         "options": asdict(scheduler.policy),
         "weights": scheduler.ledger.weights,
-        "limits": msgspec.to_builtins(scheduler.gate.limits),
-        "max_num_waiting": scheduler.gate.max_waiting,
+        "limits": msgspec.to_builtins(scheduler.limits.tenants),
+        "max_num_waiting": scheduler.limits.max_waiting,
         "policies": sorted(POLICIES),
     }
 
@@ -37,7 +37,7 @@ def change(scheduler: Scheduler, changes: dict[str, Any]) -> None:
         raise ValueError(f"unknown setting {', '.join(unknown)}; known: {', '.join(SETTINGS)}")
     policy = _new_policy(scheduler, changes)
     weights = _convert(changes, "weights", dict[str, float])
-    limits = _convert(changes, "limits", dict[str, Limits])
+    limits = _convert(changes, "limits", dict[str, TenantLimits])
     max_waiting = _convert(changes, "max_num_waiting", int)
     if max_waiting is not None and max_waiting < 1:
         raise ValueError(f"max_num_waiting is {max_waiting}; it must be at least 1")
@@ -46,9 +46,9 @@ def change(scheduler: Scheduler, changes: dict[str, Any]) -> None:
     if weights is not None:
         scheduler.ledger.set_weights(weights)
     if limits is not None:
-        scheduler.gate.set_limits(limits)
+        scheduler.limits.set_tenants(limits)
     if max_waiting is not None:
-        scheduler.gate.max_waiting = max_waiting
+        scheduler.limits.max_waiting = max_waiting
     scheduler.set_policy(policy)
 
 
@@ -101,7 +101,7 @@ def fairness(scheduler: Scheduler, window: float, now: float) -> dict[str, Any]:
         "service": sum(served.values()),
         "largest_gap": max(shares) - min(shares) if shares else 0.0,
         "waiting": scheduler.num_waiting,
-        "running": len(scheduler.running),
+        "running": scheduler.num_running,
         "tenants": tenants,
     }
 
@@ -110,6 +110,6 @@ def _predicted_waits(scheduler: Scheduler) -> dict[str, float]:
     """When each waiting tenant's next request is expected to start: by the policy's order and the present pace."""
     waits: dict[str, float] = {}
     waiting = [r for r in scheduler.requests.values() if r.status is Status.WAITING]
-    for place, request in enumerate(sorted(waiting, key=scheduler.standing)):
-        waits.setdefault(request.tenant, scheduler.gate.expected_wait(place + 1))
+    for place, request in enumerate(sorted(waiting, key=scheduler.state.standing)):
+        waits.setdefault(request.tenant, scheduler.limits.expected_wait(place + 1))
     return waits

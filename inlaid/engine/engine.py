@@ -118,13 +118,13 @@ class Engine:
         pool = scheduler.pool
         ledger = scheduler.ledger
         return {
-            "running": len(scheduler.running),
+            "running": scheduler.num_running,
             "waiting": scheduler.num_waiting,
             "kv_blocks": pool.capacity,
             "kv_blocks_used": pool.capacity - pool.num_available,
             "kv_blocks_cached": pool.num_cached,
             "kv_blocks_lent": pool.num_lent,
-            "adapters_running": sum(identity is not None for identity in scheduler.tasks.active),
+            "adapters_running": scheduler.active_adapters,
             "preemptions": scheduler.num_preemptions,
             "steps": self._num_steps,
             "step_tokens": self._num_tokens,

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from inlaid.config import SchedulerConfig
+from inlaid.engine.cost import LinearCost, ProfiledCost
 from inlaid.engine.kv_cache import BlockPool
-from inlaid.engine.ledger import LinearCost, ProfiledCost
 from inlaid.engine.refusal import Refusal, Refused
 from inlaid.engine.request import NewRequest, Request
 
@@ -94,5 +94,4 @@ def make_request(
         order=order,
         limit=limit,
         stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids),
-        prompt_logprobs=None if params.prompt_logprobs is None else [None],
     )

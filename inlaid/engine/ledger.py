@@ -11,102 +11,11 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
-from inlaid.engine.request import Request
+from inlaid.engine.cost import Cost, LinearCost
+from inlaid.engine.progress import Account, Progress
 
 HISTORY_SECONDS = 3600
-
-
-class Cost(Protocol):
-    """Prices. Service is additive: prefill of [0, n) costs the same in one chunk or in many."""
-
-    def prefill(self, start: int, end: int) -> float:
-        """Computing prompt tokens [start, end)."""
-        ...
-
-    def cached(self, start: int, end: int) -> float:
-        """Finding prompt tokens [start, end) in the prefix cache."""
-        ...
-
-    def output(self, num_prompt: int, first: int, last: int) -> float:
-        """Output tokens number first..last (from 1) of a request with this prompt."""
-        ...
-
-
-@dataclass(frozen=True)
-class LinearCost:
-    """Tokens times weights: VTC's default is 1 for a prompt token and 2 for an output token."""
-
-    prompt_weight: float = 1.0
-    output_weight: float = 2.0
-    cached_price: float = 0.0  # share of the prompt price that a token found in the prefix cache costs
-
-    def prefill(self, start: int, end: int) -> float:
-        return self.prompt_weight * (end - start)
-
-    def cached(self, start: int, end: int) -> float:
-        return self.cached_price * self.prefill(start, end)
-
-    def output(self, num_prompt: int, first: int, last: int) -> float:
-        return self.output_weight * (last - first + 1)
-
-
-@dataclass(frozen=True)
-class ProfiledCost:
-    """Milliseconds a request of x prompt and y output tokens takes of a full A10G batch, as the VTC authors fitted
-    it: h(x, y) = a x + b y + c x y + d y^2 + e."""
-
-    a: float = 0.21001891
-    b: float = 0.10075395
-    c: float = 0.0039868
-    d: float = 0.00324733
-    e: float = 1.14601454
-    cached_price: float = 0.0
-
-    def prefill(self, start: int, end: int) -> float:
-        return self.a * (end - start) + (self.e if start == 0 else 0.0)
-
-    def cached(self, start: int, end: int) -> float:
-        return self.cached_price * self.a * (end - start) + (self.e if start == 0 else 0.0)
-
-    def output(self, num_prompt: int, first: int, last: int) -> float:
-        before = first - 1
-        return (self.b + self.c * num_prompt) * (last - before) + self.d * (last * last - before * before)
-
-
-@dataclass(slots=True, eq=False)
-class Account:
-    """One tenant's sums. Every step delivers hundreds of output tokens: where all cost the same they are only counted,
-    and priced when somebody asks for `service` or `counter`."""
-
-    tenant: str
-    order: int
-    weight: float = 1.0
-    price: float = 0.0  # of an output token, where all cost the same
-    charged: float = 0.0  # service without output tokens at this price
-    virtual: float = 0.0  # counter without them
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    output_tokens: int = 0
-    num_requests: int = 0
-    num_waiting: int = 0
-    num_running: int = 0
-    version: int = 0  # which of its entries in the backlog heap is current
-    noted: float = 0.0  # service at the last note in the history
-
-    @property
-    def service(self) -> float:
-        return self.charged + self.output_tokens * self.price
-
-    @property
-    def counter(self) -> float:
-        return self.virtual + self.output_tokens * self.price / self.weight
-
-    @counter.setter
-    def counter(self, value: float) -> None:
-        self.virtual = value - self.output_tokens * self.price / self.weight
 
 
 class Ledger:
@@ -205,18 +114,21 @@ class Ledger:
         self.num_cached_tokens += end - start
         self._charge(account, self.cost.cached(start, end))
 
-    def charge_outputs(self, requests: Sequence[Request]) -> None:
-        """The newest token of each of these was delivered; up to num_prepaid the counter has it already."""
+    def charge_outputs(self, served: Sequence[Progress]) -> None:
+        """Charge the newest token of each of these; the counter has the first num_prepaid already."""
         price = self._price
-        self.total += len(requests) * price
-        self.num_output_tokens += len(requests)
-        for request in requests:
-            account = request.account
+        self.total += len(served) * price
+        self.num_output_tokens += len(served)
+        for progress in served:
+            account = progress.account
             account.output_tokens += 1
-            prepaid = request.num_prepaid and len(request.tokens) <= len(request.prompt) + request.num_prepaid
+            if price and not progress.num_prepaid:
+                continue
+            request = progress.request
+            number = request.num_outputs
+            prepaid = number <= progress.num_prepaid
             if not price:
-                number = request.num_outputs
-                cost = self.cost.output(len(request.prompt), number, number)
+                cost = self.cost.output(request.num_prompt, number, number)
                 self.total += cost
                 account.charged += cost
                 account.virtual += 0.0 if prepaid else cost / account.weight
@@ -228,13 +140,16 @@ class Ledger:
         account.charged += cost
         account.virtual += cost / account.weight
 
-    def prepay(self, account: Account, num_prompt: int, count: int) -> None:
+    def prepay(self, progress: Progress) -> None:
         """Charge a predicted output ahead: on the counter only, as nothing is delivered yet."""
-        account.virtual += self.cost.output(num_prompt, 1, count) / account.weight
+        account = progress.account
+        account.virtual += self.cost.output(progress.request.num_prompt, 1, progress.num_prepaid) / account.weight
 
-    def refund_prepaid(self, account: Account, num_prompt: int, delivered: int, prepaid: int) -> None:
-        """The request ended after fewer outputs than were charged ahead."""
-        account.virtual -= self.cost.output(num_prompt, delivered + 1, prepaid) / account.weight
+    def refund_prepaid(self, progress: Progress) -> None:
+        """Give back what was charged ahead of a request that ended after fewer outputs."""
+        account, request = progress.account, progress.request
+        unused = self.cost.output(request.num_prompt, request.num_outputs + 1, progress.num_prepaid)
+        account.virtual -= unused / account.weight
         if account.num_waiting:
             self._rank(account)
 

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 
 import msgspec
 
-from inlaid.engine.ledger import Account
+from inlaid.engine.progress import Account
 from inlaid.engine.refusal import Refusal, RefusalKind, Refused
 
 MAX_RETRY_SECONDS = 600.0
 MAX_REMEMBERED = 10_000  # tenants whose acceptances are kept before those out of the window are forgotten
 
 
-class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class TenantLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Limits of one tenant; None: only the general ones hold."""
 
     requests_per_minute: int | None = None
@@ -28,26 +28,26 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise ValueError(f"limit {name} of tenant {tenant!r} is {value}; it must be 0 or more")
 
 
-class Gate:
+class QueueLimits:
     """Counts acceptances per tenant in a sliding window, and the pace at which the queue moves."""
 
     def __init__(self, max_waiting: int) -> None:
         self.max_waiting = max_waiting
-        self.limits: dict[str, Limits] = {}
+        self.tenants: dict[str, TenantLimits] = {}
         self._accepted: dict[str, deque[float]] = {}
         self._longest_window = 60.0
         self._interval = 0.0  # smoothed seconds between admissions while requests wait
         self._admitted_at: float | None = None
 
-    def set_limits(self, limits: Mapping[str, Limits]) -> None:
+    def set_tenants(self, limits: Mapping[str, TenantLimits]) -> None:
         for tenant, limit in limits.items():
             limit.check(tenant)
-        self.limits = dict(limits)
+        self.tenants = dict(limits)
 
     def check(self, account: Account, num_waiting: int, num_tenants: int, now: float) -> None:
         """Raise Refused unless a request of this tenant may wait. When the queue is full, a tenant that holds less
         than an equal share of it is still let in: a flood by one does not lock out the others."""
-        limit = self.limits.get(account.tenant, Limits())
+        limit = self.tenants.get(account.tenant, TenantLimits())
         if limit.max_waiting is not None and account.num_waiting >= limit.max_waiting:
             raise self._full(f"tenant {account.tenant!r} has {account.num_waiting} requests waiting", limit.max_waiting)
         share = self.max_waiting / max(1, num_tenants + (account.num_waiting == 0))
@@ -69,7 +69,7 @@ class Gate:
 
     def note_accepted(self, tenant: str, now: float, limited: bool) -> None:
         """This tenant's request is in; remembered where a rate limit looks at it."""
-        if limited or tenant in self.limits:
+        if limited or tenant in self.tenants:
             if len(self._accepted) >= MAX_REMEMBERED:
                 since = now - self._longest_window
                 self._accepted = {name: times for name, times in self._accepted.items() if times and times[-1] > since}

@@ -64,7 +64,7 @@ class Policy:
     """First come, first served; the base of the others."""
 
     name: ClassVar[str] = "fcfs"
-    groups_are_tasks: ClassVar[bool] = False  # whether group is the adapter
+    groups_are_adapters: ClassVar[bool] = False  # group is the adapter
     strict: ClassVar[bool] = False  # nobody passes a request that does not fit: the bound on unfairness needs it
 
     def group(self, request: Request) -> Hashable:
@@ -116,7 +116,7 @@ class Inlaid(Srtf):
     overtaking ends the case where the tasks in the batch never make room."""
 
     name: ClassVar[str] = "inlaid"
-    groups_are_tasks: ClassVar[bool] = True
+    groups_are_adapters: ClassVar[bool] = True
     grouping: float = 64.0
     beta: int = 32
 
@@ -211,7 +211,7 @@ class Slo(Policy):
             raise ValueError(f"slo: late is {self.late!r}; it must be last or refuse")
 
     def group(self, request: Request) -> Hashable:
-        return "late" if request.hopeless else "in time"
+        return "late" if request.late else "in time"
 
     def rank(self, request: Request, view: View) -> Rank:
         return (self._deadline(request) - view.seconds_left(request), request.arrival)
@@ -221,7 +221,7 @@ class Slo(Policy):
 
     def verdict(self, request: Request, view: View) -> str:
         in_time = view.now + view.seconds_left(request) <= self._deadline(request)
-        return GO if in_time or request.hopeless else self.late
+        return GO if in_time or request.late else self.late
 
     def _deadline(self, request: Request) -> float:
         if request.deadline is not None:

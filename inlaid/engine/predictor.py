@@ -13,6 +13,7 @@ import math
 import os
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from operator import mul
 from pathlib import Path
 from zlib import crc32
@@ -54,6 +55,14 @@ class _Histogram:
         self.total = self.total * FORGETTING + 1.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Prediction:
+    """What was predicted when the request was first asked about."""
+
+    log: float  # the guess of log(output tokens)
+    length: float  # expected output tokens
+
+
 class _State(msgspec.Struct):
     """What is kept on disk."""
 
@@ -70,19 +79,20 @@ class Predictor:
         self._weights = [0.0] * NUM_WEIGHTS
         self._squares = [0.0] * NUM_WEIGHTS  # of gradients, so that each weight has its own pace
         self._histograms: dict[str, _Histogram] = {ALL_TASKS: _Histogram(_normal_prior())}
+        self._predictions: dict[Request, _Prediction] = {}  # kept until the request ends
         self._max_tasks = max_tasks
 
     # What policies ask.
 
     def remaining(self, request: Request) -> float:
         """Expected output tokens still to come."""
-        if request.predicted_log is None:
-            request.predicted_log = self._guess(*_features(request))
-            request.predicted_len = self._mean_beyond(request, 0)
+        known = self._predictions.get(request)
+        if known is None:
+            log = self._guess(*_features(request))
+            known = self._predictions[request] = _Prediction(log, self._mean_beyond(request, log, 0))
         if request.num_outputs == 0:
-            assert request.predicted_len is not None
-            return request.predicted_len
-        return self._mean_beyond(request, request.num_outputs)
+            return known.length
+        return self._mean_beyond(request, known.log, request.num_outputs)
 
     def quantile(self, request: Request, share: float) -> float:
         """The length that a given share of such answers stays within; for calibration."""
@@ -99,6 +109,7 @@ class Predictor:
 
     def observe(self, request: Request) -> None:
         """Learn from an answer that has ended."""
+        known = self._predictions.pop(request, None)
         if request.num_outputs == 0 or request.finish_reason is FinishReason.ERROR:
             return
         indices, values = _features(request)
@@ -106,7 +117,7 @@ class Predictor:
         whole = request.finish_reason is FinishReason.STOP
         if not whole and residual <= 0:
             return  # it was cut off before its guess: nothing is learned
-        before = residual if request.predicted_log is None else math.log(request.num_outputs) - request.predicted_log
+        before = residual if known is None else math.log(request.num_outputs) - known.log
         for task in (ALL_TASKS, _task(request)):
             self._histogram(task).add(before)
         self._learn(indices, values, residual)
@@ -130,11 +141,10 @@ class Predictor:
         own = self._histograms.get(_task(request), everyone)
         return own, everyone, PRIOR_ANSWERS / everyone.total
 
-    def _mean_beyond(self, request: Request, made: int) -> float:
-        """E[min(length, most) - made | length > made]."""
-        assert request.predicted_log is not None
+    def _mean_beyond(self, request: Request, log: float, made: int) -> float:
+        """Return E[min(length, most) - made | length > made], given the guess of log(length)."""
         most = request.limit - request.num_prompt
-        guess = math.exp(request.predicted_log)
+        guess = math.exp(log)
         own, everyone, weight = self._mixture(request)
         few, many, mass = own.counts, everyone.counts, own.total + weight * everyone.total
         lengths = np.minimum(FACTORS, most / guess)

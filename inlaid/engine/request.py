@@ -87,7 +87,8 @@ class Status(enum.Enum):
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """One request's state on the host; the scheduler is the only writer.
+    """One request as the scheduler, the policies and the runner see it; the scheduler is the only writer, and keeps
+    what it alone needs in Progress.
 
     Invariants: num_computed <= len(tokens) + num_inflight; blocks cover [0, num_computed) at least.
     `tokens` is prompt + outputs known to the host; with overlap a sampled token may still be on the device
@@ -107,33 +108,14 @@ class Request:
     tokens: list[int] = field(default_factory=list)  # starts as a copy of prompt
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0  # tokens whose KV is written or being written by a submitted step
-    num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
     num_preemptions: int = 0
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
-    first_scheduled: float | None = None
-    first_token: float | None = None
-    predicted_len: float | None = None  # predicted total output tokens, kept by the predictor
     grammar: Any = None  # a GrammarState (text/grammar.py) when params.grammar is set
-
-    # What the scheduler keeps for itself.
-    order: int = 0  # how many requests were added before; breaks ties, so runs repeat exactly
+    order: int = 0  # how many requests were added before; breaks ties, so that runs repeat exactly
     limit: int = 0  # most tokens of prompt plus outputs
     stop_ids: frozenset[int] = frozenset()
-    root: bytes = b""  # where the chain of block_keys starts; empty until it is needed
-    block_keys: list[bytes] = field(default_factory=list)  # names of its full blocks, see kv_cache.py
-    prompt_logprobs: list[TokenLogprobs | None] | None = None  # gathered until the first output takes them
-    account: Any = None  # its tenant's Account in the ledger
-    num_owed: int = 0  # num_inflight when it was preempted, less what has come since
-    num_reserved: int = 0  # blocks that its admission counted on, those to come included
-    decode_until: int = 0  # below this position each step decodes one token, with nothing to check first
-    prefilled: bool = False  # since it runs, everything before its newest token has been computed
-    num_charged: int = 0  # prompt tokens charged so far; recomputing them after preemption is free
-    num_prepaid: int = 0  # output tokens charged ahead, by policies that charge predictions
-    passed_since: int | None = None  # admissions so far when it was first found not to fit
-    parked_at: float | None = None  # when it first stepped aside for want of its adapter, until it starts
-    predicted_log: float | None = None  # the predictor's guess of log(output tokens)
-    hopeless: bool = False  # its deadline can no longer be met
+    late: bool = False  # its deadline can no longer be met
 
     @property
     def num_prompt(self) -> int:

@@ -62,7 +62,7 @@ def fresh_engine(loaded: Loaded, policy: str, clock: Clock) -> Engine:
         adapters=old.adapters,
         eos_ids=old.eos_ids,
     )
-    engine.scheduler.released, old.released = old.released, []
+    engine.scheduler.endings.released += old.endings.take_released()
     return engine
 
 
@@ -126,7 +126,9 @@ def serve(
     engine = fresh_engine(loaded, policy, clock)
     names = [info.name for info in loaded.adapters.list()]
     done = replay(engine, trace, ranks_of(engine, names), clock, on_progress, cut)
-    loaded.engine.scheduler.released += engine.scheduler.released  # the runner still keeps something of theirs
+    loaded.engine.scheduler.endings.released += (
+        engine.scheduler.endings.released
+    )  # the runner still keeps something of theirs
     return done
 
 

@@ -172,7 +172,7 @@ def left_over(loaded: Loaded) -> dict[str, int]:
     pool = engine.scheduler.pool
     runner: Any = engine.runner
     runner.adapters.check()
-    ended = set(engine.scheduler.released)  # since the last step; the next one tells the runner
+    ended = set(engine.scheduler.endings.released)  # since the last step; the next one tells the runner
     return {
         "kv_blocks": pool.capacity - pool.num_available,
         "requests": len(engine.scheduler.requests),

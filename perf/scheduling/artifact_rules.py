@@ -12,37 +12,48 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
-from inlaid.config import SchedulerConfig
-from inlaid.engine.request import Request, Work
+from inlaid.engine.admission import Admission
+from inlaid.engine.decodes import Decodes
+from inlaid.engine.endings import Endings
+from inlaid.engine.progress import Progress
+from inlaid.engine.request import Work
 from inlaid.engine.scheduler import Scheduler
+from inlaid.engine.state import State
 from inlaid.sim.experiment import Experiment
 
 STEPS_BETWEEN_ROUNDS = 10
 
 
-class ArtifactScheduler(Scheduler):
-    """Ours, but for when and whom it admits."""
+class ArtifactAdmission(Admission):
+    """Admit when the artifact does, and whom it does."""
 
-    def __init__(self, config: SchedulerConfig, *arguments: Any, **named: Any) -> None:
-        super().__init__(config, *arguments, **named)
+    def __init__(self, state: State, decodes: Decodes, endings: Endings) -> None:
+        super().__init__(state, decodes, endings)
         self._steps_since_round = STEPS_BETWEEN_ROUNDS
 
-    def _admit(self, budget: int, now: float) -> list[Work]:
+    def admit(self, budget: int) -> list[Work]:
         self._steps_since_round += 1
-        if self.running and self._steps_since_round <= STEPS_BETWEEN_ROUNDS:
+        if self.state.running and self._steps_since_round <= STEPS_BETWEEN_ROUNDS:
             return []
-        works = super()._admit(budget, now)
+        works = super().admit(budget)
         if works:
             self._steps_since_round = 0
         return works
 
-    def _has_memory(self, request: Request, hits: list[int]) -> bool:
-        held = [(len(other.tokens), other.limit - len(other.tokens) - 1) for other in self.running.values()]
+    def _has_memory(self, progress: Progress, hits: list[int]) -> bool:
+        request, pool = progress.request, self.state.pool
+        running = [other.request for other in self.state.running.values()]
+        held = [(len(other.tokens), other.limit - len(other.tokens) - 1) for other in running]
         held.append((len(request.tokens) + 1, request.limit - len(request.tokens) - 1))
-        request.num_reserved = 0
-        return peak(held) < self.pool.capacity * self.pool.block_size
+        progress.num_reserved = 0
+        return peak(held) < pool.capacity * pool.block_size
+
+
+class ArtifactScheduler(Scheduler):
+    """Ours, but for when and whom it admits."""
+
+    admission_type = ArtifactAdmission
 
 
 def peak(held: Sequence[tuple[int, int]]) -> int:

@@ -103,7 +103,7 @@ class Bench:
             assert self.tokens[id] == self.expected(id), id
             stopped = self.tokens[id][-1:] == [EOS] and not new.params.ignore_eos
             assert reason == (FinishReason.STOP if stopped else FinishReason.LENGTH) or new.params.stop_token_ids
-        assert not self.scheduler.running
+        assert not self.scheduler.num_running
         assert self.scheduler.num_waiting == 0
         assert self.scheduler.pool.num_available == self.scheduler.pool.capacity
         self.adapters.check_idle()

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inlaid.engine.ledger import Ledger, LinearCost, ProfiledCost
+from inlaid.engine.cost import LinearCost, ProfiledCost
+from inlaid.engine.ledger import Ledger
 from tests.engine.bench import Bench
 from tests.engine.fake_runner import FakeAdapters
 
@@ -184,7 +185,7 @@ def test_what_was_charged_is_not_charged_again_as_cached_after_a_preemption() ->
     bench.add("r", [3] * 9, tenant="t", max_tokens=6, ignore_eos=True)
     for _ in range(3):
         bench.step()
-    bench.scheduler._preempt(bench.scheduler.requests["r"])
+    bench.scheduler.preempt("r")
     bench.run().check_all()
     account = bench.scheduler.ledger.accounts["t"]
     assert (account.prompt_tokens, account.cached_tokens, account.service) == (9, 0, 9 + 2 * 6)

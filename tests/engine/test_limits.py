@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from inlaid.engine.ledger import Account
-from inlaid.engine.limits import MAX_REMEMBERED, Gate, Limits
+from inlaid.engine.limits import MAX_REMEMBERED, QueueLimits, TenantLimits
+from inlaid.engine.progress import Account
 from inlaid.engine.refusal import Refused
 
 
@@ -14,22 +14,22 @@ def account(tenant: str, waiting: int) -> Account:
 
 
 def test_a_full_queue_still_takes_those_below_an_equal_share() -> None:
-    gate = Gate(max_waiting=12)
-    gate.check(account("alone", 11), 11, 1, 0.0)
+    limits = QueueLimits(max_waiting=12)
+    limits.check(account("alone", 11), 11, 1, 0.0)
     with pytest.raises(Refused):
-        gate.check(account("alone", 12), 12, 1, 0.0)
-    gate.check(account("new", 0), 12, 1, 0.0)
-    gate.check(account("new", 5), 17, 2, 0.0)
+        limits.check(account("alone", 12), 12, 1, 0.0)
+    limits.check(account("new", 0), 12, 1, 0.0)
+    limits.check(account("new", 5), 17, 2, 0.0)
     with pytest.raises(Refused):
-        gate.check(account("new", 6), 18, 2, 0.0)
+        limits.check(account("new", 6), 18, 2, 0.0)
 
 
 def test_a_crowd_of_tenants_with_one_request_each_cannot_grow_without_end() -> None:
-    gate = Gate(max_waiting=100)
+    limits = QueueLimits(max_waiting=100)
     let_in = 0
     for number in range(10_000):
         try:
-            gate.check(account(f"t{number}", 0), let_in, let_in, 0.0)
+            limits.check(account(f"t{number}", 0), let_in, let_in, 0.0)
             let_in += 1
         except Refused:
             break
@@ -37,29 +37,29 @@ def test_a_crowd_of_tenants_with_one_request_each_cannot_grow_without_end() -> N
 
 
 def test_the_window_slides_and_says_when() -> None:
-    gate = Gate(max_waiting=100)
+    limits = QueueLimits(max_waiting=100)
     for now in (0.0, 5.0, 8.0):
-        gate.check_rate("t", 3, 10.0, now)
-        gate.note_accepted("t", now, limited=True)
+        limits.check_rate("t", 3, 10.0, now)
+        limits.note_accepted("t", now, limited=True)
     with pytest.raises(Refused) as caught:
-        gate.check_rate("t", 3, 10.0, 9.0)
+        limits.check_rate("t", 3, 10.0, 9.0)
     assert caught.value.retry_after == pytest.approx(1.0)
-    gate.check_rate("t", 3, 10.0, 10.5)
+    limits.check_rate("t", 3, 10.0, 10.5)
     with pytest.raises(Refused):
-        gate.check_rate("nobody", 0, 10.0, 0.0)
+        limits.check_rate("nobody", 0, 10.0, 0.0)
 
 
 def test_a_flood_of_tenants_is_forgotten_once_out_of_the_window() -> None:
-    gate = Gate(max_waiting=100)
+    limits = QueueLimits(max_waiting=100)
     for number in range(3 * MAX_REMEMBERED):
-        gate.note_accepted(f"t{number}", float(number), limited=True)
-    assert len(gate._accepted) <= MAX_REMEMBERED
+        limits.note_accepted(f"t{number}", float(number), limited=True)
+    assert len(limits._accepted) <= MAX_REMEMBERED
 
 
 def test_waits_are_predicted_from_the_pace_of_admissions() -> None:
-    gate = Gate(max_waiting=1)
+    limits = QueueLimits(max_waiting=1)
     for number in range(200):
-        gate.note_admitted(0.5 * number, others_wait=True)
-    assert gate.expected_wait(10) == pytest.approx(5.0, rel=0.01)
+        limits.note_admitted(0.5 * number, others_wait=True)
+    assert limits.expected_wait(10) == pytest.approx(5.0, rel=0.01)
     with pytest.raises(ValueError, match="0 or more"):
-        gate.set_limits({"t": Limits(max_waiting=-1)})
+        limits.set_tenants({"t": TenantLimits(max_waiting=-1)})

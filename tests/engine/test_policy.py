@@ -47,7 +47,7 @@ def test_a_long_request_ages_past_a_stream_of_short_ones() -> None:
         bench.add(f"s{number}", [1], max_tokens=2, ignore_eos=True, true_output_len=2)
         bench.step()
         bench.step()
-        order += [id for id in bench.scheduler.running if id not in order]
+        order += [id for id in bench.scheduler.state.running if id not in order]
         if "long" in order:
             break
     # Passed only by those that came within (40 - 2) / 4 = 9.5 s of it; two steps, so two seconds, lie between them.
@@ -62,7 +62,7 @@ def test_without_ageing_it_would_starve() -> None:
         bench.add(f"s{number}", [1], max_tokens=2, ignore_eos=True, true_output_len=2)
         bench.step()
         bench.step()
-    assert bench.scheduler.requests["long"].first_scheduled is None
+    assert bench.scheduler.state.progress["long"].first_scheduled is None
 
 
 def test_inlaid_prefers_tasks_in_the_batch_by_a_head_start() -> None:
@@ -91,13 +91,16 @@ def test_inlaid_lets_only_those_pass_that_its_bound_allows(jobs: list[tuple[str,
             _, place, task, length = arrivals.pop(0)
             bench.add(f"r{place}", [1], task, max_tokens=length, ignore_eos=True, true_output_len=length)
         bench.step()
-    requests = {w.request.id: w.request for batch in bench.runner.batches for w in batch.works}.values()
-    for one in requests:
-        for other in requests:
-            assert one.first_scheduled is not None
-            assert other.first_scheduled is not None
+    requests = {w.request.id: w.request for batch in bench.runner.batches for w in batch.works}
+    started: dict[str, int] = {}
+    for batch in bench.runner.batches:
+        for work in batch.works:
+            started.setdefault(work.request.id, batch.step)
+    assert set(started) == set(bench.wanted)
+    for one in requests.values():
+        for other in requests.values():
             if other.arrival > one.arrival + (30 + grouping) / ageing:
-                assert other.first_scheduled >= one.first_scheduled
+                assert started[other.id] >= started[one.id]
 
 
 def test_vtc_serves_tenants_alike_and_by_weight() -> None:

@@ -88,7 +88,7 @@ def test_who_finds_no_memory_is_not_predicted_yet() -> None:
     while "first" not in bench.ends:
         bench.step()
         assert "second" not in asked
-        assert len(bench.scheduler.running) < 2
+        assert bench.scheduler.num_running < 2
     bench.step()
     bench.add("third", [7, 8, 9], max_tokens=4, ignore_eos=True)
     bench.run().check_all()
@@ -136,7 +136,7 @@ def test_an_answer_that_a_stop_string_or_a_preemption_ended_is_found_again_too(o
     for _ in range(10):
         bench.step()
     known = len(bench.scheduler.requests["next"].tokens) - 1
-    bench.scheduler._preempt(bench.scheduler.requests["next"])
+    bench.scheduler.preempt("next")
     before = len(bench.runner.batches)
     bench.run()
     assert bench.tokens["next"] == bench.expected("next")
@@ -382,7 +382,7 @@ def test_a_small_request_passes_one_that_does_not_fit_but_not_forever() -> None:
     started: list[str] = []
     while bench.engine.has_work:
         bench.step()
-        started += [id for id in bench.scheduler.running if id not in started]
+        started += [id for id in bench.scheduler.state.running if id not in started]
     bench.check_all()
     assert started.index("big") == 4  # the holder, three that passed, then big
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from inlaid.engine.limits import Gate
+from inlaid.engine.limits import QueueLimits
 from inlaid.engine.refusal import Refused
 from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.sim.cost import CostModel, Load, load_cost
@@ -85,7 +85,7 @@ def test_the_real_suite_is_refused_as_the_published_trace_was() -> None:
     published = {5: 919, 10: 600, 15: 447, 20: 342, 30: 176}
     traces = [generate(SUITES["real"], seed) for seed in range(42, 47)]
     for limit, theirs in published.items():
-        gate, refused = Gate(max_waiting=10**9), 0
+        gate, refused = QueueLimits(max_waiting=10**9), 0
         for number, trace in enumerate(traces):
             for arrival in trace:
                 tenant = f"{number} {arrival.request.tenant}"

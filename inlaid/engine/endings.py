@@ -1,0 +1,92 @@
+"""Preemption and endings: how a request stops running, and what is given back."""
+
+from __future__ import annotations
+
+from inlaid.engine.progress import Progress
+from inlaid.engine.refusal import Refusal
+from inlaid.engine.request import FinishReason, Output, Status
+from inlaid.engine.state import State
+
+
+class Endings:
+    """Take requests out of the batch or out of the engine."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self.released: list[str] = []  # ended or preempted since the last batch, which the next one tells the runner
+        self._outputs: list[Output] = []  # ends that no step brought about
+
+    @property
+    def has_outputs(self) -> bool:
+        return bool(self._outputs)
+
+    def take_outputs(self) -> list[Output]:
+        """Take the ends that happened between steps (aborts, refusals)."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def take_released(self) -> tuple[str, ...]:
+        """Take the ids of those whose place in the runner may be reused."""
+        released, self.released = tuple(self.released), []
+        return released
+
+    def preempt(self, progress: Progress) -> None:
+        """Give up a running request's KV; it waits again, keeps its outputs, and computes everything anew."""
+        state, request = self._state, progress.request
+        state.num_preemptions += 1
+        request.num_preemptions += 1
+        self._leave_running(progress)
+        progress.num_pending = request.num_inflight
+        request.num_computed = progress.decode_until = 0
+        progress.prefilled = False
+        request.status = Status.WAITING
+        state.ledger.enter_queue(progress.account, lift=False)
+        state.enqueue(request)
+
+    def end_early(self, progress: Progress, reason: FinishReason, refusal: Refusal | None = None) -> None:
+        """End a request for a reason that is not in its tokens. Its Output comes with the next step's."""
+        self.close(progress, reason)
+        self._outputs.append(Output(id=progress.request.id, tokens=[], finish_reason=reason, refusal=refusal))
+
+    def refuse(self, progress: Progress, refusal: Refusal) -> None:
+        """End a request that was just taken out of the queue."""
+        self._state.ledger.leave_queue(progress.account)
+        progress.request.status = Status.FINISHED
+        self.end_early(progress, FinishReason.ERROR, refusal)
+
+    def close(self, progress: Progress, reason: FinishReason) -> None:
+        """Give back everything that a request holds."""
+        state, request = self._state, progress.request
+        before, request.status, request.finish_reason = request.status, Status.FINISHED, reason
+        if before is Status.RUNNING:
+            self._leave_running(progress)
+        else:
+            state.nothing_fits = None  # a request that waited because of this one may fit now
+            if before is Status.WAITING:
+                self._leave_waiting(progress)
+        del state.progress[request.id]
+        if progress.num_prepaid > request.num_outputs:
+            state.ledger.refund_prepaid(progress)
+            state.waiting.touch(state.policy.group(request))
+        if request.adapter is not None:
+            state.adapters.release(request.adapter)
+        state.view.lengths.observe(request)
+
+    def _leave_waiting(self, progress: Progress) -> None:
+        state = self._state
+        state.ledger.leave_queue(progress.account)
+        if not state.working_set.remove(progress):
+            state.waiting.discard(progress.request)
+
+    def _leave_running(self, progress: Progress) -> None:
+        state, request = self._state, progress.request
+        del state.running[request.id]
+        state.num_reserved -= progress.num_reserved
+        progress.account.num_running -= 1
+        self.released.append(request.id)
+        state.working_set.leave(request.adapter)
+        if progress.prefilled:
+            # The answer, for the next turn of a chat.
+            state.prefix.publish(progress, request.num_prompt, len(request.tokens) - 1)
+        blocks, request.blocks = request.blocks, []
+        state.steps.release(blocks, request.adapter)

@@ -1,0 +1,44 @@
+"""The prefix cache as the scheduler uses it: names of a request's blocks, and which of them hold computed KV."""
+
+from __future__ import annotations
+
+from inlaid.config import CacheConfig
+from inlaid.engine.kv_cache import BlockPool, extend_keys, root_key
+from inlaid.engine.progress import Progress
+
+
+class PrefixCache:
+    """Find and publish full blocks by (base version, adapter identity, all tokens up to the block's end)."""
+
+    def __init__(self, config: CacheConfig, pool: BlockPool, base_version: str) -> None:
+        self.base_version = base_version
+        self._config = config
+        self._pool = pool
+
+    def match(self, progress: Progress) -> list[int]:
+        """Return the blocks of the longest cached prefix; the last token is always left to compute, for its logits."""
+        request = progress.request
+        if not self._config.enable_prefix_caching or progress.prompt_logprobs is not None:
+            return []
+        self._extend_keys(progress)
+        return self._pool.match(progress.block_keys[: (len(request.tokens) - 1) // self._pool.block_size])
+
+    def publish(self, progress: Progress, start: int, end: int) -> None:
+        """Name the blocks that tokens [start, end), which are computed now, have filled."""
+        first, last = start // self._pool.block_size, end // self._pool.block_size
+        if self._config.enable_prefix_caching and first < last:
+            if len(progress.block_keys) < last:
+                self._extend_keys(progress)
+            self._pool.publish(progress.request.blocks[first:last], progress.block_keys[first:last])
+
+    def _extend_keys(self, progress: Progress) -> None:
+        """Name all full blocks. The root is settled at first use, and again after `forget`."""
+        request = progress.request
+        if not progress.root:
+            salt = request.tenant if self._config.isolate_tenants else ""
+            progress.root = root_key(self.base_version, request.adapter, salt)
+        extend_keys(progress.block_keys, progress.root, request.tokens, self._pool.block_size)
+
+    def forget(self, progress: Progress) -> None:
+        """Drop the names of a request's blocks, as the base version they belong to is no longer served."""
+        progress.root, progress.block_keys = b"", []

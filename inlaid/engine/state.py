@@ -1,0 +1,63 @@
+"""What the parts of the scheduler share: the requests, the queue, the pool of KV blocks, the ledger and the limits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from inlaid.config import SchedulerConfig
+from inlaid.engine.kv_cache import BlockPool
+from inlaid.engine.ledger import Ledger
+from inlaid.engine.limits import QueueLimits
+from inlaid.engine.policy import Policy, View
+from inlaid.engine.prefix import PrefixCache
+from inlaid.engine.progress import Progress
+from inlaid.engine.request import Request
+from inlaid.engine.residency import AdapterDirectory
+from inlaid.engine.steps import Steps
+from inlaid.engine.waiting import WaitingQueue
+from inlaid.engine.working_set import WorkingSet
+
+
+@dataclass(eq=False)
+class State:
+    """Shared by admission, decodes and endings; the scheduler makes it."""
+
+    config: SchedulerConfig
+    adapters: AdapterDirectory
+    pool: BlockPool
+    prefix: PrefixCache
+    steps: Steps
+    ledger: Ledger
+    limits: QueueLimits
+    working_set: WorkingSet
+    view: View
+    waiting: WaitingQueue
+    progress: dict[str, Progress] = field(default_factory=dict)  # of every request that has not ended, by id
+    running: dict[str, Progress] = field(default_factory=dict)
+    num_reserved: int = 0  # blocks that the running requests were admitted on
+    num_preemptions: int = 0
+    # What was free when the last look at the queue found no request that fits; None: something has changed since.
+    nothing_fits: tuple[int, int] | None = None
+
+    @property
+    def policy(self) -> Policy:
+        return self.waiting.policy
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the queue or set aside."""
+        return len(self.waiting) + self.working_set.num_aside
+
+    def enqueue(self, request: Request) -> None:
+        """Put a request into the queue, and look at the queue again."""
+        self.waiting.push(request)
+        self.nothing_fits = None
+
+    def standing(self, request: Request) -> tuple[tuple[float, ...], int]:
+        """Return the request's place in the policy's order now; smaller goes first."""
+        policy, view = self.policy, self.view
+        return policy.key(policy.group(request), policy.rank(request, view), view), request.order
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Count the blocks that hold so many tokens."""
+        return -(-num_tokens // self.pool.block_size)
