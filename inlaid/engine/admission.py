@@ -204,7 +204,7 @@ class Admission:
         state, request, now = self.state, progress.request, self.state.view.now
         state.pool.share(hits)
         request.blocks = hits + state.pool.allocate(state.blocks_for(len(request.tokens)) - len(hits))
-        request.num_computed = len(hits) * state.pool.block_size
+        progress.num_computed = len(hits) * state.pool.block_size
         request.status = Status.RUNNING
         progress.overtaken_since = progress.aside_since = None
         state.num_reserved += progress.num_reserved
@@ -217,16 +217,16 @@ class Admission:
 
     def _charge_start(self, progress: Progress) -> None:
         """Charge the cached prefix and, the first time, what the policy charges ahead."""
-        state, request, account = self.state, progress.request, progress.account
+        state, request, account = self.state, progress.request, progress.request.account
         account.num_running += 1
         state.ledger.leave_queue(account)
-        found = min(request.num_computed, request.num_prompt)
+        found = min(progress.num_computed, request.num_prompt)
         if found > progress.num_charged:
             state.ledger.charge_cached(account, progress.num_charged, found)
             progress.num_charged = found
         if progress.first_scheduled is None:
             progress.first_scheduled = state.view.now
-            progress.num_cached = request.num_computed
-            progress.num_prepaid = state.policy.prepay(request, state.view)
-            if progress.num_prepaid:
-                state.ledger.prepay(progress)
+            progress.num_cached = progress.num_computed
+            count = state.policy.prepay(request, state.view)
+            if count:
+                state.ledger.prepay(request, count)

@@ -39,12 +39,12 @@ class Decodes:
         singles: list[Work] = []
         unfinished: list[Progress] = []
         for progress in list(self._state.running.values()):
-            request = progress.request
-            start = request.num_computed
+            start = progress.num_computed
             if start < progress.decode_until:
-                request.num_computed = start + 1
-                singles.append(Work(request, start, 1, True, True))
+                progress.num_computed = start + 1
+                singles.append(Work(progress.request, start, 1, True, True))
                 continue
+            request = progress.request
             known, limit, must_see = len(request.tokens), request.limit, request.must_see
             if start + 1 < known or progress.num_charged < len(request.prompt):
                 unfinished.append(progress)
@@ -53,7 +53,7 @@ class Decodes:
                 continue  # its newest token must be seen first, or is the last
             if start >= len(request.blocks) * block_size and not self._grow(progress):
                 continue
-            request.num_computed = start + 1
+            progress.num_computed = start + 1
             singles.append(Work(request, start, 1, start + 1 < limit, start + 2 < limit))
             if not must_see:
                 progress.decode_until = min(len(request.blocks) * block_size, limit - 2)
@@ -69,14 +69,14 @@ class Decodes:
     def prefill(self, progress: Progress, budget: int) -> Work:
         """Compute as much of what a request has as the budget allows, and charge the part of it that is prompt."""
         request = progress.request
-        start, total = request.num_computed, len(request.tokens)
+        start, total = progress.num_computed, len(request.tokens)
         count = min(total - start, budget)
         first, last = max(start, progress.num_charged), min(start + count, request.num_prompt)
         if first < last:
-            self._state.ledger.charge_prefill(progress.account, first, last)
+            self._state.ledger.charge_prefill(request.account, first, last)
             progress.num_charged = last
         samples = start + count == total and total < request.limit
-        request.num_computed = start + count
+        progress.num_computed = start + count
         return Work(request, start, count, samples)
 
     def _grow(self, progress: Progress) -> bool:

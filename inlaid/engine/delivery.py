@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from inlaid.engine.endings import Endings
 from inlaid.engine.progress import Progress
 from inlaid.engine.refusal import Refusal
@@ -19,20 +21,21 @@ class Delivery:
     def deliver(self, works: tuple[Work, ...], result: StepResult, now: float) -> list[Output]:
         """Take a step's tokens. A plain decode, which is nearly every work, is looked at for its token only."""
         outputs: list[Output] = []
-        sampled = iter(result.sampled)
-        progress_of = self._state.progress
+        tokens: Sequence[Sampled | None] = result.sampled
+        if len(tokens) < len(works):
+            sampled = iter(result.sampled)
+            tokens = [next(sampled) if work.samples else None for work in works]
         running, finished = Status.RUNNING, Status.FINISHED  # a member looked up in its enum costs five attributes
-        served: list[Progress] = []
-        for work in works:
+        served: list[Request] = []
+        for work, token in zip(works, tokens):
             request = work.request
-            token = next(sampled) if work.samples else None
-            if work.plain and token and request.status is running and token.token not in request.stop_ids:
+            if work.plain and token is not None and request.status is running and token.token not in request.stop_ids:
                 request.tokens.append(token.token)
-                served.append(progress_of[request.id])
+                served.append(request)
                 logprobs = None if token.logprobs is None else [token.logprobs]
                 outputs.append(Output(id=request.id, tokens=[token.token], logprobs=logprobs))
             elif request.status is not finished:
-                outputs += self._take(progress_of[request.id], work, token, result, now)
+                outputs += self._take(self._state.progress[request.id], work, token, result, now)
         self._state.ledger.charge_outputs(served)
         return outputs
 
@@ -59,7 +62,7 @@ class Delivery:
         if progress.num_pending:
             progress.num_pending -= 1
         request.tokens.append(token)
-        self._state.ledger.charge_outputs((progress,))
+        self._state.ledger.charge_outputs((request,))
         first = progress.first_token is None
         if first:
             progress.first_token = now

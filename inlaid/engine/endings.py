@@ -36,11 +36,11 @@ class Endings:
         state.num_preemptions += 1
         request.num_preemptions += 1
         self._leave_running(progress)
-        progress.num_pending = request.num_inflight
-        request.num_computed = progress.decode_until = 0
+        progress.num_pending = progress.num_inflight
+        progress.num_computed = progress.decode_until = 0
         progress.prefilled = False
         request.status = Status.WAITING
-        state.ledger.enter_queue(progress.account, lift=False)
+        state.ledger.enter_queue(request.account, lift=False)
         state.enqueue(request)
 
     def end_early(self, progress: Progress, reason: FinishReason, refusal: Refusal | None = None) -> None:
@@ -50,7 +50,7 @@ class Endings:
 
     def refuse(self, progress: Progress, refusal: Refusal) -> None:
         """End a request that was just taken out of the queue."""
-        self._state.ledger.leave_queue(progress.account)
+        self._state.ledger.leave_queue(progress.request.account)
         progress.request.status = Status.FINISHED
         self.end_early(progress, FinishReason.ERROR, refusal)
 
@@ -65,8 +65,7 @@ class Endings:
             if before is Status.WAITING:
                 self._leave_waiting(progress)
         del state.progress[request.id]
-        if progress.num_prepaid > request.num_outputs:
-            state.ledger.refund_prepaid(progress)
+        if state.ledger.settle(request):
             state.waiting.touch(state.policy.group(request))
         if request.adapter is not None:
             state.adapters.release(request.adapter)
@@ -74,7 +73,7 @@ class Endings:
 
     def _leave_waiting(self, progress: Progress) -> None:
         state = self._state
-        state.ledger.leave_queue(progress.account)
+        state.ledger.leave_queue(progress.request.account)
         if not state.working_set.remove(progress):
             state.waiting.discard(progress.request)
 
@@ -82,7 +81,7 @@ class Endings:
         state, request = self._state, progress.request
         del state.running[request.id]
         state.num_reserved -= progress.num_reserved
-        progress.account.num_running -= 1
+        request.account.num_running -= 1
         self.released.append(request.id)
         state.working_set.leave(request.adapter)
         if progress.prefilled:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from inlaid.config import SchedulerConfig
+from inlaid.engine.account import Account
 from inlaid.engine.cost import LinearCost, ProfiledCost
 from inlaid.engine.kv_cache import BlockPool
 from inlaid.engine.refusal import Refusal, Refused
@@ -75,7 +76,7 @@ def _invalid(message: str) -> Refused:
 
 
 def make_request(
-    new: NewRequest, identity: str | None, limit: int, now: float, order: int, eos_ids: frozenset[int]
+    new: NewRequest, identity: str | None, account: Account, limit: int, now: float, order: int, eos_ids: frozenset[int]
 ) -> Request:
     """The state of a request that has just arrived."""
     params = new.params
@@ -85,7 +86,7 @@ def make_request(
         params=params,
         adapter=identity,
         adapter_name=new.adapter,
-        tenant=new.tenant,
+        account=account,
         arrival=now,
         priority=new.priority,
         deadline=new.deadline,

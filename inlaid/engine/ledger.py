@@ -12,8 +12,9 @@ import heapq
 from collections import deque
 from collections.abc import Sequence
 
+from inlaid.engine.account import Account
 from inlaid.engine.cost import Cost, LinearCost
-from inlaid.engine.progress import Account, Progress
+from inlaid.engine.request import Request
 
 HISTORY_SECONDS = 3600
 
@@ -31,6 +32,7 @@ class Ledger:
         self.num_cached_tokens = 0
         self.num_output_tokens = 0
         self.history: deque[tuple[float, dict[str, float]]] = deque()
+        self._prepaid: dict[str, int] = {}  # output tokens charged ahead, by request id
         self._max_accounts = max_accounts
         self._forgotten = 0.0
         self._num_seen = 0
@@ -114,44 +116,48 @@ class Ledger:
         self.num_cached_tokens += end - start
         self._charge(account, self.cost.cached(start, end))
 
-    def charge_outputs(self, served: Sequence[Progress]) -> None:
-        """Charge the newest token of each of these; the counter has the first num_prepaid already."""
-        price = self._price
-        self.total += len(served) * price
+    def charge_outputs(self, served: Sequence[Request]) -> None:
+        """Charge the newest token of each of these; the counter has prepaid ones already."""
+        self.total += len(served) * self._price
         self.num_output_tokens += len(served)
-        for progress in served:
-            account = progress.account
-            account.output_tokens += 1
-            if price and not progress.num_prepaid:
-                continue
-            request = progress.request
-            number = request.num_outputs
-            prepaid = number <= progress.num_prepaid
-            if not price:
-                cost = self.cost.output(request.num_prompt, number, number)
-                self.total += cost
-                account.charged += cost
-                account.virtual += 0.0 if prepaid else cost / account.weight
-            elif prepaid:
-                account.virtual -= price / account.weight
+        for request in served:
+            request.account.output_tokens += 1
+        if self._prepaid or not self._price:
+            for request in served:
+                self._charge_output(request)
+
+    def _charge_output(self, request: Request) -> None:
+        """Charge what counting the newest token has not: its own price, or that it was prepaid."""
+        account, num_prompt = request.account, len(request.prompt)
+        number = len(request.tokens) - num_prompt
+        prepaid = number <= self._prepaid.get(request.id, 0)
+        if not self._price:
+            cost = self.cost.output(num_prompt, number, number)
+            self.total += cost
+            account.charged += cost
+            account.virtual += 0.0 if prepaid else cost / account.weight
+        elif prepaid:
+            account.virtual -= self._price / account.weight
 
     def _charge(self, account: Account, cost: float) -> None:
         self.total += cost
         account.charged += cost
         account.virtual += cost / account.weight
 
-    def prepay(self, progress: Progress) -> None:
-        """Charge a predicted output ahead: on the counter only, as nothing is delivered yet."""
-        account = progress.account
-        account.virtual += self.cost.output(progress.request.num_prompt, 1, progress.num_prepaid) / account.weight
+    def prepay(self, request: Request, count: int) -> None:
+        """Charge `count` predicted outputs ahead: on the counter only, as nothing is delivered yet."""
+        self._prepaid[request.id] = count
+        request.account.virtual += self.cost.output(request.num_prompt, 1, count) / request.account.weight
 
-    def refund_prepaid(self, progress: Progress) -> None:
-        """Give back what was charged ahead of a request that ended after fewer outputs."""
-        account, request = progress.account, progress.request
-        unused = self.cost.output(request.num_prompt, request.num_outputs + 1, progress.num_prepaid)
-        account.virtual -= unused / account.weight
+    def settle(self, request: Request) -> bool:
+        """Give back what was prepaid for a request that ended after fewer outputs; return True if the counter fell."""
+        prepaid, account = self._prepaid.pop(request.id, 0), request.account
+        if prepaid <= request.num_outputs:
+            return False
+        account.virtual -= self.cost.output(request.num_prompt, request.num_outputs + 1, prepaid) / account.weight
         if account.num_waiting:
             self._rank(account)
+        return True
 
     # The past.
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from inlaid.engine.progress import Account
+from inlaid.engine.account import Account
 from inlaid.engine.refusal import Refusal, RefusalKind, Refused
 
 MAX_RETRY_SECONDS = 600.0

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol
 
 from inlaid.engine.ledger import Ledger
+from inlaid.engine.progress import Progress
 from inlaid.engine.request import Request
 
 Rank = tuple[float, ...]
@@ -44,18 +45,21 @@ class MaxTokens:
 
 @dataclass
 class View:
-    """What a policy may look at. The scheduler keeps it current."""
+    """What a policy may look at beside the request. The scheduler keeps it current."""
 
     ledger: Ledger
     lengths: Lengths = field(default_factory=MaxTokens)
     now: float = 0.0
     active: Mapping[str | None, int] = field(default_factory=dict)  # running requests per adapter
+    running: Mapping[str, Progress] = field(default_factory=dict)  # by id
     seconds_per_step: float = 0.0
     tokens_per_step: int = 1
 
     def seconds_left(self, request: Request) -> float:
         """How long the request still takes once it runs, at the present pace."""
-        prefill = (len(request.tokens) - request.num_computed) / self.tokens_per_step
+        progress = self.running.get(request.id)
+        computed = 0 if progress is None else progress.num_computed
+        prefill = (len(request.tokens) - computed) / self.tokens_per_step
         return (prefill + self.lengths.remaining(request)) * self.seconds_per_step
 
 

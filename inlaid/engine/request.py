@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from inlaid.engine.account import Account
 from inlaid.engine.refusal import Refusal
 
 
@@ -87,12 +88,11 @@ class Status(enum.Enum):
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """One request as the scheduler, the policies and the runner see it; the scheduler is the only writer, and keeps
+    """One request as the scheduler, the policies and the runner see it. The scheduler is the only writer, and keeps
     what it alone needs in Progress.
 
-    Invariants: num_computed <= len(tokens) + num_inflight; blocks cover [0, num_computed) at least.
-    `tokens` is prompt + outputs known to the host; with overlap a sampled token may still be on the device
-    (num_inflight), in which case its successor can be scheduled before its value is known.
+    `tokens` is prompt + outputs known to the host; with overlap a sampled token may still be on the device, in which
+    case its successor can be scheduled before its value is known.
     """
 
     id: str
@@ -100,14 +100,13 @@ class Request:
     params: SamplingParams
     adapter: str | None  # the adapter's *identity* (content hash), resolved from the name at arrival
     adapter_name: str | None
-    tenant: str
+    account: Account  # its tenant's, which is charged
     arrival: float
     priority: int = 0
     deadline: float | None = None
     true_output_len: int | None = None
     tokens: list[int] = field(default_factory=list)  # starts as a copy of prompt
     blocks: list[int] = field(default_factory=list)
-    num_computed: int = 0  # tokens whose KV is written or being written by a submitted step
     num_preemptions: int = 0
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
@@ -116,6 +115,10 @@ class Request:
     limit: int = 0  # most tokens of prompt plus outputs
     stop_ids: frozenset[int] = frozenset()
     late: bool = False  # its deadline can no longer be met
+
+    @property
+    def tenant(self) -> str:
+        return self.account.tenant
 
     @property
     def num_prompt(self) -> int:
@@ -128,11 +131,6 @@ class Request:
     @property
     def outputs(self) -> list[int]:
         return self.tokens[len(self.prompt) :]
-
-    @property
-    def num_inflight(self) -> int:
-        """Tokens sampled by submitted, not yet committed steps, while it runs."""
-        return max(0, min(self.num_computed + 1, self.limit) - len(self.tokens))
 
     @property
     def must_see(self) -> bool:

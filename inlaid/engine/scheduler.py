@@ -75,6 +75,7 @@ class Scheduler:
             view=self.view,
             waiting=WaitingQueue(parse_policy(config.policy), self.view),
         )
+        self.view.running = self.state.running
         self.endings = Endings(self.state)
         self.decodes = Decodes(self.state, self.endings)
         self.delivery = Delivery(self.state, self.endings)
@@ -137,9 +138,9 @@ class Scheduler:
             self.limits.check_rate(new.tenant, rpm.limit, rpm.window, now)
         identity = self._resolve(new.adapter)
         self._num_added += 1
-        request = make_request(new, identity, limit, now, self._num_added, self.eos_ids)
+        request = make_request(new, identity, account, limit, now, self._num_added, self.eos_ids)
         scored = new.params.prompt_logprobs is not None
-        state.progress[request.id] = Progress(request, account, prompt_logprobs=[None] if scored else None)
+        state.progress[request.id] = Progress(request, prompt_logprobs=[None] if scored else None)
         self.limits.note_accepted(new.tenant, now, limited=rpm is not None)
         account.num_requests += 1
         self.ledger.enter_queue(account)

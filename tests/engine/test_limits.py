@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from inlaid.engine.account import Account
 from inlaid.engine.limits import MAX_REMEMBERED, QueueLimits, TenantLimits
-from inlaid.engine.progress import Account
 from inlaid.engine.refusal import Refused
 
 

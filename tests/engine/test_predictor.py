@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from inlaid.engine.account import Account
 from inlaid.engine.predictor import Oracle, Predictor
 from inlaid.engine.request import FinishReason, Request, SamplingParams
 
@@ -23,7 +24,7 @@ def make(
         params=SamplingParams(max_tokens=most),
         adapter=task,
         adapter_name=task,
-        tenant="",
+        account=Account("", 0),
         arrival=0.0,
         true_output_len=true,
         tokens=list(prompt),

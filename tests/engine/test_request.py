@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from inlaid.engine.account import Account
 from inlaid.engine.request import FinishReason, NewRequest, Output, Request, SamplingParams, TokenLogprobs, Work
 
 
@@ -15,7 +16,7 @@ def make(tokens: int) -> Request:
         params=SamplingParams(),
         adapter=None,
         adapter_name=None,
-        tenant="",
+        account=Account("", 0),
         arrival=0.0,
         tokens=prompt + [9] * (tokens - 3),
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from inlaid.engine.account import Account
 from inlaid.engine.ledger import Ledger
 from inlaid.engine.policy import View, make_policy
 from inlaid.engine.request import Request, SamplingParams, Status
@@ -20,7 +21,7 @@ def queued(id: int, tenant: str, arrival: float) -> Request:
         params=SamplingParams(),
         adapter=None,
         adapter_name=None,
-        tenant=tenant,
+        account=Account(tenant, 0),
         arrival=arrival,
         order=id,
         tokens=[1],
