@@ -1,4 +1,4 @@
-"""The joint between quantizing and serving: GPTQ tensors on disk, read and written here and nowhere else.
+"""The contract between quantizing and serving: GPTQ tensors on disk, read and written in this module alone.
 
 The format is AutoGPTQ's. A linear of K inputs and N outputs, quantized to `bits` in G groups of inputs, is
     qweight  int32  [K * bits / 32, N]   codes, packed along K
@@ -35,7 +35,7 @@ ZERO_FORMATS = ("gptq", "gptq_v2")
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """How a linear is quantized. A group size of -1 is one group for all inputs."""
+    """Format of a quantized linear. A group size of -1 means one group for all inputs."""
 
     bits: int
     group_size: int
@@ -49,11 +49,11 @@ class QuantSpec:
             raise CheckpointError(f"group size {self.group_size}: give a positive number, or -1 for whole columns")
 
     def groups(self, inputs: int) -> int:
-        """How many groups a linear of so many inputs has."""
+        """Return the number of groups of a linear with `inputs` inputs."""
         return 1 if self.group_size == -1 else -(-inputs // self.group_size)
 
     def why_not(self, inputs: int, outputs: int) -> str | None:
-        """Why a linear of this shape cannot be stored so, or None."""
+        """Return the reason for which a linear of this shape cannot be stored in this format, or None."""
         for size, what in ((inputs, "inputs"), (outputs, "outputs")):
             if size * self.bits % 32:
                 return f"{size} {what} of {self.bits} bits do not fill whole 32-bit words"
@@ -105,7 +105,7 @@ class QuantizedLinear:
 
 
 def pack(codes: Tensor, bits: int, dim: int = 0) -> Tensor:
-    """Codes of `bits` bits to int32 words along `dim` (0 or 1 of two), least significant first."""
+    """Pack codes of `bits` bits into int32 words along `dim` (0 or 1), least significant bits first."""
     codes = codes.movedim(dim, 0).to(torch.int64)
     if codes.shape[0] * bits % 32:
         raise CheckpointError(f"{codes.shape[0]} codes of {bits} bits do not fill whole 32-bit words")
@@ -122,7 +122,7 @@ def pack(codes: Tensor, bits: int, dim: int = 0) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, dim: int = 0) -> Tensor:
-    """The inverse of `pack`: uint8 codes along `dim`."""
+    """Unpack int32 words into uint8 codes along `dim`: the inverse of `pack`."""
     packed = packed.movedim(dim, 0)
     per, words = _period(bits)
     blocks = packed.reshape(-1, words, packed.shape[1])
@@ -138,23 +138,23 @@ def unpack(packed: Tensor, bits: int, dim: int = 0) -> Tensor:
 
 
 def holds_only(packed: Tensor, value: int, bits: int) -> bool:
-    """Whether every code of words packed along dim 1 is `value`, told without unpacking them."""
+    """Return True if every code of words packed along dim 1 is `value`, without unpacking them."""
     _, words = _period(bits)
     return bool((packed.reshape(packed.shape[0], -1, words) == _words_of(value, bits).to(packed.device)).all())
 
 
 def _words_of(value: int, bits: int) -> Tensor:
-    """The smallest run of whole words whose every code is `value`."""
+    """Return the shortest run of whole words whose codes are all `value`."""
     return pack(torch.full((_period(bits)[0], 1), value), bits)[:, 0]
 
 
 def _period(bits: int) -> tuple[int, int]:
-    """The smallest run of whole codes that fills whole words: (codes, words)."""
+    """Return the shortest run of whole codes that fills whole words: (codes, words)."""
     return (32, bits) if 32 % bits else (32 // bits, 1)
 
 
 def dequantize(linear: QuantizedLinear, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight as [K, N], each element the exact product rounded once to `dtype`."""
+    """Return the weight as [K, N]; each element is the exact product, rounded once to `dtype`."""
     codes_KN = unpack(linear.qweight, linear.bits).to(torch.int16)
     zeros_GN = unpack(linear.qzeros, linear.bits, dim=1).to(torch.int16)
     group_K = linear.g_idx.long()
@@ -164,7 +164,7 @@ def dequantize(linear: QuantizedLinear, dtype: torch.dtype = torch.float32) -> T
 def from_codes(
     codes_KN: Tensor, zeros_GN: Tensor, scales_GN: Tensor, g_idx_K: Tensor, group_size: int, bits: int
 ) -> QuantizedLinear:
-    """Pack a solved linear. Zeros are true zeros; the spec is read off the tensors."""
+    """Pack the solver's result. Zeros are true zeros; the spec follows from the tensors."""
     groups = scales_GN.shape[0]
     in_order = torch.arange(len(g_idx_K), device=g_idx_K.device) // (len(g_idx_K) if groups == 1 else group_size)
     spec = QuantSpec(
@@ -184,7 +184,7 @@ def shift_zeros(qzeros: Tensor, bits: int, by: int) -> Tensor:
 
 
 def to_tensors(name: str, linear: QuantizedLinear, zero_format: str = "gptq") -> dict[str, Tensor]:
-    """The four tensors of a linear as a file stores them."""
+    """Return the four tensors of a linear as a file stores them, by name."""
     stored = linear.qzeros if zero_format == "gptq_v2" else shift_zeros(linear.qzeros, linear.bits, -1)
     parts = {"qweight": linear.qweight, "qzeros": stored, "scales": linear.scales, "g_idx": linear.g_idx}
     # Cloned: linears solved together share g_idx, and a file must not.
@@ -194,8 +194,11 @@ def to_tensors(name: str, linear: QuantizedLinear, zero_format: str = "gptq") ->
 
 
 class Checkpoint:
-    """A model folder, quantized or not, in one file or in shards. Tensors are read when asked for, with a device into
-    its memory (`g_idx` stays on the CPU); several threads may ask."""
+    """A model folder, quantized or not, in one file or in shards.
+
+    A tensor is read when it is asked for, into the memory of `device` if one is given (`g_idx` stays on the CPU).
+    Several threads may read.
+    """
 
     def __init__(self, path: str | Path, device: torch.device | None = None) -> None:
         self.path = Path(path)
@@ -225,11 +228,11 @@ class Checkpoint:
 
     @property
     def zero_format(self) -> str:
-        """What the metadata says of stored zeros; `linear` trusts the values first where they decide."""
+        """Zero format that the metadata names; `linear` trusts the stored values first where they are unambiguous."""
         return str((self.quantization or {}).get("checkpoint_format") or "gptq")
 
     def tensor(self, name: str) -> Tensor:
-        """A stored tensor as it is."""
+        """Read a tensor as it is stored."""
         if name not in self._file_of:
             raise CheckpointError(f"{self.path} has no tensor {name}")
         file = self._file_of[name]
@@ -238,13 +241,14 @@ class Checkpoint:
                 self._handles[file] = safe_open(str(self.path / file), framework="pt")
             handle = self._handles[file]
             if self._stages is None:
-                return handle.get_tensor(name)
+                tensor: Tensor = handle.get_tensor(name)
+                return tensor
             return self._stages.read(self.path / file, name, handle.get_tensor)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.path / file} cannot be read ({error}); fetch it again") from error
 
     def linear(self, name: str) -> QuantizedLinear:
-        """A quantized linear with its zeros resolved."""
+        """Read a quantized linear and resolve its zeros."""
         if f"{name}.qweight" not in self._file_of:
             raise CheckpointError(f"{self.path}: {name} is not quantized in this checkpoint")
         assert self.quantization is not None
@@ -267,7 +271,7 @@ class Checkpoint:
         )
 
     def fingerprint(self) -> str:
-        """A hash of the configuration and every stored byte: the base's version."""
+        """Hash the configuration and every stored byte: the base's version."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         files = sorted(set(self._file_of.values()))
         total = sum((self.path / file).stat().st_size for file in files)
@@ -278,7 +282,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def _bits_and_groups(self, name: str, qweight: Tensor, stored: Tensor, scales: Tensor) -> tuple[int, Tensor]:
-        """Bits from the shapes (some writers vary them by module), g_idx from the file or in order."""
+        """Return the bits, from the shapes (some writers vary them by module), and g_idx, from the file or in order."""
         assert self.quantization is not None
         bits = stored.shape[1] * 32 // scales.shape[1]
         if bits not in BITS:
@@ -293,7 +297,7 @@ class Checkpoint:
         return bits, torch.arange(inputs, dtype=torch.int32) // (inputs if group_size == -1 else group_size)
 
     def _true_zeros(self, stored: Tensor, bits: int) -> Tensor:
-        """Resolve v1 and v2: by the values where the checkpoint is symmetric, else by the metadata."""
+        """Resolve v1 and v2 zeros: by the values where the checkpoint is symmetric, else by the metadata."""
         assert self.quantization is not None
         middle = 2 ** (bits - 1)
         if self.quantization.get("sym", False):
@@ -308,7 +312,7 @@ class Checkpoint:
 def quantization_config(
     spec: QuantSpec, damping: float, static_groups: bool, zero_format: str = "gptq"
 ) -> dict[str, Any]:
-    """What other readers look for in config.json and quantize_config.json."""
+    """Make the metadata that readers of the format expect in config.json and quantize_config.json."""
     return {
         "quant_method": "gptq",
         "bits": spec.bits,
@@ -336,7 +340,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _quantization(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """The quantization's metadata, from either place; None for a 16-bit model."""
+    """Return the quantization's metadata, from config.json or quantize_config.json; None for a model without any."""
     found = config.get("quantization_config")
     if found is None and (path / "quantize_config.json").exists():
         found = _read_json(path / "quantize_config.json")
@@ -359,7 +363,7 @@ def _quantization(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _index(path: Path) -> dict[str, str]:
-    """Tensor name to file, from the headers of the files themselves."""
+    """Map tensor names to files, read from the headers of the files."""
     index = path / "model.safetensors.index.json"
     if index.exists():
         files = _named_in(index)
@@ -373,7 +377,7 @@ def _index(path: Path) -> dict[str, str]:
 
 
 def _named_in(index: Path) -> list[str]:
-    """The files of an index, all beside it."""
+    """Return the files that an index names. CheckpointError: one of them is not beside it."""
     named = _read_json(index).get("weight_map")
     values: list[Any] = list(named.values()) if isinstance(named, dict) else [None]
     if not all(isinstance(value, str) and value == Path(value).name for value in values):

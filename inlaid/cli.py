@@ -1,5 +1,5 @@
-"""The `inlaid` command. Flags of `serve` and `generate` are made from the fields of `config.py`; other commands bring
-their own from their package, which is imported only when the command is given.
+"""The `inlaid` command. The flags of `serve` and `generate` are made from the fields of `config.py`. Other commands add
+their flags in their own package, which is imported only when that command is given.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from inlaid.config import AdapterConfig, CacheConfig, ConfigError, EngineConfig,
 _ROOT = Path(__file__).resolve().parents[1]
 DEMO = _ROOT / "models" / "demo"
 _INSTALL = f"install what inlaid needs: {sys.executable} -m pip install --editable {_ROOT}"
-_MOST_NAMES = 16  # of adapters, in what is said at the start
+_MAX_NAMES = 16  # adapters that the line at the start lists
 _SIZES = MappingProxyType({"k": 1000, "m": 1000**2, "g": 1000**3, "K": 1024, "M": 1024**2, "G": 1024**3})
 
 # command, module, function that adds its arguments, function that runs it, help
@@ -39,11 +39,11 @@ _PARTS = (
 
 
 class UsageError(ValueError):
-    """What was typed cannot be done; the message says what would do."""
+    """A command line that cannot be carried out; the message says what to type instead."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; its exit status."""
+    """Run a command and return its exit status."""
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except ModuleNotFoundError as error:
@@ -67,7 +67,7 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """What was typed; SystemExit with a line that says what is wrong with it."""
+    """Parse a command line. SystemExit, after a line on stderr that says what is wrong with it."""
     args, unknown = _parser(arguments[0] if arguments else None).parse_known_args(arguments)
     if unknown:
         known, flag = args.parser._option_string_actions, unknown[0].partition("=")[0]
@@ -79,24 +79,26 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _parser(command: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="inlaid", description="One quantized base, hundreds of LoRA adapters.")
+    parser.add_argument("--version", action="version", version=f"inlaid {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, add, help in (
         ("serve", _add_serve, "serve a model and its adapters"),
         ("generate", _add_generate, "answer one prompt, or chat in the terminal"),
     ):
-        usage = f"inlaid {name} [MODEL] [OPTIONS]  (inlaid {name} --help lists them)"  # all sixty would help nobody
+        # Short, as argparse prints the usage before an error, and a list of all flags would hide the error.
+        usage = f"inlaid {name} [MODEL] [OPTIONS]  (inlaid {name} --help lists them)"
         add(commands.add_parser(name, help=help, usage=usage, allow_abbrev=False))
     for name, module, add_arguments, run, help in _PARTS:
         _add_part(commands.add_parser(name, help=help), name == command, module, add_arguments, run)
     version = commands.add_parser("version", help="print versions")
     version.set_defaults(run=run_version)
     for each in commands.choices.values():
-        each.set_defaults(parser=each)  # whose usage an error shows
+        each.set_defaults(parser=each)  # an error shows the usage of this command
     return parser
 
 
 def _add_part(parser: argparse.ArgumentParser, chosen: bool, module: str, add: str, run: str) -> None:
-    """Import a part only when it is the one that was asked for."""
+    """Add a command of another package; import the package only when its command is given."""
     if chosen:
         part = importlib.import_module(module)
         getattr(part, add)(parser)
@@ -107,7 +109,7 @@ def _add_part(parser: argparse.ArgumentParser, chosen: bool, module: str, add: s
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, config: type[Any]) -> None:
-    """A flag for each field, in a group of its own; one that was not given stays out of the result."""
+    """Add a group with a flag for each field of a configuration; what is not given is left out of the result."""
     hints = get_type_hints(config)
     group = parser.add_argument_group((config.__doc__ or "").split("\n")[0].rstrip("."))
     for each in fields(config):
@@ -119,7 +121,9 @@ def _add_flag(group: Any, each: Field[Any], hint: Any) -> None:
     flag = "--" + each.name.replace("_", "-")
     help = str(each.metadata.get("help", "")).replace("%", "%%")
     choices = each.metadata.get("choices")
-    if each.default not in (None, "", ()) and not isinstance(each.default, bool):
+    if hint is bool:
+        help += f" (default: {'on' if each.default else 'off'})"
+    elif each.default not in (None, "", ()):
         help += f" (default: {each.default})"
     common: dict[str, Any] = {"dest": each.name, "default": argparse.SUPPRESS, "help": help}
     if hint is bool:
@@ -133,7 +137,7 @@ def _add_flag(group: Any, each: Field[Any], hint: Any) -> None:
 
 
 def size(text: str) -> int:
-    """An integer, with vLLM's suffixes: 1k is 1000, 1K is 1024."""
+    """Parse an integer with vLLM's suffixes: 1k is 1000, 1K is 1024."""
     scale = _SIZES.get(text[-1:], 1)
     number = text[:-1] if scale > 1 else text
     try:
@@ -146,13 +150,14 @@ def size(text: str) -> int:
 
 
 def config_from(args: argparse.Namespace, config: type[Any], **more: Any) -> Any:
-    """The configuration that the given flags make."""
+    """Make a configuration of the given flags; `more` wins over them."""
     given = {f.name: getattr(args, f.name) for f in fields(config) if hasattr(args, f.name) and f.name not in more}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return config(**values, **more)
 
 
 def engine_config(args: argparse.Namespace, model: str) -> EngineConfig:
+    """Make the engine's configuration of the given flags."""
     config: EngineConfig = config_from(
         args,
         EngineConfig,
@@ -171,7 +176,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_adapters(given: Sequence[str]) -> dict[str, str]:
-    """NAME=PATH, or vLLM's JSON {"name": …, "path": …}."""
+    """Parse adapters written as NAME=PATH or as vLLM's JSON {"name": …, "path": …}; return paths by name."""
     adapters: dict[str, str] = {}
     for text in given:
         name, path, _ = _parse_adapter(text)
@@ -182,7 +187,7 @@ def parse_adapters(given: Sequence[str]) -> dict[str, str]:
 
 
 def pinned_adapters(args: argparse.Namespace, adapters: Mapping[str, str]) -> list[str]:
-    """Those that --pin-adapter or their own JSON names."""
+    """Return the names that --pin-adapter or an adapter's own JSON pins."""
     named = list(getattr(args, "pin_adapter", []))
     comes_later = args.allow_runtime_lora if hasattr(args, "allow_runtime_lora") else False
     for name in named:
@@ -194,7 +199,7 @@ def pinned_adapters(args: argparse.Namespace, adapters: Mapping[str, str]) -> li
 
 
 def _parse_adapter(text: str) -> tuple[str, str, bool]:
-    """Name, path, and whether its JSON pins it."""
+    """Return an adapter's name, its path, and True if its JSON pins it."""
     if text.startswith("{"):
         try:
             values = json.loads(text)
@@ -208,7 +213,7 @@ def _parse_adapter(text: str) -> tuple[str, str, bool]:
 
 
 def demo_adapters() -> dict[str, str]:
-    """The bundled adapters by name. UsageError where there is no demo."""
+    """Return the paths of the bundled adapters by name. UsageError: this installation has no demo."""
     folder = DEMO / "adapters"
     if not (DEMO / "base" / "config.json").exists():
         raise UsageError(f"no model named, and the bundled demo is not at {DEMO}; name a model")
@@ -216,7 +221,7 @@ def demo_adapters() -> dict[str, str]:
 
 
 def model_and_adapters(model: str, given: dict[str, str]) -> tuple[str, dict[str, str]]:
-    """The model to load, and with the demo its own adapters beside those given."""
+    """Return the model to load and its adapters; the demo brings its own beside those given."""
     if model:
         return model, given
     return str(DEMO / "base"), {**demo_adapters(), **given}
@@ -255,7 +260,7 @@ def run_serve(args: argparse.Namespace) -> int:
 
 
 def run_loop(main: Any) -> int:
-    """On uvloop where there is one."""
+    """Run a coroutine to its end, on uvloop where it is installed."""
     make: Any = importlib.import_module("uvloop" if importlib.util.find_spec("uvloop") else "asyncio")
     loop = make.new_event_loop()
     asyncio.set_event_loop(loop)
@@ -267,7 +272,7 @@ def run_loop(main: Any) -> int:
 
 
 def announce(service: Any, address: str) -> None:
-    """What is served, where, and how to ask it."""
+    """Print the model, its adapters, the address, and a curl command that asks it."""
     model = service.engine.model
     names = sorted(service.engine.adapters)
     asked = names[0] if names else service.model_name
@@ -286,9 +291,9 @@ def announce(service: Any, address: str) -> None:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """A line of names, whether there are twelve or a thousand."""
-    more = len(names) - _MOST_NAMES
-    shown = ", ".join(names[:_MOST_NAMES]) or "none"
+    """Join names for one line: the first few, and how many more there are."""
+    more = len(names) - _MAX_NAMES
+    shown = ", ".join(names[:_MAX_NAMES]) or "none"
     return f"{shown} and {more} more ({len(names)} in all)" if more > 0 else shown
 
 
@@ -338,7 +343,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
 
 def _generate_adapters(args: argparse.Namespace) -> tuple[str, dict[str, str], str | None]:
-    """The model, the adapters to load (the chosen one only) and its name."""
+    """Return the model, the adapters to load (the chosen one only) and the chosen name."""
     if args.adapter is None:
         return args.model or model_and_adapters("", {})[0], {}, None
     if "=" in args.adapter:
@@ -354,7 +359,7 @@ def _generate_adapters(args: argparse.Namespace) -> tuple[str, dict[str, str], s
 
 
 def _chat(say: Callable[[list[dict[str, str]]], str], who: str, remember: bool) -> int:
-    """Questions from the terminal until its end."""
+    """Answer questions from the terminal until its end of file."""
     print(f"Chatting with {who}; an empty line starts anew, Ctrl-D ends.", file=sys.stderr)
     conversation: list[dict[str, str]] = []
     while True:

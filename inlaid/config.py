@@ -1,8 +1,9 @@
-"""Every default, in frozen dataclasses. The CLI's flags are made from these fields (`--kebab-case`, help from the
-field's metadata), so a name, its default and its meaning are written once. Unknown keys raise."""
+"""Every setting with its default, in frozen dataclasses. `cli.py` makes its flags from these fields (`--kebab-case`,
+help from the field's metadata), so that a name, its default and its meaning are written once. Unknown keys raise."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -14,12 +15,12 @@ class ConfigError(ValueError):
 
 
 def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A field with its help text, for the CLI."""
+    """Make a dataclass field that carries its help text and its choices for the command line."""
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
-def from_dict(cls: type[T], values: dict[str, Any]) -> T:
-    """Build a config from a dict; an unknown key raises with the known ones."""
+def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
+    """Build a configuration from a dict. ConfigError: a key is unknown; the message lists the known ones."""
     known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - known)
     if unknown:
@@ -29,7 +30,7 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """Who goes next, and how much fits in a step."""
+    """Scheduling: the order of requests and the limits of a step."""
 
     policy: str = option(
         "fcfs",

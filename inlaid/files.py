@@ -1,4 +1,5 @@
-"""Files and folders that are there whole or not at all, whenever a process is killed; and their hashes."""
+"""Atomic writing of files and folders: a process killed at any moment leaves the old one or the new one. And hashes of
+large files. Every part of inlaid, eval and perf that writes a result uses these functions."""
 
 from __future__ import annotations
 
@@ -17,8 +18,11 @@ HASHERS = 8
 
 
 def hash_file(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> str:
-    """SHA-256 of a file's bytes, telling how many more it has read; of a large file, of a mark and its pieces'
-    SHA-256s, several at a time. The mark: a file of those digests is another file."""
+    """Hash a file with SHA-256 and return the hex digest; `on_bytes` is called with the number of bytes of each read.
+
+    A file above PIECE bytes is hashed in pieces by several threads. Its digest is the SHA-256 of the prefix "pieces"
+    and the pieces' digests; the prefix keeps it apart from the hash of a file that holds those digests.
+    """
     starts = range(0, max(1, path.stat().st_size), PIECE)
     with ThreadPoolExecutor(min(HASHERS, len(starts)), "hash") as hashers:
         digests = list(hashers.map(lambda start: _hash_piece(path, start, on_bytes), starts))
@@ -38,7 +42,7 @@ def _hash_piece(path: Path, start: int, on_bytes: Callable[[int], object]) -> by
 
 @contextmanager
 def atomic_folder(path: str | Path, partial: Path | None = None) -> Iterator[Path]:
-    """Fill a new folder beside `path`; only when the body ends well does it take `path`'s place, whole.
+    """Fill a new folder beside `path`; it takes the place of `path`, whole, when the body ends without an exception.
 
     A kill at any moment leaves the old folder (or none) as it was. `partial` names the folder to fill and may hold work
     of an earlier, killed run; without it a fresh one is made, and removed if the body fails.
@@ -81,8 +85,8 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A name to write a file under, which takes `path`'s place when the body ends well: a kill leaves the old file or
-    the new one."""
+    """Give a temporary name to write a file under; the file takes the place of `path` when the body ends without an
+    exception. A kill leaves the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -95,7 +99,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """What killed processes left of the files that they were writing; nobody may be writing there now."""
+    """Delete the temporary files that killed processes left in a folder. No process may be writing there now."""
     for left in folder.glob(".*.tmp"):
         left.unlink(missing_ok=True)
 
@@ -107,7 +111,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def _exchange(new: Path, path: Path) -> None:
-    """Swap two folders. Linux does it in one step; elsewhere the old one waits under a name of its own meanwhile."""
+    """Swap two folders: in one step on Linux, elsewhere by way of a third name."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         at_cwd, exchange = -100, 2

@@ -1,6 +1,5 @@
-"""Safetensors files, read without trust: a header that is checked against its file, tensors straight into the memory of
-a device, and a whole file in memory as tensors; and written whole or not at all. Checkpoints and adapters are read
-through here.
+"""Reading and writing of safetensors files. Nothing in a file is trusted: its header is checked against its length
+before a tensor is used. Checkpoints and adapters are read through this module. Files are written whole or not at all.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from inlaid.files import atomic_file
 
-MOST_HEADER = 100_000_000  # bytes
+MAX_HEADER_BYTES = 100_000_000
 _DTYPES = MappingProxyType({
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -32,15 +31,15 @@ _DTYPES = MappingProxyType({
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be read or written; the message says which file and what would fix it."""
+    """A checkpoint that cannot be read or written; the message names the file and what would fix it."""
 
 
 def header_of(file: Path) -> dict[str, Any]:
-    """A safetensors header, checked against the file's length so that a cut file is refused before it is used."""
+    """Read a safetensors header and check it against the file's length. CheckpointError: the file is cut or missing."""
     try:
         with file.open("rb") as handle:
             length = int.from_bytes(handle.read(8), "little")
-            if not 2 <= length <= min(MOST_HEADER, file.stat().st_size - 8):
+            if not 2 <= length <= min(MAX_HEADER_BYTES, file.stat().st_size - 8):
                 raise CheckpointError(f"{file} is cut short or is not a safetensors file; fetch it again")
             header: dict[str, Any] = json.loads(handle.read(length))
         header.pop("__metadata__", None)
@@ -56,9 +55,11 @@ def header_of(file: Path) -> dict[str, Any]:
 
 
 class Stages:
-    """From files into the memory of a device, through a buffer for each thread that reads. Memory that is used again
-    needs no new pages; those of a mapped file, and of what is made of it, take several times as long as the copy. A
-    buffer that is pinned is copied from at the speed of the bus."""
+    """Reader of tensors into the memory of a device, with a staging buffer for each thread that reads.
+
+    A buffer that is used again needs no new pages; page faults of a mapped file take several times as long as the copy.
+    For a GPU the buffer is pinned, so that copies run at the speed of the bus.
+    """
 
     def __init__(self, device: torch.device, size: int = 32 << 20) -> None:
         self._device, self._size = device, size
@@ -66,7 +67,7 @@ class Stages:
         self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
 
     def read(self, file: Path, name: str, otherwise: Callable[[str], Tensor]) -> Tensor:
-        """One tensor; `otherwise` reads types that have no counterpart here."""
+        """Read one tensor; `otherwise` reads the types that are not in _DTYPES."""
         if file not in self._headers:
             header = header_of(file)
             whole = max((entry["data_offsets"][1] for entry in header.values()), default=0)
@@ -103,10 +104,13 @@ class Stages:
 
 
 def tensors_in(data: bytearray | memoryview) -> dict[str, Tensor]:
-    """A whole safetensors file in memory as views of it; `safetensors.torch.load` would copy each, and let no other
-    thread run meanwhile. CheckpointError: it is not one, tensors overlap, or bytes are left over."""
+    """Return the tensors of a safetensors file in memory as views of `data`.
+
+    `safetensors.torch.load` would copy each tensor and hold the interpreter lock meanwhile. CheckpointError: the bytes
+    are no safetensors file, tensors overlap, or bytes are left over.
+    """
     length = int.from_bytes(data[:8], "little")
-    if not 2 <= length <= min(MOST_HEADER, len(data) - 8):
+    if not 2 <= length <= min(MAX_HEADER_BYTES, len(data) - 8):
         raise CheckpointError("its header is not whole")
     try:
         header = json.loads(bytes(data[8 : 8 + length]))
@@ -137,7 +141,7 @@ def tensors_in(data: bytearray | memoryview) -> dict[str, Tensor]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """A safetensors file that a kill leaves as it was, or whole; without a copy of it in memory. OSError: why not."""
+    """Write a safetensors file atomically, without a copy of it in memory. OSError: it could not be written."""
     with atomic_file(path) as temporary:
         try:
             save_file({name: tensor.cpu() for name, tensor in tensors.items()}, temporary, metadata)

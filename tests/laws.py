@@ -23,12 +23,12 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 
 
 def sources(root: Path, *houses: str) -> list[Path]:
-    """Python files of the houses, in order."""
+    """List the Python files of the houses, in order."""
     return sorted(path for house in houses for path in (root / house).rglob("*.py"))
 
 
 def broken_imports(root: Path, law: Law, ground: Set[str]) -> list[str]:
-    """Imports inside `inlaid/` that the law does not allow, parts that it does not name, names without a part.
+    """List imports inside `inlaid/` that the law does not allow, parts that it does not name, and names without a part.
 
     The law maps a part (a folder or file right below `inlaid/`) to what it may import beside itself and the ground:
     a part, or one module of a part ("adapters.peft").
@@ -56,7 +56,7 @@ def _allowed(target: str, allowed: Set[str]) -> bool:
 
 
 def broken_houses(root: Path, law: Law) -> list[str]:
-    """Imports between the top folders (inlaid, eval, perf, …) that the law does not allow."""
+    """List imports between the top folders (inlaid, eval, perf, …) that the law does not allow."""
     return [
         f"{name_of(root, path)} imports {module}, which the law does not allow to {house}"
         for house, allowed in law.items()
@@ -67,7 +67,7 @@ def broken_houses(root: Path, law: Law) -> list[str]:
 
 
 def reaching(root: Path, start: Path, forbidden: str = "torch") -> list[str]:
-    """Ways by which importing `start` imports the forbidden package, and its own mentions inside functions."""
+    """List the ways by which importing `start` imports the forbidden package, and its own imports inside functions."""
     found = [f"{name_of(root, start)} imports {forbidden}" for module in imports(root, start)
              if module.partition(".")[0] == forbidden]  # fmt: skip
     seen: set[Path] = set()
@@ -85,7 +85,7 @@ def reaching(root: Path, start: Path, forbidden: str = "torch") -> list[str]:
 
 
 def mutable_state(root: Path, path: Path) -> list[str]:
-    """Names at the level of a module or a class that hold something changeable; `global`; caches without a bound.
+    """List names at the level of a module or a class that hold something mutable; `global`; caches without a bound.
 
     A bounded `lru_cache` on a pure function is no state: nobody can tell whether an entry is there. An unbounded one
     grows with use, except on a function without parameters, which is a constant computed at its first use.
@@ -133,7 +133,7 @@ def _unbounded_cache(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
 
 
 def spread_packages(root: Path, packages: Set[str], *houses: str) -> list[str]:
-    """Optional packages that more than one file of a house imports."""
+    """List optional packages that more than one file of a house imports."""
     places: dict[tuple[str, str], set[str]] = {}
     for house in houses:
         for path in sources(root, house):
@@ -155,7 +155,7 @@ def mentions(root: Path, name: str, *houses: str) -> bool:
 
 
 def words(root: Path, without: Set[str], *houses: str) -> set[str]:
-    """Attributes that the houses' files use and strings that they hold, apart from the files in `without`."""
+    """Collect the attributes and strings in the houses' files, apart from the files in `without`."""
     found: set[str] = set()
     for path in sources(root, *houses):
         for node in ast.walk(_parsed(path)) if name_of(root, path) not in without else ():
@@ -172,7 +172,7 @@ def package_name(requirement: str) -> str:
 
 
 def missing_modules(root: Path, *houses: str) -> list[str]:
-    """Strings such as "inlaid.sim.command" that name a module which does not exist."""
+    """List strings such as "inlaid.sim.command" that name a module which does not exist."""
     return [
         f"{name_of(root, path)}:{node.lineno} names {node.value}, which does not exist"
         for path in sources(root, *houses)
@@ -183,7 +183,7 @@ def missing_modules(root: Path, *houses: str) -> list[str]:
 
 
 def imports(root: Path, path: Path, only_when_imported: bool = False) -> Iterator[str]:
-    """Modules that a file imports, by full name; with `only_when_imported`, only when it is imported itself."""
+    """Yield the modules that a file imports, by full name; with `only_when_imported`, those of its import alone."""
     tree = _parsed(path)
     for node in _outside_functions(tree, checking=False) if only_when_imported else ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -204,7 +204,7 @@ def imports(root: Path, path: Path, only_when_imported: bool = False) -> Iterato
 
 
 def _outside_functions(tree: ast.AST, checking: bool = True) -> Iterator[ast.AST]:
-    """Nodes that run when the module is imported; `if TYPE_CHECKING` only with `checking`."""
+    """Yield the nodes that run when the module is imported; those below `if TYPE_CHECKING` only with `checking`."""
     for node in ast.iter_child_nodes(tree):
         yield node
         if isinstance(node, ast.If) and not checking and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -224,7 +224,7 @@ def _file_of(root: Path, module: str) -> Path | None:
 
 
 def _files_of(root: Path, module: str) -> list[Path]:
-    """The files that run when a module of this repository is imported: the packages above it and its own."""
+    """List the files that run when a module of this repository is imported: its packages' and its own."""
     names = module.split(".")
     found = (_file_of(root, ".".join(names[: i + 1])) for i in range(len(names)))
     return [file for file in found if file and file.is_file()]

@@ -142,7 +142,7 @@ def test_symmetric_zeros_are_told_by_value_when_metadata_lies(tmp_path: Path, st
 
 
 def test_dequantize_rounds_once() -> None:
-    """In half precision the result is what a half-precision multiplication gives: other readers do that."""
+    """Check that in half precision the result is what a half-precision multiplication gives: other readers do that."""
     linear = random_linear(8, 64, 32, 32, act_order=False, symmetric=False)
     codes, zeros = unpack(linear.qweight, 8).half(), unpack(linear.qzeros, 8, dim=1).half()
     expected = linear.scales[linear.g_idx.long()] * (codes - zeros[linear.g_idx.long()])
@@ -245,7 +245,7 @@ def test_shapes_that_do_not_fit(spec: QuantSpec, shape: tuple[int, int], words: 
 
 
 def test_through_a_buffer_tensors_are_what_they_are(tmp_path: Path) -> None:
-    """As they are read for a GPU, here with the CPU as the device and a buffer that most tensors do not fit into."""
+    """Read as for a GPU, here with the CPU as the device and a buffer that most tensors do not fit into."""
     generator = torch.Generator().manual_seed(0)
     kinds = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool)
     tensors = {
@@ -308,7 +308,7 @@ def test_files_in_memory_are_read_whole_or_refused() -> None:
 
 
 def test_a_folder_with_a_damaged_file_is_refused(tmp_path: Path) -> None:
-    """When it is opened, or when the tensor is read, mapped or through a buffer; never with another error."""
+    """Refuse when it is opened, or when the tensor is read, mapped or through a buffer; never with another error."""
     (tmp_path / "config.json").write_text("{}")
     for about, data in damaged({"a": torch.randn(2, 3), "b": torch.arange(5).to(torch.int8)}):
         (tmp_path / "model.safetensors").write_bytes(data)

@@ -98,11 +98,6 @@ def test_no_model_is_the_demo_with_its_twelve_adapters() -> None:
     assert cli.model_and_adapters("x/y", {"mine": "/m"}) == ("x/y", {"mine": "/m"})
 
 
-def test_commands_of_absent_parts_are_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_PARTS", {"dance": ("inlaid.dance.command", "add", "run", "dance")})
-    assert "dance" not in cli._parser(None).format_help()
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

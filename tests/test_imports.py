@@ -111,7 +111,7 @@ STILL_SPREAD: set[str] = set()
 
 
 def extras() -> dict[str, list[str]]:
-    """Packages of each extra that users may install, by the name under which they are imported."""
+    """Return the packages of each extra that users may install, by the name under which they are imported."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     names = {extra: [laws.package_name(line) for line in lines] for extra, lines in project.items() if extra != "dev"}
     return {extra: [MODULES.get(name, name) for name in packages] for extra, packages in names.items()}
