@@ -1,10 +1,12 @@
-"""Runs one command and lets nothing of it outlive its owner.
+"""Guard of processes: let nothing that an owner started outlive it.
 
     python -m perf.warden [--grace SECONDS] -- COMMAND ARG ...
+    python -m perf.warden --mark NAME=VALUE
 
 The owner (`perf.process`) holds the other end of standard input. When it closes it, or dies in whatever way,
 the command and everything it started, in whatever process group, is ended: SIGTERM, a grace, SIGKILL.
-The warden's output is the command's, and so is its exit code.
+The warden's output is the command's, and so is its exit code. With a mark it starts nothing: when the owner is gone,
+every process that inherited this environment variable is killed (`tests/conftest.py` guards a test run so).
 """
 
 from __future__ import annotations
@@ -59,6 +61,32 @@ def descendants(root: int) -> list[int]:
     return found
 
 
+def marked(mark: str) -> list[int]:
+    """List the processes whose environment holds the mark "NAME=VALUE", without this one; zombies have none."""
+    found = []
+    for entry in Path("/proc").iterdir() if Path("/proc").is_dir() else ():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):  # it ended meanwhile, or belongs to another user
+                if mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+    return found
+
+
+def guard_marked(mark: str) -> None:
+    """Wait for the owner's end, by its closed pipe or by its death, then kill every process with the mark."""
+    _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    with contextlib.suppress(Stopped):
+        while os.read(0, 1024):
+            pass
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)
+    while left := marked(mark):
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
 def _signal_group(group: int, signum: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signum)
@@ -100,10 +128,16 @@ def guard(command: list[str], grace_s: float) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="perf.warden", description="Run a command that dies with its owner.")
     parser.add_argument("--grace", type=float, default=10.0, help="seconds between SIGTERM and SIGKILL")
-    parser.add_argument("command", nargs="+")
+    parser.add_argument("--mark", metavar="NAME=VALUE", help="kill what has this in its environment; start no command")
+    parser.add_argument("command", nargs="*")
     arguments = parser.parse_args(argv)
+    if bool(arguments.mark) == bool(arguments.command):
+        parser.error("give either a command or --mark NAME=VALUE")
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, _stop)
+    if arguments.mark:
+        guard_marked(arguments.mark)
+        return 0
     try:
         return guard(arguments.command, arguments.grace)
     except FileNotFoundError as error:
