@@ -1,4 +1,4 @@
-"""What holds for every test: Triton's kernels run in its interpreter without a GPU, and no process outlives a test run.
+"""Rules for every test: Triton's kernels run in its interpreter without a GPU, and no process outlives a test run.
 
 Triton decides on import, so the variable is set before any test module is imported.
 """
