@@ -1,4 +1,4 @@
-"""From engine outputs to answers: the pieces of each answer, several answers side by side, and their log probabilities
+"""Answers made of engine outputs: the pieces of each answer, several answers side by side, and their log probabilities
 in OpenAI's two shapes. The completion and chat routes are made of these.
 """
 

@@ -177,5 +177,5 @@ async def metrics(request: web.Request) -> web.Response:
     engine = service.engine
     answered = await _ask(asyncio.gather(engine.call("stats"), engine.list_adapters()))
     stats, adapters = answered or (None, [])
-    page = service.metrics.show(stats, adapters, engine.model, engine.num_restarts)
+    page = service.metrics.render(stats, adapters, engine.model, engine.num_restarts)
     return web.Response(body=page, headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -70,7 +70,7 @@ class Metrics:
         return Histogram(f"vllm:{name}", help, _LABELS, registry=self.registry, buckets=tuple(buckets))
 
     def label(self, adapter: str | None) -> str:
-        """An adapter's label; the base's is empty. The first so many have their own."""
+        """Return an adapter's label, empty for the base. Adapters beyond the first `max_adapters` share one."""
         if adapter is None or adapter in self._labelled:
             return adapter or ""
         if len(self._labelled) >= self._max_adapters:
@@ -79,21 +79,22 @@ class Metrics:
         return adapter
 
     def meter(self, request: NewRequest) -> Meter:
+        """Return the meter of a new request."""
         label = self.label(request.adapter)
         if label not in self._meters:
             self._meters[label] = _Series(self, (self._model, _ENGINE, label))
         return Meter(self._meters[label], request)
 
-    def show(
+    def render(
         self, stats: dict[str, float] | None, adapters: list[AdapterInfo], model: ModelInfo | None, num_restarts: int
     ) -> bytes:
-        """The page, with what the engine says of itself now (None: it is not there)."""
+        """Return the page, with the engine's own figures of this moment (None: it is not there)."""
         self._engine.set(stats, adapters, model, num_restarts)
         return generate_latest(self.registry)
 
 
 class _Series:
-    """The metrics of one adapter, looked up once."""
+    """The metrics of one label, looked up once."""
 
     def __init__(self, metrics: Metrics, labels: tuple[str, ...]) -> None:
         self._success = metrics.success
@@ -115,14 +116,16 @@ class _Series:
         self.asked_length = metrics.asked_length.labels(*labels)
 
     def end(self, reason: str) -> None:
+        """Count a request that has ended."""
         self._success.labels(*self._labels, reason).inc()
 
     def refuse(self, status: int) -> None:
+        """Count a request that was refused."""
         self._refused.labels(*self._labels, str(status)).inc()
 
 
 class Meter:
-    """One request's times and tokens. `close` counts it, however it ended."""
+    """The times and tokens of one request. `close` counts it, however it ended."""
 
     def __init__(self, series: _Series, request: NewRequest) -> None:
         self._series = series
@@ -135,10 +138,12 @@ class Meter:
         self._refused = False
 
     def refuse(self, status: int) -> None:
+        """Count it as refused, with an HTTP status."""
         self._refused = True
         self._series.refuse(status)
 
     def note(self, piece: Piece) -> None:
+        """Record a piece of the answer, as it comes."""
         now = time.monotonic()
         series = self._series
         if self._first is None:
@@ -157,6 +162,7 @@ class Meter:
             self._reason = piece.finish_reason.value
 
     def close(self) -> None:
+        """Record the whole request."""
         if self._refused:
             return
         series = self._series
@@ -176,7 +182,7 @@ class Meter:
 
 
 class _EngineGauges:
-    """What the engine counts itself. Counters go on when the process is a new one."""
+    """Metrics that the engine process counts itself. Counters go on when the process is a new one."""
 
     GAUGES: ClassVar = {
         "running": ("num_requests_running", "Requests being computed"),
@@ -213,7 +219,7 @@ class _EngineGauges:
         self._restarts = self._gauge("inlaid:engine_restarts", "Starts of the engine process after the first")
         self._lora_info = Gauge(
             "vllm:lora_requests_info",
-            "Adapters with requests; the value is the time of the look",
+            "Adapters with requests; the value is the time of the reading",
             ["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
             registry=registry,
         )
@@ -258,7 +264,7 @@ class _EngineGauges:
         self._set_adapters(adapters, model)
 
     def _growth(self, key: str, value: float) -> float:
-        """Since the last look; a value that fell belongs to a new process."""
+        """Return the growth since the last time; a value that fell belongs to a new process."""
         before = self._seen.get(key, 0.0)
         self._seen[key] = value
         return value - before if value >= before else value
@@ -293,7 +299,7 @@ class _EngineGauges:
         return {(key, name): counter for key, counter in self._adapter_counters.items()}
 
     def _forget_counts(self, shown: AbstractSet[str]) -> None:
-        """Of adapters that are gone: names come and go without end."""
+        """Drop the counts of adapters that are gone, as names come and go without end."""
         for name in self._counted - shown:
             for (key, _), counter in self._adapter_counts(name).items():
                 counter.remove(name)

@@ -18,7 +18,7 @@ _REF = "#/components/schemas/{name}"
 
 
 def document(routes: Sequence[Route]) -> dict[str, Any]:
-    """The description of these routes."""
+    """Return the description of these routes."""
     types = [ErrorResponse, *(t for route in routes for t in (route.body, *route.answers) if t is not None)]
     unique = list(dict.fromkeys(types))
     schemas, components = msgspec.json.schema_components(unique, ref_template=_REF)
@@ -38,7 +38,7 @@ def document(routes: Sequence[Route]) -> dict[str, Any]:
 
 
 def plain_path(route: Route) -> str:
-    """The path with its parameters' names only."""
+    """Return the path with only the names of its parameters."""
     return re.sub(r"{(\w+):[^}]*}", r"{\1}", route.path)
 
 

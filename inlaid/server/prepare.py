@@ -1,5 +1,5 @@
-"""From a decoded body to a ClientRequest: the adapter that it names, its prompts and its sampling parameters under
-OpenAI's, vLLM's and SGLang's names. Words become tokens in `inlaid.text`; what cannot be obeyed is refused by name.
+"""ClientRequest, made of a decoded body: the adapter that it names, its prompts, and its sampling parameters under the
+names of OpenAI, vLLM and SGLang. Words become tokens in `inlaid.text`; fields that cannot be obeyed are refused.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Loads(Protocol):
 
 
 class Resolver:
-    """From names to loaded adapters."""
+    """Adapters found by their names, and loaded."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Resolver:
         self._loading: dict[str, asyncio.Task[None]] = {}
 
     async def resolve(self, name: str) -> None:
-        """Load the adapter of this name, if there is one; what is not found is for the caller to say."""
+        """Load the adapter of this name, if there is one; the caller reports a name that is not found."""
         if self._is_refused(name) or not 0 < len(name) <= _MAX_NAME or not name.isprintable():
             return
         task = self._loading.get(name)
@@ -72,10 +72,10 @@ class Resolver:
     def _done(self, name: str, task: asyncio.Task[None]) -> None:
         self._loading.pop(name, None)
         if not task.cancelled():
-            task.exception()  # whoever waits has it; perhaps nobody does any more
+            task.exception()  # those who wait have it, if any still do
 
     def _is_refused(self, name: str) -> bool:
-        """Whether it was not found lately. BadRequest: it was found, and cannot be served."""
+        """Return True if the name was not found lately. BadRequest: it was found, and cannot be served."""
         until, why = self._refused.get(name, (0.0, ""))
         if self._clock() >= until:
             return False
@@ -118,7 +118,7 @@ class Resolver:
 
 
 def make_resolver(config: ServerConfig, engine: Loads) -> Resolver | None:
-    """What the configuration asks for. ConfigError: it cannot be had."""
+    """Make the resolver of a configuration, if it has one. ConfigError says why it cannot be made."""
     root, function = config.lora_resolver_root, config.lora_resolver
     if not root and not function:
         return None
@@ -129,11 +129,11 @@ def make_resolver(config: ServerConfig, engine: Loads) -> Resolver | None:
     if config.max_lora_resolving < 1:
         raise ConfigError("max_lora_resolving must be at least 1")
     folders = AllowedFolders([root] if root else config.lora_root)
-    return Resolver(_function(function) if function else _as_it_is, folders, engine, config.max_lora_resolving)
+    return Resolver(_function(function) if function else _same_name, folders, engine, config.max_lora_resolving)
 
 
-def _as_it_is(name: str) -> str:
-    """A name as a path within the root."""
+def _same_name(name: str) -> str:
+    """Return a name as a path within the root."""
     return name
 
 

@@ -1,7 +1,7 @@
 """`--lora-watch DIR`: a folder whose sub-folders are served as adapters. One is loaded under its name once it is
-complete and has not changed between two looks, read again when its files change (weights with the same content hash
-stay as they are, others are swapped in), and unloaded when it is gone. What cannot be served is said once and tried
-again when its files change. Whoever may write to the folder decides what is served.
+complete and has not changed between two scans, read again when its files change (weights with the same content hash
+stay as they are, others are swapped in), and unloaded when it is gone. An adapter that cannot be served is logged once
+and tried again when its files change. Everyone who may write to the folder decides what is served.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Loads(Protocol):
 
 @dataclass
 class _Seen:
-    """A sub-folder as the last look found it, and as it was last read."""
+    """A sub-folder as the last scan found it, and as it was last read."""
 
     signature: Signature | None
     read: Signature | None = None
@@ -45,7 +45,7 @@ class _Seen:
 
 
 class Watcher:
-    """One folder."""
+    """The watcher of one folder."""
 
     def __init__(self, folder: Path, engine: Loads, taken: Collection[str]) -> None:
         if not folder.is_dir():
@@ -56,22 +56,22 @@ class Watcher:
         self._seen: dict[str, _Seen] = {}
 
     async def run(self, interval: float) -> None:
-        """Look, for ever."""
+        """Reconcile again and again, for ever."""
         while True:
             try:
-                await self.look()
-            except (OSError, EngineDead) as error:  # the disk or the engine may be back at the next look
+                await self.reconcile()
+            except (OSError, EngineDead) as error:  # the disk or the engine may be back next time
                 log.warning("watching %s: %s", self._folder, error)
             await asyncio.sleep(interval)
 
-    async def look(self) -> None:
-        """Bring what is served one look nearer to what is there."""
+    async def reconcile(self) -> None:
+        """Reconcile the served adapters with the folder once."""
         found = await asyncio.to_thread(_scan, self._folder)
         for name in {**self._seen, **found}:
             seen = self._seen.setdefault(name, _Seen(None))
             before, seen.signature = seen.signature, found.get(name)
             if seen.signature != before:
-                continue  # it is being written, or removed: perhaps the next look finds it at rest
+                continue  # it is being written or removed
             if seen.signature is None:
                 await self._gone(name, seen)
             elif seen.signature != seen.read:
@@ -98,7 +98,7 @@ class Watcher:
 
 
 def _scan(folder: Path) -> dict[str, Signature]:
-    """The complete sub-folders. One whose name begins with a dot is somebody's way of writing it."""
+    """Return the complete sub-folders. One whose name begins with a dot is still being written."""
     found = {}
     for entry in os.scandir(folder):
         if entry.name.startswith(".") or not entry.name.isprintable() or not entry.is_dir():

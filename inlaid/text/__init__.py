@@ -1,1 +1,1 @@
-"""From a request's words to tokens and back; the server, programs and LLM share it."""
+"""Words and tokens: a request's text to token ids, and an answer's back. The server and LLM share it."""

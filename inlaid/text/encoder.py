@@ -1,5 +1,5 @@
-"""From a request's words to the engine's requests: prompts and conversations to token ids within the model's limits,
-sampling parameters checked, n answers expanded. The server and LLM both go through here.
+"""The engine's requests, made of a request's words: prompts and conversations become token ids within the model's
+limits, sampling parameters are checked, n answers are expanded. The server and LLM both go through here.
 
 A request that cannot be served is refused (`Refused`) by the name of its parameter.
 """

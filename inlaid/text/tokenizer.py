@@ -80,7 +80,7 @@ def _read(folder: Path) -> Any:
 
 
 def _byte_alphabet() -> Mapping[str, int]:
-    """The characters that byte-level BPE writes for bytes: printable ones as they are, the others from 256 on."""
+    """Return the characters that byte-level BPE writes for bytes: visible ones as they are, the others from 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     alphabet = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

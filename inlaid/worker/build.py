@@ -1,5 +1,5 @@
-"""From a configuration to an engine that can be stepped, with the adapters it serves. The engine process, LLM and the
-benchmarks call `build_engine`; it imports torch only when it is called.
+"""`build_engine`: an engine that can be stepped, with the adapters it serves, made from a configuration. The engine
+process, LLM and the benchmarks call it; it imports torch only when it is called.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What can go wrong between the server and the engine process, beside a request being refused (`Refused`)."""
+"""Errors between the server and the engine process. A request that is refused raises `Refused` instead."""
 
 from __future__ import annotations
 

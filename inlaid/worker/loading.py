@@ -1,5 +1,5 @@
-"""From the configuration to a runner that can be stepped: weights, kernels, KV pages, room for adapters and the way in
-which they come there. The engine process and LLM call it; which runner and kernels a device gets is decided here.
+"""A runner that can be stepped, made from the configuration: weights, kernels, KV pages, room for adapters and the way
+in which they come there. The engine process and LLM call it; which runner and kernels a device gets is decided here.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model's folder before its weights are read: all that reading adapters takes."""
+    """A model's folder before its weights are read; reading adapters needs no more."""
 
     folder: Path
     checkpoint: Checkpoint
@@ -49,7 +49,7 @@ class OpenedModel:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to be stepped, and what the engine needs to know of it."""
+    """A model ready to be stepped, and the facts that the engine needs."""
 
     runner: ModelRunner
     spec: ModelSpec
@@ -66,7 +66,7 @@ class LoadedModel:
 
 
 class GrammarFactory:
-    """Makes the compiler when the first constrained request comes: reading a large tokenizer takes a second."""
+    """A compiler made when the first constrained request comes, as reading a large tokenizer takes a second."""
 
     def __init__(self, folder: Path, vocab_size: int, eos_ids: Sequence[int]) -> None:
         self._arguments = (folder, vocab_size, eos_ids)
@@ -79,7 +79,7 @@ class GrammarFactory:
 
 
 def open_model(config: EngineConfig) -> OpenedModel:
-    """What the configuration names, found and described."""
+    """Find the model that the configuration names, and read its description."""
     device = choose_device(config.device)
     folder = fetch(config.model)
     spec = read_spec(folder)
@@ -89,7 +89,7 @@ def open_model(config: EngineConfig) -> OpenedModel:
 
 
 def adapter_reader(config: AdapterConfig, opened: OpenedModel) -> Callable[[str], Adapter]:
-    """Reads a folder as this model serves it; several threads may ask."""
+    """Return a function that reads an adapter for this model; several threads may call it."""
 
     def read(path: str) -> Adapter:
         pin = opened.device.type == "cuda"
@@ -107,8 +107,8 @@ def load_model(
     opened: OpenedModel | None = None,
     settle: Callable[[], object] = lambda: None,
 ) -> LoadedModel:
-    """Everything from the configuration to a runner: weights, KV pages, room for adapters. `settle` returns when no
-    other thread uses the device any more, which capturing graphs does not allow."""
+    """Load weights and make KV pages, room for adapters and the runner. `settle` returns when no other thread uses the
+    device any more, which capturing graphs does not allow."""
     opened = opened or open_model(config)
     device, spec, dtype = opened.device, opened.spec, opened.dtype
     max_model_len = choose_max_len(config.max_model_len, spec)
@@ -146,7 +146,7 @@ def load_model(
 def make_store(
     config: AdapterConfig, spec: ModelSpec, device: torch.device, dtype: torch.dtype, unified: bool = False
 ) -> AdapterStore:
-    """Room for adapters (when memory is unified, what they have at least), and the way in which they come there."""
+    """Make room for adapters (with unified memory, the least that they have) and the way in which they come there."""
     mode, link = config.adapter_mode, config.adapter_link_gbps
     if mode not in MODES:
         raise ConfigError(f"adapter mode {mode!r} is unknown; known: {', '.join(MODES)}")
@@ -174,7 +174,8 @@ def make_store(
 def make_arriving(
     config: EngineConfig, spec: ModelSpec, store: AdapterStore, device: torch.device, dtype: torch.dtype
 ) -> Arriving | None:
-    """What the forward asks where steps start before their adapters are whole; with cpu-assist, the CPU's helpers."""
+    """Make what the forward asks where steps start before their adapters are whole; with cpu-assist, the CPU's helpers
+    too."""
     mode, workers = config.adapters.adapter_mode, config.adapters.adapter_workers
     if workers < 0:
         raise ConfigError(f"adapter_workers is {workers}; give a number of threads, or 0 for a measured one")
@@ -196,6 +197,7 @@ def make_arriving(
 
 
 def choose_device(name: str) -> torch.device:
+    """Return the device that a setting names."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
@@ -204,7 +206,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_kernels(config: EngineConfig, device: torch.device, pages: AdapterPages) -> Kernels:
-    """The kernels that the configuration names; on a CPU there is one choice."""
+    """Return the kernels that the configuration names; on a CPU there is one choice."""
     if device.type == "cuda":
         from inlaid.runner.cuda_runner import cuda_kernels
 
@@ -216,6 +218,7 @@ def choose_kernels(config: EngineConfig, device: torch.device, pages: AdapterPag
 
 
 def choose_max_len(asked: int, spec: ModelSpec) -> int:
+    """Return the most tokens of prompt plus output."""
     if asked > spec.max_len:
         raise ConfigError(f"max_model_len {asked} is above the {spec.max_len} positions that the model was made for")
     return asked or spec.max_len

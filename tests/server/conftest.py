@@ -13,7 +13,7 @@ from tests.server.live import ADMIN_KEY, DEMO, Live, serving
 
 @pytest.fixture(scope="session")
 def adapter_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that the server may load adapters from, with one in it."""
+    """Make a folder that the server may load adapters from, with one in it."""
     root = tmp_path_factory.mktemp("adapters")
     shutil.copytree(DEMO / "adapters" / "to_velar", root / "velar")
     return root

@@ -65,7 +65,7 @@ class Live:
         return self.ask(method, path, body, {"Authorization": f"Bearer {ADMIN_KEY}"})
 
     def metric(self, name: str) -> float:
-        """The sum of a metric over its labels."""
+        """Return the sum of a metric over its labels."""
         page = self.ask("GET", "/metrics").body.decode()
         values = re.findall(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", page, re.M)
         return sum(map(float, values))
@@ -76,14 +76,14 @@ class Live:
             time.sleep(0.05)
 
     def children(self) -> list[int]:
-        """Processes that the server has started: the engine."""
+        """Return the processes that the server has started: the engine."""
         text = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
         return [int(number) for number in text.split()]
 
 
 @contextmanager
 def serving(*arguments: str, environment: dict[str, str] | None = None) -> Iterator[Live]:
-    """A server with these flags; it is stopped at the end, however the test went."""
+    """Run a server with these flags; it is stopped at the end, however the test went."""
     process = subprocess.Popen(
         [sys.executable, "-m", "inlaid", "serve", "--port", "0", *LIMITS, *arguments],
         cwd=ROOT,

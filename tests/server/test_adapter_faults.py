@@ -1,4 +1,4 @@
-"""What goes wrong with adapters while a live server serves: files that are cut short, change or vanish, ranks above the
+"""Faults of adapters while a live server serves: files that are cut short, change or vanish, ranks above the
 limit, places that are all taken, floods of loads, unloads under load. Each is refused or waits with a reason, and
 others are served as before."""
 
@@ -37,7 +37,7 @@ pathlib.Path.read_bytes = slowly
 
 
 def adapter(root: Path, name: str, task: str = "to_velar") -> Path:
-    """A copy with an identity of its own."""
+    """Copy an adapter, with an identity of its own."""
     folder = Path(shutil.copytree(DEMO / "adapters" / task, root / name))
     config = folder / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "revision": name}))
@@ -124,7 +124,7 @@ def test_files_that_change_while_they_are_read(strict: Live, root: Path) -> None
 
 
 def test_a_disk_that_is_gone(strict: Live, root: Path) -> None:
-    """What is in memory is served; what must be read again ends with the reason, and comes back with the disk."""
+    """Adapters in memory are served; one that must be read again ends with the reason, and comes back with the disk."""
     for number in range(4):
         adapter(root, f"more-{number}")
         assert load(strict, f"more-{number}").status == 200

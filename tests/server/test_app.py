@@ -1,4 +1,4 @@
-"""What surrounds every route, and what is told when there is no engine."""
+"""The parts around every route, and the answers while there is no engine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.worker.fake_engine import ENVIRONMENT, FACTORY
 
 
 async def _answer_to(sent: bytes, config: ServerConfig, end: bytes) -> bytes:
-    """What a server with one route that reads its body says to these bytes, up to where that ends."""
+    """Return the answer of a server with one route, which reads its body, to these bytes, up to `end`."""
 
     class Stub:
         pass

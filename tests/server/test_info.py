@@ -1,4 +1,4 @@
-"""What a live server tells: tokens, metrics per adapter, and an openapi.json that is true to what is accepted."""
+"""A live server about itself: tokens, metrics per adapter, and an openapi.json that is true to what is accepted."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ GREEDY = {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}
 
 
 def bench(**changes: Any) -> dict[str, Any]:
-    """What sglang.bench_serving sends by default."""
+    """Return the body that sglang.bench_serving sends by default."""
     body = {
         "text": "The sea and",
         "sampling_params": GREEDY,

@@ -19,7 +19,7 @@ asked: list[str] = []  # names that the functions below were asked for
 
 
 def find(name: str) -> str | None:
-    """What a test server is started with."""
+    """Resolve names for the server of test_over_http."""
     return str(DEMO / "adapters" / name.removeprefix("my-")) if name.startswith("my-") else None
 
 

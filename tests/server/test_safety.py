@@ -67,7 +67,7 @@ def test_settings_that_would_leave_a_door_open_are_refused(tmp_path: Path) -> No
 
 @pytest.fixture
 def roots(tmp_path: Path) -> Path:
-    """A root with an adapter, an outsider beside it, and ways out of it."""
+    """Make a root with an adapter, an outsider beside it, and ways out of it."""
     root, outside = tmp_path / "root", tmp_path / "outside"
     for folder in (root / "good", outside):
         folder.mkdir(parents=True)

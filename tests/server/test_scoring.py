@@ -13,7 +13,7 @@ from tests.server.live import DEMO, Live
 
 
 def score(server: Live, sequences: list[list[int]], context_lengths: list[int]) -> list[tuple[float, bool]]:
-    """As lm-eval asks and reads."""
+    """Score as lm-eval does."""
     body = {
         "model": "demo",
         "prompt": sequences,

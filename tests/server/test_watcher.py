@@ -24,10 +24,10 @@ class Watched:
         self.watcher = Watcher(folder, self.engine, ["base"])
 
     def look(self, times: int = 1) -> list[str]:
-        """What was asked of the engine in so many looks."""
+        """Reconcile so many times and return the calls to the engine."""
         before = len(self.engine.calls)
         for _ in range(times):
-            done(self.watcher.look())
+            done(self.watcher.reconcile())
         return self.engine.calls[before:]
 
 

@@ -21,7 +21,7 @@ END = 2
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level tokenizer with an end token and a few merged words."""
+    """Make a byte-level tokenizer with an end token and a few merged words."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = ["<pad>", "<bos>", "<end>", *alphabet, "tr", "true", '":', '{"']
     tokenizer = Tokenizer(
@@ -45,7 +45,7 @@ def allowed(bits: np.ndarray) -> set[int]:
 
 
 def write(compiler: GrammarCompiler, folder: Path, grammar: Grammar, seed: int, most: int = 400) -> str | None:
-    """Random tokens within the mask until the end; None when that took too long."""
+    """Write random tokens within the mask until the end; None when that took too long."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     random = np.random.default_rng(seed)
     state = compiler.state(grammar)

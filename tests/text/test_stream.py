@@ -20,7 +20,7 @@ TOKENS = st.integers(0, TOKENIZER.vocab_size - 1)
 
 
 def outputs(tokens: list[int], cuts: list[int]) -> list[Output]:
-    """The tokens as an engine might hand them out."""
+    """Return the tokens as an engine might hand them out."""
     edges = [0, *sorted(min(cut, len(tokens)) for cut in cuts), len(tokens)]
     parts = [tokens[a:b] for a, b in pairwise(edges)]
     last = len(parts) - 1
@@ -63,7 +63,7 @@ def test_no_piece_ends_within_a_character(prompt: str, text: str) -> None:
 
 
 def cut_at_first_stop(text: str, stops: list[str], keep: bool) -> tuple[str, str | None]:
-    """The stop that ends first, and of those the longest."""
+    """Cut at the stop that ends first, and of those the longest."""
     for end in range(len(text) + 1):
         ending = [stop for stop in stops if text[:end].endswith(stop)]
         if ending:

@@ -1,0 +1,99 @@
+"""RequestEncoder on the demo's tokenizer: sources of tokens keep to the limits; each answer has its own seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from inlaid.engine.refusal import Refused
+from inlaid.engine.request import SamplingParams
+from inlaid.text.encoder import RequestEncoder, check_template_options, last_tokens
+from inlaid.text.tokenizer import Tokenizer
+
+DEMO = Path(__file__).parents[2] / "models" / "demo" / "base"
+TOKENIZER = Tokenizer(DEMO)
+VOCABULARY = 1024
+ENCODER = RequestEncoder(TOKENIZER, VOCABULARY, max_model_len=64, max_answers=4)
+LONG = "x" * (64 * TOKENIZER.max_token_bytes + 1)
+
+
+def ids() -> Any:
+    return map(str, count())
+
+
+def test_prompts_come_in_four_forms() -> None:
+    text = TOKENIZER.encode("the sea")
+    assert ENCODER.prompts("the sea") == [text]
+    assert ENCODER.prompts(["the sea", "the sea"]) == [text, text]
+    assert ENCODER.prompts([5, 6]) == [[5, 6]]
+    assert ENCODER.prompts([[5], [6]]) == [[5], [6]]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([], "empty list"),
+        ([1, "a"], "must be a text"),
+        ([True], "must be a text"),
+        ([VOCABULARY], "token 1024"),
+        ([[-1]], "token -1"),
+        (["a"] * 5, "at most 4"),
+        (LONG, "more than 64 tokens can hold"),
+    ],
+)
+def test_prompts_that_cannot_be_served_are_refused(given: Any, words: str) -> None:
+    with pytest.raises(Refused, match=words) as error:
+        ENCODER.prompts(given)
+    assert error.value.refusal.param == "prompt"
+
+
+def test_a_conversation_is_its_template_in_tokens() -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    assert ENCODER.conversation(messages) == TOKENIZER.encode(TOKENIZER.template.render(messages), False)
+    with pytest.raises(Refused, match="more than 64 tokens"):
+        ENCODER.conversation([{"role": "user", "content": LONG}])
+
+
+def test_answers_to_a_prompt_differ_in_their_seeds_only() -> None:
+    made = ENCODER.requests(ids(), [[1], [2]], SamplingParams(seed=2**63 - 1), 2, adapter="a", tenant="t")
+    assert [(one.id, one.prompt, one.params.seed) for one in made] == [
+        ("0", [1], 2**63 - 1),
+        ("1", [1], -(2**63)),
+        ("2", [2], 2**63 - 1),
+        ("3", [2], -(2**63)),
+    ]
+    assert {(one.adapter, one.tenant) for one in made} == {("a", "t")}
+    greedy = ENCODER.requests(ids(), [[1]], SamplingParams(temperature=0.0, seed=7), 3)
+    assert [one.params.seed for one in greedy] == [7, 7, 7]
+
+
+@pytest.mark.parametrize(
+    ("ask", "param"),
+    [
+        (lambda: ENCODER.requests(ids(), [[1]], SamplingParams(), 0), "n"),
+        (lambda: ENCODER.requests(ids(), [[1]] * 3, SamplingParams(), 2), "n"),
+        (lambda: ENCODER.requests(ids(), [[1]], SamplingParams(top_p=2.0)), "top_p"),
+        (lambda: ENCODER.bad_words(["a"] * 600), "bad_words"),
+        (lambda: last_tokens([1], 0), "truncate_prompt_tokens"),
+        (lambda: check_template_options({"tools": []}), "chat_template_kwargs"),
+    ],
+)
+def test_the_parameter_at_fault_is_named(ask: Callable[[], object], param: str) -> None:
+    with pytest.raises(Refused) as error:
+        ask()
+    assert error.value.refusal.param == param
+
+
+def test_bad_words_are_spelled_with_a_space_and_without() -> None:
+    encode = TOKENIZER.encode
+    assert set(ENCODER.bad_words(["sea", " sea"])) == {tuple(encode("sea", False)), tuple(encode(" sea", False))}
+
+
+def test_only_the_last_tokens_are_kept_on_request() -> None:
+    assert last_tokens([1, 2, 3], None) == [1, 2, 3]
+    assert last_tokens([1, 2, 3], 2) == [2, 3]
+    assert last_tokens([1, 2, 3], 9) == [1, 2, 3]
