@@ -2,20 +2,18 @@
 
 The package compiles its kernels at run time, one per shape and range of rows. Left alone it compiles 92 ranges per
 shape; here a shape gets one kernel for each of ROW_BUCKETS, compiled in parallel while the weights load and kept in
-its cache on disk; the first use waits for them, so after the warm-up nothing is compiled. Zero points are true zeros
-in memory and go in as they are; act-order weights are put in order and x is permuted to match.
+the package's cache on disk. The first use waits for them, so after the warm-up nothing is compiled. Zero points are
+true zeros in memory and go in as they are; act-order weights are put in order and x is permuted to match.
 
-With `ordered`, which is the default, every sum is added in a fixed order and the same batch gives the same bits every
-time (humming_order.py). Where a sweep found it faster, a product can be had in parts that its reader adds.
+With `ordered`, which is the default, every sum is added in a fixed order: the same batch gives the same bits every
+time. Where a sweep found it faster, a product is left in parts that its reader adds. What is changed inside the package
+for both stands in humming_patches.py.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
 import importlib.util
 import json
-import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,27 +23,29 @@ from typing import Any
 import torch
 
 from inlaid.checkpoint import QuantizedLinear, QuantSpec
-from inlaid.kernels import early
+from inlaid.kernels import early, humming_patches
 from inlaid.kernels.act_order import group_length, sequential
 from inlaid.kernels.backend import Parts
-from inlaid.kernels.humming_order import IN_PARTS, Problem, headers, slices_of
+from inlaid.kernels.humming_patches import IN_PARTS, VERSION
+from inlaid.kernels.humming_schedule import Problem, slices_of
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096)
 TUNING = Path(__file__).parent / "humming_tuning.json"  # made by perf/gpu/humming_sweep.py
-GENERATION = 9  # of the devices in it (Hopper), whose instructions others do not have
+GENERATION = 9  # major compute capability of the devices in it (Hopper), whose instructions others do not have
 OPEN = 1 << 30  # the end of the last bucket
-LOCKS = 4096  # its split of K over blocks counts arrivals here; 132 SMs need far fewer
+LOCKS = 4096  # counters on which slices of a sum wait for each other; 132 multiprocessors need far fewer
+Kernel = dict[str, Any]  # a kernel's parameters, as the package names them
 
 
 @dataclass(frozen=True)
 class HummingPacked:
-    """A weight repacked for the tensor cores, and which compiled kernel serves which number of rows."""
+    """A weight repacked for the tensor cores; weights of one `kind`, the package's text for a layer, share kernels."""
 
     weight: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None
     permutation_K: torch.Tensor | None
-    kind: str  # humming's description of such layers, which share kernels
+    kind: str
     in_features: int
     out_features: int
 
@@ -56,13 +56,13 @@ class HummingLinear:
     name = "humming"
 
     def __init__(self, ordered: bool = True) -> None:
-        """`ordered`: the same bits every time."""
+        """With `ordered`, add every sum in a fixed order."""
         self.ordered = ordered
-        self.configs: dict[str, Any] = {}  # humming's LayerConfig of each kind
+        self.configs: dict[str, Any] = {}  # the package's LayerConfig of each kind
         self._kernels: dict[str, torch.Tensor] = {}
         self._compiling: dict[str, Future[torch.Tensor]] = {}
-        self._in_parts: dict[str, dict[int, dict[str, Any]]] = {}  # kind -> bucket -> parameters
-        self._parts: dict[tuple[Any, ...], Parts | None] = {}
+        self._in_parts: dict[str, dict[int, Kernel]] = {}  # kind -> bucket -> parameters
+        self._parts: dict[tuple[str, int, int, int], Parts | None] = {}
         self._compilers = ThreadPoolExecutor(8, "humming")
         self._locks: torch.Tensor | None = None
         self._ordered: torch.Tensor | None = None
@@ -73,7 +73,7 @@ class HummingLinear:
         if torch.cuda.get_device_capability(device) < (8, 0):
             return "its kernels need a GPU of compute capability 8.0 or newer"
         if importlib.util.find_spec("humming") is None:
-            return "humming-kernels is not installed: pip install 'humming-kernels==0.1.19'"
+            return f"humming-kernels is not installed: pip install 'humming-kernels=={VERSION}'"
         if spec.group_size != -1 and (spec.group_size < 32 or spec.group_size & (spec.group_size - 1)):
             return f"its kernels read groups of 32, 64, 128, ... or whole columns, not {spec.group_size}"
         return None
@@ -86,8 +86,8 @@ class HummingLinear:
                 "humming's tiles need inputs in 64s and outputs in 128s, not "
                 f"{weight.in_features} x {weight.out_features}"
             )
-        humming = _import()
-        use_headers(self.ordered)
+        humming = humming_patches.load()
+        humming_patches.use_headers(self.ordered)
         weight, permutation = sequential(weight)
         tensors = {
             "weight": weight.qweight.to(device).t().contiguous(),
@@ -96,9 +96,7 @@ class HummingLinear:
         if not weight.spec.symmetric:
             tensors["zero_point"] = weight.qzeros.to(device).t().contiguous()
         length = group_length(weight)
-        if (
-            weight.group_size == -1
-        ):  # its scales per column go on after fp16 sums, which overflow: repeat them per group
+        if weight.group_size == -1:  # it scales whole columns after half-precision sums, which overflow: give it groups
             length = 128 if weight.in_features % 128 == 0 else 64
             times = (1, weight.in_features // length)
             tensors |= {name: tensors[name].repeat(times) for name in tensors if name != "weight"}
@@ -134,7 +132,7 @@ class HummingLinear:
         return made
 
     def warmup(self, packed: HummingPacked, rows: Sequence[int]) -> None:
-        """Every bucket is compiled at load; this loads the kernels onto the device."""
+        """Load the kernels of these row counts onto the device; they are compiled already."""
         for count in rows:
             x = torch.zeros(count, packed.in_features, dtype=packed.scales.dtype, device=packed.weight.device)
             self.gemm(x, packed, x.new_empty(count, packed.out_features))
@@ -145,7 +143,9 @@ class HummingLinear:
         self.launch(self._kernels_of(packed.kind), x_TK, packed, out_TN)
 
     def parts(self, packed: HummingPacked, rows: int) -> Parts | None:
-        """By the kernel's parameters and the multiprocessors that it is launched on."""
+        """Return the layout of a product in parts, or None where a whole one is as fast.
+
+        It follows from the parameters of the bucket's kernel and the multiprocessors that it is launched on."""
         bucket = next((most for most in ROW_BUCKETS if rows <= most), OPEN)
         config = self._in_parts[packed.kind].get(bucket)
         if config is None:
@@ -154,7 +154,7 @@ class HummingLinear:
         device = packed.weight.device
         key = (packed.kind, kernel, sms, -(-rows // config["block_shape"][0]))
         if key not in self._parts:
-            self._parts[key] = laid_out(config, self.configs[packed.kind], rows, sms, device)
+            self._parts[key] = parts_of(config, self.configs[packed.kind], rows, sms, device)
         return self._parts[key]
 
     def gemm_in_parts(self, x_TK: torch.Tensor, packed: HummingPacked, out_PTN: torch.Tensor) -> None:
@@ -166,7 +166,10 @@ class HummingLinear:
     def launch(
         self, kernels: torch.Tensor, x_TK: torch.Tensor, packed: HummingPacked, out_TN: torch.Tensor, top_k: int = 1
     ) -> None:
-        """`gemm` with given kernels and x already in the weight's order; with IN_PARTS the parts lie behind `out`."""
+        """Launch the kernel that a table of kernels has for x's rows, on x in the weight's order.
+
+        `kernels`: [from, to, kernel, multiprocessors] of each bucket, flat. With top_k = IN_PARTS, out is the first of
+        the parts, which lie one behind the other."""
         torch.ops.humming.launch_kernel.out(
             kernels, x_TK, packed.weight, packed.scales, None, None, None, packed.zeros,
             None, out_TN, None, None, None, None, self._locks, top_k, 0,
@@ -182,10 +185,19 @@ class HummingLinear:
         return out
 
     def _grow(self, width: int, device: torch.device, dtype: torch.dtype) -> None:
-        """Room for x in a weight's order, for as many rows as the largest bucket."""
+        """Make room for x in a weight's order, for as many rows as the largest bucket twice over."""
         size = width * ROW_BUCKETS[-1] * 2
         if self._ordered is None or self._ordered.numel() < size:
             self._ordered = torch.empty(size, dtype=dtype, device=device)
+
+    def recompile(self, ordered: bool, device: torch.device) -> None:
+        """Compile all kernels anew for the weights as they lie, with sums in a fixed order or not."""
+        self.ordered = ordered
+        humming_patches.use_headers(ordered)
+        self._compiling.clear()
+        self._kernels.clear()
+        for kind, config in self.configs.items():
+            self._compile(kind, config, device)
 
     def _compile(self, kind: str, config: Any, device: torch.device) -> None:
         """Start compiling one kernel per bucket of rows, once per kind of layer; kinds compile side by side."""
@@ -195,35 +207,38 @@ class HummingLinear:
             found = tuned(config, device, self.ordered)
             buckets = {bucket for bucket, entry in found.items() if entry.get("parts")}
             self._in_parts[kind] = {most: parameters for _, most, parameters in chosen if most in buckets}
-            self._compiling[kind] = self._compilers.submit(_import().prepare, kind, None, chosen, device)
+            self._compiling[kind] = self._compilers.submit(humming_patches.load().prepare, kind, None, chosen, device)
 
     def _kernels_of(self, kind: str) -> torch.Tensor:
-        """[from, to, kernel, SMs] of each bucket, once they are compiled."""
+        """Return [from, to, kernel, multiprocessors] of each bucket, flat; wait until they are compiled."""
         if kind not in self._kernels:
             self._kernels[kind] = self._compiling[kind].result()
         return self._kernels[kind]
 
 
 def intervals(config: Any, device: torch.device, ordered: bool = True) -> list[list[Any]]:
-    """[rows above, rows up to, kernel parameters] for ROW_BUCKETS; the last bucket is open-ended."""
-    tuned = tuned_for(config, device, ordered)
+    """Return [rows above, rows up to, kernel parameters] of each bucket; the last bucket has no end."""
+    changes = tuned_for(config, device, ordered)
     out: list[list[Any]] = []
     for below, bucket in zip((0, *ROW_BUCKETS[:-1]), ROW_BUCKETS, strict=True):
-        chosen = {**_import().heuristics(config, shape_m=bucket, device=device), **tuned.get(bucket, {})}
+        own = humming_patches.load().heuristics(config, shape_m=bucket, device=device)
+        chosen = {**own, **changes.get(bucket, {})}
         most = bucket if bucket != ROW_BUCKETS[-1] else OPEN
         out.append([below, most, {**chosen, "use_pdl": True} if early.wanted() else chosen])
     return out
 
 
-def tuned_for(config: Any, device: torch.device, ordered: bool, parts: bool = True) -> dict[int, dict[str, Any]]:
-    """Changes to the package's parameters by bucket of rows."""
+def tuned_for(config: Any, device: torch.device, ordered: bool, parts: bool = True) -> dict[int, Kernel]:
+    """Return the changes of the package's parameters by bucket of rows."""
     return {bucket: entry["changes"] for bucket, entry in tuned(config, device, ordered, parts).items()}
 
 
 def tuned(config: Any, device: torch.device, ordered: bool, parts: bool = True) -> dict[int, dict[str, Any]]:
-    """Entries of the shipped table (TUNING) by bucket of rows: what a sweep on such a device, or else on another of its
-    generation, found faster than the package's choice; without `parts` only those of whole products. An entry for parts
-    serves a bucket's whole products too, as each bucket has one kernel."""
+    """Return the entries of the shipped table (TUNING) for a layer, by bucket of rows.
+
+    An entry is what a sweep on this device, or else on another of its generation, found faster than the package's
+    choice. An entry for parts serves the bucket's whole products too, as each bucket has one kernel; without `parts`
+    such entries are left out."""
     if not TUNING.exists() or torch.cuda.get_device_capability(device)[0] != GENERATION:
         return {}
     found: dict[int, dict[str, Any]] = {}
@@ -236,9 +251,10 @@ def tuned(config: Any, device: torch.device, ordered: bool, parts: bool = True) 
     return found
 
 
-def laid_out(config: dict[str, Any], layer: Any, rows: int, sms: int, device: torch.device) -> Parts | None:
-    """What a launch in parts leaves, on so many multiprocessors (0: all). None where no tile is cut, or where the
-    kernel stores by TMA, which writes whole products only."""
+def parts_of(config: Kernel, layer: Any, rows: int, sms: int, device: torch.device) -> Parts | None:
+    """Return the layout of the parts that a launch on `sms` multiprocessors (0: all) leaves.
+
+    None where no tile is cut, or where the kernel stores by TMA, which writes whole products only."""
     by_tma = config.get("use_tma_c")
     if config.get("use_tma") if by_tma is None else by_tma:
         return None
@@ -248,59 +264,3 @@ def laid_out(config: dict[str, Any], layer: Any, rows: int, sms: int, device: to
     most = max(map(max, counts))
     height, width = config["block_shape"][0] * config.get("multi_cast_size_b", 1), config["block_shape"][1]
     return None if most == 1 else Parts(torch.tensor(counts, dtype=torch.int32, device=device), most, height, width)
-
-
-def _unmarked(function: Any) -> Any:
-    return function
-
-
-@dataclass(frozen=True)
-class _Humming:
-    """What is used of the package."""
-
-    schema: Any
-    transform: Any
-    heuristics: Any
-    prepare: Any
-
-
-@functools.cache
-def _import() -> _Humming:
-    """The package's pieces. On import it would start a process that builds a launcher it already ships; the variable
-    that prevents that must not stay, as it also makes it compile one kernel after another. A mark for torch.compile,
-    which is not used here, would import a thousand modules, in seconds."""
-    switch = "HUMMING_DISABLE_PARALLEL_BUILD"
-    before, mark = os.environ.get(switch), torch.compiler.assume_constant_result
-    os.environ[switch], torch.compiler.assume_constant_result = "1", _unmarked
-    try:
-        from humming.jit.runtime import KernelRuntime
-        from humming.kernel.humming import HummingKernel
-        from humming.schema.humming import HummingWeightSchema
-        from humming.transform import prepare_and_transform_humming_tensors
-        from humming.tune import get_heuristics_config
-    finally:
-        torch.compiler.assume_constant_result = mark
-        if before is None:
-            del os.environ[switch]
-        else:
-            os.environ[switch] = before
-    KernelRuntime.inited = False  # threads may see one that another has just made, before it says so itself
-    return _Humming(
-        HummingWeightSchema, prepare_and_transform_humming_tensors, get_heuristics_config, HummingKernel.prepare_kernels
-    )
-
-
-def use_headers(ordered: bool) -> None:
-    """Whether what is compiled from here on adds in a fixed order: a choice of the process."""
-    from humming.jit.compiler import Compiler
-    from humming.jit.runtime import KernelRuntime
-    from humming.kernel.humming import HummingKernel
-    from humming.utils.jit import get_humming_cache_dir
-
-    installed = Path(importlib.import_module("humming").__file__ or "").parent / "include"
-    wanted = headers(installed, Path(get_humming_cache_dir())) if ordered else installed
-    if wanted != Path(Compiler.humming_include_dir()):
-        Compiler.humming_include_dir = staticmethod(lambda: str(wanted))
-        listed = getattr(Compiler, "listed", Compiler.cuh_last_update_time)  # the package's own, for every kernel again
-        Compiler.listed, Compiler.cuh_last_update_time = staticmethod(listed), staticmethod(functools.cache(listed))
-        KernelRuntime._instances, HummingKernel._str2kernel_cache = {}, {}  # what is on the device already stays there

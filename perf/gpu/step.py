@@ -22,7 +22,7 @@ from inlaid.engine.engine import Engine
 from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.kernels import attention_triton, early
 from inlaid.kernels.auto import AutoLinear
-from inlaid.kernels.humming import HummingLinear, use_headers
+from inlaid.kernels.humming import HummingLinear
 from inlaid.kernels.measure import Ceiling, weight_bytes
 from inlaid.model.spec import ModelSpec
 from inlaid.runner import cuda_forward
@@ -156,12 +156,8 @@ class Variant:
         found = False
         for backend in humming_of(engine):
             if always or backend.ordered != ordered:
-                found, backend.ordered = True, ordered
-                use_headers(ordered)
-                backend._compiling.clear()
-                backend._kernels.clear()
-                for kind, config in backend.configs.items():
-                    backend._compile(kind, config, runner_of(engine).device)
+                found = True
+                backend.recompile(ordered, runner_of(engine).device)
         return found
 
 

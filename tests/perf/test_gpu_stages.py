@@ -23,7 +23,7 @@ from inlaid.checkpoint import Checkpoint, QuantSpec, dequantize
 from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.kernels.measure import Ceiling
 from inlaid.runner import cuda_forward
-from perf.gpu import demo, humming_sweep, offline, quant_speed, random_model, serving, soak, starts, step
+from perf.gpu import candidates, demo, humming_sweep, offline, quant_speed, random_model, serving, soak, starts, step
 from perf.gpu.headlines import headline
 from tests.runner.test_cuda_runner import Bench, few_programs
 
@@ -224,7 +224,7 @@ def test_tiles_of_all_forms(rows: int) -> None:
     found = [
         config
         for shape in humming_sweep.BEFORE_NORMS
-        for config in humming_sweep.wide(humming_sweep.problem_of(*map(int, shape.split("x")), rows, 132))
+        for config in candidates.wide(humming_sweep.problem_of(*map(int, shape.split("x")), rows, 132))
     ]
     assert {config["num_ctas_per_sm"] for config in found} == {1, 2, 3, 4}
     assert {config["block_shape"][1] for config in found} == {64, 128, 256}
