@@ -26,13 +26,15 @@ import msgspec
 import tqdm
 
 from inlaid.files import write_atomically
+from inlaid.workload.plan import PlannedRequest, plan
+from inlaid.workload.prompts import PromptFormat, PromptMaker, TokenizerFile
+from inlaid.workload.spec import Workload
 from perf.options import build_parser, workload_from
-from perf.prompts import PromptFormat, PromptMaker, ServerTokenizer, TokenizerFile
 from perf.protocols import PROTOCOLS, WireOptions
 from perf.records import Record, encode_record
 from perf.sender import Prepared, Sender, drive
+from perf.server_tokenizer import ServerTokenizer
 from perf.summary import as_table, options_for, summarize
-from perf.workload import PlannedRequest, Workload, plan
 
 LATE_MS = 10.0  # a median lateness above this is worth a warning: the load was not the one asked for
 START_DELAY_S = 0.05  # between the clock's zero and the first request, so that it is not late itself

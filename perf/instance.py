@@ -12,16 +12,20 @@ from typing import Any
 
 import msgspec
 
+from inlaid.workload.spec import Workload
 from perf.launch import READY_PATHS, ServerCommand
 from perf.random_adapters import RandomAdapters
-from perf.workload import Workload
 
 PORT = "$PORT"  # stands for the port in the commands written for people
 
 
 class Instance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`port` 0 is any free one; `num_hidden_layers` is what the template says the model has, checked before a start;
-    `refused` are keys of the template that cannot be honoured, with the reason, `dropped` those it gave up."""
+    """A point of a grid.
+
+    `port` 0 is any free one; `num_hidden_layers` is what the template says the model has, checked before a start;
+    `refused` are keys of the template that cannot be honoured, with the reason, `dropped` those it gave up; `missing`
+    says which data file a dry run did not find.
+    """
 
     point: str
     labels: dict[str, Any]
@@ -37,6 +41,7 @@ class Instance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_failed_share: float = 0.0
     refused: dict[str, str] = {}
     dropped: dict[str, str] = {}
+    missing: str = ""
 
     def ready_url(self, port: int) -> str:
         return f"http://127.0.0.1:{port}{READY_PATHS[self.server.kind]}"

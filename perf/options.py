@@ -8,13 +8,15 @@ from typing import Any, get_args
 
 import msgspec
 
-from perf.adapters import AdapterChoice, Distribution
-from perf.arrivals import Arrivals, Gaps, Process
-from perf.lengths import Lengths
-from perf.prompts import PromptFormat
+from inlaid.workload.arrivals import Arrivals, Gaps, Process
+from inlaid.workload.lengths import Lengths
+from inlaid.workload.plan import rescale_rate
+from inlaid.workload.popularity import AdapterChoice, Distribution
+from inlaid.workload.prompts import PromptFormat
+from inlaid.workload.spec import Objective, Stream, Workload
+from inlaid.workload.suites import load_workload
+from inlaid.workload.traces import Trace, TraceFormat
 from perf.protocols import Backend
-from perf.traces import Trace, TraceFormat
-from perf.workload import Objective, Stream, Workload, load_workload, rescale_rate
 
 DESCRIPTION = """Sends a workload to a server in an open loop and writes what came back: one line of JSON per
 request, and a summary with the field names of `vllm bench serve`. An argument @FILE is replaced by the lines

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from perf.prompts import Prompt
-from perf.workload import PlannedRequest
+from inlaid.workload.plan import PlannedRequest
+from inlaid.workload.prompts import Prompt
 
 Backend = Literal["openai", "openai-chat", "slora"]
 

@@ -28,7 +28,8 @@ from perf.known_flags import why_no_client, why_not
 from perf.launch import how_to_get, why_absent
 from perf.process import ROOT, child_environment, port_is_free
 from perf.random_adapters import bytes_to_make, folder_for
-from perf.template import ADAPTER_ROOT, Global, TemplateError, instantiate, template_settings
+from perf.sections import Global
+from perf.template import ADAPTER_ROOT, TemplateError, instantiate, template_settings
 
 COLOURS = {"passed": "32", "failed": "31", "skipped": "34", "running": "33"}
 COLUMNS = (
@@ -165,7 +166,7 @@ def check_startable(instances: list[Instance]) -> None:
 
 def not_startable(instance: Instance) -> str:
     """Why server or generator would give up at once, or nothing."""
-    return why_not(instance.server) or why_no_client(instance) or missing_paths(instance)
+    return instance.missing or why_not(instance.server) or why_no_client(instance) or missing_paths(instance)
 
 
 def missing_paths(instance: Instance) -> str:
@@ -239,7 +240,7 @@ def start(arguments: argparse.Namespace) -> int:
     """Check everything, write the archive, run it."""
     instances: list[Instance] = []
     for template in arguments.templates:
-        instances += instantiate(template)
+        instances += instantiate(template, dry=arguments.dry_run)
     names = [instance.point for instance in instances]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:

@@ -14,9 +14,9 @@ from collections.abc import Callable
 import aiohttp
 import msgspec
 
+from inlaid.workload.plan import PlannedRequest
 from perf.protocols import Event, Protocol
 from perf.records import Record, Status
-from perf.workload import PlannedRequest
 
 REFUSED = (429, 503)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from inlaid.workload.spec import Objective
 from perf.records import Record
-from perf.workload import Objective
 
 
 class Attainment(msgspec.Struct, frozen=True):

@@ -14,10 +14,10 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from inlaid.workload.spec import Objective, Workload
 from perf.fairness import Fairness, fairness
 from perf.records import Record, read_records
 from perf.slo import Attainment, attainment, attainment_by_class, meets
-from perf.workload import Objective, Workload
 
 DEFAULT_PERCENTILES = (50.0, 90.0, 95.0, 99.0)
 Number = float | int | None

@@ -7,234 +7,126 @@ one line each.
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any
 
 import msgspec
 
-from perf.adapters import AdapterChoice, parse_skew
-from perf.arrivals import Arrivals
+from inlaid.workload.arrivals import Arrivals
+from inlaid.workload.lengths import Lengths
+from inlaid.workload.plan import plan, rescale_rate, with_adapters
+from inlaid.workload.popularity import AdapterChoice, parse_skew
+from inlaid.workload.prompts import LengthsOnly
+from inlaid.workload.spec import EngineSizes, Stream, Workload
+from inlaid.workload.suites import load_workload, suite_names
+from inlaid.workload.toml import load_toml
+from inlaid.workload.traces import Trace
 from perf.instance import Instance
 from perf.launch import Adapter, ServerCommand, ServerKind, find_adapters
-from perf.lengths import Lengths
-from perf.prompts import Prompt, PromptFormat
 from perf.random_adapters import RandomAdapters, paths_for
 from perf.refused import refusals
+from perf.sections import (
+    CLIENT_KEYS,
+    SECTIONS,
+    Axes,
+    Dataset,
+    Global,
+    Model,
+    Point,
+    Selection,
+    Triple,
+    convert_point,
+    did_you_mean,
+)
 from perf.sweep import expand
-from perf.toml import load_toml
-from perf.traces import Trace, TraceFormat
-from perf.workload import Objective, Stream, Workload, load_workload, plan, rescale_rate
 
 ADAPTER_ROOT = Path(".inlaid/perf/adapters")
-BLOCKS_FLAGS: dict[ServerKind, str] = {"inlaid": "num-blocks", "vllm": "num-gpu-blocks-override"}
+BLOCK_SIZE = 16  # tokens, the default of inlaid and vLLM
 
 
 class TemplateError(ValueError):
     """A template that cannot be run, in one line."""
 
 
-class Global(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`without` names keys that are knowingly dropped because they cannot be honoured here."""
-
-    name: str = ""
-    log_home: str = ".inlaid/experiments"
-    num_gpus_per_node: int | None = None
-    cuda_devices: list[int] | None = None
-    retries: int = 1
-    ready_timeout_s: float = 600.0
-    point_timeout_s: float = 7200.0
-    max_failed_share: float = 0.0
-    without: list[str] = []
-
-    def visible_devices(self) -> dict[str, str]:
-        """One node's worth of the devices named."""
-        if self.cuda_devices is None:
-            return {}
-        return {"CUDA_VISIBLE_DEVICES": ",".join(str(d) for d in self.cuda_devices[: self.num_gpus_per_node])}
-
-
-class LengthsOnly:
-    """Stands in for the prompts when a workload is only checked: every trace read, every adapter found."""
-
-    form: PromptFormat = "ids"
-
-    def make(self, index: int, length: int) -> Prompt:
-        return ""
-
-    def from_blocks(self, blocks: tuple[int, ...], length: int) -> Prompt:
-        return ""
-
-    def count(self, text: str) -> int | None:
-        return 1
-
-
-class Triple(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    model: str
-    dataset: str
-    feature: str = ""
-
-
-class Selection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    models: list[str] = []
-    datasets: list[str] = []
-    features: tuple[str, ...] = ("",)
-    tuples: list[Triple] = []
-
-    def triples(self) -> list[Triple]:
-        product = [Triple(m, d, f) for m in self.models for d in self.datasets for f in self.features]
-        return product + self.tuples
-
-
-class Server(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    kind: ServerKind = "inlaid"
-    policy: str = ""
-    args: dict[str, str | int | float | bool] = {}
-
-
-class Router(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 11236
-
-
-class Axes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What grids of this field vary; each replaces what the other sections say."""
-
-    adapters: int | None = None
-    quant: str | None = None
-    policy: str | None = None
-    rate: float | None = None
-    skew: str | float | None = None
-
-
-class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`quant` maps a name of the quant axis to a path; `adapters` are folders, globs or NAME=PATH."""
-
-    model_path: str = ""
-    tokenizer: str | None = None
-    quant: dict[str, str] = {}
-    adapters: list[str] = []
-    random_adapters: RandomAdapters | None = None
-    num_available_blocks: int | None = None
-    num_hidden_layers: int | None = None
-    tp_size: Literal[1] = 1
-
-
-class Dataset(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Either streams (or a workload file), or a trace, or one synthetic stream.
-
-    `max_connections` is the client's, for this dataset: with a burst it makes a closed loop of so many requests."""
-
-    dataset_path: str | None = None
-    format: TraceFormat = "auto"
-    time_in_secs: float | None = None
-    num_requests: int | None = None
-    time_scale: float = 1.0
-    window: tuple[float, float] | None = None
-    loop: bool | None = None
-    max_input: int | None = None
-    max_output: int | None = None
-    arrival: Arrivals | None = None
-    adapters: AdapterChoice | None = None
-    input: Lengths | None = None
-    output: Lengths | None = None
-    streams: list[Stream] = []
-    workload: str | None = None
-    max_connections: int | None = None
-    weights: dict[str, float] = {}
-    seed: int = 0
-
-
-EnvironmentName = Annotated[str, msgspec.Meta(pattern="^[A-Za-z_][A-Za-z0-9_]*$")]
-
-
-class Point(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One combination of the axes, typed; the names of its parts are the template's sections."""
-
-    model: Model
-    dataset: Dataset
-    glob: Global = msgspec.field(name="global", default=Global())
-    server: Server = Server()
-    router: Router = Router()
-    axes: Axes = Axes()
-    client: dict[str, str | int | float | bool] = {}
-    slo: dict[str, Objective] = {}
-    environment: dict[EnvironmentName, str | int | float] = msgspec.field(name="extra-envs", default={})
-
-
-SECTIONS = ("global", "selection", "axes", "server", "router", "client", "slo", "features", "datasets", "models")
-CLIENT_KEYS = (
-    "warmup", "warmup_s", "timeout", "max_connections", "prompt_format", "backend", "tenant_as", "percentiles",
-    "temperature", "extra_body", "respect_eos", "save_detailed", "save_text", "api_key", "tokenizer",
-)  # fmt: skip
-
-
-def instantiate(path: Path) -> list[Instance]:
-    """Every point of one template."""
+def instantiate(path: Path, dry: bool = False) -> list[Instance]:
+    """Make every point of one template; with `dry`, a missing data file is noted in the point and not an error."""
     try:
         data = load_toml(path)
         _check_sections(data)
-        return _named_apart([point for triple in _triples(data) for point in _points(data, triple)])
+        instances = [point for triple in _triples(data) for point in _points(data, triple, dry)]
+        _check_without(data.get("global", {}).get("without", []), instances)
+        return _named_apart(instances)
     except (msgspec.ValidationError, ValueError, OSError) as error:
         text = str(error).removeprefix(f"{path}: ")
         raise TemplateError(f"{path}: {text}") from error
 
 
+def _check_without(without: list[str], instances: list[Instance]) -> None:
+    """A key in global.without must be one that some point would refuse: a typing mistake there drops nothing."""
+    known = {key for instance in instances for key in (*instance.refused, *instance.dropped)}
+    stray = [key for key in without if key not in known]
+    if stray:
+        raise ValueError(f"global.without names {stray[0]}, which is not a key that would be refused")
+
+
 def template_settings(path: Path) -> Global:
-    """What holds for the whole run of a template."""
+    """Read the settings that hold for the whole run of a template."""
     return msgspec.convert(load_toml(path).get("global", {}), Global)
 
 
 def _check_sections(data: dict[str, Any]) -> None:
     for section in data:
         if section not in (*SECTIONS, "extra-envs"):
-            raise ValueError(f"unknown section [{section}]{_did_you_mean(section, (*SECTIONS, 'extra-envs'))}")
+            raise ValueError(f"unknown section [{section}]{did_you_mean(section, (*SECTIONS, 'extra-envs'))}")
     for key in data.get("client", {}):
         if key.replace("-", "_") not in CLIENT_KEYS:
-            raise ValueError(f"unknown key client.{key}{_did_you_mean(key, CLIENT_KEYS)}")
-
-
-def _did_you_mean(name: str, known: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f": did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
+            raise ValueError(f"unknown key client.{key}{did_you_mean(key, CLIENT_KEYS)}")
 
 
 def _triples(data: dict[str, Any]) -> list[Triple]:
-    """The selected combinations; each name must be defined."""
+    """List the selected combinations; each name must be defined, except that a dataset may be a suite."""
     triples = msgspec.convert(data.get("selection", {}), Selection).triples()
     if not triples:
         raise ValueError("[selection] chooses nothing: name models and datasets")
+    suites = tuple(suite_names())
     for triple in triples:
         for kind, name in (("models", triple.model), ("datasets", triple.dataset), ("features", triple.feature)):
-            known = tuple(data.get(kind, {}))
+            known = (*data.get(kind, {}), *(suites if kind == "datasets" else ()))
             if name and name not in known:
-                raise ValueError(f"unknown {kind[:-1]} {name!r} in [selection]{_did_you_mean(name, known)}")
+                raise ValueError(f"unknown {kind[:-1]} {name!r} in [selection]{did_you_mean(name, known)}")
     return triples
 
 
-def _points(data: dict[str, Any], triple: Triple) -> list[Instance]:
-    """One combination of model, dataset and feature, with all axes multiplied out."""
+def _points(data: dict[str, Any], triple: Triple, dry: bool) -> list[Instance]:
+    """Multiply out all axes of one combination of model, dataset and feature."""
     table = {key: data[key] for key in SECTIONS if key in data and key not in ("selection", "features", "datasets")}
     table.pop("models", None)
+    dataset = data.get("datasets", {}).get(triple.dataset, {"workload": triple.dataset})
     table |= {"extra-envs": data.get("extra-envs", {})}
-    table |= {"model": data["models"][triple.model], "dataset": data["datasets"][triple.dataset]}
-    return [_instance(point, triple, labels, data) for point, labels in expand(table)]
+    table |= {"model": data["models"][triple.model], "dataset": dataset}
+    return [_instance(point, triple, labels, data, dry) for point, labels in expand(table)]
 
 
-def _instance(table: dict[str, Any], triple: Triple, labels: dict[str, str], data: dict[str, Any]) -> Instance:
+def _instance(
+    table: dict[str, Any], triple: Triple, labels: dict[str, str], data: dict[str, Any], dry: bool
+) -> Instance:
     without = table.get("global", {}).get("without", [])
     feature = data.get("features", {}).get(triple.feature, "")
     table, feature, unusable = refusals(table, triple, feature)
-    stray = [key for key in without if key not in unusable]
-    if stray:
-        raise ValueError(f"global.without names {stray[0]}, which is not a key that would be refused")
     point = convert_point(table)
     axes = point.axes
     model_path = _model_path(point.model, axes.quant, triple.model)
     adapters, random_adapters = _adapters(point.model, axes.adapters, model_path)
-    server = _server(point, _feature_arguments(feature, triple.feature), model_path, adapters)
-    workload = _workload(point, axes, bool(adapters))
-    plan(workload, [name for name, _ in adapters], LengthsOnly())
+    workload, missing = _workload(point, axes, bool(adapters)), ""
+    try:
+        workload = workload if axes.rate is None else rescale_rate(workload, axes.rate)
+        plan(workload, [name for name, _ in adapters], LengthsOnly())
+    except FileNotFoundError as error:
+        if not dry:
+            raise
+        missing = str(error)
+    server = _server(point, _feature_arguments(feature, triple.feature), model_path, adapters, workload.engine)
     return Instance(
         point=_point_name(triple, labels),
         labels={"model": triple.model, "dataset": triple.dataset, "feature": triple.feature} | labels,
@@ -248,39 +140,22 @@ def _instance(table: dict[str, Any], triple: Triple, labels: dict[str, str], dat
         ready_timeout_s=point.glob.ready_timeout_s,
         point_timeout_s=point.glob.point_timeout_s,
         max_failed_share=point.glob.max_failed_share,
+        missing=missing,
         refused={key: reason for key, reason in unusable.items() if key not in without},
         dropped={key: reason for key, reason in unusable.items() if key in without},
     )
-
-
-def convert_point(table: dict[str, Any]) -> Point:
-    """Typed; an unknown key names itself, its place, and the key that was probably meant."""
-    try:
-        return msgspec.convert(table, Point)
-    except msgspec.ValidationError as error:
-        unknown = re.search(r"unknown field `(.+?)`", str(error))
-        hint = _did_you_mean(unknown[1], _all_fields()) if unknown else ""
-        if "enum value" in str(error) and "server.kind" in str(error):
-            hint = f"; known: {', '.join(get_args(ServerKind))}"
-        where = str(error).replace("`$.", "`").replace("Object contains unknown field", "unknown key")
-        raise ValueError(where + (hint if "did you mean" in hint or not unknown else "")) from error
-
-
-def _all_fields() -> tuple[str, ...]:
-    kinds = (Global, Server, Router, Axes, Model, Dataset, Objective, Arrivals, AdapterChoice, Lengths, Stream, Trace)
-    return tuple(dict.fromkeys(field for kind in kinds for field in kind.__struct_fields__))
 
 
 def _model_path(model: Model, quant: str | None, name: str) -> str:
     if quant is None:
         return model.model_path
     if quant not in model.quant:
-        raise ValueError(f"model {name} has no quant {quant!r}{_did_you_mean(quant, tuple(model.quant))}")
+        raise ValueError(f"model {name} has no quant {quant!r}{did_you_mean(quant, tuple(model.quant))}")
     return model.quant[quant]
 
 
 def _adapters(model: Model, count: int | None, model_path: str) -> tuple[list[Adapter], RandomAdapters | None]:
-    """The first `count` of the model's adapters; random ones are as many as asked for."""
+    """Take the first `count` of the model's adapters; random ones are as many as asked for."""
     if model.random_adapters is not None and count != 0:
         spec = model.random_adapters if count is None else msgspec.structs.replace(model.random_adapters, count=count)
         return paths_for(model_path, spec, ADAPTER_ROOT), spec
@@ -291,7 +166,7 @@ def _adapters(model: Model, count: int | None, model_path: str) -> tuple[list[Ad
 
 
 def _feature_arguments(feature: str, name: str) -> dict[str, str | bool]:
-    """`policy=vtc,adapter-mode=cached,enforce-eager`: server settings under one name."""
+    """Read a feature, server settings under one name: `policy=vtc,adapter-mode=cached,enforce-eager`."""
     arguments: dict[str, str | bool] = {}
     for part in filter(None, (part.strip() for part in feature.split(","))):
         key, equals, value = part.partition("=")
@@ -301,32 +176,59 @@ def _feature_arguments(feature: str, name: str) -> dict[str, str | bool]:
     return arguments
 
 
-def _server(point: Point, feature: dict[str, str | bool], model_path: str, adapters: list[Adapter]) -> ServerCommand:
-    """The axis over the feature's or the section's flags; what this kind of server cannot be told is refused."""
+Arguments = dict[str, str | int | float | bool]
+
+
+def _server(
+    point: Point, feature: dict[str, str | bool], model_path: str, adapters: list[Adapter], sizes: EngineSizes
+) -> ServerCommand:
+    """Combine the axis, the feature, the section and the workload's sizes, the first of them that says a flag.
+
+    A flag that this kind of server does not have is refused.
+    """
     kind = point.server.kind
     if point.axes.policy and "policy" in feature:
         raise ValueError(f"axes.policy and a feature both say the policy ({feature['policy']}): say it once")
-    arguments: dict[str, str | int | float | bool] = {**point.server.args, **feature}
+    arguments: Arguments = {**point.server.args, **feature}
+    arguments = _sizes(kind, sizes, int(arguments.get("block-size", BLOCK_SIZE))) | arguments
     own = str(arguments.pop("policy", "") or point.server.policy)
     policy = point.axes.policy or own
     if policy and kind == "vllm":
         raise ValueError(f"policy {policy!r}: vLLM has none of ours; give it its own flags in server.args")
     if point.model.num_available_blocks is not None:
-        if kind not in BLOCKS_FLAGS:
+        flag = _blocks_flag(kind)
+        if not flag:
             raise ValueError(f"num_available_blocks: a server of kind {kind} cannot be told how many blocks to have")
-        arguments[BLOCKS_FLAGS[kind]] = point.model.num_available_blocks
+        arguments[flag] = point.model.num_available_blocks
     return ServerCommand(kind, model_path, adapters, policy, arguments)
 
 
+def _blocks_flag(kind: ServerKind) -> str:
+    """Name the flag for the number of KV blocks, or nothing where a kind of server has none."""
+    return "num-blocks" if kind == "inlaid" else "num-gpu-blocks-override" if kind == "vllm" else ""
+
+
+def _sizes(kind: ServerKind, sizes: EngineSizes, block_size: int) -> Arguments:
+    """Turn the sizes that a workload is made for into a server's flags."""
+    if kind == "slora":
+        return {} if sizes.kv_tokens is None else {"max-total-token-num": sizes.kv_tokens}
+    flag = _blocks_flag(kind)
+    if not flag:
+        return {}
+    blocks = None if sizes.kv_tokens is None else -(-sizes.kv_tokens // block_size)
+    flags = {flag: blocks, "max-loras": sizes.max_loras, "max-num-seqs": sizes.max_num_seqs}
+    return {name: value for name, value in flags.items() if value is not None}
+
+
 def _client(point: Point) -> dict[str, Any]:
-    """What the dataset and the model say about the client, under what [client] says."""
+    """Combine the client's flags; [client] wins over the dataset and the model."""
     own = {"tokenizer": point.model.tokenizer, "max_connections": point.dataset.max_connections}
     stated = {key.replace("-", "_"): value for key, value in point.client.items()}
     return {key: value for key, value in own.items() if value is not None} | stated
 
 
 def _workload(point: Point, axes: Axes, has_adapters: bool) -> Workload:
-    """Without adapters, requests that do not say otherwise go to the base model."""
+    """Make the workload; without adapters, requests that do not say otherwise go to the base model."""
     dataset = point.dataset
     default = AdapterChoice() if has_adapters else AdapterChoice("none")
     if dataset.workload:
@@ -335,16 +237,17 @@ def _workload(point: Point, axes: Axes, has_adapters: bool) -> Workload:
         workload = Workload(dataset.streams or [_single_stream(dataset, default)], dataset.seed, {}, dataset.weights)
     if point.slo:
         workload = msgspec.structs.replace(workload, classes=point.slo)
-    if axes.skew is not None or axes.adapters == 0:
-        choice = parse_skew(axes.skew) if has_adapters and axes.skew is not None else AdapterChoice("none")
-        streams = [msgspec.structs.replace(stream, adapters=choice) for stream in workload.streams]
-        workload = msgspec.structs.replace(workload, streams=streams)
-    return workload if axes.rate is None else rescale_rate(workload, axes.rate)
+    if axes.skew is None and axes.adapters != 0:
+        return workload
+    choice = parse_skew(axes.skew) if has_adapters and axes.skew is not None else AdapterChoice("none")
+    return with_adapters(workload, choice)
 
 
 def _single_stream(dataset: Dataset, default: AdapterChoice) -> Stream:
-    """A trace replays itself, again and again until time_in_secs is over; what the dataset sets is not taken
-    from the trace."""
+    """Make the one stream of a dataset.
+
+    A trace is replayed, again and again until time_in_secs is over; a part that the dataset sets is not taken from it.
+    """
     trace = _trace(dataset)
     own_times = trace is not None and dataset.arrival is None
     lengths = Lengths("trace") if trace else Lengths()

@@ -1,4 +1,4 @@
-"""`inlaid sim`: suites under policies on the simulator, with tables, records and figures.
+"""`inlaid sim`: workloads under policies on the simulator, with tables, records and figures.
 
 The command line program calls add_arguments and run; `python -m inlaid.sim.command` works too.
 """
@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -16,25 +17,31 @@ from tqdm import tqdm
 
 from inlaid.engine.policy import parse_policy
 from inlaid.report.provenance import provenance
-from inlaid.sim import cliff, placement
+from inlaid.sim import oversubscription, placement
 from inlaid.sim.experiment import Experiment, bound, prepare, table
 from inlaid.sim.experiment import run as run_policy
-from inlaid.sim.journal import Arrival
 from inlaid.sim.report import file_name, markdown, write_records, write_table
 from inlaid.sim.simulate import make_lengths
-from inlaid.sim.suites import SUITES, as_trace
+from inlaid.workload.arrivals import Arrivals
+from inlaid.workload.lengths import Lengths
+from inlaid.workload.popularity import AdapterChoice
+from inlaid.workload.spec import Stream, Workload
+from inlaid.workload.suites import known_suites, load_suite, suite_names
+from inlaid.workload.traces import Trace
 
-TraceLine = tuple[float, str, int, int]
-PLACEMENT = "placement"  # many instances: not a trace under policies, so not among the suites
-CLIFF = "cliff"  # many numbers of adapters, likewise
-OTHERS = (PLACEMENT, CLIFF)
+REAL = "real"
+PLACEMENT = "placement"  # many replicas: not a workload under policies, so not among the suites
+OVERSUBSCRIPTION = "oversubscription"  # many numbers of adapters, likewise
+SWEEPS = (PLACEMENT, OVERSUBSCRIPTION)
+FORMER_NAMES = MappingProxyType({"cliff": OVERSUBSCRIPTION})  # results recorded earlier name their commands so
 PLACEMENT_RATES = (150.0, 200.0, 250.0, 300.0, 340.0)
+SEED = 42
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `inlaid sim`."""
+    """Add the flags of `inlaid sim`."""
     parser.add_argument(
-        "--suite", default="overload", help=f"comma-separated, or all; known: {', '.join((*SUITES, *OTHERS))}"
+        "--suite", default="overload", help=f"comma-separated, or all; {known_suites()}; sweeps: {', '.join(SWEEPS)}"
     )
     parser.add_argument(
         "--policy", default="fcfs,vtc", help="semicolon- or comma-separated; options as in vtc:predict=oracle"
@@ -44,26 +51,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--machine", default="", help="a10g, a100-13b, h100, h200, or a file from inlaid.sim.fit; default: the suite's"
     )
     parser.add_argument("--num-tokens", type=int, default=0, help="KV memory in tokens; default: the suite's")
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--seed", type=int, help="default: the suite's")
     parser.add_argument(
-        "--trace", type=Path, help="JSONL of [seconds, tenant, prompt tokens, output tokens] for suite real"
+        "--trace",
+        type=Path,
+        help="for suite real: JSONL of [seconds, tenant, prompt tokens, output tokens], or a published trace",
     )
     parser.add_argument("--out", type=Path, help="folder for records, tables and figures; default: the table on screen")
     parser.add_argument("--no-figures", action="store_true")
 
 
 def run(args: argparse.Namespace) -> int:
-    """0, or 2 with a sentence on standard error when an argument is wrong."""
+    """Run the command; return 0, or 2 with a sentence on standard error when an argument is wrong."""
     try:
-        names = [*SUITES, *OTHERS] if args.suite == "all" else args.suite.split(",")
-        for name in names:
-            if name not in SUITES and name not in OTHERS:
-                raise ValueError(f"unknown suite {name!r}; known: {', '.join((*SUITES, *OTHERS))}")
+        names = [*suite_names(), *SWEEPS] if args.suite == "all" else args.suite.split(",")
+        names = [FORMER_NAMES.get(name, name) for name in names]
         policies = split_policies(args.policy)
         for policy in policies:
             parse_policy(policy)
-        make_lengths(args.lengths, args.seed)
-        experiments = [_prepare(name, args) for name in names if name not in OTHERS]
+        make_lengths(args.lengths, 0)
+        experiments = [_prepare(name, args) for name in names if name not in SWEEPS]
         if args.out is not None:
             args.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
@@ -71,49 +78,54 @@ def run(args: argparse.Namespace) -> int:
         return 2
     for experiment in experiments:
         rows = _run_one(experiment, policies, args)
-        print(f"\n{experiment.suite.name}: {experiment.suite.about}\n\n{markdown(rows)}")
+        print(f"\n{experiment.workload.name}: {experiment.workload.about}\n\n{markdown(rows)}")
     if PLACEMENT in names:
         _run_placement(args)
-    if CLIFF in names:
-        _run_cliff(args)
+    if OVERSUBSCRIPTION in names:
+        _run_oversubscription(args)
     return 0
 
 
-def _run_cliff(args: argparse.Namespace) -> None:
-    """Every mode, with more and more adapters for the same places."""
-    machine = args.machine or "h200"
-    rows = cliff.compare(machine, args.seed)
-    text = cliff.markdown(rows)
-    print(f"\n{CLIFF}: {cliff.ABOUT}\n\n{text}")
+def _run_oversubscription(args: argparse.Namespace) -> None:
+    """Simulate every mode, with more and more adapters for the same places."""
+    workload = load_suite(oversubscription.SUITE)
+    machine = args.machine or workload.simulator.machine
+    manifest = provenance(workload.seed if args.seed is None else args.seed)
+    rows = oversubscription.compare(machine, manifest["seed"], workload)
+    text = oversubscription.markdown(rows)
+    print(f"\n{OVERSUBSCRIPTION}: {oversubscription.ABOUT}\n\n{text}")
     if args.out is None:
         return
-    manifest = {**provenance(args.seed), "machine": machine}
-    (args.out / f"{CLIFF}.json").write_bytes(msgspec.json.format(msgspec.json.encode({**manifest, "rows": rows})))
-    made = f"Made by `{manifest['command']}` at {manifest['commit']}."
-    (args.out / f"{CLIFF}.md").write_text(f"# {CLIFF}\n\n{cliff.ABOUT}. {made}\n\n{text}")
+    _write_sweep(args.out, OVERSUBSCRIPTION, oversubscription.ABOUT, {**manifest, "machine": machine}, rows, text)
     if not args.no_figures:
         from inlaid.sim.plot import draw_lines
 
         for key, label in (("ttft_p50_ms", "median"), ("ttft_p99_ms", "p99")):
             title, axes = f"{label} time to first token, {machine}", ("adapters per place", "ms")
-            draw_lines(args.out / f"{CLIFF}-{label}", title, axes, cliff.lines(rows, key))
+            draw_lines(args.out / f"{OVERSUBSCRIPTION}-{label}", title, axes, oversubscription.lines(rows, key))
+
+
+def _write_sweep(
+    folder: Path, name: str, about: str, manifest: dict[str, Any], rows: list[dict[str, Any]], text: str
+) -> None:
+    (folder / f"{name}.json").write_bytes(msgspec.json.format(msgspec.json.encode({**manifest, "rows": rows})))
+    made = f"Made by `{manifest['command']}` at {manifest['commit']}."
+    (folder / f"{name}.md").write_text(f"# {name}\n\n{about}. {made}\n\n{text}")
 
 
 def _run_placement(args: argparse.Namespace) -> None:
-    """Every way of choosing an instance, at several loads, under both kinds of kernel."""
+    """Simulate every way of choosing a replica, at several loads, under both kinds of kernel."""
+    first_seed = SEED if args.seed is None else args.seed
     jobs = [(kernel, rate) for kernel in placement.KERNELS.values() for rate in PLACEMENT_RATES]
     rows = []
     for kernel, rate in tqdm(jobs, desc=PLACEMENT, leave=False):
-        for seed in (args.seed, args.seed + 1, args.seed + 2):
+        for seed in range(first_seed, first_seed + 3):
             rows += placement.compare(rate, seconds=20.0, seed=seed, kernel=kernel)
     text = placement.markdown(rows)
     print(f"\n{PLACEMENT}: {placement.ABOUT}\n\n{text}")
     if args.out is None:
         return
-    manifest = provenance(args.seed)
-    (args.out / f"{PLACEMENT}.json").write_bytes(msgspec.json.format(msgspec.json.encode({**manifest, "rows": rows})))
-    made = f"Made by `{manifest['command']}` at {manifest['commit']}."
-    (args.out / f"{PLACEMENT}.md").write_text(f"# {PLACEMENT}\n\n{placement.ABOUT}. {made}\n\n{text}")
+    _write_sweep(args.out, PLACEMENT, placement.ABOUT, provenance(first_seed), rows, text)
     if not args.no_figures:
         from inlaid.sim.plot import draw_bars
 
@@ -124,7 +136,7 @@ def _run_placement(args: argparse.Namespace) -> None:
 
 
 def split_policies(text: str) -> list[str]:
-    """Names apart by commas or semicolons; a part written key=value belongs to the policy before it."""
+    """Split at commas and semicolons; a part written key=value belongs to the policy before it."""
     policies: list[str] = []
     for part in text.replace(";", ",").split(","):
         if "=" in part and ":" not in part and policies:
@@ -135,50 +147,52 @@ def split_policies(text: str) -> list[str]:
 
 
 def _prepare(name: str, args: argparse.Namespace) -> Experiment:
-    trace = read_trace(args.trace) if args.trace is not None and name == "real" else None
-    return prepare(SUITES[name], args.seed, args.machine, args.num_tokens, trace)
+    workload = load_suite(name)
+    if args.trace is not None and name == REAL:
+        workload = replay_trace(workload, args.trace)
+    return prepare(workload, args.seed, args.machine, args.num_tokens)
+
+
+def replay_trace(workload: Workload, path: Path) -> Workload:
+    """Replace a workload's requests by those of a trace file, of any format that `workload.traces` reads."""
+    stream = Stream(
+        arrival=Arrivals("trace"),
+        adapters=AdapterChoice("none"),
+        input=Lengths("trace"),
+        output=Lengths("trace"),
+        tenant="{tenant}",
+        trace=Trace(str(path)),
+    )
+    return msgspec.structs.replace(workload, bursty=None, streams=[stream], duration_s=None)
 
 
 def _run_one(experiment: Experiment, policies: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any]]:
     outcomes = []
+    workload = experiment.workload
     manifest = {
-        **provenance(args.seed),
-        "suite": experiment.suite.name,
+        **provenance(workload.seed),
+        "suite": workload.name,
         "machine": experiment.setup.cost.name,
         "num_tokens": experiment.setup.num_tokens,
         "lengths": args.lengths,
     }
     for policy in policies:
-        title = f"{experiment.suite.name} {policy}"
+        title = f"{workload.name} {policy}"
         with tqdm(total=len(experiment.trace), desc=title, unit=" requests", leave=False) as bar:
             outcomes.append(run_policy(experiment, policy, args.lengths, bar.update))
         if args.out is not None:
-            path = args.out / f"{experiment.suite.name}-{file_name(policy)}.jsonl"
+            path = args.out / f"{workload.name}-{file_name(policy)}.jsonl"
             write_records(path, {**manifest, "policy": policy}, outcomes[-1])
     rows = table(experiment, outcomes)
     if args.out is not None:
-        write_table(args.out, experiment.suite.name, experiment.suite.about, manifest, rows)
+        write_table(args.out, workload.name, workload.about, manifest, rows)
         if not args.no_figures:
             from inlaid.sim.plot import draw_suite
 
-            limit = bound(experiment) if experiment.suite.fair else None
-            title = f"{experiment.suite.name}: {experiment.suite.about}"
-            draw_suite(args.out / experiment.suite.name, title, outcomes, experiment.suite.duration, limit)
+            limit = bound(experiment) if workload.simulator.fairness else None
+            title = f"{workload.name}: {workload.about}"
+            draw_suite(args.out / workload.name, title, outcomes, experiment.duration, limit)
     return rows
-
-
-def read_trace(path: Path) -> list[Arrival]:
-    """A trace of the user's: one JSON list per line, [seconds, tenant, prompt tokens, output tokens]."""
-    lines: list[TraceLine] = []
-    for number, text in enumerate(path.read_text().splitlines(), 1):
-        try:
-            line = msgspec.json.decode(text, type=TraceLine)
-        except msgspec.DecodeError as error:
-            raise ValueError(f"{path}, line {number}: {error}; wanted [seconds, tenant, prompt, output]") from error
-        if line[0] < 0 or line[2] < 1 or line[3] < 1:
-            raise ValueError(f"{path}, line {number}: time must be >= 0 and lengths at least 1")
-        lines.append(line)
-    return as_trace(sorted(lines))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

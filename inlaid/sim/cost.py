@@ -51,6 +51,13 @@ class Load(msgspec.Struct, frozen=True):
         return cls(tokens, prefills, decodes, prompts, outputs, attention, len(adapters), rows, ranks_sum)
 
 
+class Step(msgspec.Struct, frozen=True):
+    """A measured step: its load, and its wall time from the end of the step before, host work included."""
+
+    seconds: float
+    load: Load
+
+
 @dataclass(frozen=True)
 class CostModel:
     """Seconds per unit of load. A step takes at least `floor`; with prompts, whose kernels a GPU gets one by one, at

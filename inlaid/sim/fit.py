@@ -1,9 +1,9 @@
-"""Fits a machine's cost model to measured steps: non-negative least squares on relative errors.
+"""Fit of a machine's cost model to measured steps: non-negative least squares on relative errors.
 
     python -m inlaid.sim.fit STEPS.jsonl --name h200 --out perf/results/h200-cost.json
 
-STEPS.jsonl has one line per step, {"seconds": ..., "load": {...}}, as `python -m inlaid.sim.validate --steps` and any
-engine run under sim.replay write it. A quarter of the steps is held out; the error on them is in the file.
+STEPS.jsonl has one line per step, {"seconds": ..., "load": {...}}, as `python -m perf.validate --steps` writes it.
+A quarter of the steps is held out; the error on them is in the file.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from inlaid.sim.cost import CostModel, Load
-from inlaid.sim.replay import Step
+from inlaid.sim.cost import CostModel, Load, Step
 
 TERMS = ("step", *Load.__struct_fields__)
 Array = npt.NDArray[np.float64]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from inlaid.sim.journal import Record
+from inlaid.sim.request_log import RequestRecord
 from inlaid.sim.simulate import Outcome
 
 Series = npt.NDArray[np.float64]
@@ -22,12 +22,12 @@ HALF_WINDOW = 30.0
 WARM_UP = 30.0
 
 
-def service_of(record: Record) -> float:
+def service_of(record: RequestRecord) -> float:
     """What it costs: a prompt token 1, an output token 2."""
     return record.prompt_len + 2.0 * record.output_len
 
 
-def rates(records: Sequence[Record], times: Series, of: str = "service") -> Series:
+def rates(records: Sequence[RequestRecord], times: Series, of: str = "service") -> Series:
     """Per second, in the minute around each time: `service` delivered, output `tokens` made, or `demand` sent."""
     total = np.zeros(len(times))
     low, high = times - HALF_WINDOW, times + HALF_WINDOW
@@ -42,14 +42,14 @@ def rates(records: Sequence[Record], times: Series, of: str = "service") -> Seri
     return total / (2 * HALF_WINDOW)
 
 
-def by_tenant(records: Sequence[Record]) -> dict[str, list[Record]]:
-    groups: dict[str, list[Record]] = {}
+def by_tenant(records: Sequence[RequestRecord]) -> dict[str, list[RequestRecord]]:
+    groups: dict[str, list[RequestRecord]] = {}
     for record in sorted(records, key=lambda record: record.tenant):
         groups.setdefault(record.tenant, []).append(record)
     return groups
 
 
-def difference(records: Sequence[Record], duration: float, weights: Mapping[str, float]) -> Series:
+def difference(records: Sequence[RequestRecord], duration: float, weights: Mapping[str, float]) -> Series:
     """At 19 times, the sum over clients of how far each is behind the best served, or behind what it asked for if
     that is nearer, both over its weight. Refused requests do not count as asked for."""
     times = np.array([duration / 20 * 0.95 * i for i in range(1, 20)]) + WARM_UP
@@ -68,7 +68,7 @@ def accumulated(outcome: Outcome, tenants: Sequence[str]) -> tuple[Series, Serie
     return times, sums.cumsum(axis=1)
 
 
-def response(records: Sequence[Record], times: Series) -> Series:
+def response(records: Sequence[RequestRecord], times: Series) -> Series:
     """Mean seconds to the first token of those whose first token falls into the minute around t; nan if none."""
     firsts = np.array([[r.first_token, r.ttft] for r in records if r.first_token is not None and r.ttft is not None])
     if not len(firsts):

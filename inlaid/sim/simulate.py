@@ -17,7 +17,7 @@ from inlaid.engine.request import Batch, Sampled, StepResult
 from inlaid.engine.scheduler import Scheduler
 from inlaid.sim.adapters import SimAdapters
 from inlaid.sim.cost import CostModel, Load
-from inlaid.sim.journal import Arrival, Journal, Record
+from inlaid.sim.request_log import Arrival, RequestLog, RequestRecord
 
 EOS = 1
 
@@ -120,7 +120,7 @@ class Outcome:
     """What a simulation leaves."""
 
     policy: str
-    records: list[Record]
+    records: list[RequestRecord]
     end: float
     busy: float
     history: list[tuple[float, dict[str, float]]]  # exact service per tenant, about a second apart
@@ -171,14 +171,14 @@ def simulate(trace: Sequence[Arrival], setup: Setup, on_progress: Callable[[int]
     clock = Clock()
     engine, runner, adapters = make_engine(setup, clock)
     scheduler = engine.scheduler
-    journal = Journal()
+    log = RequestLog()
     tenants = sorted({arrival.request.tenant for arrival in trace})
     watch = GapWatch(tenants) if 1 < len(tenants) <= setup.max_paired_tenants else None
     series: list[tuple[float, float]] = []
     place = steps = 0
     while place < len(trace) or engine.has_work:
         while place < len(trace) and trace[place].time <= clock.now:
-            journal.send(engine, trace[place])
+            log.send(engine, trace[place])
             place += 1
             if on_progress is not None:
                 on_progress(1)
@@ -186,7 +186,7 @@ def simulate(trace: Sequence[Arrival], setup: Setup, on_progress: Callable[[int]
             if place < len(trace):
                 clock.now = trace[place].time
             continue
-        journal.note(engine.step(), clock.now)
+        log.note(engine.step(), clock.now)
         steps += 1
         if watch is not None:
             watch.look(scheduler)
@@ -198,7 +198,7 @@ def simulate(trace: Sequence[Arrival], setup: Setup, on_progress: Callable[[int]
     scheduler.ledger.note(clock.now + 1.0)
     return Outcome(
         policy=setup.policy,
-        records=journal.records,
+        records=log.records,
         end=clock.now,
         busy=runner.busy,
         history=list(scheduler.ledger.history),

@@ -20,11 +20,11 @@ import torch
 from inlaid.report.provenance import provenance
 from inlaid.sim.cost import load_cost
 from inlaid.sim.fit import errors, fit, write_cost, write_steps
-from inlaid.sim.validate import Comparison, Plan, validate
 from inlaid.worker.build import build_engine
 from perf.gpu import ROOT
 from perf.gpu.offline import RANKS, engine_config
 from perf.gpu.random_model import write_adapters, write_model
+from perf.validate import Comparison, Plan, validate
 
 PLAN = Plan(loads=(0.6,), seconds=8.0, rounds=2, prompt=(16, 512), output=(8, 128))
 TOLERANCE = 0.1

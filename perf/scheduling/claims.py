@@ -23,7 +23,9 @@ from inlaid.report.provenance import provenance
 from inlaid.sim.experiment import Experiment, prepare, run
 from inlaid.sim.metrics import summarize
 from inlaid.sim.plot import draw_lines
-from inlaid.sim.suites import SUITES, Suite, tasks_trace
+from inlaid.workload.plan import rescale_rate
+from inlaid.workload.spec import Workload
+from inlaid.workload.suites import load_suite
 
 ABLATION = (  # what is left out, policy, lengths
     ("all of inlaid", "inlaid", "history"),
@@ -39,10 +41,10 @@ MOST_TOKENS, GROUPING = 1024, 64  # the longest that a prediction can be, and th
 NOISE = ("oracle", "noisy:0.5", "noisy:2.0", "history", "none")
 
 
-def row(suite: Suite, rate: float, policy: str, lengths: str, seed: int) -> dict[str, Any]:
+def row(suite: Workload, rate: float, policy: str, lengths: str, seed: int) -> dict[str, Any]:
     """One simulation's figures."""
-    experiment: Experiment = prepare(suite, seed, trace=tasks_trace(suite, seed, rate))
-    figures = summarize(run(experiment, policy, lengths), suite.duration, None, {})
+    experiment: Experiment = prepare(rescale_rate(suite, rate), seed)
+    figures = summarize(run(experiment, policy, lengths), experiment.duration, None, {})
     kept = ("slo_attainment", "mean_latency", "mean_ttft", "p99_ttft", "max_ttft", "throughput", "adapter_loads")
     return {
         "suite": suite.name,
@@ -54,7 +56,7 @@ def row(suite: Suite, rate: float, policy: str, lengths: str, seed: int) -> dict
     }
 
 
-def mean_rows(suite: Suite, rate: float, policy: str, lengths: str, seeds: Sequence[int]) -> dict[str, Any]:
+def mean_rows(suite: Workload, rate: float, policy: str, lengths: str, seeds: Sequence[int]) -> dict[str, Any]:
     """The mean over seeds, with each attainment beside it."""
     rows = [row(suite, rate, policy, lengths, seed) for seed in seeds]
     numbers = {k: statistics.fmean(r[k] for r in rows) for k, v in rows[0].items() if isinstance(v, (int, float))}
@@ -67,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args(arguments)
     seeds = list(range(42, 42 + args.seeds))
-    suite = SUITES["tasks-100"]
+    suite = load_suite("tasks-100")
     jobs = [
         ("load", suite, rate, policy, "history") for rate in (5.5, 6.0, 6.5, 7.0, 7.5) for policy in ("fcfs", "inlaid")
     ]
@@ -75,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jobs += [("ageing", suite, 7.0, f"inlaid:ageing={ageing:g}", "history") for ageing in AGEING]
     jobs += [("noise", suite, 6.5, "inlaid", lengths) for lengths in NOISE]
     jobs += [
-        ("tasks", SUITES[f"tasks-{count}"], 6.5, policy, "history")
+        ("tasks", load_suite(f"tasks-{count}"), 6.5, policy, "history")
         for count in (2, 10, 50, 100, 500, 1000)
         for policy in ("fcfs", "inlaid")
     ]

@@ -24,9 +24,9 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 from tqdm import tqdm
 
 from inlaid.config import CacheConfig, SchedulerConfig
@@ -35,7 +35,7 @@ from inlaid.engine.request import FinishReason, NewRequest, Sampled, SamplingPar
 from inlaid.engine.scheduler import Scheduler
 from inlaid.report.provenance import provenance
 from inlaid.sim.experiment import prepare, run
-from inlaid.sim.suites import SUITES
+from inlaid.workload.suites import load_suite
 
 POLICIES = ("fcfs", "priority", "srtf", "inlaid", "vtc", "vtc:predict=predicted", "lcf", "drr", "slo:seconds=30")
 NUM_ADAPTERS = 100
@@ -194,7 +194,7 @@ def measure_predictor(count: int = 3000) -> dict[str, float]:
 
 def measure_hour() -> dict[str, float]:
     """Processor seconds to simulate an hour of 1,000 adapters at 5 requests per second."""
-    suite = replace(SUITES["tasks-1000"], duration=3600.0)
+    suite = msgspec.structs.replace(load_suite("tasks-1000"), duration_s=3600.0)
     experiment = prepare(suite)
     start = time.thread_time()
     outcome = run(experiment, "inlaid")

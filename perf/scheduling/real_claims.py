@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import random
 import statistics
 import sys
 import tempfile
@@ -20,40 +18,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
-from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.report.provenance import provenance
-from inlaid.sim.journal import Arrival
-from inlaid.sim.replay import Replay
-from inlaid.sim.validate import DEMO, load, serve
+from inlaid.sim.request_log import Arrival, as_arrivals
+from inlaid.workload.plan import plan
+from inlaid.workload.prompts import RandomTokens
+from inlaid.workload.spec import Objective
+from inlaid.workload.suites import load_workload
 from perf.random_adapters import RandomAdapters, make_adapters
+from perf.replay import Replay
+from perf.validate import DEMO, load, serve
 
-KINDS = ((15, 10), (18, 11), (60, 20), (45, 15), (36, 62), (30, 45), (50, 4), (45, 30))  # mean prompt and output
-MAX_TOKENS = 200
+WORKLOAD = Path(__file__).with_name("demo-tasks.toml")
+VOCABULARY = 1000  # random prompts use the demo's ids below this
 
 
-def make_trace(names: Sequence[str], rate: float, seconds: float, slo: float, seed: int) -> list[Arrival]:
-    """Zipf tasks with lengths of their own, Poisson arrivals."""
-    rng = random.Random(seed)
-    kinds = [KINDS[rng.randrange(len(KINDS))] for _ in names]
-    shares = [1.0 / (place + 1) for place in range(len(names))]
-    now, trace = 0.0, list[Arrival]()
-    while (now := now + rng.expovariate(rate)) < seconds:
-        task = rng.choices(range(len(names)), shares)[0]
-        prompt, output = kinds[task]
-        length = min(MAX_TOKENS - 1, max(1, round(output * math.exp(rng.gauss(-0.1, 0.45)))))
-        request = NewRequest(
-            id=f"{seed}-{len(trace)}",
-            prompt=[rng.randrange(10, 1000) for _ in range(max(4, round(prompt * math.exp(rng.gauss(0, 0.3)))))],
-            params=SamplingParams(max_tokens=MAX_TOKENS, ignore_eos=True, temperature=0.0, seed=0),
-            adapter=names[task],
-            tenant=names[task],
-            deadline=now + slo,
-            true_output_len=length,
-        )
-        trace.append(Arrival(now, request))
-    return trace
+def draw(names: Sequence[str], rate: float, seconds: float, slo: float, seed: int) -> list[Arrival]:
+    """Draw the tasks' requests at a rate, with `slo` seconds from arrival to the last token."""
+    workload = load_workload(str(WORKLOAD))
+    assert workload.tasks is not None
+    replaced = msgspec.structs.replace(
+        workload,
+        seed=seed,
+        duration_s=seconds,
+        classes={"default": Objective(e2el_ms=1000 * slo)},
+        tasks=msgspec.structs.replace(workload.tasks, count=len(names), rate=rate),
+    )
+    return as_arrivals(plan(replaced, list(names), RandomTokens(VOCABULARY, seed)), names, real=True)
 
 
 def figures(done: Replay) -> dict[str, float]:
@@ -85,14 +78,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, path in made:
             loaded.adapters.install(name, loaded.adapters.read(path), False, 0.0)
     names = [name for name, _ in made]
-    at_once = [Arrival(0.0, arrival.request) for arrival in make_trace(names, 100.0, 1.5, 1e9, 1)]
+    at_once = [Arrival(0.0, arrival.request) for arrival in draw(names, 100.0, 1.5, 1e9, 1)]
     done = serve(loaded, at_once, "fcfs", cut=True)
     capacity = len(done.records) / done.seconds
-    light = figures(serve(loaded, make_trace(names, capacity / 4, 10.0, 1e9, 2), "fcfs", cut=True))
+    light = figures(serve(loaded, draw(names, capacity / 4, 10.0, 1e9, 2), "fcfs", cut=True))
     slo = 3.0 * light["mean_latency"]
     rows: list[dict[str, Any]] = []
     for share in map(float, args.loads.split(",")):
-        trace = make_trace(names, capacity * share, args.seconds, slo, 3)
+        trace = draw(names, capacity * share, args.seconds, slo, 3)
         for policy in ("fcfs", "inlaid"):
             rows.append({"load": share, "policy": policy, **figures(serve(loaded, trace, policy, cut=True))})
             print(json.dumps(rows[-1]), flush=True)

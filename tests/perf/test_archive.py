@@ -9,10 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from inlaid.workload.spec import Stream, Workload
 from perf.archive import Archive, Event, create_archive
 from perf.instance import Instance
 from perf.launch import ServerCommand
-from perf.workload import Stream, Workload
 
 
 def instance(point: str) -> Instance:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from inlaid.workload.plan import PlannedRequest
 from perf.client import Target, main, prepare, wait_until_ready
 from perf.options import build_parser, workload_from
 from perf.process import free_port
 from perf.records import read_records
 from perf.sender import Prepared
-from perf.workload import PlannedRequest
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from inlaid.workload.plan import plan
+from inlaid.workload.prompts import LengthsOnly
+from inlaid.workload.suites import load_suite
 from perf.archive import Archive
 from perf.known_flags import why_not
 from perf.process import ROOT
@@ -26,7 +30,9 @@ def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_figure_has_a_template_and_a_demo_size() -> None:
-    assert set(FULL) == {"inlaid-tasks", "inlaid-slo", "vtc", "toppings", "slora", "scaling"}
+    assert set(FULL) == {
+        "inlaid-tasks", "inlaid-slo", "vtc", "vtc-rate-limits", "toppings", "slora", "scaling",
+    }  # fmt: skip
     assert {f"demo-{name}" for name in FULL} < set(DEMOS)
 
 
@@ -43,14 +49,25 @@ def test_every_template_instantiates(name: str) -> None:
 def test_vtcs_suites_have_the_artifacts_numbers_of_requests() -> None:
     points = {p.labels["dataset"]: p for p in instantiate(FOLDER / "vtc.toml")}
     counts = {
-        name: round(sum(s.arrival.rate * (s.duration_s or 0) for s in point.workload.streams))
-        for name, point in points.items()
-        if name in ("overload", "overload-multi", "proportional", "dist_shift", "overload-s4-512")
+        name: round(
+            sum(s.arrival.rate * (points[name].workload.seconds_of(s) or 0) for s in points[name].workload.streams)
+        )
+        for name in ("overload", "overload-multi", "proportional", "dist_shift", "overload-s4-35000-512")
     }
     # dist_shift's first client is silent half of its first 300 s
     assert counts == {
-        "overload": 1620, "overload-multi": 1512, "proportional": 1350, "dist_shift": 1950, "overload-s4-512": 2700,
+        "overload": 1620, "overload-multi": 1512, "proportional": 1350, "dist_shift": 1950,
+        "overload-s4-35000-512": 2700,
     }  # fmt: skip
+
+
+def test_vtcs_suites_are_those_of_the_simulator_on_servers_of_their_size() -> None:
+    for point in instantiate(FOLDER / "vtc.toml"):
+        suite, own = load_suite(point.labels["dataset"]), [name for name, _ in point.server.adapters]
+        sent, simulated = plan(point.workload, own, LengthsOnly()), plan(suite, [], LengthsOnly())
+        assert [msgspec.structs.replace(request, adapter=None) for request in sent] == simulated
+        assert len({request.adapter for request in sent}) == len({request.tenant for request in simulated})
+        assert 16 * int(point.server.arguments["num-blocks"]) == suite.engine.kv_tokens + -suite.engine.kv_tokens % 16
 
 
 @pytest.mark.slow

@@ -12,10 +12,10 @@ import msgspec
 import numpy as np
 import pytest
 
+from inlaid.workload.spec import Objective
 from perf.records import Record, write_records
 from perf.report import main
 from perf.summary import Options, summarize
-from perf.workload import Objective
 from tests.perf.browser import Page, find_browser, with_page
 
 

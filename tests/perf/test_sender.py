@@ -15,12 +15,12 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from inlaid.workload.plan import PlannedRequest
 from perf.fake_server import Behaviour, FakeServer, Sent
 from perf.protocols import PROTOCOLS, Backend, Event, WireOptions
 from perf.records import Record
 from perf.sender import Observed, Prepared, Sender, drive
 from perf.summary import Options, summarize
-from perf.workload import PlannedRequest
 from tests.perf.virtual_time import run_virtual
 
 Script = Callable[[int], Behaviour]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from inlaid.workload.spec import Objective
 from perf.records import Record, Status
 from perf.slo import attainment, attainment_by_class, meets
-from perf.workload import Objective
 
 
 def record(ttft: float, tpot: float, status: Status = "ok", service_class: str = "default") -> Record:

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from inlaid.workload.spec import Objective
 from perf.records import Record, read_records, write_records
 from perf.summary import Options, as_table, main, summarize
-from perf.workload import Objective
 
 VLLM_FIELDS = {
     "duration",

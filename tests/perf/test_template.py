@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from perf.adapters import AdapterChoice
+from inlaid.workload.popularity import AdapterChoice
 from perf.instance import Instance
 from perf.template import TemplateError, instantiate
 
@@ -264,3 +264,29 @@ def test_a_size_of_parallelism_that_is_not_offered_is_refused(tmp_path: Path, mo
 def test_without_names_only_what_would_be_refused(tmp_path: Path) -> None:
     with pytest.raises(TemplateError, match=r"global\.without names server\.kind"):
         points(tmp_path, '[global]\nwithout = ["server.kind"]\n' + GRID)
+
+
+def test_without_may_name_a_key_of_one_of_several_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dataset_home").mkdir()
+    (tmp_path / "dataset_home" / "AzureConv2023-5min.csv").write_text(TRACE)
+    text = BLITZ.replace('features = ["blitz_ultra"]', 'features = ["blitz_ultra", "sllm_optimal"]')
+    text = text.replace("num_gpus_per_node = 4", 'num_gpus_per_node = 4\nwithout = ["features.blitz_ultra.impl_blitz"]')
+    ultra, optimal = instantiate(saved(tmp_path, text))
+    assert list(ultra.dropped) == ["features.blitz_ultra.impl_blitz"]
+    assert not optimal.dropped
+
+
+def test_a_dry_run_notes_a_data_file_that_is_not_there(tmp_path: Path) -> None:
+    path = saved(tmp_path, GRID.replace('dataset_path = "TRACE"', 'dataset_path = "/no/such.csv"'))
+    found = {instance.labels["dataset"]: instance.missing for instance in instantiate(path, dry=True)}
+    assert found == {"short": "", "trace": "dataset /no/such.csv does not exist: No such file"}
+
+
+def test_a_suite_is_a_dataset_by_its_name_and_sizes_the_server(tmp_path: Path) -> None:
+    text = GRID.replace('datasets = ["short", "trace"]', 'datasets = ["overload-s4"]').replace("rate = 4.0\n", "")
+    text = text.replace('skew = "zipf-1.2"', 'skew = "tenant"').replace("adapters = [1, 2]", "adapters = 2")
+    text = text.replace('kind = "fake"\nargs = { slots = [2, 4], itl-ms = 1 }', 'kind = "inlaid"')
+    point = next(iter(points(tmp_path, text).values()))
+    assert point.server.arguments["num-blocks"] == 65_000 // 16 + 1
+    assert point.workload.name == "overload-s4"

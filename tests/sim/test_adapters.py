@@ -1,20 +1,18 @@
-"""The four modes with loads of known length on a virtual clock, the cliff, and that each way serves everyone."""
+"""The four modes with loads of known length on a virtual clock, and that each mode serves every request."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inlaid.engine.request import NewRequest, SamplingParams
-from inlaid.sim import cliff
 from inlaid.sim.adapters import CACHED, CPU_ASSIST, MODES, ON_DEMAND, PIPELINED
-from inlaid.sim.command import main
 from inlaid.sim.cost import CostModel
-from inlaid.sim.simulate import Arrival, Setup, simulate
+from inlaid.sim.request_log import Arrival
+from inlaid.sim.simulate import Setup, simulate
 
 COST = CostModel(name="flat", source="test", step=0.1, load_base=0.4)
 
@@ -79,24 +77,3 @@ def test_everyone_is_served_in_every_mode(
     assert len(outcome.records) == len(asks)
     assert all(record.finish is not None and not record.refused for record in outcome.records)
     assert (outcome.loads == 0) == (mode == CACHED or not any(adapter for _, adapter, _ in asks))
-
-
-def test_the_cliff(tmp_path: Path) -> None:
-    """Up to as many adapters as places all modes are the ideal, once they are there; beyond, loading costs."""
-    rows = cliff.compare("h200", 1, rate=20.0, seconds=10.0, ratios=(0.5, 8.0))
-    found = {(row["mode"], row["adapters_per_place"]): row for row in rows}
-    assert found[ON_DEMAND, 0.5]["loads"] <= cliff.PLACES // 2
-    assert found[ON_DEMAND, 8.0]["ttft_p99_ms"] >= found[PIPELINED, 8.0]["ttft_p99_ms"]
-    assert found[PIPELINED, 8.0]["ttft_p99_ms"] > found[CACHED, 8.0]["ttft_p99_ms"]
-    assert found[CACHED, 8.0]["loads"] == 0
-    assert len(cliff.markdown(rows).splitlines()) == 2 + len(rows)
-    assert set(cliff.lines(rows, "ttft_p50_ms")) == {CACHED, ON_DEMAND, PIPELINED}
-
-
-def test_the_command_leaves_a_table_and_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'inlaid[plot]'")
-    whole = cliff.compare
-    monkeypatch.setattr(cliff, "compare", lambda machine, seed: whole(machine, seed, 10.0, 2.0, (0.5, 2.0)))
-    assert main(["--suite", "cliff", "--out", str(tmp_path)]) == 0
-    names = {path.name for path in tmp_path.iterdir()}
-    assert {"cliff.json", "cliff.md", "cliff-p99.png", "cliff-median.png"} <= names

@@ -37,7 +37,7 @@ def test_a_users_trace_gives_records_table_and_figure(tmp_path: Path, capsys: py
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--suite", "overlode"], "unknown suite 'overlode'; known: overload"),
+        (["--suite", "overlode"], "unknown suite 'overlode': did you mean overload? known: "),
         (["--policy", "fifo"], "unknown policy 'fifo'"),
         (["--policy", "vtc:predict=1"], "must be a string"),
         (["--machine", "tpu"], "no machine 'tpu'"),

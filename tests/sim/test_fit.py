@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from inlaid.sim.cost import CostModel, Load, load_cost
+from inlaid.sim.cost import CostModel, Load, Step, load_cost
 from inlaid.sim.fit import errors, fit, main, read_steps, write_steps
-from inlaid.sim.replay import Step
 
 
 def steps(model: CostModel, count: int, noise: float, seed: int = 0) -> list[Step]:

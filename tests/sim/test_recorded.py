@@ -10,7 +10,7 @@ import pytest
 
 from inlaid.sim.experiment import prepare, run
 from inlaid.sim.metrics import summarize
-from inlaid.sim.suites import SUITES
+from inlaid.workload.suites import load_suite
 
 RESULTS = Path(__file__).parents[2] / "perf" / "results"
 
@@ -20,8 +20,8 @@ RESULTS = Path(__file__).parents[2] / "perf" / "results"
 def test_a_suite_goes_as_recorded(suite: str, policy: str) -> None:
     recorded = json.loads((RESULTS / f"sim-{suite}.json").read_text())
     (then,) = (row for row in recorded["rows"] if row["policy"] == policy)
-    experiment = prepare(SUITES[recorded["suite"]], recorded["seed"])
-    now = summarize(run(experiment, policy), experiment.suite.duration, then["bound"], experiment.suite.weights)
+    experiment = prepare(load_suite(recorded["suite"]), recorded["seed"])
+    now = summarize(run(experiment, policy), experiment.duration, then["bound"], experiment.workload.weights)
     for figure in ("throughput", "mean_ttft", "mean_latency", "largest_gap"):
         assert now[figure] == pytest.approx(then[figure], rel=0.005), figure
     assert now["requests"] == then["requests"]

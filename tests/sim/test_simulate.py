@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from inlaid.engine.limits import QueueLimits
 from inlaid.engine.refusal import Refused
 from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.sim.cost import CostModel, Load, load_cost
-from inlaid.sim.experiment import bound, prepare, run, table, total_service
-from inlaid.sim.journal import Arrival
+from inlaid.sim.experiment import bound, draw_trace, prepare, run, table, total_service
 from inlaid.sim.metrics import summarize
+from inlaid.sim.request_log import Arrival
 from inlaid.sim.simulate import Setup, make_lengths, simulate
-from inlaid.sim.suites import SUITES, as_trace, generate, real_counts
+from inlaid.workload.suites import load_suite, suite_names
 
 SECONDS = 60.0  # of each suite's trace; the whole ones are in perf/results
 MAX_REQUESTS = 400
 FLAT = CostModel(name="flat", source="test", step=0.01)
 
 
-@pytest.mark.parametrize("name", sorted(SUITES))
+def requests(count: int, prompt: int, output: int) -> list[Arrival]:
+    """Make `count` requests of one tenant that arrive at once."""
+    params = SamplingParams(max_tokens=output, ignore_eos=True)
+    return [
+        Arrival(0.0, NewRequest(id=str(n), prompt=[0] * prompt, params=params, tenant="t", true_output_len=output))
+        for n in range(count)
+    ]
+
+
+@pytest.mark.parametrize("name", suite_names())
 def test_vtc_keeps_its_bound_in_every_suite(name: str) -> None:
-    suite = SUITES[name]
-    trace = [arrival for arrival in generate(suite) if arrival.time < SECONDS]
-    experiment = prepare(suite, trace=trace if suite.fair else trace[:MAX_REQUESTS])
+    suite = load_suite(name)
+    trace = [arrival for arrival in draw_trace(suite) if arrival.time < SECONDS]
+    experiment = prepare(suite, trace=trace if suite.simulator.fairness else trace[:MAX_REQUESTS])
     experiment = replace(experiment, setup=replace(experiment.setup, max_paired_tenants=10**6))
     outcome = run(experiment, "vtc")
     assert outcome.largest_gap is not None
@@ -34,8 +45,8 @@ def test_vtc_keeps_its_bound_in_every_suite(name: str) -> None:
 
 
 def test_fcfs_breaks_it_and_keeps_growing() -> None:
-    suite = SUITES["overload"]
-    experiment = prepare(suite, trace=[arrival for arrival in generate(suite) if arrival.time < 1.5 * SECONDS])
+    suite = load_suite("overload")
+    experiment = prepare(suite, trace=[arrival for arrival in draw_trace(suite) if arrival.time < 1.5 * SECONDS])
     outcome = run(experiment, "fcfs")
     assert outcome.largest_gap is not None
     assert outcome.largest_gap > bound(experiment)
@@ -44,14 +55,14 @@ def test_fcfs_breaks_it_and_keeps_growing() -> None:
 
 
 def test_the_same_seed_gives_the_same_to_the_last_digit() -> None:
-    experiment = prepare(SUITES["tasks-50"])
+    experiment = prepare(load_suite("tasks-50"))
     experiment = replace(experiment, trace=experiment.trace[:200])
     assert run(experiment, "inlaid").records == run(experiment, "inlaid").records
 
 
 @pytest.mark.parametrize("policy", ["fcfs", "vtc:predict=oracle", "inlaid"])
 def test_service_by_the_ledger_is_service_by_the_records(policy: str) -> None:
-    experiment = prepare(SUITES["poisson_on_off_overload"])
+    experiment = prepare(load_suite("poisson_on_off_overload"))
     experiment = replace(experiment, trace=experiment.trace[:150])
     outcome = run(experiment, policy)
     assert sum(outcome.service.values()) == pytest.approx(total_service(outcome))
@@ -60,7 +71,7 @@ def test_service_by_the_ledger_is_service_by_the_records(policy: str) -> None:
 
 
 def test_isolation_is_computed() -> None:
-    suite = replace(SUITES["on_off_less"], duration=200.0)
+    suite = msgspec.structs.replace(load_suite("on_off_less"), duration_s=200.0)
     experiment = prepare(suite)
     rows = {row["policy"]: row for row in table(experiment, [run(experiment, policy) for policy in ("vtc", "fcfs")])}
     assert rows["vtc"]["isolation"] == "yes"
@@ -69,8 +80,8 @@ def test_isolation_is_computed() -> None:
 
 
 def test_the_real_suite_has_the_published_shape() -> None:
-    trace = generate(SUITES["real"])
-    counts = sorted(real_counts(), reverse=True)
+    trace = draw_trace(load_suite("real"))
+    counts = sorted(Counter(arrival.request.tenant for arrival in trace).values(), reverse=True)
     assert (len(trace), len(counts), counts[:5], counts[-1]) == (1500, 27, [296, 262, 199, 120, 67], 1)
     prompts = [len(arrival.request.prompt) for arrival in trace]
     outputs = [arrival.request.params.max_tokens for arrival in trace]
@@ -83,7 +94,7 @@ def test_the_real_suite_has_the_published_shape() -> None:
 def test_the_real_suite_is_refused_as_the_published_trace_was() -> None:
     """Requests refused at so many per minute, of 1,500: in VTC's artifact, and here on average over traces."""
     published = {5: 919, 10: 600, 15: 447, 20: 342, 30: 176}
-    traces = [generate(SUITES["real"], seed) for seed in range(42, 47)]
+    traces = [draw_trace(msgspec.structs.replace(load_suite("real"), seed=seed)) for seed in range(42, 47)]
     for limit, theirs in published.items():
         gate, refused = QueueLimits(max_waiting=10**9), 0
         for number, trace in enumerate(traces):
@@ -99,7 +110,7 @@ def test_the_real_suite_is_refused_as_the_published_trace_was() -> None:
 
 
 def test_suites_send_what_they_say() -> None:
-    sent = {name: len(generate(SUITES[name])) for name in ("overload", "on_off_less", "dist_shift", "increase")}
+    sent = {name: len(draw_trace(load_suite(name))) for name in ("overload", "on_off_less", "dist_shift", "increase")}
     assert sent["overload"] == 360 * 1.5 + 360 * 3
     assert sent["on_off_less"] == pytest.approx(150 + 1200, abs=3)
     assert sent["dist_shift"] == pytest.approx(90 + 600 + 300 + 300 + 150 + 450, abs=6)
@@ -107,7 +118,7 @@ def test_suites_send_what_they_say() -> None:
 
 
 def test_a_step_takes_what_the_model_says() -> None:
-    trace = as_trace([(0.0, "t", 8, 5)])
+    trace = requests(1, prompt=8, output=5)
     outcome = simulate(trace, Setup(FLAT))
     (record,) = outcome.records
     assert record.ttft == pytest.approx(0.01)
@@ -129,15 +140,15 @@ def test_loads_of_adapters_take_their_time_and_hold_up_nobody() -> None:
 
 
 def test_refused_requests_are_recorded_as_such() -> None:
-    trace = as_trace([(0.0, "t", 4, 2)] * 10)
+    trace = requests(10, prompt=4, output=2)
     outcome = simulate(trace, Setup(FLAT, policy="rpm:limit=4"))
     assert sum(record.refused for record in outcome.records) == 6
     assert summarize(outcome, 10.0, None, {})["refused"] == 6
 
 
 def test_an_hour_of_a_thousand_adapters_takes_few_steps_of_host_work() -> None:
-    suite = SUITES["tasks-1000"]
-    experiment = prepare(suite, trace=generate(suite)[:150])
+    suite = load_suite("tasks-1000")
+    experiment = prepare(suite, trace=draw_trace(suite)[:150])
     outcome = run(experiment, "inlaid")
     assert all(record.finish is not None for record in outcome.records)
     assert outcome.largest_gap is None

@@ -1,0 +1,293 @@
+"""The simulator against the real engine: the same trace on both, throughput and mean time to first token compared.
+
+    python -m perf.validate --out perf/results/sim-validation-cpu.json
+
+The engine serves bursts and quieter and busier traffic, to which this machine's cost model is fitted, and in turns with
+them other traces, which the simulator then serves too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from tqdm import tqdm
+
+from inlaid.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig
+from inlaid.engine.engine import Engine, make_engine
+from inlaid.report.provenance import provenance
+from inlaid.sim.cost import CostModel, Step
+from inlaid.sim.fit import errors, fit, write_cost, write_steps
+from inlaid.sim.request_log import Arrival, RequestRecord, as_arrivals
+from inlaid.sim.simulate import Setup, simulate
+from inlaid.worker.build import Loaded, build_engine
+from inlaid.workload.arrivals import Arrivals
+from inlaid.workload.lengths import Lengths
+from inlaid.workload.plan import plan
+from inlaid.workload.popularity import AdapterChoice
+from inlaid.workload.prompts import RandomTokens
+from inlaid.workload.spec import Stream, Workload
+from perf.replay import BusyClock, Clock, Replay, WallClock, replay
+
+OTHER_LOADS = (0.3, 0.9)  # shares of what the engine can do
+DEMO = Path(__file__).resolve().parents[1] / "models" / "demo"
+BURST_S = 0.5  # seconds of quiet, then of burst, in traffic with bursts
+
+
+def load(model: Path, max_num_seqs: int, num_blocks: int, device: str = "auto", dtype: str = "auto") -> Loaded:
+    """The model with every adapter that lies beside it, prefix caching off as the traces are random tokens."""
+    config = EngineConfig(
+        model=str(model / "base" if (model / "base").is_dir() else model),
+        device=device,
+        dtype=dtype,
+        scheduler=SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=512),
+        cache=CacheConfig(num_blocks=num_blocks, enable_prefix_caching=False),
+        adapters=AdapterConfig(max_loras=32),
+    )
+    folder = model / "adapters"
+    adapters = {path.name: str(path) for path in sorted(folder.iterdir())} if folder.is_dir() else {}
+    return build_engine(config, adapters)
+
+
+def fresh_engine(loaded: Loaded, policy: str, clock: Clock) -> Engine:
+    """An engine that remembers nothing, on the loaded runner."""
+    old = loaded.engine.scheduler
+    config = EngineConfig(scheduler=replace(old.config, policy=policy), cache=old.cache)
+    engine = make_engine(
+        config,
+        loaded.engine.runner,
+        clock,
+        num_blocks=old.pool.num_blocks,
+        max_model_len=old.max_model_len,
+        adapters=old.adapters,
+        eos_ids=old.eos_ids,
+    )
+    engine.scheduler.endings.released += old.endings.take_released()
+    return engine
+
+
+def ranks_of(engine: Engine, names: Iterable[str]) -> dict[str, int]:
+    """Of each adapter, by its identity and by its name, as the simulator's adapters are known by name."""
+    directory = engine.scheduler.adapters
+    ranks: dict[str, int] = {}
+    for name in names:
+        identity = directory.resolve(name)
+        ranks[name] = ranks[identity] = directory.rank(identity)
+        directory.release(identity)
+    return ranks
+
+
+def mixed_trace(
+    adapters: Sequence[str],
+    vocabulary: int,
+    duration: float,
+    rate: float,
+    seed: int,
+    prompt: tuple[int, int] = (8, 160),
+    output: tuple[int, int] = (4, 96),
+    bursts: bool = False,
+) -> list[Arrival]:
+    """Draw Poisson requests of random tokens, lengths in [low, high), for the base and every adapter alike.
+
+    With `bursts` the rate swings between a third and twice itself every half second, so that batches of all sizes are
+    seen.
+    """
+    inputs = Lengths("uniform", low=prompt[0], high=prompt[1] - 1)
+    outputs = Lengths("uniform", low=output[0], high=output[1] - 1)
+    patterns = [(0.0, Arrivals("poisson", rate=rate))]
+    if bursts:
+        swing = Arrivals("on-off", rate=1.7 * rate, within="poisson", on_s=BURST_S, off_s=BURST_S)
+        patterns = [(0.0, Arrivals("poisson", rate=0.3 * rate)), (BURST_S, swing)]
+    streams = []
+    for start, arrival in patterns:
+        for choice, count in ((AdapterChoice("none"), 1), (AdapterChoice("uniform"), len(adapters))):
+            own = msgspec.structs.replace(arrival, rate=arrival.rate * count / (len(adapters) + 1))
+            if count:
+                streams.append(Stream(own, choice, inputs, outputs, start, duration - start))
+    planned = plan(Workload(streams, seed), list(adapters), RandomTokens(vocabulary, seed))
+    return as_arrivals(planned, adapters, real=True)
+
+
+def summary(records: Sequence[RequestRecord], seconds: float) -> dict[str, float]:
+    finished = [record for record in records if record.finish is not None]
+    return {
+        "requests": len(finished),
+        "seconds": seconds,
+        "throughput": sum(record.output_len for record in finished) / seconds,
+        "mean_ttft": statistics.fmean(record.ttft for record in finished if record.ttft is not None),
+        "mean_latency": statistics.fmean(record.latency for record in finished if record.latency is not None),
+    }
+
+
+def simulated(
+    trace: Sequence[Arrival], engine: Engine, cost: CostModel, policy: str
+) -> tuple[list[RequestRecord], float]:
+    """The same trace, scheduler settings, memory and overlap on the simulator. Adapters are all resident, as on the
+    engine."""
+    old = engine.scheduler
+    limits = {
+        "max_num_seqs": old.config.max_num_seqs,
+        "max_num_batched_tokens": old.config.max_num_batched_tokens,
+        "admission_margin": old.config.admission_margin,
+        "reserve": old.config.reserve,
+    }
+    names = {arrival.request.adapter for arrival in trace if arrival.request.adapter is not None}
+    setup = Setup(
+        cost=cost,
+        policy=policy,
+        resident=tuple(sorted(names)),
+        ranks=ranks_of(engine, names),
+        num_tokens=old.pool.capacity * old.pool.block_size,
+        block_size=old.pool.block_size,
+        max_model_len=old.max_model_len,
+        scheduler=limits,
+        overlap=engine.runner.overlap,
+    )
+    outcome = simulate(trace, setup)
+    return outcome.records, outcome.end
+
+
+def serve(
+    loaded: Loaded,
+    trace: Sequence[Arrival],
+    policy: str,
+    on_progress: Callable[[int], None] | None = None,
+    cut: bool = False,
+) -> Replay:
+    """The trace on the real engine; on a processor by processor time, so that other work there does not disturb."""
+    clock = BusyClock() if loaded.model.device == "cpu" else WallClock()
+    engine = fresh_engine(loaded, policy, clock)
+    names = [info.name for info in loaded.adapters.list()]
+    done = replay(engine, trace, ranks_of(engine, names), clock, on_progress, cut)
+    loaded.engine.scheduler.endings.released += (
+        engine.scheduler.endings.released
+    )  # the runner still keeps something of theirs
+    return done
+
+
+def measure(loaded: Loaded, trace: Sequence[Arrival], policy: str) -> Replay:
+    with tqdm(total=len(trace), desc=f"engine, {policy}", unit=" requests", leave=False, delay=1) as bar:
+        return serve(loaded, trace, policy, bar.update)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared: policies, at rates that are shares of what the engine can do, in so many rounds, which share
+    the seconds of traffic; lengths of prompts and outputs in [low, high)."""
+
+    policies: tuple[str, ...] = ("fcfs", "vtc")
+    loads: tuple[float, ...] = (0.5, 0.8)
+    seconds: float = 30.0
+    rounds: int = 6
+    prompt: tuple[int, int] = (8, 160)
+    output: tuple[int, int] = (4, 96)
+
+
+@dataclass
+class Comparison:
+    """What came of it: a row for each policy and load, the steps that the cost models were fitted to, and others."""
+
+    rate: float
+    rows: list[dict[str, Any]]
+    fitted: list[Step]
+    unseen: list[Step]
+
+
+def validate(loaded: Loaded, plan: Plan, on_row: Callable[[Comparison], None] = lambda found: None) -> Comparison:
+    """Rounds of bursts and of other loads, to which the cost model is fitted, take turns with rounds of the compared
+    traces, which it never sees: a machine whose speed drifts drifts under both. Bursts show batches of all sizes, the
+    others how a step with a single prompt differs from one with many."""
+    names = [info.name for info in loaded.adapters.list()]
+    draw = partial(mixed_trace, names, loaded.model.vocab_size, prompt=plan.prompt, output=plan.output)
+    rate = find_rate(loaded, draw)
+    found = Comparison(rate, [], [], [])
+    seconds = plan.seconds / plan.rounds
+    for load in plan.loads:
+        for policy in plan.policies:
+            fitted, unseen, rounds = list[Step](), list[Step](), []
+            for number in range(plan.rounds):
+                seed = 1000 * len(found.rows) + number
+                fitted += measure(loaded, draw(seconds, rate, seed, bursts=True), "fcfs").steps
+                other = rate * OTHER_LOADS[number % len(OTHER_LOADS)]
+                fitted += measure(loaded, draw(seconds, other, seed + 250), "fcfs").steps
+                trace = draw(seconds, rate * load, seed + 500)
+                real = measure(loaded, trace, policy)
+                unseen += real.steps
+                rounds.append((trace, real))
+            cost = fit(fitted, loaded.model.device, f"fitted on {provenance()['processor']}")
+            row = {"policy": policy, "load": load, **compare(rounds, loaded, cost, policy)}
+            found.rows.append({**row, "fit_on_unseen_steps": errors(cost, unseen)})
+            found.fitted += fitted
+            found.unseen += unseen
+            on_row(found)
+    return found
+
+
+def find_rate(loaded: Loaded, draw: Callable[..., list[Arrival]]) -> float:
+    """Requests per second when the engine is never idle: from as many at once as it runs together."""
+    count = loaded.engine.scheduler.config.max_num_seqs
+    trace = [Arrival(0.0, arrival.request) for arrival in draw(count / 20.0, 20.0, 7)]
+    done = measure(loaded, trace, "fcfs")
+    return len(done.records) / done.seconds
+
+
+def compare(
+    rounds: Sequence[tuple[list[Arrival], Replay]], loaded: Loaded, cost: CostModel, policy: str
+) -> dict[str, Any]:
+    """Engine and simulator over all rounds of one row."""
+    made = [simulated(trace, loaded.engine, cost, policy) for trace, _ in rounds]
+    real = summary([r for _, done in rounds for r in done.records], sum(done.seconds for _, done in rounds))
+    sim = summary([r for records, _ in made for r in records], sum(end for _, end in made))
+    return {
+        "engine": real,
+        "simulator": sim,
+        "throughput_error": sim["throughput"] / real["throughput"] - 1.0,
+        "ttft_error": sim["mean_ttft"] / real["mean_ttft"] - 1.0,
+        "latency_error": sim["mean_latency"] / real["mean_latency"] - 1.0,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=DEMO, help="a folder with base/ and adapters/")
+    parser.add_argument("--policy", default="fcfs,vtc", help="comma-separated")
+    parser.add_argument(
+        "--seconds", type=float, default=30.0, help="of traffic in each comparison, all rounds together"
+    )
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--loads", default="0.5,0.8", help="rates, as shares of what the engine can do")
+    parser.add_argument("--max-num-seqs", type=int, default=32)
+    parser.add_argument("--num-blocks", type=int, default=400)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--steps", type=Path, help="also write the measured steps, for inlaid.sim.fit")
+    parser.add_argument("--cost", type=Path, help="also write the fitted cost model")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args(arguments)
+    loads = tuple(map(float, args.loads.split(",")))
+    plan = Plan(tuple(args.policy.split(",")), loads, args.seconds, args.rounds)
+    loaded = load(args.model, args.max_num_seqs, args.num_blocks, args.device, args.dtype)
+    found, device = validate(loaded, plan), loaded.model.device
+    if args.steps is not None:
+        write_steps(args.steps, found.fitted)
+    if args.cost is not None:
+        cost = fit(found.fitted, device, "fitted to measured steps")
+        write_cost(args.cost, cost, errors(cost, found.unseen), provenance())
+    record = {**provenance(seed=0), "device": device, "rate": found.rate, "rows": found.rows}
+    text = json.dumps(record, indent=1)
+    print(text)
+    if args.out is not None:
+        args.out.write_text(text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
