@@ -2,20 +2,18 @@
 adapters at work have landed as far as its layer; or, assisted, their part is computed from host memory, and the tables
 of the device show a layer only when it has landed, so that its own kernels leave it alone until then.
 
-`Arriving` is that logic, once. The GPU's forward calls it around its kernels; on other devices `ArrivingLora` puts it
-around an adapter backend.
+The runner plans a step with `Arriving`; layers/linear.py calls `before` and `after` around its kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
 
 import torch
 
 from inlaid.kernels.assist import Assistant, Factors, Job
-from inlaid.kernels.backend import MODULES, AdapterPages, LoraBackend, Site
-from inlaid.kernels.context import StepContext
+from inlaid.kernels.backend import MODULES, Site
 
 Ranges = Sequence[tuple[int, int]]  # rows [begin, end)
 
@@ -104,36 +102,11 @@ class Arriving:
         return [assistant.start(x_TK, begin, end, siblings) for begin, end in self._coming[slot]]
 
 
-class ArrivingLora:
-    """An adapter backend whose steps start before their adapters are whole."""
-
-    def __init__(self, inner: LoraBackend, pages: AdapterPages, arriving: Arriving) -> None:
-        self.inner = inner
-        self.pages = pages
-        self.arriving = arriving
-
-    def plan(self, context: StepContext) -> None:
-        for slot in range(1, len(self.pages.versions)):
-            if not self.arriving.arrivals.all_landed(slot):
-                self.pages.versions[slot] += 1  # what is derived from it in this step does not hold in the next
-        self.arriving.plan(rows_by_slot(context))
-        self.inner.plan(context)
-
-    def shrink(self, x_TK: torch.Tensor, site: Site, context: StepContext) -> Any:
-        jobs = self.arriving.before(x_TK, site)
-        return jobs, self.inner.shrink(x_TK, site, context)
-
-    def expand(self, shrunk: Any, site: Site, out_TN: torch.Tensor, context: StepContext) -> None:
-        jobs, inner = shrunk
-        self.inner.expand(inner, site, out_TN, context)
-        self.arriving.after(jobs, out_TN)
-
-
-def rows_by_slot(context: StepContext) -> dict[int, list[tuple[int, int]]]:
-    """The ranges of rows of each adapter slot in a step."""
+def rows_by_slot(sequences: Iterable[tuple[int, int]]) -> dict[int, list[tuple[int, int]]]:
+    """Return the ranges of rows of each adapter slot, from (slot, number of rows) side by side."""
     found: dict[int, list[tuple[int, int]]] = {}
     row = 0
-    for slot, length in zip(context.adapter_slots, context.query_lens, strict=True):
+    for slot, length in sequences:
         if slot:
             found.setdefault(slot, []).append((row, row + length))
         row += length

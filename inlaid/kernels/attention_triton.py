@@ -17,7 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
+from inlaid.kernels.backend import LayerCache, Workspace
 from inlaid.kernels.early import early
+from inlaid.kernels.fused_triton import gather_tables
 
 if TYPE_CHECKING:
     from inlaid.kernels.context import StepContext
@@ -26,6 +28,7 @@ TARGET_PROGRAMS = 500  # enough to fill a large chip; more splits cost more than
 MAX_SPLITS = 16
 ONE_TILE = (32, 4, 3)  # tokens, warps, stages of a decode with as many key/value heads as query heads
 GROUP_TILE = (64, 4, 3)  # and with fewer
+QUERY_TILE = 64  # queries of a prefill's program
 
 
 @triton.jit
@@ -336,34 +339,38 @@ def query_tiles(query_lens: tuple[int, ...], first: int, block_m: int = 64) -> l
 
 
 class TritonAttention:
-    """The layers' attention backend: decodes the first `num_decodes` sequences, prefills the others."""
+    """Decodes for the first `num_decodes` sequences, prefills for the others; what differs is read on the device."""
 
-    def plan(self, context: StepContext) -> None:
-        tiles = query_tiles(context.query_lens, context.num_decodes)
-        host = torch.tensor(tiles, dtype=torch.int32).reshape(-1, 2).T.contiguous()
-        context.attention_plan = host.to(context.positions_T.device)
+    def plan(self, step: StepContext, workspace: Workspace) -> None:
+        """Copy the block tables of the step's sequences side by side, in the order of the sequences."""
+        assert step.on_device is not None
+        tables_SB = workspace.take(
+            "block_tables", step.num_decodes + step.num_prefills, step.block_tables.shape[1], dtype=torch.int32
+        )
+        gather_tables(step.block_tables, step.on_device.table_rows_S, step.context_lens_S, tables_SB, step.block_size)
+        step.attention_plan = tables_SB
 
     def attend(
-        self,
-        q_THC: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        window: int | None,
-        context: StepContext,
+        self, q_THC: torch.Tensor, cache: LayerCache, window: int | None, step: StepContext, workspace: Workspace
     ) -> torch.Tensor:
-        out_THC = torch.empty(q_THC.shape, dtype=q_THC.dtype, device=q_THC.device)
-        heads, width = q_THC.shape[1:]
-        count = context.num_decodes
+        tables_SB: torch.Tensor = step.attention_plan
+        rows, heads, width = q_THC.shape
+        mixed = workspace.take("mixed", rows, heads * width)
+        out_THC, count, device = mixed.view(rows, heads, width), step.num_decodes, step.on_device
+        assert device is not None
         if count:
-            splits = num_splits(count, k_cache.shape[2])
-            scratch = decode_scratch(count, heads, width, splits, q_THC.device)
+            splits = num_splits(count, cache[0].shape[2])
+            scratch = (
+                workspace.take("attention_sums", count, heads, splits, width, dtype=torch.float32),
+                workspace.take("attention_stats", count, heads, splits, 2, dtype=torch.float32),
+            )
             decode(
-                q_THC[:count], k_cache, v_cache, context.block_tables_SB, context.context_lens_S,
-                out_THC[:count], scratch, splits, window or 0,
+                q_THC[:count], *cache, tables_SB[:count], step.context_lens_S[:count], out_THC[:count], scratch, splits,
+                window or 0,
             )  # fmt: skip
-        if context.attention_plan.shape[1]:
+        if step.num_prefills:
             prefill(
-                q_THC, k_cache, v_cache, context.block_tables_SB, context.context_lens_S, context.query_starts_S1,
-                context.attention_plan, out_THC, window or 0,
+                q_THC, *cache, tables_SB[count:], step.context_lens_S[count:], device.starts_P1, device.tiles_2N,
+                out_THC, window or 0, block_m=QUERY_TILE,
             )  # fmt: skip
-        return out_THC
+        return mixed

@@ -1,36 +1,69 @@
-"""StepContext: everything a layer may know about the step, as an argument. The runner fills it; layers and kernels
-read it. Tensors are on the device and may be fixed buffers (a graph replays over them); the plain integers are what
-the host knows before launch and may choose code by. Plans are what backends derive once a step.
+"""StepContext: everything that the transformer may know about a step, as an argument.
+
+The runner fills it; layers and kernels read it. Tensors are on the device and may be views of fixed buffers (a graph
+replays over them). Plain integers are known on the host before the launch, so code may be chosen by them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from inlaid.kernels.arriving import Arriving
+    from inlaid.kernels.lora_triton import Segments
+
+NO_ADAPTERS, ATTENTION_ADAPTERS, ALL_ADAPTERS = 0, 1, 2  # levels: the linears that may have adapters in a step
+
+
+@dataclass(frozen=True)
+class OnHost:
+    """The sequences of an eager step as host integers, for kernels that plan on the host."""
+
+    query_lens: tuple[int, ...]  # tokens of each sequence in this step
+    context_lens: tuple[int, ...]  # tokens of each sequence including this step's
+    adapter_slots: tuple[int, ...]  # of each sequence
+    decodes_go_on: bool = False  # the decodes are those of the step before, in order, each one token further
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """The inputs of kernels that plan nothing on the host, so that one captured graph serves every batch of its size.
+
+    Padding tokens have id 0, padding sequences length 0; both write to KV block 0, which no request reads."""
+
+    sources_T: torch.Tensor  # int32: the row whose newest token this is, or -1: `ids_T` holds the token
+    newest_R: torch.Tensor  # int32: the newest token of each row, sampled by an earlier step
+    table_rows_S: torch.Tensor  # int32: the sequence's row in `block_tables`
+    starts_P1: torch.Tensor  # int32: where the tokens of each prefill start in T; the last entry is their end
+    tiles_2N: torch.Tensor  # int32: prefill and first query of each query tile; prefill -1: no tile
+    adapter_slots_T: torch.Tensor  # int32: 0 is no adapter
+    segments: Segments
 
 
 @dataclass
 class StepContext:
-    """One step over S sequences with T tokens; the first `num_decodes` sequences have one token each."""
+    """One step over S sequences with T tokens; the first `num_decodes` sequences have one token each.
 
-    positions_T: torch.Tensor  # int64: each token's position in its sequence
-    kv_slots_T: torch.Tensor  # int64: block * block_size + offset where its key and value go
-    block_tables_SB: torch.Tensor  # int32: the sequence's blocks, padded with block 0
+    An eager step on a CPU fills `on_host`, a step on a GPU `on_device`. `attention_plan` and `lora_plan` are what the
+    backends derive at the start of the forward pass."""
+
+    ids_T: torch.Tensor
+    positions_T: torch.Tensor  # each token's position in its sequence
+    kv_slots_T: torch.Tensor  # block * block_size + offset: where the token's key and value go
+    block_tables: torch.Tensor  # int32 [rows, blocks]: the blocks of each sequence, padded with block 0
     context_lens_S: torch.Tensor  # int32: tokens of the sequence including this step's
-    query_starts_S1: torch.Tensor  # int32: where each sequence's tokens start in T; the last entry is T
-    logit_rows_L: torch.Tensor  # int64: rows of T whose logits are wanted
-    adapter_slots_T: torch.Tensor  # int32: 0 is no adapter
+    logit_rows_L: torch.Tensor  # rows of T whose logits are wanted
 
     block_size: int
     num_decodes: int
-    max_context_len: int
-    query_lens: tuple[int, ...]  # per sequence
-    context_lens: tuple[int, ...]
-    adapter_slots: tuple[int, ...]  # per sequence
-    has_adapters: bool
-    decodes_go_on: bool = False  # the decodes are those of the step before, in order, each one token further
+    num_prefills: int
+    adapters: int = NO_ADAPTERS  # the level
+    on_host: OnHost | None = None
+    on_device: OnDevice | None = None
+    arriving: Arriving | None = None  # adapters of this step that are still coming; never in a captured step
 
     attention_plan: Any = None
     lora_plan: Any = None

@@ -11,14 +11,18 @@ Shapes: T tokens, D model width, F MLP width, H query heads, G key/value heads, 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
-from inlaid.kernels.backend import Parts
+from inlaid.kernels.backend import HeadNorms, LayerCache, Parts, Product, Workspace
 from inlaid.kernels.early import early
 from inlaid.kernels.lora_triton import Pending, nothing_pending, pending_part
+
+if TYPE_CHECKING:
+    from inlaid.kernels.context import StepContext
 
 
 @triton.jit
@@ -50,7 +54,7 @@ def _embed_norm_kernel(
 def _add_norm_kernel(
     x, residual, weight, rows, out, eps, counts, part_stride, height,
     partial, partial_stride, pool, table, scale, adapters, num_sites, site,
-    D: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr, ADD: tl.constexpr, KEEP: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr, KEEP: tl.constexpr,
     PARTS: tl.constexpr, WIDTH: tl.constexpr,
     GROUPS: tl.constexpr, P: tl.constexpr, R_STRIDE: tl.constexpr, BLOCK_R: tl.constexpr,
     EARLY: tl.constexpr,
@@ -76,11 +80,10 @@ def _add_norm_kernel(
             GROUPS, P, R_STRIDE, BLOCK_R,
         )  # fmt: skip
         value = (value.to(tl.float32) + part).to(value.dtype)
-    if ADD:
-        before = tl.load(residual + source * D + d, mask=mask, other=0.0)
-        value = (before.to(tl.float32) + value.to(tl.float32)).to(value.dtype)
-        if KEEP:
-            tl.store(residual + source * D + d, value, mask=mask)
+    before = tl.load(residual + source * D + d, mask=mask, other=0.0)
+    value = (before.to(tl.float32) + value.to(tl.float32)).to(value.dtype)
+    if KEEP:
+        tl.store(residual + source * D + d, value, mask=mask)
     y = _normalized(value.to(tl.float32), weight, D, eps, d, mask)
     tl.store(out + t * D + d, y.to(value.dtype), mask=mask)
 
@@ -191,35 +194,6 @@ def _silu_mul_kernel(
     tl.store(out + t * F + f, (active * up.to(tl.float32)).to(gate.dtype), mask=mask)
 
 
-@triton.jit
-def _rotate_kernel(x, x_row, cos, sin, C: tl.constexpr, HALF_PAD: tl.constexpr):
-    t = tl.program_id(0).to(tl.int64)
-    half: tl.constexpr = C // 2
-    c = tl.arange(0, HALF_PAD)
-    mask = c < half
-    at = x + t * x_row + tl.program_id(1) * C + c
-    lo = tl.load(at, mask=mask, other=0.0)
-    hi = tl.load(at + half, mask=mask, other=0.0)
-    cos_c = tl.load(cos + t * C + c, mask=mask, other=0.0).to(tl.float32)
-    sin_c = tl.load(sin + t * C + c, mask=mask, other=0.0).to(tl.float32)
-    turned_lo = (lo.to(tl.float32) * cos_c).to(lo.dtype).to(tl.float32) - hi.to(tl.float32) * sin_c
-    turned_hi = (hi.to(tl.float32) * cos_c).to(lo.dtype).to(tl.float32) + lo.to(tl.float32) * sin_c
-    tl.store(at, turned_lo.to(lo.dtype), mask=mask)
-    tl.store(at + half, turned_hi.to(lo.dtype), mask=mask)
-
-
-@triton.jit
-def _store_kv_kernel(
-    k, k_row, v, v_row, k_cache, v_cache, slots, WIDTH: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + t).to(tl.int64)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < WIDTH
-    tl.store(k_cache + slot * WIDTH + i, tl.load(k + t * k_row + i, mask=mask), mask=mask)
-    tl.store(v_cache + slot * WIDTH + i, tl.load(v + t * v_row + i, mask=mask), mask=mask)
-
-
 @triton.jit(do_not_specialize=["table_row"])
 def _gather_tables_kernel(tables, table_row, rows, lengths, out, page: tl.constexpr, BLOCK: tl.constexpr):
     s = tl.program_id(0).to(tl.int64)
@@ -280,7 +254,7 @@ def norm(
     weight_D: torch.Tensor,
     eps: float,
     out_TD: torch.Tensor,
-    residual_TD: torch.Tensor | None = None,
+    residual_TD: torch.Tensor,
     rows_L: torch.Tensor | None = None,
     keep: bool = True,
     pending: Pending | None = None,
@@ -296,10 +270,10 @@ def norm(
     rows = x_TD.numel() // width if parts is None else x_TD.shape[1]
     most, height, tile = (1, 1, 1) if parts is None else (parts.most, parts.height, parts.width)
     _add_norm_kernel[(rows if rows_L is None else rows_L.shape[0],)](
-        x_TD, residual_TD if residual_TD is not None else x_TD, weight_D, rows_L if rows_L is not None else x_TD,
+        x_TD, residual_TD, weight_D, rows_L if rows_L is not None else x_TD,
         out_TD, eps, x_TD if parts is None else parts.counts, rows * width, height,
         D=width, BLOCK=triton.next_power_of_2(width), GATHER=rows_L is not None,
-        ADD=residual_TD is not None, KEEP=keep, PARTS=most, WIDTH=tile, **arguments,
+        KEEP=keep, PARTS=most, WIDTH=tile, **arguments,
         **early(alone=rows_L is None and not (pending and pending.joins)), num_warps=warps,
     )  # fmt: skip
 
@@ -313,7 +287,7 @@ def rope_store(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     num_heads: int,
-    norms: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    head_norms: HeadNorms | None = None,
     pending: Pending | None = None,
     heads: int = 0,
     warps: int = 0,
@@ -325,11 +299,12 @@ def rope_store(
     together = math.gcd(math.gcd(num_heads, kv_heads), heads or (8 if pending is None else 64 // pending.block_r))
     arguments = nothing_pending(qkv_TN) if pending is None else pending.arguments()
     warps = warps or (max(1, together * width // 512) if pending is None else 4)
-    q_weight, k_weight, eps = norms or (cos, cos, 0.0)
+    norms = head_norms or HeadNorms(cos, cos, 0.0)
     _rope_store_kernel[(qkv_TN.shape[0], (num_heads + 2 * kv_heads) // together)](
-        qkv_TN, qkv_TN.stride(0), positions_T, kv_slots_T, cos, sin, k_cache, v_cache, q_weight, k_weight, eps,
+        qkv_TN, qkv_TN.stride(0), positions_T, kv_slots_T, cos, sin, k_cache, v_cache,
+        norms.q_weight_C, norms.k_weight_C, norms.eps,
         H=num_heads, G=kv_heads, C=width, HALF_PAD=triton.next_power_of_2(width // 2), HEADS=together,
-        NORM=norms is not None, **arguments, **early(alone=not (pending and pending.joins)), num_warps=warps,
+        NORM=head_norms is not None, **arguments, **early(alone=not (pending and pending.joins)), num_warps=warps,
     )  # fmt: skip
 
 
@@ -352,41 +327,55 @@ def silu_mul(
 
 
 class TritonOps:
-    """The layers' small operations, one launch each."""
+    """The operations between the linears, one launch each, into the buffers of a workspace."""
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        x = x.contiguous()
-        out = torch.empty_like(x)
-        norm(x, weight, eps, out)
-        return out
+    def embed_norm(
+        self, step: StepContext, table_VD: torch.Tensor, weight_D: torch.Tensor, eps: float, workspace: Workspace
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = step.num_tokens, table_VD.shape[1]
+        residual_TD, out_TD = workspace.take("residual", *shape), workspace.take("normed", *shape)
+        device = step.on_device
+        assert device is not None
+        embed_norm(step.ids_T, device.sources_T, device.newest_R, table_VD, weight_D, eps, residual_TD, out_TD)
+        return residual_TD, out_TD
 
-    def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        out = torch.empty_like(x)
-        norm(x, weight, eps, out, residual)
-        return out
-
-    def rotate(self, x_THC: torch.Tensor, cos_TC: torch.Tensor, sin_TC: torch.Tensor) -> None:
-        assert x_THC.stride(1) == x_THC.shape[2]
-        _rotate_kernel[x_THC.shape[:2]](
-            x_THC, x_THC.stride(0), cos_TC, sin_TC,
-            C=x_THC.shape[2], HALF_PAD=triton.next_power_of_2(x_THC.shape[2] // 2), num_warps=1,
-        )  # fmt: skip
-
-    def silu_mul(self, x_T2F: torch.Tensor) -> torch.Tensor:
-        out = x_T2F.new_empty(x_T2F.shape[0], x_T2F.shape[1] // 2)
-        silu_mul(x_T2F, out)
-        return out
-
-    def store_kv(
+    def add_norm(
         self,
-        k_TGC: torch.Tensor,
-        v_TGC: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
-        slots_T: torch.Tensor,
-    ) -> None:
-        width = k_TGC.shape[1] * k_TGC.shape[2]
-        block = min(1024, triton.next_power_of_2(width))
-        _store_kv_kernel[(k_TGC.shape[0], triton.cdiv(width, block))](
-            k_TGC, k_TGC.stride(0), v_TGC, v_TGC.stride(0), k_cache, v_cache, slots_T, WIDTH=width, BLOCK=block
-        )
+        product: Product,
+        residual_TD: torch.Tensor,
+        weight_D: torch.Tensor,
+        eps: float,
+        workspace: Workspace,
+        rows_L: torch.Tensor | None = None,
+        keep: bool = True,
+    ) -> torch.Tensor:
+        rows, width = residual_TD.shape
+        name, rows = ("normed", rows) if rows_L is None else ("hidden", rows_L.shape[0])
+        out = workspace.take(name, rows, width)
+        norm(product.tensor, weight_D, eps, out, residual_TD, rows_L, keep, product.pending, parts=product.parts)
+        return out
+
+    def angles(self, cos: torch.Tensor, sin: torch.Tensor, step: StepContext) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the tables as they are: the kernel looks positions up."""
+        return cos, sin
+
+    def rope_store(
+        self,
+        product: Product,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        cache: LayerCache,
+        num_heads: int,
+        head_norms: HeadNorms | None,
+        step: StepContext,
+    ) -> torch.Tensor:
+        qkv_TN, width = product.tensor, cache[0].shape[3]
+        rope_store(
+            qkv_TN, step.positions_T, step.kv_slots_T, *angles, *cache, num_heads, head_norms, product.pending
+        )  # fmt: skip
+        return qkv_TN[:, : num_heads * width].view(-1, num_heads, width)
+
+    def activate(self, product: Product, workspace: Workspace) -> torch.Tensor:
+        rows, width = product.tensor.shape
+        out_TF = workspace.take("activated", rows, width // 2)
+        silu_mul(product.tensor, out_TF, product.pending)
+        return out_TF

@@ -22,12 +22,13 @@ import torch
 import triton
 import triton.language as tl
 
-from inlaid.kernels.backend import AdapterPages, Site
+from inlaid.kernels.backend import AdapterPages, Site, Workspace
 from inlaid.kernels.early import early
 
 if TYPE_CHECKING:
     from inlaid.kernels.context import StepContext
 
+PENDING_RANK = 32  # a reader with one program a row would read a larger B alone
 OFFSET_ALIGNMENT = 8  # elements; the pool's owner starts every matrix at a multiple of this
 
 
@@ -269,8 +270,7 @@ def plan_rows(slots: np.ndarray, capacity: int, block_rows: int, device: torch.d
 
 def scratch(rows: int, max_rank: int, parts: int, device: torch.device | str, siblings: int = 3) -> torch.Tensor:
     """Partial sums [P, G, T, R], reused by every site of a step."""
-    stride = triton.cdiv(max_rank, 16) * 16
-    return torch.empty(parts, siblings, rows, stride, dtype=torch.float32, device=device)
+    return torch.empty(parts, siblings, rows, rank_stride(max_rank), dtype=torch.float32, device=device)
 
 
 def shrink(
@@ -356,28 +356,39 @@ def nothing_pending(stand_in: torch.Tensor) -> dict[str, Any]:
 
 
 class TritonLora:
-    """The layers' adapter backend, for steps that no graph replays: plans and scratch are made as needed."""
+    """The adapter backend: expansions of few rows may be left to the reader of the product."""
 
     def __init__(self, pages: AdapterPages, max_rank: int) -> None:
         self.pages = pages
         self.max_rank = max_rank
 
-    def plan(self, context: StepContext) -> None:
-        if not context.has_adapters:
-            return
-        rows, device = context.num_tokens, context.positions_T.device
-        slots = np.repeat(np.array(context.adapter_slots, np.int32), context.query_lens)
-        block_rows = 16 if rows <= 256 else 64
-        tuning = tuning_for(rows, block_rows, self.max_rank)
-        capacity = max_segments(rows, self.pages.table.shape[0], block_rows)
-        plan = plan_rows(slots, capacity, block_rows, device)
-        context.lora_plan = plan, tuning, scratch(rows, self.max_rank, tuning.parts, device)
+    def plan(self, step: StepContext) -> None:
+        """Derive nothing: the runner writes the segments."""
 
-    def shrink(self, x_TK: torch.Tensor, site: Site, context: StepContext) -> torch.Tensor:
-        plan, tuning, partial = context.lora_plan
-        shrink(x_TK, self.pages, plan, partial, site, tuning)
-        return partial
+    def shrink(self, x_TK: torch.Tensor, site: Site, step: StepContext, workspace: Workspace, beside: bool) -> Pending:
+        device = step.on_device
+        assert device is not None
+        rows, segments = x_TK.shape[0], device.segments
+        tuning = tuning_for(rows, segments.block_rows, self.max_rank)
+        partial_PGTR = workspace.take(
+            "shrunk", tuning.parts, len(site.widths), rows, rank_stride(self.max_rank), dtype=torch.float32
+        )
+        shrink(x_TK, self.pages, segments, partial_PGTR, site, tuning, alone=not beside)
+        return Pending(partial_PGTR, self.pages, device.adapter_slots_T, site, tuning, joins=beside)
 
-    def expand(self, shrunk: torch.Tensor, site: Site, out_TN: torch.Tensor, context: StepContext) -> None:
-        plan, tuning, _ = context.lora_plan
-        expand_add(shrunk, self.pages, plan, out_TN, site, tuning)
+    def defer(self, shrunk: Pending, row_by_row: bool) -> Pending | None:
+        return None if row_by_row and self.max_rank > PENDING_RANK else shrunk
+
+    def expand(self, shrunk: Pending, out_TN: torch.Tensor, step: StepContext) -> None:
+        assert step.on_device is not None
+        expand_add(shrunk.partial_PGTR, self.pages, step.on_device.segments, out_TN, shrunk.site, shrunk.tuning)
+
+
+def rank_stride(max_rank: int) -> int:
+    """Return the columns set aside for a row's sums."""
+    return -(-max_rank // 16) * 16
+
+
+def block_rows_for(tokens: int) -> int:
+    """Return the rows of an adapter segment: prompts are cut coarser."""
+    return 16 if tokens <= 256 else 64

@@ -6,10 +6,9 @@ from __future__ import annotations
 
 import torch
 
-from inlaid.kernels.backend import Kernels
+from inlaid.kernels.backend import HeadNorms, Kernels, LayerCache, Product, Workspace
 from inlaid.kernels.context import StepContext
 from inlaid.layers.linear import Linear
-from inlaid.layers.norm import RMSNorm
 
 
 class Attention:
@@ -20,36 +19,26 @@ class Attention:
         qkv: Linear,
         output: Linear,
         num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
         kernels: Kernels,
         window: int | None = None,
-        q_norm: RMSNorm | None = None,
-        k_norm: RMSNorm | None = None,
+        head_norms: HeadNorms | None = None,
     ) -> None:
         self.qkv = qkv
         self.output = output
         self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = head_dim
         self.kernels = kernels
         self.window = window
-        self.q_norm = q_norm
-        self.k_norm = k_norm
+        self.head_norms = head_norms
 
     def __call__(
         self,
         x_TD: torch.Tensor,
-        rotation: tuple[torch.Tensor, torch.Tensor],
-        cache: tuple[torch.Tensor, torch.Tensor],
-        context: StepContext,
-    ) -> torch.Tensor:
-        H, G = self.num_heads, self.num_kv_heads
-        qkv = self.qkv(x_TD, context).view(x_TD.shape[0], H + 2 * G, self.head_dim)
-        qk, v = qkv[:, : H + G], qkv[:, H + G :]
-        if self.q_norm is not None and self.k_norm is not None:
-            qk = torch.cat((self.q_norm(qk[:, :H]), self.k_norm(qk[:, H:])), dim=1)
-        self.kernels.ops.rotate(qk, *rotation)
-        self.kernels.ops.store_kv(qk[:, H:], v, *cache, context.kv_slots_T)
-        mixed = self.kernels.attention.attend(qk[:, :H], *cache, self.window, context)
-        return self.output(mixed.reshape(x_TD.shape[0], H * self.head_dim), context)
+        angles: tuple[torch.Tensor, torch.Tensor],
+        cache: LayerCache,
+        step: StepContext,
+        workspace: Workspace,
+    ) -> Product:
+        product = self.qkv(x_TD, step, workspace)
+        q_THC = self.kernels.ops.rope_store(product, angles, cache, self.num_heads, self.head_norms, step)
+        mixed = self.kernels.attention.attend(q_THC, cache, self.window, step, workspace)
+        return self.output(mixed, step, workspace)

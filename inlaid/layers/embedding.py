@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
+from inlaid.kernels.backend import Ops, Workspace
+from inlaid.kernels.context import StepContext
 from inlaid.kernels.cpu import DENSE
+from inlaid.layers.norm import RMSNorm
 
 
 class Embedding:
     """Token ids to rows."""
 
-    def __init__(self, weight_VD: torch.Tensor) -> None:
+    def __init__(self, weight_VD: torch.Tensor, ops: Ops) -> None:
         self.weight_VD = weight_VD
+        self.ops = ops
 
-    def __call__(self, ids_T: torch.Tensor) -> torch.Tensor:
-        return F.embedding(ids_T, self.weight_VD)
+    def __call__(self, step: StepContext, norm: RMSNorm, workspace: Workspace) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the rows of the step's tokens, [T, D], and their norm."""
+        return self.ops.embed_norm(step, self.weight_VD, norm.weight_D, norm.eps, workspace)
 
 
 class Head:
-    """Hidden states to logits, in fp32."""
+    """Hidden states to logits in the compute type."""
 
     def __init__(self, weight_VD: torch.Tensor) -> None:
         self.packed = DENSE.pack(weight_VD)
 
-    def __call__(self, hidden_LD: torch.Tensor) -> torch.Tensor:
-        logits_LV = hidden_LD.new_empty(hidden_LD.shape[0], self.packed.out_features)
+    def __call__(self, hidden_LD: torch.Tensor, workspace: Workspace) -> torch.Tensor:
+        logits_LV = workspace.take("logits", hidden_LD.shape[0], self.packed.out_features)
         DENSE.gemm(hidden_LD, self.packed, logits_LV)
-        return logits_LV.float()
+        return logits_LV

@@ -5,17 +5,28 @@ row, in one forward. The model builds it; the kernels compute it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 
-from inlaid.kernels.backend import Gemm, LoraBackend, Site
-from inlaid.kernels.context import StepContext
+from inlaid.kernels.backend import MODULES, Gemm, GemmInParts, LoraBackend, Parts, Product, Site, Workspace
+from inlaid.kernels.context import ALL_ADAPTERS, ATTENTION_ADAPTERS, StepContext
+
+Reader = Literal["rope", "norm", "activation"]
+
+SIDE_STREAM_ROWS = 16  # with fewer rows a shrink is shorter than the detour
+PENDING_ROWS = 64  # with more rows an expansion of its own, which reads each adapter once, is faster
+PARTS_ROWS = 256  # linears before a norm may leave it parts to add, where their backend finds that faster
 
 
 class Linear:
-    """out = x @ W.T + bias + adapters. `parts` are (backend, packed weight), side by side in the output: one when
-    the siblings are fused, several when they could not be (different act-order permutations)."""
+    """out = x @ W.T + bias + adapters.
+
+    `parts` are (backend, packed weight), side by side in the output: one when the siblings are fused, several when they
+    could not be (different act-order permutations). `reader` names the operation that reads the product: a norm adds
+    split parts, and has one program for each row."""
 
     def __init__(
         self,
@@ -23,33 +34,77 @@ class Linear:
         bias_N: torch.Tensor | None = None,
         site: Site | None = None,
         lora: LoraBackend | None = None,
+        reader: Reader = "norm",
     ) -> None:
         self.parts = tuple(parts)
         self.bias_N = bias_N
         self.site = site
-        self.lora = lora if site is not None else None
+        self.lora = lora
+        self.reader = reader
         self.in_features: int = self.parts[0][1].in_features
         self.out_features: int = sum(packed.out_features for _, packed in self.parts)
+        in_attention = site is not None and site.first % len(MODULES) < MODULES.index("gate_proj")
+        self.level = ATTENTION_ADAPTERS if in_attention else ALL_ADAPTERS
 
-    def __call__(self, x_TK: torch.Tensor, context: StepContext) -> torch.Tensor:
-        out_TN = x_TK.new_empty(x_TK.shape[0], self.out_features)
-        adapted = self.lora is not None and context.has_adapters
-        if adapted:
-            shrunk = self.lora.shrink(x_TK, self.site, context)  # type: ignore[union-attr, arg-type]
-        self._base(x_TK, out_TN)
-        if self.bias_N is not None:
-            out_TN += self.bias_N
-        if adapted:
-            self.lora.expand(shrunk, self.site, out_TN, context)  # type: ignore[union-attr, arg-type]
-        return out_TN
+    def __call__(self, x_TK: torch.Tensor, step: StepContext, workspace: Workspace, last: bool = False) -> Product:
+        """Return the product; the expansion of few rows is left pending, unless the product is the `last` one, which
+        two readers may read."""
+        product = self._memory(x_TK.shape[0], workspace)
+        if self.lora is None or self.site is None or step.adapters < self.level:
+            self._base(x_TK, product, workspace)
+            return product
+        jobs = [] if step.arriving is None else step.arriving.before(x_TK, self.site)
+        beside = workspace.side if x_TK.shape[0] >= SIDE_STREAM_ROWS else None
+        if beside is not None:
+            beside.wait_stream(torch.cuda.current_stream(x_TK.device))
+        with (
+            nullcontext() if beside is None else torch.cuda.stream(beside)
+        ):  # the base weights' product reads the same x
+            shrunk = self.lora.shrink(x_TK, self.site, step, workspace, beside is not None)
+        self._base(x_TK, product, workspace)
+        if beside is not None:
+            torch.cuda.current_stream(x_TK.device).wait_stream(beside)
+        if step.arriving is not None:
+            step.arriving.after(jobs, product.first)
+        few = x_TK.shape[0] <= PENDING_ROWS
+        pending = self.lora.defer(shrunk, self.reader == "norm") if few and not last else None
+        if pending is not None:
+            return replace(product, pending=pending)
+        self.lora.expand(shrunk, product.first, step)
+        return product
 
-    def _base(self, x_TK: torch.Tensor, out_TN: torch.Tensor) -> None:
-        if len(self.parts) == 1:
+    def split(self, rows: int) -> Parts | None:
+        """Return the layout of a product in parts, or None where it is whole."""
+        if self.reader != "norm" or rows > PARTS_ROWS or len(self.parts) > 1:
+            return None
+        backend, packed = self.parts[0]
+        return backend.parts(packed, rows) if isinstance(backend, GemmInParts) else None
+
+    def _memory(self, rows: int, workspace: Workspace) -> Product:
+        """Return a product yet to be written. On fewer multiprocessors there may be more parts than have room."""
+        parts = self.split(rows)
+        if parts is None or not workspace.fits("parts", parts.most * rows * self.out_features):
+            return Product(workspace.take(self.reader, rows, self.out_features))
+        return Product(workspace.take("parts", parts.most, rows, self.out_features), parts)
+
+    def _base(self, x_TK: torch.Tensor, product: Product, workspace: Workspace) -> None:
+        """Write the product with the base weights, and the bias."""
+        if product.parts is not None:
             backend, packed = self.parts[0]
-            backend.gemm(x_TK, packed, out_TN)
-            return
+            assert isinstance(backend, GemmInParts)
+            backend.gemm_in_parts(x_TK, packed, product.tensor)
+        elif len(self.parts) == 1:
+            backend, packed = self.parts[0]
+            backend.gemm(x_TK, packed, product.tensor)
+        else:
+            self._siblings(x_TK, product.tensor)
+        if self.bias_N is not None:
+            product.first.add_(self.bias_N)
+
+    def _siblings(self, x_TK: torch.Tensor, out_TN: torch.Tensor) -> None:
+        """Compute siblings that could not be fused, each into contiguous memory of its own, then move it into place."""
         start = 0
-        for backend, packed in self.parts:  # gemm writes contiguous memory, so each part gets its own
+        for backend, packed in self.parts:
             part_TN = out_TN.new_empty(x_TK.shape[0], packed.out_features)
             backend.gemm(x_TK, packed, part_TN)
             out_TN[:, start : start + packed.out_features].copy_(part_TN)

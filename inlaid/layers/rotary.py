@@ -69,9 +69,6 @@ class Rotary:
         self.cos = (angles.cos() * scale).to(device=device, dtype=dtype)
         self.sin = (angles.sin() * scale).to(device=device, dtype=dtype)
 
-    def lookup(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.cos.index_select(0, positions_T), self.sin.index_select(0, positions_T)
-
 
 def _llama3(base: torch.Tensor, spec: RopeSpec) -> torch.Tensor:
     """Long wavelengths are slowed by `factor`, short ones kept, those between blended."""

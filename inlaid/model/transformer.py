@@ -1,14 +1,17 @@
-"""The transformer, once, for every family: embedding, blocks, final norm, head. weights.py builds it; the runner
-calls forward and logits. All that differs between a CPU and a GPU is inside the kernels.
+"""The transformer of every family: embedding, blocks, final norm, head.
+
+weights.py builds it. The runners call `forward`, `hidden` and `logits`: eagerly on a CPU, captured in a graph on a GPU.
+The kernels, the workspace and the step's tensors differ between devices; this code does not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from inlaid.kernels.backend import Kernels
+from inlaid.kernels.backend import Kernels, LayerCache, Product, Workspace
 from inlaid.kernels.context import StepContext
 from inlaid.layers.attention import Attention
 from inlaid.layers.embedding import Embedding, Head
@@ -17,7 +20,7 @@ from inlaid.layers.norm import RMSNorm
 from inlaid.layers.rotary import Rotary
 from inlaid.model.spec import ModelSpec
 
-KVCache = list[tuple[torch.Tensor, torch.Tensor]]  # per layer: k and v, [blocks, block_size, kv heads, head width]
+KVCache = list[LayerCache]  # per layer
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,14 @@ class Block:
     mlp_norm: RMSNorm
     gate_up: Linear
     down: Linear
+
+
+@dataclass(frozen=True)
+class LastSum:
+    """The two sides of the last residual sum, which the final norm adds."""
+
+    product: Product
+    residual_TD: torch.Tensor
 
 
 class Transformer:
@@ -52,32 +63,39 @@ class Transformer:
         self.head = head
         self.rotary = rotary
 
-    def plan(self, context: StepContext) -> None:
-        """What the kernels derive from a step before its layers run."""
-        self.kernels.attention.plan(context)
+    def forward(
+        self, step: StepContext, cache: KVCache, workspace: Workspace, blocks: Sequence[int] | None = None
+    ) -> LastSum:
+        """Run the blocks over the step's tokens; write its keys and values into the cache.
+
+        With `blocks`, run only those: the output is meaningless and serves to compile kernels."""
+        ops, rotary = self.kernels.ops, self.rotary
+        self.kernels.attention.plan(step, workspace)
         if self.kernels.lora is not None:
-            self.kernels.lora.plan(context)
+            self.kernels.lora.plan(step)
+        chosen = range(len(self.blocks)) if blocks is None else blocks
+        residual, x = self.embedding(step, self.blocks[chosen[0]].attention_norm, workspace)
+        angles = ops.angles(rotary.cos, rotary.sin, step)
+        for index, following in zip(chosen, [*chosen[1:], None], strict=True):
+            block = self.blocks[index]
+            x = block.mlp_norm.add(block.attention(x, angles, cache[index], step, workspace), residual, workspace)
+            x = ops.activate(block.gate_up(x, step, workspace), workspace)
+            product = block.down(x, step, workspace, last=following is None)
+            if following is not None:
+                x = self.blocks[following].attention_norm.add(product, residual, workspace)
+        return LastSum(product, residual)
 
-    def forward(self, ids_T: torch.Tensor, cache: KVCache, context: StepContext) -> torch.Tensor:
-        """Normalized hidden states [T, D]; writes this step's keys and values into the cache."""
-        residual = self.embedding(ids_T)
-        rotation = self.rotary.lookup(context.positions_T)
-        x = None
-        for block, layer_cache in zip(self.blocks, cache, strict=True):
-            h = block.attention_norm(residual) if x is None else block.attention_norm.add(x, residual)
-            h = block.attention(h, rotation, layer_cache, context)
-            h = block.mlp_norm.add(h, residual)
-            x = block.down(self.kernels.ops.silu_mul(block.gate_up(h, context)), context)
-        assert x is not None
-        return self.norm.add(x, residual)
+    def hidden(self, last: LastSum, workspace: Workspace, rows_L: torch.Tensor | None = None) -> torch.Tensor:
+        """Return normalized hidden states [L, D] of the rows listed, or [T, D] of all; `last` may be read again."""
+        return self.norm.of_sum(last.product, last.residual_TD, workspace, rows_L)
 
-    def logits(self, hidden_TD: torch.Tensor, rows_L: torch.Tensor) -> torch.Tensor:
-        """[L, V] in fp32, for the rows asked for."""
-        return self.head(hidden_TD.index_select(0, rows_L))
+    def logits(self, hidden_LD: torch.Tensor, workspace: Workspace) -> torch.Tensor:
+        """Return [L, V] in the compute type."""
+        return self.head(hidden_LD, workspace)
 
 
 def new_cache(spec: ModelSpec, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype) -> KVCache:
-    """Zeroed pages for every layer: what a padded read touches must be finite."""
+    """Return zeroed pages for every layer: what a padded read touches must be finite."""
     shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
     return [
         (torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
@@ -86,5 +104,5 @@ def new_cache(spec: ModelSpec, num_blocks: int, block_size: int, device: torch.d
 
 
 def block_bytes(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one KV block over all layers."""
+    """Return the bytes of one KV block over all layers."""
     return 2 * spec.num_layers * block_size * spec.num_kv_heads * spec.head_dim * dtype.itemsize

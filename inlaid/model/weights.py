@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from inlaid.checkpoint import Checkpoint, QuantizedLinear, QuantSpec
 from inlaid.files import write_atomically
-from inlaid.kernels.backend import MODULES, Gemm, Kernels, LinearBackend, Site
+from inlaid.kernels.backend import MODULES, Gemm, HeadNorms, Kernels, LinearBackend, Site
 from inlaid.kernels.cpu import DENSE
 from inlaid.layers.attention import Attention
 from inlaid.layers.embedding import Embedding, Head
-from inlaid.layers.linear import Linear
+from inlaid.layers.linear import Linear, Reader
 from inlaid.layers.norm import RMSNorm
 from inlaid.layers.rotary import Rotary
 from inlaid.model.spec import ModelSpec, module_path
@@ -155,7 +155,7 @@ class _Loader:
                 f"{_some(sorted(self.unused))}"
             )
         rotary = Rotary(spec.rope, spec.head_dim, max_len, self.device, self.dtype)
-        return Transformer(spec, self.kernels, Embedding(embedding), blocks, norm, Head(head), rotary)
+        return Transformer(spec, self.kernels, Embedding(embedding, self.kernels.ops), blocks, norm, Head(head), rotary)
 
     def read_ahead(self, layer: int, readers: ThreadPoolExecutor) -> None:
         """Quantized linears of a layer into memory, siblings fused, while earlier layers are repacked."""
@@ -168,25 +168,22 @@ class _Loader:
     def block(self, layer: int) -> Block:
         spec, prefix = self.spec, f"model.layers.{layer}"
         attention = Attention(
-            qkv=self.linear(layer, MODULES[0:3], spec.qkv_bias),
-            output=self.linear(layer, MODULES[3:4], spec.output_bias),
+            qkv=self.linear(layer, MODULES[0:3], spec.qkv_bias, "rope"),
+            output=self.linear(layer, MODULES[3:4], spec.output_bias, "norm"),
             num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
             kernels=self.kernels,
             window=spec.windows[layer],
-            q_norm=self.norm(f"{prefix}.self_attn.q_norm.weight", spec.head_dim) if spec.qk_norm else None,
-            k_norm=self.norm(f"{prefix}.self_attn.k_norm.weight", spec.head_dim) if spec.qk_norm else None,
+            head_norms=self.head_norms(f"{prefix}.self_attn") if spec.qk_norm else None,
         )
         return Block(
             attention_norm=self.norm(f"{prefix}.input_layernorm.weight", spec.hidden_size),
             attention=attention,
             mlp_norm=self.norm(f"{prefix}.post_attention_layernorm.weight", spec.hidden_size),
-            gate_up=self.linear(layer, MODULES[4:6], spec.mlp_bias),
-            down=self.linear(layer, MODULES[6:7], spec.mlp_bias),
+            gate_up=self.linear(layer, MODULES[4:6], spec.mlp_bias, "activation"),
+            down=self.linear(layer, MODULES[6:7], spec.mlp_bias, "norm"),
         )
 
-    def linear(self, layer: int, modules: Sequence[str], bias: bool) -> Linear:
+    def linear(self, layer: int, modules: Sequence[str], bias: bool, reader: Reader) -> Linear:
         """Siblings of one input, fused when their weights allow it."""
         paths = [module_path(layer, module) for module in modules]
         shapes = [self.spec.module_shape(module) for module in modules]
@@ -200,7 +197,7 @@ class _Loader:
             ]
             whole_bias = torch.cat(filled)
         parts = self.parts(paths, shapes)
-        return Linear(parts, whole_bias, site, self.kernels.lora)
+        return Linear(parts, whole_bias, site, self.kernels.lora, reader)
 
     def parts(self, paths: list[str], shapes: list[tuple[int, int]]) -> list[tuple[Gemm, object]]:
         quantized = [path in self.checkpoint.linears for path in paths]
@@ -243,6 +240,10 @@ class _Loader:
         """Some quantizers write zero biases where the model has none, so one is taken wherever it is stored."""
         name = f"{path}.bias"
         return self.tensor(name, (width,)) if required or name in self.checkpoint else None
+
+    def head_norms(self, prefix: str) -> HeadNorms:
+        q, k = (self.tensor(f"{prefix}.{name}.weight", (self.spec.head_dim,)) for name in ("q_norm", "k_norm"))
+        return HeadNorms(q, k, self.spec.norm_eps)
 
     def norm(self, name: str, width: int) -> RMSNorm:
         return RMSNorm(self.tensor(name, (width,)), self.spec.norm_eps, self.kernels.ops)

@@ -7,9 +7,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,15 +23,19 @@ from inlaid.adapters.tables import default_pool_elements
 from inlaid.checkpoint import Checkpoint
 from inlaid.config import AdapterConfig, ConfigError, EngineConfig
 from inlaid.engine.request import Grammar
-from inlaid.kernels.arriving import Arriving, ArrivingLora
+from inlaid.kernels.arriving import Arriving
 from inlaid.kernels.assist import Assistant, CudaFerry, NoFerry, Profile, cuda_copy_seconds, measure
 from inlaid.kernels.backend import MODULES, AdapterPages, Kernels
-from inlaid.kernels.cpu import reference_kernels
+from inlaid.kernels.cpu import cpu_kernels
 from inlaid.model.spec import ModelSpec, read_spec
 from inlaid.model.weights import base_version, compute_dtype, fetch, load
-from inlaid.runner.model_runner import ModelRunner, count_blocks
+from inlaid.runner.memory import count_blocks
+from inlaid.runner.model_runner import ModelRunner
 from inlaid.runner.unified import unify
 from inlaid.text.grammar import GrammarCompiler, GrammarState
+
+if TYPE_CHECKING:
+    from inlaid.runner.cuda_runner import CudaRunner
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +56,7 @@ class OpenedModel:
 class LoadedModel:
     """A model ready to be stepped, and the facts that the engine needs."""
 
-    runner: ModelRunner
+    runner: ModelRunner | CudaRunner
     spec: ModelSpec
     folder: Path
     base_version: str
@@ -115,14 +120,11 @@ def load_model(
     adapters = make_store(config.adapters, spec, device, dtype, config.cache.unified_memory)
     kernels = choose_kernels(config, device, adapters.pages)
     arriving = make_arriving(config, spec, adapters, device, dtype)
-    if arriving is not None:
-        assert kernels.lora is not None
-        kernels = replace(kernels, lora=ArrivingLora(kernels.lora, adapters.pages, arriving))
     model = load(opened.checkpoint, spec, kernels, device, dtype, max_model_len, progress)
     if device.type == "cuda":
         from inlaid.runner.cuda_runner import CudaRunner
 
-        runner: ModelRunner = CudaRunner(
+        runner: ModelRunner | CudaRunner = CudaRunner(
             model, config, device, dtype, max_model_len, adapters, progress, arriving, settle
         )
     else:
@@ -130,7 +132,9 @@ def load_model(
         unified = None
         if config.cache.unified_memory:
             unified = unify(spec, config.cache, num_blocks, max_model_len, adapters, device, dtype)
-        runner = ModelRunner(model, num_blocks, config.cache.block_size, device, dtype, adapters, config.seed, unified)
+        runner = ModelRunner(
+            model, num_blocks, config.cache.block_size, device, dtype, adapters, config.seed, unified, arriving
+        )
     return LoadedModel(
         runner=runner,
         spec=spec,
@@ -208,13 +212,13 @@ def choose_device(name: str) -> torch.device:
 def choose_kernels(config: EngineConfig, device: torch.device, pages: AdapterPages) -> Kernels:
     """Return the kernels that the configuration names; on a CPU there is one choice."""
     if device.type == "cuda":
-        from inlaid.runner.cuda_runner import cuda_kernels
+        from inlaid.runner.cuda_kernels import cuda_kernels
 
         return cuda_kernels(config, pages)
     for setting in (config.linear_backend, config.attention_backend):
         if setting not in ("auto", "reference"):
             raise ConfigError(f"backend {setting!r} is not available on {device.type}; use auto or reference")
-    return reference_kernels(pages)
+    return cpu_kernels(pages)
 
 
 def choose_max_len(asked: int, spec: ModelSpec) -> int:

@@ -238,7 +238,7 @@ def switch(loaded: Loaded, mode: str, helpers: Assistant | None) -> None:
     arriving = _arriving(loaded)
     store_of(loaded).mode = mode
     arriving.assistant = helpers if mode == CPU_ASSIST else None
-    runner.arriving = None if mode == ON_DEMAND else arriving  # the GPU's; else it is a part of the kernels
+    runner.arriving, runner.set_aside = (None, arriving) if mode == ON_DEMAND else (arriving, None)
 
 
 def zipf(count: int, alpha: float, total: int, seed: int) -> list[str]:
@@ -457,7 +457,8 @@ def crossover(
 
 
 def _arriving(loaded: Loaded) -> Any:
-    return loaded.engine.runner.model.kernels.lora.arriving  # type: ignore[attr-defined]
+    runner: Any = loaded.engine.runner
+    return runner.arriving or runner.set_aside
 
 
 def _cold(loaded: Loaded, adapter: Adapter, prompt: int, number: int) -> float:

@@ -177,8 +177,8 @@ def left_over(loaded: Loaded) -> dict[str, int]:
         "kv_blocks": pool.capacity - pool.num_available,
         "requests": len(engine.scheduler.requests),
         "adapter_requests": sum(int(runner.adapters.references(info.identity)) for info in loaded.adapters.list()),
-        "noise_keys": len(set(runner._keys) - ended),
-        "rows": len(set(getattr(runner, "_rows", ())) - ended),
+        "noise_keys": len(set(runner.sampling.keys) - ended),
+        "rows": len(set(runner.rows.of if hasattr(runner, "rows") else ()) - ended),
     }
 
 

@@ -24,10 +24,10 @@ from inlaid.kernels import attention_triton, early
 from inlaid.kernels.auto import AutoLinear
 from inlaid.kernels.humming import HummingLinear
 from inlaid.kernels.measure import Ceiling, weight_bytes
+from inlaid.layers import linear
 from inlaid.model.spec import ModelSpec
-from inlaid.runner import cuda_forward
-from inlaid.runner.cuda_forward import Layout
 from inlaid.runner.cuda_runner import CudaRunner
+from inlaid.runner.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def decoding(engine: Engine, names: Sequence[str | None], context: int, vocab: i
     finally:
         runner._compute = compute  # type: ignore[method-assign]
     _, _, layout, level = submitted[-1]
-    return Step(layout, level, runner.forward.last.clone(), len({name for name in names if name}), context)
+    return Step(layout, level, runner.step.newest.clone(), len({name for name in names if name}), context)
 
 
 def leave(engine: Engine, count: int, seed: int = 0) -> None:
@@ -82,22 +82,22 @@ def leave(engine: Engine, count: int, seed: int = 0) -> None:
 def replayable(runner: CudaRunner, step: Step) -> Callable[[], None]:
     """The step as a graph; on a machine without a GPU its kernels one by one."""
     with torch.inference_mode():
-        runner.forward.run(step.layout, step.level)  # compiles what is new
+        runner.step.run(step.layout, step.level)  # compiles what is new
         if runner.device.type != "cuda":
-            return lambda: runner.forward.run(step.layout, step.level)
+            return lambda: runner.step.run(step.layout, step.level)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            runner.forward.run(step.layout, step.level)
+            runner.step.run(step.layout, step.level)
     return graph.replay
 
 
 def run_once(runner: CudaRunner, step: Step, replay: Callable[[], None]) -> torch.Tensor:
     """The step on its own input; its logits."""
     with torch.inference_mode():
-        runner.forward.last.copy_(step.last)
+        runner.step.newest.copy_(step.last)
         replay()
-    return runner.forward.logits[: step.layout.samples]
+    return runner.step.logits(step.layout.samples)
 
 
 def time_step(runner: CudaRunner, replay: Callable[[], None], replays: int = 30) -> float:
@@ -173,9 +173,9 @@ def variants(grouped: bool) -> list[Variant]:
     return [
         Variant("as shipped"),
         Variant("sums by arrival", ordered=False),
-        Variant("whole products before norms", ((cuda_forward, "PARTS_ROWS", 0),)),
+        Variant("whole products before norms", ((linear, "PARTS_ROWS", 0),)),
         Variant("launches as usual", ((early, "EARLY", False),)),
-        Variant("expansions of their own", ((cuda_forward, "PENDING_ROWS", 0),)),
+        Variant("expansions of their own", ((linear, "PENDING_ROWS", 0),)),
         *([Variant("attention with more splits", ((attention_triton, "TARGET_PROGRAMS", 1000),))] if grouped else []),
         Variant("as shipped, again"),
     ]

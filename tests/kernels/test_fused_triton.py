@@ -11,11 +11,10 @@ pytest.importorskip("triton", reason="triton is not installed: pip install trito
 from inlaid.kernels import fused_triton as fused
 from inlaid.kernels import lora_triton as lora
 from inlaid.kernels import spec
-from inlaid.kernels.backend import Parts, Site
+from inlaid.kernels.backend import HeadNorms, Parts, Site
 from tests.kernels.test_lora_triton import make_adapters
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OPS = fused.TritonOps()
 EPS = 1e-5
 
 
@@ -30,9 +29,10 @@ def close(a: torch.Tensor, b: torch.Tensor) -> None:
 @pytest.mark.parametrize("width", [64, 896])
 def test_norms(width: int) -> None:
     x, residual, weight = half(5, width) * 30, half(5, width), half(width)
-    close(OPS.rms_norm(x, weight, EPS), spec.rms_norm(x, weight, EPS))
     total, normed = spec.add_norm(x, residual, weight, EPS)
-    close(OPS.add_rms_norm(x, residual, weight, EPS), normed)
+    out = torch.empty_like(x)
+    fused.norm(x, weight, EPS, out, residual)
+    close(out, normed)
     assert torch.equal(residual, total.half())
 
 
@@ -69,31 +69,19 @@ def test_rope_and_store(heads: int, kv_heads: int, width: int, with_norms: bool)
     positions = torch.tensor([0, 39, 3, 3, 17], dtype=torch.int64, device=DEVICE)
     slots = torch.tensor([21, 5, 30, 16, 0], dtype=torch.int64, device=DEVICE)
     caches = [torch.zeros(2, 16, kv_heads, width, dtype=torch.float16, device=DEVICE) for _ in range(4)]
-    norms = (half(width), half(width), EPS) if with_norms else None
-    q = spec.rope_store(qkv, cos[positions], sin[positions], caches[2], caches[3], slots.tolist(), norms)
+    norms = HeadNorms(half(width), half(width), EPS) if with_norms else None
+    weights = (norms.q_weight_C, norms.k_weight_C, EPS) if norms else None
+    q = spec.rope_store(qkv, cos[positions], sin[positions], caches[2], caches[3], slots.tolist(), weights)
     fused.rope_store(qkv, positions, slots, cos, sin, caches[0], caches[1], heads, norms)
     close(qkv.view(tokens, total, width)[:, :heads], q)
     close(caches[0], caches[2])
     assert torch.equal(caches[1], caches[3])
 
 
-def test_separate_rotation_and_store() -> None:
-    x, cos, sin = half(3, 4, 32), half(3, 16).repeat(1, 2), half(3, 16).repeat(1, 2)
-    expected = spec.rotate(x, cos, sin)
-    OPS.rotate(x, cos, sin)
-    close(x, expected)
-    slots = torch.tensor([3, 9, 20], dtype=torch.int64, device=DEVICE)
-    caches = [torch.zeros(2, 16, 4, 32, dtype=torch.float16, device=DEVICE) for _ in range(4)]
-    OPS.store_kv(x, x * 2, caches[0], caches[1], slots)
-    for values, cache in ((x, caches[2]), (x * 2, caches[3])):
-        spec.store(values, cache, slots.tolist())
-    assert torch.equal(caches[0], caches[2])
-    assert torch.equal(caches[1], caches[3])
-
-
 def test_silu_mul() -> None:
-    x = half(4, 2 * 688) * 4
-    close(OPS.silu_mul(x), spec.silu_mul(x))
+    x, out = half(4, 2 * 688) * 4, half(4, 688)
+    fused.silu_mul(x, out)
+    close(out, spec.silu_mul(x))
 
 
 class Pended:
@@ -127,8 +115,9 @@ def test_norm_adds_what_is_pending(width: int, warps: int) -> None:
     residual, weight = half(5, width), half(width)
     other, out = residual.clone(), torch.empty_like(y)
     fused.norm(y, weight, EPS, out, residual, pending=pended.pending, warps=warps)
-    close(out, OPS.add_rms_norm(expanded, other, weight, EPS))
-    close(residual, other)
+    total, normed = spec.add_norm(expanded, other, weight, EPS)
+    close(out, normed)
+    close(residual, total)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 64), (6, 2, 64), (4, 1, 48)])

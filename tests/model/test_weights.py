@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from inlaid.checkpoint import Checkpoint
-from inlaid.kernels.cpu import reference_kernels
+from inlaid.kernels.cpu import cpu_kernels
 from inlaid.model.spec import read_spec
 from inlaid.model.transformer import Transformer
 from inlaid.model.weights import WeightError, base_version, compute_dtype, fetch, load
@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def build(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
-    return load(Checkpoint(folder), read_spec(folder), reference_kernels(), CPU, dtype, max_len=64, progress=False)
+    return load(Checkpoint(folder), read_spec(folder), cpu_kernels(), CPU, dtype, max_len=64, progress=False)
 
 
 def change_tensors(folder: Path, drop: str | None = None, **add: torch.Tensor) -> None:

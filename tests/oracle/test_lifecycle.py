@@ -5,7 +5,6 @@ when he asked, and at the end nothing is held."""
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,9 @@ from inlaid.checkpoint import Checkpoint
 from inlaid.config import CacheConfig, EngineConfig, SchedulerConfig
 from inlaid.engine.engine import Engine, make_engine
 from inlaid.engine.request import FinishReason
-from inlaid.kernels.arriving import Arriving, ArrivingLora
+from inlaid.kernels.arriving import Arriving
 from inlaid.kernels.assist import Assistant, NoFerry, Profile
-from inlaid.kernels.cpu import reference_kernels
+from inlaid.kernels.cpu import cpu_kernels
 from inlaid.model.spec import read_spec
 from inlaid.model.weights import load
 from inlaid.runner.model_runner import ModelRunner
@@ -54,17 +53,14 @@ class World:
         self._alone: dict[tuple[str | None, int], list[int]] = {}
 
     def engine(self, store: AdapterStore, unified: bool = False, arriving: Arriving | None = None) -> Engine:
-        kernels = reference_kernels(store.pages)
-        if arriving is not None:
-            assert kernels.lora is not None
-            kernels = replace(kernels, lora=ArrivingLora(kernels.lora, store.pages, arriving))
+        kernels = cpu_kernels(store.pages)
         model = load(Checkpoint(self.model), self.spec, kernels, CPU, torch.float32, MAX_LEN, progress=False)
         config = EngineConfig(
             cache=CacheConfig(block_size=BLOCK, num_blocks=KV_BLOCKS, unified_memory=unified),
             scheduler=SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=16),
         )
         shared = unify(self.spec, config.cache, KV_BLOCKS, MAX_LEN, store, CPU, torch.float32) if unified else None
-        runner = ModelRunner(model, KV_BLOCKS, BLOCK, CPU, torch.float32, store, unified=shared)
+        runner = ModelRunner(model, KV_BLOCKS, BLOCK, CPU, torch.float32, store, unified=shared, arriving=arriving)
         return make_engine(
             config, runner, lambda: 0.0, num_blocks=KV_BLOCKS, max_model_len=MAX_LEN, adapters=store, pool=runner.pool
         )

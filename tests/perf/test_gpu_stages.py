@@ -21,8 +21,10 @@ from safetensors import safe_open
 from inlaid.adapters.peft import read_adapter
 from inlaid.checkpoint import Checkpoint, QuantSpec, dequantize
 from inlaid.engine.request import NewRequest, SamplingParams
+from inlaid.kernels import fused_triton
 from inlaid.kernels.measure import Ceiling
-from inlaid.runner import cuda_forward
+from inlaid.layers import linear
+from inlaid.runner.layout import Layout
 from perf.gpu import candidates, demo, humming_sweep, offline, quant_speed, random_model, serving, soak, starts, step
 from perf.gpu.headlines import headline
 from tests.runner.test_cuda_runner import Bench, few_programs
@@ -97,15 +99,15 @@ def test_a_step_is_taken_from_the_engine_and_run_again(tiny: Bench, monkeypatch:
     assert step.repeats(runner, taken, replay, 1) == 1
     choices = [
         step.Variant("as shipped"),
-        step.Variant("expansions of their own", ((cuda_forward, "PENDING_ROWS", 0),)),
-        step.Variant("broken", ((cuda_forward.fused_triton, "silu_mul", None),)),
+        step.Variant("expansions of their own", ((linear, "PENDING_ROWS", 0),)),
+        step.Variant("broken", ((fused_triton, "silu_mul", None),)),
     ]
     monkeypatch.setattr(step, "time_step", lambda runner, replay: 1.0)
     shipped, other, broken = step.compare(engine, taken, choices, times=1)
     assert (shipped["error"], shipped["same_bits"], shipped["us"]) == (0.0, "1 of 1", 1.0)
     assert 0 <= other["error"] < 5e-3
     assert "TypeError" in broken["failed"]
-    assert cuda_forward.PENDING_ROWS != 0
+    assert linear.PENDING_ROWS != 0
     step.leave(engine, len(names))
     assert not engine.has_work
 
@@ -113,7 +115,7 @@ def test_a_step_is_taken_from_the_engine_and_run_again(tiny: Bench, monkeypatch:
 def test_floors_of_a_decode_step_are_those_of_the_facts() -> None:
     """Llama-2-7B at 64 rows and 320 tokens: 1.07 ms of matrix work, 2.5 ms of KV, 0.25 ms of adapters."""
     spec = random_model.spec_of("7b")
-    layout = cuda_forward.Layout(64, 64, 0, 64, 0, 64, 16)
+    layout = Layout(64, 64, 0, 64, 0, 64, 16)
     taken = step.Step(layout, 1, torch.zeros(1), 32, 319)
     floor = step.floors(spec, QuantSpec(4, 128, True, False), taken, 16, Ceiling(4.3e12, 790e12))
     assert floor["linears"] == pytest.approx(1050, rel=0.02)

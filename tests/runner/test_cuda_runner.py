@@ -21,16 +21,21 @@ from inlaid.checkpoint import Checkpoint
 from inlaid.config import AdapterConfig, CacheConfig, ConfigError, EngineConfig, SchedulerConfig
 from inlaid.engine.engine import Engine, make_engine
 from inlaid.engine.request import NewRequest
-from inlaid.kernels import attention_triton, lora_triton
+from inlaid.kernels import attention_triton, fused_triton, lora_triton
 from inlaid.kernels.arriving import Arriving
 from inlaid.kernels.assist import Assistant, CudaFerry, Profile
 from inlaid.kernels.backend import Parts
-from inlaid.kernels.cpu import DenseLinear, DensePacked, reference_kernels
+from inlaid.kernels.context import ALL_ADAPTERS, ATTENTION_ADAPTERS, NO_ADAPTERS
+from inlaid.kernels.cpu import DenseLinear, DensePacked, cpu_kernels
+from inlaid.layers import linear
 from inlaid.model.spec import read_spec
+from inlaid.model.transformer import Transformer
 from inlaid.model.weights import load
-from inlaid.runner import cuda_forward
-from inlaid.runner.cuda_runner import CudaRunner, cuda_kernels
+from inlaid.runner.cuda_kernels import cuda_kernels
+from inlaid.runner.cuda_runner import CudaRunner
+from inlaid.runner.graphs import Graphs
 from inlaid.runner.model_runner import ModelRunner
+from inlaid.runner.workspace import kind, kinds
 from tests.adapters.fake_lane import FakeFerry, FakeLane
 from tests.oracle.oracle import (
     Answer,
@@ -58,7 +63,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(attention_triton, "num_splits", lambda sequences, kv_heads: 1)
         few = lora_triton.Tuning(parts=1, block_k=128, block_n=256)
         monkeypatch.setattr(lora_triton, "tuning_for", lambda rows, block_rows, max_rank: few)
-        monkeypatch.setattr(cuda_forward, "PENDING_ROWS", 8)  # decodes leave their expansions pending, prompts do not
+        monkeypatch.setattr(linear, "PENDING_ROWS", 8)  # decodes leave their expansions pending, prompts do not
 
 
 def tiny(family: str) -> Any:
@@ -87,7 +92,7 @@ class Bench:
         arriving: Arriving | None = None,
         cache: dict[str, Any] | None = None,
         **scheduler: Any,
-    ) -> tuple[Engine, ModelRunner]:
+    ) -> tuple[Engine, ModelRunner | CudaRunner]:
         config = EngineConfig(
             model=str(self.model),
             cache=CacheConfig(block_size=4, num_blocks=300, **(cache or {})),
@@ -97,9 +102,9 @@ class Bench:
         )
         spec = read_spec(self.model)
         store = store or AdapterStore(spec, 4, 1 << 20, DEVICE, torch.float16)
-        kernels = cuda_kernels(config, store.pages) if on_gpu else reference_kernels(store.pages)
+        kernels = cuda_kernels(config, store.pages) if on_gpu else cpu_kernels(store.pages)
         model = load(Checkpoint(self.model), spec, kernels, DEVICE, torch.float16, 128, progress=False)
-        runner: ModelRunner
+        runner: ModelRunner | CudaRunner
         if on_gpu:
             runner = CudaRunner(model, config, DEVICE, torch.float16, 128, store, False, arriving)
         else:
@@ -266,7 +271,7 @@ def test_rows_and_tables_are_reused_cleanly(bench: Bench) -> None:
     assert any(answer.num_cached for answer in answers.values())
     assert isinstance(runner, CudaRunner)
     engine.step()
-    assert len(runner._free_rows) + len(runner._rows) == 3
+    assert len(runner.rows.free) + len(runner.rows.of) == 3
 
 
 def test_blocks_of_each_kind_and_the_last_need_every_kernel(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,40 +279,39 @@ def test_blocks_of_each_kind_and_the_last_need_every_kernel(bench: Bench, monkey
     settings, is called for three."""
     _, runner = bench.engine()
     assert isinstance(runner, CudaRunner)
-    forward, calls = runner.forward, set[Any]()
-    first, last = forward.model.blocks
+    model, calls = runner.model, set[Any]()
+    first, last = model.blocks
     attention = copy(first.attention)
     attention.window = 7
     other = replace(first, attention=attention)
-    forward.model.blocks = [first, first, first, other, first, last]
-    forward.cache = [forward.cache[0]] * 6
-    assert forward.kinds() == [0, 3, 5]
+    model.blocks = [first, first, first, other, first, last]
+    runner.step.cache = [runner.step.cache[0]] * 6
+    assert kinds(model) == [0, 3, 5]
 
     def note(owner: Any, name: str) -> None:
-        real = getattr(owner, name)
+        """Note calls instead of making them: what they compute is of no interest, and the interpreter is slow."""
 
-        def noted(*args: Any, **more: Any) -> Any:
-            calls.add((name, cuda_forward._kind(args), cuda_forward._kind(tuple(sorted(more.items())))))
-            return real(*args, **more)
+        def noted(*args: Any, **more: Any) -> None:
+            calls.add((name, kind(args), kind(tuple(sorted(more.items())))))
 
         monkeypatch.setattr(owner, name, noted)
 
-    for name in ("norm", "embed_norm", "rope_store", "silu_mul", "gather_tables"):
-        note(cuda_forward.fused_triton, name)
+    for name in ("norm", "embed_norm", "rope_store", "silu_mul"):
+        note(fused_triton, name)
     for name in ("shrink", "expand_add"):
         note(lora_triton, name)
-    for name in ("decode", "prefill"):
+    for name in ("decode", "prefill", "gather_tables"):
         note(attention_triton, name)
     note(type(first.attention.qkv.parts[0][0]), "gemm")
-    for layout in (runner._decode_layout(2), runner._prompt_layout(8)):
-        for level in (cuda_forward.NO_ADAPTERS, cuda_forward.ATTENTION_ADAPTERS, cuda_forward.ALL_ADAPTERS):
+    for layout in (runner.layouts.decodes(2), runner.layouts.prompts(8)):
+        for level in (NO_ADAPTERS, ATTENTION_ADAPTERS, ALL_ADAPTERS):
             calls.clear()
-            runner._idle_step(layout, level)
+            runner.graphs.idle_step(layout, level)
             everything = set(calls)
             calls.clear()
-            runner._idle_step(layout, level, [0, 5])
+            runner.graphs.idle_step(layout, level, [0, 5])
             assert calls < everything  # the window's kernels
-            runner._idle_step(layout, level, forward.kinds())
+            runner.graphs.idle_step(layout, level, kinds(model))
             assert calls == everything
 
 
@@ -348,14 +352,14 @@ def test_linears_before_a_norm_may_leave_parts(bench: Bench, most: int, monkeypa
     def loaded(*given: Any, **more: Any) -> Any:
         model = real(*given, **more)
         for block in model.blocks:
-            for linear in (block.attention.output, block.down):
-                linear.parts = tuple((offering, packed) for _, packed in linear.parts)
+            for projection in (block.attention.output, block.down):
+                projection.parts = tuple((offering, packed) for _, packed in projection.parts)
         return model
 
     monkeypatch.setattr(sys.modules[__name__], "load", loaded)
     engine, runner = bench.engine()
     assert isinstance(runner, CudaRunner)
-    assert runner.forward.parts.numel() == 3 * min(most, 24) * runner.model.spec.hidden_size
+    assert runner.step.workspace.room("parts") == 3 * min(most, 24) * runner.model.spec.hidden_size
     in_parts = serve(engine, requests)
     assert offering.num_in_parts > 0
     for request in requests:
@@ -363,6 +367,23 @@ def test_linears_before_a_norm_may_leave_parts(bench: Bench, most: int, monkeypa
         assert in_parts[request.id].logprobs == pytest.approx(whole[request.id].logprobs, abs=NEAR_TIE / 3)
     said, expected = in_parts["prompt"].prompt_logprobs[1:], whole["prompt"].prompt_logprobs[1:]
     assert said == pytest.approx(expected, abs=NEAR_TIE / 3)
+
+
+def test_steps_run_the_transformer(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is one transformer: start-up, what graphs capture, and steps without a graph all run its `forward`."""
+    engine, runner = bench.engine()
+    assert isinstance(runner, CudaRunner)
+
+    def broken(*given: Any, **more: Any) -> Any:
+        raise RuntimeError("no transformer")
+
+    monkeypatch.setattr(Transformer, "forward", broken)
+    graphs = Graphs(runner.step, runner.layouts, [runner.layouts.decodes(1)], progress=False)
+    for start in (graphs.compile_kernels, lambda: runner.step.run(runner.layouts.decodes(1), NO_ADAPTERS)):
+        with pytest.raises(RuntimeError, match="no transformer"):
+            start()
+    with pytest.raises(AssertionError, match="no transformer"):
+        serve(engine, [ask("prompt", [9, 8, 7], None, max_tokens=1, prompt_logprobs=0)])  # on a GPU: without a graph
 
 
 def test_unknown_attention_is_refused() -> None:

@@ -123,9 +123,9 @@ def test_released_rows_are_forgotten(config: EngineConfig) -> None:
     drawn = request("d", [1, 2, 3], [2], seed=1)
     drawn.params = SamplingParams(temperature=1.0)
     runner.submit(Batch(1, (Work(penalized, 0, 3, True), Work(drawn, 0, 3, True))))
-    assert runner._counts
-    assert runner._keys
+    assert runner.sampling.counts
+    assert runner.sampling.keys
     last = request("q", [1, 2], [3])
     runner.submit(Batch(2, (Work(last, 0, 2, True),), released=("p", "d")))
-    assert not runner._counts
-    assert not runner._keys
+    assert not runner.sampling.counts
+    assert not runner.sampling.keys

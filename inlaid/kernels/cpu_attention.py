@@ -1,0 +1,165 @@
+"""Attention over paged keys and values on a CPU: decodes as one padded batch, longer queries one by one.
+
+Shapes: S decodes, Q queries of a prefill, H query heads, G key/value heads, C head width. Caches are [blocks, block
+size, G, C].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from inlaid.kernels.backend import LayerCache, Workspace
+
+if TYPE_CHECKING:
+    from inlaid.kernels.context import StepContext
+
+_SPARE_BLOCKS = 2  # read beyond the longest decode, so that a few more steps fit into what was gathered
+
+_MOST_KEPT = 16 << 20  # bytes per cache tensor that the decodes of the step before may keep gathered
+
+
+@dataclass
+class _AttentionPlan:
+    """Which blocks the decodes read and how far, each longer query's share, and masks by window. `gathered` holds
+    the decodes' keys and values by cache, [S, G, decode_len, C]; `newest` is where in them the latest token goes."""
+
+    decode_blocks: torch.Tensor | None
+    decode_len: int
+    gathered: dict[int, torch.Tensor]
+    newest: tuple[torch.Tensor, torch.Tensor] | None
+    chunks: list[_Chunk]
+    decode_masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class _Chunk:
+    """Query tokens [first, first + num_queries) of T, over a context of `context_len` tokens in `blocks`."""
+
+    first: int
+    num_queries: int
+    context_len: int
+    blocks: torch.Tensor
+    masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
+
+
+class CpuAttention:
+    """Decodes as one padded batch, longer queries one by one.
+
+    While the same sequences decode on, their gathered keys and values are kept and only the newest token is added: on
+    a CPU reading the pages anew each step takes as long as attention itself."""
+
+    def __init__(self) -> None:
+        self._last: _AttentionPlan | None = None
+
+    def plan(self, step: StepContext, workspace: Workspace) -> None:
+        sequences = step.on_host
+        assert sequences is not None
+        decodes, size = step.num_decodes, step.block_size
+        longest = max(sequences.context_lens[:decodes], default=0)
+        chunks, first = [], decodes
+        for row in range(decodes, len(sequences.query_lens)):
+            num_queries, length = sequences.query_lens[row], sequences.context_lens[row]
+            chunks.append(_Chunk(first, num_queries, length, step.block_tables[row, : -(-length // size)]))
+            first += num_queries
+        last = self._last
+        if sequences.decodes_go_on and last is not None and last.gathered and longest <= last.decode_len:
+            rows = torch.arange(decodes, device=step.positions_T.device)
+            self._last = _AttentionPlan(
+                None, last.decode_len, last.gathered, (rows, step.positions_T[:decodes]), chunks
+            )
+        else:
+            num_blocks = -(-longest // size) if longest else 0
+            blocks = _wider(step.block_tables[:decodes], num_blocks + _SPARE_BLOCKS) if decodes else None
+            width = (num_blocks + _SPARE_BLOCKS) * size
+            self._last = _AttentionPlan(blocks, width, {}, None, chunks)
+        step.attention_plan = self._last
+
+    def attend(
+        self, q_THC: torch.Tensor, cache: LayerCache, window: int | None, step: StepContext, workspace: Workspace
+    ) -> torch.Tensor:
+        plan: _AttentionPlan = step.attention_plan
+        decodes = step.num_decodes
+        if not plan.chunks:
+            return self._decode(q_THC, cache, window, step).flatten(1)
+        out_THC = q_THC.new_empty(q_THC.shape)
+        if decodes:
+            out_THC[:decodes] = self._decode(q_THC[:decodes], cache, window, step)
+        for chunk in plan.chunks:
+            rows = slice(chunk.first, chunk.first + chunk.num_queries)
+            out_THC[rows] = _attend_chunk(q_THC[rows], cache, window, chunk)
+        return out_THC.flatten(1)
+
+    def _decode(self, q_SHC: torch.Tensor, cache: LayerCache, window: int | None, step: StepContext) -> torch.Tensor:
+        """Attend for the decodes. A group's query heads stand where a sequence's queries would: all of them see the
+        same keys."""
+        plan: _AttentionPlan = step.attention_plan
+        S, H, C = q_SHC.shape
+        G = cache[0].shape[2]
+        if window not in plan.decode_masks:
+            mask = _decode_mask(step.context_lens_S[:S], plan.decode_len, window, q_SHC.dtype)
+            plan.decode_masks[window] = mask.repeat_interleave(G, dim=0).expand(-1, H // G, -1)
+        k, v = (_gathered(plan, pages, step.kv_slots_T[:S]).flatten(0, 1) for pages in cache)
+        q = q_SHC.reshape(S * G, H // G, C)
+        scores = torch.baddbmm(plan.decode_masks[window], q, k.transpose(1, 2), alpha=C**-0.5)
+        return torch.bmm(scores.softmax(dim=-1), v).view(S, H, C)
+
+
+def _wider(table_SB: torch.Tensor, num_blocks: int) -> torch.Tensor:
+    """The block table cut or padded with block 0 to a width, flat."""
+    missing = num_blocks - table_SB.shape[1]
+    table_SB = F.pad(table_SB, (0, missing)) if missing > 0 else table_SB[:, :num_blocks]
+    return table_SB.reshape(-1)
+
+
+def _gathered(plan: _AttentionPlan, cache: torch.Tensor, newest_slots_S: torch.Tensor) -> torch.Tensor:
+    """The decodes' keys or values, side by side: kept from the step before and extended, or read from the pages."""
+    key = cache.data_ptr()
+    if plan.newest is not None:
+        kept = plan.gathered[key]
+        rows, positions = plan.newest
+        kept[rows, :, positions] = cache.view(-1, *cache.shape[2:]).index_select(0, newest_slots_S)
+        return kept
+    assert plan.decode_blocks is not None
+    read = cache.index_select(0, plan.decode_blocks).view(newest_slots_S.shape[0], plan.decode_len, *cache.shape[2:])
+    read = read.transpose(1, 2).contiguous()
+    if read.nbytes <= _MOST_KEPT:
+        plan.gathered[key] = read
+    return read
+
+
+def _decode_mask(lens_S: torch.Tensor, length: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    """[S, 1, length]: 0 where the newest token may look, -inf elsewhere."""
+    keys = torch.arange(length, device=lens_S.device)
+    hidden = keys >= lens_S[:, None]
+    if window is not None:
+        hidden |= keys < lens_S[:, None] - window
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=lens_S.device).masked_fill_(hidden, -torch.inf)
+    return mask[:, None]
+
+
+def _attend_chunk(q_QHC: torch.Tensor, cache: LayerCache, window: int | None, chunk: _Chunk) -> torch.Tensor:
+    if window not in chunk.masks:
+        chunk.masks[window] = _chunk_mask(chunk, window, q_QHC.device)
+    H, G = q_QHC.shape[1], cache[0].shape[2]
+    k, v = (
+        pages.index_select(0, chunk.blocks).flatten(0, 1)[: chunk.context_len].transpose(0, 1)[None] for pages in cache
+    )
+    mask = chunk.masks[window]
+    out = F.scaled_dot_product_attention(
+        q_QHC.transpose(0, 1)[None], k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=H != G
+    )
+    return out[0].transpose(0, 1)
+
+
+def _chunk_mask(chunk: _Chunk, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """[queries, context] of what may be seen; None stands for plain causal from the first token."""
+    if chunk.num_queries == chunk.context_len and (window is None or window >= chunk.context_len):
+        return None
+    keys = torch.arange(chunk.context_len, device=device)
+    queries = keys[chunk.context_len - chunk.num_queries :, None]
+    seen = keys <= queries
+    return seen if window is None else seen & (keys > queries - window)

@@ -1,0 +1,47 @@
+"""The kernels of a GPU that a configuration names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from threading import Thread
+
+import torch
+
+from inlaid.config import ConfigError, EngineConfig
+from inlaid.kernels.attention_triton import TritonAttention
+from inlaid.kernels.auto import AutoLinear, backends
+from inlaid.kernels.backend import AdapterPages, Kernels, LinearBackend
+from inlaid.kernels.cpu import ReferenceLinear
+from inlaid.kernels.exllama import ExllamaLinear
+from inlaid.kernels.fused_triton import TritonOps
+from inlaid.kernels.humming import HummingLinear
+from inlaid.kernels.linear_triton import TritonLinear
+from inlaid.kernels.lora_triton import TritonLora
+
+
+def cuda_kernels(config: EngineConfig, pages: AdapterPages) -> Kernels:
+    """Return the kernels that the configuration names, or refuse with what would serve."""
+    if pages.pool.dtype not in (torch.float16, torch.bfloat16):
+        raise ConfigError(f"a GPU computes in float16 or bfloat16 here, not {pages.pool.dtype}: choose another dtype")
+    if config.attention_backend not in ("auto", "triton"):
+        raise ConfigError(f"attention backend {config.attention_backend!r} is for a CPU; use auto or triton on a GPU")
+    linears: dict[str, Callable[[], LinearBackend]] = {
+        "auto": lambda: AutoLinear(backends(config.deterministic)),
+        "humming": lambda: HummingLinear(ordered=config.deterministic),
+        "exllama": ExllamaLinear,
+        "triton": TritonLinear,
+        "reference": ReferenceLinear,
+    }
+    backend = linears[config.linear_backend]()
+    lora = TritonLora(pages, config.adapters.max_lora_rank)
+    Thread(target=_precompute_triton_key, daemon=True).start()
+    return Kernels((backend,), TritonAttention(), TritonOps(), lora)
+
+
+def _precompute_triton_key() -> None:
+    """Hash Triton in the background while the weights load: it takes most of a second, once."""
+    with suppress(ImportError):  # versions before 3.6 keep it elsewhere
+        from triton.runtime.cache import triton_key
+
+        triton_key()

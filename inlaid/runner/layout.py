@@ -1,0 +1,142 @@
+"""Layouts: the sizes of a step on a GPU, and where its inputs lie in one int32 array.
+
+What a step is about reaches the device as one array, `meta`, cut into named pieces by a `Layout`. A graph is captured
+per layout and adapter level; `Layouts` makes the captured ones and chooses the smallest that holds a step. Padding
+tokens have id 0, padding sequences length 0; both write to KV block 0, which no request reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from inlaid.engine.request import Work
+from inlaid.kernels import lora_triton
+from inlaid.kernels.attention_triton import QUERY_TILE
+
+ALIGNMENT = 32  # of the pieces of meta, in elements: kernels are compiled for aligned addresses
+DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+TOKEN_BUCKETS = (64, 128, 192, 256, *range(384, 2048, 128), 2048, 3072, 4096, 6144, 8192)
+SPARE_TILES = 128  # prompts in a captured step beyond those that fill their query tiles
+MOST_TEMPLATES = 256  # sizes that no graph has come in any number
+FLOATS = frozenset({"temperature", "top_p", "min_p"})  # pieces of float32
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sizes of a step. It is the key of a graph."""
+
+    tokens: int
+    decodes: int
+    prefills: int
+    samples: int
+    tiles: int
+    segments: int
+    block_rows: int
+
+    @cached_property
+    def pieces(self) -> dict[str, tuple[int, int]]:
+        """Return name -> [begin, end) in meta."""
+        sequences = self.decodes + self.prefills
+        sizes = {
+            "ids": self.tokens,
+            "sources": self.tokens,  # the row whose newest token this is, or -1: the id above
+            "positions": self.tokens,
+            "slots": self.tokens,  # of KV
+            "lengths": sequences,
+            "table_rows": sequences,
+            "starts": self.prefills + 1,
+            "tiles": 2 * self.tiles,
+            "logit_rows": self.samples,
+            "rows": self.samples,  # of the sampled sequences
+            "keys": self.samples,
+            "drawn_at": self.samples,  # position of the token being drawn
+            "top_k": self.samples,
+            "temperature": self.samples,
+            "top_p": self.samples,
+            "min_p": self.samples,
+            "segments": 3 * self.segments,
+            "order": self.tokens,
+            "adapters": self.tokens,  # the slot of each row
+        }
+        placed, at = {}, 0
+        for name, size in sizes.items():
+            placed[name] = (at, at + size)
+            at += -(-size // ALIGNMENT) * ALIGNMENT
+        placed["end"] = (at, at)
+        return placed
+
+    @property
+    def size(self) -> int:
+        """Return the elements of meta that the step uses."""
+        return self.pieces["end"][0]
+
+    def slice(self, name: str) -> slice:
+        """Return where a piece lies in meta."""
+        return slice(*self.pieces[name])
+
+    def view(self, meta: torch.Tensor, name: str) -> torch.Tensor:
+        """Return a piece on the device in its own type."""
+        piece = meta[self.slice(name)]
+        return piece.view(torch.float32) if name in FLOATS else piece
+
+
+class Layouts:
+    """The layouts of a runner with room for `max_tokens` tokens and `max_rows` sequences."""
+
+    def __init__(self, max_tokens: int, max_rows: int, num_slots: int) -> None:
+        self.max_tokens, self.max_rows = max_tokens, max_rows
+        self.num_slots = num_slots  # adapter slots, the empty one aside
+        self.largest = self.exact(max_tokens, max_rows, max_rows, max_rows, max_tokens)
+        self._templates: dict[Layout, np.ndarray] = {}
+
+    def exact(self, tokens: int, decodes: int, prefills: int, samples: int, tiles: int) -> Layout:
+        """Return the layout of exactly these sizes."""
+        block_rows = lora_triton.block_rows_for(tokens)
+        segments = lora_triton.max_segments(tokens, self.num_slots, block_rows)
+        return Layout(tokens, decodes, prefills, samples, tiles, segments, block_rows)
+
+    def decodes(self, count: int) -> Layout:
+        """Return the captured layout of `count` decodes and nothing else."""
+        return self.exact(count, count, 0, count, 0)
+
+    def prompts(self, tokens: int) -> Layout:
+        """Return the captured layout of up to `tokens` tokens of decodes and prompts."""
+        rows = min(self.max_rows, tokens)
+        return self.exact(tokens, rows, rows, rows, tokens // QUERY_TILE + min(SPARE_TILES, rows))
+
+    def captured(self) -> list[Layout]:
+        """Return all layouts that graphs are captured for, the smallest of each kind first."""
+        decodes = [b for b in DECODE_BUCKETS if b < self.max_rows] + [self.max_rows]
+        tokens = [t for t in TOKEN_BUCKETS if t < self.max_tokens] + [self.max_tokens]
+        return [self.decodes(count) for count in decodes] + [self.prompts(count) for count in tokens]
+
+    def choose(self, singles: Sequence[Work], prompts: Sequence[Work], samples: int, captured: bool) -> Layout:
+        """Return the smallest captured layout that holds the step (where layouts are captured), or the exact one."""
+        tokens = len(singles) + sum(work.num_tokens for work in prompts)
+        tiles = sum(-(-work.num_tokens // QUERY_TILE) for work in prompts)
+        if captured:
+            buckets = TOKEN_BUCKETS if prompts else DECODE_BUCKETS
+            most = self.max_tokens if prompts else self.max_rows
+            size = next((b for b in buckets if tokens <= b < most), most)
+            layout = self.prompts(size) if prompts else self.decodes(size)
+            fits = samples <= layout.samples and len(singles) <= layout.decodes
+            if fits and len(prompts) <= layout.prefills and tiles <= layout.tiles:
+                return layout
+        return self.exact(tokens, len(singles), len(prompts), max(1, samples), tiles)
+
+    def template(self, layout: Layout) -> np.ndarray:
+        """Return the meta of a step of padding only."""
+        if layout not in self._templates:
+            template = np.zeros(layout.size, dtype=np.int32)
+            for name, value in (("sources", -1), ("tiles", -1), ("rows", self.max_rows), ("table_rows", self.max_rows)):
+                template[layout.slice(name)] = value
+            template[layout.slice("top_p")].view(np.float32)[:] = 1.0
+            if len(self._templates) > MOST_TEMPLATES:
+                self._templates.clear()
+            self._templates[layout] = template
+        return self._templates[layout]

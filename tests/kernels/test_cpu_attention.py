@@ -1,0 +1,71 @@
+"""Attention on a CPU against a loop written out, over pages."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from inlaid.kernels.cpu_attention import CpuAttention
+from tests.kernels.steps import MEMORY, make_step
+
+
+def attend_by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
+    """One sequence: q [Q, H, C] are the last of the tokens in k and v [L, G, C]."""
+    Q, H, C = q.shape
+    L, G, _ = k.shape
+    out = torch.zeros(Q, H, C)
+    for i in range(Q):
+        last = L - Q + i
+        first = 0 if window is None else max(0, last - window + 1)
+        for h in range(H):
+            g = h // (H // G)
+            weights = (k[first : last + 1, g] @ q[i, h] / math.sqrt(C)).softmax(0)
+            out[i, h] = weights @ v[first : last + 1, g]
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize("heads", [(4, 2), (2, 2), (6, 1)])
+def test_attention_equals_a_loop(window: int | None, heads: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    H, G = heads
+    query_lens, context_lens = (1, 1, 1, 5, 7, 3), (1, 9, 4, 5, 11, 8)
+    blocks = iter(torch.randperm(40)[:30] + 1)
+    table = torch.zeros(6, 3, dtype=torch.int32)
+    for row, length in enumerate(context_lens):
+        for place in range(-(-length // 4)):
+            table[row, place] = next(blocks)
+    k_cache, v_cache = torch.randn(50, 4, G, 8), torch.randn(50, 4, G, 8)
+    q = torch.randn(sum(query_lens), H, 8)
+    step = make_step((0,) * 6, query_lens, context_lens, table)
+    attention = CpuAttention()
+    attention.plan(step, MEMORY)
+    got = attention.attend(q, (k_cache, v_cache), window, step, MEMORY).view(q.shape)
+    first = 0
+    for row, (queries, length) in enumerate(zip(query_lens, context_lens, strict=True)):
+        k, v = (cache[table[row].long()].flatten(0, 1)[:length] for cache in (k_cache, v_cache))
+        want = attend_by_hand(q[first : first + queries], k, v, window)
+        torch.testing.assert_close(got[first : first + queries], want, rtol=1e-5, atol=1e-5)
+        first += queries
+
+
+def test_decodes_that_go_on_read_what_they_kept() -> None:
+    """Kept keys and values, extended step by step past a regathering, equal those read anew from the pages."""
+    torch.manual_seed(0)
+    k_cache, v_cache = torch.zeros(30, 4, 2, 8), torch.zeros(30, 4, 2, 8)
+    table = torch.arange(1, 25, dtype=torch.int32).view(2, 12)
+    cache, kept, fresh = (k_cache, v_cache), CpuAttention(), CpuAttention()
+    for number in range(30):
+        step = make_step((0, 0), (1, 1), (number + 1, number + 9), table, decodes_go_on=number > 0)
+        anew = make_step((0, 0), (1, 1), (number + 1, number + 9), table)
+        for pages in cache:
+            if number == 0:
+                pages.normal_()
+            pages.view(-1, 2, 8)[step.kv_slots_T] = torch.randn(2, 2, 8)
+        q = torch.randn(2, 4, 8)
+        kept.plan(step, MEMORY)
+        fresh.plan(anew, MEMORY)
+        got = kept.attend(q, cache, None, step, MEMORY)
+        torch.testing.assert_close(got, fresh.attend(q, cache, None, anew, MEMORY))
