@@ -1,4 +1,4 @@
-"""Runs programs that a model wrote, each in a walled process of its own (`sandbox_child` says how), and judges them.
+"""Run programs that a model wrote, each in a walled process of its own (`sandbox_child` says how), and judge them.
 
 The expected values never enter the process: a program cannot read what it should answer.
 """
@@ -32,7 +32,7 @@ class ProgramFailed(Exception):
 
 
 def evaluate(source: str, inputs: list[Any], limits: Limits = Limits()) -> list[Any]:
-    """The values of the expression `source`, with each input bound to the name x."""
+    """Return the values of the expression `source`, with each input bound to the name x."""
     value = _run({"kind": "expression", "source": source, "inputs": inputs}, limits)
     if not isinstance(value, list):
         raise ProgramFailed("the sandbox replied with something else than a list")
@@ -45,7 +45,7 @@ def run_tests(source: str, tests: str, limits: Limits = Limits()) -> None:
 
 
 def same(value: object, expected: object) -> bool:
-    """Equal and of one type throughout: 1 is not True, 2.0 is not 2."""
+    """Tell whether two values are equal and of one type throughout: 1 is not True, 2.0 is not 2."""
     if isinstance(value, list) and isinstance(expected, list):
         return len(value) == len(expected) and all(same(a, b) for a, b in zip(value, expected))
     return type(value) is type(expected) and value == expected
@@ -55,7 +55,7 @@ def _run(task: dict[str, Any], limits: Limits) -> Any:
     task = {**task, "memory_bytes": limits.memory_bytes, "cpu_seconds": limits.cpu_seconds}
     with tempfile.TemporaryDirectory(prefix="inlaid-sandbox-") as empty:
         child = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", str(CHILD)],
+            [sys.executable, "-I", "-S", "-B", "-W", "ignore", str(CHILD)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -73,7 +73,7 @@ def _run(task: dict[str, Any], limits: Limits) -> Any:
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """Whatever is left of the program's session goes with it."""
+    """End whatever is left of the program's session."""
     if child.poll() is None:
         os.killpg(child.pid, signal.SIGKILL)
         child.communicate()

@@ -1,12 +1,13 @@
 """The inside of the sandbox: runs one untrusted program and prints its results. Started by `sandbox` as a process of
-its own with `python -I -S -B`; it imports nothing of ours.
+its own with `python -I -S -B -W ignore`; it imports nothing of ours.
 
 Four walls, each enough for most escapes alone:
 1. language: the program's syntax tree may hold only listed nodes; names and attributes come from lists, so nothing that
    starts with an underscore, no `format`, no frame, no class and no real import can be spelled;
 2. builtins: only the listed ones exist; an allowed `import` binds a namespace of listed functions;
-3. audit: once the program runs, any event that Python audits (open, socket, import, exec of other code, fork, ctypes
-   ...) ends the process at once, and no Python code can take the hook off;
+3. audit: once the program runs, any event that Python audits (open, socket, exec of other code, fork, ctypes ...) ends
+   the process at once, and no Python code can take the hook off. An import by an allowed function of the standard
+   library is no escape: what is known to be imported late is loaded before, and anything else fails as an error;
 4. limits of the operating system: no file descriptor can be opened, no process forked, memory and CPU time are bounded,
    and root becomes nobody first.
 """
@@ -21,6 +22,7 @@ import json
 import os
 import resource
 import sys
+from types import MappingProxyType
 
 TYPE_CHECKING = False  # as type checkers read it; `typing` itself would cost each start ten milliseconds
 if TYPE_CHECKING:
@@ -48,19 +50,22 @@ BUILTINS = """
     ArithmeticError AssertionError Exception IndexError KeyError LookupError OverflowError StopIteration TypeError
     ValueError ZeroDivisionError
     """.split()
-MODULES = {
-    "bisect": "bisect bisect_left bisect_right insort".split(),
-    "collections": "Counter OrderedDict defaultdict deque".split(),
-    "functools": "cache lru_cache partial reduce".split(),
-    "heapq": "heapify heappop heappush heappushpop heapreplace merge nlargest nsmallest".split(),
-    "itertools": """accumulate chain combinations combinations_with_replacement count cycle dropwhile groupby islice
+MODULES = MappingProxyType(
+    {
+        "bisect": "bisect bisect_left bisect_right insort".split(),
+        "collections": "Counter OrderedDict defaultdict deque".split(),
+        "functools": "cache lru_cache partial reduce".split(),
+        "heapq": "heapify heappop heappush heappushpop heapreplace merge nlargest nsmallest".split(),
+        "itertools": """accumulate chain combinations combinations_with_replacement count cycle dropwhile groupby islice
                     permutations product repeat starmap takewhile tee zip_longest""".split(),
-    "math": """ceil comb copysign cos degrees dist e exp fabs factorial floor fmod fsum gcd hypot inf isclose isfinite
-               isinf isnan isqrt lcm log log10 log2 modf nan perm pi pow prod radians sin sqrt tan tau trunc""".split(),
-    "re": "IGNORECASE compile findall finditer fullmatch match search split sub".split(),
-    "string": "ascii_letters ascii_lowercase ascii_uppercase digits hexdigits punctuation whitespace".split(),
-    "typing": "Any Callable Dict Iterable Iterator List Optional Sequence Set Tuple Union".split(),
-}
+        "math": """ceil comb copysign cos degrees dist e exp fabs factorial floor fmod fsum gcd hypot inf isclose
+               isfinite isinf isnan isqrt lcm log log10 log2 modf nan perm pi pow prod radians sin sqrt tan tau trunc""".split(),
+        "re": "IGNORECASE compile findall finditer fullmatch match search split sub".split(),
+        "string": "ascii_letters ascii_lowercase ascii_uppercase digits hexdigits punctuation whitespace".split(),
+        "typing": "Any Callable Dict Iterable Iterator List Optional Sequence Set Tuple Union".split(),
+    }
+)
+LATE = ("heapq", "warnings")  # what allowed functions import when they are called (Counter.most_common)
 ATTRIBUTES = frozenset(
     name
     for kind in (str, list, dict, set, frozenset, tuple, int, float)
@@ -78,11 +83,11 @@ class Refused(Exception):
 
 
 class Namespace:
-    """What an allowed import binds."""
+    """The namespace that an allowed import binds."""
 
 
 def parse(source: str, mode: str) -> Any:
-    """The checked syntax tree."""
+    """Return the checked syntax tree."""
     if len(source) > MAX_SOURCE_CHARS:
         raise Refused(f"program longer than {MAX_SOURCE_CHARS} characters")
     tree = ast.parse(source, mode=mode)
@@ -107,7 +112,7 @@ def check(node: Any) -> None:
 
 
 def bound(node: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, Any]]:
-    """What an import would bind: (name, value) pairs."""
+    """Yield what an import would bind: (name, value) pairs."""
     for alias in node.names:
         module = alias.name if isinstance(node, ast.Import) else "." * node.level + str(node.module)
         if module not in MODULES:
@@ -128,7 +133,7 @@ def namespace(module: str) -> Namespace:
 
 
 class BindImports(ast.NodeTransformer):
-    """Turns imports into assignments from values that were fetched before the walls closed."""
+    """Turn imports into assignments from values that were fetched before the walls closed."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
@@ -146,7 +151,7 @@ class BindImports(ast.NodeTransformer):
 
 
 def close_the_walls(memory_bytes: int, cpu_seconds: int, codes: tuple[CodeType, ...]) -> None:
-    """From here on nothing but `codes` can be executed and nothing can be opened."""
+    """Let nothing but `codes` be executed and nothing be opened from here on."""
     if os.getuid() == 0:
         with contextlib.suppress(PermissionError):  # some containers forbid it; the other walls stand without it
             os.setgroups([])
@@ -162,9 +167,21 @@ def close_the_walls(memory_bytes: int, cpu_seconds: int, codes: tuple[CodeType, 
     }
     for limit, value in limits.items():
         resource.setrlimit(limit, (value, value))
-    leave = os._exit  # held here: the hook must not look anything up that a program could have changed
+    # Held here, since the hook must not look up what a program could have changed.
+    leave, denied, frame_at = os._exit, ImportError, sys._getframe
+    library = (os.path.dirname(os.__file__), "<frozen ")  # where the code of the standard library says that it is from
+    looking = False
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal looking
+        if looking:  # asking for a frame is an event too; no code of the program runs meanwhile
+            return
+        if event == "import":
+            looking = True
+            importer = frame_at(1).f_code.co_filename
+            looking = False
+            if importer.startswith(library):
+                raise denied("nothing can be imported once the program runs")
         if event != "exec" or arguments[0] not in codes:
             leave(99)
 
@@ -172,7 +189,9 @@ def close_the_walls(memory_bytes: int, cpu_seconds: int, codes: tuple[CodeType, 
 
 
 def prepare(task: dict[str, Any]) -> tuple[tuple[CodeType, ...], dict[str, Any]]:
-    """Everything that needs parsing or importing, done before the walls close: the code and its names."""
+    """Parse and import everything before the walls close; return the code and its names."""
+    for module in LATE:
+        importlib.import_module(module)
     names: dict[str, Any] = {"__builtins__": {name: getattr(builtins, name) for name in BUILTINS}}
     names["__builtins__"]["print"] = lambda *values, **options: None
     if task["kind"] == "expression":
@@ -192,7 +211,7 @@ def run(task: dict[str, Any], codes: tuple[CodeType, ...], names: dict[str, Any]
 
 
 def plain(value: Any) -> Any:
-    """The value, if JSON can tell it from every other: no tuple that would come back as a list."""
+    """Return the value if JSON can tell it from every other: no tuple that would come back as a list."""
     if type(value) in (int, bool, float, str, type(None)):
         return value
     if type(value) is list:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import subprocess
 import sys
@@ -26,6 +28,40 @@ def test_a_program_is_run_with_its_tests() -> None:
     sandbox.run_tests(program, "assert f(8) == 4")
     with pytest.raises(ProgramFailed, match="AssertionError"):
         sandbox.run_tests(program, "assert f(8) == 5")
+
+
+@pytest.mark.parametrize(
+    ("program", "tests"),
+    [
+        (
+            "from collections import Counter\ndef f(s):\n    return Counter(s).most_common(1)",
+            "assert f('aab') == [('a', 2)]",
+        ),
+        ("import re\ndef f(s):\n    return re.findall('[[]a]', s)", "assert f('[a]') == ['[a]']"),
+        ("def f(s):\n    return str(s.encode('ascii'))", "assert f('a') == \"b'a'\""),
+    ],
+    ids=["an import inside an allowed call", "a warning inside an allowed call", "a codec"],
+)
+def test_what_the_standard_library_does_late_is_no_escape(program: str, tests: str) -> None:
+    sandbox.run_tests(program, tests)
+
+
+def test_an_import_that_was_not_foreseen_fails_like_any_error() -> None:
+    """The program is told, may go on, and is not called an escape."""
+    with pytest.raises(ProgramFailed, match="LookupError: unknown encoding"):
+        sandbox.run_tests("", "'a'.encode('hz')")
+    sandbox.run_tests("", "try:\n    'a'.encode('hz')\nexcept LookupError:\n    pass")
+
+
+def test_every_late_import_of_an_allowed_function_is_loaded_before() -> None:
+    """Read off the standard library's source: what allowed functions and the methods of allowed classes import."""
+    for module, names in sandbox_child.MODULES.items():
+        file = getattr(importlib.import_module(module), "__file__", None)
+        for node in ast.parse(Path(file).read_text()).body if file and file.endswith(".py") else []:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name in names:
+                found = {name.name for one in ast.walk(node) if isinstance(one, ast.Import) for name in one.names}
+                found |= {str(one.module) for one in ast.walk(node) if isinstance(one, ast.ImportFrom)}
+                assert found <= {*sandbox_child.LATE, *sys.builtin_module_names}, f"{module}.{node.name}"
 
 
 def test_the_demo_evaluator_and_the_sandbox_agree() -> None:
