@@ -1,21 +1,26 @@
-"""From examples to answers: renders prompts to tokens once, asks a backend, and reads its tokens back.
+"""From examples to answers: render prompts to tokens once, ask a backend, and read its tokens back.
 
-Greedy decoding with the reference as a draft: one teacher-forced pass tells how many of the reference's tokens greedy
-decoding would choose itself; those are its first tokens, and it goes on from there. A right answer costs one pass and
-no decoding, a wrong one only what comes after its first error, and the tokens are those of plain greedy decoding. The
-same pass gives the reference's perplexity.
+draft    Greedy decoding with the reference as a draft: one teacher-forced pass tells how many of the reference's tokens
+         greedy decoding would choose itself; those are its first tokens, and it goes on from there. A right answer
+         costs one pass and no decoding, a wrong one only what comes after its first error, and the tokens are those of
+         plain greedy decoding. The same pass gives the reference's perplexity.
+forward  That pass alone: an answer is the reference where greedy decoding writes just that, and empty elsewhere.
+         Quicker, and stricter where a metric accepts other answers too.
+plain    Greedy decoding of every token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from eval import metrics
 from eval.backend import Ask, Backend, Graded
 from eval.metrics import Answer
 from eval.task import Example, Task, TaskError
+
+Decoding = Literal["draft", "forward", "plain"]
 
 
 @dataclass(frozen=True)
@@ -45,12 +50,13 @@ def answer(
     backend: Backend,
     pairs: Sequence[tuple[Question, str | None]],
     tokenizer: Any,
-    draft: bool = True,
+    decoding: Decoding = "draft",
 ) -> list[Answer]:
-    """What the model, with each question's adapter, makes of each question."""
-    draft = draft and backend.drafts
+    """Return what the model, with each question's adapter, makes of each question."""
+    forward = decoding == "forward"
+    draft = forward or (decoding == "draft" and backend.drafts)
     graded = _grade_targets(backend, pairs, draft)
-    said = _generate(backend, pairs, graded if draft else [None] * len(pairs))
+    said = _matched(pairs, graded) if forward else _generate(backend, pairs, graded if draft else [None] * len(pairs))
     chosen = _choose(backend, pairs)
     return [
         _answer(question, one, choice, grade, tokenizer)
@@ -59,7 +65,7 @@ def answer(
 
 
 def needs(task: Task) -> set[str]:
-    """What the task's metrics read of an answer: text, choice, target."""
+    """Return what the task's metrics read of an answer: text, choice, target."""
     return {metrics.find(name).needs for name in (task.metric.primary, *task.metric.also)} - (
         {"text"} if task.prompt.choices else set()
     )
@@ -98,10 +104,21 @@ def _grade_targets(backend: Backend, pairs: Sequence[tuple[Question, str | None]
     return graded
 
 
+def _matched(
+    pairs: Sequence[tuple[Question, str | None]], graded: Sequence[Graded | None]
+) -> list[list[int] | str | None]:
+    """Return the reference where greedy decoding writes it, and nothing where it writes something else."""
+    said: list[list[int] | str | None] = []
+    for (question, _), grade in zip(pairs, graded):
+        whole = question.target[: question.task.decoding.max_tokens]
+        said.append(list(whole) if grade and grade.accepted >= len(whole) else [])
+    return said
+
+
 def _generate(
     backend: Backend, pairs: Sequence[tuple[Question, str | None]], graded: Sequence[Graded | None]
 ) -> list[list[int] | str | None]:
-    """What greedy decoding says; tokens that the draft already gives are not computed again."""
+    """Return what greedy decoding says; tokens that the draft already gives are not computed again."""
     said: list[list[int] | str | None] = [None] * len(pairs)
     rows, asks = [], []
     for row, ((question, adapter), grade) in enumerate(zip(pairs, graded)):

@@ -1,5 +1,5 @@
-"""What a model is asked, whoever runs it: the engine, a live server by URL, or transformers and peft as the oracle.
-`answer` drives any of them; they are in `engine`, `server` and `oracle`."""
+"""Questions to a model and its answers, the same for every backend: the engine, a live server by URL, or transformers
+and peft as the oracle. `answer` drives any of them; they are in `engine`, `server` and `oracle`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Graded:
 
     @property
     def accepted(self) -> int:
-        """How many tokens greedy decoding has in common with the continuation."""
+        """Return how many tokens greedy decoding has in common with the continuation."""
         return next((index for index, chosen in enumerate(self.greedy) if not chosen), len(self.greedy))
 
 
@@ -36,16 +36,16 @@ class Backend(Protocol):
     """One base with its adapters. Tokens in, tokens out: every backend gets the same prompts."""
 
     drafts: bool
-    """Whether it can go on from given tokens exactly, so that the reference may serve as a draft."""
+    """Set where it can go on from given tokens exactly, so that the reference may serve as a draft."""
     refused: dict[str, str]
     """Adapters that could not be loaded, and why."""
 
     def generate(self, asks: Sequence[Ask]) -> list[list[int] | str]:
-        """What greedy decoding says, without the token that ended it: tokens, or text where tokens are not known."""
+        """Return what greedy decoding says without the token that ended it: tokens, or text if tokens are not known."""
         ...
 
     def grade(self, asks: Sequence[Ask], continuations: Sequence[Sequence[int]]) -> list[Graded]:
-        """Each continuation's tokens under teacher forcing; max_tokens and stop play no part."""
+        """Grade each continuation's tokens under teacher forcing; max_tokens and stop play no part."""
         ...
 
     def close(self) -> None: ...

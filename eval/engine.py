@@ -12,11 +12,11 @@ from eval.provenance import code_identity
 from inlaid import LLM, SamplingParams
 from inlaid.engine.request import TokenLogprobs
 
-PARTS = ("engine", "model", "layers", "kernels", "adapters", "checkpoint.py")
+PARTS = ("engine", "text", "runner", "worker", "model", "layers", "kernels", "adapters", "llm.py", "checkpoint.py")
 
 
-class Engine:
-    """A Backend."""
+class EngineBackend:
+    """A Backend that runs the engine."""
 
     drafts = True
 
@@ -49,12 +49,12 @@ class Engine:
 
 
 def setting() -> str:
-    """What decides the engine's numbers."""
+    """Return what decides the engine's numbers."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return f"inlaid {code_identity(*PARTS)}, {device}, torch {torch.__version__}"
 
 
 def _graded(logprobs: Sequence[TokenLogprobs | None], start: int) -> Graded:
-    """Of the tokens from `start` on; a token of rank 1 is what greedy decoding chooses."""
+    """Return the grades of the tokens from `start` on; a token of rank 1 is what greedy decoding chooses."""
     chosen = [one for one in logprobs[start:] if one is not None]
     return Graded(tuple(one.logprob for one in chosen), tuple(one.rank == 1 for one in chosen))

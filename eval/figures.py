@@ -13,18 +13,18 @@ from inlaid.report.plots import new_figure, save
 if TYPE_CHECKING:
     from inlaid.report.plots import Figure
 
-Record = dict[str, Any]
+Row = dict[str, Any]
 RADAR = ("rouge1", "rouge2", "nist", "bleu", "meteor", "gleu")
 
 
-def draw(stem: Path, records: Sequence[Record], summary: Sequence[Record]) -> list[Path]:
+def draw(stem: Path, records: Sequence[Row], summary: Sequence[Row]) -> list[Path]:
     """Draw heat map, worst task against bits, and the radar, where the records hold enough for them."""
     made = [_heat_map(stem, records), _worst(stem, summary), _radar(stem, records)]
     return [path for path in made if path is not None]
 
 
-def _heat_map(stem: Path, records: Sequence[Record]) -> Path | None:
-    """Drop by task (columns) and base (rows); colours end at 20 points so that 4 bits still shows."""
+def _heat_map(stem: Path, records: Sequence[Row]) -> Path | None:
+    """Draw the drop by task (columns) and base (rows); colours end at 20 points so that 4 bits still shows."""
     dropped = [r for r in records if r["drop"] is not None and r["variant"] != "fp16"]
     if not dropped:
         return None
@@ -47,8 +47,8 @@ def _heat_map(stem: Path, records: Sequence[Record]) -> Path | None:
     return _save(figure, stem, "heat-map")
 
 
-def _worst(stem: Path, summary: Sequence[Record]) -> Path | None:
-    """The worst task's drop against bits, a line for each variant."""
+def _worst(stem: Path, summary: Sequence[Row]) -> Path | None:
+    """Draw the worst task's drop against bits, a line for each variant."""
     rows = [row for row in summary if row["worst_drop"] is not None and row["variant"] != "fp16"]
     widths = sorted({row["bits"] for row in rows})
     if len(widths) < 2:
@@ -68,8 +68,8 @@ def _worst(stem: Path, summary: Sequence[Record]) -> Path | None:
     return _save(figure, stem, "worst-task")
 
 
-def _radar(stem: Path, records: Sequence[Record]) -> Path | None:
-    """Six text metrics as shares of full precision, averaged over the tasks that have them; a panel for each width."""
+def _radar(stem: Path, records: Sequence[Row]) -> Path | None:
+    """Draw six text metrics as shares of full precision, means over the tasks that have them; a panel a width."""
     full = _text_metrics([r for r in records if r["variant"] == "fp16"])
     widths = sorted({r["bits"] for r in records if r["variant"] != "fp16"}, reverse=True)
     names = [name for name in RADAR if full.get(name)]
@@ -91,8 +91,8 @@ def _radar(stem: Path, records: Sequence[Record]) -> Path | None:
     return _save(figure, stem, "radar")
 
 
-def _text_metrics(records: Sequence[Record]) -> dict[str, float]:
-    """The mean of each text metric over the tasks that have all of those that any has."""
+def _text_metrics(records: Sequence[Row]) -> dict[str, float]:
+    """Return the mean of each text metric over the tasks that have all of those that any has."""
     values: dict[str, list[float]] = {}
     for record in records:
         scores = {**record.get("also", {}), record["metric"]: record["score"]}

@@ -1,5 +1,5 @@
-"""The grid of answers: for each base, every task with its adapter. Asks only what the cache does not know, all adapters
-of a base together, and keeps what is done after every few hundred questions."""
+"""The grid of answers: for each base, every task with its adapter. Only what the cache does not know is asked, all
+adapters of a base together, and answers are kept after every few hundred questions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from eval import answer as asking
 from eval import provenance, task
-from eval.answer import Question
+from eval.answer import Decoding, Question
 from eval.backend import Backend, OpenBackend
 from eval.cache import Cache, Key
 from eval.metrics import Answer
@@ -23,16 +23,21 @@ CHUNK = 256  # questions asked at once, and lost at most by a kill
 
 @dataclass(frozen=True)
 class Base:
-    """One base to evaluate: a variant at a bit width, as a folder."""
+    """One base to evaluate: a variant at a bit width for a calibration seed, as a folder.
+
+    With `task` the base is for that task alone.
+    """
 
     variant: str
     bits: int
     folder: Path
+    seed: int = 0
+    task: str | None = None
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One task with one adapter (None: the base alone) on one base. `refusal`: why there are no answers."""
+    """One task with one adapter (None: the base alone) on one base. `refusal` says why there are no answers."""
 
     base: Base
     base_version: str
@@ -59,7 +64,7 @@ class Asked:
 
 
 class Grid:
-    """What is the same for every base."""
+    """The questions and the backend, which are the same for every base."""
 
     def __init__(
         self,
@@ -69,7 +74,7 @@ class Grid:
         open_backend: OpenBackend,
         backend_key: tuple[str, str],
         cache: Cache,
-        draft: bool = True,
+        decoding: Decoding = "draft",
     ) -> None:
         self.asked = asked
         self.adapters = adapters
@@ -77,15 +82,16 @@ class Grid:
         self.open_backend = open_backend
         self.backend_key = backend_key  # name and setting
         self.cache = cache
-        self.draft = draft
+        self.decoding = decoding
         self.identities = {name: provenance.adapter_identity(path) for name, path in adapters.items()}
 
     def run(self, base: Base, alone: bool = False) -> list[Cell]:
-        """Every task's cell on this base; with `alone`, those of the base without adapters too."""
+        """Return every task's cell on this base; with `alone`, those of the base without adapters too."""
         version, tokens = provenance.base_identity(base.folder), provenance.tokenizer_identity(base.folder)
-        wanted = [(asked, self.adapter_of[asked.task.name]) for asked in self.asked]
+        tasks = [asked for asked in self.asked if base.task in (None, asked.task.name)]
+        wanted = [(asked, self.adapter_of[asked.task.name]) for asked in tasks]
         if alone:
-            wanted += [(asked, None) for asked in self.asked if self.adapter_of[asked.task.name] is not None]
+            wanted += [(asked, None) for asked in tasks if self.adapter_of[asked.task.name] is not None]
         keys = [self._key(version, tokens, asked, adapter) for asked, adapter in wanted]
         missing = [index for index, key in enumerate(keys) if self.cache.get(key) is None]
         refused = self._ask(base, [wanted[index] for index in missing], [keys[index] for index in missing])
@@ -98,8 +104,8 @@ class Grid:
             adapter=self._identity(adapter),
             task=asked.fingerprint,
             backend=self.backend_key[0],
-            setting=self.backend_key[1],
-            draft=self.draft,
+            setting=self.backend_key[1] + (", forward only" if self.decoding == "forward" else ""),
+            draft=self.decoding != "plain",
         )
 
     def _identity(self, adapter: str | None) -> str:
@@ -113,7 +119,7 @@ class Grid:
         return Cell(base, version, asked.task, adapter, self._identity(adapter), answers, refusal)
 
     def _ask(self, base: Base, wanted: Sequence[tuple[Asked, str | None]], keys: Sequence[Key]) -> dict[str, str]:
-        """Put the missing answers into the cache; returns the adapters that could not be loaded."""
+        """Put the missing answers into the cache; return the adapters that could not be loaded."""
         if not wanted:
             return {}
         tokenizer = _tokenizer(base.folder)
@@ -139,7 +145,7 @@ class Grid:
         keys: Sequence[Key],
         tokenizer: Any,
     ) -> None:
-        """Answers are kept as soon as a cell has all of its own."""
+        """Ask, and keep the answers of a cell as soon as it has all of its own."""
         left = [sum(owner == index for owner, _, _ in questions) for index in range(len(keys))]
         answers: list[list[Answer]] = [[] for _ in keys]
         title = f"{base.variant} {base.bits}-bit"
@@ -147,7 +153,7 @@ class Grid:
             for start in range(0, len(questions), CHUNK):
                 chunk = questions[start : start + CHUNK]
                 pairs = [(question, adapter) for _, question, adapter in chunk]
-                for (owner, _, _), given in zip(chunk, asking.answer(backend, pairs, tokenizer, self.draft)):
+                for (owner, _, _), given in zip(chunk, asking.answer(backend, pairs, tokenizer, self.decoding)):
                     answers[owner].append(given)
                     if len(answers[owner]) == left[owner]:
                         self.cache.put(keys[owner], answers[owner])

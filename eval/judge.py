@@ -14,7 +14,7 @@ REFERENCE = "fp16"
 
 
 def records(cells: Sequence[Cell], examples: Mapping[str, Sequence[Example]]) -> list[dict[str, Any]]:
-    """One record for each cell with an adapter, or of a task that needs none, in the order of the cells."""
+    """Return one record for each cell with an adapter, or of a task that needs none, in the order of the cells."""
     reference = {(c.task.name, c.adapter): c for c in cells if c.base.variant == REFERENCE}
     judged = [cell for cell in cells if not _is_comparison(cell, cells)]
     found = [_record(cell, reference, examples[cell.task.name]) for cell in judged]
@@ -23,7 +23,7 @@ def records(cells: Sequence[Cell], examples: Mapping[str, Sequence[Example]]) ->
 
 
 def _is_comparison(cell: Cell, cells: Sequence[Cell]) -> bool:
-    """The base alone, asked beside a task's adapter only to see what the adapter adds."""
+    """Tell whether the base was asked alone beside a task's adapter, only to see what the adapter adds."""
     return cell.adapter is None and any(c.task.name == cell.task.name and c.adapter is not None for c in cells)
 
 
@@ -32,6 +32,7 @@ def _record(cell: Cell, reference: Mapping[tuple[str, str | None], Cell], asked:
     facts: dict[str, Any] = {
         "variant": cell.base.variant,
         "bits": cell.base.bits,
+        "seed": cell.base.seed,
         "base_version": cell.base_version,
         "adapter": cell.adapter or "none",
         "adapter_identity": cell.adapter_identity,
@@ -48,6 +49,7 @@ def _record(cell: Cell, reference: Mapping[tuple[str, str | None], Cell], asked:
     against = (
         None if full is None or full.refusal else statistics.compare(metric, task, full.answers, cell.answers, asked)
     )
+    nats, full_nats = _nats(cell), None if full is None or full.refusal else _nats(full)
     also = {name: finite(metrics.score(metrics.find(name), task, cell.answers, asked)) for name in task.metric.also}
     return {
         **facts,
@@ -56,8 +58,16 @@ def _record(cell: Cell, reference: Mapping[tuple[str, str | None], Cell], asked:
         "high": score.high,
         **_against(against, None if full is None or full.refusal else full, metric, asked),
         "also": also,
+        "nats": nats,
+        "nats_gained": None if nats is None or full_nats is None else nats - full_nats,
         "faults": _faults(full or cell, reference.get((task.name, None)), asked),
     }
+
+
+def _nats(cell: Cell) -> float | None:
+    """Return the mean negative log likelihood of a whole reference answer, where every one was graded."""
+    found = [answer.target_nll for answer in cell.answers]
+    return None if None in found else finite(sum(nll for nll in found if nll is not None) / max(1, len(found)))
 
 
 def _against(
@@ -75,7 +85,7 @@ def _against(
 
 
 def _faults(cell: Cell, alone: Cell | None, asked: Sequence[Example]) -> list[str]:
-    """What is wrong with adapter, base or data whatever the bits: judged in full precision where that was asked."""
+    """Return what is wrong with adapter, base or data whatever the bits, judged in full precision if that was asked."""
     task, metric = cell.task, metrics.find(cell.task.metric.primary)
     found = []
     if cell.adapter is not None and alone is not None and alone is not cell:
@@ -92,27 +102,28 @@ def _faults(cell: Cell, alone: Cell | None, asked: Sequence[Example]) -> list[st
 
 
 def _correct_p_values(found: Sequence[dict[str, Any]]) -> None:
-    """Holm's correction over the tasks of each base: `p` is of one look, `p_holm` of having looked at them all."""
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    """Add Holm's correction over the tasks of each base: `p` is of one look, `p_holm` of having looked at them all."""
+    groups: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
     for record in found:
         if record.get("p") is not None:
-            groups.setdefault((record["variant"], record["bits"]), []).append(record)
+            groups.setdefault((record["variant"], record["bits"], record["seed"]), []).append(record)
     for group in groups.values():
         for record, corrected in zip(group, statistics.holm([r["p"] for r in group])):
             record["p_holm"] = corrected
 
 
 def summary(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each base the average and the worst task."""
+    """Return the average and the worst task of each base."""
     rows = []
-    for variant, bits in dict.fromkeys((r["variant"], r["bits"]) for r in found):
-        group = [r for r in found if (r["variant"], r["bits"]) == (variant, bits)]
+    for variant, bits, seed in dict.fromkeys((r["variant"], r["bits"], r["seed"]) for r in found):
+        group = [r for r in found if (r["variant"], r["bits"], r["seed"]) == (variant, bits, seed)]
         dropped = [r for r in group if r["drop"] is not None]
         worst = max(dropped, key=lambda r: r["drop"], default=None)
         rows.append(
             {
                 "variant": variant,
                 "bits": bits,
+                "seed": seed,
                 "average_score": sum(r["score"] for r in group) / len(group),
                 "average_drop": sum(r["drop"] for r in dropped) / len(dropped) if dropped else None,
                 "worst_drop": worst["drop"] if worst else None,
@@ -126,7 +137,7 @@ def summary(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def differences(
     cells: Sequence[Cell], others: Sequence[Cell], examples: Mapping[str, Sequence[Example]]
 ) -> list[dict[str, Any]]:
-    """Where two backends answer differently, cell by cell, with the first few pairs."""
+    """Return where two backends answer differently, cell by cell, with the first few pairs."""
     rows = []
     for one, other in zip(cells, others, strict=True):
         if one.refusal or other.refusal:

@@ -12,8 +12,9 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ Rows = NDArray[np.float64]  # [examples, statistics]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model made of one example; fields that the task's metrics do not need stay empty."""
+    """An answer of a model to one example; fields that the task's metrics do not need stay empty."""
 
     text: str = ""
     choice: str | None = None  # the likeliest of the choices
@@ -61,7 +62,7 @@ def find(name: str) -> Metric:
 
 
 def drop(metric: Metric, reference: float, value: float) -> float:
-    """How much worse `value` is: in points, or in percent for perplexity."""
+    """Return how much worse `value` is: in points, or in percent for perplexity."""
     return reference - value if metric.higher_is_better else 100 * (value / reference - 1)
 
 
@@ -208,7 +209,7 @@ def _rouge_of(kind: str, text: str, target: str) -> float:
     return float(_rouge_scorer(kind).score(target, text)[kind].fmeasure)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=8)
 def _rouge_scorer(kind: str):  # type: ignore[no-untyped-def]
     from rouge_score.rouge_scorer import RougeScorer
 
@@ -240,7 +241,7 @@ def _meteor_of(text: str, target: str) -> float:
 
 
 class _NoSynonyms:
-    """What METEOR asks of WordNet, with nothing in it."""
+    """An empty WordNet: the part of it that METEOR asks."""
 
     def synsets(self, word: str) -> list[object]:
         return []
@@ -272,7 +273,7 @@ def _perplexity(sums: Rows) -> NDArray[np.float64]:
     return np.asarray(np.exp(np.minimum(sums[..., 0] / sums[..., 1], math.log(1e30))))
 
 
-METRICS: dict[str, Metric] = {
+METRICS: Mapping[str, Metric] = MappingProxyType({
     "exact_match": _mean_of(exact_match),
     "final_number": _mean_of(final_number),
     "choice_accuracy": _mean_of(choice_accuracy, needs="choice"),
@@ -288,4 +289,4 @@ METRICS: dict[str, Metric] = {
     "rouge2": _rouge("rouge2"),
     "rougeL": _rouge("rougeL"),
     "perplexity": Metric(rows=_nll_rows, combine=_perplexity, higher_is_better=False, needs="target"),
-}
+})  # fmt: skip

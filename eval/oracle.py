@@ -23,8 +23,8 @@ from inlaid.checkpoint import Checkpoint, dequantize
 MAX_TOKENS = 8192  # in one padded batch
 
 
-class Oracle:
-    """A Backend."""
+class OracleBackend:
+    """A Backend that runs transformers and peft."""
 
     drafts = True
 
@@ -102,7 +102,7 @@ class Oracle:
 
 
 def setting() -> str:
-    """What decides the oracle's numbers."""
+    """Return what decides the oracle's numbers."""
     return f"float32, torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
 
 

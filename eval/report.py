@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from eval import seeds
 from inlaid.files import write_atomically
 from inlaid.report import tables
 
-Record = dict[str, Any]
+Row = dict[str, Any]
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:
@@ -23,18 +24,22 @@ def write_markdown(path: Path, report: dict[str, Any], figures: Sequence[Path]) 
 
 
 def markdown(report: dict[str, Any], figures: Sequence[Path] = ()) -> str:
-    """Head, the two tables, faults, differences between backends, figures."""
-    parts = [
-        f"# {report['name']}",
-        _head(report),
-        "## Average and worst task",
-        _summary(report["summary"]),
+    """Return the page: head, the two tables, faults, differences between backends, figures."""
+    records = report["records"]
+    parts = [f"# {report['name']}", _head(report)]
+    if len(seeds.seeds_of(records)) > 1:
+        worst = seeds.worst_task(records)
+        parts += ["## The worst task", worst] if worst else []
+        parts += ["## Average and worst task", seeds.average_and_worst(records)]
+    else:
+        parts += ["## Average and worst task", _summary(report["summary"])]
+    parts += [
         "## Drop by task, in points",
         "Against the same adapter on the full-precision base, on the same examples; *: p < 0.05 after correcting for "
         "the number of tasks. The line `fp16` shows scores instead of drops.",
-        _by_task(report["records"]),
+        _by_task(seeds.merged(records)),
     ]
-    parts += _faults(report["records"])
+    parts += _faults(records)
     parts += _differences(report.get("differences", []))
     parts += [f"![{figure.stem}]({figure.name})" for figure in figures]
     return "\n\n".join(parts)
@@ -42,16 +47,16 @@ def markdown(report: dict[str, Any], figures: Sequence[Path] = ()) -> str:
 
 def _head(report: dict[str, Any]) -> str:
     made = report["provenance"]
-    commit = (made["commit"] or "unknown")[:12] + (" with uncommitted changes" if made["uncommitted"] else "")
+    commit = (made["commit"] or "unknown").replace("+", " with uncommitted changes")
     return (
         f"`{made['command']}`\n\n"
-        f"Commit {commit}, {made['finished']}, {made['seconds']:.0f} s on {made['gpu'] or made['machine']}, "
+        f"Commit {commit}, {made['finished']}, {made['seconds']:.0f} s on {made['gpu'] or made['processor']}, "
         f"backend {report['backend']['name']} ({report['backend']['setting']}), "
         f"{report['examples_per_task']} examples a task."
     )
 
 
-def _summary(rows: Sequence[Record]) -> str:
+def _summary(rows: Sequence[Row]) -> str:
     head = ("variant", "bits", "average score", "average drop", "worst drop", "worst task")
     cells = (
         (
@@ -67,7 +72,7 @@ def _summary(rows: Sequence[Record]) -> str:
     return tables.markdown(head, cells, "lrrrrl")
 
 
-def _by_task(records: Sequence[Record]) -> str:
+def _by_task(records: Sequence[Row]) -> str:
     tasks = list(dict.fromkeys(r["task"] for r in records))
     rows = []
     for variant, bits in dict.fromkeys((r["variant"], r["bits"]) for r in records):
@@ -76,7 +81,7 @@ def _by_task(records: Sequence[Record]) -> str:
     return tables.markdown(["variant", "bits", *tasks], rows)
 
 
-def _cell(record: Record | None, shows_score: bool) -> str:
+def _cell(record: Row | None, shows_score: bool) -> str:
     if record is None:
         return ""
     if shows_score or record["drop"] is None:
@@ -84,7 +89,7 @@ def _cell(record: Record | None, shows_score: bool) -> str:
     return f"{record['drop']:.1f}" + ("*" if record.get("p_holm", 1) < 0.05 else "")
 
 
-def _faults(records: Sequence[Record]) -> list[str]:
+def _faults(records: Sequence[Row]) -> list[str]:
     lines = list(
         dict.fromkeys(
             f"- **{r['task']}** with adapter {r['adapter']}: {fault}" for r in records for fault in r["faults"]
@@ -93,7 +98,7 @@ def _faults(records: Sequence[Record]) -> list[str]:
     return ["## Faults", "\n".join(lines)] if lines else []
 
 
-def _differences(rows: Sequence[Record]) -> list[str]:
+def _differences(rows: Sequence[Row]) -> list[str]:
     if not rows:
         return []
     other, unlike = rows[0]["other"], [row for row in rows if row["different_answers"]]

@@ -3,6 +3,7 @@
 # against transformers and peft. Killed and started again, it goes on where it was. Results: eval/results/.
 #   bash eval/run_all.sh                the whole grid
 #   bash eval/run_all.sh quick          a subset of two minutes, without touching the committed results
+#   bash eval/run_all.sh seeds          every variant over three calibration seeds, judged by one forward pass (hours)
 #   bash eval/run_all.sh ARGS …         passed on to `python -m eval.run`
 # Environment: INLAID_PYTHON=python3 uses this Python instead of .venv's.
 set -euo pipefail
@@ -17,6 +18,10 @@ if [ "${1:-}" = quick ]; then
     shift
     run --tasks to_velar,text_summary,code,maths --variants fp16,rtn,mlgptq-minimax --bits 4,2 --examples 16 \
         --calibration-tokens 2048 --compare oracle --out .inlaid/eval/quick "$@"
+elif [ "${1:-}" = seeds ]; then
+    shift
+    run --variants all --bits 4,3,2 --group-size 128,128,32 --seeds 0,1,2 --examples 32 --forward-only --no-alone \
+        --no-figures --out eval/results/quant-demo "$@"
 elif (($#)); then
     run "$@"
 else

@@ -19,8 +19,8 @@ AT_ONCE = 8  # requests in flight
 TIMEOUT = 600.0
 
 
-class Server:
-    """A Backend."""
+class ServerBackend:
+    """A Backend that asks a server."""
 
     drafts = False  # it returns text, and the tokens that it stands for are not known for sure
 
@@ -69,12 +69,12 @@ class Server:
             groups.setdefault(json.dumps({**body, "prompt": None}, sort_keys=True), []).append(index)
         batches = [rows[start : start + BATCH] for rows in groups.values() for start in range(0, len(rows), BATCH)]
         choices: list[dict[str, Any]] = [{} for _ in bodies]
-        gate = asyncio.Semaphore(AT_ONCE)
+        in_flight = asyncio.Semaphore(AT_ONCE)
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT)) as session:
 
             async def ask(rows: list[int]) -> None:
                 body = {**bodies[rows[0]], "prompt": [bodies[row]["prompt"] for row in rows], "temperature": 0}
-                async with gate:
+                async with in_flight:
                     reply = await _post(session, f"{self.url}/v1/completions", body)
                 for choice in reply["choices"]:
                     choices[rows[choice["index"]]] = choice

@@ -2,7 +2,7 @@
 
 AWQ multiplies the weights of each input by s and divides the input by it, so that loud inputs get finer steps, and
 folds 1/s into whatever comes before. With adapters that fold is not free: it changes what the adapter reads. A GPTQ
-file has no place for s, so this is a yardstick for the table (`eval/quant_table.py`), not something to be written.
+file has no place for s, so this is a yardstick for the table (`eval/variants.py`), not something to be written.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval import answer, task
-from eval.answer import Question
+from eval.answer import Decoding, Question
 from eval.backend import Ask, Graded
 from eval.task import Example
 
@@ -91,7 +91,7 @@ def test_the_draft_changes_nothing(seed: int, faithful: float, prompts: list[Any
     pairs = ask(prompts, targets)
     model = Hashing(seed, faithful, {prompt: (*target, END) for prompt, target in zip(prompts, targets)})
     drafted = answer.answer(model, pairs, Letters())
-    plain = answer.answer(model, pairs, Letters(), draft=False)
+    plain = answer.answer(model, pairs, Letters(), decoding="plain")
     assert [one.text for one in drafted] == [one.text for one in plain]
     assert [one.target_nll for one in drafted] == [one.target_nll for one in plain]
 
@@ -102,11 +102,29 @@ def test_a_right_answer_costs_no_decoding() -> None:
     assert (said.text, model.decoded) == ("cde", 0)
 
 
+def test_a_forward_pass_alone_tells_which_references_are_written() -> None:
+    """The answers that equal the reference are those of decoding; the others are empty, and nothing is decoded."""
+    targets = [(3, 4, 5), (2, 2), (5, 1, 1, 1), (4,)]
+    pairs = ask([(1, index) for index in range(4)], targets)
+    for seed in range(20):
+        model = Hashing(seed, 0.7, {q.prompt: q.target for q, _ in pairs})
+        decoded = answer.answer(model, pairs, Letters(), "plain")
+        before = model.decoded
+        judged = answer.answer(model, pairs, Letters(), "forward")
+        wanted = [Letters().decode(q.target, True) for q, _ in pairs]
+        assert [one.text for one in judged] == [
+            one.text if one.text == right else "" for one, right in zip(decoded, wanted)
+        ]
+        assert model.decoded == before
+        assert all(one.target_nll is not None for one in judged)
+
+
 def test_an_answer_longer_than_allowed_is_cut_where_decoding_would() -> None:
     long = (3,) * 200
     model = Hashing(0, 1.0, {(1, 2): (*long, END)})
-    for draft in (True, False):
-        (said,) = answer.answer(model, ask([(1, 2)], [long]), Letters(), draft)
+    decodings: tuple[Decoding, ...] = ("draft", "plain")
+    for decoding in decodings:
+        (said,) = answer.answer(model, ask([(1, 2)], [long]), Letters(), decoding)
         assert len(said.text) == TASK.decoding.max_tokens
 
 

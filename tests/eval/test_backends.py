@@ -11,9 +11,9 @@ from transformers import AutoTokenizer
 from eval import answer, task
 from eval.answer import Question
 from eval.backend import Ask, BackendError
-from eval.engine import Engine
+from eval.engine import EngineBackend
 from eval.metrics import Answer
-from eval.oracle import Oracle
+from eval.oracle import OracleBackend
 from eval.task import ROOT
 from eval.variants import Source, Variants
 
@@ -67,12 +67,12 @@ def test_engine_and_oracle_agree_with_and_without_the_draft(
     quantized: bool, rounded: Path, pairs: list[tuple[Question, str | None]], tokenizer: Any
 ) -> None:
     base = rounded if quantized else BASE
-    engine, oracle = Engine(base, ADAPTERS), Oracle(base, ADAPTERS)
+    engine, oracle = EngineBackend(base, ADAPTERS), OracleBackend(base, ADAPTERS)
     assert not engine.refused
     assert not oracle.refused
-    plain = answer.answer(oracle, pairs, tokenizer, draft=False)
-    for backend, draft in ((oracle, True), (engine, True), (engine, False)):
-        found = answer.answer(backend, pairs, tokenizer, draft)
+    plain = answer.answer(oracle, pairs, tokenizer, decoding="plain")
+    for backend, decoding in ((oracle, "draft"), (engine, "draft"), (engine, "plain")):
+        found = answer.answer(backend, pairs, tokenizer, decoding)
         assert texts(found) == texts(plain)
         nlls = [(a.target_nll, b.target_nll) for a, b in zip(found, plain)]
         assert all(a == pytest.approx(b, abs=1e-3) for a, b in nlls)
@@ -90,7 +90,7 @@ def test_choices_are_weighed_alike(tmp_path: Path, tokenizer: Any) -> None:
     path = {"maths": ROOT / "models/demo/adapters/maths"}
     chosen = [
         [one.choice for one in answer.answer(backend, [(q, "maths") for q in asked], tokenizer)]
-        for backend in (Engine(BASE, path), Oracle(BASE, path))
+        for backend in (EngineBackend(BASE, path), OracleBackend(BASE, path))
     ]
     assert chosen[0] == chosen[1]
 
@@ -100,7 +100,7 @@ def test_an_adapter_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     broken.mkdir()
     (broken / "adapter_config.json").write_text((ADAPTERS["code"] / "adapter_config.json").read_text())
     (broken / "adapter_model.safetensors").write_bytes(b"no")
-    for backend in (Engine(BASE, {"broken": broken}), Oracle(BASE, {"broken": broken})):
+    for backend in (EngineBackend(BASE, {"broken": broken}), OracleBackend(BASE, {"broken": broken})):
         assert list(backend.refused) == ["broken"]
         assert backend.refused["broken"]
     with pytest.raises(BackendError, match="broken is not loaded"):

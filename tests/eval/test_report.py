@@ -23,17 +23,18 @@ def records() -> list[dict[str, Any]]:
             drop = 10.0 if (variant, bits, task) == ("bad", 2, "b") else 0.0
             also = {name: value - drop for name, value in TEXT.items()}
             found.append(
-                {"variant": variant, "bits": bits, "task": task, "adapter": task, "metric": "exact_match", "also": also,
+                {"variant": variant, "bits": bits, "seed": 0, "task": task, "adapter": task,
+                 "metric": "exact_match", "also": also,
                  "score": 95.0 - drop, "drop": drop, "p_holm": 0.01 if drop else 1, "faults": ["dead"] if drop else []}
             )  # fmt: skip
     return found
 
 
 def whole() -> dict[str, Any]:
-    made = {"commit": "c" * 40, "uncommitted": False, "command": "python -m eval.run", "finished": "now", "seconds": 3}
+    made = {"commit": "c" * 7, "command": "python -m eval.run", "finished": "now", "seconds": 3}
     return {
         "name": "demo",
-        "provenance": {**made, "machine": "x", "gpu": None},
+        "provenance": {**made, "processor": "x", "gpu": None},
         "backend": {"name": "engine", "setting": "y"},
         "examples_per_task": 8,
         "summary": judge.summary(records()),

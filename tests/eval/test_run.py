@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eval import provenance, run
-from eval.engine import Engine
+from eval.engine import EngineBackend
 from eval.task import ROOT
 from inlaid import LLM
 from inlaid.adapters.gate import GateError, check
@@ -103,11 +103,11 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.M
     arguments = ("--tasks", "to_velar,code", "--variants", "fp16,rtn", "--bits", "3")
     calm = evaluate(tmp_path / "calm", *arguments)
     asked: list[int] = []
-    plain = Engine.grade
+    plain = EngineBackend.grade
     monkeypatch.setattr("eval.engine.setting", lambda: "the same code throughout")
 
     def counting(die_at: int) -> Callable[..., Any]:
-        def grade(self: Engine, asks: Any, continuations: Any) -> Any:
+        def grade(self: EngineBackend, asks: Any, continuations: Any) -> Any:
             if len(asked) + 1 == die_at:
                 raise KeyboardInterrupt
             asked.append(len(asks))
@@ -115,12 +115,12 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.M
 
         return grade
 
-    monkeypatch.setattr(Engine, "grade", counting(die_at=3))
+    monkeypatch.setattr(EngineBackend, "grade", counting(die_at=3))
     with pytest.raises(KeyboardInterrupt):
         evaluate(tmp_path / "killed", *arguments)
     assert asked[0] > 0
     first, asked[:] = sum(asked), []
-    monkeypatch.setattr(Engine, "grade", counting(die_at=0))
+    monkeypatch.setattr(EngineBackend, "grade", counting(die_at=0))
     resumed = evaluate(tmp_path / "killed", *arguments)
     assert first + sum(asked) == 4 * (2 * 2 + 2)
     assert [without_place(r) for r in resumed["records"]] == [without_place(r) for r in calm["records"]]

@@ -15,8 +15,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from eval import answer, run, task
-from eval.oracle import Oracle
-from eval.server import Server
+from eval.oracle import OracleBackend
+from eval.server import ServerBackend
 from eval.task import ROOT
 from tests.server.live import serving
 
@@ -38,7 +38,8 @@ def test_a_server_answers_what_the_oracle_answers(url: str) -> None:
         pairs += [(question, name) for question in answer.questions(task.load(name), asked, tokenizer)]
     pairs.append((pairs[0][0], None))
     found, wanted = (
-        answer.answer(backend, pairs, tokenizer) for backend in (Server(url, BASE, ADAPTERS), Oracle(BASE, ADAPTERS))
+        answer.answer(backend, pairs, tokenizer)
+        for backend in (ServerBackend(url, BASE, ADAPTERS), OracleBackend(BASE, ADAPTERS))
     )
     assert [one.text for one in found] == [one.text for one in wanted]
     for one, other in zip(found, wanted):
@@ -51,7 +52,7 @@ def test_grades_from_a_server_mark_the_first_token_that_is_not_greedy(url: str) 
     (question,) = answer.questions(task.load("maths"), asked, tokenizer)
     wrong = [*question.target[:5], (question.target[5] + 1) % 900, *question.target[6:]]
     pair = [question.ask("maths")] * 2
-    for backend in (Server(url, BASE, ADAPTERS), Oracle(BASE, ADAPTERS)):
+    for backend in (ServerBackend(url, BASE, ADAPTERS), OracleBackend(BASE, ADAPTERS)):
         right, spoiled = backend.grade(pair, [question.target, wrong])
         assert right.accepted == len(question.target)
         assert spoiled.accepted == 5

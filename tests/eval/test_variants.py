@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from eval.oracle import load_dense
 from eval.variants import Source, VariantError, Variants
 from inlaid.checkpoint import Checkpoint, dequantize
-from inlaid.quant.calibration import CalibrationSettings
+from inlaid.quant.adapter import NO_ADAPTER, read_adapter
+from inlaid.quant.aggregate import AGGREGATIONS, TaskHessian, combine
+from inlaid.quant.baselines import scaled_weight
+from inlaid.quant.blocks import BlockModel
+from inlaid.quant.calibration import CalibrationSettings, batches, load_calibration
 from inlaid.quant.grid import Grid
-from inlaid.quant.solver import round_to_nearest
+from inlaid.quant.hessian import block_hessians
+from inlaid.quant.solver import round_to_nearest, solve
 
 WORDS = "a b c d e f g h one two three four five six seven eight".split()
 CALIBRATION = CalibrationSettings(max_tokens=400)
@@ -58,11 +65,18 @@ def sources(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, S
     return found
 
 
-def variants(base: Path, sources: dict[str, Source], folder: Path, generic: Path | None = None) -> Variants:
-    return Variants(base, sources, 32, folder, generic or sources["one"].calibration, CALIBRATION)
+def variants(
+    base: Path,
+    sources: dict[str, Source],
+    folder: Path,
+    generic: Path | None = None,
+    widths: Sequence[int] = (8, 4, 3, 2),
+) -> Variants:
+    grids = {bits: Grid.of_width(bits, 32) for bits in widths}
+    return Variants(base, sources, grids, folder, generic or sources["one"].calibration, CALIBRATION)
 
 
-@pytest.mark.parametrize("name", ["rtn", "gptq", "gptq-mixed", "awq", "mlgptq-max", "mlgptq-minimax"])
+@pytest.mark.parametrize("name", ["rtn", "gptq", "gptq-mixed", "awq", "mlgptq-max", "mlgptq-minimax-loss"])
 def test_every_variant_is_a_base_near_the_original(
     name: str, base: Path, sources: dict[str, Source], tmp_path: Path
 ) -> None:
@@ -107,15 +121,75 @@ def test_a_variant_is_made_once_and_again_when_what_it_needs_changes(
 def test_a_grid_starts_with_full_precision(base: Path, sources: dict[str, Source], tmp_path: Path) -> None:
     given = tmp_path / "given"
     shutil.copytree(variants(base, sources, tmp_path).base_of("rtn", 2).folder, given)
-    made = [one() for one in variants(base, sources, tmp_path).bases(["rtn", f"mine={given}", "fp16"], [8, 4])]
+    made = [one() for one in variants(base, sources, tmp_path, widths=(8, 4)).bases(["rtn", f"mine={given}", "fp16"])]
     assert [(one.variant, one.bits) for one in made] == [("fp16", 16), ("rtn", 8), ("rtn", 4), ("mine", 2)]
 
 
 def test_what_cannot_be_made_says_why(base: Path, sources: dict[str, Source], tmp_path: Path) -> None:
     with pytest.raises(VariantError, match=r"no variant 'nf4'; known: fp16, rtn, .*mlgptq-minimax"):
-        variants(base, sources, tmp_path).bases(["nf4"], [4])
+        variants(base, sources, tmp_path).bases(["nf4"])
     with pytest.raises(VariantError, match="needs tasks that have an adapter"):
-        variants(base, {}, tmp_path, sources["one"].calibration).bases(["mlgptq-max"], [4])
+        variants(base, {}, tmp_path, sources["one"].calibration).bases(["mlgptq-max"])
     quantized = variants(base, sources, tmp_path).base_of("rtn", 4).folder
     with pytest.raises(VariantError, match="quantized already"):
-        variants(quantized, sources, tmp_path).bases(["rtn"], [4])
+        variants(quantized, sources, tmp_path).bases(["rtn"])
+
+
+def hessians_of(base: Path, source: Source, with_adapter: bool, seed: int) -> dict[str, tuple[torch.Tensor, float]]:
+    """Return site -> second moments and tokens, made without the variants."""
+    calibration = load_calibration(
+        source.calibration, AutoTokenizer.from_pretrained(base), replace(CALIBRATION, seed=seed)
+    )
+    model, found = BlockModel(Checkpoint(base)), {}
+    adapter = read_adapter(source.adapter) if with_adapter else NO_ADAPTER
+    streams = model.start(batches(calibration.fitting))
+    for index in range(model.num_blocks):
+        with model.loaded(index) as block:
+            sites = block_hessians(model, block, index, adapter, streams, advance=True)
+        for site, hessian in sites.hessians().items():
+            found |= dict.fromkeys(sites.members[site], (hessian, sites.total))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "aggregation", "with_adapter"),
+    [
+        ("mlgptq-mean", None, "mean", True),
+        ("mlgptq-max-diag", None, "max-diag", True),
+        ("gptq-mixed", None, "sum", False),
+        ("per-task", "two", "mean", True),
+        ("awq", None, "sum", False),
+    ],
+)
+def test_a_variant_solves_what_its_name_says(
+    name: str, task: str | None, aggregation: str, with_adapter: bool, base: Path, sources: dict[str, Source],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """The folder dequantizes to what the solver gives for Hessians made by hand, at a seed of its own."""
+    made = Checkpoint(variants(base, sources, tmp_path, widths=(3,)).base_of(name, 3, seed=1, task=task).folder)
+    linear, grid = "model.layers.1.mlp.down_proj", Grid.of_width(3, 32)
+    held = [
+        hessians_of(base, source, with_adapter, 1)[linear] for one, source in sources.items() if task in (None, one)
+    ]
+    tasks = [TaskHessian(lambda h=hessian: h, tokens) for hessian, tokens in held]  # type: ignore[misc]
+    weight_KN = Checkpoint(base).tensor(f"{linear}.weight").float().T.contiguous()
+    hessian_KK = combine(aggregation, tasks)
+    if name == "awq":
+        assert torch.equal(made.tensor(f"{linear}.weight").T, scaled_weight(weight_KN, hessian_KK, grid))
+    else:
+        assert torch.equal(dequantize(made.linear(linear)), solve(weight_KN, hessian_KK, grid).weight_KN())
+
+
+def test_seeds_and_the_bound_make_bases_of_their_own(base: Path, sources: dict[str, Source], tmp_path: Path) -> None:
+    makes = variants(base, sources, tmp_path, widths=(4,)).bases(["rtn", "mlgptq-mean", "per-task", "fp16"], [0, 1])
+    made = [make() for make in makes]
+    assert [(one.variant, one.seed, one.task) for one in made] == [
+        ("fp16", 0, None), ("rtn", 0, None), ("mlgptq-mean", 0, None), ("mlgptq-mean", 1, None),
+        ("per-task", 0, "one"), ("per-task", 0, "two"), ("per-task", 1, "one"), ("per-task", 1, "two"),
+    ]  # fmt: skip
+    assert len({one.folder for one in made}) == len(made)
+
+
+def test_all_is_every_variant(base: Path, sources: dict[str, Source], tmp_path: Path) -> None:
+    makes = variants(base, sources, tmp_path, widths=(4,)).bases(["all"])
+    assert len(makes) == 5 + len(AGGREGATIONS) + len(sources)

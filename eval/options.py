@@ -1,0 +1,181 @@
+"""Options of `python -m eval.run`, and the plan that they describe: tasks, adapters and variants, checked."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from eval import task
+from eval.answer import Decoding
+from eval.backend import BackendError
+from eval.grid import Asked, Base
+from eval.task import ROOT, TaskError
+from eval.variants import DEFAULT, GENERIC, Source, VariantError, Variants
+from inlaid.checkpoint import BITS
+from inlaid.quant.calibration import CalibrationSettings
+from inlaid.quant.grid import Grid
+
+BACKENDS = ("engine", "server", "oracle")
+_TASKS_HELP = (
+    "names or .toml files, comma-separated; :ADAPTER where the adapter has another name than the task (:none for the "
+    "base alone); `demo` is every task whose data and adapter come with the repository (default: %(default)s)"
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run evaluates: bases are made when they are called, full precision first."""
+
+    asked: Sequence[Asked]
+    adapters: Mapping[str, Path]
+    adapter_of: Mapping[str, str | None]  # task -> adapter; None: the base alone
+    bases: Sequence[Callable[[], Base]]
+    decoding: Decoding
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m eval.run", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = made.add_argument
+    add("--base", type=Path, default=ROOT / "models/demo/base", help="the full-precision base (default: the demo's)")
+    add("--adapter", action="append", default=[], metavar="NAME=PATH", help="an adapter; default: what the tasks name")
+    add("--tasks", default="demo", metavar="NAME[:ADAPTER],...", help=_TASKS_HELP)
+    add("--examples", type=_count, default=64, help="examples of each task; 0 for all (default: %(default)s)")
+    add("--backend", choices=BACKENDS, default="engine", help="who answers (default: %(default)s)")
+    add("--compare", choices=("oracle", "engine"), help="ask this backend too and report where the two differ")
+    add("--url", help="of the server, for --backend server")
+    add("--workers", type=int, default=1, help="processes that answer while this one quantizes; 0: one after the other")
+    add("--no-draft", dest="draft", action="store_false", help="decode every token even where the reference is right")
+    add("--forward-only", action="store_true", help="judge by one forward pass: right is what repeats the reference")
+    add("--no-alone", dest="alone", action="store_false", help="do not ask the base without adapters for comparison")
+    add("--max-drop", type=float, help="exit with 1 if the gate would refuse an adapter at so many points")
+    add("--out", type=Path, default=ROOT / ".inlaid/eval/report", help="path of the report without its ending")
+    add("--no-figures", dest="figures", action="store_false")
+    add("--cache", type=Path, default=ROOT / ".inlaid/eval", help="folder of answers and quantized bases")
+    _add_variants(made.add_argument_group("variants"))
+    return made
+
+
+def _add_variants(group: argparse._ArgumentGroup) -> None:
+    add, switch = group.add_argument, argparse.BooleanOptionalAction
+    add("--variants", default=",".join(DEFAULT), help="`all`, or names; NAME=PATH is a folder as it is (%(default)s)")
+    add("--bits", default="4,3,2", help="widths (default: %(default)s)")
+    add("--group-size", default="128", help="inputs that share a scale: one number, or one for each of --bits")
+    add("--seeds", default="0", help="seeds that draw calibration data, comma-separated (default: %(default)s)")
+    add("--generic", type=Path, default=GENERIC, help="JSON lines that belong to no task, for the variant gptq")
+    add("--calibration-tokens", type=int, help="most tokens of each task that quantizing reads (quantizer's default)")
+    add("--highlight", type=float, default=1.0, help="what a token of an answer counts in calibration (%(default)s)")
+    add("--symmetric", action=switch, default=None, help="grids without zero points")
+    add("--act-order", action=switch, default=None, help="let groups gather inputs that are alike (default: by width)")
+    add("--clip", action=switch, default=None, help="search the ranges of groups")
+    add("--refine", type=_count, help="rounds of refinement after GPTQ's own pass")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return int(text)
+
+
+def plan(arguments: argparse.Namespace) -> Plan:
+    """Return what the arguments ask for; everything that can be refused is refused here."""
+    asked, adapter_of = _tasks(arguments)
+    adapters = _adapters(arguments, asked, set(adapter_of.values()))
+    bases = _bases(arguments, asked, adapters, adapter_of)
+    if arguments.forward_only and not arguments.draft:
+        raise TaskError("--forward-only decodes nothing: leave --no-draft out")
+    decoding: Decoding = "forward" if arguments.forward_only else "draft" if arguments.draft else "plain"
+    return Plan(asked, adapters, adapter_of, bases, decoding)
+
+
+def _tasks(arguments: argparse.Namespace) -> tuple[list[Asked], dict[str, str | None]]:
+    """Return the tasks with their examples, and which adapter answers which."""
+    given = [name.partition("=")[0] for name in arguments.adapter]
+    asked, adapter_of = [], {}
+    for text in _demo_tasks() if arguments.tasks == "demo" else arguments.tasks.split(","):
+        name, _, adapter = text.partition(":")
+        one = Asked.load(name, arguments.examples or None)
+        chosen = adapter or one.task.name
+        if not adapter and given and chosen not in given:
+            raise TaskError(
+                f"task {name} has no adapter of its name; write {name}:none, or {name}: and one of {', '.join(given)}"
+            )
+        if one.task.name in adapter_of:
+            raise TaskError(f"task {one.task.name} is named twice")
+        asked.append(one)
+        adapter_of[one.task.name] = None if chosen == "none" else chosen
+    return asked, adapter_of
+
+
+def _demo_tasks() -> list[str]:
+    loaded = [task.load(name) for name in task.names()]
+    return [one.name for one in loaded if one.data.file and one.adapter]
+
+
+def _adapters(arguments: argparse.Namespace, asked: Sequence[Asked], used: set[str | None]) -> dict[str, Path]:
+    adapters: dict[str, Path] = {}
+    for text in arguments.adapter:
+        name, equals, path = text.partition("=")
+        if not equals:
+            raise TaskError(f"--adapter {text}: write NAME=PATH")
+        adapters[name] = Path(path)
+    for one in asked:
+        if not arguments.adapter and one.task.adapter:
+            adapters[one.task.name] = ROOT / one.task.adapter
+    for name in sorted(used - {None} - set(adapters), key=str):
+        raise TaskError(f"adapter {name} is not given: --adapter {name}=PATH")
+    for name, path in adapters.items():
+        if not (path / "adapter_config.json").exists():
+            raise TaskError(f"adapter {name}: {path} has no adapter_config.json")
+    return {name: path for name, path in adapters.items() if name in used}
+
+
+def _bases(
+    arguments: argparse.Namespace,
+    asked: Sequence[Asked],
+    adapters: Mapping[str, Path],
+    adapter_of: Mapping[str, str | None],
+) -> list[Callable[[], Base]]:
+    """Return what to evaluate, full precision first: everything is compared with it."""
+    sources = {
+        one.task.name: Source(adapters[adapter], ROOT / one.task.calibration)
+        for one in asked
+        if (adapter := adapter_of[one.task.name]) is not None and one.task.calibration
+    }
+    calibration = CalibrationSettings(highlight=arguments.highlight)
+    if arguments.calibration_tokens:
+        calibration = replace(calibration, max_tokens=arguments.calibration_tokens)
+    folder = arguments.cache / "bases"
+    variants = Variants(arguments.base, sources, _grids(arguments), folder, arguments.generic, calibration)
+    if arguments.backend == "server":
+        if not arguments.url:
+            raise BackendError("--backend server needs --url")
+        return [lambda: Base("served", 0, arguments.base)]
+    return variants.bases(arguments.variants.split(","), _numbers("--seeds", arguments.seeds))
+
+
+def _grids(arguments: argparse.Namespace) -> dict[int, Grid]:
+    """Return the quantizer's grid for each width."""
+    widths = _numbers("--bits", arguments.bits)
+    if unknown := [bits for bits in widths if bits not in BITS]:
+        raise VariantError(f"{unknown[0]} bits: only {', '.join(map(str, BITS))} are supported")
+    sizes = _numbers("--group-size", arguments.group_size)
+    if len(sizes) not in (1, len(widths)):
+        raise VariantError(
+            f"--group-size {arguments.group_size}: give one number, or {len(widths)}, one for each width"
+        )
+    chosen = {name: getattr(arguments, name) for name in ("symmetric", "act_order", "clip", "refine")}
+    changes = {name: value for name, value in chosen.items() if value is not None}
+    sizes = sizes * len(widths) if len(sizes) == 1 else sizes
+    return {bits: replace(Grid.of_width(bits, size), **changes) for bits, size in zip(widths, sizes, strict=True)}
+
+
+def _numbers(flag: str, text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError as error:
+        raise VariantError(f"{flag} {text}: write whole numbers with commas between") from error
