@@ -59,7 +59,8 @@ MODULES = MappingProxyType(
         "itertools": """accumulate chain combinations combinations_with_replacement count cycle dropwhile groupby islice
                     permutations product repeat starmap takewhile tee zip_longest""".split(),
         "math": """ceil comb copysign cos degrees dist e exp fabs factorial floor fmod fsum gcd hypot inf isclose
-               isfinite isinf isnan isqrt lcm log log10 log2 modf nan perm pi pow prod radians sin sqrt tan tau trunc""".split(),
+               isfinite isinf isnan isqrt lcm log log10 log2 modf nan perm pi pow prod radians sin sqrt tan tau
+               trunc""".split(),
         "re": "IGNORECASE compile findall finditer fullmatch match search split sub".split(),
         "string": "ascii_letters ascii_lowercase ascii_uppercase digits hexdigits punctuation whitespace".split(),
         "typing": "Any Callable Dict Iterable Iterator List Optional Sequence Set Tuple Union".split(),
