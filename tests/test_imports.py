@@ -68,7 +68,6 @@ STILL_MUTABLE: set[str] = {
     "data/sentences.py",
     "data/tasks.py",
     "inlaid/adapters/peft.py",
-    "inlaid/engine/policy.py",
     "inlaid/kernels/measure.py",
     "inlaid/model/spec.py",
     "inlaid/model/weights.py",

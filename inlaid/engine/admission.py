@@ -94,7 +94,7 @@ class Admission:
         return min(self.state.config.max_num_seqs, self.state.config.max_num_batched_tokens)
 
     def _nothing_fits_still(self) -> bool:
-        """True if the last look found no request that fits, and nothing has been freed or added since."""
+        """Return True if the last look found no request that fits, and nothing has been freed or added since."""
         state = self.state
         if state.nothing_fits is None:
             return False
@@ -138,7 +138,7 @@ class Admission:
         self._endings.refuse(progress, Refusal(message, why.kind, retry_after=seconds))
 
     def _prefetch(self) -> None:
-        """While the batch is full, set those aside who come next, so that their adapters are loaded already."""
+        """Set the next requests aside while the batch is full, so that their adapters are loaded by their turn."""
         state = self.state
         while len(state.working_set.aside) < MAX_PREFETCHED:
             request = state.waiting.peek()

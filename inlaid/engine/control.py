@@ -1,4 +1,4 @@
-"""The scheduler seen and changed from outside while it runs: what GET and PUT /v1/scheduler and GET /v1/fairness say.
+"""View and change the scheduler while it runs: the content of GET and PUT /v1/scheduler and of GET /v1/fairness.
 
 Plain dicts go in and out, as they cross a socket and become JSON.
 """
@@ -19,7 +19,7 @@ SETTINGS = ("policy", "options", "weights", "limits", "max_num_waiting")
 
 
 def describe(scheduler: Scheduler) -> dict[str, Any]:
-    """The settings in force, in the form that `change` takes, and the policies there are."""
+    """Return the settings in force, in the form that `change` takes, and the names of the policies."""
     return {
         "policy": scheduler.policy.name,
         "options": asdict(scheduler.policy),
@@ -31,7 +31,7 @@ def describe(scheduler: Scheduler) -> dict[str, Any]:
 
 
 def change(scheduler: Scheduler, changes: dict[str, Any]) -> None:
-    """Replace the settings named. All or nothing: what is unknown or impossible raises ValueError first."""
+    """Replace the settings named, all or none: raise ValueError first if one is unknown or impossible."""
     unknown = sorted(set(changes) - set(SETTINGS))
     if unknown:
         raise ValueError(f"unknown setting {', '.join(unknown)}; known: {', '.join(SETTINGS)}")
@@ -71,7 +71,7 @@ def _convert(changes: dict[str, Any], name: str, kind: Any) -> Any:
 
 
 def fairness(scheduler: Scheduler, window: float, now: float) -> dict[str, Any]:
-    """Service per tenant in the last `window` seconds, who waits, and the largest gap between tenants that wait."""
+    """Return each tenant's service in the last `window` seconds, and the largest gap between tenants that wait."""
     if not 0 < window < float("inf"):
         raise ValueError(f"window is {window}; it must be a positive number of seconds")
     ledger = scheduler.ledger
@@ -107,7 +107,7 @@ def fairness(scheduler: Scheduler, window: float, now: float) -> dict[str, Any]:
 
 
 def _predicted_waits(scheduler: Scheduler) -> dict[str, float]:
-    """When each waiting tenant's next request is expected to start: by the policy's order and the present pace."""
+    """Estimate the seconds until each waiting tenant's next request starts, by the policy's order and the pace."""
     waits: dict[str, float] = {}
     waiting = [r for r in scheduler.requests.values() if r.status is Status.WAITING]
     for place, request in enumerate(sorted(waiting, key=scheduler.state.standing)):

@@ -1,4 +1,4 @@
-"""The step loop: schedule, submit, collect, commit. The engine process calls it, and so do LLM and the simulator.
+"""The step loop: schedule, submit, collect, commit. The engine process, LLM and the simulator call it.
 
 The engine owns nothing on the device: the runner does, behind a protocol. With an overlapping runner the host makes
 step n+1 while the device computes step n.
@@ -61,8 +61,10 @@ class Engine:
         return request
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> bool:
-        """End a request at once; its last Output comes with the next step. False: unknown or over already. STOP says
-        that the answer is whole (a stop string was found), so that the predictor learns its length."""
+        """End a request at once; its last Output comes with the next step. Return False if it is unknown or over.
+
+        STOP says that the answer is whole (a stop string was found), so that the predictor learns its length.
+        """
         return self.scheduler.abort(request_id, reason)
 
     @property
@@ -70,15 +72,18 @@ class Engine:
         return self._pending is not None or self.scheduler.has_work
 
     def step(self) -> list[Output]:
-        """One turn of the loop. Nothing to compute (adapters still loading, say) gives what has ended meanwhile, and
-        leaves `idle` set, so that the caller can pause instead of spinning."""
+        """Take one turn of the loop and return its outputs.
+
+        If there is nothing to compute (adapters still loading, say), `idle` is set, so that the caller can pause
+        instead of spinning.
+        """
         outputs: list[Output] = []
         batch = self.scheduler.schedule(self.clock())
         current = None
         if batch is not None:
             try:
                 current = (batch, self.runner.submit(batch))
-            except Exception as error:  # noqa: BLE001 - whatever the device raises ends this batch, not the server
+            except Exception as error:  # noqa: BLE001 - an error of the device ends this batch, not the server
                 outputs += self._fail(batch, error)
         if self.runner.overlap:
             current, self._pending = self._pending, current
@@ -105,15 +110,15 @@ class Engine:
         return self.scheduler.fail(batch, message, self.clock())
 
     def close(self) -> None:
-        """Keep what the predictor has learned, if the configuration names a file."""
+        """Save the predictor if the configuration names a file for it."""
         lengths, path = self.scheduler.view.lengths, self.scheduler.config.predictor_file
         if isinstance(lengths, Predictor) and path:
             lengths.save(Path(path))
 
-    # Seen and changed while it runs.
+    # Viewed and changed while it runs.
 
     def stats(self) -> dict[str, float]:
-        """Gauges and counters, for /metrics."""
+        """Return gauges and counters for /metrics."""
         scheduler = self.scheduler
         pool = scheduler.pool
         ledger = scheduler.ledger
@@ -135,17 +140,17 @@ class Engine:
         }
 
     def describe_scheduler(self) -> dict[str, Any]:
-        """What GET /v1/scheduler answers."""
+        """Answer GET /v1/scheduler."""
         return describe(self.scheduler)
 
     def set_scheduler(self, changes: dict[str, Any]) -> dict[str, Any]:
-        """PUT /v1/scheduler: any of policy, options, weights, limits, max_num_waiting. All or nothing: a bad value
-        raises ValueError and changes nothing. Answers the new description."""
+        """Answer PUT /v1/scheduler: change any of policy, options, weights, limits and max_num_waiting, and return the
+        new description. A bad value raises ValueError, and nothing is changed."""
         change(self.scheduler, changes)
         return describe(self.scheduler)
 
     def fairness(self, window: float = 60.0) -> dict[str, Any]:
-        """GET /v1/fairness: who was served how much in the last `window` seconds, and who waits."""
+        """Answer GET /v1/fairness: each tenant's service in the last `window` seconds, and the tenants that wait."""
         return fairness(self.scheduler, window, self.clock())
 
 
@@ -162,7 +167,7 @@ def make_engine(
     make_grammar: Callable[[Grammar], Any] | None = None,
     pool: BlockPool | None = None,
 ) -> Engine:
-    """An engine from its configuration and what was found out about the model and the device's memory."""
+    """Make an engine from its configuration and the figures of the model and the device's memory."""
     scheduler = Scheduler(
         config.scheduler,
         config.cache,
@@ -179,7 +184,7 @@ def make_engine(
 
 
 def make_lengths(config: SchedulerConfig) -> Lengths:
-    """The predictor that a configuration names, with what it had learned before."""
+    """Make the predictor that a configuration names, with what it learned before."""
     if config.predictor == "none":
         return MaxTokens()
     if config.predictor != "history":

@@ -1,5 +1,8 @@
-"""What may come in: settings and requests that make no sense are refused here, each with a sentence. The scheduler
-calls it when it is made and at every arrival."""
+"""Checks at the engine's door: settings that are out of range, and requests that can never be served here.
+
+A request's sampling values are checked where it is made, see text/params.py; here stands only what depends on this
+engine: its memory, the model's length, and the budgets of a step. The scheduler is the only caller.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ def check_config(config: SchedulerConfig) -> None:
 
 
 def make_cost(config: SchedulerConfig) -> LinearCost | ProfiledCost:
-    """The price list that a configuration names."""
+    """Make the price list that a configuration names."""
     if config.cost == "linear":
         return LinearCost(config.prompt_weight, config.output_weight, config.cached_price)
     if config.cost == "profiled":
@@ -45,7 +48,7 @@ def make_cost(config: SchedulerConfig) -> LinearCost | ProfiledCost:
 
 
 def most_tokens(new: NewRequest, max_model_len: int, pool: BlockPool, config: SchedulerConfig) -> int:
-    """The most tokens of prompt plus output. Raise Refused for a request that can never be served."""
+    """Return the most tokens of prompt plus output, or raise Refused for a request that can never be served."""
     params = new.params
     if not new.prompt:
         raise _invalid("the prompt is empty; at least one token is needed")
@@ -78,7 +81,7 @@ def _invalid(message: str) -> Refused:
 def make_request(
     new: NewRequest, identity: str | None, account: Account, limit: int, now: float, order: int, eos_ids: frozenset[int]
 ) -> Request:
-    """The state of a request that has just arrived."""
+    """Make the state of a request that has just arrived."""
     params = new.params
     return Request(
         id=new.id,

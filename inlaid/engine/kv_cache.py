@@ -1,4 +1,4 @@
-"""Which KV block belongs to whom: reference counts, the free list, and the prefix cache's names for full blocks.
+"""The pool of KV blocks: reference counts, the free list, and the prefix cache's names for full blocks.
 
 The scheduler is the only caller. Blocks are numbers here; their tensors live in the model runner. Block 0 is the
 scratch block (padding rows write there) and is never given out.
@@ -20,10 +20,10 @@ from typing import Protocol
 
 
 class Borrower(Protocol):
-    """Whom blocks are lent to: the adapter store."""
+    """The adapter store, which blocks are lent to."""
 
     def give_back(self, count: int, keep: str | None) -> list[int]:
-        """Up to so many blocks, at the cost of idle adapters, but not of the one with this identity."""
+        """Give back up to `count` blocks by evicting idle adapters, but not the one with the identity `keep`."""
         ...
 
 
@@ -32,15 +32,14 @@ Key = bytes  # 128 bits: two different prefixes never meet in practice, so conte
 
 @lru_cache(maxsize=4096)
 def root_key(base_version: str, adapter: str | None, salt: str = "") -> Key:
-    """Where a chain starts: KV depends on the base weights and on the adapter; a salt keeps tenants apart."""
+    """Return the start of a chain: KV depends on the base weights and on the adapter; a salt keeps tenants apart."""
     named = (base_version, "base" if adapter is None else "adapter:" + adapter, salt)
     text = "".join(f"{len(part)}:{part}" for part in named)
     return blake2b(text.encode(), digest_size=16).digest()
 
 
 def extend_keys(keys: list[Key], root: Key, tokens: Sequence[int], block_size: int) -> None:
-    """Append to keys until it names every full block of tokens: by everything before it (its parent) and what is in
-    it."""
+    """Append to keys until it names every full block of tokens, each by its tokens and everything before them."""
     parent = keys[-1] if keys else root
     fresh = tokens[len(keys) * block_size : len(tokens) // block_size * block_size]
     text, width = pack(f"{len(fresh)}i", *fresh), 4 * block_size  # so that 16 tokens and a parent are one round
@@ -55,7 +54,7 @@ class BlockPool:
     def __init__(
         self, num_blocks: int, block_size: int, first: int = 1, floor: int = 0, borrower: Borrower | None = None
     ) -> None:
-        """`first`: the first block that is not somebody else's; the last `floor` blocks are never lent."""
+        """Own the blocks from `first` on; the last `floor` of them are never lent."""
         if num_blocks < first + 1:
             raise ValueError(f"num_blocks is {num_blocks}; at least {first + 1} are needed, as block 0 is scratch")
         if block_size < 1:
@@ -81,7 +80,7 @@ class BlockPool:
 
     @property
     def guaranteed(self) -> int:
-        """Blocks that it can always have."""
+        """Blocks that requests can hold together whatever is lent."""
         return self.capacity if self._borrower is None else self.num_blocks - 1 - self._last_lent
 
     @property
@@ -90,7 +89,7 @@ class BlockPool:
 
     @property
     def num_available(self) -> int:
-        """Blocks that allocate can give out now; idle ones count, as their content may be dropped."""
+        """Blocks that allocate can give out now; idle blocks count, as their content may be dropped."""
         return len(self._free) + len(self._idle)
 
     @property
@@ -98,12 +97,12 @@ class BlockPool:
         return len(self._block_of)
 
     def allocate(self, count: int) -> list[int]:
-        """New blocks, each with one reference. The caller has looked at num_available."""
+        """Take new blocks, each with one reference. The caller has looked at num_available."""
         assert count <= self.num_available, f"{count} blocks wanted, {self.num_available} available"
         return [self.take() for _ in range(count)]
 
     def take(self) -> int:
-        """One new block."""
+        """Take one new block."""
         if self._free:
             block = self._free.pop()
         else:
@@ -113,7 +112,7 @@ class BlockPool:
         return block
 
     def _forget(self, block: int) -> None:
-        """This block has a name; take it away."""
+        """Remove the name of a block that has one."""
         key = self._key_of[block]
         assert key is not None
         del self._block_of[key]
@@ -143,13 +142,13 @@ class BlockPool:
         """Name full blocks whose KV is written. If another block already has such a name, that one keeps it."""
         key_of, block_of = self._key_of, self._block_of
         for block, key in zip(blocks, keys):
-            assert self._references[block] > 0, f"block {block} is named but nobody holds it"
+            assert self._references[block] > 0, f"block {block} is named, but no request holds it"
             if key_of[block] is None and key not in block_of:
                 key_of[block] = key
                 block_of[key] = block
 
     def match(self, keys: Sequence[Key]) -> list[int]:
-        """The blocks of the longest known prefix of keys; not referenced yet, see share."""
+        """Return the blocks of the longest known prefix of keys; not referenced yet, see share."""
         found: list[int] = []
         for key in keys:
             block = self._block_of.get(key)
@@ -159,13 +158,13 @@ class BlockPool:
         return found
 
     def num_idle(self, blocks: Iterable[int]) -> int:
-        """How many of these are nobody's: sharing them uses up availability."""
+        """Count the blocks that no request holds: sharing these uses up availability."""
         return sum(self._references[block] == 0 for block in blocks)
 
     # Memory shared with adapters.
 
     def lend(self, count: int, idle: bool) -> list[int]:
-        """So many blocks that nobody uses, side by side if there are such, or none; with `idle` cached prefixes go for
+        """Lend `count` unused blocks, side by side if possible, or none; with `idle`, cached prefixes are dropped for
         it. A sixteenth of all blocks stays available."""
         if self.num_available - count < (self.num_blocks - self._first) // 16:
             return []
@@ -185,8 +184,8 @@ class BlockPool:
         return sorted(taken)
 
     def want(self, available: int, capacity: int, keep: str | None) -> bool:
-        """Ask lent blocks back until so many are available and so many may be held, as far as they come; not at the
-        cost of the adapter with this identity. True: so many are available now."""
+        """Ask lent blocks back until `available` are available and `capacity` may be held, as far as they come; not at
+        the cost of the adapter with the identity `keep`. Return True if enough are available now."""
         missing = max(available - self.num_available, capacity - self.capacity)
         if missing > 0 and self._lent and self._borrower is not None:
             for block in self._borrower.give_back(missing, keep):
@@ -195,7 +194,7 @@ class BlockPool:
         return self.num_available >= available
 
     def clear(self) -> None:
-        """Forget every name; referenced blocks stay with their requests."""
+        """Drop every name; referenced blocks stay with their requests."""
         for block in list(self._block_of.values()):
             self._forget(block)
         self._free.extend(self._idle)
@@ -221,7 +220,7 @@ class BlockPool:
 
 
 def _side_by_side(blocks: Sequence[int], count: int) -> list[int]:
-    """So many of these sorted blocks, from the longest runs."""
+    """Choose `count` of these sorted blocks, from the longest runs."""
     runs = [[block for _, block in run] for _, run in groupby(enumerate(blocks), lambda pair: pair[1] - pair[0])]
     ordered = [block for run in sorted(runs, key=len, reverse=True) for block in run]
     return ordered[:count]

@@ -1,9 +1,9 @@
-"""Who was served how much. The scheduler charges every token here once; policies, /metrics and the fairness view read.
+"""The ledger: the service of each tenant. The scheduler charges every token once; policies, /metrics and the fairness
+view read.
 
-Two amounts per tenant. `service` is exact: what was computed and delivered, at the cost function's prices; it only
-rises. `counter` is the virtual time of fair policies (VTC, DRR): service over
-weight, lifted when a tenant comes back from idleness (nobody saves up credit), and for policies that charge predicted
-outputs, charged ahead and refunded.
+A tenant has two amounts. `service` is exact: the tokens computed and delivered, at the cost function's prices. `counter`
+is the virtual time of fair policies (VTC, DRR): service over weight, lifted when a tenant comes back from idleness
+(which saves up no credit). Policies that charge predicted outputs charge the counter ahead and refund the rest.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Ledger:
         self._noted_at = float("-inf")
 
     def account(self, tenant: str) -> Account:
-        """The tenant's account, opened at its first request."""
+        """Return the tenant's account; its first request opens it."""
         found = self.accounts.get(tenant)
         if found is None:
             if len(self.accounts) >= self._max_accounts:
@@ -66,10 +66,10 @@ class Ledger:
     def weights(self) -> dict[str, float]:
         return dict(self._weights)
 
-    # The queue: a tenant that comes back is lifted to those who waited meanwhile.
+    # The queue: a tenant that comes back is lifted to the tenants that waited meanwhile.
 
     def enter_queue(self, account: Account, lift: bool = True) -> None:
-        """A request of this tenant starts to wait. A preempted one comes back without a lift."""
+        """Count a request that starts to wait. A preempted request comes back without a lift."""
         if account.num_waiting == 0:
             if lift:
                 self._lift(account)
@@ -89,7 +89,7 @@ class Ledger:
             account.counter = max(account.counter, lowest.counter)
 
     def lowest_backlogged(self) -> Account | None:
-        """The waiting tenant with the smallest counter. Entries are re-keyed only when they reach the top."""
+        """Return the waiting tenant with the smallest counter. An entry is re-keyed only when it reaches the top."""
         while self._backlog:
             counter, _, version, account = self._backlog[0]
             if version != account.version or account.num_waiting == 0:
@@ -162,7 +162,7 @@ class Ledger:
     # The past.
 
     def note(self, now: float) -> None:
-        """Once a second or so, write down who was served since the last note."""
+        """Once a second or so, append the service since the last note to the history."""
         if now < self._noted_at + 1.0:
             return
         served: dict[str, float] = {}
@@ -177,7 +177,7 @@ class Ledger:
             self.history.popleft()
 
     def served(self, now: float, window: float) -> dict[str, float]:
-        """Service per tenant in the last `window` seconds, to the second."""
+        """Return the service per tenant in the last `window` seconds, to the second."""
         sums = {account.tenant: account.service - account.noted for account in self.accounts.values()}
         for when, served in reversed(self.history):
             if when <= now - window:
@@ -187,7 +187,7 @@ class Ledger:
         return {tenant: amount for tenant, amount in sums.items() if amount}
 
     def _forget_idle(self) -> None:
-        """Close accounts of idle tenants, those behind first: on return they would be lifted anyway."""
+        """Close accounts of idle tenants, lowest counters first: on return they would be lifted anyway."""
         idle = [a for a in self.accounts.values() if not a.num_waiting and not a.num_running]
         for account in sorted(idle, key=lambda a: (a.counter, a.order))[: max(1, len(idle) // 2)]:
             self._forgotten += account.service

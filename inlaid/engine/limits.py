@@ -1,5 +1,5 @@
-"""Who is let into the queue: the limits on waiting requests and on requests per minute. The scheduler asks at every
-arrival; a refusal is immediate and says when to try again."""
+"""Limits on entering the queue: waiting requests and requests per minute. The scheduler asks at every arrival; a
+refusal is immediate and says when to try again."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class QueueLimits:
             raise Refused(Refusal(message, RefusalKind.TOO_MANY, retry_after=wait))
 
     def note_accepted(self, tenant: str, now: float, limited: bool) -> None:
-        """This tenant's request is in; remembered where a rate limit looks at it."""
+        """Record an accepted request for rate limiting."""
         if limited or tenant in self.tenants:
             if len(self._accepted) >= MAX_REMEMBERED:
                 since = now - self._longest_window
@@ -81,11 +81,11 @@ class QueueLimits:
         self._admitted_at = now
 
     def expected_wait(self, num_ahead: int) -> float:
-        """Seconds until so many have been admitted, at the present pace."""
+        """Return the seconds until `num_ahead` requests have been admitted, at the present pace."""
         return num_ahead * self._interval
 
     def retry_after(self, num_ahead: int) -> float:
-        """Seconds after which asking again makes sense for someone behind so many."""
+        """Return the seconds after which a client behind `num_ahead` requests should ask again."""
         return min(max(1.0, self.expected_wait(num_ahead)), MAX_RETRY_SECONDS)
 
     def _full(self, message: str, num_ahead: int) -> Refused:

@@ -1,8 +1,8 @@
-"""Who goes first: each policy is a pure ordering of requests. Budgets, admission and preemption are the scheduler's.
+"""Policies: each is a pure ordering of requests. Budgets, admission and preemption are the scheduler's.
 
-A policy sorts requests into groups and answers two questions. `rank(request, view)`: where in its group; it may not
-change while the request waits (ageing is written so that it does not: two requests age at the same pace, so their
-order is settled at arrival). `key(group, rank, view)`: where that request stands among all; smaller goes first, and
+A policy sorts requests into groups and answers two questions. `rank(request, view)` is a request's place in its group;
+it may not change while the request waits (ageing is written so that it does not: two requests age at the same pace, so
+their order is settled at arrival). `key(group, rank, view)` is that request's place among all; smaller goes first, and
 the last of the running is preempted when memory runs out. `prepay` says how many predicted output tokens to charge at
 admission. `verdict` lets a policy give a request up.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
 from inlaid.engine.ledger import Ledger
@@ -22,30 +23,30 @@ GO, LAST, REFUSE = "go", "last", "refuse"
 
 
 class Lengths(Protocol):
-    """What the predictor tells a policy."""
+    """A predictor of answer lengths, as policies use it."""
 
     def remaining(self, request: Request) -> float:
-        """Expected output tokens still to come, given those already made."""
+        """Return the expected output tokens still to come, given those already made."""
         ...
 
     def observe(self, request: Request) -> None:
-        """This request has ended: learn from it."""
+        """Learn from a request that has ended."""
         ...
 
 
 class MaxTokens:
-    """No prediction: what the request may still produce."""
+    """No prediction: every answer counts as long as it may become."""
 
     def remaining(self, request: Request) -> float:
         return float(request.limit - len(request.tokens))
 
     def observe(self, request: Request) -> None:
-        """It has nothing to learn."""
+        """Do nothing: there is nothing to learn."""
 
 
 @dataclass
 class View:
-    """What a policy may look at beside the request. The scheduler keeps it current."""
+    """The state that a policy may look at beside the request. The scheduler keeps it current."""
 
     ledger: Ledger
     lengths: Lengths = field(default_factory=MaxTokens)
@@ -56,7 +57,7 @@ class View:
     tokens_per_step: int = 1
 
     def seconds_left(self, request: Request) -> float:
-        """How long the request still takes once it runs, at the present pace."""
+        """Estimate the seconds that a request still takes once it runs, at the present pace."""
         progress = self.running.get(request.id)
         computed = 0 if progress is None else progress.num_computed
         prefill = (len(request.tokens) - computed) / self.tokens_per_step
@@ -69,7 +70,7 @@ class Policy:
 
     name: ClassVar[str] = "fcfs"
     groups_are_adapters: ClassVar[bool] = False  # group is the adapter
-    strict: ClassVar[bool] = False  # nobody passes a request that does not fit: the bound on unfairness needs it
+    strict: ClassVar[bool] = False  # no request overtakes one that does not fit: the bound on unfairness needs it
 
     def group(self, request: Request) -> Hashable:
         return ""
@@ -100,7 +101,7 @@ class Priority(Policy):
 @dataclass(frozen=True)
 class Srtf(Policy):
     """Shortest predicted remaining output first. Every second of waiting is worth `ageing` tokens, so a request with
-    prediction p is passed only by later ones that arrive within (p - their prediction) / ageing seconds of it."""
+    prediction p is overtaken only by later ones that arrive within (p - their prediction) / ageing seconds of it."""
 
     name: ClassVar[str] = "srtf"
     ageing: float = 2.0
@@ -111,13 +112,13 @@ class Srtf(Policy):
 
 @dataclass(frozen=True)
 class Inlaid(Srtf):
-    """Shortest remaining first, with a head start of `grouping` tokens for tasks that are in the running batch, so
-    that adapters are not swapped for a small gain; the scheduler holds at most beta tasks in a step (`beta` is put
+    """Shortest remaining first, with a head start of `grouping` tokens for adapters in the running batch, so
+    that adapters are not swapped for a small gain; the scheduler holds at most beta adapters in a step (`beta` is put
     into its max_tasks_per_step while this policy is on).
 
-    Nobody waits forever: with predictions in [0, P], whoever arrives later than (P + grouping) / ageing seconds after
-    a request goes behind it, whatever its task; those ahead are thus finitely many, and the scheduler's bound on
-    overtaking ends the case where the tasks in the batch never make room."""
+    No request waits forever: with predictions in [0, P], a request that arrives more than (P + grouping) / ageing
+    seconds after another goes behind it, whatever its adapter. Those ahead are thus finitely many, and the bound on
+    overtaking ends the case where the adapters in the batch never make room."""
 
     name: ClassVar[str] = "inlaid"
     groups_are_adapters: ClassVar[bool] = True
@@ -233,13 +234,13 @@ class Slo(Policy):
         return request.arrival + self.seconds if self.seconds else float("inf")
 
 
-POLICIES: Mapping[str, type[Policy]] = {
-    policy.name: policy for policy in (Policy, Priority, Srtf, Inlaid, Vtc, Lcf, Drr, Rpm, Slo)
-}
+POLICIES: Mapping[str, type[Policy]] = MappingProxyType(
+    {policy.name: policy for policy in (Policy, Priority, Srtf, Inlaid, Vtc, Lcf, Drr, Rpm, Slo)}
+)
 
 
 def make_policy(name: str, options: Mapping[str, Any] | None = None) -> Policy:
-    """A policy by name, with its own options; what is unknown or negative raises ValueError."""
+    """Make a policy by name with its options; an unknown or negative option raises ValueError."""
     if name not in POLICIES:
         raise ValueError(f"unknown policy {name!r}; known: {', '.join(sorted(POLICIES))}")
     kind, options = POLICIES[name], dict(options or {})
@@ -255,7 +256,7 @@ def make_policy(name: str, options: Mapping[str, Any] | None = None) -> Policy:
 
 
 def parse_policy(text: str) -> Policy:
-    """A policy as it is written on a command line: `vtc`, or `inlaid:beta=5,ageing=2`."""
+    """Make a policy from its form on a command line: `vtc`, or `inlaid:beta=5,ageing=2`."""
     name, _, rest = text.partition(":")
     options: dict[str, Any] = {}
     for part in filter(None, rest.split(",")):

@@ -1,10 +1,11 @@
-"""How long an answer will be: learned online from the server's own history, per task, in microseconds.
+"""The predictor of answer lengths: learned online from the server's own history, per adapter, in microseconds.
 
-Two parts. A sparse linear model guesses the logarithm of the length from the task, the prompt's length and its last
-tokens. A histogram per task of how far off that guess was turns it into a distribution; what is still to come is its
-mean given that the answer is already longer than what was made, so a long tail is taken for what it is: the longer an
-answer has run, the more is expected. Answers cut off (by max_tokens or a client) only ever raise a guess that was too
-low. Policies ask `remaining`; the scheduler reports ends to `observe`. Oracles for experiments are here too.
+A sparse linear model guesses the logarithm of the length from the adapter, the prompt's length and its last tokens. A
+histogram per adapter of the guesses' errors turns a guess into a distribution. What is still to come is its mean, given
+that the answer is already longer than what was made: in a long tail, the longer an answer has run, the more is
+expected. Answers cut off (by max_tokens or a client) only ever raise a guess that was too low.
+
+Policies ask `remaining`; the scheduler reports ends to `observe`. Oracles for experiments are here too.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ CENTRE = NUM_BINS // 2
 FACTORS = np.exp((np.arange(NUM_BINS) - CENTRE) * BIN_WIDTH)  # lengths over the guess, per bin
 LEARNING_RATE = 0.5
 FORGETTING = 0.995  # weight of the past in a histogram, per answer: about 200 answers count
-PRIOR_ANSWERS = 8.0  # how many answers of its own a task needs before its histogram outweighs everyone's
+PRIOR_ANSWERS = 8.0  # answers of its own that an adapter needs before its histogram outweighs the shared one
 FIRST_GUESS = math.log(128.0)
-ALL_TASKS = ""
+SHARED = ""
 
 Counts = npt.NDArray[np.float64]
 
@@ -57,14 +58,14 @@ class _Histogram:
 
 @dataclass(frozen=True, slots=True)
 class _Prediction:
-    """What was predicted when the request was first asked about."""
+    """The prediction made when a request was first asked about."""
 
     log: float  # the guess of log(output tokens)
     length: float  # expected output tokens
 
 
 class _State(msgspec.Struct):
-    """What is kept on disk."""
+    """The content of a predictor file."""
 
     version: int
     weights: dict[int, float]
@@ -75,17 +76,17 @@ class _State(msgspec.Struct):
 class Predictor:
     """Owner of the weights and histograms."""
 
-    def __init__(self, max_tasks: int = 4096) -> None:
+    def __init__(self, max_adapters: int = 4096) -> None:
         self._weights = [0.0] * NUM_WEIGHTS
         self._squares = [0.0] * NUM_WEIGHTS  # of gradients, so that each weight has its own pace
-        self._histograms: dict[str, _Histogram] = {ALL_TASKS: _Histogram(_normal_prior())}
+        self._histograms: dict[str, _Histogram] = {SHARED: _Histogram(_normal_prior())}
         self._predictions: dict[Request, _Prediction] = {}  # kept until the request ends
-        self._max_tasks = max_tasks
+        self._max_adapters = max_adapters
 
     # What policies ask.
 
     def remaining(self, request: Request) -> float:
-        """Expected output tokens still to come."""
+        """Return the expected output tokens still to come."""
         known = self._predictions.get(request)
         if known is None:
             log = self._guess(*_features(request))
@@ -95,10 +96,10 @@ class Predictor:
         return self._mean_beyond(request, known.log, request.num_outputs)
 
     def quantile(self, request: Request, share: float) -> float:
-        """The length that a given share of such answers stays within; for calibration."""
+        """Return the length that a given share of such answers stays within; for calibration."""
         guess = self._guess(*_features(request))
-        own, everyone, weight = self._mixture(request)
-        counts = own.counts + weight * everyone.counts
+        own, shared, weight = self._mixture(request)
+        counts = own.counts + weight * shared.counts
         wanted, seen = share * float(counts.sum()), 0.0
         for index, count in enumerate(counts.tolist()):
             if count > 0 and seen + count >= wanted:
@@ -118,14 +119,15 @@ class Predictor:
         if not whole and residual <= 0:
             return  # it was cut off before its guess: nothing is learned
         before = residual if known is None else math.log(request.num_outputs) - known.log
-        for task in (ALL_TASKS, _task(request)):
-            self._histogram(task).add(before)
+        for name in (SHARED, _name(request)):
+            self._histogram(name).add(before)
         self._learn(indices, values, residual)
 
     # The model.
 
     def _guess(self, indices: list[int], values: list[float]) -> float:
-        return FIRST_GUESS + sum(map(mul, map(self._weights.__getitem__, indices), values))
+        total: float = sum(map(mul, map(self._weights.__getitem__, indices), values))
+        return FIRST_GUESS + total
 
     def _learn(self, indices: list[int], values: list[float], residual: float) -> None:
         step = max(-2.0, min(2.0, residual))  # one odd answer moves nothing far
@@ -135,18 +137,18 @@ class Predictor:
             self._weights[index] += LEARNING_RATE * gradient / (1.0 + math.sqrt(self._squares[index]))
 
     def _mixture(self, request: Request) -> tuple[_Histogram, _Histogram, float]:
-        """The task's own histogram, everyone's, and with which weight the latter fills up a task that has seen
-        little."""
-        everyone = self._histograms[ALL_TASKS]
-        own = self._histograms.get(_task(request), everyone)
-        return own, everyone, PRIOR_ANSWERS / everyone.total
+        """Return the adapter's own histogram, the shared one, and the weight with which the latter fills up while the
+        adapter has few answers."""
+        shared = self._histograms[SHARED]
+        own = self._histograms.get(_name(request), shared)
+        return own, shared, PRIOR_ANSWERS / shared.total
 
     def _mean_beyond(self, request: Request, log: float, made: int) -> float:
         """Return E[min(length, most) - made | length > made], given the guess of log(length)."""
         most = request.limit - request.num_prompt
         guess = math.exp(log)
-        own, everyone, weight = self._mixture(request)
-        few, many, mass = own.counts, everyone.counts, own.total + weight * everyone.total
+        own, shared, weight = self._mixture(request)
+        few, many, mass = own.counts, shared.counts, own.total + weight * shared.total
         lengths = np.minimum(FACTORS, most / guess)
         if made:
             first = FACTORS.searchsorted(made / guess, side="right")
@@ -155,15 +157,16 @@ class Predictor:
         if mass == 0.0:  # longer than any answer before: as much again
             return float(max(1, min(made, most - made)))
         # `@`, which is made for matrices, takes twice as long.
-        return max(1.0, guess * float(lengths.dot(few) + weight * lengths.dot(many)) / mass - made)
+        expected = guess * float(lengths.dot(few) + weight * lengths.dot(many)) / mass
+        return max(1.0, expected - made)
 
-    def _histogram(self, task: str) -> _Histogram:
-        found = self._histograms.get(task)
+    def _histogram(self, name: str) -> _Histogram:
+        found = self._histograms.get(name)
         if found is None:
-            if len(self._histograms) >= self._max_tasks:
-                least = min((t for t in self._histograms if t != ALL_TASKS), key=lambda t: self._histograms[t].total)
+            if len(self._histograms) >= self._max_adapters:
+                least = min((t for t in self._histograms if t != SHARED), key=lambda t: self._histograms[t].total)
                 del self._histograms[least]
-            found = self._histograms[task] = _Histogram()
+            found = self._histograms[name] = _Histogram()
         return found
 
     # On disk.
@@ -174,7 +177,7 @@ class Predictor:
             version=1,
             weights={i: round(w, 6) for i, w in enumerate(self._weights) if w},
             squares={i: round(s, 6) for i, s in enumerate(self._squares) if s},
-            histograms={task: [round(c, 4) for c in h.counts.tolist()] for task, h in self._histograms.items()},
+            histograms={name: [round(c, 4) for c in h.counts.tolist()] for name, h in self._histograms.items()},
         )
         staged = path.with_suffix(path.suffix + ".tmp")
         staged.write_bytes(msgspec.json.encode(state))
@@ -182,7 +185,7 @@ class Predictor:
 
     @classmethod
     def load(cls, path: Path) -> Predictor:
-        """What save wrote. A file that is not that raises ValueError."""
+        """Read what `save` wrote; any other file raises ValueError."""
         try:
             state = msgspec.json.decode(path.read_bytes(), type=_State)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -196,18 +199,18 @@ class Predictor:
             predictor._weights[index] = weight
         for index, square in state.squares.items():
             predictor._squares[index] = square
-        predictor._histograms = {task: _Histogram(counts) for task, counts in state.histograms.items()}
-        predictor._histograms.setdefault(ALL_TASKS, _Histogram(_normal_prior()))
+        predictor._histograms = {name: _Histogram(counts) for name, counts in state.histograms.items()}
+        predictor._histograms.setdefault(SHARED, _Histogram(_normal_prior()))
         return predictor
 
 
-def _task(request: Request) -> str:
+def _name(request: Request) -> str:
     return "base" if request.adapter_name is None else "adapter:" + request.adapter_name
 
 
 def _features(request: Request) -> tuple[list[int], list[float]]:
-    """Sparse: indices of weights, and their values. Every feature is the task's own, by hashing."""
-    seed, mask, tail = crc32(_task(request).encode()), NUM_WEIGHTS - 1, request.prompt[-NUM_TAIL_TOKENS:]
+    """Sparse: indices of weights, and their values. Every feature is the adapter's own, by hashing."""
+    seed, mask, tail = crc32(_name(request).encode()), NUM_WEIGHTS - 1, request.prompt[-NUM_TAIL_TOKENS:]
     indices = [(token * 2654435761 ^ seed) >> 4 & mask for token in tail]
     values = [1.0, math.log(len(request.prompt)) / 8.0] + [0.25] * len(tail)
     return [seed & mask, (seed >> 8) & mask, *indices], values
@@ -236,4 +239,4 @@ class Oracle:
         return float(max(1, length - request.num_outputs))
 
     def observe(self, request: Request) -> None:
-        """It has nothing to learn."""
+        """Do nothing: there is nothing to learn."""

@@ -21,7 +21,7 @@ class RefusalKind(str, enum.Enum):
 
 
 class Refusal(msgspec.Struct, frozen=True):
-    """Why a request is not served; crosses the socket as it is."""
+    """The reason that a request is not served; crosses the socket as it is."""
 
     message: str
     kind: RefusalKind = RefusalKind.INVALID
@@ -30,7 +30,7 @@ class Refusal(msgspec.Struct, frozen=True):
 
 
 class Refused(ValueError):
-    """A request is refused."""
+    """The exception that refuses a request."""
 
     def __init__(self, refusal: Refusal) -> None:
         super().__init__(refusal.message)

@@ -36,7 +36,7 @@ class Grammar(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How to choose tokens and when to stop; names and defaults are vLLM's. `n` is expanded above the engine."""
+    """Settings for choosing tokens and stopping; names and defaults are vLLM's. `n` is expanded above the engine."""
 
     max_tokens: int = 16
     min_tokens: int = 0
@@ -44,7 +44,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     top_p: float = 1.0
     top_k: int = 0  # 0 and -1: all
     min_p: float = 0.0
-    seed: int | None = None  # drawn at random by whoever makes the request when None
+    seed: int | None = None  # None: the maker of the request draws one at random
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -134,7 +134,7 @@ class Request:
 
     @property
     def must_see(self) -> bool:
-        """Whether a token can only be chosen when the one before it is known here."""
+        """True if a token can only be chosen when the token before it is known on the host."""
         return self.grammar is not None or bool(self.params.bad_words)
 
 
@@ -159,7 +159,7 @@ class Work(msgspec.Struct, frozen=True, gc=False):
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step computes. Works are ordered: single-token works first, then longer ones."""
+    """The work of one step, single-token works first, then longer ones."""
 
     step: int
     works: tuple[Work, ...]
@@ -204,7 +204,7 @@ class Runner(Protocol):
 
 
 class Output(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """What one step made for one request: zero or more new tokens and, at the end, why it ended."""
+    """A step's result for one request: zero or more new tokens and, at the end, why it ended."""
 
     id: str
     tokens: list[int]

@@ -1,5 +1,5 @@
-"""What the host engine needs to know about adapters. The adapters package fulfils this protocol; the simulator
-and the tests have their own. Nothing here touches a device."""
+"""The protocol by which the engine asks where adapters are. The adapters package implements it, and so do the
+simulator and the tests. Nothing here touches a device."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ class AdapterDirectory(Protocol):
         ...
 
     def release(self, identity: str) -> None:
-        """Gives back one resolve: its request has ended."""
+        """Give back one resolve: its request has ended."""
         ...
 
     def ready(self, identity: str) -> bool:
-        """Whether it is on the device. RuntimeError: it can never be, with the reason. TimeoutError: it has not come in
-        the time it has, and may when it is asked for again."""
+        """Return True if the adapter is on the device. Raise RuntimeError, with the reason, if it can never be, and
+        TimeoutError if it has not come in the time it has but may when it is asked for again."""
         ...
 
     def want(self, identity: str) -> None:
-        """Please load it: a request near the front of the queue needs it. Cheap, may be repeated."""
+        """Ask for the adapter to be loaded, as a request near the front of the queue needs it; may be repeated."""
         ...
 
     def pin(self, identity: str) -> None:
-        """A scheduled request uses it: it must stay on the device until the matching unpin."""
+        """Keep the adapter on the device until the matching unpin, as a scheduled request uses it."""
         ...
 
-    def unpin(self, identity: str) -> None: ...
+    def unpin(self, identity: str) -> None:
+        """Give back one pin."""
+        ...
 
     def rank(self, identity: str) -> int:
-        """The largest rank of its modules, for the budget of ranks in a step."""
+        """Return the largest rank of the adapter's modules, for the budget of ranks in a step."""
         ...
 
 

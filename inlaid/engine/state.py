@@ -1,4 +1,4 @@
-"""What the parts of the scheduler share: the requests, the queue, the pool of KV blocks, the ledger and the limits."""
+"""The state that the parts of the scheduler share: requests, queue, pool of KV blocks, ledger and limits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from inlaid.engine.working_set import WorkingSet
 
 @dataclass(eq=False)
 class State:
-    """Shared by admission, decodes and endings; the scheduler makes it."""
+    """The scheduler makes it; admission, decodes, delivery and endings change it."""
 
     config: SchedulerConfig
     adapters: AdapterDirectory
@@ -59,5 +59,5 @@ class State:
         return policy.key(policy.group(request), policy.rank(request, view), view), request.order
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Count the blocks that hold so many tokens."""
+        """Count the blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.pool.block_size)

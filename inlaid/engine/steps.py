@@ -42,7 +42,7 @@ class Steps:
         return [held.blocks for held in self._deferred]
 
     def begin(self, now: float) -> int:
-        """Number a new step."""
+        """Start a new step and return its number."""
         self._last += 1
         self._in_flight.append((self._last, now))
         return self._last

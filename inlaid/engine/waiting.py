@@ -42,7 +42,7 @@ class WaitingQueue:
         return self._length
 
     def __iter__(self) -> Iterator[Request]:
-        """Everyone who waits, in no particular order."""
+        """Iterate over the requests that wait, in no particular order."""
         for group in self._groups.values():
             for _, _, request in group.entries:
                 if request.status is Status.WAITING:
@@ -64,12 +64,12 @@ class WaitingQueue:
         return None if group is None else self._take(group)
 
     def peek(self) -> Request | None:
-        """The first, left where it is."""
+        """Return the first and leave it where it is."""
         group = self._first_group()
         return None if group is None else group.entries[0][2]
 
     def pop_among(self, names: Iterable[Hashable]) -> Request | None:
-        """Take out the first of these few groups."""
+        """Take out the first request of these few groups."""
         groups = [group for name in names if (group := self._groups.get(name)) is not None]
         for group in groups:
             self._drop_dead(group)
@@ -98,25 +98,25 @@ class WaitingQueue:
         return self.policy.key(group.name, rank, self._view), order
 
     def _take(self, group: _Group) -> Request:
-        """The head of a group. Its place among the groups is behind now, which _first_group will notice."""
+        """Take the head of a group. The group's place in the heap is stale now, which _first_group will notice."""
         self._length -= 1
         return heapq.heappop(group.entries)[2]
 
     def discard(self, request: Request) -> None:
-        """This request was in the queue and has just stopped waiting (its status says so)."""
+        """Count out a request that was in the queue and has just stopped waiting, as its status says."""
         self._length -= 1
         self._num_dead += 1
         if self._num_dead > 64 + self._length:
             self.reorder(self.policy)
 
     def touch(self, name: Hashable) -> None:
-        """The key of this group may have fallen."""
+        """Place a group anew, as its key may have fallen."""
         group = self._groups.get(name)
         if group is not None and group.entries:
             self._place(group)
 
     def reorder(self, policy: Policy) -> None:
-        """Start again, by this policy."""
+        """Build the queue anew, in the order of this policy."""
         requests = list(self)
         self.policy = policy
         self._groups, self._front, self._length, self._num_dead = {}, [], 0, 0

@@ -27,7 +27,7 @@ def root(adapter: str | None) -> int:
 
 
 def generate(prompt: list[int], adapter: str | None, count: int, stop: frozenset[int] = frozenset({EOS})) -> list[int]:
-    """What the engine must answer: the oracle, one token after the other."""
+    """Return the answer that the engine must give: the oracle, one token after the other."""
     context = root(adapter)
     for token in prompt:
         context = chain(context, token)

@@ -11,7 +11,7 @@ from inlaid.engine.kv_cache import BlockPool, extend_keys, root_key
 
 
 def name_of(root: bytes, tokens: list[int]) -> bytes:
-    """The name of the last of these blocks of two."""
+    """Return the name of the last of these blocks of two."""
     keys: list[bytes] = []
     extend_keys(keys, root, tokens, 2)
     return keys[-1]

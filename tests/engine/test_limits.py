@@ -1,4 +1,4 @@
-"""Who is let in: limits per tenant and window, a fair share of a full queue, and memory that a flood cannot fill."""
+"""Limits on entering the queue: per tenant and window, a fair share when it is full, and bounded memory in a flood."""
 
 from __future__ import annotations
 

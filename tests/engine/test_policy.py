@@ -17,7 +17,7 @@ from tests.engine.bench import ADAPTERS, Bench
 
 
 def order_of(bench: Bench) -> list[str]:
-    """The ids in the order in which they first run."""
+    """Return the ids in the order in which they first run."""
     seen: dict[str, None] = {}
     while bench.engine.has_work:
         bench.step()

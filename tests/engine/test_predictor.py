@@ -138,7 +138,7 @@ def test_a_file_of_another_version_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_flood_of_tasks_is_remembered_only_up_to_a_bound() -> None:
-    predictor = Predictor(max_tasks=10)
+    predictor = Predictor(max_adapters=10)
     for number in range(100):
         finish(predictor, make(f"task{number}"), 5)
     assert len(predictor._histograms) <= 10
