@@ -1,13 +1,15 @@
 """The step loop: schedule, submit, collect, commit. The engine process, LLM and the simulator call it.
 
 The engine owns nothing on the device: the runner does, behind a protocol. With an overlapping runner the host makes
-step n+1 while the device computes step n.
+step n+1 while the device computes step n. A step that raises is run again by halves, so that only the requests end
+that it fails on, see recovery.py.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,15 @@ from inlaid.engine.control import change, describe, fairness
 from inlaid.engine.kv_cache import BlockPool
 from inlaid.engine.policy import Lengths, MaxTokens
 from inlaid.engine.predictor import Predictor
+from inlaid.engine.recovery import recover
 from inlaid.engine.refusal import Refusal, Refused
-from inlaid.engine.request import Batch, FinishReason, Grammar, NewRequest, Output, Request, Runner
+from inlaid.engine.request import Batch, FinishReason, Grammar, NewRequest, Output, Request, Runner, StepResult
 from inlaid.engine.residency import AdapterDirectory, NoAdapters
 from inlaid.engine.scheduler import Scheduler
 
 log = logging.getLogger(__name__)
+
+_MAX_NAMED = 8  # requests that a log line names
 
 
 class Engine:
@@ -38,7 +43,7 @@ class Engine:
         self.runner = runner
         self.clock = clock
         self.num_failures = 0  # steps that raised
-        self.num_failures_in_a_row = 0
+        self.num_failures_in_a_row = 0  # of them with no request that went well
         self.idle = True  # the last step neither gave the runner work nor took any from it
         self._make_grammar = make_grammar
         self._pending: tuple[Batch, Any] | None = None
@@ -77,37 +82,63 @@ class Engine:
         If there is nothing to compute (adapters still loading, say), `idle` is set, so that the caller can pause
         instead of spinning.
         """
-        outputs: list[Output] = []
         batch = self.scheduler.schedule(self.clock())
-        current = None
+        current = failure = None
         if batch is not None:
             try:
                 current = (batch, self.runner.submit(batch))
-            except Exception as error:  # noqa: BLE001 - an error of the device ends this batch, not the server
-                outputs += self._fail(batch, error)
+            except Exception as error:  # noqa: BLE001 - whatever is raised ends requests, not the server
+                failure = (batch, error)
         if self.runner.overlap:
             current, self._pending = self._pending, current
-        self.idle = current is None and self._pending is None
-        if current is not None:
-            outputs += self._collect(*current)
+        self.idle = batch is None and current is None
+        outputs = self._collect(*current) if current is not None else []
+        if failure is not None:
+            outputs += self._recover(*failure)
         return outputs + self.scheduler.take_outputs()
 
     def _collect(self, batch: Batch, ticket: Any) -> list[Output]:
         try:
             result = self.runner.collect(ticket)
         except Exception as error:  # noqa: BLE001 - as in step
-            return self._fail(batch, error)
+            following, self._pending = self._pending, None
+            if following is not None:
+                self._discard(following[1])
+            outputs = self._recover(batch, error)
+            return outputs + (self._recover(following[0], None) if following is not None else [])
+        return self._commit(batch, result)
+
+    def _commit(self, batch: Batch, result: StepResult) -> list[Output]:
         self.num_failures_in_a_row = 0
         self._num_steps += 1
         self._num_tokens += batch.num_tokens
         return self.scheduler.commit(batch, result, self.clock())
 
-    def _fail(self, batch: Batch, error: Exception) -> list[Output]:
-        self.num_failures += 1
-        self.num_failures_in_a_row += 1
-        log.error("step %d of %d requests failed", batch.step, len(batch.works), exc_info=error)
-        message = f"the step failed: {type(error).__name__}: {error}"
-        return self.scheduler.fail(batch, message, self.clock())
+    def _discard(self, ticket: Any) -> None:
+        """Wait for a step whose results are not valid, as the step before it failed."""
+        try:
+            self.runner.collect(ticket)
+        except Exception as error:  # noqa: BLE001 - it is run again, and fails again if the fault is its own
+            log.warning("the step behind a failed one failed too: %r", error)
+
+    def _recover(self, batch: Batch, error: Exception | None) -> list[Output]:
+        """Run the works of a failed step again, or those of the step behind it (`error` is None), so that only the
+        requests end whose work fails alone."""
+        if error is not None:
+            log.error("step %d of %d requests failed", batch.step, len(batch.works), exc_info=error)
+        recovered = recover(self.runner, batch, self.scheduler.still_running(batch), error)
+        if error is not None or recovered.failed:
+            self.num_failures += 1
+        if recovered.failed:
+            names = ", ".join(work.request.id for work, _ in recovered.failed[:_MAX_NAMED])
+            log.error("step %d failed on %d requests: %s", batch.step, len(recovered.failed), names)
+        for work, fault in recovered.failed:
+            self.scheduler.end_failed(work.request, f"the step failed: {type(fault).__name__}: {fault}")
+        rest = replace(batch, works=tuple(recovered.works))
+        if recovered.works:
+            return self._commit(rest, recovered.result)
+        self.num_failures_in_a_row += bool(recovered.failed)
+        return self.scheduler.commit(rest, recovered.result, self.clock())
 
     def close(self) -> None:
         """Save the predictor if the configuration names a file for it."""

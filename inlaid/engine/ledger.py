@@ -1,7 +1,7 @@
 """The ledger: the service of each tenant. The scheduler charges every token once; policies, /metrics and the fairness
 view read.
 
-A tenant has two amounts. `service` is exact: the tokens computed and delivered, at the cost function's prices. `counter`
+A tenant has two amounts. `service` is exact: the tokens computed and delivered, at the prices of cost.py. `counter`
 is the virtual time of fair policies (VTC, DRR): service over weight, lifted when a tenant comes back from idleness
 (which saves up no credit). Policies that charge predicted outputs charge the counter ahead and refund the rest.
 """

@@ -194,7 +194,11 @@ class StepResult:
 
 
 class Runner(Protocol):
-    """The device's side of a step. With `overlap` the engine submits step n+1 before it collects step n."""
+    """The device's side of a step. With `overlap` the engine submits step n+1 before it collects step n.
+
+    After a step that raised, its works come again in smaller batches of the same number. A request may stand in
+    `released` and in `works` at once: then everything kept of it is made anew.
+    """
 
     overlap: bool
 

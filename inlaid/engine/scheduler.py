@@ -1,6 +1,6 @@
 """The scheduler: what each step computes, and what becomes of its tokens.
 
-The engine is the only caller: add and abort at any moment, then schedule and commit (or fail) once per step; with an
+The engine is the only caller: add and abort at any moment, then schedule and commit once per step; with an
 overlapping runner schedule runs one step ahead of commit. A policy says who goes first; the budgets are kept here,
 once, for all policies. The parts, each in a file: admission, decodes, delivery, endings. They share a State, and only
 they write to the requests, the block pool and the ledger.
@@ -24,7 +24,7 @@ from inlaid.engine.policy import Inlaid, Lengths, MaxTokens, Policy, Rpm, View, 
 from inlaid.engine.prefix import PrefixCache
 from inlaid.engine.progress import Progress
 from inlaid.engine.refusal import Refusal, RefusalKind, Refused
-from inlaid.engine.request import Batch, FinishReason, NewRequest, Output, Request, Status, StepResult
+from inlaid.engine.request import Batch, FinishReason, NewRequest, Output, Request, Status, StepResult, Work
 from inlaid.engine.residency import AdapterDirectory
 from inlaid.engine.state import State
 from inlaid.engine.steps import Steps
@@ -196,14 +196,18 @@ class Scheduler:
         self._end_step(batch, now)
         return outputs
 
-    def fail(self, batch: Batch, message: str, now: float) -> list[Output]:
-        """End the requests of a step that came to nothing; all others go on."""
+    def still_running(self, batch: Batch) -> list[Work]:
+        """Return the works of a failed step that are worth running again. The token that the step should have brought a
+        preempted request is forgotten: the request computes it anew."""
         for work in batch.works:
-            if work.request.status is not Status.FINISHED:
-                progress = self.state.progress[work.request.id]
-                self.endings.end_early(progress, FinishReason.ERROR, Refusal(message, RefusalKind.FAULT))
-        self._end_step(batch, now)
-        return self.take_outputs()
+            if work.request.status is Status.WAITING and work.samples:
+                self.state.progress[work.request.id].num_pending = 0
+        return [work for work in batch.works if work.request.status is Status.RUNNING]
+
+    def end_failed(self, request: Request, message: str) -> None:
+        """End a request whose step failed on it alone."""
+        progress = self.state.progress[request.id]
+        self.endings.end_early(progress, FinishReason.ERROR, Refusal(message, RefusalKind.FAULT))
 
     def _end_step(self, batch: Batch, now: float) -> None:
         seconds = self.state.steps.end(batch.step, now)

@@ -49,6 +49,7 @@ class FakeRunner:
     max_tokens: int = 10**9
     fail_submit: set[int] = field(default_factory=set)
     fail_collect: set[int] = field(default_factory=set)
+    poison: dict[str, str] = field(default_factory=dict)  # request -> where it fails: submit or collect
     kv: dict[tuple[int, int], int] = field(default_factory=dict)
     last: dict[str, int] = field(default_factory=dict)
     batches: list[Batch] = field(default_factory=list)
@@ -64,6 +65,7 @@ class FakeRunner:
         self._check_writes(batch)
         if batch.step in self.fail_submit:
             raise RuntimeError("the device said no")
+        self._fail_on(batch, "submit")
         result = StepResult([])
         for work in batch.works:
             contexts = self._write(work.request, work.start, work.num_tokens)
@@ -73,14 +75,22 @@ class FakeRunner:
             if work.request.params.prompt_logprobs is not None:
                 known = work.request.prompt[work.start + 1 : work.start + work.num_tokens + 1]
                 result.prompt_logprobs[work.request.id] = [TokenLogprobs(t, -1.0, 1, []) for t in known]
-        return batch.step, result
+        return batch, result
 
     def collect(self, ticket: Any) -> StepResult:
-        step, result = ticket
-        del self.in_flight[step]
-        if step in self.fail_collect:
+        batch, result = ticket
+        del self.in_flight[batch.step]
+        self._fail_on(batch, "collect")
+        if batch.step in self.fail_collect:
             raise RuntimeError("the device fell over")
         return result
+
+    def _fail_on(self, batch: Batch, where: str) -> None:
+        for work in batch.works:
+            if self.poison.get(work.request.id) == where:
+                if where == "submit":
+                    self.in_flight.pop(batch.step, None)
+                raise IndexError(f"no embedding for {work.request.id}")
 
     def _check_writes(self, batch: Batch) -> None:
         """No block that a submitted step still writes has been given to someone else."""

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inlaid.engine.policy import POLICIES, MaxTokens
+from inlaid.engine.recovery import MAX_RUNS
 from inlaid.engine.refusal import Refusal, RefusalKind, Refused
 from inlaid.engine.request import FinishReason, Request
 from tests.engine.bench import ADAPTERS, Bench
@@ -275,6 +276,55 @@ def test_prompt_logprobs_skip_the_prefix_cache_and_come_once(overlap: bool) -> N
 
 
 @both
+@pytest.mark.parametrize("where", ["submit", "collect"])
+@pytest.mark.parametrize("adapter", [None, "a"])
+def test_only_the_request_that_a_step_fails_on_dies(overlap: bool, where: str, adapter: str | None) -> None:
+    bench = Bench(overlap=overlap)
+    for index in range(3):
+        bench.add(f"r{index}", [index, 1, 2, 3, 4], adapter, max_tokens=12, ignore_eos=True)
+    for _ in range(4):
+        bench.step()
+    bench.add("bad", [5, 6, 7], adapter, max_tokens=12, ignore_eos=True)
+    bench.runner.poison["bad"] = where
+    for _ in range(2):
+        bench.step()
+    bench.add("late", [8, 9], adapter, max_tokens=12, ignore_eos=True)
+    bench.run().check_all()
+    assert "IndexError: no embedding for bad" in _message(bench, "bad")
+    assert _refusal(bench, "bad").kind is RefusalKind.FAULT
+    assert [bench.ends[id].finish_reason for id in ("r0", "r1", "r2", "late")] == [FinishReason.LENGTH] * 4
+    assert bench.engine.num_failures == 1
+    assert bench.engine.num_failures_in_a_row == 0
+
+
+@both
+def test_a_request_that_turns_bad_in_mid_answer_leaves_the_others_whole(overlap: bool) -> None:
+    bench = Bench(overlap=overlap, max_num_seqs=8)
+    for index in range(8):
+        bench.add(f"r{index}", [index, 1, 2], max_tokens=20, ignore_eos=True)
+    for _ in range(7):
+        bench.step()
+    bench.runner.poison |= {"r2": "collect", "r5": "submit"}
+    bench.run().check_all()
+    died = {id for id, output in bench.ends.items() if output.finish_reason is FinishReason.ERROR}
+    assert died == {"r2", "r5"}
+    assert all(len(bench.tokens[id]) == 20 for id in bench.ends if id not in died)
+
+
+@both
+def test_a_broken_device_is_given_up_after_a_bounded_number_of_runs(overlap: bool) -> None:
+    bench = Bench(overlap=overlap, num_blocks=1000, max_num_seqs=200, max_num_batched_tokens=200)
+    for index in range(200):
+        bench.add(f"r{index}", [index], max_tokens=3, ignore_eos=True)
+    bench.runner.fail_collect.update(range(1, 100))
+    bench.run()
+    assert {output.finish_reason for output in bench.ends.values()} == {FinishReason.ERROR}
+    assert len(bench.runner.batches) <= MAX_RUNS + 2
+    assert bench.engine.num_failures_in_a_row == 1
+    bench.check_all()
+
+
+@both
 @pytest.mark.parametrize("where", ["fail_submit", "fail_collect"])
 def test_a_step_that_raises_ends_its_requests_and_nobody_elses(overlap: bool, where: str) -> None:
     bench = Bench(overlap=overlap)
@@ -441,10 +491,18 @@ requests = st.lists(
     num_blocks=st.integers(12, 40),
     slots=st.integers(1, 4),
     failing=st.sets(st.integers(1, 30), max_size=2),
+    poison=st.dictionaries(st.integers(0, 11), st.sampled_from(["submit", "collect"]), max_size=2),
     data=st.data(),
 )
 def test_any_storm_leaves_the_pool_whole_and_every_answer_exact(
-    requests: Any, overlap: bool, policy: str, num_blocks: int, slots: int, failing: set[int], data: st.DataObject
+    requests: Any,
+    overlap: bool,
+    policy: str,
+    num_blocks: int,
+    slots: int,
+    failing: set[int],
+    poison: dict[int, str],
+    data: st.DataObject,
 ) -> None:
     bench = Bench(
         num_blocks=num_blocks,
@@ -456,7 +514,10 @@ def test_any_storm_leaves_the_pool_whole_and_every_answer_exact(
         reserve=data.draw(st.sampled_from([0.0, 0.5])),
     )
     getattr(bench.runner, data.draw(st.sampled_from(["fail_submit", "fail_collect"]))).update(failing)
+    turns_bad = data.draw(st.integers(0, 10))
     for step in range(40):
+        if step == turns_bad:
+            bench.runner.poison.update({f"r{index}": where for index, where in poison.items()})
         for index, (arrives, prompt, adapter, count, ignore_eos, aborted) in enumerate(requests):
             if arrives == step:
                 bench.add(f"r{index}", prompt, adapter, f"t{index % 3}", max_tokens=count, ignore_eos=ignore_eos)

@@ -1,0 +1,76 @@
+"""Recovery from a step that raised: find the requests that it fails on, so that only they end.
+
+The works are run again by halves, one part after the other, without overlap. A work that fails alone is at fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from inlaid.engine.request import Batch, Runner, StepResult, Work
+
+MAX_RUNS = 64  # in one recovery; then what is left counts as failed, since the device may be the one at fault
+
+
+@dataclass
+class Recovered:
+    """The works of a failed step that went well in the end, their result, and the errors of the others."""
+
+    works: list[Work] = field(default_factory=list)
+    result: StepResult = field(default_factory=lambda: StepResult([]))
+    failed: list[tuple[Work, Exception]] = field(default_factory=list)
+
+
+class _Runs:
+    """Runs of parts of one batch, as long as some are left."""
+
+    def __init__(self, runner: Runner, batch: Batch) -> None:
+        self._runner = runner
+        self._batch = batch
+        self._num_left = MAX_RUNS
+        self.recovered = Recovered()
+
+    def halve(self, works: Sequence[Work], error: Exception) -> None:
+        """Run works that have just failed together: each half alone."""
+        if len(works) <= 1:
+            self.recovered.failed += [(work, error) for work in works]
+        else:
+            middle = len(works) // 2
+            self.run(works[:middle], error)
+            self.run(works[middle:], error)
+
+    def run(self, works: Sequence[Work], error: Exception | None = None) -> None:
+        """Run works together, or give them up with the last error if no runs are left."""
+        if not works:
+            return
+        if error is not None and not self._num_left:
+            self.recovered.failed += [(work, error) for work in works]
+            return
+        self._num_left -= 1
+        for work in works:
+            work.request.num_preemptions += 1
+        released = (*self._batch.released, *(work.request.id for work in works))
+        try:
+            part = Batch(self._batch.step, tuple(works), released)
+            result = self._runner.collect(self._runner.submit(part))
+        except Exception as raised:  # noqa: BLE001 - any error of the device, or of a request's own data
+            self.halve(works, raised)
+            return
+        self.recovered.works += works
+        self.recovered.result.sampled.extend(result.sampled)
+        self.recovered.result.prompt_logprobs.update(result.prompt_logprobs)
+
+
+def recover(runner: Runner, batch: Batch, works: Sequence[Work], error: Exception | None) -> Recovered:
+    """Run some works of a batch again after `error`, or for the first time if that is None.
+
+    The runner's state of these requests is unknown: `released` names them, so that it is made anew, and a higher
+    num_preemptions says that nothing carries on from the step before.
+    """
+    runs = _Runs(runner, batch)
+    if error is None:
+        runs.run(works)
+    else:
+        runs.halve(works, error)
+    return runs.recovered
