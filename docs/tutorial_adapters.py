@@ -2,8 +2,8 @@
 
     python docs/tutorial_adapters.py my
 
-writes my/orders and my/desks (PEFT folders) and my/orders.jsonl and my/desks.jsonl (64 examples each, which training did
-not see, for calibration). About two minutes on two cores.
+writes my/desks and my/urgency (PEFT folders), and my/desks.jsonl and my/urgency.jsonl (64 examples each for
+calibration, drawn from another seed than the training data). About a minute on two cores.
 """
 
 from __future__ import annotations
@@ -23,18 +23,32 @@ BASE = Path(__file__).parents[1] / "models" / "demo" / "base"
 NAMES = ("Tom", "Lena", "Felix", "Nora", "Clara", "Leo", "Eva", "Jan")
 THINGS = ("boats", "onions", "bottles", "chairs", "baskets", "letters", "bells", "barrels")
 COLOURS = ("red", "blue", "yellow", "green", "dirty", "big")
-DESKS = {"broken": "repairs", "late": "shipping", "lost": "shipping", "wet": "repairs", "free": "sales", "cheap": "sales"}
-STEPS, ROWS, RATE = 300, 8, 5e-3
+DESKS = {
+    "broken": "repairs",
+    "late": "shipping",
+    "lost": "shipping",
+    "wet": "repairs",
+    "free": "sales",
+    "cheap": "sales",
+}
+TIMES = {
+    "now": "Very urgent.",
+    "today": "Urgent.",
+    "before noon": "Urgent.",
+    "next week": "It can wait.",
+    "some day": "It can wait.",
+}
+STEPS, ROWS, RATE = 150, 8, 5e-3
 
 Example = tuple[str, str]
 
 
-def order(draw: random.Random) -> Example:
-    """Make a sentence and the JSON object that it stands for."""
-    name, count, thing = draw.choice(NAMES), draw.randint(2, 99), f"{draw.choice(COLOURS)} {draw.choice(THINGS)}"
-    text = draw.choice(("Please send {n} {t} to {w}.", "{w} wants {n} {t}.", "Pack {n} {t} for {w}."))
-    answer = json.dumps({"name": name, "count": count, "item": thing})
-    return "Order: " + text.format(n=count, t=thing, w=name), answer
+def urgency(draw: random.Random) -> Example:
+    """Make a message and how soon it must be answered."""
+    when, answer = draw.choice(tuple(TIMES.items()))
+    text = draw.choice(("{w} needs the {c} {t} {s}.", "Send {c} {t} to {w} {s}.", "{w} asks {s} for {c} {t}."))
+    message = text.format(w=draw.choice(NAMES), c=draw.choice(COLOURS), t=draw.choice(THINGS), s=when)
+    return f"How urgent? {message}", answer
 
 
 def desk(draw: random.Random) -> Example:
@@ -79,7 +93,7 @@ def encode(tokenizer, prompt: str, answer: str) -> tuple[list[int], list[int]]: 
 
 
 def main(target: Path) -> None:
-    for name, make, rank in (("orders", order, 8), ("desks", desk, 4)):
+    for name, make, rank in (("desks", desk, 4), ("urgency", urgency, 8)):
         draw = random.Random(1)
         examples = (make(draw) for _ in range(64))
         lines = [json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in examples]
