@@ -206,6 +206,8 @@ def run(arguments: argparse.Namespace) -> int:
     workload = workload_from(arguments)
     wait_until_ready(arguments.base_url, arguments.ready_timeout)
     target = find_target(arguments)
+    if arguments.adapters == ["auto"]:
+        target = Target(target.model, workload.adapters_among(target.adapters))
     maker = prompt_maker(arguments, target, workload.seed)
     items = prepare(arguments, target, plan(workload, target.adapters, maker, shown=not arguments.no_progress))
     warmup = _warmup_items(arguments, target, workload)

@@ -185,6 +185,13 @@ class Workload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         ranks = self.adapters.ranks
         return {name: ranks[number % len(ranks)] for number, name in enumerate(self.adapter_names)}
 
+    def adapters_among(self, served: list[str]) -> list[str]:
+        """Return the adapters that the workload names, in its order; all that are served if it names none."""
+        missing = [name for name in self.adapters.names if name not in served]
+        if missing:
+            raise ValueError(f"the workload is made for adapter {missing[0]!r}, which is not served: serve it too")
+        return self.adapters.names or served
+
     def seconds_of(self, stream: Stream) -> float | None:
         """Return how long a stream lasts: its own limit, or the rest of the workload; None if it counts requests."""
         if stream.duration_s is not None or stream.num_requests is not None or self.duration_s is None:
