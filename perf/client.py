@@ -1,4 +1,4 @@
-"""`python -m perf.client`: sends a workload to any OpenAI-compatible server (or S-LoRA's) and measures it.
+"""`python -m perf.client`: send a workload to any OpenAI-compatible server (or S-LoRA's) and measure it.
 
 Exit codes: 0 done, 2 bad arguments or no server, 3 too many requests failed, 130 interrupted (what was done
 is kept).
@@ -13,8 +13,6 @@ import resource
 import signal
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from datetime import datetime, timezone
@@ -33,8 +31,8 @@ from perf.options import build_parser, workload_from
 from perf.protocols import PROTOCOLS, WireOptions
 from perf.records import Record, encode_record
 from perf.sender import Prepared, Sender, drive
-from perf.server_tokenizer import ServerTokenizer
 from perf.summary import as_table, options_for, summarize
+from perf.target import ServerTokenizer, Target, find_target, set_scheduler, wait_until_ready
 
 LATE_MS = 10.0  # a median lateness above this is worth a warning: the load was not the one asked for
 START_DELAY_S = 0.05  # between the clock's zero and the first request, so that it is not late itself
@@ -42,13 +40,6 @@ START_DELAY_S = 0.05  # between the clock's zero and the first request, so that 
 
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM during the run; the records made so far are kept."""
-
-
-class Target(msgspec.Struct, frozen=True):
-    """What the server calls its base model and its adapters."""
-
-    model: str
-    adapters: list[str]
 
 
 class Progress:
@@ -78,49 +69,6 @@ class Progress:
         self.bar.close()
         if self.file:
             self.file.close()
-
-
-def find_target(arguments: argparse.Namespace) -> Target:
-    """Names from the flags; where they say auto, from the server's own list."""
-    adapters, model = list(arguments.adapters), arguments.model
-    if adapters == ["auto"] or model is None:
-        if arguments.backend == "slora":
-            raise ValueError("S-LoRA lists no models: name them with --model and --adapters")
-        listed = _listed_models(arguments)
-        parents = [card["id"] for card in listed if not card.get("parent")]
-        adapters = [card["id"] for card in listed if card.get("parent")] if adapters == ["auto"] else adapters
-        model = model or (parents[0] if parents else None)
-    if model is None:
-        raise ValueError(f"{arguments.base_url[0]}/v1/models lists no base model: name one with --model")
-    return Target(model, adapters[: arguments.num_adapters])
-
-
-def _listed_models(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    url = arguments.base_url[0].rstrip("/") + "/v1/models"
-    headers = {"Authorization": f"Bearer {arguments.api_key}"} if arguments.api_key else {}
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as response:
-            return list(msgspec.json.decode(response.read())["data"])
-    except (urllib.error.URLError, OSError, KeyError, TypeError, msgspec.DecodeError) as error:
-        raise ValueError(f"no list of models at {url} ({error}): is the server up?") from error
-
-
-def wait_until_ready(base_urls: list[str], timeout_s: float) -> None:
-    """Asks every replica's /health until it answers 200."""
-    end = time.monotonic() + timeout_s
-    for base_url in base_urls:
-        while not _healthy(base_url):
-            if time.monotonic() > end:
-                raise ValueError(f"{base_url}/health did not answer within {timeout_s:g} s: is the server up?")
-            time.sleep(0.2)
-
-
-def _healthy(base_url: str) -> bool:
-    try:
-        with urllib.request.urlopen(base_url.rstrip("/") + "/health", timeout=5):
-            return True
-    except (urllib.error.URLError, OSError):
-        return False
 
 
 def prompt_maker(arguments: argparse.Namespace, target: Target, seed: int) -> PromptMaker:
@@ -179,7 +127,7 @@ async def measure(
     progress: Progress,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Warms up, then drives the workload; returns the clock's reading at the run's zero."""
+    """Warm up, then drive the workload; return the clock's reading at the run's zero."""
     stop = asyncio.Event()
     for signum in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
@@ -202,12 +150,13 @@ async def measure(
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """The whole run; returns the exit code."""
+    """Run everything and return the exit code."""
     workload = workload_from(arguments)
     wait_until_ready(arguments.base_url, arguments.ready_timeout)
     target = find_target(arguments)
     if arguments.adapters == ["auto"]:
         target = Target(target.model, workload.adapters_among(target.adapters))
+    set_scheduler(arguments, workload.weights)
     maker = prompt_maker(arguments, target, workload.seed)
     items = prepare(arguments, target, plan(workload, target.adapters, maker, shown=not arguments.no_progress))
     warmup = _warmup_items(arguments, target, workload)
@@ -255,7 +204,7 @@ def _event_loop_run(job: Coroutine[Any, Any, float]) -> float:
 
 
 def _allow_many_sockets(max_connections: int) -> None:
-    """The usual soft limit of 1024 files is less than a thousand connections need."""
+    """Raise the soft limit of open files: the usual 1024 is less than a thousand connections need."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = max_connections + 256
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -268,7 +217,7 @@ def _allow_many_sockets(max_connections: int) -> None:
 def _heading(
     arguments: argparse.Namespace, target: Target, seed: int, count: int, clock_start: float
 ) -> dict[str, Any]:
-    """What was run: vLLM's header fields, and the command."""
+    """Describe the run: vLLM's header fields, and the command."""
     return {
         "date": datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S"),
         "backend": arguments.backend,
@@ -297,7 +246,7 @@ def _warn_if_late(summary: dict[str, Any]) -> None:
 
 
 def _say_why(records: list[Record]) -> None:
-    """The commonest reason, so that nobody has to look for it in the records."""
+    """Print the commonest reason for requests without an answer."""
     reasons = Counter((record.status, record.error) for record in records if record.status != "ok")
     if reasons:
         (status, error), count = reasons.most_common(1)[0]

@@ -1,9 +1,9 @@
-"""A server that says nothing true and everything on time: scripted delays and faults on the real wire.
+"""A scripted server: made-up tokens, at given times and with given faults, on the real wire.
 
-`python -m perf.fake_server --port P` for the harness' own tests and dry runs; tests also use `FakeServer` in
-process. It speaks OpenAI's streams, S-LoRA's `/generate_stream`, `/v1/models`, `/tokenize`, `/health`, and
-records when it sent each token, which is the independent count that the generator is checked against.
-A token is a word; token ids are accepted as they are.
+`python -m perf.fake_server --port P` for the harness' own tests and dry runs; tests also use `FakeServer` in process.
+It speaks OpenAI's streams, S-LoRA's `/generate_stream`, `/v1/models`, `/v1/scheduler`, `/tokenize` and `/health`. It
+records when it sent each token, which is the independent count that the generator is checked against. A token is a
+word; token ids are accepted as they are.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Fault = Literal["", "http-500", "http-429", "hang", "cut", "reset", "garbage", "
 
 
 class Behaviour(msgspec.Struct, frozen=True):
-    """How one request is answered: first token after `ttft_s`, then a gap of `itl_s` before each further one.
+    """Timing of one answer: first token after `ttft_s`, then a gap of `itl_s` before each further one.
 
     `gaps_s` overrides the gaps one by one. A fault strikes after `fault_after` tokens.
     """
@@ -42,7 +42,7 @@ class Behaviour(msgspec.Struct, frozen=True):
 
 
 class Sent(msgspec.Struct):
-    """What the server did for one request, on its own clock; `tokens` is stamped just before each write."""
+    """The server's log of one request, on its own clock; `tokens` is stamped just before each write."""
 
     request_id: str
     model: str
@@ -66,12 +66,15 @@ class FakeServer:
         self.slots = asyncio.Semaphore(slots)
         self.log: list[Sent] = []
         self.count = 0
+        self.scheduler: dict[str, object] = {}  # as the last PUT /v1/scheduler said
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=1 << 26)
         app.router.add_get("/health", self.health)
         app.router.add_get("/ready", self.health)
         app.router.add_get("/v1/models", self.models)
+        app.router.add_put("/v1/scheduler", self.put_scheduler)
+        app.router.add_get("/v1/scheduler", self.get_scheduler)
         app.router.add_post("/tokenize", self.tokenize)
         app.router.add_post("/v1/completions", self.completions)
         app.router.add_post("/v1/chat/completions", self.chat)
@@ -84,6 +87,13 @@ class FakeServer:
     async def models(self, _: web.Request) -> web.Response:
         cards = [{"id": "fake", "parent": None}] + [{"id": name, "parent": "fake"} for name in self.adapters]
         return web.json_response({"object": "list", "data": cards})
+
+    async def put_scheduler(self, request: web.Request) -> web.Response:
+        self.scheduler |= await request.json()
+        return web.json_response(self.scheduler)
+
+    async def get_scheduler(self, _: web.Request) -> web.Response:
+        return web.json_response(self.scheduler)
 
     async def tokenize(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -152,7 +162,7 @@ class FakeServer:
 
 
 def hash_word(word: str) -> int:
-    """A small stable id for a word."""
+    """Return a small stable id for a word."""
     return sum((i + 1) * ord(letter) for i, letter in enumerate(word)) % 30_000
 
 

@@ -1,4 +1,4 @@
-"""Measures the request generator itself: can it hold 500 requests/s and 512 streams, and are its times true?
+"""Measurement of the request generator itself: can it hold 500 requests/s and 512 streams, and are its times true?
 
     python -m perf.measure_client --out perf/results/perf-client.json
 
@@ -26,10 +26,10 @@ import numpy as np
 
 from inlaid.files import write_atomically
 from inlaid.report.provenance import now, provenance
-from perf.client import wait_until_ready
 from perf.fake_server import Sent
 from perf.process import ROOT, child_environment, free_port
 from perf.records import Record, read_records
+from perf.target import wait_until_ready
 
 TTFT_MS, ITL_MS, OUTPUT = 74.0, 50.0, 20  # 74 + 19 * 50 = 1,024 ms, and so 512 streams at 500 requests/s
 
@@ -59,13 +59,13 @@ def one_run(rate: float, seconds: float, folder: Path) -> dict[str, Any]:
 
 
 def _read_log(path: Path) -> dict[str, Sent]:
-    """By request id; ids of warm-up requests have a minus."""
+    """Read the server's log by request id; ids of warm-up requests have a minus."""
     sent = [msgspec.json.decode(line, type=Sent) for line in path.read_bytes().splitlines()]
     return {entry.request_id: entry for entry in sent}
 
 
 def _figures(summary: dict[str, Any], records: list[Record], log: dict[str, Sent]) -> dict[str, Any]:
-    """The generator's figures, and its stamps against the server's; milliseconds."""
+    """Compute the generator's figures, and its stamps against the server's, in milliseconds."""
     measured = [record for record in records if not record.warmup]
     start = summary["clock_start"]
     pairs = [(record, log[f"perf-{record.index}"]) for record in measured if record.status == "ok"]

@@ -46,6 +46,7 @@ def _server_flags(group: Any) -> None:
     group.add_argument("--num-adapters", type=int, help="use only the first so many")
     group.add_argument("--api-key", help="sent as a bearer token")
     group.add_argument("--tenant-as", default="user", help="user | none | api-key | header:NAME")
+    group.add_argument("--policy", help="switch the server to this policy first (inlaid), as vtc:predict=predicted")
     group.add_argument("--ready-timeout", type=float, default=0.0, help="seconds to wait for /health")
 
 
@@ -138,7 +139,7 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def workload_from(arguments: argparse.Namespace) -> Workload:
-    """The workload file, or one stream from the flags; raises ValueError with one clear line."""
+    """Read the workload file, or make one stream of the flags; raise ValueError with one clear line."""
     if arguments.workload:
         _refuse_beside_a_file(arguments)
         workload = load_workload(arguments.workload)
@@ -159,7 +160,7 @@ STREAM_FLAGS = (
 
 
 def _refuse_beside_a_file(arguments: argparse.Namespace) -> None:
-    """A flag that the file overrules would be ignored in silence."""
+    """Refuse a flag that the workload file would overrule in silence."""
     parser = build_parser()
     for name in STREAM_FLAGS:
         if getattr(arguments, name) != parser.get_default(name):

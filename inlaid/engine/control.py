@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from inlaid.engine.limits import TenantLimits
-from inlaid.engine.policy import POLICIES, Policy, make_policy
+from inlaid.engine.policy import POLICIES, Policy, make_policy, parse_policy
 from inlaid.engine.request import Status
 from inlaid.engine.scheduler import Scheduler
 
@@ -56,7 +56,11 @@ def _new_policy(scheduler: Scheduler, changes: dict[str, Any]) -> Policy:
     name = changes.get("policy", scheduler.policy.name)
     if not isinstance(name, str):
         raise ValueError(f"policy must be a string, not {name!r}")
-    kept = asdict(scheduler.policy) if name == scheduler.policy.name else {}
+    if ":" in name:
+        named = parse_policy(name)
+        name, kept = named.name, asdict(named)
+    else:
+        kept = asdict(scheduler.policy) if name == scheduler.policy.name else {}
     options = _convert(changes, "options", dict[str, Any]) or {}
     return make_policy(name, {**kept, **options})
 

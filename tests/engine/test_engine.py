@@ -97,6 +97,8 @@ def test_the_scheduler_is_changed_while_it_serves_and_describes_itself() -> None
     assert described["max_num_waiting"] == 77
     assert json.loads(json.dumps(described)) == described
     assert bench.engine.set_scheduler({"options": {"ageing": 1.0}})["options"]["beta"] == 3
+    switched = bench.engine.set_scheduler({"policy": "vtc:predict=predicted"})
+    assert (switched["policy"], switched["options"]["predict"]) == ("vtc", "predicted")
     bench.run().check_all()
 
 

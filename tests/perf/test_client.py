@@ -7,22 +7,24 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from inlaid.workload.plan import PlannedRequest
-from perf.client import Target, main, prepare, wait_until_ready
+from perf.client import main, prepare
 from perf.options import build_parser, workload_from
 from perf.process import free_port
 from perf.records import read_records
 from perf.sender import Prepared
+from perf.target import Target, wait_until_ready
 
 
 @pytest.fixture(scope="module")
 def fake() -> Iterator[str]:
-    """A fake server with three adapters."""
+    """Start a fake server with three adapters."""
     port = free_port()
     command = [sys.executable, "-m", "perf.fake_server", "--port", str(port), "--ttft-ms", "5", "--itl-ms", "2"]
     server = subprocess.Popen([*command, *(part for name in "abc" for part in ("--adapter", f"{name}=x"))])
@@ -195,3 +197,15 @@ def test_flags_make_the_stream_they_say() -> None:
     assert (stream.arrival.process, stream.arrival.cv, stream.arrival.rate) == ("gamma", 3, 7)
     assert (stream.adapters.distribution, stream.adapters.alpha, stream.duration_s) == ("zipf", 1.4, 9)
     assert stream.input.median == 90
+
+
+def test_a_suites_weights_and_the_policy_are_set_before_the_run(fake: str, tmp_path: Path) -> None:
+    path = tmp_path / "weighted.toml"
+    path.write_text(
+        'extends = "overload-weighted"\nduration_s = 0.2\n[each]\ninput = { value = 4 }\noutput = { value = 2 }\n'
+    )
+    assert run(fake, "--workload", str(path), "--rate", "60", "--policy", "vtc:predict=predicted") == 0
+    with urllib.request.urlopen(f"{fake}/v1/scheduler") as response:
+        said = json.load(response)
+    assert said["policy"] == "vtc:predict=predicted"
+    assert said["weights"] == {f"client-{number}": number + 1.0 for number in range(4)}

@@ -11,9 +11,9 @@ import pytest
 
 from inlaid.sim.command import main as simulate
 from perf import client, in_process
-from perf.client import wait_until_ready
 from perf.process import ROOT, free_port
 from perf.records import read_records
+from perf.target import wait_until_ready
 
 WORKLOAD = """
 about = "two tenants, one of them with two adapters"
