@@ -52,7 +52,7 @@ class Archive:
 
     @contextlib.contextmanager
     def held(self, timeout_s: float = 40.0) -> Iterator[None]:
-        """The archive is ours alone inside; a runner that is killed lets go of it when its processes have ended."""
+        """Lock the archive inside the `with` body; a killed runner releases it when its processes have ended."""
         self.acquire(timeout_s)
         try:
             yield
@@ -60,7 +60,7 @@ class Archive:
             os.close(self.lock)
 
     def acquire(self, timeout_s: float = 40.0) -> None:
-        """Waits for what a killed runner left behind to end: its wardens hold the lock until they are done."""
+        """Wait until the processes of a killed runner have ended: their wardens hold the lock until then."""
         self.lock = os.open(self.home / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         end = time.monotonic() + timeout_s
         while True:
@@ -101,7 +101,7 @@ class Archive:
         return {event.point: event.attempt for event in self.events() if event.event == "passed"}
 
     def unfinished(self) -> list[Event]:
-        """Attempts that were started and have no end: the runner died during them."""
+        """List attempts that were started and have no end: the runner died during them."""
         open_attempts: dict[tuple[str, int], Event] = {}
         for event in self.events():
             if event.event == "started":
@@ -111,7 +111,7 @@ class Archive:
         return list(open_attempts.values())
 
     def new_attempt(self, point: str) -> tuple[int, Path]:
-        """The next number and its empty folder."""
+        """Make the next attempt: its number and its empty folder."""
         taken = [int(path.name.removeprefix("attempt-")) for path in self.directory(point).glob("attempt-*")]
         number = max(taken, default=0) + 1
         directory = self.directory(point) / f"attempt-{number}"
@@ -129,7 +129,7 @@ class Archive:
 
 
 def create_archive(log_home: Path, name: str, templates: list[Path], instances: list[Instance]) -> Archive:
-    """Writes everything that is known before the first run; the folder appears whole or not at all."""
+    """Write everything that is known before the first run; the folder appears whole or not at all."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     log_home.mkdir(parents=True, exist_ok=True)
     home = _fresh(log_home / f"{stamp}_{name}")

@@ -62,7 +62,7 @@ def _make_adapters(instance: Instance) -> None:
 
 
 def _record_environment(instance: Instance, directory: Path) -> None:
-    """What the config set, and which values of the surrounding shell it replaced."""
+    """Record the variables that the config set, and the values of the surrounding shell that it replaced."""
     replaced = {k: os.environ[k] for k, v in instance.environment.items() if os.environ.get(k, v) != v}
     record = msgspec.json.encode({"set": instance.environment, "replaced": replaced})
     (directory / "environment.json").write_bytes(msgspec.json.format(record, indent=2) + b"\n")

@@ -54,7 +54,7 @@ class Ask:
 
 
 def workload(adapters: list[str], tokenizer: Any) -> list[Ask]:
-    """The first prompts of each adapter's own eval split, in its chat template; adapters take turns."""
+    """Read the first prompts of each adapter's own eval split, in its chat template; adapters take turns."""
     asks = []
     for index in range(PER_ADAPTER):
         for adapter in adapters:
@@ -78,7 +78,7 @@ class Inlaid:
         self.config = config
 
     def answer(self, asks: list[Ask]) -> Answers:
-        """A fresh engine each time, so that no prompt is found in the prefix cache."""
+        """Answer on a fresh engine, so that no prompt is found in the prefix cache."""
         engine = self._engine()
         params = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0, ignore_eos=True)
         for ask in asks:
@@ -150,15 +150,18 @@ class Peft:
 
 @dataclass
 class Timing:
-    """What one side took, by the clock and in processor time, round by round."""
+    """Seconds of one side, by the clock and in processor time, round by round."""
 
     wall: list[float]
     processor: list[float]
 
 
 def measure(sides: dict[str, Callable[[], Answers]], repeats: int) -> tuple[dict[str, Timing], dict[str, Answers]]:
-    """The sides take turns. The first round is not counted, except that it ends the race for those who took more than
-    half as long again as the best of peft: they keep that one time."""
+    """Time the sides in turns.
+
+    The first round is not counted, except for sides that took more than 1.5 times as long as the best of peft: they are
+    not run again and keep that one time.
+    """
     timings: dict[str, Timing] = {}
     answers: dict[str, Answers] = {}
     with tqdm(total=(repeats + 1) * len(sides), desc="measuring", file=sys.stderr) as bar:
@@ -198,7 +201,7 @@ def matmul_rate(rows: int) -> float:
 
 
 def base_flops_per_token(loaded: LoadedModel) -> int:
-    """Of the base's matmuls alone; adapters, attention and prompts come on top."""
+    """Count the operations of the base's matmuls alone; adapters, attention and prompts come on top."""
     spec = loaded.spec
     modules = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     per_layer = sum(n * k for n, k in map(spec.module_shape, modules))

@@ -1,4 +1,4 @@
-"""How evenly service went to tenants, seen from the client. Called by `perf.summary`.
+"""Fairness: how evenly tenants were served, seen from the client. Called by `perf.summary`.
 
 Service of a tenant is input tokens plus twice the output tokens (the prices of VTC); a prompt counts when its
 first token arrives, an output token when it arrives. Demand counts a request when it is due.
@@ -67,7 +67,7 @@ def jain(values: Series) -> float:
 
 
 def _events(records: list[Record], weight: float) -> tuple[Series, Series]:
-    """Times and amounts of service, sorted by time."""
+    """List times and amounts of service, sorted by time."""
     times: list[float] = []
     amounts: list[float] = []
     for record in records:

@@ -1,4 +1,4 @@
-"""One point of a grid, with nothing left open: what is started, what is sent, in which environment.
+"""One point of a grid, with nothing left open: the server, the workload and the environment.
 
 Made by `perf.template`, written to the archive as JSON, read back on resume, run by `perf.attempt`.
 """
@@ -66,7 +66,7 @@ class Instance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return argv
 
     def write(self, directory: Path) -> None:
-        """The config, the workload, and the two commands as scripts that can be run by hand."""
+        """Write the config, the workload, and the two commands as scripts that can be run by hand."""
         encoded = msgspec.json.encode(self)
         (directory / "instance.json").write_bytes(msgspec.json.format(encoded, indent=2) + b"\n")
         workload = directory / "workload.json"

@@ -1,5 +1,6 @@
-"""Whether `inlaid serve` and the request generator would take a point's arguments, found out without starting them.
-Used by `perf.runner`. This and `perf.random_adapters` aside, nothing here knows inlaid.
+"""Check of a point's arguments against `inlaid serve` and the request generator, without starting them.
+
+Used by `perf.runner`.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def why_no_client(instance: Instance) -> str:
 
 
 def _refusal(parse: Callable[[Sequence[str]], Any], arguments: Sequence[str]) -> str:
-    """The last line of what a parser says when it gives up, or nothing."""
+    """Return the last line of what a parser says when it gives up, or nothing."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

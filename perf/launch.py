@@ -1,4 +1,4 @@
-"""How each kind of server is started: inlaid, its peers, and the fake one. The commands are written here once.
+"""Commands that start each kind of server: inlaid, its peers, and the fake one.
 
 The runner asks for a command; `python -m perf.launch` (behind `perf/launch_server_*.sh`) runs one, or several
 replicas of it, in the foreground until Ctrl-C.
@@ -16,7 +16,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, get_args
 
 import msgspec
@@ -25,12 +27,17 @@ ServerKind = Literal["inlaid", "vllm", "slora", "fake"]
 Adapter = tuple[str, str]  # name, path
 CACHE = Path("models/cache")  # where models/download.sh puts them
 
-READY_PATHS: dict[ServerKind, str] = {"inlaid": "/ready", "vllm": "/health", "slora": "/health", "fake": "/ready"}
-INSTALL: dict[ServerKind, str] = {
-    "vllm": "vLLM is not installed here. In an environment of its own: pip install vllm  (then put its bin/ on PATH)",
-    "slora": "S-LoRA is not installed here. It needs CUDA 11.8, torch 2.0.1 and triton 2.1 in its own environment: "
-    "git clone https://github.com/S-LoRA/S-LoRA && cd S-LoRA && pip install -e .",
-}
+READY_PATHS: Mapping[ServerKind, str] = MappingProxyType(
+    {"inlaid": "/ready", "vllm": "/health", "slora": "/health", "fake": "/ready"}
+)
+INSTALL: Mapping[ServerKind, str] = MappingProxyType(
+    {
+        "vllm": "vLLM is not installed here. In an environment of its own: pip install vllm  "
+        "(then put its bin/ on PATH)",
+        "slora": "S-LoRA is not installed here. It needs CUDA 11.8, torch 2.0.1 and triton 2.1 in its own environment: "
+        "git clone https://github.com/S-LoRA/S-LoRA && cd S-LoRA && pip install -e .",
+    }
+)
 
 
 class ServerCommand(msgspec.Struct, frozen=True):
@@ -74,7 +81,7 @@ def _slora(server: ServerCommand, port: str) -> list[str]:
     return command + _flags(server, dash="_")
 
 
-_COMMANDS = {"inlaid": _inlaid, "fake": _fake, "vllm": _vllm, "slora": _slora}
+_COMMANDS = MappingProxyType({"inlaid": _inlaid, "fake": _fake, "vllm": _vllm, "slora": _slora})
 
 
 def _policy(server: ServerCommand) -> list[str]:
@@ -147,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def replica_commands(arguments: argparse.Namespace) -> list[tuple[list[str], dict[str, str]]]:
-    """A command and its environment for each replica; several share the GPUs there are, one after the other."""
+    """Make a command and its environment for each replica; replicas take the GPUs in turn."""
     problem = "" if arguments.print else why_absent(arguments.kind) or why_no_model(arguments)
     if problem:
         raise ValueError(problem)
@@ -180,8 +187,10 @@ def why_no_model(arguments: argparse.Namespace) -> str:
 
 
 def how_to_get(model: str, fetch: str = "") -> str:
-    """What to run for a model that is not there; `fetch` is its name for models/download.sh where the path does not
-    tell. Quantizing is for the data at hand; better for one's own tasks (README)."""
+    """Say how to get a model that is missing; `fetch` is its name for models/download.sh where the path does not tell.
+
+    The advice quantizes for general text; quantizing for one's own tasks is better (README).
+    """
     name = fetch or (Path(model).name.removesuffix("-4bit") if Path(model).parent == CACHE else "")
     if not name:
         return "fetch it"
@@ -208,7 +217,7 @@ def _share_of_gpu(arguments: argparse.Namespace, gpus: int) -> list[str]:
 
 
 def run_until_stopped(commands: list[tuple[list[str], dict[str, str]]]) -> int:
-    """Runs the replicas; when one ends, or on Ctrl-C or SIGTERM, ends the others and returns."""
+    """Run the replicas; when one ends, or on Ctrl-C or SIGTERM, end the others and return."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     wardens = [
         subprocess.Popen(

@@ -75,7 +75,7 @@ def _panels(runs: list[Run], panels: list[Panel], x_label: str) -> bytes:
 
 
 def _service(runs: list[Run]) -> bytes:
-    """A panel a run, at most four: each tenant's service since the start."""
+    """Draw a panel per run, at most four: each tenant's service since the start."""
     chosen = runs[:4]
     figure, axes = _figure(len(chosen))
     for axis, run in zip(axes, chosen, strict=True):

@@ -47,13 +47,13 @@ class Supervised:
             return None
 
     def stop(self) -> None:
-        """Returns when the command and all it started are gone."""
+        """End the command and all it started, and return when they are gone."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
 
     def last_words(self) -> str:
-        """The end of its error output, or else of its output: the reason, most likely."""
+        """Return the last line of its error output, or else of its output: most likely the reason."""
         for log in (self.error_log, self.log):
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
             if lines:
@@ -62,7 +62,7 @@ class Supervised:
 
 
 def child_environment(overrides: dict[str, str]) -> dict[str, str]:
-    """The parent's environment under the config's: what the config sets wins."""
+    """Merge the parent's environment with the config's, which wins."""
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
     return {**os.environ, "PYTHONPATH": path, **overrides}
 

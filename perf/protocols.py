@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import msgspec
@@ -150,8 +151,10 @@ def _text(prompt: Prompt, backend: str) -> str:
     return prompt
 
 
-PROTOCOLS: dict[Backend, Protocol] = {
-    "openai": Protocol("/v1/completions", _openai_body, _parse_openai),
-    "openai-chat": Protocol("/v1/chat/completions", _chat_body, _parse_openai),
-    "slora": Protocol("/generate_stream", _slora_body, _parse_slora),
-}
+PROTOCOLS: Mapping[Backend, Protocol] = MappingProxyType(
+    {
+        "openai": Protocol("/v1/completions", _openai_body, _parse_openai),
+        "openai-chat": Protocol("/v1/chat/completions", _chat_body, _parse_openai),
+        "slora": Protocol("/generate_stream", _slora_body, _parse_slora),
+    }
+)

@@ -1,4 +1,4 @@
-"""What does one more task cost, and how much memory does quantizing hold?
+"""Cost of quantizing: the time of one more task, and the memory held.
 
 Adding a task must not cost what quantizing for all of them did: the demo's twelve tasks are quantized together, then
 eleven and one more, and the processor's seconds spent on Hessians are compared. Memory must not grow with the depth of
@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,12 +40,14 @@ from inlaid.quant.settings import Gate, Place, Settings, TaskSource
 from inlaid.report.provenance import provenance
 
 DEMO = Path("models/demo")
-BLOCK = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 8}
+BLOCK = MappingProxyType(
+    {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_key_value_heads": 8}
+)
 
 
 # Freed memory goes back to the system at once, so that the peak is of what is in use and not of what malloc kept, for
 # each thread apart.
-ALONE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+ALONE = MappingProxyType({"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"})
 
 
 class HessianClock:
@@ -107,7 +110,7 @@ CASES = (Case(4, 0), Case(16, 0), Case(4, 1), Case(16, 1), Case(2, 11), Case(2, 
 
 
 def prepare(case: Case, folder: Path) -> None:
-    """A random base, quantized for the tasks that are there before."""
+    """Write a random base, quantized for the tasks that are there before."""
     config = AutoConfig.for_model("llama", **BLOCK, num_hidden_layers=case.depth, vocab_size=1024)
     AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(folder / "base")
     for file in (DEMO / "base").glob("tokenizer*"):
@@ -157,12 +160,12 @@ def _settings(case: Case) -> Settings:
 
 
 def _plain_tasks() -> list[TaskSource]:
-    """The demo's tasks on the random base alone: its adapters are of another shape."""
+    """Return the demo's tasks on the random base alone: its adapters are of another shape."""
     return [replace(source, adapter=Path("none")) for source in demo_tasks()]
 
 
 def status_mib(name: str) -> float:
-    """A line of this process's status."""
+    """Read a line of this process's status, in MiB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) / 1024
@@ -170,7 +173,7 @@ def status_mib(name: str) -> float:
 
 
 def measured(case: Case, store: Path) -> dict[str, float]:
-    """A case in two processes of their own, so that what was held to prepare it is not counted."""
+    """Measure a case in two processes of its own, so that memory used to prepare it is not counted."""
     prepared, used = store / f"{case.depth}-{case.tasks}", store / "used"
     if not prepared.exists():
         _process("prepare", case, prepared)
@@ -212,7 +215,7 @@ def main() -> None:
         | {
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
-            "memory_cases": ALONE,
+            "memory_cases": dict(ALONE),
             "load_average": {"before": load, "after": os.getloadavg()[0]},
             "seconds": round(time.monotonic() - begun),
         },

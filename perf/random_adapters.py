@@ -35,7 +35,7 @@ class RandomAdapters(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def shapes(config: dict[str, Any]) -> dict[str, tuple[str, int, int]]:
-    """Module -> (path inside a layer, inputs, outputs), from a Llama-like config.json."""
+    """Map each module to (path inside a layer, inputs, outputs), from a Llama-like config.json."""
     hidden, mlp = config["hidden_size"], config["intermediate_size"]
     head = config.get("head_dim") or hidden // config["num_attention_heads"]
     queries = head * config["num_attention_heads"]
@@ -52,7 +52,7 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[str, int, int]]:
 
 
 def folder_for(base: str, spec: RandomAdapters, root: Path) -> Path:
-    """The same base and spec give the same folder; `count` is not in the name, so grids can share it."""
+    """Name the folder of a base and a spec; `count` is not in the name, so that grids can share it."""
     key = msgspec.json.encode(msgspec.structs.replace(spec, count=1)) + base.encode()
     return root / hashlib.sha256(key).hexdigest()[:12]
 
@@ -67,7 +67,7 @@ def names(spec: RandomAdapters) -> list[str]:
 
 
 def make_adapters(base: Path, spec: RandomAdapters, folder: Path, progress: bool = True) -> list[tuple[str, str]]:
-    """Writes what is missing; returns name and path of each. A folder appears whole or not at all."""
+    """Write missing adapters and return name and path of each; a folder appears whole or not at all."""
     config = _config(base)
     made = []
     for index, name in enumerate(tqdm.tqdm(names(spec), desc="random adapters", disable=not progress)):
@@ -79,7 +79,7 @@ def make_adapters(base: Path, spec: RandomAdapters, folder: Path, progress: bool
 
 
 def bytes_to_make(base: Path, spec: RandomAdapters, folder: Path) -> int:
-    """What the adapters that are not there yet will take, their headers aside."""
+    """Count the bytes of the adapters that are still to be made, without their headers."""
     config = _config(base)
     known = shapes(config)
     a_rank = 2 * config["num_hidden_layers"] * sum(known[target][1] + known[target][2] for target in spec.targets)

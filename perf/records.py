@@ -1,4 +1,6 @@
-"""What one request did, as a line of JSONL. Written by `perf.client`, read by `perf.summary` and `perf.report`.
+"""Record of one request, a line of JSONL.
+
+Written by `perf.client` and `perf.in_process`, read by `perf.summary` and `perf.report`.
 
 Times are seconds after the start of the run on the generator's clock; durations are seconds.
 """
@@ -57,7 +59,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return (self.e2el - self.ttft) / (self.output_len - 1)
 
     def token_times(self) -> list[float]:
-        """When each chunk of text arrived."""
+        """List the times at which chunks of text arrived."""
         if self.ttft is None:
             return []
         times = [self.sent + self.ttft]

@@ -6,6 +6,8 @@ be a result for another experiment.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 ONE_NODE = "servers of one machine are started here"
@@ -13,26 +15,28 @@ NO_SPLIT = "prefill and decode are not split over replicas"
 NO_SCALING = "one server is started a point; scaling is `inlaid cluster`'s"
 NO_RDMA = "weights do not move over RDMA"
 
-REASONS: dict[str, str] = {
-    "server.ibv_rate": NO_RDMA,
-    "server.inter_node": ONE_NODE,
-    "server.config": ONE_NODE,
-    "router.max_prefill_num": NO_SPLIT,
-    "router.max_decode_num": NO_SPLIT,
-    "router.min_prefill_num": NO_SPLIT,
-    "router.min_decode_num": NO_SPLIT,
-    "router.prefill_lower_bound": NO_SCALING,
-    "router.prefill_upper_bound": NO_SCALING,
-    "router.decode_lower_bound": NO_SCALING,
-    "router.decode_upper_bound": NO_SCALING,
-    "router.migration_lower_bound": NO_SCALING,
-    "router.migration_upper_bound": NO_SCALING,
-    "router.scale_down_threshold_millis": NO_SCALING,
-    "router.mock_load_millis": "loads are real, not mocked",
-    "router.mock_transfer_millis": "transfers are real, not mocked",
-    "model.tokens_prefilled_per_sec": "it feeds a scaling rule, and one server is started",
-    "model.tokens_transferred_per_sec": "it feeds a scaling rule, and one server is started",
-}
+REASONS: Mapping[str, str] = MappingProxyType(
+    {
+        "server.ibv_rate": NO_RDMA,
+        "server.inter_node": ONE_NODE,
+        "server.config": ONE_NODE,
+        "router.max_prefill_num": NO_SPLIT,
+        "router.max_decode_num": NO_SPLIT,
+        "router.min_prefill_num": NO_SPLIT,
+        "router.min_decode_num": NO_SPLIT,
+        "router.prefill_lower_bound": NO_SCALING,
+        "router.prefill_upper_bound": NO_SCALING,
+        "router.decode_lower_bound": NO_SCALING,
+        "router.decode_upper_bound": NO_SCALING,
+        "router.migration_lower_bound": NO_SCALING,
+        "router.migration_upper_bound": NO_SCALING,
+        "router.scale_down_threshold_millis": NO_SCALING,
+        "router.mock_load_millis": "loads are real, not mocked",
+        "router.mock_transfer_millis": "transfers are real, not mocked",
+        "model.tokens_prefilled_per_sec": "it feeds a scaling rule, and one server is started",
+        "model.tokens_transferred_per_sec": "it feeds a scaling rule, and one server is started",
+    }
+)
 FEATURE_FLAGS = (
     "ngrok", "impl_sllm", "impl_blitz", "impl_live", "impl_live_pro", "impl_fast", "impl_fast_pro", "cache_replace",
     "cache_all_hit", "mutate", "motiv", "mock_transfer", "unidirect", "optimized_tanz",
@@ -50,7 +54,7 @@ class Selected(Protocol):
 
 
 def refusals(table: dict[str, Any], selected: Selected, feature: str) -> tuple[dict[str, Any], str, dict[str, str]]:
-    """The point's table and feature without what cannot be honoured, and what that was, as the template names it."""
+    """Split off keys that cannot be honoured: return table and feature without them, and them with their reasons."""
     kept: dict[str, Any] = {}
     found: dict[str, str] = {}
     for section, values in table.items():

@@ -69,7 +69,7 @@ code { font-size: 12px; word-break: break-all; }
 
 
 def load_runs(paths: list[Path]) -> list[Run]:
-    """Runs with labels that differ: what all have in common at the front is left out, and twins are numbered."""
+    """Load runs with labels that differ: a common beginning is left out, and twins are numbered."""
     runs = []
     for path in tqdm.tqdm(paths, desc="reading", unit="run", delay=1, leave=False):
         try:
@@ -109,7 +109,7 @@ def figure_of(summary: dict[str, Any], key: str) -> float | None:
 
 
 def comparison_table(runs: list[Run]) -> str:
-    """A row a run; behind each figure its ratio to the first run's, coloured by which direction is better."""
+    """Format a row per run; each figure has its ratio to the first run's, coloured by which direction is better."""
     shown = [f for f in FIGURES if any(figure_of(run.summary, f[1]) is not None for run in runs)]
     head = [title for title, _ in PLAIN] + [title for title, _, _ in shown]
     rows = []
@@ -179,7 +179,7 @@ _SLO_COLUMNS = ("requests", "met", "attainment", "ttft", "tpot", "e2el")
 
 
 def warnings(runs: list[Run]) -> list[str]:
-    """What a reader must know before believing a figure."""
+    """List what a reader must know before believing a figure."""
     found = []
     for run in runs:
         if run.summary["interrupted"]:
@@ -212,7 +212,7 @@ def page(runs: list[Run], images: dict[str, bytes], note: str = "") -> str:
 
 
 def draw(runs: list[Run]) -> tuple[dict[str, bytes], str]:
-    """The figures, and what to say in their place or beside them."""
+    """Draw the figures; return them with a note to stand in their place or beside them."""
     too_many = len(runs) > plots.MAX_CURVES
     note = f"Series and distributions show the first {plots.MAX_CURVES} of {len(runs)} runs." if too_many else ""
     try:

@@ -1,4 +1,4 @@
-"""`python -m perf.runner`: runs grids of experiments from templates, and goes on where it was stopped.
+"""`python -m perf.runner`: run grids of experiments from templates, and resume one that was stopped.
 
 Exit codes: 0 all points passed, 1 some failed, 2 nothing could be started (one clear line says why),
 130 interrupted (go on with --checkpoint).
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import msgspec
@@ -31,7 +31,7 @@ from perf.random_adapters import bytes_to_make, folder_for
 from perf.sections import Global
 from perf.template import ADAPTER_ROOT, TemplateError, instantiate, template_settings
 
-COLOURS = {"passed": "32", "failed": "31", "skipped": "34", "running": "33"}
+COLOURS = MappingProxyType({"passed": "32", "failed": "31", "skipped": "34", "running": "33"})
 COLUMNS = (
     "completed", "failed", "duration", "request_throughput", "output_throughput", "request_goodput",
     "mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "p99_tpot_ms", "mean_itl_ms", "p99_itl_ms", "mean_e2el_ms",
@@ -64,7 +64,7 @@ class Runner:
         return 1 if self.failed else 0
 
     def _adopt_finished(self) -> None:
-        """A point whose result was whole when the runner was killed has passed; it is not run again."""
+        """Count a point whose result was whole when the runner was killed as passed; it is not run again."""
         for event in self.archive.unfinished():
             directory = self.archive.attempt_directory(event.point, event.attempt)
             limit = self.archive.instance(event.point).max_failed_share
@@ -131,7 +131,7 @@ def write_results(archive: Archive) -> None:
 
 
 def write_report(archive: Archive) -> None:
-    """In a process of its own: a plot that fails is reported and costs no result."""
+    """Make the report in a process of its own: a plot that fails is reported and costs no result."""
     passed = archive.passed()
     summaries = [archive.attempt_directory(p, passed[p]) / "summary.json" for p in archive.points if p in passed]
     if not summaries:
@@ -144,7 +144,7 @@ def write_report(archive: Archive) -> None:
 
 
 def check_startable(instances: list[Instance]) -> None:
-    """What only the machine can tell, before anything starts; raises TemplateError with one line."""
+    """Check what only this machine can tell, before anything starts; raise TemplateError with one line."""
     refused = {key: reason for instance in instances for key, reason in instance.refused.items()}
     if refused:
         named = "; ".join(f"{key} ({reason})" for key, reason in refused.items())
@@ -165,12 +165,12 @@ def check_startable(instances: list[Instance]) -> None:
 
 
 def not_startable(instance: Instance) -> str:
-    """Why server or generator would give up at once, or nothing."""
+    """Say why server or generator would give up at once, or nothing."""
     return instance.missing or why_not(instance.server) or why_no_client(instance) or missing_paths(instance)
 
 
 def missing_paths(instance: Instance) -> str:
-    """A model named by a path, and adapters that are not made on the way, must be there; a hub id is left alone."""
+    """Say which model, tokenizer or adapter is not at its path, or nothing; a hub id is left alone."""
     model = instance.server.model
     if model.startswith(("/", ".", "models/")) and not Path(model).is_dir():
         return f"model {model} does not exist: {how_to_get(model)}"
@@ -190,7 +190,7 @@ def missing_paths(instance: Instance) -> str:
 
 
 def no_room(instances: list[Instance]) -> str:
-    """Whether the disk holds the random adapters that are still to be made; a thousand may be 100 GB."""
+    """Say that the random adapters still to be made do not fit on the disk (a thousand may be 100 GB), or nothing."""
     wanted: dict[Path, int] = {}
     for instance in instances:
         if instance.random_adapters is not None:
@@ -258,7 +258,7 @@ def start(arguments: argparse.Namespace) -> int:
 
 
 def _say_dry(instances: list[Instance]) -> None:
-    """What a real run would refuse or miss."""
+    """Print what a real run would refuse or miss."""
     for instance in instances:
         print(instance.point)
     refused = {key: reason for instance in instances for key, reason in instance.refused.items()}

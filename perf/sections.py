@@ -72,7 +72,7 @@ class Router(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Axes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What grids of this field vary; each replaces what the other sections say."""
+    """Quantities that grids of this field vary; each replaces what the other sections say."""
 
     adapters: int | None = None
     quant: str | None = None

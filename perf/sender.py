@@ -1,4 +1,4 @@
-"""Sends planned requests on time and watches what comes back. Used by `perf.client`.
+"""Sender of planned requests, on time, and observer of their answers. Used by `perf.client`.
 
 Open loop: a request is sent when it is due, whether or not earlier ones have been answered; only the bound
 on connections can hold it back, and then the record shows how late it was. Every stamp is taken when bytes
@@ -32,7 +32,7 @@ class Prepared(msgspec.Struct, frozen=True):
 
 
 class Observed:
-    """What one stream has shown so far."""
+    """State of one answer, as far as its stream has come."""
 
     def __init__(self, parse: Callable[[bytes], Event]) -> None:
         self.parse = parse
@@ -46,7 +46,7 @@ class Observed:
         self.error = ""
 
     def feed(self, data: bytes, now: float) -> None:
-        """Takes bytes that arrived at `now`; events may be split anywhere."""
+        """Take bytes that arrived at `now`; events may be split anywhere."""
         *lines, self.pending = (self.pending + data).split(b"\n")
         for line in lines:
             if line.startswith(b"data:"):
@@ -91,7 +91,7 @@ class Sender:
         self.running = 0
 
     async def send(self, item: Prepared) -> Record:
-        """Always returns a record, also for a request that fails or is cancelled."""
+        """Send a request and return its record, also if it fails or is cancelled."""
         seen = Observed(self.protocol.parse)
         sent, http_status, status, error = math.nan, None, "cancelled", ""
         try:
@@ -161,7 +161,7 @@ def _judge(http_status: int | None, seen: Observed) -> tuple[str, str]:
 async def drive(
     sender: Sender, items: list[Prepared], on_record: Callable[[Record], None], stop: asyncio.Event
 ) -> None:
-    """Sends each item when it is due and reports each record once; returns when all are answered.
+    """Send each item when it is due, report each record once, and return when all are answered.
 
     When `stop` is set nothing more is sent, what is in flight is cancelled, and its records are reported.
     """

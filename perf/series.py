@@ -1,4 +1,4 @@
-"""What the report draws, as plain numbers: time series, distributions, attainment against rate.
+"""Curves of the report as plain numbers: time series, distributions, attainment against rate.
 
 Pure functions of records and summaries, so that they are tested without drawing anything. Used by `perf.report`.
 """
@@ -33,13 +33,13 @@ class Run(msgspec.Struct, frozen=True):
 
 
 def bucket_width(duration: float) -> float:
-    """A round number of seconds that gives at most about sixty buckets."""
+    """Choose a round number of seconds that gives at most about sixty buckets."""
     steps = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600)
     return next((step for step in steps if duration / step <= 60), duration / 60)
 
 
 def rate(run: Run, width: float, finished: bool) -> Points:
-    """Requests a second: due, or answered."""
+    """Count requests a second: due, or answered."""
     times = [r.finished for r in run.records if r.status == "ok"] if finished else [r.due for r in run.records]
     return _per_bucket(run, times, width)
 
@@ -78,7 +78,7 @@ def _samples(run: Run, kind: str) -> list[tuple[float, float]]:
 
 
 def distribution(run: Run, kind: str, points: int = 400) -> Points:
-    """The share of values up to x, in milliseconds; at most `points` of them."""
+    """Compute the share of values up to x, in milliseconds, at no more than `points` values."""
     answered = [record for record in run.records if record.status == "ok"]
     if kind == "ttft":
         values = [record.ttft for record in answered if record.ttft is not None]

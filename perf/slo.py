@@ -1,4 +1,4 @@
-"""Whether requests met their objectives: attainment by class and goodput. Called by `perf.summary`."""
+"""Attainment of objectives: by class, by kind of limit, and goodput. Called by `perf.summary`."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Attainment(msgspec.Struct, frozen=True):
 
 
 def meets(record: Record, objective: Objective | None) -> bool:
-    """True for an answered request within every limit of its objective."""
+    """Tell whether a request was answered within every limit of its objective."""
     if record.status != "ok":
         return False
     return objective is None or all(_parts(record, objective).values())
 
 
 def _parts(record: Record, objective: Objective) -> dict[str, bool]:
-    """A limit on what a record does not have (time per token of a single token) is met."""
+    """Judge each kind of limit; a limit on what a record does not have (time per token of a single token) is met."""
     measured = {"ttft": record.ttft, "tpot": record.tpot, "e2el": record.e2el}
     limits = {"ttft": objective.ttft_ms, "tpot": objective.tpot_ms, "e2el": objective.e2el_ms}
     return {

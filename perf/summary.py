@@ -80,7 +80,7 @@ def _totals(measured: list[Record], answered: list[Record], duration: float, opt
 
 
 def _offered_rate(measured: list[Record]) -> float | None:
-    """Requests due a second; a single instant (a burst) has none."""
+    """Compute requests due a second; a single instant (a burst) has no rate."""
     span = max(r.due for r in measured) - min(r.due for r in measured)
     return (len(measured) - 1) / span if span > 0 else None
 
@@ -143,7 +143,7 @@ def _slo(measured: list[Record], objectives: dict[str, Objective]) -> dict[str, 
 
 
 def _completion_times(measured: list[Record], percentiles: tuple[float, ...]) -> dict[str, Any]:
-    """A task is all requests for one adapter; it is done when the last of them is answered.
+    """Compute job completion times: a task is all requests for one adapter, done when the last of them is answered.
 
     Its completion time runs from when its first request was due. A task with a request that got no full
     answer is not complete and has no time.
@@ -205,7 +205,7 @@ def _details(measured: list[Record]) -> dict[str, list[Any]]:
 
 
 def as_table(summary: dict[str, Any]) -> str:
-    """The figures a person reads first."""
+    """Format the figures that a person reads first."""
     rows = [
         ("requests answered / failed", f"{summary['completed']} / {summary['failed']}"),
         ("duration (s)", _shown(summary["duration"])),

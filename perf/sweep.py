@@ -1,4 +1,4 @@
-"""Turns lists in a template into axes and multiplies them out. Used by `perf.template`."""
+"""Axes of a template: its lists, multiplied out. Used by `perf.template`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Choice:
         self.label = str(index) if isinstance(value, (dict, list)) else str(value)
 
     def apply(self, table: dict[str, Any]) -> None:
-        """A scalar sets the key; a table updates its siblings, so that one axis can move several keys."""
+        """Set the value: a scalar at its key; a table beside its siblings, so that one axis can move several keys."""
         for part in self.path[:-1]:
             table = table[part]
         del table[self.path[-1]]

@@ -63,7 +63,7 @@ def instantiate(path: Path, dry: bool = False) -> list[Instance]:
 
 
 def _check_without(without: list[str], instances: list[Instance]) -> None:
-    """A key in global.without must be one that some point would refuse: a typing mistake there drops nothing."""
+    """Refuse a key in global.without that no point would refuse: it is a typing mistake."""
     known = {key for instance in instances for key in (*instance.refused, *instance.dropped)}
     stray = [key for key in without if key not in known]
     if stray:

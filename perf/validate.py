@@ -43,7 +43,7 @@ BURST_S = 0.5  # seconds of quiet, then of burst, in traffic with bursts
 
 
 def load(model: Path, max_num_seqs: int, num_blocks: int, device: str = "auto", dtype: str = "auto") -> Loaded:
-    """The model with every adapter that lies beside it, prefix caching off as the traces are random tokens."""
+    """Load a model with every adapter that lies beside it, without prefix caching, as the traces are random tokens."""
     config = EngineConfig(
         model=str(model / "base" if (model / "base").is_dir() else model),
         device=device,
@@ -58,7 +58,7 @@ def load(model: Path, max_num_seqs: int, num_blocks: int, device: str = "auto", 
 
 
 def fresh_engine(loaded: Loaded, policy: str, clock: Clock) -> Engine:
-    """An engine that remembers nothing, on the loaded runner."""
+    """Make an engine without history on the loaded runner."""
     old = loaded.engine.scheduler
     config = EngineConfig(scheduler=replace(old.config, policy=policy), cache=old.cache)
     engine = make_engine(
@@ -75,7 +75,7 @@ def fresh_engine(loaded: Loaded, policy: str, clock: Clock) -> Engine:
 
 
 def ranks_of(engine: Engine, names: Iterable[str]) -> dict[str, int]:
-    """Of each adapter, by its identity and by its name, as the simulator's adapters are known by name."""
+    """Map each adapter's identity and name to its rank; the simulator knows adapters by name."""
     directory = engine.scheduler.adapters
     ranks: dict[str, int] = {}
     for name in names:
@@ -130,8 +130,7 @@ def summary(records: Sequence[RequestRecord], seconds: float) -> dict[str, float
 def simulated(
     trace: Sequence[Arrival], engine: Engine, cost: CostModel, policy: str
 ) -> tuple[list[RequestRecord], float]:
-    """The same trace, scheduler settings, memory and overlap on the simulator. Adapters are all resident, as on the
-    engine."""
+    """Simulate the trace with the engine's scheduler settings, memory and overlap; all adapters are resident."""
     old = engine.scheduler
     limits = {
         "max_num_seqs": old.config.max_num_seqs,
@@ -162,7 +161,7 @@ def serve(
     on_progress: Callable[[int], None] | None = None,
     cut: bool = False,
 ) -> Replay:
-    """The trace on the real engine; on a processor by processor time, so that other work there does not disturb."""
+    """Serve the trace on the real engine; on a CPU by processor time, so that other work does not count."""
     clock = BusyClock() if loaded.model.device == "cpu" else WallClock()
     engine = fresh_engine(loaded, policy, clock)
     names = [info.name for info in loaded.adapters.list()]
@@ -180,8 +179,10 @@ def measure(loaded: Loaded, trace: Sequence[Arrival], policy: str) -> Replay:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compared: policies, at rates that are shares of what the engine can do, in so many rounds, which share
-    the seconds of traffic; lengths of prompts and outputs in [low, high)."""
+    """Policies and loads to compare; a load is a rate as a share of what the engine can do.
+
+    The `seconds` of traffic are divided over the rounds; lengths of prompts and outputs are in [low, high).
+    """
 
     policies: tuple[str, ...] = ("fcfs", "vtc")
     loads: tuple[float, ...] = (0.5, 0.8)
@@ -193,7 +194,7 @@ class Plan:
 
 @dataclass
 class Comparison:
-    """What came of it: a row for each policy and load, the steps that the cost models were fitted to, and others."""
+    """Result of a validation: a row per policy and load, the steps that the models were fitted to, and unseen ones."""
 
     rate: float
     rows: list[dict[str, Any]]
@@ -202,9 +203,12 @@ class Comparison:
 
 
 def validate(loaded: Loaded, plan: Plan, on_row: Callable[[Comparison], None] = lambda found: None) -> Comparison:
-    """Rounds of bursts and of other loads, to which the cost model is fitted, take turns with rounds of the compared
-    traces, which it never sees: a machine whose speed drifts drifts under both. Bursts show batches of all sizes, the
-    others how a step with a single prompt differs from one with many."""
+    """Compare engine and simulator, a row for each load and policy.
+
+    Rounds of bursts and of other loads, to which the cost model is fitted, take turns with rounds of the compared
+    traces, which it never sees: a machine whose speed drifts does so under both. Bursts show batches of all sizes, the
+    other loads how a step with a single prompt differs from one with many.
+    """
     names = [info.name for info in loaded.adapters.list()]
     draw = partial(mixed_trace, names, loaded.model.vocab_size, prompt=plan.prompt, output=plan.output)
     rate = find_rate(loaded, draw)
@@ -232,7 +236,7 @@ def validate(loaded: Loaded, plan: Plan, on_row: Callable[[Comparison], None] = 
 
 
 def find_rate(loaded: Loaded, draw: Callable[..., list[Arrival]]) -> float:
-    """Requests per second when the engine is never idle: from as many at once as it runs together."""
+    """Measure requests per second when the engine is never idle: serve as many at once as it runs together."""
     count = loaded.engine.scheduler.config.max_num_seqs
     trace = [Arrival(0.0, arrival.request) for arrival in draw(count / 20.0, 20.0, 7)]
     done = measure(loaded, trace, "fcfs")

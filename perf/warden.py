@@ -93,7 +93,7 @@ def _signal_group(group: int, signum: int) -> None:
 
 
 def _end_everything(child: subprocess.Popen[bytes], grace_s: float) -> None:
-    """The command's group first, politely; then whatever is left of its descendants, adopted by us as orphans."""
+    """End the command's group with SIGTERM; after the grace kill its remaining descendants, adopted here as orphans."""
     _signal_group(child.pid, signal.SIGTERM)
     end = time.monotonic() + grace_s
     while time.monotonic() < end and (child.poll() is None or descendants(os.getpid())):
@@ -109,7 +109,7 @@ def _end_everything(child: subprocess.Popen[bytes], grace_s: float) -> None:
 
 
 def guard(command: list[str], grace_s: float) -> int:
-    """Returns the command's exit code, or STOPPED when it was ended for its owner."""
+    """Run the command; return its exit code, or STOPPED when it was ended for its owner."""
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_parent)
     owner_gone = False

@@ -76,7 +76,6 @@ STILL_MUTABLE: set[str] = {
     "inlaid/server/metrics.py",
     "inlaid/server/native.py",
     "inlaid/server/streaming.py",
-    "inlaid/sim/placement.py",
     "inlaid/text/params.py",
     "models/build_demo.py",
     "models/corpus.py",
@@ -93,12 +92,6 @@ STILL_MUTABLE: set[str] = {
     "perf/gpu/serving.py",
     "perf/gpu/starts.py",
     "perf/gpu/step.py",
-    "perf/launch.py",
-    "perf/protocols.py",
-    "perf/quant_cost.py",
-    "perf/refused.py",
-    "perf/runner.py",
-    "perf/scheduling/vtc_published.py",
 }
 STILL_SPREAD: set[str] = set()
 

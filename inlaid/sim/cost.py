@@ -1,4 +1,4 @@
-"""How long a step takes on a machine: a linear model of what the batch holds, read from a measured file.
+"""Cost model: the seconds of a step on a machine, linear in what the batch holds, read from a measured file.
 
 The coefficients of a machine are a JSON file (`sim/machines/`, or one that `python -m inlaid.sim.fit` wrote). The
 simulator's runner asks `step_seconds`; its adapter directory asks `load_seconds`.
@@ -17,7 +17,7 @@ MACHINES = Path(__file__).parent / "machines"
 
 
 class Load(msgspec.Struct, frozen=True):
-    """What a step holds: the regressors of the model. Attention reads a prompt's keys for each of its tokens."""
+    """Load of a step: the regressors of the model. Attention reads a prompt's keys for each of its tokens."""
 
     prefill_tokens: int = 0
     prefills: int = 0
@@ -31,7 +31,7 @@ class Load(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, batch: Batch, ranks: dict[str, int]) -> Load:
-        """The load of a batch, given the ranks of its adapters."""
+        """Measure the load of a batch, given the ranks of its adapters."""
         tokens = prefills = attention = decodes = prompts = outputs = rows = 0
         adapters: set[str] = set()
         for work in batch.works:
@@ -100,7 +100,7 @@ class CostModel:
         return self.load_base + self.load_rank * rank
 
     def scaled(self, factor: float, name: str) -> CostModel:
-        """The same machine, slower or faster by a factor."""
+        """Return the same machine, slower or faster by a factor."""
         times = {f.name: getattr(self, f.name) * factor for f in fields(self) if f.type == "float"}
         return CostModel(name=name, source=f"{self.source}, times {factor:g}", **times)
 
@@ -109,7 +109,7 @@ class CostModel:
 
 
 def load_cost(name: str) -> CostModel:
-    """A machine by name (a10g, a100-13b, h100, h200) or the path of a fitted file."""
+    """Load a machine by name (a10g, a100-13b, h100, h200) or the path of a fitted file."""
     path = Path(name) if name.endswith(".json") else MACHINES / f"{name}.json"
     if not path.exists():
         known = ", ".join(sorted(file.stem for file in MACHINES.glob("*.json")))

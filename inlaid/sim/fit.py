@@ -29,9 +29,12 @@ FLOORS = 24  # values tried for the least that a step with prompts takes
 
 
 def fit(steps: Sequence[Step], name: str, source: str, load_base: float = 0.0, load_rank: float = 0.0) -> CostModel:
-    """The model of these steps: plain least squares first, then each step weighted by one over what that predicts, as
-    longer steps vary more. Weighting by the measured seconds instead would favour the lucky steps and predict sums too
-    small. The least that a step with prompts takes is the one of those tried that explains the steps best."""
+    """Fit a model to steps: plain least squares first, then each step weighted by one over what that predicts.
+
+    Longer steps vary more, hence the weights. Weighting by the measured seconds instead would favour the fast steps and
+    predict sums that are too small. The floor of a step with prompts is the value, of those tried, that explains the
+    steps best.
+    """
     if len(steps) < 50:
         raise ValueError(f"{len(steps)} steps are too few to fit {len(TERMS)} terms; record at least 50")
     rows = np.array([[1.0, *msgspec.structs.astuple(step.load)] for step in steps])
@@ -86,7 +89,7 @@ def _solve(rows: Array, seconds: Array, weights: Array, sweeps: int = 3000) -> A
 
 
 def errors(model: CostModel, steps: Sequence[Step]) -> dict[str, float]:
-    """How far predictions are off: median of |relative error|, error of the sum, R squared."""
+    """Measure the errors of predictions: median of |relative error|, error of the sum, R squared."""
     seconds = np.array([step.seconds for step in steps])
     predicted = np.array([model.step_seconds(step.load) for step in steps])
     residual = ((predicted - seconds) ** 2).sum() / max(((seconds - seconds.mean()) ** 2).sum(), 1e-12)
@@ -110,7 +113,7 @@ def write_steps(path: Path, steps: Sequence[Step]) -> None:
 
 
 def write_cost(path: Path, model: CostModel, held_out: dict[str, float], made: dict[str, Any]) -> None:
-    """The file that `inlaid sim --machine FILE` reads: the coefficients, and beside them where they come from."""
+    """Write the file that `inlaid sim --machine FILE` reads: the coefficients, and their provenance."""
     record = {**msgspec.to_builtins(model), **{f"held_out_{k}": v for k, v in held_out.items()}, **made}
     path.write_text(json.dumps(record, indent=1) + "\n")
 

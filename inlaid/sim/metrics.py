@@ -23,7 +23,7 @@ WARM_UP = 30.0
 
 
 def service_of(record: RequestRecord) -> float:
-    """What it costs: a prompt token 1, an output token 2."""
+    """Return the service of a request: 1 for a prompt token, 2 for an output token."""
     return record.prompt_len + 2.0 * record.output_len
 
 
@@ -125,8 +125,11 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def isolation(row: dict[str, Any], alone: dict[str, float], modest: Sequence[str]) -> tuple[str, float | None]:
-    """Whether clients that ask for less than an equal share are served as if alone: the worst ratio of mean time to
-    first token in company to that alone, both plus one second (a wait below a second bothers nobody)."""
+    """Judge whether `modest` clients, which ask for less than an equal share, are served as if alone.
+
+    The figure is the worst ratio of mean time to first token in company to that alone, both plus one second, as a wait
+    below a second does not matter.
+    """
     ratios = [
         ((row["tenants"][tenant]["mean_ttft"] or float("inf")) + 1.0) / (alone[tenant] + 1.0)
         for tenant in modest

@@ -1,9 +1,10 @@
-"""Which of many instances gets a request whose adapter has a certain rank: after Toppings' figure 19, simulating
-continuous batching on each instance.
+"""Placement: the choice among many replicas for a request whose adapter has a certain rank.
+
+After Toppings' figure 19, with continuous batching simulated on each replica.
 
 Adapter kernels are bound by reading adapters, so a decode step takes a constant plus a rate times ranks: times rows of
 the largest rank where kernels pad (`padded`), times the sum of ranks where they do not (`exact`). Prefill stops an
-instance's decodes. The figure of merit is a request's latency over its tokens, queueing included, and the share of
+replica's decodes. The figure of merit is a request's latency over its tokens, queueing included, and the share of
 requests below an objective.
 """
 
@@ -14,8 +15,9 @@ import math
 import random
 import statistics
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from inlaid.report import tables
@@ -38,19 +40,19 @@ class Kernel:
         work = len(ranks) * max(ranks, default=0) if self.padded else sum(ranks)
         return self.base + self.per_rank * work
 
-    def after(self, batch: Batch, rank: int) -> float:
-        """A step with one request more."""
+    def after(self, batch: Occupancy, rank: int) -> float:
+        """Predict a step with one more request."""
         if self.padded:
             return self.base + self.per_rank * (batch.size + 1) * max(batch.largest, rank)
         return self.base + self.per_rank * (batch.ranks + rank)
 
-    def now(self, batch: Batch) -> float:
+    def now(self, batch: Occupancy) -> float:
         return self.base + self.per_rank * (batch.size * batch.largest if self.padded else batch.ranks)
 
 
 PADDED = Kernel("padded", 32.675e-3, 1e-3 / 512, True)
 EXACT = Kernel("exact", 33.35e-3, 0.6e-3 / 256, False)
-KERNELS: Mapping[str, Kernel] = {kernel.name: kernel for kernel in (PADDED, EXACT)}
+KERNELS = MappingProxyType({kernel.name: kernel for kernel in (PADDED, EXACT)})
 SLO = 0.04  # seconds per token
 ABOUT = (
     "60 instances of at most 32 rows, 40,000 functions of ranks 8 to 64, Zipf popularity, 60 tokens an answer; "
@@ -60,8 +62,8 @@ PREFILL = 1.5  # times a decode step, as the published simulator has it
 
 
 @dataclass
-class Job:
-    """A request."""
+class Call:
+    """A call of a function: a request for its adapter."""
 
     arrival: float
     adapter: int
@@ -72,8 +74,8 @@ class Job:
 
 
 @dataclass
-class Batch:
-    """What placement looks at: everything an instance has, running and queued."""
+class Occupancy:
+    """Requests of a replica, running and queued, as placement sees them."""
 
     size: int = 0
     ranks: int = 0
@@ -89,90 +91,90 @@ class Batch:
         return max((rank for rank, count in self.counts.items() if count), default=0)
 
 
-class Instance:
+class Replica:
     """One engine: at most MAX_BATCH running, the rest queued; a prefill takes a step of its own."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
-        self.running: list[Job] = []
-        self.queue: deque[Job] = deque()
-        self.all = Batch()
+        self.running: list[Call] = []
+        self.queue: deque[Call] = deque()
+        self.all = Occupancy()
         self.adapters: dict[int, int] = {}
         self.busy = False
 
-    def push(self, job: Job) -> None:
-        job.left = job.tokens
-        self.queue.append(job)
-        self.all.add(job.rank)
-        self.adapters[job.adapter] = self.adapters.get(job.adapter, 0) + 1
+    def push(self, call: Call) -> None:
+        call.left = call.tokens
+        self.queue.append(call)
+        self.all.add(call.rank)
+        self.adapters[call.adapter] = self.adapters.get(call.adapter, 0) + 1
 
     def step(self, now: float) -> float:
         """Make the next step; when it ends. Everyone in it has one token more then."""
         if self.queue and len(self.running) < MAX_BATCH:
             self.running.append(self.queue.popleft())
-            end = now + PREFILL * self.kernel.decode([job.rank for job in self.running])
+            end = now + PREFILL * self.kernel.decode([call.rank for call in self.running])
             self._made([self.running[-1]], end)
         else:
-            end = now + self.kernel.decode([job.rank for job in self.running])
+            end = now + self.kernel.decode([call.rank for call in self.running])
             self._made(self.running, end)
         return end
 
-    def _made(self, jobs: list[Job], end: float) -> None:
-        for job in jobs:
-            job.left -= 1
-            if job.left <= 0:
-                job.finish = end
-                self.all.add(job.rank, -1)
-                self.adapters[job.adapter] -= 1
-                if not self.adapters[job.adapter]:
-                    del self.adapters[job.adapter]
-        self.running = [job for job in self.running if job.left > 0]
+    def _made(self, calls: list[Call], end: float) -> None:
+        for call in calls:
+            call.left -= 1
+            if call.left <= 0:
+                call.finish = end
+                self.all.add(call.rank, -1)
+                self.adapters[call.adapter] -= 1
+                if not self.adapters[call.adapter]:
+                    del self.adapters[call.adapter]
+        self.running = [call for call in self.running if call.left > 0]
 
 
-Chooser = Callable[[Sequence[Instance], Job, random.Random], int]
+Chooser = Callable[[Sequence[Replica], Call, random.Random], int]
 
 
-def at_random(instances: Sequence[Instance], job: Job, rng: random.Random) -> int:
-    return rng.randrange(len(instances))
+def at_random(replicas: Sequence[Replica], call: Call, rng: random.Random) -> int:
+    return rng.randrange(len(replicas))
 
 
-def first_fit(instances: Sequence[Instance], job: Job, rng: random.Random) -> int:
-    """The first with a free place, else the one with least."""
-    for place, instance in enumerate(instances):
-        if instance.all.size < MAX_BATCH:
+def first_fit(replicas: Sequence[Replica], call: Call, rng: random.Random) -> int:
+    """Choose the first with a free place, else the one with the fewest requests."""
+    for place, replica in enumerate(replicas):
+        if replica.all.size < MAX_BATCH:
             return place
-    return most_idle(instances, job, rng)
+    return most_idle(replicas, call, rng)
 
 
-def most_idle(instances: Sequence[Instance], job: Job, rng: random.Random) -> int:
-    return min(range(len(instances)), key=lambda place: instances[place].all.size)
+def most_idle(replicas: Sequence[Replica], call: Call, rng: random.Random) -> int:
+    return min(range(len(replicas)), key=lambda place: replicas[place].all.size)
 
 
-def two_choices(instances: Sequence[Instance], job: Job, rng: random.Random) -> int:
-    """The more idle of two drawn at random."""
-    one, other = rng.randrange(len(instances)), rng.randrange(len(instances))
-    return one if instances[one].all.size <= instances[other].all.size else other
+def two_choices(replicas: Sequence[Replica], call: Call, rng: random.Random) -> int:
+    """Choose the more idle of two drawn at random."""
+    one, other = rng.randrange(len(replicas)), rng.randrange(len(replicas))
+    return one if replicas[one].all.size <= replicas[other].all.size else other
 
 
-def with_adapter(instances: Sequence[Instance], job: Job, rng: random.Random) -> int:
+def with_adapter(replicas: Sequence[Replica], call: Call, rng: random.Random) -> int:
     """After dLoRA: where the adapter is in use and there is room, else the most idle."""
-    holders = [p for p, i in enumerate(instances) if job.adapter in i.adapters and i.all.size < MAX_BATCH]
-    return min(holders, key=lambda place: instances[place].all.size) if holders else most_idle(instances, job, rng)
+    holders = [p for p, i in enumerate(replicas) if call.adapter in i.adapters and i.all.size < MAX_BATCH]
+    return min(holders, key=lambda place: replicas[place].all.size) if holders else most_idle(replicas, call, rng)
 
 
 def rank_aware(slo: float, mean_tokens: float) -> Chooser:
-    """After Toppings: the instance to which one more costs least, its own delay and everyone's; first those whose step
+    """After Toppings: the replica to which one more costs least, its own delay and everyone's; first those whose step
     stays within the objective. Counting the request itself among those delayed, and keeping the objective apart from
-    the cost, mends the published form, in which an empty instance scores zero, or infinity times zero."""
+    the cost, mends the published form, in which an empty replica scores zero, or infinity times zero."""
 
-    def choose(instances: Sequence[Instance], job: Job, rng: random.Random) -> int:
+    def choose(replicas: Sequence[Replica], call: Call, rng: random.Random) -> int:
         def cost(place: int) -> tuple[bool, float]:
-            kernel, batch = instances[place].kernel, instances[place].all
-            after = kernel.after(batch, job.rank)
+            kernel, batch = replicas[place].kernel, replicas[place].all
+            after = kernel.after(batch, call.rank)
             delay = PREFILL * after / mean_tokens + after - kernel.now(batch)
             return after > slo or batch.size >= MAX_BATCH, delay * (batch.size + 1)
 
-        return min(range(len(instances)), key=cost)
+        return min(range(len(replicas)), key=cost)
 
     return choose
 
@@ -190,57 +192,57 @@ def choosers(slo: float, mean_tokens: float) -> dict[str, Chooser]:
 
 def functions_trace(
     rate: float, seconds: float, seed: int, functions: int = 40_000, mean_tokens: int = 60
-) -> list[Job]:
+) -> list[Call]:
     """Poisson arrivals over functions of Zipf popularity, each with a rank of its own; log-normal answers."""
     rng = random.Random(seed)
     ranks = [rng.choice(RANKS) for _ in range(functions)]
     total = math.log(functions + 1)
     now = 0.0
-    jobs: list[Job] = []
+    calls: list[Call] = []
     while True:
         now += rng.expovariate(rate)
         if now >= seconds:
-            return jobs
+            return calls
         function = int(math.exp(rng.random() * total)) - 1
         tokens = max(2, round(mean_tokens * math.exp(rng.gauss(-0.18, 0.6))))
-        jobs.append(Job(now, function, ranks[function], tokens))
+        calls.append(Call(now, function, ranks[function], tokens))
 
 
-def run(jobs: Sequence[Job], choose: Chooser, kernel: Kernel, num_instances: int, seed: int = 0) -> list[Job]:
-    """Serve the jobs; each instance steps by itself."""
+def run(calls: Sequence[Call], choose: Chooser, kernel: Kernel, num_replicas: int, seed: int = 0) -> list[Call]:
+    """Serve the calls; each replica steps by itself."""
     rng = random.Random(seed)
-    instances = [Instance(kernel) for _ in range(num_instances)]
+    replicas = [Replica(kernel) for _ in range(num_replicas)]
     ends: list[tuple[float, int]] = []
-    served = [Job(job.arrival, job.adapter, job.rank, job.tokens) for job in jobs]
+    served = [Call(call.arrival, call.adapter, call.rank, call.tokens) for call in calls]
     place = 0
     while place < len(served) or ends:
         if place < len(served) and (not ends or served[place].arrival <= ends[0][0]):
-            job = served[place]
-            chosen = choose(instances, job, rng)
-            instances[chosen].push(job)
-            if not instances[chosen].busy:
-                instances[chosen].busy = True
-                heapq.heappush(ends, (instances[chosen].step(job.arrival), chosen))
+            call = served[place]
+            chosen = choose(replicas, call, rng)
+            replicas[chosen].push(call)
+            if not replicas[chosen].busy:
+                replicas[chosen].busy = True
+                heapq.heappush(ends, (replicas[chosen].step(call.arrival), chosen))
             place += 1
             continue
         now, chosen = heapq.heappop(ends)
-        instance = instances[chosen]
-        if instance.running or instance.queue:
-            heapq.heappush(ends, (instance.step(now), chosen))
+        replica = replicas[chosen]
+        if replica.running or replica.queue:
+            heapq.heappush(ends, (replica.step(now), chosen))
         else:
-            instance.busy = False
+            replica.busy = False
     return served
 
 
 def compare(
-    rate: float, seconds: float, seed: int, kernel: Kernel, num_instances: int = 60, slo: float = SLO
+    rate: float, seconds: float, seed: int, kernel: Kernel, num_replicas: int = 60, slo: float = SLO
 ) -> list[dict[str, Any]]:
     """One row per way of choosing."""
-    jobs = functions_trace(rate, seconds, seed)
-    mean = statistics.fmean(job.tokens for job in jobs)
+    calls = functions_trace(rate, seconds, seed)
+    mean = statistics.fmean(call.tokens for call in calls)
     rows = []
     for name, choose in choosers(slo, mean).items():
-        times = [(job.finish - job.arrival) / job.tokens for job in run(jobs, choose, kernel, num_instances, seed)]
+        times = [(call.finish - call.arrival) / call.tokens for call in run(calls, choose, kernel, num_replicas, seed)]
         rows.append(
             {
                 "placement": name,

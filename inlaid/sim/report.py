@@ -33,7 +33,7 @@ COLUMNS = (
 
 
 def file_name(policy: str) -> str:
-    """A policy with options as part of a file's name."""
+    """Make a policy with options a part of a file's name."""
     return re.sub(r"[^a-zA-Z0-9_.]+", "-", policy)
 
 
@@ -45,7 +45,7 @@ def write_records(path: Path, manifest: dict[str, Any], outcome: Outcome) -> Non
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """The table; columns that nobody fills are left out."""
+    """Format the table; columns without a value are left out."""
     columns = [column for column in COLUMNS if any(row.get(column[0]) is not None for row in rows)]
     align = "".join("l" if key in ("policy", "isolation") else "r" for key, _, _ in columns)
     cells = (["-" if row.get(key) is None else form.format(row[key]) for key, _, form in columns] for row in rows)

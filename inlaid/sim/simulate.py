@@ -117,7 +117,7 @@ class GapWatch:
 
 @dataclass
 class Outcome:
-    """What a simulation leaves."""
+    """Results of a simulation."""
 
     policy: str
     records: list[RequestRecord]
@@ -147,7 +147,7 @@ def make_lengths(name: str, seed: int) -> Lengths:
 
 
 def make_engine(setup: Setup, clock: Clock) -> tuple[Engine, SimRunner, SimAdapters]:
-    """The real engine on a simulated device."""
+    """Make the real engine on a simulated device."""
     adapters = SimAdapters(
         setup.cost, clock, slots=setup.slots, ranks=setup.ranks, resident=setup.resident, mode=setup.adapter_mode
     )

@@ -20,6 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from inlaid.report.provenance import provenance
+from inlaid.report.tables import markdown
 from inlaid.sim.experiment import Experiment, prepare, run
 from inlaid.sim.metrics import summarize
 from inlaid.sim.plot import draw_lines
@@ -57,7 +58,7 @@ def row(suite: Workload, rate: float, policy: str, lengths: str, seed: int) -> d
 
 
 def mean_rows(suite: Workload, rate: float, policy: str, lengths: str, seeds: Sequence[int]) -> dict[str, Any]:
-    """The mean over seeds, with each attainment beside it."""
+    """Average over seeds, with each attainment beside the mean."""
     rows = [row(suite, rate, policy, lengths, seed) for seed in seeds]
     numbers = {k: statistics.fmean(r[k] for r in rows) for k, v in rows[0].items() if isinstance(v, (int, float))}
     return {**rows[0], **numbers, "attainments": [round(r["slo_attainment"], 4) for r in rows], "seed": list(seeds)}
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def report(made: dict[str, Any], groups: dict[str, list[dict[str, Any]]]) -> str:
-    """The four tables."""
+    """Format the tables."""
     names = {(policy, lengths): name for name, policy, lengths in ABLATION}
     parts = [
         "# Many tasks near saturation (simulated)\n",
@@ -128,13 +129,13 @@ def _with_bounds(groups: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]
 
 def _table(rows: Sequence[dict[str, Any]], keys: tuple[str, ...]) -> str:
     head = [*keys, "SLO", "mean latency s", "mean TTFT s", "p99 TTFT s", "longest TTFT s", "tok/s", "loads"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(keys) + "---:|" * 7]
+    lines = []
     for r in rows:
         cells = [str(r[key]) for key in keys]
         cells += [f"{r['slo_attainment']:.1%}", *(f"{r[k]:.1f}" for k in ("mean_latency", "mean_ttft", "p99_ttft"))]
         cells += [f"{r['max_ttft']:.0f}", f"{r['throughput']:.0f}", f"{r['adapter_loads']:.0f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(head, lines, "l" * len(keys) + "r")
 
 
 def _ratios(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What scheduling costs: microseconds of host time per step, by policy, and how it grows with the crowd.
+"""Cost of scheduling: microseconds of host time per step, by policy, and its growth with the number of requests.
 
 Why it matters: with an overlapping runner the host has one device step (some milliseconds) to make the next batch; on
 a small model or a fast device scheduling is what the device waits for. Nothing is computed here: tokens are drawn, so
@@ -157,7 +157,7 @@ def measure(policy: str, running: int, waiting: int, tenants: int, steps: int) -
 
 
 def over_runs(runs: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Of each figure the least and the median of the runs."""
+    """Return the least and the median of each figure over the runs."""
     columns = {name: [run[name] for run in runs] for name in runs[0] if "reference" not in name}
     return {name: {"least": min(column), "median": statistics.median(column)} for name, column in columns.items()}
 

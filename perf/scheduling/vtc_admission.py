@@ -51,14 +51,16 @@ class VtcAdmission(Admission):
 
 
 class VtcScheduler(Scheduler):
-    """Ours, but for when and whom it admits."""
+    """inlaid's scheduler with the artifact's admission."""
 
     admission_type = VtcAdmission
 
 
 def peak(held: Sequence[tuple[int, int]]) -> int:
-    """The most tokens that requests will hold together, each given as (held now, still to come) and ending with its
-    last: when one ends, those with more to come have grown by as much as it has."""
+    """Return the most tokens that requests, each given as (held now, still to come), will ever hold together.
+
+    A request frees its tokens with its last; those with more to come have then grown by as much as it has.
+    """
     together = most = 0
     for number, (now, still) in enumerate(sorted(held, key=lambda entry: -entry[1]), 1):
         together += now
@@ -67,7 +69,7 @@ def peak(held: Sequence[tuple[int, int]]) -> int:
 
 
 def with_vtc_admission(experiment: Experiment, speed: float = 1.0) -> Experiment:
-    """The same experiment with the artifact's admission, memory in single tokens, and a machine faster by a factor."""
+    """Give the experiment the artifact's admission, memory in single tokens, and a machine `speed` times as fast."""
     setup = experiment.setup
     cost = setup.cost if speed == 1.0 else setup.cost.scaled(1.0 / speed, f"{setup.cost.name}, {speed:g} times as fast")
     return replace(experiment, setup=replace(setup, cost=cost, block_size=1, scheduler_type=VtcScheduler))

@@ -1,4 +1,4 @@
-"""Our simulated VTC suites beside the figures recomputed from VTC's artifact: same order, differences explained.
+"""VTC's suites on our simulator beside the figures recomputed from VTC's published artifact, differences explained.
 
     inlaid sim --suite overload,on_off_less,... --policy vtc,fcfs,... --out FOLDER
     python -m perf.scheduling.vtc_published --new FOLDER --out perf/results
@@ -17,44 +17,53 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tqdm import tqdm
 
 from inlaid.report.provenance import provenance
+from inlaid.report.tables import markdown
 from inlaid.sim.experiment import prepare, run
 from inlaid.sim.metrics import summarize
 from inlaid.workload.suites import load_suite, suite_names
 from perf.scheduling.vtc_admission import with_vtc_admission
 
 # From the artifact's shipped records: policy -> (max, avg, var of the difference, tokens per second, refused).
-REAL = {
-    "fcfs": (759.97, 433.53, 32112, 777, 0),
-    "lcf": (750.49, 323.82, 29089, 778, 0),
-    "rpm:limit=5": (143.86, 83.58, 1020, 340, 919),
-    "rpm:limit=10": (217.65, 128.24, 2767, 532, 600),
-    "rpm:limit=15": (343.07, 161.06, 5189, 626, 447),
-    "rpm:limit=20": (446.76, 195.71, 7450, 694, 342),
-    "rpm:limit=30": (693.66, 309.45, 24221, 747, 176),
-    "vtc": (368.40, 251.66, 6549, 779, 0),
-    "vtc:predict=predicted": (365.47, 240.33, 5322, 773, 0),
-    "vtc:predict=oracle": (329.46, 227.51, 4476, 781, 0),
-}
-OVERLOAD = {"fcfs": (447.0, 439.0), "vtc": (193.0, 104.0), "vtc:predict=oracle": (5.9, 0.5)}
-GAPS = {  # largest accumulated gap, VTC and FCFS
-    "overload": (7_700, 249_000),
-    "poisson_short_long": (18_000, 212_000),
-    "poisson_short_long_2": (41_000, 325_000),
-    "on_off_overload": (8_800, 371_000),
-    "overload-s4-35000-256": (32_000, None),
-    "overload-s4-35000-512": (52_000, None),
-    "overload-s4-35000-768": (52_000, None),
-    "overload-s4-long": (96_000, None),
-}
-TTFTS = {  # mean time to first token of the modest clients
-    "on_off_less": {"client-0": {"vtc": 3.5, "fcfs": 85.0}},
-    "proportional": {"client-0": {"vtc": 4.8}, "client-1": {"vtc": 4.9}, "client-2": {"vtc": 124.0}},
-}
+REAL = MappingProxyType(
+    {
+        "fcfs": (759.97, 433.53, 32112, 777, 0),
+        "lcf": (750.49, 323.82, 29089, 778, 0),
+        "rpm:limit=5": (143.86, 83.58, 1020, 340, 919),
+        "rpm:limit=10": (217.65, 128.24, 2767, 532, 600),
+        "rpm:limit=15": (343.07, 161.06, 5189, 626, 447),
+        "rpm:limit=20": (446.76, 195.71, 7450, 694, 342),
+        "rpm:limit=30": (693.66, 309.45, 24221, 747, 176),
+        "vtc": (368.40, 251.66, 6549, 779, 0),
+        "vtc:predict=predicted": (365.47, 240.33, 5322, 773, 0),
+        "vtc:predict=oracle": (329.46, 227.51, 4476, 781, 0),
+    }
+)
+OVERLOAD = MappingProxyType({"fcfs": (447.0, 439.0), "vtc": (193.0, 104.0), "vtc:predict=oracle": (5.9, 0.5)})
+GAPS = MappingProxyType(
+    {  # largest accumulated gap, VTC and FCFS
+        "overload": (7_700, 249_000),
+        "poisson_short_long": (18_000, 212_000),
+        "poisson_short_long_2": (41_000, 325_000),
+        "on_off_overload": (8_800, 371_000),
+        "overload-s4-35000-256": (32_000, None),
+        "overload-s4-35000-512": (52_000, None),
+        "overload-s4-35000-768": (52_000, None),
+        "overload-s4-long": (96_000, None),
+    }
+)
+TTFTS = (  # mean time to first token of the modest clients: suite, client, policy, seconds
+    ("on_off_less", "client-0", "vtc", 3.5),
+    ("on_off_less", "client-0", "fcfs", 85.0),
+    ("proportional", "client-0", "vtc", 4.8),
+    ("proportional", "client-1", "vtc", 4.9),
+    ("proportional", "client-2", "vtc", 124.0),
+)
 
 SPEED = 1.13  # at which our profile of an A10G makes as many tokens per second as the artifact's machine did
 FIGURES = ("max_difference", "mean_difference", "variance_difference", "throughput", "refused")
@@ -83,7 +92,7 @@ Why the numbers differ where they do:
 
 
 def load(folder: Path, suite: str) -> dict[str, dict[str, Any]]:
-    """The suite's rows by policy; nothing if it was not run."""
+    """Read the suite's rows by policy; nothing if it was not run."""
     path = folder / f"sim-{suite}.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     return {row["policy"]: row for row in rows if "policy" in row}
@@ -110,82 +119,79 @@ def serve(suite: str, policy: str, way: str, seeds: Sequence[int], speed: float)
 
 
 def served(num_seeds: int) -> list[dict[str, Any]]:
-    """Every policy on the real-shaped trace, and the VTCs on overload, in both ways; in the artifact's also what other
-    figures of it there are."""
+    """Serve every policy on the real-shaped trace, and the VTCs on overload, in both ways.
+
+    Suites of which the artifact has other figures are served in its way only.
+    """
     seeds = range(42, 42 + num_seeds)
     jobs = [("real", policy, way, seeds, SPEED) for policy in REAL for way in WAYS]
     jobs += [("overload", policy, way, seeds[:1], 1.0) for policy in OVERLOAD for way in WAYS]
-    others = {(suite, "vtc") for suite in {*GAPS, *TTFTS} - {"overload"}} | {("on_off_less", "fcfs")}
+    suites = {*GAPS, *(row[0] for row in TTFTS)} - {"overload"}
+    others = {*((suite, "vtc") for suite in suites), ("on_off_less", "fcfs")}
     jobs += [(suite, policy, WAYS[1], seeds[:1], 1.0) for suite, policy in sorted(others)]
     return [serve(*job) for job in tqdm(jobs, desc="both ways")]
 
 
-def real_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+def real_table(rows: Sequence[dict[str, Any]]) -> str:
     found = {(row["policy"], row["way"]): row for row in rows if row["suite"] == "real"}
     titles = ("avg diff", "max diff", "diff var", "tok/s", "refused")
-    lines = [
-        "| policy | " + " | ".join(f"{title} | artifact's rules | artifact" for title in titles) + " | avg by trace |",
-        "|---|" + "---:|" * 15 + "---|",
-    ]
+    head = ["policy", *(cell for title in titles for cell in (title, "artifact's rules", "artifact")), "avg by trace"]
+    lines = []
     for policy, (most, mean, variance, *rest) in REAL.items():
         ours, like = (found[policy, way] for way in WAYS)
         keys = ("mean_difference", "max_difference", *FIGURES[2:])
         cells = [
-            f"{ours[key]:.0f} | {like[key]:.0f} | {theirs:.0f}"
+            f"{figure:.0f}"
             for key, theirs in zip(keys, (mean, most, variance, *rest))
+            for figure in (ours[key], like[key], theirs)
         ]
         ranges = [f"{min(row['by_trace']):.0f}-{max(row['by_trace']):.0f}" for row in (ours, like)]
-        lines.append(f"| {policy} | {' | '.join(cells)} | {', '.join(ranges)} |")
-    return lines
+        lines.append([policy, *cells, ", ".join(ranges)])
+    return markdown(head, lines, "l" + "r" * 15 + "l")
 
 
-def overload_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+def overload_table(rows: Sequence[dict[str, Any]]) -> str:
     found = {(row["policy"], row["way"]): row for row in rows if row["suite"] == "overload"}
-    lines = ["| policy | ours | artifact's rules | artifact |", "|---|---:|---:|---:|"]
+    lines = []
     for policy, (most, mean) in OVERLOAD.items():
         pairs = [[found[policy, way][key] for key in ("max_difference", "mean_difference")] for way in WAYS]
         cells = [f"{largest:.0f} / {average:.0f}" for largest, average in pairs]
-        lines.append(f"| {policy} | {' | '.join(cells)} | {most:g} / {mean:g} |")
-    return lines
+        lines.append([policy, *cells, f"{most:g} / {mean:g}"])
+    return markdown(("policy", "ours", "artifact's rules", "artifact"), lines)
 
 
-def gap_table(folder: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
-    lines = [
-        "| suite | VTC gap | artifact's rules | artifact | FCFS gap | artifact | VTC's bound | within |",
-        "|---|---:|---:|---:|---:|---:|---:|---|",
-    ]
+def gap_table(folder: Path, rows: Sequence[dict[str, Any]]) -> str:
     like = {row["suite"]: row["largest_gap"] for row in rows if (row["policy"], row["way"]) == ("vtc", WAYS[1])}
+    lines = []
     for suite in suite_names():
         kept = load(folder, suite)
         if "vtc" not in kept or kept["vtc"]["bound"] is None:
             continue
         vtc, fcfs = kept["vtc"], kept["fcfs"]
         theirs = GAPS.get(suite, (None, None))
-        cells = [
-            suite,
-            f"{vtc['largest_gap']:,.0f}",
-            f"{like[suite]:,.0f}" if suite in like else "-",
-            "-" if theirs[0] is None else f"{theirs[0]:,}",
-            f"{fcfs['largest_gap']:,.0f}",
-            "-" if theirs[1] is None else f"{theirs[1]:,}",
-            f"{vtc['bound']:,.0f}",
-            "yes" if vtc["largest_gap"] <= vtc["bound"] else "NO",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        lines.append(
+            [
+                suite,
+                f"{vtc['largest_gap']:,.0f}",
+                f"{like[suite]:,.0f}" if suite in like else "-",
+                "-" if theirs[0] is None else f"{theirs[0]:,}",
+                f"{fcfs['largest_gap']:,.0f}",
+                "-" if theirs[1] is None else f"{theirs[1]:,}",
+                f"{vtc['bound']:,.0f}",
+                "yes" if vtc["largest_gap"] <= vtc["bound"] else "NO",
+            ]
+        )
+    head = ("suite", "VTC gap", "artifact's rules", "artifact", "FCFS gap", "artifact", "VTC's bound", "within")
+    return markdown(head, lines, "lrrrrrrl")
 
 
-def ttft_table(folder: Path, rows: Sequence[dict[str, Any]]) -> list[str]:
-    lines = ["| suite | client | policy | mean TTFT s | artifact's rules | artifact |", "|---|---|---|---:|---:|---:|"]
+def ttft_table(folder: Path, rows: Sequence[dict[str, Any]]) -> str:
     like = {(row["suite"], row["policy"]): row["mean_ttft"] for row in rows if row["way"] == WAYS[1]}
-    for suite, clients in TTFTS.items():
-        kept = load(folder, suite)
-        for client, policies in clients.items():
-            for policy, theirs in policies.items():
-                ours = kept[policy]["tenants"][client]["mean_ttft"]
-                rules = like[suite, policy][client]
-                lines.append(f"| {suite} | {client} | {policy} | {ours:.1f} | {rules:.1f} | {theirs} |")
-    return lines
+    lines = []
+    for suite, client, policy, theirs in TTFTS:
+        ours = load(folder, suite)[policy]["tenants"][client]["mean_ttft"]
+        lines.append([suite, client, policy, f"{ours:.1f}", f"{like[suite, policy][client]:.1f}", theirs])
+    return markdown(("suite", "client", "policy", "mean TTFT s", "artifact's rules", "artifact"), lines, "lllr")
 
 
 def keep(new: Path, results: Path) -> None:
@@ -211,14 +217,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "# Fairness suites beside VTC's artifact (simulated)\n",
             f"Made by `{made['command']}` at {made['commit']}; the artifact's columns come from its records.\n",
             f"## The real-shaped trace (1,500 requests, 27 clients): means over {args.seeds} traces\n",
-            *real_table(rows),
+            real_table(rows),
             "\n## Overload, two clients: difference, max / avg\n",
-            *overload_table(rows),
+            overload_table(rows),
             "\n## Largest gap in service between two clients that both waited\n",
             "The artifact's column is its accumulated difference, over other durations for FCFS.\n",
-            *gap_table(args.out, rows),
+            gap_table(args.out, rows),
             "\n## Waiting of single clients\n",
-            *ttft_table(args.out, rows),
+            ttft_table(args.out, rows),
             NOTES,
         ]
     )

@@ -18,7 +18,7 @@ def find_browser() -> str | None:
 
 
 class Page:
-    """What a test needs of a page: its answers, its console, and what it asked the network for."""
+    """A page as a test uses it: its answers, its console, and its requests to the network."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self.socket, self.serial = socket, 0
@@ -68,7 +68,7 @@ class Page:
 
 
 async def with_page(browser: str, profile: Path, job: Any) -> Any:
-    """Runs `job(page)` in a fresh headless browser that ends with it."""
+    """Run `job(page)` in a fresh headless browser that ends with it."""
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--remote-debugging-port=0"]
     with (profile / "browser.log").open("wb") as log:
         process = subprocess.Popen(
@@ -87,7 +87,7 @@ async def with_page(browser: str, profile: Path, job: Any) -> Any:
 
 
 async def _port(profile: Path, process: subprocess.Popen[bytes]) -> int:
-    """The browser writes the port it took into its profile."""
+    """Read the port that the browser wrote into its profile."""
     file = profile / "DevToolsActivePort"
     for _ in range(600):
         if file.exists() and (text := file.read_text()):

@@ -19,7 +19,7 @@ def marked_processes(mark: str) -> list[str]:
 
 
 def wait_until_gone(mark: str, timeout_s: float = 30.0) -> list[str]:
-    """What is left after a while; empty as soon as nothing is."""
+    """Return the processes that are left after a while; empty as soon as none is."""
     end = time.monotonic() + timeout_s
     while (left := marked_processes(mark)) and time.monotonic() < end:
         time.sleep(0.1)

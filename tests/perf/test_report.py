@@ -20,7 +20,7 @@ from tests.perf.browser import Page, find_browser, with_page
 
 
 def written(folder: Path, label: str, rate: float, slow: float = 1.0, late: float = 0.0, failed: int = 0) -> Path:
-    """A run of 60 requests over three adapters, as `perf.client` would leave it."""
+    """Write a run of 60 requests over three adapters, as `perf.client` would leave it."""
     rng = np.random.default_rng(int(rate * 10))
     records = []
     for i in range(60):
@@ -53,7 +53,7 @@ def _undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cells(page: str, run: str) -> list[str]:
-    """The texts of a run's row in the first table."""
+    """Return the texts of a run's row in the first table."""
     row = next(row for row in re.findall(r"<tr>(.*?)</tr>", page) if f"<td>{run}</td>" in row)
     return [re.sub(r"<[^>]+>", "", cell) for cell in re.findall(r"<td>(.*?)</td>", row)]
 

@@ -83,7 +83,7 @@ def wait_for_archive(folder: Path) -> Archive:
 
 
 def results(archive: Archive) -> dict[str, Any]:
-    """What must be the same in every run of the grid: everything that is no measured time."""
+    """Return what must be the same in every run of the grid: all but measured times."""
     found = {}
     for point, attempt in archive.passed().items():
         summary = json.loads((archive.attempt_directory(point, attempt) / "summary.json").read_text())

@@ -38,7 +38,7 @@ def exchange(
     max_connections: int = 1000,
     stop_after: float | None = None,
 ) -> tuple[list[Record], list[Sent]]:
-    """Runs the requests; records by index, and the server's log by request id."""
+    """Run the requests; return records by index, and the server's log by request id."""
 
     async def job() -> tuple[list[Record], list[Sent]]:
         clock = asyncio.get_running_loop().time

@@ -144,7 +144,7 @@ class Noting:
 
 
 def test_a_model_fitted_to_some_traffic_foretells_other() -> None:
-    """Of a machine whose steps are no linear function of what they hold."""
+    """Fit a machine whose steps are no linear function of what they hold."""
     machine: Any = Noting(HostBound("true", ""), [])
 
     def served(cost: Any, seed: int, share: float, bursts: bool = False) -> dict[str, float]:

@@ -29,7 +29,7 @@ time.sleep(600)
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Starts a marked command under a warden; pipes are closed at the end."""
+    """Start a marked command under a warden; pipes are closed at the end."""
     wardens: list[subprocess.Popen[bytes]] = []
 
     def starter(mark: str, *command: str) -> subprocess.Popen[bytes]:

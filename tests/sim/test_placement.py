@@ -7,9 +7,9 @@ import random
 from inlaid.sim.placement import (
     EXACT,
     PADDED,
-    Instance,
-    Job,
+    Call,
     Kernel,
+    Replica,
     choosers,
     compare,
     functions_trace,
@@ -18,44 +18,44 @@ from inlaid.sim.placement import (
 )
 
 
-def loaded(kernel: Kernel, count: int, rank: int) -> Instance:
-    instance = Instance(kernel)
+def loaded(kernel: Kernel, count: int, rank: int) -> Replica:
+    replica = Replica(kernel)
     for number in range(count):
-        instance.push(Job(0.0, number, rank, 50))
-    return instance
+        replica.push(Call(0.0, number, rank, 50))
+    return replica
 
 
 def test_the_worked_case_goes_where_the_kernel_makes_it_cheap() -> None:
     """24 rows of rank 32 against 16 of rank 64; one of rank 64 arrives; 36 ms is the objective."""
-    job = Job(0.0, 999, 64, 50)
+    call = Call(0.0, 999, 64, 50)
     for kernel, wanted, steps in ((PADDED, 1, (35.8, 34.8)), (EXACT, 0, (35.3, 35.9))):
-        instances = [loaded(kernel, 24, 32), loaded(kernel, 16, 64)]
-        after = tuple(round(1e3 * kernel.after(instance.all, 64), 1) for instance in instances)
+        replicas = [loaded(kernel, 24, 32), loaded(kernel, 16, 64)]
+        after = tuple(round(1e3 * kernel.after(replica.all, 64), 1) for replica in replicas)
         assert after == steps
         assert min((0, 1), key=lambda place: after[place]) == wanted
-    assert rank_aware(0.036, 60.0)([loaded(PADDED, 24, 32), loaded(PADDED, 16, 64)], job, random.Random(0)) == 1
+    assert rank_aware(0.036, 60.0)([loaded(PADDED, 24, 32), loaded(PADDED, 16, 64)], call, random.Random(0)) == 1
 
 
-def test_an_empty_instance_neither_always_wins_nor_breaks_the_sum() -> None:
+def test_an_empty_replica_neither_always_wins_nor_breaks_the_sum() -> None:
     choose = rank_aware(slo=0.001, mean_tokens=60.0)  # nothing can meet it
-    instances = [loaded(EXACT, 5, 8), loaded(EXACT, 0, 8)]
-    assert choose(instances, Job(0.0, 1, 64, 10), random.Random(0)) == 1
+    replicas = [loaded(EXACT, 5, 8), loaded(EXACT, 0, 8)]
+    assert choose(replicas, Call(0.0, 1, 64, 10), random.Random(0)) == 1
 
 
 def test_every_request_is_served_whole_and_in_its_place() -> None:
-    jobs = functions_trace(50.0, 5.0, seed=3)
+    calls = functions_trace(50.0, 5.0, seed=3)
     for choose in choosers(0.04, 60.0).values():
-        served = run(jobs, choose, EXACT, 8)
-        assert len(served) == len(jobs)
-        for job in served:
-            assert job.left == 0
-            assert job.finish - job.arrival >= (job.tokens - 1) * EXACT.base
+        served = run(calls, choose, EXACT, 8)
+        assert len(served) == len(calls)
+        for call in served:
+            assert call.left == 0
+            assert call.finish - call.arrival >= (call.tokens - 1) * EXACT.base
 
 
 def test_alone_a_request_takes_a_prefill_and_its_decodes() -> None:
-    (job,) = run([Job(1.0, 0, 16, 11)], choosers(0.04, 60.0)["most-idle"], EXACT, 3)
+    (call,) = run([Call(1.0, 0, 16, 11)], choosers(0.04, 60.0)["most-idle"], EXACT, 3)
     step = EXACT.base + 16 * EXACT.per_rank
-    assert abs(job.finish - 1.0 - (1.5 + 10) * step) < 1e-9
+    assert abs(call.finish - 1.0 - (1.5 + 10) * step) < 1e-9
 
 
 def test_rank_awareness_helps_kernels_that_pad_and_first_fit_is_worst() -> None:
