@@ -35,6 +35,7 @@ def test_another_version_is_refused_and_no_backend_takes_over(version: str, monk
     with pytest.raises(PatchError, match=rf"humming-kernels {version} .*0\.1\.19.*--linear-backend triton"):
         check_version()
     monkeypatch.setattr(HummingLinear, "why_not", lambda self, spec, device: None)
+    monkeypatch.setattr(humming_patches, "load", humming_patches.load.__wrapped__)  # as before the first load
     auto = AutoLinear([HummingLinear(), ReferenceLinear()], table=())
     weight = random_weight(64, 128, QuantSpec(4, 32, True, False), "cpu")
     with pytest.raises(PatchError):
