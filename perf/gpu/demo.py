@@ -1,6 +1,6 @@
-"""The bundled demo on the GPU beside the CPU: greedy tokens of evaluation prompts of every task, each with its adapter,
-and how close the call was where they part; in 16 bits, or rounded to 4 and served by one linear backend. Stages of
-bench.py."""
+"""Compare the bundled demo on the GPU with the CPU: greedy tokens of evaluation prompts of every task, each with its
+adapter, and the CPU's lead where they first differ; in 16 bits, or rounded to 4 bits and served by one linear backend.
+Stages of bench.py."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from perf.gpu import ROOT
 
 MODEL = Path("models/demo/base")
 ADAPTERS = Path("models/demo/adapters")
-PROMPTS, TOKENS = 25, 48  # of each task
-Answers = dict[str, tuple[list[int], list[float]]]  # tokens, and by how much each beat the runner-up
+PROMPTS, TOKENS = 25, 48  # prompts of each task, and tokens of each answer
+Answers = dict[str, tuple[list[int], list[float]]]  # by prompt: tokens, and the lead of each over the runner-up
 
 
 def questions() -> list[tuple[str, str, list[int]]]:
-    """(id, adapter, tokens)."""
+    """Return (id, adapter, prompt tokens) of each prompt."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
@@ -39,7 +39,7 @@ def questions() -> list[tuple[str, str, list[int]]]:
 
 
 def rounded(folder: Path, grid: Grid | None = None) -> Path:
-    """The demo's base with every linear rounded to 4 bits: good enough to compare machines on."""
+    """Write the demo's base with every linear rounded to 4 bits: good enough to compare machines on."""
     base, grid = Checkpoint(MODEL), grid or Grid(4, 64, symmetric=True, clip=False)
     tensors: dict[str, Any] = {}
     for name in base.dense:
@@ -59,7 +59,7 @@ def rounded(folder: Path, grid: Grid | None = None) -> Path:
 
 
 def answer(device: str, dtype: str, num_top: int | None, model: Path = MODEL, backend: str = "auto") -> Answers:
-    """Tokens, and by how much each beat the runner-up where `num_top` asks for it."""
+    """Answer every prompt; with `num_top`, note the lead of each token over the runner-up."""
     names = sorted(path.name for path in ADAPTERS.iterdir() if path.is_dir())
     config = EngineConfig(
         model=str(model),
@@ -84,8 +84,9 @@ def answer(device: str, dtype: str, num_top: int | None, model: Path = MODEL, ba
 
 
 def run(backend: str | None = None) -> dict[str, Any]:
-    """The share of prompts with equal tokens, and the lead of the CPU's token at every first difference. With a
-    backend: of the rounded demo on it."""
+    """Return the share of prompts with equal tokens, and the CPU's lead at every first difference.
+
+    With a backend, compare the rounded demo on it."""
     model, chosen = (MODEL, "auto") if backend is None else (rounded(ROOT / "demo-4-bit"), backend)
     cpu = answer("cpu", "float32", 2, model)
     gpu = answer("cuda", "float16", None, model, chosen)
@@ -97,7 +98,7 @@ def run(backend: str | None = None) -> dict[str, Any]:
 
 
 def differences(cpu: Answers, gpu: Answers) -> dict[str, Any]:
-    """Which prompts' tokens differ, and how near the CPU was to saying the same."""
+    """Return the prompts whose tokens differ, and by how much the CPU's token led where they first do."""
     differing = {}
     for name, (tokens, leads) in cpu.items():
         other = gpu[name][0]

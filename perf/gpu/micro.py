@@ -1,12 +1,13 @@
 # mypy: disallow_untyped_defs=False, disallow_incomplete_defs=False
-"""Times of the kernels of a step beside their floors: linears, attention, adapters and the small operations. One stage
-of bench.py; the shapes are those of Llama-2-7B and Llama-3-8B."""
+"""Time the kernels of a step beside their floors: linears, attention, adapters and the small operations. A stage of
+bench.py; the shapes are those of Llama-2-7B and Llama-3-8B."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,25 +21,15 @@ from inlaid.kernels.auto import backends
 from inlaid.kernels.backend import AdapterPages, Site
 from inlaid.kernels.humming import HummingLinear
 from inlaid.kernels.measure import CACHE, Ceiling, time_calls, time_linear
+from perf.gpu import Keep
 
 DEVICE = torch.device("cuda")
-ATTENTION = [
-    (heads, kv, batch, context)
-    for heads, kv in ((32, 32), (32, 8))
-    for batch, context in ((1, 320), (1, 2048), (16, 320), (64, 320), (64, 1024), (256, 320))
-]
-ADAPTERS = [
-    (1, 1, 16),
-    (16, 16, 16),
-    (64, 1, 16),
-    (64, 32, 16),
-    (64, 64, 16),
-    (256, 32, 16),
-    (256, 128, 16),
-    (64, 32, 64),
-]
-
-READ = (2048, 64)  # numbers of a block, and blocks of a program
+HEADS = ((32, 32), (32, 8))  # query and key/value heads
+CONTEXTS = ((1, 320), (1, 2048), (16, 320), (64, 320), (64, 1024), (256, 320))  # (sequences, tokens of each)
+ADAPTERS = (  # (rows, adapters, rank)
+    (1, 1, 16), (16, 16, 16), (64, 1, 16), (64, 32, 16), (64, 64, 16), (256, 32, 16), (256, 128, 16), (64, 32, 64),
+)  # fmt: skip
+READ = (2048, 64)  # elements of a block, and blocks of a program
 ONE_TILES = ((64, 4, 1), (32, 4, 3), (16, 2, 3), (32, 4, 4), (64, 4, 2), (64, 4, 3))
 GROUP_TILES = ((64, 4, 3), (64, 4, 5), (32, 4, 3), (32, 4, 5), (64, 2, 3))
 SHRINKS = (
@@ -52,11 +43,13 @@ EXPANDS = ((4, 256, 4), (4, 512, 4), (4, 512, 8), (4, 1024, 8), (8, 512, 8), (8,
 
 
 def ceiling() -> Ceiling:
+    """Return what this device can do at most; an H200's where it was not measured."""
     found = Ceiling.of(torch.cuda.get_device_name())
     return found or Ceiling(4.3e12, 790e12)
 
 
 def linears(shapes: tuple[str, ...] = command.SHAPES, rows: tuple[int, ...] = command.ROWS) -> list[dict[str, Any]]:
+    """Time every linear backend, shape by shape."""
     spec = QuantSpec(4, 128, True, False)
     pairs = [(int(k), int(n)) for k, n in (shape.split("x") for shape in shapes)]
     table = command.measure(backends(deterministic=False), pairs, list(rows), spec, DEVICE)
@@ -65,6 +58,7 @@ def linears(shapes: tuple[str, ...] = command.SHAPES, rows: tuple[int, ...] = co
 
 @triton.jit
 def _read_kernel(x, out, count, BLOCK: tl.constexpr, TURNS: tl.constexpr):
+    """Read x [count] and do next to nothing: out[program] = the sum of BLOCK * TURNS elements."""
     total = tl.zeros((BLOCK,), tl.float32)
     first = tl.program_id(0).to(tl.int64) * BLOCK * TURNS
     for turn in tl.range(0, TURNS, num_stages=3):
@@ -74,10 +68,11 @@ def _read_kernel(x, out, count, BLOCK: tl.constexpr, TURNS: tl.constexpr):
 
 
 def decode_attention() -> list[dict[str, Any]]:
-    """Best of a few tile shapes and numbers of splits; beside it the default's time, and that of a kernel which does
-    nothing but read as many bytes."""
+    """Time decode attention over tile shapes and numbers of splits.
+
+    Beside the best stand the default's time and that of a kernel which only reads as many bytes."""
     found = []
-    for heads, kv, batch, context in ATTENTION:
+    for (heads, kv), (batch, context) in itertools.product(HEADS, CONTEXTS):
         moved = 2 * batch * context * kv * 128 * 2
         copies = max(1, int(CACHE // moved)) if moved < CACHE else 1
         blocks = batch * -(-context // 16) + 1
@@ -116,6 +111,7 @@ def decode_attention() -> list[dict[str, Any]]:
 
 
 def prefill_attention() -> list[dict[str, Any]]:
+    """Time attention of whole prompts over tile shapes."""
     found = []
     for heads, kv, prompts, length in ((32, 32, 8, 256), (32, 32, 1, 2048), (32, 8, 8, 256), (32, 8, 1, 2048)):
         blocks = prompts * (length // 16)
@@ -148,7 +144,7 @@ def prefill_attention() -> list[dict[str, Any]]:
 
 
 def adapter_pages(num_adapters: int, rank: int, layers: int, widths: tuple[int, ...], inputs: int) -> AdapterPages:
-    """`layers` sites of siblings for each adapter, at sites layer * 7."""
+    """Return random adapters, each with siblings at the sites layer * 7 of `layers` layers."""
     sizes = [rank * inputs + width * rank for width in widths]
     pool = torch.randn(num_adapters * layers * sum(sizes), device=DEVICE).mul_(0.02).half()
     table = torch.zeros(num_adapters + 1, layers * 7, 3, dtype=torch.int64)
@@ -163,7 +159,7 @@ def adapter_pages(num_adapters: int, rank: int, layers: int, widths: tuple[int, 
 
 
 def adapters() -> list[dict[str, Any]]:
-    """qkv and o of a 7B layer: shrink and expand apart, over tunings."""
+    """Time shrink and expand apart, over tunings, for qkv and o of a 7B layer."""
     found = []
     for rows, count, rank in ADAPTERS:
         for inputs, widths in ((4096, (4096, 4096, 4096)), (4096, (4096,))):
@@ -192,6 +188,7 @@ def _tune(
     widths: tuple[int, ...],
     layers: int,
 ) -> dict[str, Any]:
+    """Return the best tunings of shrink and expand, and the times of all."""
     shrinks, expands = {}, {}
     sites = [Site(layer * 7, widths) for layer in range(layers)]
     for parts, block_k, warps, stages in SHRINKS:
@@ -212,7 +209,7 @@ def _tune(
 
 
 def pending() -> list[dict[str, Any]]:
-    """An expansion and what follows it, apart and as one kernel, and how that kernel is best cut."""
+    """Time an expansion and the kernel that reads it, apart and as one kernel, over tiles of that kernel."""
     found = []
     for rows, count, rank in ((1, 1, 16), (16, 16, 16), (64, 32, 16), (64, 32, 64), (128, 32, 16), (256, 32, 16)):
         for inputs, widths in ((4096, (4096, 4096, 4096)), (4096, (4096,)), (4096, (11008, 11008))):
@@ -242,7 +239,7 @@ def pending() -> list[dict[str, Any]]:
 
 
 def follower(y: torch.Tensor, siblings: int) -> tuple[Callable[..., None], list[dict[str, int]]]:
-    """The kernel that reads a linear with so many siblings, and ways to cut it."""
+    """Return the kernel that reads a linear with `siblings` siblings, and tiles to try."""
     rows, width = y.shape
     if siblings == 3:
         cache = torch.zeros(2, rows // 16 + 2, 16, 32, 128, device=DEVICE).half()
@@ -258,6 +255,7 @@ def follower(y: torch.Tensor, siblings: int) -> tuple[Callable[..., None], list[
 
 
 def small_operations() -> list[dict[str, Any]]:
+    """Time the norm, the rotation and the activation."""
     found = []
     for rows in (1, 64, 256, 2048):
         x, residual = (torch.randn(rows, 4096, device=DEVICE).half() for _ in range(2))
@@ -280,7 +278,7 @@ def small_operations() -> list[dict[str, Any]]:
 
 
 def ordered() -> list[dict[str, Any]]:
-    """What it costs the humming backend to add in a fixed order."""
+    """Time the humming backend with sums by arrival and in a fixed order."""
     spec, rows, found = QuantSpec(4, 128, True, False), (1, 16, 32, 64, 128, 256, 2048), []
     for inputs, outputs in ((int(k), int(n)) for k, n in (shape.split("x") for shape in command.SHAPES)):
         for in_order in (False, True):
@@ -289,14 +287,15 @@ def ordered() -> list[dict[str, Any]]:
     return found
 
 
-PARTS = {
-    part.__name__: part
-    for part in (decode_attention, pending, ordered, prefill_attention, adapters, small_operations, linears)
-}
+PARTS: Mapping[str, Callable[[], list[dict[str, Any]]]] = MappingProxyType({
+    "decode_attention": decode_attention, "pending": pending, "ordered": ordered,
+    "prefill_attention": prefill_attention, "adapters": adapters, "small_operations": small_operations,
+    "linears": linears,
+})  # fmt: skip
 
 
-def run(keep: Callable[[dict[str, Any]], None], names: tuple[str, ...] = tuple(PARTS)) -> dict[str, Any]:
-    """Each part on its own: what one of them raises is its result."""
+def run(keep: Keep, names: tuple[str, ...] = tuple(PARTS)) -> dict[str, Any]:
+    """Run each part by itself; an exception is the result of its part."""
     found: dict[str, Any] = {}
     for name in names:
         try:

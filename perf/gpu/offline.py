@@ -1,13 +1,15 @@
-"""The engine without a server: requests of 256 tokens in and 128 out, so many at a time; whether the same batch gives
-the same tokens again; and one decode step under other choices of kernels (step.py). Stages of bench.py."""
+"""Measure the engine without a server: requests of 256 tokens in and 128 out at several concurrencies; whether the same
+batch gives the same tokens again; and one decode step under other choices of kernels (step.py). Stages of bench.py."""
 
 from __future__ import annotations
 
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, median
+from types import MappingProxyType
 from typing import Any
 from unittest.mock import patch
 
@@ -24,15 +26,17 @@ from perf.gpu.serving import files
 
 DEVICE = "cuda"
 PROMPT, OUTPUT = 256, 128
-ROWS = {  # (adapters, concurrency, requests)
-    "7b": [(0, 1, 3), (1, 1, 3), (32, 1, 3), (32, 16, 48), (0, 64, 512), (32, 64, 512), (64, 64, 512), (0, 256, 1024),
-           (32, 256, 1024)],
-    "8b": [(0, 1, 3), (32, 1, 3), (0, 64, 512), (32, 64, 512), (32, 256, 1024)],
-    "tiny": [(0, 1, 2), (2, 4, 8)],
-}  # fmt: skip
+ROWS: Mapping[str, tuple[tuple[int, int, int], ...]] = MappingProxyType({  # (adapters, concurrency, requests)
+    "7b": ((0, 1, 3), (1, 1, 3), (32, 1, 3), (32, 16, 48), (0, 64, 512), (32, 64, 512), (64, 64, 512), (0, 256, 1024),
+           (32, 256, 1024)),
+    "8b": ((0, 1, 3), (32, 1, 3), (0, 64, 512), (32, 64, 512), (32, 256, 1024)),
+    "tiny": ((0, 1, 2), (2, 4, 8)),
+})  # fmt: skip
 CONTEXT = 300  # tokens before a step that is taken apart
 STEPS = ((64, 32), (64, 0), (1, 1), (256, 32), (16, 16))  # (rows, adapters) of the steps that are taken apart
-RANKS = {"7b": (16,), "8b": (8, 16, 32, 64), "tiny": (16,)}  # of the adapters, in turn
+RANKS: Mapping[str, tuple[int, ...]] = MappingProxyType(  # of the adapters, in turn
+    {"7b": (16,), "8b": (8, 16, 32, 64), "tiny": (16,)}
+)
 
 
 def engine_config(model: Path, max_loras: int, max_rank: int, **changes: Any) -> EngineConfig:
@@ -48,7 +52,7 @@ def engine_config(model: Path, max_loras: int, max_rank: int, **changes: Any) ->
 
 
 def drive(loaded: Loaded, adapters: int, concurrency: int, total: int, vocab: int, seed: int = 0) -> dict[str, Any]:
-    """A closed loop of `concurrency` requests until `total` are done."""
+    """Run a closed loop of `concurrency` requests until `total` are done; return its row."""
     engine, generator = loaded.engine, random.Random(seed)
     names = [f"a{i % adapters}" if adapters else None for i in range(total)]
     generator.shuffle(names)
@@ -84,7 +88,7 @@ def drive(loaded: Loaded, adapters: int, concurrency: int, total: int, vocab: in
 
 
 def host_share(loaded: Loaded, adapters: int, concurrency: int, vocab: int) -> dict[str, float]:
-    """Milliseconds of host work in a step of decodes, by part: schedule, submit, wait and collect, commit."""
+    """Return the milliseconds of host work in a step of decodes: schedule, submit, wait and collect, commit."""
     engine = loaded.engine
     parts: dict[str, list[float]] = {"schedule": [], "submit": [], "collect": [], "commit": []}
 
@@ -114,12 +118,13 @@ def host_share(loaded: Loaded, adapters: int, concurrency: int, vocab: int) -> d
 
 
 def repeats(loaded: Loaded, adapters: int, vocab: int, times: int, count: int = 64) -> dict[str, Any]:
-    """The same requests over and over: how many answers are, token for token, those of the first time, and whether
-    they were in the same batches. Before that once, as adapters come to the device with it and make other batches."""
+    """Serve the same requests over and over; count the answers that are, token for token, those of the first round.
+
+    A round before the first brings the adapters to the device, which makes other batches; it is reported by itself."""
     engine, generator = loaded.engine, random.Random(11)
     prompts = [[generator.randrange(3, vocab) for _ in range(32)] for _ in range(count)]
     rounds: list[dict[str, list[int]]] = []
-    batches: list[list[list[tuple[str, int]]]] = []  # of each round: of each batch, who and how many tokens
+    batches: list[list[list[tuple[str, int]]]] = []  # by round and batch: requests and their tokens
     submit = engine.runner.submit
 
     def noted(batch: Batch) -> Any:
@@ -148,7 +153,7 @@ def repeats(loaded: Loaded, adapters: int, vocab: int, times: int, count: int = 
 
 
 def load(shape: str, count: int, **changes: Any) -> tuple[Loaded, ModelSpec]:
-    """An engine with so many adapters of the shape; the files are made for all rows at once."""
+    """Build an engine with `count` adapters of the shape; the files are made for all rows at once."""
     model, adapters = files(shape, RANKS[shape], max(count, *(some for some, _, _ in ROWS[shape])))
     adapters = dict(list(adapters.items())[:count])
     config = engine_config(model, max(1, count), max(RANKS[shape]), **changes)
@@ -156,14 +161,14 @@ def load(shape: str, count: int, **changes: Any) -> tuple[Loaded, ModelSpec]:
 
 
 def run(shape: str, keep: Keep) -> dict[str, Any]:
-    """The rows of this shape, without a server."""
+    """Measure the rows of a shape."""
     count = max(adapters for adapters, _, _ in ROWS[shape])
     begin = time.perf_counter()
     loaded, spec = load(shape, count)
     report: dict[str, Any] = {"shape": shape, "start_s": time.perf_counter() - begin, "rows": []}
     drive(loaded, min(count, 2), 2, 2, spec.vocab_size, seed=99)
     for index, (some, concurrency, total) in enumerate(ROWS[shape]):
-        if some:  # the adapters' way to the device is not what these rows are about
+        if some:  # rows do not measure an adapter's first load
             drive(loaded, some, min(some, 64), some, spec.vocab_size, seed=1000 + index)
         row = drive(loaded, some, concurrency, total, spec.vocab_size, seed=index)
         report["rows"].append(row)
@@ -176,7 +181,7 @@ def run(shape: str, keep: Keep) -> dict[str, Any]:
 
 
 def determinism(shape: str, keep: Keep, times: int = 100) -> dict[str, Any]:
-    """The same batch over and over, through the whole engine."""
+    """Serve the same batch over and over through the whole engine, with adapters and without."""
     loaded, spec = load(shape, 32)
     report: dict[str, Any] = {"shape": shape, "deterministic": EngineConfig().deterministic}
     for some in (32, 0):
@@ -187,7 +192,7 @@ def determinism(shape: str, keep: Keep, times: int = 100) -> dict[str, Any]:
 
 
 def variants(shape: str, keep: Keep) -> dict[str, Any]:
-    """One decode step with each choice of kernels, at several sizes, and where the time of the shipped one goes."""
+    """Time one decode step with each choice of kernels, at several sizes, and profile the shipped choice."""
     loaded, spec = load(shape, 32, enforce_eager=True)
     engine, runner = loaded.engine, step_module.runner_of(loaded.engine)
     quant, mean_rank = QuantSpec(4, 128, True, False), sum(RANKS[shape]) / len(RANKS[shape])

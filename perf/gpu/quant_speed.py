@@ -1,14 +1,13 @@
-"""How long does `inlaid quantize` take for a 7-billion-parameter base and one task on one GPU, and where do the seconds
-go?
+"""Time `inlaid quantize` of a 7-billion-parameter base and one task on one GPU, as a whole and by part.
 
 A random 16-bit base, an adapter on every linear and prompts are written to disk; then the command itself is run, as a
-user types it, with its defaults: 128 sequences of 2,048 tokens for the Hessians, a third as many held out for the gate,
-Hessians kept in the bank. It says its own seconds by part ("checking" is the gate, forward passes of its own included);
-all of them, imports too, are taken outside. GPTQ's work does not depend on the values of weights. --force, since the
-gate would refuse a task that nothing was trained for; it measures all the same.
+user types it, with its defaults: 128 sequences of 2,048 tokens for the Hessians, a third as many held out for the
+accuracy gate, Hessians kept in the bank. The command prints its seconds by part ("checking" is the gate, its forward
+passes included); the whole, imports too, is timed from outside. GPTQ's work does not depend on the values of weights.
+--force, because the gate would refuse a task that no adapter was trained for; it measures all the same.
 
-It also shows that Hessians summed by tensor cores are as good as exact ones: their error against float64, and the loss
-of the weights solved with them, measured under the float64 Hessian.
+The stage also holds Hessians summed by tensor cores against exact ones: their error against float64, and the loss of
+the weights solved with them, measured under the float64 Hessian.
 
     python -m perf.gpu.quant_speed --out FILE                       last line of output: JSON
     python -m perf.gpu.bench --stages quant --out FOLDER            the same, in FOLDER/quant.json
@@ -22,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +31,10 @@ from inlaid.quant.calibration import CalibrationSettings
 from inlaid.quant.grid import Grid
 from inlaid.quant.settings import Record
 from inlaid.quant.solver import reconstruction_error, solve
-from perf.gpu import ROOT
+from perf.gpu import ROOT, Keep
 from perf.gpu.random_model import EVERY_LINEAR, SHAPES, spec_of, write_adapter, write_dense, write_prompts
 
-Keep = Callable[[dict[str, Any]], None]
-# `inlaid`, and what it has held of the device's memory
+# The command `inlaid`, and the most memory that it held on the device.
 PROGRAM = """
 import sys, torch
 from inlaid.cli import main
@@ -48,7 +45,7 @@ sys.exit(code)
 
 
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The command, timed from outside, and what it says of its parts."""
+    """Run the command, timed from outside; return its seconds, by part too, and sizes."""
     begin = time.perf_counter()
     base, adapter, data, out = (folder / name for name in ("base", "adapter", "prompts.jsonl", "out"))
     spec = write_dense(base, args.shape)
@@ -79,7 +76,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def differing_codes(device: str) -> dict[str, float]:
-    """The share of codes that differ from the host's, and whether replaying graphs changes any of the device's."""
+    """Return the share of codes that differ between device and host, and between replayed graphs and launches."""
     generator = torch.Generator().manual_seed(0)
     x_TK = torch.randn(4096, 1024, generator=generator, dtype=torch.float64)
     weight_KN = torch.randn(1024, 256, generator=generator, dtype=torch.float64)
@@ -98,7 +95,7 @@ def differing_codes(device: str) -> dict[str, float]:
 
 
 def accuracy(device: str, inputs: int, tokens: int, seed: int) -> dict[str, dict[str, float]]:
-    """Three ways of summing a Hessian against float64, on activations with loud channels."""
+    """Compare ways of summing a Hessian with float64, on activations with loud channels."""
     generator = torch.Generator(device=device).manual_seed(seed)
     mix = torch.randn(inputs, inputs // 4, generator=generator, device=device) / inputs**0.5
     exact_KK = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
@@ -137,7 +134,7 @@ def options() -> argparse.ArgumentParser:
 
 
 def measure(args: argparse.Namespace, keep: Keep = lambda part: None) -> dict[str, Any]:
-    """Everything that the file says."""
+    """Run all parts of the stage."""
     torch.manual_seed(args.seed)
     what = f"inlaid quantize: {args.shape}, one task, {args.samples} x {args.length} tokens, defaults"
     ROOT.mkdir(parents=True, exist_ok=True)

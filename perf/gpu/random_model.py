@@ -1,4 +1,4 @@
-"""Random models and adapters of real shapes, for timing: a GPTQ checkpoint or a 16-bit one, its tokenizer, LoRA
+"""Write random models and adapters of real shapes, for timing: a GPTQ checkpoint or a 16-bit one, its tokenizer, LoRA
 adapters, and prompts.
 
 Codes are uniform and scales keep activations near unit variance. The tokenizer maps the word "w<i>" to token i, so a
@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -20,16 +23,19 @@ from inlaid.kernels.measure import random_weight
 from inlaid.model.spec import ModelSpec, module_path, spec_from_config
 
 WRITERS = 16  # adapters written side by side
-SHAPES = {
-    "7b": (4096, 11008, 32, 32, 32, 32000, 10000.0),  # Llama-2-7B
-    "8b": (4096, 14336, 32, 32, 8, 128256, 500000.0),  # Llama-3-8B
-    "tiny": (256, 512, 2, 4, 2, 2048, 10000.0),
-}
+SHAPES: Mapping[str, tuple[int, int, int, int, int, int, float]] = MappingProxyType(
+    {  # as `config` unpacks them
+        "7b": (4096, 11008, 32, 32, 32, 32000, 10000.0),  # Llama-2-7B
+        "8b": (4096, 14336, 32, 32, 8, 128256, 500000.0),  # Llama-3-8B
+        "tiny": (256, 512, 2, 4, 2, 2048, 10000.0),
+    }
+)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 EVERY_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
 
-def config(shape: str) -> dict:
+def config(shape: str) -> dict[str, Any]:
+    """Return the config.json of a shape."""
     hidden, mlp, layers, heads, kv, vocab, theta = SHAPES[shape]
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": hidden,
@@ -45,7 +51,7 @@ def spec_of(shape: str) -> ModelSpec:
 
 
 def write_model(folder: Path, shape: str, bits: int = 4, group: int = 128) -> ModelSpec:
-    """The checkpoint and its tokenizer."""
+    """Write a quantized checkpoint and its tokenizer."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = config(shape)
@@ -73,7 +79,7 @@ def write_model(folder: Path, shape: str, bits: int = 4, group: int = 128) -> Mo
 
 
 def write_dense(folder: Path, shape: str, shards: int = 4) -> ModelSpec:
-    """A 16-bit checkpoint and its tokenizer; outputs of about unit variance."""
+    """Write a 16-bit checkpoint, in shards, and its tokenizer; outputs are of about unit variance."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device=device).manual_seed(0)
     settings = config(shape)
@@ -111,7 +117,7 @@ def _random_dense(name: str, shape: tuple[int, ...], device: str, generator: tor
 
 
 def write_prompts(file: Path, count: int, length: int, vocab_size: int, seed: int) -> None:
-    """JSONL of random prompts of so many tokens."""
+    """Write JSONL of random prompts of `length` tokens."""
     drawn = torch.randint(3, vocab_size, (count, length), generator=torch.Generator().manual_seed(seed)).tolist()
     lines = (json.dumps({"prompt": " ".join(f"w{token}" for token in row)}) for row in drawn)
     file.write_text("".join(f"{line}\n" for line in lines))
@@ -130,8 +136,9 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
 
 
 def write_adapter(folder: Path, spec: ModelSpec, rank: int, modules: tuple[str, ...], seed: int) -> None:
-    """One random adapter on these modules of every layer. Drawn in one piece and written as it lies there: hundreds of
-    them are made before a server may start."""
+    """Write one random adapter on these modules of every layer.
+
+    It is drawn in one piece and written as it lies in memory: hundreds are made before a server may start."""
     shapes: dict[str, tuple[int, int]] = {}
     for layer in range(spec.num_layers):
         for module in modules:
@@ -168,7 +175,7 @@ def write_adapters(
     modules: tuple[str, ...] = ATTENTION,
     prefix: str = "a",
 ) -> dict[str, str]:
-    """a0, a1, ... whose ranks take turns; names to folders."""
+    """Write adapters a0, a1, ... whose ranks take turns, side by side; return their folders by name."""
     with ThreadPoolExecutor(WRITERS) as writers:
         writing = [
             writers.submit(write_adapter, root / f"{prefix}{i}", spec, ranks[i % len(ranks)], modules, seed=i)

@@ -1,7 +1,6 @@
-"""The simulator against the engine on this device: a random model with 32 adapters serves bursts, a cost model is
-fitted to their steps, and traffic that it has not seen is served by the engine and by the simulator. Throughput and
-mean time to first token must agree within 10%. One stage of bench.py, about 170 seconds, a third of them the engine's
-start where nothing is cached.
+"""Compare the simulator with the engine on this device. A random model with 32 adapters serves bursts, a cost model is
+fitted to their steps, and both serve traffic that the fit has not seen. Throughput and mean time to the first token
+must agree within 10%. A stage of bench.py: about 170 seconds, a third of them the engine's start with cold caches.
 
 Beside the result lie MACHINE.json, the fitted machine in the form that `inlaid sim --machine` reads (that of an H200
 is kept as inlaid/sim/machines/h200.json), and the steps it was fitted to, for `python -m inlaid.sim.fit`.
@@ -10,7 +9,6 @@ is kept as inlaid/sim/machines/h200.json), and the steps it was fitted to, for `
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from inlaid.report.provenance import provenance
 from inlaid.sim.cost import load_cost
 from inlaid.sim.fit import errors, fit, write_cost, write_steps
 from inlaid.worker.build import build_engine
-from perf.gpu import ROOT
+from perf.gpu import ROOT, Keep
 from perf.gpu.offline import RANKS, engine_config
 from perf.gpu.random_model import write_adapters, write_model
 from perf.validate import Comparison, Plan, validate
@@ -37,9 +35,9 @@ def run(
     plan: Plan = PLAN,
     device: str = "cuda",
     root: Path = ROOT / "sched",
-    keep: Callable[[dict[str, Any]], None] = lambda part: None,
+    keep: Keep = lambda part: None,
 ) -> dict[str, Any]:
-    """Build, load, measure, fit, compare."""
+    """Build the engine, measure steps, fit the cost model, and compare."""
     begin = time.perf_counter()
     spec = write_model(root / "model", shape)
     adapters = write_adapters(root / "adapters", spec, num_adapters, RANKS["8b"])

@@ -1,11 +1,11 @@
-"""The whole server through HTTP: the same rows as offline.py, streamed to clients on the same machine.
+"""Measure the whole server through HTTP: the same rows as offline.py, streamed to clients on the same machine.
 
-Stages of bench.py: the rows of a shape, with sums in a fixed order or by arrival; the same load with ranks mixed and
-all of their mean; hundreds of adapters over places for a few; the whole model on one linear backend; and the time from
-start to ready, with what is compiled there already.
+Stages of bench.py: the rows of a shape, with sums in a fixed order or by arrival; one load on adapters of mixed ranks
+and on adapters of their mean rank; hundreds of adapters over places for a few; the whole model on one linear backend;
+and the time from start to ready.
 
 The clients run in processes of their own, each with its share of the streams, so that counting tokens does not hold
-the server back. Tokens are counted by the server's own usage report, times by when each chunk arrived.
+the server back. Tokens are counted by the server's own usage report, times by the arrival of chunks.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean, median
+from types import MappingProxyType
 from typing import Any
 
 from perf.gpu import ROOT, Keep
@@ -32,7 +34,7 @@ DEVICE = ("--device", "cuda", "--dtype", "float16")
 CLIENTS = 4
 PROMPT, OUTPUT = 256, 128
 MIXED = (8, 16, 40, 128)  # ranks in turn; their mean is 48
-FEW = (1, 64, 256)  # how many at a time where sums by arrival are held against a fixed order
+FEW = (1, 64, 256)  # concurrencies at which sums by arrival are compared with a fixed order
 CLIFF = ((32, 64, 192), (256, 64, 512))  # (adapters, concurrency, requests) over places for 32
 
 
@@ -60,7 +62,7 @@ def start_server(
         command += ["--adapter", *(f"{name}={path}" for name, path in adapters.items())]
     import torch  # not above: the clients do without
 
-    torch.cuda.empty_cache()  # what made the files leaves the GPU to the server
+    torch.cuda.empty_cache()  # this process made the files on the GPU; the server needs its memory
     with log.open("wb") as output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
 
@@ -75,7 +77,7 @@ def stop(server: subprocess.Popen[bytes]) -> None:
 
 
 def wait_ready(server: subprocess.Popen[bytes], port: int, limit: float) -> float:
-    """Seconds until /health answers."""
+    """Return the seconds until /health answers."""
     begin = time.monotonic()
     while time.monotonic() - begin < limit:
         if server.poll() is not None:
@@ -100,13 +102,13 @@ def base_name(port: int) -> str:
 
 
 def moves(port: int) -> dict[str, int]:
-    """How often adapters have come to the device, left it, and been found there."""
+    """Return how often adapters were loaded to the device, evicted from it, and found there."""
     cards = ask(port, "/v1/adapters")["adapters"]
     return {key: sum(card[key] for card in cards) for key in ("loads", "evictions", "hits")}
 
 
 async def one_request(session: Any, port: int, model: str, prompt: list[int]) -> tuple[int, float, float, float]:
-    """Output tokens, and seconds: sent, first chunk, last chunk."""
+    """Stream one request; return its output tokens and the seconds when it was sent, first and last answered."""
     body = {
         "model": model, "prompt": prompt, "max_tokens": OUTPUT, "temperature": 0.0, "ignore_eos": True, "stream": True,
         "stream_options": {"include_usage": True},
@@ -129,7 +131,7 @@ async def one_request(session: Any, port: int, model: str, prompt: list[int]) ->
 
 
 def client(port: int, models: list[str], streams: int, vocab: int, seed: int) -> list[tuple[int, float, float, float]]:
-    """One process's share: a closed loop over these requests."""
+    """Run one process's share of the requests as a closed loop of `streams`."""
 
     async def run() -> list[tuple[int, float, float, float]]:
         import aiohttp
@@ -188,7 +190,7 @@ def measure(
 
 
 def files(shape: str, ranks: tuple[int, ...], count: int) -> tuple[Path, dict[str, str]]:
-    """The random model and adapters of a shape, made where they are not there yet."""
+    """Return the random model and adapters of a shape; write what does not exist yet."""
     from perf.gpu.random_model import spec_of, write_adapters, write_model
 
     root = ROOT / shape
@@ -211,8 +213,10 @@ def served(
     more: tuple[str, ...] = (),
     limit: float = 200,
 ) -> dict[str, Any]:
-    """Start a server and run rows of (names begin with, adapters, concurrency, requests) on it, each after all its
-    adapters have been asked for once. `limit`: seconds to get ready in."""
+    """Start a server and measure rows of (prefix of names, adapters, concurrency, requests) on it.
+
+    Before a row each of its adapters is asked for once. The server must be ready within `limit` seconds. Rows measured
+    before an error are kept, with the end of the server's log."""
     from perf.gpu.random_model import config
 
     log, port = ROOT / "server.log", free_port()
@@ -226,7 +230,7 @@ def served(
         with ProcessPoolExecutor(CLIENTS, mp_context=multiprocessing.get_context("spawn")) as pool:
             warmed: dict[str, int] = {}
             for prefix, some, concurrency, total in rows:
-                if some > warmed.get(prefix, 0):  # an adapter's first way to the device is not what the rows are about
+                if some > warmed.get(prefix, 0):  # rows do not measure an adapter's first load
                     warmed[prefix] = some
                     measure(pool, port, base, some, 64, max(64, some), vocab, prefix)
                 before = moves(port)
@@ -235,7 +239,7 @@ def served(
                 report["rows"].append(row if prefix == "a" else {"names": prefix, **row})
                 keep(report)
                 print({key: round(value, 2) for key, value in row.items()}, flush=True)
-    except Exception as error:  # noqa: BLE001 - rows measured so far are kept, and the server's last words
+    except Exception as error:  # noqa: BLE001 - the rows measured so far are the result
         report["error"] = f"{type(error).__name__}: {error}"
         report["server_log"] = log.read_text(errors="replace")[-3000:]
         print(report["error"], report["server_log"], flush=True)
@@ -245,30 +249,32 @@ def served(
 
 
 def timeline(log: Path) -> list[str]:
-    """What the server's log says of its start."""
+    """Return the lines of a server's log about its start."""
     return [line.strip() for line in log.read_text(errors="replace").splitlines() if "start-up:" in line]
 
 
 def run(
     shape: str,
-    rows: list[tuple[int, int, int]],
+    rows: Sequence[tuple[int, int, int]],
     ranks: tuple[int, ...],
     keep: Keep,
     more: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """The rows of a shape."""
+    """Measure the rows of a shape."""
     count = max(adapters for adapters, _, _ in rows)
     model, adapters = files(shape, ranks, count)
     return served(keep, {}, shape, model, adapters, max(ranks), [("a", *row) for row in rows], more)
 
 
-OTHERWISE = {"arrival": ("--no-deterministic",), "unified": ("--unified-memory",)}  # names of stages, and their flags
+OTHERWISE: Mapping[str, tuple[str, ...]] = MappingProxyType(  # ends of stages' names, and their flags
+    {"arrival": ("--no-deterministic",), "unified": ("--unified-memory",)}
+)
 
 
 def otherwise(
-    how: str, shape: str, rows: list[tuple[int, int, int]], ranks: tuple[int, ...], keep: Keep
+    how: str, shape: str, rows: Sequence[tuple[int, int, int]], ranks: tuple[int, ...], keep: Keep
 ) -> dict[str, Any]:
-    """The same with a flag: on kernels that may add in any order, or with adapters and KV in one memory."""
+    """Measure rows with a flag: kernels that may add in any order, or adapters and KV in one memory."""
     return run(shape, [row for row in rows if row[1] in FEW], ranks, keep, OTHERWISE[how])
 
 
@@ -279,15 +285,15 @@ def cliff(
     rows: tuple[tuple[int, int, int], ...] = CLIFF,
     largest: bool = False,
 ) -> dict[str, Any]:
-    """Adapters of mixed rank over places, and bytes, for as many of their mean rank as the first row has; or, with
-    `largest`, over the bytes of so many of the largest rank, which is what a server with slots of one size holds.
+    """Measure many adapters of mixed rank over places, and bytes, for the first row's number of their mean rank.
 
+    With `largest`, over the bytes of that number of the largest rank: what a server with slots of one size holds.
     256 over 32 on an 8B: vLLM 0.26.0 on an H200, whose 32 slots are of rank 64, gives 930 tokens a second and a mean
-    TTFT of 3.3 s (32 over 32: 1,780 and 0.6 s). Must: 5,500 and 0.8 s."""
+    TTFT of 3.3 s (32 over 32: 1,780 and 0.6 s). The target is 5,500 and 0.8 s."""
     places, count = rows[0][0], max(adapters for adapters, _, _ in rows)
     model, adapters = files(shape, ranks, count)
     sizes = [(Path(path) / "adapter_model.safetensors").stat().st_size for path in adapters.values()]
-    wider = 2 if "float32" in DEVICE else 1  # than the files, which are in half precision
+    wider = 2 if "float32" in DEVICE else 1  # adapters in memory over their files, which are in half precision
     room = wider * (places * max(sizes) if largest else places * sum(sizes) / count + max(sizes)) / 2**30
     places = count if largest else places
     more = ("--max-loras", str(places), "--adapter-memory-gib", f"{room:.6f}")
@@ -325,14 +331,14 @@ def ranks(shape: str, keep: Keep, count: int = 32, uniform: bool = True) -> dict
 
 
 def on_backend(shape: str, backend: str, keep: Keep) -> dict[str, Any]:
-    """The whole model on one linear backend."""
+    """Measure the whole model on one linear backend."""
     model, adapters = files(shape, (16,), 32)
     rows = [("a", 0, 1, 3), ("a", 32, 1, 3), ("a", 32, 16, 48), ("a", 32, 64, 128)]
     return served(keep, {}, shape, model, adapters, 16, rows, ("--linear-backend", backend, "--no-deterministic"))
 
 
 def start_warm(shape: str, keep: Keep) -> dict[str, Any]:
-    """From start to ready with the caches as the stages before this one left them."""
+    """Measure the time from start to ready, with the caches as the stages before this one left them."""
     model, adapters = files(shape, (16,), 32)
     log, port = ROOT / "server.log", free_port()
     server = start_server(port, model, adapters, 16, log)

@@ -1,6 +1,7 @@
-"""A compressed soak of the engine on the bundled demo: random arrivals, lengths, temperatures, aborts, adapters that
-come and go. Afterwards nothing may be leaked (blocks, rows, adapter pages, host memory), and answers must be those of
-the same requests run alone. One stage of bench.py; runs on a CPU too.
+"""Soak the engine on the bundled demo: random arrivals, lengths, temperatures, aborts, adapters that come and go.
+
+Afterwards nothing may have leaked (blocks, rows, adapter pages, host memory), and answers must be those of the same
+requests run alone. A stage of bench.py; runs on a CPU too.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ CHECKED = 150  # answers compared with the same request run alone
 
 @dataclass
 class Seen:
-    """One request's fate."""
+    """A request, its answer so far, and how it ended."""
 
     request: NewRequest
     tokens: list[int] = field(default_factory=list)
@@ -48,7 +49,7 @@ def load(device: str) -> Loaded:
 
 
 def disturb(loaded: Loaded, seconds: float, gone: set[str], generator: random.Random) -> dict[str, Seen]:
-    """Random traffic for so long, then let everything end."""
+    """Serve random traffic for `seconds`, then let every request end; return the requests by id."""
     engine, prompts = loaded.engine, questions()
     names = sorted({adapter for _, adapter, _ in prompts})
     seen: dict[str, Seen] = {}
@@ -104,7 +105,7 @@ def _come_or_go(loaded: Loaded, names: list[str], gone: set[str], generator: ran
 
 
 def alone(engine: Engine, request: NewRequest) -> list[int]:
-    """The answer to this request with nothing beside it."""
+    """Return the answer to a request that runs with no other beside it."""
     engine.add(msgspec.structs.replace(request, id="alone-" + request.id))
     tokens: list[int] = []
     while engine.has_work:
@@ -114,9 +115,7 @@ def alone(engine: Engine, request: NewRequest) -> list[int]:
 
 
 def difference(engine: Engine, seen: Seen) -> dict[str, Any] | None:
-    """Where an answer departs from the same request's alone, and by how much the token there led the other one: other
-    batches take other kernels, whose sums are rounded in another order. A lead of more than a rounding error would be
-    a wrong token."""
+    """Return where an answer first differs from the request's answer alone, and the lead there; None if nowhere."""
     request, tokens = seen.request, alone(engine, seen.request)
     if tokens == seen.tokens:
         return None
@@ -128,9 +127,11 @@ def difference(engine: Engine, seen: Seen) -> dict[str, Any] | None:
 
 
 def lead(engine: Engine, request: NewRequest, tokens: Sequence[int], at: int, other: int) -> dict[str, Any]:
-    """By how much logits would have to change for another token to be chosen at a place of an answer: `lead` over it,
-    noise of drawn ones included, or, where top_p leaves it out, by how much probability it comes too late
-    (`past_top_p`). `explained`: what is computed here from the model's probabilities is the token that was chosen."""
+    """Return by how much the token at a place of an answer led another one.
+
+    `lead`: the difference of their scores, noise of drawn tokens included: logits would have to change by as much for
+    the other to be chosen. `past_top_p`: where top_p leaves the other out, the probability by which it comes too late.
+    `explained`: the token recomputed here from the model's probabilities is the one that was chosen."""
     params = request.params
     size: int = engine.runner.model.spec.vocab_size  # type: ignore[attr-defined]
     logprobs_1V = torch.full((1, size), -torch.inf)
@@ -165,7 +166,7 @@ def _logprobs(engine: Engine, request: NewRequest, params: SamplingParams) -> li
 
 
 def left_over(loaded: Loaded) -> dict[str, int]:
-    """What an idle engine still holds; everything must be zero."""
+    """Return the counts of what an idle engine still holds; all must be zero."""
     engine = loaded.engine
     engine.step()
     engine.scheduler.check_whole()
@@ -183,7 +184,7 @@ def left_over(loaded: Loaded) -> dict[str, int]:
 
 
 def run(seconds: float = 40.0, device: str | None = None) -> dict[str, Any]:
-    """Traffic in two halves, so that memory after the first can be compared with memory after the second."""
+    """Soak in two halves, so that memory after the first can be compared with memory after the second."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded, generator = load(device), random.Random(0)
     memory: list[int] = []

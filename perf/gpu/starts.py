@@ -1,9 +1,8 @@
-"""What an engine's start spends its seconds on, and under which choices it is shorter. Stage `starts-SHAPE` of
-bench.py.
+"""Measure where an engine's start spends its seconds, and under which choices it is shorter: stages `starts-SHAPE`.
 
 Each start is a process of its own: `python -m perf.gpu.starts SHAPE CHOICE…` builds the engine as the server does,
-looks every few milliseconds where its main thread is, and prints what it found as JSON. The first start of a stage may
-have to compile; those after it have warm caches.
+samples the position of its main thread every few milliseconds, and prints JSON. The first start of a stage may have to
+compile; those after it have warm caches.
 """
 
 from __future__ import annotations
@@ -15,37 +14,40 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 from perf.gpu import Keep
 from perf.gpu.serving import files
 
-LOOK = 0.003  # seconds between two looks
-CHOICES: dict[str, tuple[str, ...]] = {
-    "cold": (),
-    "warm": (),
-    "threads take turns every 0.2 ms": ("switch",),
-    "warm again": (),
-}
+INTERVAL = 0.003  # seconds between two samples
+CHOICES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "cold": (),
+        "warm": (),
+        "threads take turns every 0.2 ms": ("switch",),
+        "warm again": (),
+    }
+)
 
 
 class Watch(threading.Thread):
-    """Counts where a thread is: the innermost line of ours, and the innermost of all."""
+    """Sample where a thread is: its innermost line within inlaid, and its innermost line of all."""
 
     def __init__(self, ident: int) -> None:
         super().__init__(daemon=True)
         self.ident_watched, self.over = ident, threading.Event()
         self.ours: Counter[str] = Counter()
         self.innermost: Counter[str] = Counter()
-        self.looks = 0
+        self.samples = 0
 
     def run(self) -> None:
-        while not self.over.wait(LOOK):
+        while not self.over.wait(INTERVAL):
             frame = sys._current_frames().get(self.ident_watched)
             if frame is not None:
-                self.looks += 1
+                self.samples += 1
                 self.innermost[_line(frame)] += 1
                 while frame is not None and "/inlaid/" not in frame.f_code.co_filename:
                     frame = frame.f_back
@@ -53,7 +55,7 @@ class Watch(threading.Thread):
                     self.ours[_line(frame)] += 1
 
     def found(self, seconds: float) -> dict[str, Any]:
-        share = seconds / max(1, self.looks)
+        share = seconds / max(1, self.samples)
         return {
             name: {line: round(count * share, 2) for line, count in counter.most_common(40)}
             for name, counter in (("ours", self.ours), ("innermost", self.innermost))
@@ -66,7 +68,7 @@ def _line(frame: FrameType) -> str:
 
 
 def one(shape: str, choices: list[str]) -> dict[str, Any]:
-    """A start in this process."""
+    """Start an engine in this process; return its seconds, its log lines and where its main thread was."""
     from perf.gpu import offline
 
     interval, root, lines = sys.getswitchinterval(), logging.getLogger(), _Lines()
@@ -87,23 +89,23 @@ def one(shape: str, choices: list[str]) -> dict[str, Any]:
         sys.setswitchinterval(interval)
         root.setLevel(level)
         root.removeHandler(lines)
-    return {"seconds": seconds, "log": lines.said, **watch.found(seconds)}
+    return {"seconds": seconds, "log": lines.heard, **watch.found(seconds)}
 
 
 class _Lines(logging.Handler):
-    """What the log says of a start."""
+    """The log lines about a start."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.said: list[str] = []
+        self.heard: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         if "start-up" in record.getMessage():
-            self.said.append(record.getMessage())
+            self.heard.append(record.getMessage())
 
 
 def run(shape: str, keep: Keep) -> dict[str, Any]:
-    """All choices, one after the other."""
+    """Start an engine under each of CHOICES, one after the other."""
     from perf.gpu import offline
 
     files(shape, offline.RANKS[shape], max(some for some, _, _ in offline.ROWS[shape]))

@@ -1,6 +1,6 @@
-"""One decode step, taken from a running engine and replayed: how long it takes, kernel by kernel beside its floor, how
-much longer or shorter with another choice of kernels, and whether it gives the same bits every time. Stages of
-bench.py; the model is loaded once and each choice costs a second.
+"""Take one decode step from a running engine and replay it: its time, kernel by kernel beside the floor, its time under
+other choices of kernels, and whether it gives the same bits every time. Used by stages of bench.py; the model is loaded
+once and each choice costs a second.
 
 The engine serves random prompts until all of them decode; the last step's metadata stays on the device, so that the
 step can be run again and again on the same input.
@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def runner_of(engine: Engine) -> CudaRunner:
 
 
 def decoding(engine: Engine, names: Sequence[str | None], context: int, vocab: int, seed: int = 0) -> Step:
-    """Serve a prompt of `context` tokens for each name until all of them decode; the last step submitted."""
+    """Serve a prompt of `context` tokens for each name until all of them decode; return the last step submitted."""
     runner, generator = runner_of(engine), random.Random(seed)
     for i, name in enumerate(names):
         prompt = [generator.randrange(3, vocab) for _ in range(context)]
@@ -72,7 +73,7 @@ def decoding(engine: Engine, names: Sequence[str | None], context: int, vocab: i
 
 
 def leave(engine: Engine, count: int, seed: int = 0) -> None:
-    """Give up the requests of `decoding`."""
+    """Abort the requests of `decoding`."""
     for i in range(count):
         engine.abort(f"step{seed}-{i}")
     while engine.has_work:
@@ -80,7 +81,7 @@ def leave(engine: Engine, count: int, seed: int = 0) -> None:
 
 
 def replayable(runner: CudaRunner, step: Step) -> Callable[[], None]:
-    """The step as a graph; on a machine without a GPU its kernels one by one."""
+    """Capture the step as a graph and return its replay; without a GPU, run its kernels one by one."""
     with torch.inference_mode():
         runner.step.run(step.layout, step.level)  # compiles what is new
         if runner.device.type != "cuda":
@@ -93,7 +94,7 @@ def replayable(runner: CudaRunner, step: Step) -> Callable[[], None]:
 
 
 def run_once(runner: CudaRunner, step: Step, replay: Callable[[], None]) -> torch.Tensor:
-    """The step on its own input; its logits."""
+    """Run the step on its own input and return its logits."""
     with torch.inference_mode():
         runner.step.newest.copy_(step.last)
         replay()
@@ -101,7 +102,7 @@ def run_once(runner: CudaRunner, step: Step, replay: Callable[[], None]) -> torc
 
 
 def time_step(runner: CudaRunner, replay: Callable[[], None], replays: int = 30) -> float:
-    """Median microseconds."""
+    """Return the median microseconds of a replay."""
     times = []
     for _ in range(replays + 3):
         if runner.device.type == "cuda":
@@ -119,7 +120,7 @@ def time_step(runner: CudaRunner, replay: Callable[[], None], replays: int = 30)
 
 
 def repeats(runner: CudaRunner, step: Step, replay: Callable[[], None], times: int) -> int:
-    """How many of so many further runs give the bits of the first."""
+    """Return how many of `times` further runs give the bits of the first."""
     first = run_once(runner, step, replay).clone()
     return sum(torch.equal(first, run_once(runner, step, replay)) for _ in range(times))
 
@@ -129,7 +130,7 @@ def repeats(runner: CudaRunner, step: Step, replay: Callable[[], None], times: i
 
 @dataclass(frozen=True)
 class Variant:
-    """Constants of the engine with other values; `ordered` is that of the humming backend."""
+    """A choice of kernels: constants of the engine with other values, and sums of humming in a fixed order or not."""
 
     name: str
     changes: tuple[tuple[Any, str, Any], ...] = ()
@@ -152,7 +153,7 @@ class Variant:
 
     @staticmethod
     def _rebuild(engine: Engine, ordered: bool, always: bool) -> bool:
-        """Other kernels for the weights as they lie. Whether any."""
+        """Compile other kernels for the weights as they lie, where that is needed; tell whether it was."""
         found = False
         for backend in humming_of(engine):
             if always or backend.ordered != ordered:
@@ -169,7 +170,7 @@ def humming_of(engine: Engine) -> list[HummingLinear]:
 
 
 def variants(grouped: bool) -> list[Variant]:
-    """What is to be decided by measuring, the largest predicted gain first (perf/gpu/README.md)."""
+    """Return the choices to measure, the largest predicted gain first (perf/gpu/README.md)."""
     return [
         Variant("as shipped"),
         Variant("sums by arrival", ordered=False),
@@ -182,7 +183,7 @@ def variants(grouped: bool) -> list[Variant]:
 
 
 def compare(engine: Engine, step: Step, choices: Sequence[Variant], times: int = 20) -> Iterator[dict[str, Any]]:
-    """Each choice's time, its distance from the first one's logits, and how many of its repetitions were equal."""
+    """Yield each choice's time, its distance from the first choice's logits, and how many repetitions were equal."""
     runner = runner_of(engine)
     expected: torch.Tensor | None = None
     for variant in choices:
@@ -195,18 +196,18 @@ def compare(engine: Engine, step: Step, choices: Sequence[Variant], times: int =
                 record["error"] = float((logits - expected).norm() / expected.norm())
                 record["same_bits"] = f"{repeats(runner, step, replay, times)} of {times}"
                 record["us"] = time_step(runner, replay)
-        except Exception as error:  # noqa: BLE001 - one choice's fault must not hide the others
+        except Exception as error:  # noqa: BLE001 - an error of one choice must not hide the others
             record["failed"] = f"{type(error).__name__}: {error}"[:300]
         yield record
 
 
 # Where the time goes.
 
-GROUPS = {
+GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType({  # groups of kernels, by parts of their names
     "attention": ("_decode_", "_merge_"), "adapters": ("_shrink_", "_expand_"), "linears": ("humming", "exllama"),
     "head": ("nvjet", "gemm", "cutlass"),
     "norm, rope, activation": ("_add_norm", "_rope_store", "_silu_mul", "_embed_norm"),
-}  # fmt: skip
+})  # fmt: skip
 
 
 def group_of(kernel: str) -> str:
@@ -214,7 +215,7 @@ def group_of(kernel: str) -> str:
 
 
 def profile(runner: CudaRunner, replay: Callable[[], None], replays: int = 8) -> list[dict[str, Any]]:
-    """Microseconds of each kernel in a step."""
+    """Return the microseconds of each kernel in a step."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         for _ in range(replays):
             replay()
@@ -231,8 +232,9 @@ def profile(runner: CudaRunner, replay: Callable[[], None], replays: int = 8) ->
 
 
 def floors(spec: ModelSpec, quant: Any, step: Step, rank: float, ceiling: Ceiling) -> dict[str, float]:
-    """Microseconds that each group must take: its bytes over the bandwidth or its operations over the matrix rate.
-    `rank` is the mean of the adapters', which are on the attention's linears."""
+    """Return the least microseconds of each group: its bytes over the bandwidth or its operations over the matrix rate.
+
+    `rank` is the adapters' mean rank; they are on the attention's linears."""
     rows, width, kv = step.layout.decodes, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     shapes = [
         (spec.hidden_size, width + 2 * kv), (width, spec.hidden_size),
@@ -252,7 +254,7 @@ def floors(spec: ModelSpec, quant: Any, step: Step, rank: float, ceiling: Ceilin
 
 
 def by_group(kernels: Sequence[dict[str, Any]], floor: dict[str, float]) -> dict[str, dict[str, float]]:
-    """Microseconds of a step beside its floor, by group."""
+    """Return the microseconds of a step beside its floor, by group."""
     total: dict[str, dict[str, float]] = {}
     for row in kernels:
         entry = total.setdefault(row["group"], {"us": 0.0, "floor": round(floor.get(row["group"], 0.0), 1)})

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from inlaid.adapters.store import MODES
-from perf.gpu import adapters
-from perf.gpu.adapters import Size
+from perf.gpu import adapter_engine, adapters
+from perf.gpu.adapter_engine import Size
 from perf.gpu.bench import LIMITS
 from perf.gpu.headlines import headline
 
@@ -30,7 +30,7 @@ FIGURES = {
 @pytest.fixture(autouse=True, scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adapters, "ROOT", tmp_path_factory.mktemp("models"))
+        patch.setattr(adapter_engine, "ROOT", tmp_path_factory.mktemp("models"))
         yield
 
 
@@ -76,14 +76,14 @@ def test_mode_cached_loads_nothing_while_it_serves() -> None:
 
 @pytest.mark.parametrize("mode", adapters.MODES)
 def test_a_switched_engine_is_one_that_was_started_so(mode: str) -> None:
-    """What tells a mode: the groups to wait for, what the tables show at first, who computes; and nothing is left."""
+    """Compare the groups to wait for, the first device tables and the helpers of both; no adapter is left behind."""
     room = adapters.pool_for(TINY, TINY.places)
     started, switched = (adapters.start(TINY, which, TINY.places, room) for which in (mode, "cpu-assist"))
     adapters.install(switched, TINY, 6)
     asks = [adapters.Ask(f"a{i}", 5, 3) for i in range(6)]
     adapters.serve(switched, asks, switched.model.vocab_size)
     assert adapters.store_of(switched).resident()
-    adapters.switch(switched, mode, adapters._arriving(switched).assistant)
+    adapters.switch(switched, mode, adapters.arriving_of(switched).assistant)
     adapters.install(switched, TINY, 6)
     ours, store = adapters.store_of(switched), adapters.store_of(started)
     assert ours.resident() == []
@@ -92,7 +92,7 @@ def test_a_switched_engine_is_one_that_was_started_so(mode: str) -> None:
     lora: Any = started.engine.runner.model.kernels.lora  # type: ignore[attr-defined]
     arriving = getattr(lora, "arriving", None)
     helps = arriving is not None and arriving.assistant is not None
-    assert (adapters._arriving(switched).assistant is not None) == helps
+    assert (adapters.arriving_of(switched).assistant is not None) == helps
     assert (switched.engine.runner.arriving is not None) == (arriving is not None)  # type: ignore[attr-defined]
 
 

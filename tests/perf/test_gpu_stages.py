@@ -1,5 +1,5 @@
-"""What a GPU's bench stages do that a CPU can do too: a stage's result and its time limit, a step taken from an engine
-and run again under other choices, floors, the rounded demo, and the sweep's table."""
+"""The stages of a GPU's bench as far as a CPU can run them: servers of a tiny model, a step taken from an engine and
+run again under other choices, floors, the rounded demo, and the sweep's table."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 def test_all_stages_take_their_folder_from_one_place() -> None:
     program = (
-        "from perf.gpu import ROOT, adapters, demo, sched, serving; import inspect;"
-        "print(ROOT, adapters.ROOT, demo.ROOT, serving.ROOT, inspect.signature(sched.run).parameters['root'].default)"
+        "from perf.gpu import ROOT, adapter_engine, demo, sched, serving; import inspect;"
+        "print(ROOT, adapter_engine.ROOT, demo.ROOT, serving.ROOT);"
+        "print(inspect.signature(sched.run).parameters['root'].default)"
     )
     environment = {**os.environ, "INLAID_BENCH_ROOT": "/elsewhere"}
     found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
@@ -309,7 +310,7 @@ def test_a_tiny_model_is_served_and_its_rows_are_kept_one_by_one(on_the_cpu: Pat
 
 @pytest.mark.parametrize("largest", [False, True])
 def test_more_adapters_than_places_come_and_go_while_they_are_served(on_the_cpu: Path, largest: bool) -> None:
-    """In the bytes of two of rank 16 there is room for four of rank 8."""
+    """Use the bytes of two adapters of rank 16: there is room for four of rank 8."""
     rows = ((2, 2, 4), (5, 2, 10))
     found = serving.cliff("tiny", (8, 16), lambda part: None, rows, largest)
     assert "error" not in found, found.get("server_log")
@@ -346,7 +347,7 @@ def test_a_start_is_watched(on_the_cpu: Path, monkeypatch: pytest.MonkeyPatch, c
 
 
 def test_a_start_that_fails_is_said(on_the_cpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a process of its own it looks for a GPU."""
+    """Start in a process of its own, which looks for a GPU."""
     monkeypatch.setattr(starts, "CHOICES", {"cold": ()})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     (start,) = starts.run("tiny", lambda part: None)["starts"]
