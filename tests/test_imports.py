@@ -68,7 +68,6 @@ STILL_MUTABLE: set[str] = {
     "data/sentences.py",
     "data/tasks.py",
     "inlaid/adapters/peft.py",
-    "inlaid/kernels/measure.py",
     "inlaid/model/spec.py",
     "inlaid/model/weights.py",
     "inlaid/quant/quantize.py",
@@ -82,16 +81,6 @@ STILL_MUTABLE: set[str] = {
     "models/download_lora.py",
     "models/download_model.py",
     "models/plan.py",
-    "perf/gpu/adapters.py",
-    "perf/gpu/bench.py",
-    "perf/gpu/checks.py",
-    "perf/gpu/humming_sweep.py",
-    "perf/gpu/micro.py",
-    "perf/gpu/offline.py",
-    "perf/gpu/random_model.py",
-    "perf/gpu/serving.py",
-    "perf/gpu/starts.py",
-    "perf/gpu/step.py",
 }
 STILL_SPREAD: set[str] = set()
 

@@ -1,5 +1,5 @@
-"""Weights quantized in act-order, made sequential: inputs sorted by their group, and the permutation that x needs.
-The linear backends call it once a weight, at load."""
+"""Put weights that were quantized in act-order into the order of their groups, and permute x to match. The linear
+backends do so once a weight, at load."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from inlaid.checkpoint import QuantizedLinear, pack, unpack
 
 
 def group_length(weight: QuantizedLinear) -> int:
-    """Inputs of one group; all of them for whole columns."""
+    """Return the inputs of one group; all of them for whole columns."""
     return weight.in_features if weight.group_size == -1 else weight.group_size
 
 
 def sequential(weight: QuantizedLinear) -> tuple[QuantizedLinear, torch.Tensor | None]:
-    """The same function with input k in group k // length, and the int32 permutation with which it reads x (None when
-    the weight was in order already): y = x[:, permutation] @ W."""
+    """Return the same function with input k in group k // length, and the int32 permutation with which it reads x.
+
+    y = x[:, permutation] @ W. The permutation is None when the weight was in order already."""
     if not weight.spec.act_order:
         return weight, None
     g_idx, permutation = torch.sort(weight.g_idx, stable=True)

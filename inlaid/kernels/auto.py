@@ -1,6 +1,6 @@
 """The backend `auto`: for each weight the fastest backend that serves it, by a table of measured times per shape and
-number of rows (linear_table.json, made by `inlaid kernels --measure`), else by a fixed order. What it chose is
-reported at start-up.
+number of rows (linear_table.json, made by `inlaid kernels --measure`), else by a fixed order. The choice is reported at
+start-up.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from inlaid.kernels.linear_triton import TritonLinear
 log = logging.getLogger(__name__)
 
 TABLE = Path(__file__).parent / "linear_table.json"
-WORTH = 0.05  # a second copy of a weight must save this share of the time for some number of rows
+WORTH = 0.05  # share of the time that a second copy of a weight must save for some number of rows
 UNLIMITED = 1 << 30
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Times of one shape and number of rows on one device."""
+    """Times of one shape and number of rows on one device, by backend, and the floor of the hardware."""
 
     device: str
     bits: int
@@ -43,21 +43,22 @@ class Measured:
 
 
 def read_table(path: Path = TABLE) -> tuple[Measured, ...]:
-    """What was measured; nothing where no table was shipped."""
+    """Return the measured times; none where no table was shipped."""
     return tuple(Measured(**row) for row in json.loads(path.read_text())["rows"]) if path.exists() else ()
 
 
 def choose(
     table: Sequence[Measured], names: Collection[str], device: str, bits: int, inputs: int, outputs: int
 ) -> list[tuple[int, str]]:
-    """(most rows, backend of these names), ascending, for a shape that was measured on such a device; else nothing.
+    """Return pairs (most rows, name of a backend), ascending, for a shape measured on such a device; else nothing.
 
-    Most shapes have one best backend. Another one is used for few rows only where that is worth a second copy."""
+    Most shapes have one best backend. Another one serves few rows only where it saves enough for a second copy of the
+    weight (WORTH). The last pair has no bound on its rows."""
     rows = [
         replace(m, microseconds={name: us for name, us in m.microseconds.items() if name in names})
         for m in sorted(table, key=lambda m: m.rows)
         if (m.device, m.bits, m.inputs, m.outputs) == (device, bits, inputs, outputs)
-    ]  # dequantized weights are as fast for a thousand rows, but take four times the memory
+    ]
     if not rows or not all(m.microseconds for m in rows):
         return []
     everywhere = set.intersection(*(set(m.microseconds) for m in rows))
@@ -76,7 +77,7 @@ def choose(
 
 @dataclass(frozen=True)
 class AutoPacked:
-    """The weight as each chosen backend wants it, by the most rows it is for."""
+    """A weight in the layout of each chosen backend: (most rows, backend, packed), ascending."""
 
     choices: tuple[tuple[int, LinearBackend, Any], ...]
     in_features: int
@@ -84,13 +85,13 @@ class AutoPacked:
 
 
 def backends(deterministic: bool = True) -> tuple[LinearBackend, ...]:
-    """All there are, the likeliest first; or those whose sums are added in a fixed order."""
+    """Return all backends, the fastest first; with `deterministic`, those whose sums are added in a fixed order."""
     by_arrival = () if deterministic else (ExllamaLinear(),)
     return (HummingLinear(ordered=deterministic), *by_arrival, TritonLinear(), ReferenceLinear())
 
 
 class AutoLinear:
-    """Dispatches each weight to the backends chosen for it."""
+    """Dispatch each weight to the backends chosen for it."""
 
     name = "auto"
 
@@ -108,7 +109,7 @@ class AutoLinear:
     def prepare(self, weight: QuantizedLinear, device: torch.device, dtype: torch.dtype) -> AutoPacked:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         order = [b.name for b in self.candidates]
-        timed = set(order) - {ReferenceLinear.name}
+        timed = set(order) - {ReferenceLinear.name}  # as fast for a thousand rows, but it takes four times the memory
         wanted = choose(self.table, timed, name, weight.bits, weight.in_features, weight.out_features)
         wanted = wanted or [(UNLIMITED, order[0])]
         made: dict[str, tuple[LinearBackend, Any]] = {}
@@ -146,7 +147,7 @@ class AutoLinear:
         return next((backend, inner) for most, backend, inner in packed.choices if rows <= most)
 
     def report(self) -> list[str]:
-        """One line per kind of weight: how many, and what serves them."""
+        """Return one line per kind of weight: the number of weights and the backend that serves them."""
         return [f"{count} weights of {what}" for what, count in self.chosen.items()]
 
     def _first(
@@ -157,7 +158,7 @@ class AutoLinear:
         name: str,
         made: dict[str, tuple[LinearBackend, Any]],
     ) -> tuple[LinearBackend, Any]:
-        """The named backend if it serves this weight, else the next that does."""
+        """Prepare a weight for the named backend if that serves it, else for the next that does."""
         if name in made:
             return made[name]
         reasons = []
@@ -167,7 +168,7 @@ class AutoLinear:
                 try:
                     made[name] = backend, backend.prepare(weight, device, dtype)
                     return made[name]
-                except ValueError as error:  # this shape or these zero points are not for it
+                except ValueError as error:  # it refuses this shape or these zero points
                     reason = str(error)
             reasons.append(f"{backend.name}: {reason}")
         raise ValueError("; ".join(reasons))

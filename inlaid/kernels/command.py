@@ -1,4 +1,4 @@
-"""`inlaid kernels`: which backends this machine has, and how fast each is beside the floor of the hardware."""
+"""The command `inlaid kernels`: list the backends of this machine, and their times beside the floor of the hardware."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ ROWS = (1, 4, 16, 64, 256, 2048)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `inlaid kernels`."""
     parser.add_argument("--measure", action="store_true", help="time the backends here instead of printing the table")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="inputs x outputs, such as 4096x12288")
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), help="numbers of rows to time")
     parser.add_argument("--bits", type=int, default=4, choices=(2, 3, 4, 8))
     parser.add_argument("--group", type=int, default=128)
-    parser.add_argument("--write", type=Path, help=f"write what was measured here (shipped: {TABLE.name})")
+    parser.add_argument("--write", type=Path, help=f"write the measured times to this file (shipped: {TABLE.name})")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print the backends and the table; with --measure, time them here first."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     spec = QuantSpec(args.bits, args.group, True, False)
     backends = auto.backends(deterministic=False)
@@ -38,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     table = list(read_table())
     if args.measure:
         if device.type != "cuda":
-            print("there is no GPU to measure on")
+            print("there is no GPU to measure on: run this on a machine with one")
             return 1
         shapes = [(int(k), int(n)) for k, n in (shape.split("x") for shape in args.shapes)]
         table = measure(backends, shapes, args.rows, spec, device)
@@ -55,7 +57,7 @@ def measure(
     spec: QuantSpec,
     device: torch.device,
 ) -> list[Measured]:
-    """Every backend that serves the spec, at every shape and number of rows."""
+    """Time every backend that serves the spec, at every shape and number of rows."""
     name = torch.cuda.get_device_name(device)
     ceiling = Ceiling.of(name)
     made = []
@@ -74,13 +76,13 @@ def measure(
 
 
 def dumps(table: list[Measured]) -> str:
-    """The table as linear_table.json holds it, a row a line."""
+    """Return the table in the form of linear_table.json, a row a line."""
     lines = ",\n".join("  " + json.dumps(asdict(row)) for row in table)
     return f'{{"unit": "microseconds", "rows": [\n{lines}\n]}}\n'
 
 
 def render(table: list[Measured]) -> str:
-    """backend, shape, M, microseconds, share of the floor."""
+    """Return the table as text: device, bits, shape, rows, backend, microseconds and the floor's share of them."""
     if not table:
         return "no times are known for this machine: run `inlaid kernels --measure` on it"
     lines = [f"{'device':14s} bits {'inputs x outputs':>18s} {'rows':>5s} {'backend':10s} {'us':>8s} of floor"]

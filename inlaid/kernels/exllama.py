@@ -1,7 +1,7 @@
 """The backend `exllama`: exllamav2's GPTQ kernel, built by nvcc from the installed package's headers at first use.
 
-The package itself is never imported (it would pull in much that is not needed); only its header files are found. The
-small library made from them and csrc/exllama.cu is kept under the user's cache, named by a hash of all that went in.
+The package itself is never imported, as it would import much that is not needed; only its header files are read. The
+library made from them and csrc/exllama.cu is kept under the user's cache, named by a hash of everything it is made of.
 
 The kernel adds half-precision partial sums into the output with atomics, so the last bit of a sum may differ between
 runs, and sums beyond 65504 overflow. Above ROW_LIMIT rows the weight is dequantized and multiplied with fp32
@@ -31,11 +31,11 @@ SOURCE = Path(__file__).parent / "csrc" / "exllama.cu"
 
 
 class BuildError(RuntimeError):
-    """The library could not be built; the message says what is missing."""
+    """The library could not be built; the message names what is missing."""
 
 
 def headers() -> Path | None:
-    """The folder of the installed exllamav2's sources, without importing it."""
+    """Return the folder of the installed exllamav2's sources, without importing it; None where it is not installed."""
     spec = importlib.util.find_spec("exllamav2")
     if spec is None or spec.origin is None:
         return None
@@ -44,17 +44,18 @@ def headers() -> Path | None:
 
 
 def nvcc() -> str | None:
-    """The CUDA compiler on the path, or where CUDA_HOME or the usual folder has it."""
+    """Return the CUDA compiler on the path, or in CUDA_HOME or the usual folder; None where there is none."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
 
 
 def cache_folder() -> Path:
+    """Return the folder that keeps built libraries."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "inlaid"
 
 
 def build(architecture: str) -> Path:
-    """The library for a GPU such as "90"; from the cache when nothing that goes into it has changed."""
+    """Return the library for an architecture such as "90", from the cache unless something it is made of changed."""
     folder, compiler = headers(), nvcc()
     if folder is None:
         raise BuildError("exllamav2 is not installed: pip install 'exllamav2==0.3.2' (its kernels' sources are used)")
@@ -83,6 +84,7 @@ def build(architecture: str) -> Path:
 
 
 def load(path: Path) -> ctypes.CDLL:
+    """Load the library and declare its functions."""
     library = ctypes.CDLL(str(path))
     pointer, whole = ctypes.c_void_p, ctypes.c_int
     library.inlaid_exllama_gemm.argtypes = [pointer] * 5 + [whole] * 5 + [pointer] * 2
@@ -91,7 +93,7 @@ def load(path: Path) -> ctypes.CDLL:
 
 
 def shuffle(qweight: torch.Tensor) -> torch.Tensor:
-    """Within each word, codes 0 2 4 6 to the low half and 1 3 5 7 to the high half, as the kernel unpacks them."""
+    """Move codes 0 2 4 6 of each word to its low half and 1 3 5 7 to its high half, as the kernel unpacks them."""
     words = qweight.to(torch.int64) & 0xFFFFFFFF
     out = torch.zeros_like(words)
     for i in range(4):
@@ -102,7 +104,7 @@ def shuffle(qweight: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class ExllamaPacked:
-    """Codes shuffled for the kernel, zeros as stored in v1 files (one less), and the input order as 16-bit numbers."""
+    """A weight for the kernel: shuffled codes, zeros less one as v1 files store them, input order as 16-bit numbers."""
 
     codes: torch.Tensor
     zeros: torch.Tensor
@@ -114,7 +116,7 @@ class ExllamaPacked:
 
 
 class ExllamaLinear:
-    """x @ dequantize(W).T for 4-bit weights in half precision."""
+    """x @ W for 4-bit weights in half precision."""
 
     name = "exllama"
 
@@ -163,11 +165,13 @@ class ExllamaLinear:
         )
 
     def warmup(self, packed: ExllamaPacked, rows: Sequence[int]) -> None:
+        """Launch the kernels for these row counts once."""
         for count in rows:
             x = torch.zeros(count, packed.in_features, dtype=torch.float16, device=packed.codes.device)
             self.gemm(x, packed, x.new_empty(count, packed.out_features))
 
     def gemm(self, x_TK: torch.Tensor, packed: ExllamaPacked, out_TN: torch.Tensor) -> None:
+        """Write x @ W into out; above ROW_LIMIT rows by a dequantized weight."""
         assert self._library is not None
         rows, n, k = x_TK.shape[0], packed.out_features, packed.in_features
         stream = torch.cuda.current_stream(x_TK.device).cuda_stream

@@ -56,7 +56,7 @@ class HummingLinear:
     name = "humming"
 
     def __init__(self, ordered: bool = True) -> None:
-        """With `ordered`, add every sum in a fixed order."""
+        """Add every sum in a fixed order if `ordered`, else as the package does."""
         self.ordered = ordered
         self.configs: dict[str, Any] = {}  # the package's LayerConfig of each kind
         self._kernels: dict[str, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""How humming's stream-K scheduler divides a product, computed on the host from a kernel's parameters.
+"""The division of a product by humming's stream-K scheduler, computed on the host from a kernel's parameters.
 
 Every block gets a run of K tiles, so that an output tile may be summed by several blocks. `slices_of` says by how many,
 which whoever reads a product in parts must know (humming_patches.py, change 5); `schedule` gives the longest run, by

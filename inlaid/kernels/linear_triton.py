@@ -1,10 +1,11 @@
 # mypy: disallow_untyped_defs=False, disallow_incomplete_defs=False
-"""Quantized linears in Triton: 2, 3, 4 and 8 bits, any group, act-order, on any GPU that Triton serves. The backend
-`triton`, portable and deterministic; also the permutation of x that other backends use for act-order weights.
+"""The backend `triton`: quantized linears of 2, 3, 4 and 8 bits, any group, act-order, on any GPU that Triton serves;
+portable and deterministic. Also the permutation of x that other backends use for act-order weights.
 
-Weights stay packed along K as on disk. Few rows split K over programs (partial sums in fp32, added in a fixed order).
+Weights stay packed along K as on disk. For few rows K is split over programs, so that they fill the device; their
+partial sums, in fp32, are added in a fixed order.
 
-Shapes: T rows, K inputs, N outputs, G groups, P partial sums.
+T rows, K inputs, N outputs, G groups, P partial sums.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from inlaid.kernels.act_order import group_length, sequential
 
 @triton.jit
 def _codes(qweight, k, n, n_mask, N: tl.constexpr, BITS: tl.constexpr):
-    """Codes [k, n] out of a little-endian bit stream along K; 3-bit codes may straddle two words."""
+    """Return codes [k, n] (int32) of `qweight` (int32 [K * BITS / 32, N]), a little-endian stream of bits along K.
+
+    k and n are blocks of indices; n_mask marks the n below N. Codes of 3 bits may straddle two words."""
     bit = k * BITS
     word = bit // 32
     shift = bit % 32
@@ -43,6 +46,14 @@ def _gemm_kernel(
     K: tl.constexpr, N: tl.constexpr, LENGTH: tl.constexpr, BITS: tl.constexpr, ORDERED: tl.constexpr,
     P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """out[part] = x[:, permutation] @ W over the inputs of `part`: a run of ceil(K / P), rounded up to BLOCK_K.
+
+    W[k, n] = scales[k // LENGTH, n] * (code[k, n] - zeros[k // LENGTH, n]), rounded to x's type; sums are in fp32.
+
+    x: fp16 or bf16 [M, K], rows x_stride apart. qweight: int32 words of codes, see `_codes`. zeros: uint8 [G, N], true
+    zeros. scales: fp16 [G, N]. permutation: int32 [K], read if ORDERED. out: [P, M, N], fp32 if P > 1, else x's type.
+    LENGTH: inputs of a group. BLOCK_K divides K. Grid: (N / BLOCK_N, M / BLOCK_M, P). Where a block of K lies in one
+    group, its zeros and scales are read once for the block, not once for each k."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     part = tl.program_id(2)
@@ -71,6 +82,7 @@ def _gemm_kernel(
 
 @triton.jit
 def _sum_parts_kernel(partial, out, size, P: tl.constexpr, BLOCK: tl.constexpr):
+    """out[i] = the sum of partial[p, i] over p, first to last; partial: fp32 [P, size], out: [size], any float type."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
     for p in tl.static_range(P):
@@ -80,6 +92,7 @@ def _sum_parts_kernel(partial, out, size, P: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _permute_kernel(x, x_stride, permutation, out, K: tl.constexpr, BLOCK: tl.constexpr):
+    """out[t, k] = x[t, permutation[k]]; x: [T, K], rows x_stride apart; permutation: int32 [K]; out: [T, K]."""
     t = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = k < K
@@ -88,7 +101,7 @@ def _permute_kernel(x, x_stride, permutation, out, K: tl.constexpr, BLOCK: tl.co
 
 
 def permute_columns(x_TK: torch.Tensor, permutation_K: torch.Tensor, out_TK: torch.Tensor) -> None:
-    """out = x[:, permutation]."""
+    """Write x[:, permutation] into out."""
     rows, width = x_TK.shape
     block = min(1024, triton.next_power_of_2(width))
     _permute_kernel[(rows, triton.cdiv(width, block))](
@@ -111,7 +124,7 @@ class TritonPacked:
 
 
 class TritonLinear:
-    """x @ dequantize(W).T without any package beside Triton."""
+    """x @ W with no package but Triton."""
 
     name = "triton"
 
@@ -139,11 +152,13 @@ class TritonLinear:
         )
 
     def warmup(self, packed: TritonPacked, rows: Sequence[int]) -> None:
+        """Compile the kernels for these row counts."""
         for count in rows:
             x = torch.zeros(count, packed.in_features, dtype=torch.float16, device=packed.qweight.device)
             self.gemm(x, packed, x.new_empty(count, packed.out_features))
 
     def gemm(self, x_TK: torch.Tensor, packed: TritonPacked, out_TN: torch.Tensor) -> None:
+        """Write x @ W into out."""
         M, K, N = x_TK.shape[0], packed.in_features, packed.out_features
         block_m, block_n, parts = _tiles(M, K, N)
         block_k = _block_k(K, packed.length)
@@ -160,14 +175,14 @@ class TritonLinear:
             _sum_parts_kernel[(triton.cdiv(M * N, 1024),)](target, out_TN, M * N, P=parts, BLOCK=1024)
 
     def _scratch(self, size: int, device: torch.device) -> torch.Tensor:
-        """Partial sums; one buffer serves every linear of a device, as they run one after another."""
+        """Return room for partial sums. One buffer serves every linear of a device: they run one after another."""
         if self._partial is None or self._partial.numel() < size or self._partial.device != device:
             self._partial = torch.empty(size, dtype=torch.float32, device=device)
         return self._partial
 
 
 def _tiles(M: int, K: int, N: int) -> tuple[int, int, int]:
-    """(rows, columns) of a tile and parts of K: enough programs to fill a chip, whatever M is."""
+    """Return rows and columns of a tile and parts of K that give enough programs to fill a chip, whatever M is."""
     if M > 32:
         return (64, 128, 1) if M > 64 else (64, 64, 1)
     block_m, block_n = (16 if M <= 16 else 32), 64
@@ -178,7 +193,7 @@ def _tiles(M: int, K: int, N: int) -> tuple[int, int, int]:
 
 
 def _block_k(K: int, length: int) -> int:
-    """The largest power of two that divides K and lies in one group where groups allow it."""
+    """Return the largest block of K, a power of two that divides K and lies in one group where groups allow it."""
     block = 64
     while K % block or (length % block and block > 32):
         block //= 2

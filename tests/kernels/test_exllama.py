@@ -1,5 +1,5 @@
-"""What can be known of the exllama and humming backends without a GPU: refusals, packing, building, the shipped tables.
-Their values are gated on a GPU by perf/gpu/gates.py."""
+"""The exllama and humming backends as far as they need no GPU: refusals, packing, building, the shipped tables. Their
+values are checked on a GPU by perf/gpu/checks.py."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Which parameters humming's kernels get, with a stand-in for the package; and on a GPU that has it, its products: the
-right values and the same bits again, for numbers of rows in every kind of bucket."""
+"""The parameters of humming's kernels, with a stand-in for the package; and on a GPU that has it, its products: right
+values and the same bits again, for numbers of rows in every kind of bucket."""
 
 from __future__ import annotations
 
