@@ -13,6 +13,8 @@ from types import MappingProxyType
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
 from inlaid.checkpoint import QuantSpec
 from inlaid.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig
 from inlaid.engine.request import Batch, NewRequest, SamplingParams
@@ -196,7 +198,8 @@ def variants(shape: str, keep: Keep) -> dict[str, Any]:
     loaded, spec = load(shape, 32, enforce_eager=True)
     engine, runner = loaded.engine, step_module.runner_of(loaded.engine)
     quant, mean_rank = QuantSpec(4, 128, True, False), sum(RANKS[shape]) / len(RANKS[shape])
-    ceiling = Ceiling.measured(runner.device)
+    name = torch.cuda.get_device_name() if runner.device.type == "cuda" else ""
+    ceiling = Ceiling.of(name) or Ceiling.measured(runner.device)
     report: dict[str, Any] = {"shape": shape, "ceiling": asdict(ceiling), "steps": []}
     choices = step_module.variants(spec.num_heads != spec.num_kv_heads)
     for seed, (rows, adapters) in enumerate(STEPS):

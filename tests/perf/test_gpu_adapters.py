@@ -89,8 +89,7 @@ def test_a_switched_engine_is_one_that_was_started_so(mode: str) -> None:
     assert ours.resident() == []
     assert adapters.counts(switched) == {"loads": 0, "evictions": 0, "hits": 0}
     assert (ours.mode, ours._groups_to_start) == (store.mode, store._groups_to_start)
-    lora: Any = started.engine.runner.model.kernels.lora  # type: ignore[attr-defined]
-    arriving = getattr(lora, "arriving", None)
+    arriving = started.engine.runner.arriving  # type: ignore[attr-defined]
     helps = arriving is not None and arriving.assistant is not None
     assert (adapters.arriving_of(switched).assistant is not None) == helps
     assert (switched.engine.runner.arriving is not None) == (arriving is not None)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""A tiny random Llama, quantized and read by GPTQModel: a folder that we did not write, and the logits it should give.
+"""Quantize a tiny random Llama with GPTQModel: a folder that inlaid did not write, and the logits that it should give.
 
 Runs in an environment of its own (README.md beside this file says how it is made); nothing of inlaid is imported.
 
@@ -23,7 +23,7 @@ VOCABULARY = 96
 
 
 def write_base(folder: Path) -> None:
-    """Random weights, uneven norms, one key-value head for two: nothing that a reader could leave out unnoticed."""
+    """Write a model of random weights, uneven norms and grouped heads: a reader that leaves anything out is noticed."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64,
@@ -54,6 +54,7 @@ def write_base(folder: Path) -> None:
 
 
 def main() -> None:
+    """Write the base, quantize it, and write the expected weights and logits."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
