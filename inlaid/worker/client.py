@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from inlaid.config import EngineConfig
-from inlaid.engine.refusal import Refusal, RefusalKind
+from inlaid.engine.refusal import Refusal, RefusalKind, Refused
 from inlaid.engine.request import FinishReason, NewRequest, Output
 from inlaid.worker import messages
 from inlaid.worker.errors import EngineDead, exception_of
@@ -124,7 +124,10 @@ class EngineClient:
 
     async def call(self, method: str, /, **arguments: Any) -> Any:
         """Call a method of `calls.Queries` in the process. Raises Refused and EngineDead."""
-        return await self._live().ask(next(self._numbers), method, arguments)
+        try:
+            return await self._live().ask(next(self._numbers), method, arguments)
+        except messages.Unsendable as error:
+            raise Refused(Refusal(str(error))) from error
 
     async def load_adapter(
         self, name: str, path: str, in_place: bool = False, pinned: bool | None = None

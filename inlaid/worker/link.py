@@ -61,10 +61,14 @@ class Link:
         await self.writer.drain()
 
     async def ask(self, number: int, method: str, arguments: dict[str, Any]) -> Any:
-        """Call the process and return its answer."""
+        """Call the process and return its answer. Unsendable: the arguments cannot cross the socket."""
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.calls[number] = answer
-        self.send(messages.Call(call=number, name=method, arguments=arguments))
+        try:
+            self.send(messages.Call(call=number, name=method, arguments=arguments))
+        except messages.Unsendable:
+            del self.calls[number]
+            raise
         return await answer
 
     def receive(self, event: messages.Event) -> None:

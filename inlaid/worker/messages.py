@@ -148,9 +148,36 @@ class Framing:
         return messages
 
 
+class Unsendable(ValueError):
+    """A message cannot cross the socket."""
+
+
 def frame(message: Message) -> bytearray:
-    """Return a message as it crosses the socket."""
+    """Return a message as it crosses the socket. Characters that UTF-8 does not have (half a surrogate pair, from a
+    file's name or a JSON text) cross as the escapes that Python writes for them."""
+    try:
+        return _framed(message)
+    except UnicodeEncodeError:
+        return _framed(_escaped(msgspec.to_builtins(message)))
+
+
+def _framed(message: Any) -> bytearray:
     data = bytearray(_LENGTH.size)
-    _ENCODER.encode_into(message, data, _LENGTH.size)
-    _LENGTH.pack_into(data, 0, len(data) - _LENGTH.size)
+    try:
+        _ENCODER.encode_into(message, data, _LENGTH.size)
+    except (TypeError, OverflowError, RecursionError) as error:
+        raise Unsendable(f"a message cannot be sent: {error}") from error
+    size = len(data) - _LENGTH.size
+    if size > MAX_MESSAGE:
+        raise Unsendable(f"a message has {size} bytes; at most {MAX_MESSAGE}")
+    _LENGTH.pack_into(data, 0, size)
     return data
+
+
+def _escaped(value: Any) -> Any:
+    """Return a plain value with every character that UTF-8 does not have escaped."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_escaped(key): _escaped(item) for key, item in value.items()}
+    return [_escaped(item) for item in value] if isinstance(value, (list, tuple)) else value

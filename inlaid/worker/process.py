@@ -155,7 +155,27 @@ class EngineProcess:
         self._send(messages.Outputs(outputs=[output]))
 
     def _send(self, message: messages.Event) -> None:
-        self._socket.sendall(messages.frame(message))
+        """Send an event. One that cannot be sent fails alone: its call or its request hears so."""
+        try:
+            data = messages.frame(message)
+        except messages.Unsendable as error:
+            log.error("%s", error)
+            self._send_instead(message, Refusal(str(error), RefusalKind.FAULT))
+        else:
+            self._socket.sendall(data)
+
+    def _send_instead(self, message: messages.Event, refusal: Refusal) -> None:
+        match message:
+            case messages.Reply(call=call):
+                self._send(messages.Failure(call=call, refusal=refusal))
+            case messages.Outputs(outputs=[output]):
+                self._engine.abort(output.id)
+                self._refuse(output.id, refusal)
+            case messages.Outputs(outputs=outputs):
+                for output in outputs:
+                    self._send(messages.Outputs(outputs=[output]))
+            case _:
+                raise AssertionError(f"{type(message).__name__} holds text only, which can always be sent")
 
 
 def _factory(name: str) -> Callable[..., Loaded]:

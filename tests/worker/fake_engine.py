@@ -3,6 +3,7 @@ request. `FACTORY` names it to EngineClient, `ENVIRONMENT` lets the process find
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from tests.engine.fake_runner import EOS, VOCABULARY, FakeAdapters, FakeRunner
 FACTORY = "tests.worker.fake_engine:build"
 ENVIRONMENT = {"PYTHONPATH": str(Path(__file__).parents[2])}
 FAULTY = [40]  # this prompt makes add raise what nobody expects
+FAULTY_WINDOW = 41.5  # this window makes fairness answer what cannot be sent
 DEADLY = [41]  # this prompt ends the process in the middle of a step
 BLOCKS = 64
 
@@ -41,6 +43,8 @@ class _Adapters:
     def read(self, path: str) -> str:
         if not Path(path).is_dir():
             raise ValueError(f"adapter {path}: no such folder")
+        if (refusal := Path(path) / "refusal.json").exists():
+            raise ValueError(json.loads(refusal.read_text()))
         return path
 
     def install(self, name: str, adapter: Any, in_place: bool, seconds: float, pinned: bool | None = None) -> None:
@@ -79,6 +83,9 @@ class _Engine(Engine):
         if new.prompt == FAULTY:
             raise KeyError("a defect")
         return super().add(new)
+
+    def fairness(self, window: float = 60.0) -> dict[str, Any]:
+        return {"service": 10**30} if window == FAULTY_WINDOW else super().fairness(window)
 
 
 def build(config: EngineConfig, adapters: Mapping[str, str], *, strict: bool = True) -> Loaded:

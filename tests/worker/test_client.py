@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -21,7 +22,7 @@ from inlaid.worker.errors import EngineDead, EngineError, RequestTimeout
 from inlaid.worker.inbox import merge
 from inlaid.worker.link import Link
 from tests.engine.fake_runner import generate
-from tests.worker.fake_engine import DEADLY, ENVIRONMENT, FACTORY, FAULTY
+from tests.worker.fake_engine import DEADLY, ENVIRONMENT, FACTORY, FAULTY, FAULTY_WINDOW
 
 LONG = SamplingParams(max_tokens=800, ignore_eos=True, temperature=0.0)
 
@@ -177,6 +178,32 @@ def test_a_defect_in_one_request_leaves_the_others() -> None:
                 await engine.call("_engine")
             with pytest.raises(EngineError, match="TypeError"):
                 await engine.call("stats", surprise=1)
+            assert await tokens(engine, NewRequest(id="good", prompt=[5])) == generate([5], None, 16)
+
+    asyncio.run(main())
+
+
+def test_a_refusal_with_half_a_character_is_a_refusal(tmp_path: Path) -> None:
+    """Written in a folder's file, it once ended the process that reported it."""
+    (tmp_path / "refusal.json").write_text(json.dumps("layers_pattern \ud800 is unknown"))
+
+    async def main() -> None:
+        async with running() as engine:
+            with pytest.raises(Refused, match=r"layers_pattern \\ud800 is unknown"):
+                await engine.load_adapter("a", str(tmp_path))
+            with pytest.raises(Refused, match="cannot be sent"):
+                await engine.call("set_scheduler", changes={"weights": {"t": 10**30}})
+            assert engine.num_restarts == 0
+            assert await tokens(engine, NewRequest(id="good", prompt=[5])) == generate([5], None, 16)
+
+    asyncio.run(main())
+
+
+def test_an_answer_that_cannot_be_sent_fails_its_call_alone() -> None:
+    async def main() -> None:
+        async with running() as engine:
+            with pytest.raises(EngineError, match="cannot be sent"):
+                await engine.call("fairness", window=FAULTY_WINDOW)
             assert await tokens(engine, NewRequest(id="good", prompt=[5])) == generate([5], None, 16)
 
     asyncio.run(main())

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from inlaid.config import AdapterConfig, EngineConfig
+from inlaid.engine.refusal import Refusal, RefusalKind
 from inlaid.engine.request import FinishReason, Grammar, NewRequest, Output, SamplingParams, TokenLogprobs
 from inlaid.worker import messages
 
@@ -46,6 +47,27 @@ def test_outputs_come_back_as_they_were() -> None:
     )
     framing = messages.Framing(messages.Event)
     assert framing.feed(messages.frame(messages.Outputs(outputs=[output]))) == [messages.Outputs(outputs=[output])]
+
+
+@pytest.mark.parametrize("half", [chr(0xD800), f"a{chr(0xDFFF)}b", chr(0xDCFF)])
+def test_half_a_character_crosses_as_its_escape(half: str) -> None:
+    """Also in the keys of a dict, and whatever holds it."""
+    shown = half.encode("utf-8", "backslashreplace").decode()
+    failure = messages.Failure(call=1, refusal=Refusal(half, RefusalKind.FAULT, param=half))
+    [event] = messages.Framing(messages.Event).feed(messages.frame(failure))
+    assert event == messages.Failure(call=1, refusal=Refusal(shown, RefusalKind.FAULT, param=shown))
+    call = messages.Call(call=1, name="set_scheduler", arguments={half: [half, {"a": half}], "n": 3})
+    [command] = messages.Framing(messages.Command).feed(messages.frame(call))
+    assert command.arguments == {shown: [shown, {"a": shown}], "n": 3}
+
+
+def test_a_message_that_cannot_be_sent_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in (2**64, object()):
+        with pytest.raises(messages.Unsendable, match="cannot be sent"):
+            messages.frame(messages.Reply(call=1, value=value))
+    monkeypatch.setattr(messages, "MAX_MESSAGE", 1000)
+    with pytest.raises(messages.Unsendable, match="at most 1000"):
+        messages.frame(messages.Reply(call=1, value="x" * 1000))
 
 
 def test_a_stream_that_is_not_ours_is_refused() -> None:
