@@ -69,24 +69,40 @@ class TextStream:
         self.stopped: str | None = None  # the stop string that was found: nothing more will be shown
 
     def take(self, output: Output) -> Piece:
-        """Return the next piece. With a `finish_reason` the answer is over, even if the engine has not ended it yet."""
-        reason = output.finish_reason
+        """Return the next piece. With a `finish_reason` the answer is over, even if the engine has not ended it yet.
+        Tokens after the one that completes a stop string are no part of the answer, however many come at once."""
+        num_before = self.num_tokens
+        reason, tokens, logprobs = output.finish_reason, output.tokens, output.logprobs
         hidden = output.stop_token is not None and not self._params.include_stop_str_in_output
-        visible = output.tokens[:-1] if hidden else output.tokens
-        text = self._advance(visible, len(output.tokens), last=reason is not None)
+        visible = tokens[:-1] if hidden else tokens
+        if self._params.stop:
+            text = self._advance_to_stop(visible, len(tokens), last=reason is not None)
+        else:
+            text = self._advance(visible, len(tokens), last=reason is not None)
         stop: str | int | None = output.stop_token if output.stop_token in self._params.stop_token_ids else None
         if self.stopped is not None:
             reason, stop = FinishReason.STOP, self.stopped
+            num_left = self.num_tokens - num_before
+            tokens, logprobs = tokens[:num_left], None if logprobs is None else logprobs[:num_left]
         return Piece(
             text,
-            output.tokens,
-            output.logprobs,
+            tokens,
+            logprobs,
             reason,
             stop,
             output.prompt_logprobs,
             output.num_cached,
             output.queue_time,
         )
+
+    def _advance_to_stop(self, visible: Sequence[int], num_tokens: int, last: bool) -> str:
+        """Advance token by token, so that the answer ends at the same token whatever pieces it comes in."""
+        text = ""
+        for place in range(num_tokens):
+            text += self._advance(visible[place : place + 1], 1, last and place == num_tokens - 1)
+            if self.stopped is not None:
+                return text
+        return text if num_tokens else self._advance((), 0, last)
 
     def _advance(self, visible: Sequence[int], num_tokens: int, last: bool) -> str:
         self.num_tokens += num_tokens

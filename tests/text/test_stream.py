@@ -9,7 +9,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inlaid.engine.request import FinishReason, Output, SamplingParams
+from inlaid.engine.request import FinishReason, Output, SamplingParams, TokenLogprobs
 from inlaid.text.stream import Piece, TextStream
 from inlaid.text.tokenizer import Tokenizer
 
@@ -83,9 +83,22 @@ def test_stop_strings_cut_at_the_same_place(text: str, stops: list[str], cuts: l
     params = SamplingParams(stop=tuple(stops), include_stop_str_in_output=keep)
     pieces = read(tokens, cuts, params, [])
     wanted, stop = cut_at_first_stop(text, stops, keep)
+    one_by_one = read(tokens, list(range(len(tokens))), params, [])
+    assert [token for piece in pieces for token in piece.tokens] == [t for piece in one_by_one for t in piece.tokens]
     assert joined(pieces) == wanted
     assert pieces[-1].stop_reason == stop
     assert pieces[-1].finish_reason is (FinishReason.LENGTH if stop is None else FinishReason.STOP)
+
+
+def test_an_answer_ends_with_the_token_that_completes_a_stop_string() -> None:
+    """Its tokens and log probabilities too, though the engine has made more by then."""
+    tokens = TOKENIZER.encode("a b c d", False)
+    stop = TOKENIZER.token_text(tokens[1])
+    logprobs = [TokenLogprobs(token, -1.0, 1, []) for token in tokens]
+    output = Output(id="r", tokens=tokens, logprobs=logprobs, finish_reason=FinishReason.LENGTH)
+    piece = TextStream(TOKENIZER, [], SamplingParams(stop=(stop,))).take(output)
+    assert (piece.text, piece.tokens, piece.logprobs) == (TOKENIZER.token_text(tokens[0]), tokens[:2], logprobs[:2])
+    assert (piece.finish_reason, piece.stop_reason) == (FinishReason.STOP, stop)
 
 
 def test_stop_strings_wait_for_min_tokens() -> None:
