@@ -275,13 +275,13 @@ def announce(service: Any, address: str) -> None:
     """Print the model, its adapters, the address, and a curl command that asks it."""
     model = service.engine.model
     names = sorted(service.engine.adapters)
-    asked = names[0] if names else service.model_name
+    asked = names[0] if names else service.names.base
     body = json.dumps({"model": asked, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32})
     path = "/v1/chat/completions"
     if not service.tokenizer.template.exists:
         path, body = "/v1/completions", json.dumps({"model": asked, "prompt": "Hello", "max_tokens": 32})
     lines = [
-        f"Serving {service.model_name} ({model.device}, {model.dtype}, up to {model.max_model_len} tokens, "
+        f"Serving {service.names.base} ({model.device}, {model.dtype}, up to {model.max_model_len} tokens, "
         f"{model.num_blocks} KV blocks of {model.block_size})",
         f"  adapters: {_listed(names)}",
         f"  at:       {address}/v1  (metrics: {address}/metrics, API: {address}/openapi.json)",

@@ -171,7 +171,9 @@ class ServerConfig:
         "", "MODULE:FUNCTION that gives the path (in a --lora-root folder) of an adapter that a request names first"
     )
     max_lora_resolving: int = option(8, "most adapters being looked for and loaded by a resolver at a time")
-    max_body_mib: float = option(8.0, "largest request body, in MiB")
+    max_body_mib: float = option(
+        0.0, "largest request body, in MiB; 0: 64 bytes for each token of the context, at least 2 MiB"
+    )
     body_timeout: float = option(60.0, "seconds that a client may take to send a request's body; 0: any")
     max_prompts: int = option(256, "most prompts times n in one request")
     request_timeout: float = option(0.0, "seconds after which a request is aborted; 0: never")

@@ -94,8 +94,8 @@ def _check_on(service: Service) -> None:
 async def _load(service: Service, body: LoadAdapterBody) -> None:
     _check_on(service)
     name = body.lora_name
-    if name == service.model_name or not name.isprintable():
-        raise BadRequest(f"{name!r} cannot be an adapter's name", "lora_name")
+    if (why := service.names.why_not(name)) is not None:
+        raise BadRequest(f"{name!r} cannot be an adapter's name: {why}", "lora_name")
     folder = service.folders.resolve(body.lora_path)
     in_place = bool(body.load_inplace)
     loaded = Conflict(f"adapter {name!r} is loaded already; unload it first or set load_inplace", "lora_name")

@@ -20,7 +20,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 def make_app(service: Service) -> web.Application:
     """Make the application of a service."""
-    app = web.Application(client_max_size=int(service.config.max_body_mib * 2**20), middlewares=[_errors])
+    app = web.Application(client_max_size=service.max_body_bytes, middlewares=[_errors])
     app[SERVICE] = service
     for route in ROUTES:
         app.router.add_route(route.method, route.path, _served(route))
@@ -58,7 +58,7 @@ async def _call(route: Route, decoder: msgspec.json.Decoder[Any] | None, request
         return await route.handler(request)
     data = await _body(request)
     try:
-        body = decoder.decode(data)
+        body = await request.app[SERVICE].offload.run(len(data), decoder.decode, data)
     except msgspec.DecodeError as error:
         raise undecodable(error, data) from error
     return await route.handler(request, body)

@@ -41,7 +41,7 @@ def answer(value: object) -> web.Response:
 async def completions(request: web.Request, body: CompletionBody) -> web.StreamResponse:
     """Complete prompts, given as text or token ids."""
     service = request.app[SERVICE]
-    client = await completion_request(service, body, request.headers)
+    client = await completion_request(service, body, request.headers, len(await request.read()))
     if body.stream:
         return await send(request, _completion_events(service, body, client))
     complete = await answers.gather(service, client)
@@ -53,7 +53,7 @@ async def completions(request: web.Request, body: CompletionBody) -> web.StreamR
 async def chat_completions(request: web.Request, body: ChatBody) -> web.StreamResponse:
     """Answer a conversation, written out by the model's chat template."""
     service = request.app[SERVICE]
-    client = await chat_request(service, body, request.headers)
+    client = await chat_request(service, body, request.headers, len(await request.read()))
     if body.stream:
         return await send(request, _chat_events(service, body, client))
     complete = await answers.gather(service, client)

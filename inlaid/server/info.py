@@ -16,7 +16,7 @@ from inlaid import __version__
 from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.server.completions import answer
 from inlaid.server.errors import BadRequest, NotFound, Unavailable
-from inlaid.server.prepare import chat_tokens, resolve, template_options, text_tokens
+from inlaid.server.prepare import chat_tokens, template_options
 from inlaid.server.protocol.admin import AdapterState
 from inlaid.server.protocol.info import (
     DetokenizeBody,
@@ -29,7 +29,7 @@ from inlaid.server.protocol.info import (
     Version,
 )
 from inlaid.server.protocol.sglang import ModelSummary
-from inlaid.server.service import SERVICE
+from inlaid.server.service import SERVICE, Service
 from inlaid.worker.errors import EngineDead
 from inlaid.worker.messages import AdapterInfo
 
@@ -40,7 +40,7 @@ _Asked = TypeVar("_Asked")
 def _base_card(request: web.Request) -> ModelCard:
     service = request.app[SERVICE]
     return ModelCard(
-        id=service.model_name,
+        id=service.names.base,
         created=service.started,
         root=service.root(request.headers),
         max_model_len=service.encoder.max_model_len,
@@ -56,7 +56,7 @@ def _adapter_cards(request: web.Request, adapters: Iterable[AdapterInfo], heard:
             id=info.name,
             created=service.started,
             root=info.path if paths else info.name,
-            parent=service.model_name,
+            parent=service.names.base,
             max_model_len=service.encoder.max_model_len,
             adapter=msgspec.convert(info, AdapterState, from_attributes=True) if heard else msgspec.UNSET,
         )
@@ -75,7 +75,7 @@ async def models(request: web.Request) -> web.Response:
 async def model(request: web.Request) -> web.Response:
     """Describe one model."""
     service, name = request.app[SERVICE], request.match_info["name"]
-    if name == service.model_name:
+    if name == service.names.base:
         return answer(_base_card(request))
     known = service.engine.adapters.get(name)
     if known is None:
@@ -98,31 +98,33 @@ async def _ask(question: Awaitable[_Asked]) -> _Asked | None:
 async def tokenize(request: web.Request, body: TokenizeBody) -> web.Response:
     """Return the token ids of a text, or of a conversation through the chat template."""
     service = request.app[SERVICE]
-    resolve(service, body.model)
+    service.resolve(body.model)
+    return await service.offload.run(len(await request.read()), _tokens, service, body)
+
+
+def _tokens(service: Service, body: TokenizeBody) -> web.Response:
     if (body.prompt is None) == (body.messages is None):
         raise BadRequest("give either prompt or messages")
     if body.messages is not None:
-        tokens = await chat_tokens(
-            service, body.messages, body.tools, template_options(body), bool(body.add_special_tokens)
-        )
+        tokens = chat_tokens(service, body.messages, body.tools, template_options(body), bool(body.add_special_tokens))
     else:
         special = True if body.add_special_tokens is None else body.add_special_tokens
-        tokens = await text_tokens(service, body.prompt or "", special)
+        tokens = service.tokenizer.encode(body.prompt or "", special)
     texts = [service.tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
-    return answer(
-        Tokens(count=len(tokens), max_model_len=service.encoder.max_model_len, tokens=tokens, token_strs=texts)
-    )
+    most = service.encoder.max_model_len
+    return answer(Tokens(count=len(tokens), max_model_len=most, tokens=tokens, token_strs=texts))
 
 
 async def detokenize(request: web.Request, body: DetokenizeBody) -> web.Response:
     """Return the text of token ids, special tokens included."""
     service = request.app[SERVICE]
-    resolve(service, body.model)
-    vocab_size = service.encoder.vocab_size
-    for token in body.tokens:
-        if not 0 <= token < vocab_size:
-            raise BadRequest(f"token {token} is not in the vocabulary, 0 to {vocab_size - 1}", "tokens")
-    return answer(Detokenized(prompt=service.tokenizer.decode(body.tokens, skip_special_tokens=False)))
+    service.resolve(body.model)
+    return await service.offload.run(len(await request.read()), _text, service, body.tokens)
+
+
+def _text(service: Service, tokens: list[int]) -> web.Response:
+    service.encoder.tokens(tokens, "tokens")
+    return answer(Detokenized(prompt=service.tokenizer.decode(tokens, skip_special_tokens=False)))
 
 
 async def health(request: web.Request) -> web.Response:

@@ -71,7 +71,7 @@ async def generate(request: web.Request, body: NativeBody) -> web.StreamResponse
     service, started = request.app[SERVICE], time.monotonic()
     items, several = _items(body)
     field = "text" if body.input_ids is None else "input_ids"
-    client = await _client_request(service, items, request.headers, field)
+    client = await _client_request(service, items, request.headers, field, len(await request.read()))
     several = several or client.num_answers > 1
     names = _names(body, len(client.requests), several)
     growing = [
@@ -108,7 +108,7 @@ async def server_info(request: web.Request) -> web.Response:
         ServerInfo(
             model_path=service.root(request.headers),
             tokenizer_path=service.root(request.headers),
-            served_model_name=service.model_name,
+            served_model_name=service.names.base,
             version=__version__,
             context_length=service.encoder.max_model_len,
             max_total_num_tokens=(model.num_blocks - 1) * model.block_size,
@@ -163,7 +163,7 @@ def _start(given: int | None, sampling: NativeSampling | None) -> int:
 
 
 async def _client_request(
-    service: Service, items: Sequence[_Item], headers: Mapping[str, str], field: str
+    service: Service, items: Sequence[_Item], headers: Mapping[str, str], field: str, size: int
 ) -> ClientRequest:
     """Prepare all prompts as one request of the client."""
     numbers = {item.sampling.n or 1 for item in items}
@@ -173,7 +173,7 @@ async def _client_request(
     made = []
     for item in items:
         try:
-            one = await completion_request(service, _completion(item), headers)
+            one = await completion_request(service, _completion(item), headers, size)
         except Refused as error:
             raise _in_their_words(refused(error.refusal), field) from error
         except ApiError as error:

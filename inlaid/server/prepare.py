@@ -4,25 +4,25 @@ names of OpenAI, vLLM and SGLang. Words become tokens in `inlaid.text`; fields t
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
+from inlaid.engine.refusal import Refused
 from inlaid.engine.request import Grammar, NewRequest, SamplingParams
 from inlaid.server import safety
-from inlaid.server.errors import BadRequest, NotFound
+from inlaid.server.errors import BadRequest
 from inlaid.server.protocol.openai import ChatBody, CompletionBody, GenerateBody, Message, Tool
 from inlaid.server.service import Service
-from inlaid.text.encoder import check_template_options, last_tokens, num_chars
+from inlaid.text.encoder import check_template_options, last_tokens
 from inlaid.text.nesting import check_depth
 from inlaid.text.params import schema_grammar
 
-_LONG_TEXT = 20_000  # characters; longer texts are tokenized in a thread
+_MAX_ID_CHARS = 256  # it comes back with every event of a stream
 _SAME_NAMES = (
     "min_tokens",
     "temperature",
@@ -39,7 +39,6 @@ _SAME_NAMES = (
     "skip_special_tokens",
     "prompt_logprobs",
 )
-_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -62,31 +61,15 @@ class ClientRequest:
         return self.texts[index // self.num_answers]
 
 
-def resolve(service: Service, model: str, field: str = "model") -> str | None:
-    """Return the adapter that a name stands for: its own name, or base:adapter. None is the base, by its name or by
-    none."""
-    base = service.model_name
-    adapter = model.removeprefix(f"{base}:") if model.startswith(f"{base}:") else model
-    if adapter in service.engine.adapters and adapter != base:
-        return adapter
-    if model in ("", base, service.model_path):
-        return None
-    raise NotFound(
-        f"model {model!r} does not exist here; GET /v1/models lists the base {base!r} and its adapters",
-        field,
-        "model_not_found",
-    )
-
-
-async def _find(service: Service, model: str, field: str = "model") -> str | None:
+async def _find(service: Service, model: str, param: str = "model") -> str | None:
     """Resolve a name, after the resolver, if there is one, has looked for an adapter that is not known yet."""
     try:
-        return resolve(service, model, field)
-    except NotFound:
+        return service.resolve(model, param)
+    except Refused:
         if service.resolver is None:
             raise
-    await service.resolver.resolve(model.removeprefix(f"{service.model_name}:"))
-    return resolve(service, model, field)
+    await service.resolver.resolve(service.names.adapter_in(model))
+    return service.resolve(model, param)
 
 
 async def _target(service: Service, body: GenerateBody) -> tuple[str | None, str]:
@@ -94,7 +77,7 @@ async def _target(service: Service, body: GenerateBody) -> tuple[str | None, str
     beside `model` or alone."""
     adapter = await _find(service, body.model)
     if not body.lora_path:
-        return adapter, body.model or service.model_name
+        return adapter, body.model or service.names.base
     named = await _find(service, body.lora_path, "lora_path")
     if named is None:
         raise BadRequest(f"lora_path is {body.lora_path!r}, the base; leave it out, or name an adapter", "lora_path")
@@ -107,14 +90,22 @@ def _max_tokens(body: GenerateBody) -> int | None:
     return body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
 
 
-async def completion_request(service: Service, body: CompletionBody, headers: Mapping[str, str]) -> ClientRequest:
-    """Prepare a completion."""
+async def completion_request(
+    service: Service, body: CompletionBody, headers: Mapping[str, str], size: int
+) -> ClientRequest:
+    """Prepare a completion, whose body has `size` bytes."""
     adapter, model = await _target(service, body)
+    return await service.offload.run(size, _completion, service, body, headers, adapter, model)
+
+
+def _completion(
+    service: Service, body: CompletionBody, headers: Mapping[str, str], adapter: str | None, model: str
+) -> ClientRequest:
     _refuse_unserved(body)
     if body.suffix:
         raise BadRequest("suffix is not supported: the models served here do not fill in the middle", "suffix")
     add_special = body.add_special_tokens if body.add_special_tokens is not None else True
-    whole = await _off_loop(_longest(body.prompt), service.encoder.prompts, body.prompt, add_special)
+    whole = service.encoder.prompts(body.prompt, add_special)
     prompts = [last_tokens(prompt, body.truncate_prompt_tokens) for prompt in whole]
     given = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     texts = [
@@ -132,13 +123,18 @@ async def completion_request(service: Service, body: CompletionBody, headers: Ma
     return _client_request("cmpl", body, model, requests, texts)
 
 
-async def chat_request(service: Service, body: ChatBody, headers: Mapping[str, str]) -> ClientRequest:
-    """Prepare a chat completion."""
+async def chat_request(service: Service, body: ChatBody, headers: Mapping[str, str], size: int) -> ClientRequest:
+    """Prepare a chat completion, whose body has `size` bytes."""
     adapter, model = await _target(service, body)
+    return await service.offload.run(size, _chat, service, body, headers, adapter, model)
+
+
+def _chat(
+    service: Service, body: ChatBody, headers: Mapping[str, str], adapter: str | None, model: str
+) -> ClientRequest:
     _refuse_unserved(body)
     tools = body.tools if body.tool_choice != "none" else None
-    special = bool(body.add_special_tokens)
-    tokens = await chat_tokens(service, body.messages, tools, template_options(body), special)
+    tokens = chat_tokens(service, body.messages, tools, template_options(body), bool(body.add_special_tokens))
     prompt = last_tokens(tokens, body.truncate_prompt_tokens)
     max_tokens = _max_tokens(body)
     if max_tokens is None:
@@ -167,7 +163,7 @@ def template_options(body: Any) -> dict[str, Any]:
     return options
 
 
-async def chat_tokens(
+def chat_tokens(
     service: Service,
     messages: Sequence[Message],
     tools: Sequence[Tool] | None,
@@ -177,23 +173,7 @@ async def chat_tokens(
     """Return the tokens of a conversation."""
     plain = [msgspec.to_builtins(message) for message in messages]
     plain_tools = None if tools is None else [msgspec.to_builtins(tool) for tool in tools]
-    size, encode = num_chars(plain), service.encoder.conversation
-    return await _off_loop(size, encode, plain, plain_tools, options, add_special_tokens)
-
-
-async def text_tokens(service: Service, text: str, add_special_tokens: bool) -> list[int]:
-    """Return the tokens of a text of any length."""
-    return await _off_loop(len(text), service.tokenizer.encode, text, add_special_tokens)
-
-
-async def _off_loop(size: int, work: Callable[..., _Made], *arguments: Any) -> _Made:
-    """Do work on a text of so many characters: in a thread if it is long, so that other requests need not wait."""
-    return await asyncio.to_thread(work, *arguments) if size > _LONG_TEXT else work(*arguments)
-
-
-def _longest(given: str | list[Any]) -> int:
-    texts = [given] if isinstance(given, str) else given
-    return max((len(text) for text in texts if isinstance(text, str)), default=0)
+    return service.encoder.conversation(plain, plain_tools, options, add_special_tokens)
 
 
 def _refuse_unserved(body: GenerateBody) -> None:
@@ -206,6 +186,8 @@ def _refuse_unserved(body: GenerateBody) -> None:
             "spaces_between_special_tokens cannot be false: the tokenizer decides", "spaces_between_special_tokens"
         )
     check_depth("metadata", body.metadata)
+    if body.request_id is not None and len(body.request_id) > _MAX_ID_CHARS:
+        raise BadRequest(f"request_id has {len(body.request_id)} characters; at most {_MAX_ID_CHARS}", "request_id")
 
 
 def _requests(

@@ -20,13 +20,13 @@ from typing import Any, Protocol
 
 from inlaid.config import ConfigError, ServerConfig
 from inlaid.server.errors import ApiError, BadRequest, TooMany
+from inlaid.server.names import ModelNames
 from inlaid.server.safety import AllowedFolders
 
 log = logging.getLogger(__name__)
 
 _FORGET = 30.0  # seconds until a name that was not found is looked for again
 _MAX_REFUSED = 4096  # names remembered as not found
-_MAX_NAME = 256
 
 Find = Callable[[str], Any]
 
@@ -45,12 +45,14 @@ class Resolver:
         find: Find,
         folders: AllowedFolders,
         engine: Loads,
+        names: ModelNames,
         most: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._find = find
         self._folders = folders
         self._engine = engine
+        self._names = names
         self._most = most
         self._clock = clock
         self._refused: OrderedDict[str, tuple[float, str]] = OrderedDict()  # until when, and why ("": not found)
@@ -58,7 +60,7 @@ class Resolver:
 
     async def resolve(self, name: str) -> None:
         """Load the adapter of this name, if there is one; the caller reports a name that is not found."""
-        if self._is_refused(name) or not 0 < len(name) <= _MAX_NAME or not name.isprintable():
+        if self._is_refused(name) or self._names.why_not(name) is not None:
             return
         task = self._loading.get(name)
         if task is None:
@@ -117,7 +119,7 @@ class Resolver:
             self._refused.popitem(last=False)
 
 
-def make_resolver(config: ServerConfig, engine: Loads) -> Resolver | None:
+def make_resolver(config: ServerConfig, engine: Loads, names: ModelNames) -> Resolver | None:
     """Make the resolver of a configuration, if it has one. ConfigError says why it cannot be made."""
     root, function = config.lora_resolver_root, config.lora_resolver
     if not root and not function:
@@ -129,7 +131,7 @@ def make_resolver(config: ServerConfig, engine: Loads) -> Resolver | None:
     if config.max_lora_resolving < 1:
         raise ConfigError("max_lora_resolving must be at least 1")
     folders = AllowedFolders([root] if root else config.lora_root)
-    return Resolver(_function(function) if function else _same_name, folders, engine, config.max_lora_resolving)
+    return Resolver(_function(function) if function else _same_name, folders, engine, names, config.max_lora_resolving)
 
 
 def _same_name(name: str) -> str:

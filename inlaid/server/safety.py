@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from inlaid.config import ConfigError, ServerConfig
-from inlaid.server.errors import Forbidden, Unauthorized
+from inlaid.server.errors import BadRequest, Forbidden, Unauthorized
 
 TENANT_HEADER = "X-Tenant"
 _MAX_TENANT_CHARS = 128
@@ -80,9 +80,17 @@ def tenant(kind: str, headers: Mapping[str, str], user: str | None, adapter: str
     if kind == "user":
         return (user or "")[:_MAX_TENANT_CHARS]
     if kind == "header":
-        return headers.get(TENANT_HEADER, "")[:_MAX_TENANT_CHARS]
+        return _utf8(TENANT_HEADER, headers.get(TENANT_HEADER, ""))[:_MAX_TENANT_CHARS]
     key = bearer(headers)
     return f"key-{_hash(key).hex()[:12]}" if key else ""
+
+
+def _utf8(name: str, value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BadRequest(f"the header {name} is not valid UTF-8", name) from None
+    return value
 
 
 class AllowedFolders:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from aiohttp import web
 
 from inlaid.config import ServerConfig
 from inlaid.server.metrics import Metrics
+from inlaid.server.names import ModelNames
+from inlaid.server.offload import Offload
 from inlaid.server.resolver import Resolver
 from inlaid.server.safety import AllowedFolders, Keys
 from inlaid.server.watcher import Watcher
 from inlaid.text.encoder import RequestEncoder
 from inlaid.text.tokenizer import Tokenizer
 from inlaid.worker.client import EngineClient
+
+_MIN_BODY_BYTES = 2 * 2**20
+_BODY_BYTES_PER_TOKEN = 64
 
 
 @dataclass
@@ -27,10 +32,11 @@ class Service:
     metrics: Metrics
     keys: Keys
     folders: AllowedFolders
-    model_name: str
+    names: ModelNames
     model_path: str
     public_path: str  # the same for clients that may not see paths: a hub id as it is, else the model's name
     started: int  # Unix seconds
+    offload: Offload = field(default_factory=Offload)
     resolver: Resolver | None = None
     watchers: Sequence[Watcher] = ()
     draining: bool = False
@@ -41,6 +47,16 @@ class Service:
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
         return self.encoder.tokenizer
+
+    @property
+    def max_body_bytes(self) -> int:
+        """The largest body: what is configured, or enough for the longest prompt in any form."""
+        configured = int(self.config.max_body_mib * 2**20)
+        return configured or max(_MIN_BODY_BYTES, _BODY_BYTES_PER_TOKEN * self.encoder.max_model_len)
+
+    def resolve(self, model: str, param: str = "model") -> str | None:
+        """Return the adapter that a name stands for; None is the base."""
+        return self.names.resolve(model, self.engine.adapters, param)
 
     def root(self, headers: Mapping[str, str]) -> str:
         """Return the path of the base, as far as a client may see it."""

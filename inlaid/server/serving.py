@@ -18,6 +18,7 @@ from aiohttp import web
 from inlaid.config import ConfigError, EngineConfig, ServerConfig
 from inlaid.server.app import make_app
 from inlaid.server.metrics import Metrics
+from inlaid.server.names import ModelNames
 from inlaid.server.resolver import make_resolver
 from inlaid.server.safety import AllowedFolders, Keys, check_config
 from inlaid.server.service import Service
@@ -46,8 +47,10 @@ async def make_service(
     check_config(config, keys)
     folders = AllowedFolders(config.lora_root)
     model_name = config.served_model_name or model_display_name(engine_config.model)
-    if model_name in adapters:
-        raise ConfigError(f"an adapter is called {model_name!r} like the base; rename one (--served-model-name)")
+    names = ModelNames(model_name, engine_config.model)
+    for name in adapters:
+        if (why := names.why_not(name)) is not None:
+            raise ConfigError(f"no adapter can be called {name!r}: {why}; rename it, or the base (--served-model-name)")
     template = None if config.chat_template is None else _read_template(config.chat_template)
     engine = EngineClient(
         engine_config,
@@ -57,8 +60,8 @@ async def make_service(
         give_up=give_up,
         **engine_options,
     )
-    resolver = make_resolver(config, engine)
-    watchers = [Watcher(Path(folder).expanduser(), engine, (model_name,)) for folder in config.lora_watch]
+    resolver = make_resolver(config, engine, names)
+    watchers = [Watcher(Path(folder).expanduser(), engine, names) for folder in config.lora_watch]
     reading = None
     if Path(engine_config.model).is_dir():
         reading = asyncio.create_task(asyncio.to_thread(Tokenizer, engine_config.model, template))
@@ -88,7 +91,7 @@ async def make_service(
         folders=folders,
         resolver=resolver,
         watchers=watchers,
-        model_name=model_name,
+        names=names,
         model_path=engine_config.model,
         public_path=model_name if Path(engine_config.model).is_dir() else engine_config.model,
         started=int(time.time()),

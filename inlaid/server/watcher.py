@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from inlaid.config import ConfigError
+from inlaid.server.names import ModelNames
 from inlaid.worker.errors import EngineDead, EngineError
 
 log = logging.getLogger(__name__)
@@ -47,12 +48,12 @@ class _Seen:
 class Watcher:
     """The watcher of one folder."""
 
-    def __init__(self, folder: Path, engine: Loads, taken: Collection[str]) -> None:
+    def __init__(self, folder: Path, engine: Loads, names: ModelNames) -> None:
         if not folder.is_dir():
             raise ConfigError(f"--lora-watch {folder} is not a folder")
         self._folder = folder.resolve()
         self._engine = engine
-        self._taken = taken  # names that a sub-folder cannot have
+        self._names = names
         self._seen: dict[str, _Seen] = {}
 
     async def run(self, interval: float) -> None:
@@ -79,8 +80,11 @@ class Watcher:
 
     async def _changed(self, name: str, seen: _Seen) -> None:
         seen.read = seen.signature
-        if name in self._taken or (name in self._engine.adapters and not seen.serving):
-            log.error("%s is not served: its name is taken", self._folder / name)
+        why = self._names.why_not(name)
+        if why is None and name in self._engine.adapters and not seen.serving:
+            why = "its name is taken"
+        if why is not None:
+            log.error("%s is not served: %s", self._folder / name, why)
             return
         try:
             await self._engine.load_adapter(name, str(self._folder / name), in_place=seen.serving)

@@ -12,8 +12,8 @@ from typing import Any
 from inlaid.engine.refusal import Refusal, Refused
 from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.text.nesting import check_depth
-from inlaid.text.params import MAX_BAD_WORDS, answer_params, check, check_tokens
-from inlaid.text.template import RESERVED, Message, content_text, plain_message
+from inlaid.text.params import MAX_BAD_WORD_CHARS, MAX_BAD_WORDS, answer_params, check, check_tokens
+from inlaid.text.template import RESERVED, Message, plain_message
 from inlaid.text.tokenizer import Tokenizer
 
 _FORMS = "prompt must be a text, a list of texts, a list of token ids, or a list of lists of token ids"
@@ -31,10 +31,10 @@ class RequestEncoder:
     def text(self, text: str, add_special_tokens: bool = True, param: str = "prompt") -> list[int]:
         """Return the token ids of a text."""
         self._check_size(param, len(text))
-        return self.tokenizer.encode(text, add_special_tokens)
+        return self.tokens(self.tokenizer.encode(text, add_special_tokens), param)
 
     def tokens(self, ids: list[int], param: str = "prompt") -> list[int]:
-        """Return token ids that came as such, checked."""
+        """Return token ids once they are checked: a tokenizer may have tokens that the model's embedding does not."""
         check_tokens(param, ids, self.vocab_size)
         return ids
 
@@ -63,18 +63,23 @@ class RequestEncoder:
     ) -> list[int]:
         """Return the token ids of a conversation, written out by the chat template, which adds the special tokens
         itself. `options` is what the template is told besides messages and tools."""
+        if len(messages) > self.max_model_len:
+            raise _refused(f"messages has {len(messages)} entries, more than {self.max_model_len} tokens", "messages")
         check_depth("tools", tools)
-        self._check_size("messages", num_chars(messages))
+        given = {"messages": messages, "tools": tools, "chat_template_kwargs": options}
+        for param, value in given.items():
+            self._check_size(param, num_chars(value))
         plain = [plain_message(message) for message in messages]
-        return self.tokenizer.encode(
-            self.tokenizer.template.render(plain, tools, **(options or {})), add_special_tokens
-        )
+        text = self.tokenizer.template.render(plain, tools, options)
+        return self.text(text, add_special_tokens, "messages")
 
     def bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Return each word's token ids, with a space before it and without."""
         most = MAX_BAD_WORDS // 2
         if len(words) > most:
             raise _refused(f"bad_words has {len(words)} entries; at most {most}", "bad_words")
+        if sum(map(len, words)) > MAX_BAD_WORD_CHARS:
+            raise _refused(f"bad_words has more than {MAX_BAD_WORD_CHARS} characters", "bad_words")
         encode = self.tokenizer.encode
         spelled = [tuple(encode(space + word.lstrip(), False)) for word in words for space in ("", " ")]
         return tuple(dict.fromkeys(spelled))
@@ -99,6 +104,8 @@ class RequestEncoder:
         """Return the engine's requests for n answers to each prompt, prompt by prompt."""
         self.check_count(n, len(prompts))
         check(params, self.vocab_size)
+        for prompt in prompts:
+            self._check_length(len(prompt), params.max_tokens)
         sampling = [answer_params(params, answer) for answer in range(n)]
         return [
             NewRequest(
@@ -114,15 +121,31 @@ class RequestEncoder:
             for one in sampling
         ]
 
+    def _check_length(self, num_tokens: int, max_tokens: int) -> None:
+        """Refuse a prompt that the engine would refuse, before it is sent once for each answer."""
+        most = self.max_model_len
+        if num_tokens + (max_tokens > 0) > most:
+            text = f"the prompt has {num_tokens} tokens; with max_model_len {most} it can have {most - 1} at most"
+            raise Refused(Refusal(text))
+
     def _check_size(self, param: str, num_chars: int) -> None:
         """Refuse a text that is too long whatever its tokens are, before tokenizing it."""
         if num_chars > self.max_model_len * self.tokenizer.max_token_bytes:
             raise _refused(f"{param} has {num_chars} characters, more than {self.max_model_len} tokens can hold", param)
 
 
-def num_chars(messages: Sequence[Message]) -> int:
-    """Count the characters of the messages' contents."""
-    return sum(len(content_text(message.get("content"))) for message in messages)
+def num_chars(value: Any) -> int:
+    """Count the characters of all texts in a JSON value, and one for each value in it."""
+    total, left = 0, [value]
+    while left:
+        item = left.pop()
+        total += 1 + (len(item) if isinstance(item, str) else 0)
+        if isinstance(item, dict):
+            left += item.keys()
+            left += item.values()
+        elif isinstance(item, (list, tuple)):
+            left += item
+    return total
 
 
 def last_tokens(prompt: list[int], count: int | None) -> list[int]:

@@ -16,8 +16,8 @@ import numpy as np
 
 from inlaid.engine.refusal import Refusal, Refused
 from inlaid.engine.request import Grammar
+from inlaid.text.params import check_grammar
 
-MAX_GRAMMAR_CHARS = 200_000
 _MAX_COMPILED = 256
 
 
@@ -130,8 +130,7 @@ def _source(matcher_class: Any, grammar: Grammar) -> str:
     if len(given) != 1:
         names = ", ".join(grammar.__struct_fields__)
         raise _refused(f"a constraint has exactly one of {names}; got {given}")
-    if sum(len(text) for text in (grammar.json_schema, grammar.regex, grammar.lark) if text) > MAX_GRAMMAR_CHARS:
-        raise _refused(f"the constraint is longer than {MAX_GRAMMAR_CHARS} characters")
+    check_grammar(grammar)
     if grammar.json_object:
         return str(matcher_class.grammar_from_json_schema('{"type": "object"}'))
     if grammar.json_schema is not None:

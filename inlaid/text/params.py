@@ -5,7 +5,7 @@ is refused by its name before it reaches the engine.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -20,6 +20,8 @@ MAX_STOPS = 64
 MAX_STOP_CHARS = 1024
 MAX_BIASES = 2048
 MAX_BAD_WORDS = 1024  # each word has up to two spellings
+MAX_BAD_WORD_CHARS = 65_536  # of all bad words together
+MAX_GRAMMAR_CHARS = 200_000
 
 # name: (least, most); both allowed
 RANGES: Mapping[str, tuple[float, float]] = MappingProxyType(
@@ -48,9 +50,16 @@ def check(params: SamplingParams, vocab_size: int) -> None:
     if params.min_tokens > params.max_tokens:
         raise _refused("min_tokens", f"min_tokens {params.min_tokens} is above max_tokens {params.max_tokens}")
     _check_stops(params)
+    if len(params.logit_bias) > MAX_BIASES:
+        raise _refused("logit_bias", f"logit_bias has {len(params.logit_bias)} entries; at most {MAX_BIASES}")
+    for name in ("stop_token_ids", "allowed_token_ids"):
+        if (count := len(getattr(params, name))) > vocab_size:
+            raise _refused(name, f"{name} has {count} tokens; the vocabulary has {vocab_size}")
     check_tokens("stop_token_ids", params.stop_token_ids, vocab_size)
     check_tokens("logit_bias", params.logit_bias, vocab_size)
     check_tokens("allowed_token_ids", params.allowed_token_ids, vocab_size)
+    if params.grammar is not None:
+        check_grammar(params.grammar)
     if params.allowed_token_ids and params.grammar is not None:
         raise _refused("allowed_token_ids", "allowed_token_ids and a grammar exclude each other")
     if len(params.bad_words) > MAX_BAD_WORDS or not all(params.bad_words):
@@ -59,8 +68,6 @@ def check(params: SamplingParams, vocab_size: int) -> None:
         check_tokens("bad_words", word, vocab_size)
     if params.allowed_token_ids and {(token,) for token in params.allowed_token_ids} <= set(params.bad_words):
         raise _refused("bad_words", "bad_words leave none of the allowed_token_ids")
-    if len(params.logit_bias) > MAX_BIASES:
-        raise _refused("logit_bias", f"logit_bias has {len(params.logit_bias)} entries; at most {MAX_BIASES}")
     for token, bias in params.logit_bias.items():
         if not -100 <= bias <= 100:
             raise _refused("logit_bias", f"logit_bias of token {token} is {bias}; it must be from -100 to 100")
@@ -82,11 +89,18 @@ def _check_stops(params: SamplingParams) -> None:
             raise _refused("stop", f"a stop string has {len(stop)} characters; it must have 1 to {MAX_STOP_CHARS}")
 
 
-def check_tokens(name: str, tokens: Iterable[int], vocab_size: int) -> None:
+def check_tokens(name: str, tokens: Collection[int], vocab_size: int) -> None:
     """Refuse token ids that the vocabulary does not have."""
-    for token in tokens:
-        if not 0 <= token < vocab_size:
-            raise _refused(name, f"{name} has token {token}; the vocabulary has 0 to {vocab_size - 1}")
+    if tokens and not (min(tokens) >= 0 and max(tokens) < vocab_size):
+        token = next(token for token in tokens if not 0 <= token < vocab_size)
+        raise _refused(name, f"{name} has token {token}; the vocabulary has 0 to {vocab_size - 1}")
+
+
+def check_grammar(grammar: Grammar) -> None:
+    """Refuse a constraint that is too long to be compiled."""
+    texts = (grammar.json_schema, grammar.regex, grammar.lark, *(grammar.choice or ()))
+    if sum(len(text) + 1 for text in texts if text is not None) > MAX_GRAMMAR_CHARS:
+        raise Refused(Refusal(f"the constraint is longer than {MAX_GRAMMAR_CHARS} characters"))
 
 
 def schema_grammar(name: str, schema: str | dict[str, Any]) -> Grammar:

@@ -4,7 +4,7 @@ out as one prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -30,7 +30,9 @@ class ChatTemplate:
         """Tell whether there is a template at all."""
         return self._model.chat_template is not None
 
-    def render(self, messages: Sequence[Message], tools: Sequence[Any] | None = None, **options: Any) -> str:
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None, options: Mapping[str, Any] | None = None
+    ) -> str:
         """Return the prompt that the template makes of messages. Refused: it does not take them."""
         import jinja2
 
@@ -38,7 +40,10 @@ class ChatTemplate:
             raise _refused("the model has no chat template; give one with --chat-template, or use completions")
         try:
             text = self._model.apply_chat_template(
-                list(messages), tools=tools or None, tokenize=False, **{"add_generation_prompt": True, **options}
+                list(messages),
+                tools=tools or None,
+                tokenize=False,
+                **{"add_generation_prompt": True, **(options or {})},
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
             raise _refused(f"the chat template refuses these messages: {error}") from error

@@ -97,8 +97,7 @@ class EngineClient:
         over = False
         timer = inbox.fail_after(timeout) if timeout > 0 else None
         try:
-            link.send(messages.Add(request=request))
-            await link.drain()
+            await link.submit(messages.Add(request=request))
             while not over:
                 output = await inbox.get()
                 over = output.finish_reason is not None

@@ -27,6 +27,7 @@ class Link:
         self.inboxes: dict[str, Inbox] = {}
         self.calls: dict[int, asyncio.Future[Any]] = {}
         self.fatal: str | None = None
+        self._submitting = asyncio.Lock()
 
     @property
     def serves(self) -> bool:
@@ -55,10 +56,14 @@ class Link:
         if self.writer is not None and not self.writer.is_closing():
             self.writer.write(messages.frame(message))
 
-    async def drain(self) -> None:
-        """Wait until the process has taken enough of what was sent."""
+    async def submit(self, message: messages.Add) -> None:
+        """Send a request once the process has taken enough of what was sent before. One at a time: each is encoded in a
+        turn of its own of the event loop, which many long ones at once would hold up."""
         assert self.writer is not None
-        await self.writer.drain()
+        async with self._submitting:
+            await self.writer.drain()
+            self.send(message)
+            await asyncio.sleep(0)
 
     async def ask(self, number: int, method: str, arguments: dict[str, Any]) -> Any:
         """Call the process and return its answer. Unsendable: the arguments cannot cross the socket."""

@@ -15,6 +15,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from inlaid.config import EngineConfig, ServerConfig
 from inlaid.server import app
 from inlaid.server.metrics import Metrics
+from inlaid.server.names import ModelNames
 from inlaid.server.safety import AllowedFolders, Keys
 from inlaid.server.service import SERVICE, Service
 from inlaid.text.encoder import RequestEncoder
@@ -92,7 +93,7 @@ def test_while_the_engine_is_down_models_are_named_and_no_state_is_made_up(tmp_p
             metrics=Metrics("base", 10),
             keys=Keys((), None),
             folders=AllowedFolders([]),
-            model_name="base",
+            names=ModelNames("base", "fake"),
             model_path="fake",
             public_path="fake",
             started=0,

@@ -10,12 +10,13 @@ import pytest
 
 from inlaid.config import ConfigError, ServerConfig
 from inlaid.server.errors import BadRequest, TooMany
+from inlaid.server.names import ModelNames
 from inlaid.server.resolver import Resolver, make_resolver
 from inlaid.server.safety import AllowedFolders
 from tests.server.fake_loads import FakeLoads, write
 from tests.server.live import DEMO, serving
 
-asked: list[str] = []  # names that the functions below were asked for
+NAMES = ModelNames("base", "/base")
 
 
 def find(name: str) -> str | None:
@@ -30,7 +31,7 @@ class Tried:
         self.engine = FakeLoads()
         self.now = 0.0
         self.asked: list[str] = []
-        self.resolver = Resolver(self.find, AllowedFolders([str(root)]), self.engine, most, lambda: self.now)
+        self.resolver = Resolver(self.find, AllowedFolders([str(root)]), self.engine, NAMES, most, lambda: self.now)
 
     def find(self, name: str) -> str | None:
         self.asked.append(name)
@@ -130,7 +131,7 @@ def test_a_function_that_fails_finds_nothing(tmp_path: Path) -> None:
 )
 def test_settings_that_make_no_sense(settings: dict[str, object], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
-        make_resolver(ServerConfig(**settings), FakeLoads())  # type: ignore[arg-type]
+        make_resolver(ServerConfig(**settings), FakeLoads(), NAMES)  # type: ignore[arg-type]
 
 
 def test_over_http() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from inlaid.config import ConfigError, ServerConfig
 from inlaid.server import safety
-from inlaid.server.errors import Forbidden, Unauthorized
+from inlaid.server.errors import BadRequest, Forbidden, Unauthorized
 from inlaid.server.safety import AllowedFolders, Keys
 
 
@@ -110,6 +110,8 @@ def test_tenants() -> None:
     assert safety.tenant("adapter", headers, "me", "maths") == "maths"
     assert safety.tenant("user", headers, "me", None) == "me"
     assert safety.tenant("header", headers, None, None) == "team"
+    with pytest.raises(BadRequest, match="X-Tenant is not valid UTF-8"):
+        safety.tenant("header", {safety.TENANT_HEADER: chr(0xDCFF)}, None, None)
     by_key = safety.tenant("api-key", headers, None, None)
     assert by_key.startswith("key-")
     assert "secret" not in by_key

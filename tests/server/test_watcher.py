@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from inlaid.config import ConfigError
+from inlaid.server.names import ModelNames
 from inlaid.server.watcher import Watcher
 from tests.server.fake_loads import FakeLoads, write
 from tests.server.live import DEMO, Live, serving
@@ -21,7 +22,7 @@ class Watched:
 
     def __init__(self, folder: Path) -> None:
         self.engine = FakeLoads()
-        self.watcher = Watcher(folder, self.engine, ["base"])
+        self.watcher = Watcher(folder, self.engine, ModelNames("base", "/base"))
 
     def look(self, times: int = 1) -> list[str]:
         """Reconcile so many times and return the calls to the engine."""
@@ -98,7 +99,7 @@ def test_names_that_are_taken_are_left_alone(tmp_path: Path, caplog: pytest.LogC
 
 def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nowhere is not a folder"):
-        Watcher(tmp_path / "nowhere", FakeLoads(), [])
+        Watcher(tmp_path / "nowhere", FakeLoads(), ModelNames("base", "/base"))
 
 
 def test_over_http(tmp_path: Path) -> None:

@@ -58,6 +58,36 @@ def test_a_conversation_is_its_template_in_tokens() -> None:
         ENCODER.conversation([{"role": "user", "content": LONG}])
 
 
+@pytest.mark.parametrize(
+    ("messages", "tools", "options"),
+    [
+        ([{"role": "user", "content": [{"type": "text", "text": LONG}]}], None, {}),
+        ([{"role": "user", "content": "a", "tool_calls": [{"function": {"name": "f", "arguments": LONG}}]}], None, {}),
+        ([{"role": "user", "content": "a"}], [{"function": {"description": LONG}}], {}),
+        ([{"role": "user", "content": "a"}], None, {"documents": [LONG]}),
+        ([{"role": "user", "content": "a"}] * 65, None, {}),
+    ],
+)
+def test_all_text_of_a_conversation_is_bounded(messages: Any, tools: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(Refused, match="more than 64 tokens"):
+        ENCODER.conversation(messages, tools, options)
+
+
+def test_a_token_that_the_embedding_does_not_have_is_refused_whatever_it_comes_from() -> None:
+    """It once failed the whole step, with the other requests in it."""
+    small = RequestEncoder(TOKENIZER, max(TOKENIZER.encode("the sea")), max_model_len=64)
+    with pytest.raises(Refused, match="the vocabulary has"):
+        small.prompts("the sea")
+    with pytest.raises(Refused, match="the vocabulary has"):
+        small.conversation([{"role": "user", "content": "the sea"}])
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_it_is_sent_n_times() -> None:
+    with pytest.raises(Refused, match="the prompt has 64 tokens; with max_model_len 64 it can have 63 at most"):
+        ENCODER.requests(ids(), [[1] * 64], SamplingParams(), 4)
+    assert ENCODER.requests(ids(), [[1] * 64], SamplingParams(max_tokens=0, prompt_logprobs=1))
+
+
 def test_answers_to_a_prompt_differ_in_their_seeds_only() -> None:
     made = ENCODER.requests(ids(), [[1], [2]], SamplingParams(seed=2**63 - 1), 2, adapter="a", tenant="t")
     assert [(one.id, one.prompt, one.params.seed) for one in made] == [
@@ -78,6 +108,7 @@ def test_answers_to_a_prompt_differ_in_their_seeds_only() -> None:
         (lambda: ENCODER.requests(ids(), [[1]] * 3, SamplingParams(), 2), "n"),
         (lambda: ENCODER.requests(ids(), [[1]], SamplingParams(top_p=2.0)), "top_p"),
         (lambda: ENCODER.bad_words(["a"] * 600), "bad_words"),
+        (lambda: ENCODER.bad_words(["a" * 70_000]), "bad_words"),
         (lambda: last_tokens([1], 0), "truncate_prompt_tokens"),
         (lambda: check_template_options({"tools": []}), "chat_template_kwargs"),
     ],

@@ -45,6 +45,8 @@ def test_bounds_are_allowed_and_what_is_beyond_is_refused(name: str) -> None:
         (SamplingParams(bad_words=((),)), "bad_words"),
         (SamplingParams(bad_words=((1, 100),)), "bad_words"),
         (SamplingParams(bad_words=((1,),) * 1025), "bad_words"),
+        (SamplingParams(stop_token_ids=(1,) * 101), "stop_token_ids"),
+        (SamplingParams(allowed_token_ids=(1,) * 101), "allowed_token_ids"),
         (SamplingParams(logit_bias={-1: 0.0}), "logit_bias"),
         (SamplingParams(logit_bias={1: 101.0}), "logit_bias"),
         (SamplingParams(logit_bias={1: math.nan}), "logit_bias"),
@@ -54,3 +56,9 @@ def test_what_makes_no_sense_is_refused(params: SamplingParams, name: str) -> No
     with pytest.raises(Refused) as refused:
         check(params, VOCABULARY)
     assert refused.value.refusal.param == name
+
+
+@pytest.mark.parametrize("grammar", [Grammar(regex="a" * 200_000), Grammar(choice=("a",) * 100_001)])
+def test_a_constraint_is_bounded_whatever_its_form(grammar: Grammar) -> None:
+    with pytest.raises(Refused, match="longer than 200000 characters"):
+        check(SamplingParams(grammar=grammar), VOCABULARY)

@@ -18,6 +18,11 @@ def test_a_conversation_that_the_template_refuses_is_named() -> None:
         Tokenizer(DEMO).template.render([{"role": "pirate", "content": "arr"}])
 
 
+def test_an_option_that_is_no_option_is_refused() -> None:
+    with pytest.raises(Refused, match="self"):
+        Tokenizer(DEMO).template.render([{"role": "user", "content": "a"}], None, {"self": 1})
+
+
 def test_a_message_becomes_what_templates_expect() -> None:
     call = {"id": "1", "function": {"name": "f", "arguments": '{"a": [1]}'}}
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from inlaid.text.tokenizer import Tokenizer
 
 DEMO = Path(__file__).parents[2] / "models" / "demo" / "base"
 TOKENIZER = Tokenizer(DEMO)
+
+
+@given(st.text(max_size=200), st.booleans())
+def test_encoding_without_offsets_gives_the_same_tokens(text: str, special: bool) -> None:
+    assert TOKENIZER.encode(text, special) == TOKENIZER._fast.encode(text, add_special_tokens=special).ids
 
 
 def test_token_bytes_make_up_the_text() -> None:
