@@ -171,6 +171,7 @@ def chat_tokens(
     add_special_tokens: bool = False,
 ) -> list[int]:
     """Return the tokens of a conversation."""
+    service.encoder.check_messages(len(messages))
     plain = [msgspec.to_builtins(message) for message in messages]
     plain_tools = None if tools is None else [msgspec.to_builtins(tool) for tool in tools]
     return service.encoder.conversation(plain, plain_tools, options, add_special_tokens)

@@ -63,8 +63,7 @@ class RequestEncoder:
     ) -> list[int]:
         """Return the token ids of a conversation, written out by the chat template, which adds the special tokens
         itself. `options` is what the template is told besides messages and tools."""
-        if len(messages) > self.max_model_len:
-            raise _refused(f"messages has {len(messages)} entries, more than {self.max_model_len} tokens", "messages")
+        self.check_messages(len(messages))
         check_depth("tools", tools)
         given = {"messages": messages, "tools": tools, "chat_template_kwargs": options}
         for param, value in given.items():
@@ -83,6 +82,11 @@ class RequestEncoder:
         encode = self.tokenizer.encode
         spelled = [tuple(encode(space + word.lstrip(), False)) for word in words for space in ("", " ")]
         return tuple(dict.fromkeys(spelled))
+
+    def check_messages(self, num_messages: int) -> None:
+        """Refuse a conversation of more messages than the context has tokens."""
+        if num_messages > self.max_model_len:
+            raise _refused(f"messages has {num_messages} entries, more than {self.max_model_len} tokens", "messages")
 
     def check_count(self, n: int, num_prompts: int) -> None:
         """Refuse more answers in one request than the server gives."""
