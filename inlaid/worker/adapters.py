@@ -93,10 +93,8 @@ class Readers:
     """Adapters being read, several at a time, while the model is loaded: all, or `ahead` before they are taken."""
 
     def __init__(self, adapters: Mapping[str, str], read: Callable[[str], Any], ahead: int | None = None) -> None:
-        import torch
-
-        self._threads = torch.get_num_threads()
-        alone = partial(torch.set_num_threads, 1)  # readers with a team of threads each would wait for one another
+        self._threads = _num_threads() if adapters else 0
+        alone = partial(_set_num_threads, 1)  # readers with a team of threads each would wait for one another
         self._pool = ThreadPoolExecutor(_READERS, "adapter-reader", alone)
         self._read, self._coming = read, iter(adapters.items())
         self.count = len(adapters)
@@ -130,7 +128,18 @@ class Readers:
         return self
 
     def __exit__(self, *error: object) -> None:
-        import torch
-
         self._pool.shutdown(wait=False, cancel_futures=True)
-        torch.set_num_threads(self._threads)
+        if self._threads:
+            _set_num_threads(self._threads)
+
+
+def _num_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _set_num_threads(count: int) -> None:
+    import torch
+
+    torch.set_num_threads(count)
