@@ -11,7 +11,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
-import logging
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from typing import Any, get_args, get_type_hints
 
 from inlaid import __version__
 from inlaid.config import AdapterConfig, CacheConfig, ConfigError, EngineConfig, SchedulerConfig, ServerConfig
+from inlaid.worker import logs
 
 _ROOT = Path(__file__).resolve().parents[1]
 DEMO = _ROOT / "models" / "demo"
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     args = parse(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    logs.configure()
     try:
         return int(args.run(args))
     except (ConfigError, UsageError) as error:

@@ -25,7 +25,7 @@ DEVICE = {"runner", "adapters", "model", "layers", "kernels"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"engine", "llm"},
     "__main__": {"cli"},
-    "cli": {"engine", "llm", "server", "text"},
+    "cli": {"engine", "llm", "server", "text", "worker"},
     "config": set(),
     "checkpoint": set(),
     "files": set(),

@@ -4,6 +4,7 @@ the other end of the socket, and ends when that end closes.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import logging
 import os
@@ -20,7 +21,7 @@ from typing import Any
 
 from inlaid.engine.refusal import Refusal, RefusalKind
 from inlaid.engine.request import FinishReason, NewRequest, Output
-from inlaid.worker import messages
+from inlaid.worker import logs, messages
 from inlaid.worker.build import Loaded
 from inlaid.worker.calls import Calls, refusal_of
 from inlaid.worker.threads import Threads
@@ -30,6 +31,7 @@ log = logging.getLogger("inlaid.engine")
 _PAUSE = 0.001  # seconds between looks at what is loading, when there is nothing to compute
 _MAX_FAILURES = 8  # steps that fail in a row before the process gives up
 _READ_SIZE = 1 << 20
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _GRACE = 3.0  # seconds from the other end's closing to the end of this process, whatever it is doing
 _MAX_COMPILING = 64  # requests whose grammars are being compiled, or wait for that
 
@@ -52,11 +54,8 @@ class EngineProcess:
         threading.Thread(target=_end_with, args=(self._socket,), daemon=True).start()
         try:
             loaded = self._loaded = _factory(start.factory)(start.config, start.adapters, strict=start.strict)
-        except Exception as error:
-            expected = isinstance(error, (ValueError, OSError, ImportError, MemoryError))
-            if not expected:
-                log.error("the engine could not start", exc_info=error)
-            self._send(messages.Fatal(message=str(error) if expected and str(error) else repr(error)))
+        except Exception as error:  # noqa: BLE001 - a defect is logged
+            self._send(messages.Fatal(message=_why_not_started(error)))
             return 1
         self._engine = loaded.engine
         self._calls = Calls(loaded, self._threads, self._send)
@@ -178,6 +177,17 @@ class EngineProcess:
                 raise AssertionError(f"{type(message).__name__} holds text only, which can always be sent")
 
 
+def _why_not_started(error: Exception) -> str:
+    """Return one sentence; a defect is logged with its traceback."""
+    if isinstance(error, RuntimeError) and "allocate" in str(error):  # torch's own error, on a CPU and on a GPU
+        first = str(error).partition("\n")[0]
+        return f"not enough memory: lower --num-blocks, --max-loras or --max-model-len, or free some ({first})"
+    expected = isinstance(error, (ValueError, OSError, ImportError, MemoryError))
+    if not expected:
+        log.error("the engine could not start", exc_info=error)
+    return str(error) if expected and str(error) else repr(error)
+
+
 def _factory(name: str) -> Callable[..., Loaded]:
     """Return the function behind "module:function"."""
     module, _, function = name.partition(":")
@@ -194,11 +204,21 @@ def _end_with(connection: socket.socket) -> None:
     os._exit(0)
 
 
+def _end_with_parent() -> None:
+    """Let the kernel kill this process when the server ends, even while a library holds the interpreter's lock."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(0)  # the server has ended meanwhile
+
+
 def main() -> int:
     """Serve the socket that the server has passed on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="engine: %(levelname)s %(message)s", stream=sys.stderr)
+    logs.configure("engine: ")
+    _end_with_parent()
     connection = socket.socket(fileno=int(sys.argv[1]))
     try:
         return EngineProcess(connection).run()

@@ -3,6 +3,7 @@ request. `FACTORY` names it to EngineClient, `ENVIRONMENT` lets the process find
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import time
@@ -22,12 +23,15 @@ FACTORY = "tests.worker.fake_engine:build"
 ENVIRONMENT = {"PYTHONPATH": str(Path(__file__).parents[2])}
 FAULTY = [40]  # this prompt makes add raise what nobody expects
 FAULTY_WINDOW = 41.5  # this window makes fairness answer what cannot be sent
+STUCK = [42]  # this prompt holds the interpreter's lock for ever in the middle of a step
 DEADLY = [41]  # this prompt ends the process in the middle of a step
 BLOCKS = 64
 
 
 class _Runner(FakeRunner):
     def submit(self, batch: Batch) -> Any:
+        if any(work.request.prompt == STUCK for work in batch.works):
+            ctypes.PyDLL(None).pause()
         if any(work.request.prompt == DEADLY for work in batch.works):
             os._exit(7)
         return super().submit(batch)
@@ -91,6 +95,8 @@ class _Engine(Engine):
 def build(config: EngineConfig, adapters: Mapping[str, str], *, strict: bool = True) -> Loaded:
     if config.model == "broken":
         raise ValueError("the model is broken; mend it")
+    if config.model == "huge":
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes\nand a trace")
     directory = FakeAdapters()
     runner = _Runner(config.cache.block_size)
     made = make_engine(

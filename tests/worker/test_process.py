@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
+import pytest
+
 from inlaid.config import EngineConfig, SchedulerConfig
 from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.worker import messages
@@ -99,3 +102,47 @@ def test_the_same_load_asked_for_twice_is_done_once(tmp_path: Path) -> None:
     assert "already loaded" in refused.refusal.message
     child.socket.close()
     assert child.process.wait(30) == 0
+
+
+SERVER = """
+import asyncio
+from inlaid.config import EngineConfig
+from inlaid.engine.request import NewRequest
+from inlaid.worker.client import EngineClient
+from tests.worker.fake_engine import ENVIRONMENT, FACTORY, STUCK
+
+async def main():
+    engine = EngineClient(EngineConfig(model="fake"), factory=FACTORY, environment=ENVIRONMENT)
+    await engine.start()
+    print(engine.process_id, flush=True)
+    async for output in engine.generate(NewRequest(id="stuck", prompt=STUCK)):
+        pass
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to end the process")
+def test_it_ends_with_a_server_that_is_killed_even_while_it_is_stuck() -> None:
+    """Holding the interpreter's lock, no thread of it can see that the socket has closed."""
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True, env={**os.environ, **ENVIRONMENT}
+    )
+    assert server.stdout is not None
+    engine = psutil.Process(int(server.stdout.readline()))
+    while engine.cpu_times().user and engine.status() != psutil.STATUS_SLEEPING:
+        pass
+    server.kill()
+    server.wait()
+    server.stdout.close()
+    engine.wait(60)
+
+
+def test_too_little_memory_is_said_in_one_sentence() -> None:
+    child = Child(start("huge"))
+    [fatal] = child.receive()
+    assert isinstance(fatal, messages.Fatal)
+    assert fatal.message.startswith("not enough memory: lower --num-blocks")
+    assert "\n" not in fatal.message
+    assert child.process.wait(30) == 1
+    child.socket.close()
