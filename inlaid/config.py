@@ -182,5 +182,8 @@ class ServerConfig:
     engine_timeout: float = option(
         300.0, "seconds without an answer after which the engine process is taken for dead; 0: never"
     )
+    health_timeout: float = option(
+        30.0, "seconds without an answer of the engine process after which /health says 503; 0: any"
+    )
     max_metric_adapters: int = option(256, "most adapters with metric labels of their own; the rest share one")
     chat_template: str | None = option(None, "file with a chat template that replaces the model's")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import aclosing
+from functools import partial
 from typing import TypeVar
 
 import msgspec
@@ -30,9 +31,11 @@ from inlaid.server.protocol.info import (
 )
 from inlaid.server.protocol.sglang import ModelSummary
 from inlaid.server.service import SERVICE, Service
+from inlaid.worker.client import EngineClient
 from inlaid.worker.errors import EngineDead
 from inlaid.worker.messages import AdapterInfo
 
+_SILENCE = 5.0  # seconds without a heartbeat after which the engine is not asked
 _PATIENCE = 30.0  # seconds that the engine may take to answer, or to make a token
 _Asked = TypeVar("_Asked")
 
@@ -67,7 +70,7 @@ def _adapter_cards(request: web.Request, adapters: Iterable[AdapterInfo], heard:
 async def models(request: web.Request) -> web.Response:
     """List the base and its adapters, each a model."""
     engine = request.app[SERVICE].engine
-    adapters = await _ask(engine.list_adapters())
+    adapters = await _ask(engine, engine.list_adapters)
     listed = _adapter_cards(request, engine.adapters.values(), adapters is not None)
     return answer(ModelList(data=[_base_card(request), *listed]))
 
@@ -81,16 +84,18 @@ async def model(request: web.Request) -> web.Response:
     if known is None:
         raise NotFound(f"model {name!r} does not exist here", "model", "model_not_found")
     try:
-        now = await _ask(service.engine.describe_adapter(name))
+        now = await _ask(service.engine, partial(service.engine.describe_adapter, name))
     except ValueError:
         raise NotFound(f"model {name!r} has just been unloaded", "model", "model_not_found") from None
     return answer(*_adapter_cards(request, [now or known], now is not None))
 
 
-async def _ask(question: Awaitable[_Asked]) -> _Asked | None:
+async def _ask(engine: EngineClient, ask: Callable[[], Awaitable[_Asked]]) -> _Asked | None:
     """Return the engine process's answer; None: it is not there, or busy for too long."""
+    if engine.seconds_silent > _SILENCE:
+        return None
     try:
-        return await asyncio.wait_for(question, _PATIENCE)
+        return await asyncio.wait_for(ask(), _PATIENCE)
     except (EngineDead, asyncio.TimeoutError):
         return None
 
@@ -129,10 +134,14 @@ def _text(service: Service, tokens: list[int]) -> web.Response:
 
 async def health(request: web.Request) -> web.Response:
     """Answer 200 while the engine process serves."""
-    engine = request.app[SERVICE].engine
+    service = request.app[SERVICE]
+    engine, most = service.engine, service.config.health_timeout
     if not engine.ready:
         raise EngineDead(f"the engine is down: {engine.last_death or 'it is starting'}")
-    return answer(Health(status="ok", restarts=engine.num_restarts))
+    if most and engine.seconds_silent > most:
+        raise EngineDead(f"the engine has not answered for {engine.seconds_silent:.0f} s (--health-timeout {most:g})")
+    background = service.background.states or msgspec.UNSET
+    return answer(Health(status="ok", restarts=engine.num_restarts, background=background))
 
 
 async def ready(request: web.Request) -> web.Response:
@@ -177,7 +186,7 @@ async def metrics(request: web.Request) -> web.Response:
     """Return Prometheus metrics, with vLLM's names."""
     service = request.app[SERVICE]
     engine = service.engine
-    answered = await _ask(asyncio.gather(engine.call("stats"), engine.list_adapters()))
+    answered = await _ask(engine, lambda: asyncio.gather(engine.call("stats"), engine.list_adapters()))
     stats, adapters = answered or (None, [])
     page = service.metrics.render(stats, adapters, engine.model, engine.num_restarts)
     return web.Response(body=page, headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from aiohttp import web
 
 from inlaid.config import ServerConfig
+from inlaid.server.background import Background
 from inlaid.server.metrics import Metrics
 from inlaid.server.names import ModelNames
 from inlaid.server.offload import Offload
@@ -39,6 +40,7 @@ class Service:
     offload: Offload = field(default_factory=Offload)
     resolver: Resolver | None = None
     watchers: Sequence[Watcher] = ()
+    background: Background = field(default_factory=Background)
     draining: bool = False
     num_in_flight: int = 0  # requests for answers
     num_loads: int = 0  # adapters being loaded, or waiting for that

@@ -10,6 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,13 +167,13 @@ async def serve(
     )
     await runner.setup()
     await web.SockSite(runner, listener, backlog=1024).start()
-    watching = [asyncio.create_task(watcher.run(config.lora_watch_interval)) for watcher in service.watchers]
+    for number, watcher in enumerate(service.watchers, 1):
+        service.background.start(f"lora-watch {number}", partial(watcher.run, config.lora_watch_interval))
     host, port = listener.getsockname()[:2]
     log.info("start-up: ready %.1f s after the process began, %.1f s of them before the engine", process_age(), began)
     announce(service, f"http://{f'[{host}]' if ':' in host else host}:{port}")
     status = await stop
-    for watch in watching:
-        watch.cancel()
+    await service.background.close()
     if status == 0:
         await drain(service)
     await runner.cleanup()

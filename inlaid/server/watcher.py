@@ -73,10 +73,15 @@ class Watcher:
             before, seen.signature = seen.signature, found.get(name)
             if seen.signature != before:
                 continue  # it is being written or removed
-            if seen.signature is None:
-                await self._gone(name, seen)
-            elif seen.signature != seen.read:
-                await self._changed(name, seen)
+            try:
+                if seen.signature is None:
+                    await self._gone(name, seen)
+                elif seen.signature != seen.read:
+                    await self._changed(name, seen)
+            except (OSError, EngineDead):
+                raise
+            except Exception as error:  # one sub-folder must not keep the others from being served
+                log.error("%s failed", self._folder / name, exc_info=error)
 
     async def _changed(self, name: str, seen: _Seen) -> None:
         seen.read = seen.signature

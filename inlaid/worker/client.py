@@ -8,6 +8,7 @@ import asyncio
 import itertools
 import logging
 import os
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from inlaid.worker.messages import AdapterInfo, ModelInfo
 log = logging.getLogger(__name__)
 
 FACTORY = "inlaid.worker.build:build_engine"
+_HEARTBEAT = 1.0  # seconds between an answer and the next question
 _LONGEST_PAUSE = 30.0  # seconds between two starts
 _MAX_STARTS = 5  # that fail in a row, before the engine is given up
 _UNKNOWN_FAILURE = Refusal("the request failed in the engine", RefusalKind.FAULT)
@@ -58,6 +60,7 @@ class EngineClient:
         self._factory = factory
         self._environment = {"PYTHONPATH": _import_path(), **(environment or {})}
         self._link: Link | None = None
+        self._asked_at: float | None = None  # when the question was sent that waits for its answer
         self._keeper: asyncio.Task[None] | None = None
         self._closing = False
         self._numbers = itertools.count(1)
@@ -70,6 +73,11 @@ class EngineClient:
     def ready(self) -> bool:
         """True while the process serves."""
         return self._link is not None and self._link.serves
+
+    @property
+    def seconds_silent(self) -> float:
+        """The seconds that the process has owed an answer to the last heartbeat."""
+        return 0.0 if self._asked_at is None else time.monotonic() - self._asked_at
 
     @property
     def process_id(self) -> int | None:
@@ -85,6 +93,7 @@ class EngineClient:
         """Start the process and wait until it serves. EngineDead says why it cannot."""
         link = self._link = Link()
         self._keeper = asyncio.create_task(self._keep(link))
+        self._keeper.add_done_callback(self._kept)
         ready = await asyncio.shield(link.ready)
         return ready.model
 
@@ -201,6 +210,15 @@ class EngineClient:
             raise EngineDead(f"the engine is not ready{because}")
         return self._link
 
+    def _kept(self, keeper: asyncio.Task[None]) -> None:
+        """Give up if following the process failed: nothing would start it again."""
+        if not keeper.cancelled() and (error := keeper.exception()) is not None:
+            log.error("following the engine process failed", exc_info=error)
+            self.kill()
+            if self._link is not None:
+                self._link.fail(EngineDead(f"following the engine process failed: {error!r}"))
+            self._give_up(f"following the engine process failed: {error!r}")
+
     async def _keep(self, link: Link) -> None:
         """Follow the process through its lives."""
         num_failed = 0
@@ -247,14 +265,15 @@ class EngineClient:
         return link.fatal or f"the engine process ended with status {status}"
 
     async def _watch(self, link: Link) -> None:
-        """End a process that serves but has stopped answering, so that it is treated like any other dead one."""
-        if not self._timeout:
-            return
+        """Ask the process again and again whether it answers, and end one that has stopped to, so that it is treated
+        like any other dead one."""
         try:
             await asyncio.shield(link.ready)
             while True:
-                await asyncio.sleep(self._timeout / 4)
-                await asyncio.wait_for(link.ask(next(self._numbers), "stats", {}), self._timeout)
+                self._asked_at = None
+                await asyncio.sleep(min(_HEARTBEAT, self._timeout / 4 or _HEARTBEAT))
+                self._asked_at = time.monotonic()
+                await asyncio.wait_for(link.ask(next(self._numbers), "stats", {}), self._timeout or None)
         except asyncio.TimeoutError:
             link.fatal = f"the engine process has not answered for {self._timeout:g} s"
             link.kill()

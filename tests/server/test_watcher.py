@@ -91,7 +91,8 @@ def test_names_that_are_taken_are_left_alone(tmp_path: Path, caplog: pytest.LogC
     write(tmp_path / "mine", "other")
     write(tmp_path / "base", "other")
     assert watched.look(3) == []
-    assert caplog.text.count("its name is taken") == 2
+    assert caplog.text.count("is not served: its name is taken") == 1
+    assert caplog.text.count("is not served: it is a name of the base") == 1
     shutil.rmtree(tmp_path / "mine")
     assert watched.look(3) == []
     assert "mine" in watched.engine.adapters
@@ -139,3 +140,20 @@ def test_over_http(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "new")
         while "new" in models(server):
             time.sleep(0.05)
+
+
+def test_a_defect_with_one_folder_leaves_the_others(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It once ended the watcher, and nothing said so."""
+    watched = Watched(tmp_path)
+
+    async def defect(name: str, path: str, in_place: bool = False) -> None:
+        if name == "a":
+            raise KeyError("a defect")
+        await load(name, path, in_place)
+
+    load = watched.engine.load_adapter
+    watched.engine.load_adapter = defect  # type: ignore[method-assign]
+    for name in ("a", "b"):
+        write(tmp_path / name, "one")
+    assert watched.look(3) == ["load b"]
+    assert "a defect" in caplog.text
