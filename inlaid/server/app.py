@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import msgspec
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
-from inlaid.server.errors import TooSlow, Unavailable, reported, response, undecodable
+from inlaid.server.errors import BrokenBody, TooSlow, Unavailable, reported, response, undecodable
 from inlaid.server.openapi import document
 from inlaid.server.route import Guard, Route
 from inlaid.server.routes import ROUTES
@@ -71,6 +73,9 @@ async def _body(request: web.Request) -> bytes:
         return await asyncio.wait_for(request.read(), seconds or None)
     except asyncio.TimeoutError:
         raise TooSlow(f"the request body did not arrive within {seconds:g} s (--body-timeout)") from None
+    except web.RequestPayloadError as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise BrokenBody(f"the request body cannot be read: {reason}") from error
 
 
 def _check_key(service: Service, guard: Guard, headers: Mapping[str, str]) -> None:
@@ -85,5 +90,19 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Answer every error in one form."""
     try:
         return await handler(request)
+    except ConnectionError:
+        raise  # the client has left: nobody reads an answer, and aiohttp ends the connection
     except Exception as error:  # noqa: BLE001 - a defect is logged
         return response(reported(error, f"{request.method} {request.path}"))
+
+
+def http_log() -> logging.Logger:
+    """Return aiohttp's logger without the faults of clients, each of which it would log with a traceback."""
+
+    def is_ours(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return not isinstance(error, (HttpProcessingError, web.RequestPayloadError, ConnectionError))
+
+    logger = logging.getLogger("inlaid.server.http")
+    logger.addFilter(is_ours)
+    return logger

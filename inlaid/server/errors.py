@@ -3,6 +3,7 @@
 
 ApiError
 ├── BadRequest      400  the request cannot be served as it is
+│   └── BrokenBody  400  the body is not what its headers say
 ├── Unauthorized    401  no key, or a wrong one
 ├── Forbidden       403  switched off, or outside what is allowed
 ├── NotFound        404  no such model, adapter or path
@@ -74,6 +75,10 @@ class BadRequest(ApiError):
     status, kind = 400, "invalid_request_error"
 
 
+class BrokenBody(BadRequest):
+    pass
+
+
 class Unauthorized(ApiError):
     status, kind, code = 401, "authentication_error", "invalid_api_key"
 
@@ -137,7 +142,7 @@ def response(error: ApiError) -> web.Response:
     answer = web.Response(
         body=msgspec.json.encode(error.body), status=error.status, content_type="application/json", headers=headers
     )
-    if isinstance(error, TooSlow):
+    if isinstance(error, (TooSlow, BrokenBody)):
         answer.force_close()
     return answer
 

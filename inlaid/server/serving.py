@@ -17,7 +17,7 @@ from typing import Any
 from aiohttp import web
 
 from inlaid.config import ConfigError, EngineConfig, ServerConfig
-from inlaid.server.app import make_app
+from inlaid.server.app import http_log, make_app
 from inlaid.server.metrics import Metrics
 from inlaid.server.names import ModelNames
 from inlaid.server.resolver import make_resolver
@@ -162,6 +162,7 @@ async def serve(
         make_app(service),
         handler_cancellation=True,
         access_log=None,
+        logger=http_log(),
         shutdown_timeout=1.0,
         keepalive_timeout=_IDLE_SECONDS,
     )

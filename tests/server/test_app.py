@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import signal
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
@@ -24,7 +26,8 @@ from tests.worker.fake_engine import ENVIRONMENT, FACTORY
 
 
 async def _answer_to(sent: bytes, config: ServerConfig, end: bytes) -> bytes:
-    """Return the answer of a server with one route, which reads its body, to these bytes, up to `end`."""
+    """Return the answer of a server with one route, which reads its body, to these bytes, up to `end`. Without an end,
+    leave."""
 
     class Stub:
         pass
@@ -40,15 +43,16 @@ async def _answer_to(sent: bytes, config: ServerConfig, end: bytes) -> bytes:
     application = web.Application(middlewares=[app._errors])
     application[SERVICE] = cast(Service, stub)
     application.router.add_post("/", read)
-    runner = web.AppRunner(application)
+    runner = web.AppRunner(application, logger=app.http_log())
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     try:
         reader, writer = await asyncio.open_connection(*runner.addresses[0][:2])
         writer.write(sent)
-        answer = await reader.readuntil(end)
+        answer = await reader.readuntil(end) if end else b""
         writer.close()
+        await writer.wait_closed()
         return answer
     finally:
         await runner.cleanup()
@@ -67,6 +71,19 @@ def test_a_whole_body_is_read() -> None:
     for seconds in (60.0, 0.0):  # 0 is any time, not none
         answer = asyncio.run(_answer_to(whole, ServerConfig(body_timeout=seconds), b"\r\n\r\n4"))
         assert answer.startswith(b"HTTP/1.1 200")
+
+
+def test_a_body_that_is_not_what_its_headers_say_is_a_bad_request() -> None:
+    broken = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\nContent-Length: 9\r\n\r\n\x1f\x8bbroken!"
+    head, _, body = asyncio.run(_answer_to(broken, ServerConfig(), b"}}")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400")
+    assert "cannot be read" in json.loads(body)["error"]["message"]
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    half = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
+    asyncio.run(_answer_to(half, ServerConfig(), b""))
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_while_the_engine_is_down_models_are_named_and_no_state_is_made_up(tmp_path: Path) -> None:
