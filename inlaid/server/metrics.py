@@ -44,7 +44,7 @@ class Metrics:
         )
         self.refused = Counter(
             "inlaid:requests_refused",
-            "Requests that the engine did not take or could not obey, by HTTP status",
+            "Requests that were refused, by HTTP status",
             [*_LABELS, "status"],
             registry=self.registry,
         )
@@ -80,10 +80,17 @@ class Metrics:
 
     def meter(self, request: NewRequest) -> Meter:
         """Return the meter of a new request."""
-        label = self.label(request.adapter)
+        return Meter(self._series(request.adapter), request)
+
+    def refuse(self, adapter: str | None, status: int) -> None:
+        """Count a request that was refused before it had a meter."""
+        self._series(adapter).refuse(status)
+
+    def _series(self, adapter: str | None) -> _Series:
+        label = self.label(adapter)
         if label not in self._meters:
             self._meters[label] = _Series(self, (self._model, _ENGINE, label))
-        return Meter(self._meters[label], request)
+        return self._meters[label]
 
     def render(
         self, stats: dict[str, float] | None, adapters: list[AdapterInfo], model: ModelInfo | None, num_restarts: int

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -15,7 +16,7 @@ import msgspec
 from inlaid.engine.refusal import Refused
 from inlaid.engine.request import Grammar, NewRequest, SamplingParams
 from inlaid.server import safety
-from inlaid.server.errors import BadRequest
+from inlaid.server.errors import BadRequest, refused
 from inlaid.server.protocol.openai import ChatBody, CompletionBody, GenerateBody, Message, Tool
 from inlaid.server.service import Service
 from inlaid.text.encoder import check_template_options, last_tokens
@@ -95,7 +96,7 @@ async def completion_request(
 ) -> ClientRequest:
     """Prepare a completion, whose body has `size` bytes."""
     adapter, model = await _target(service, body)
-    return await service.offload.run(size, _completion, service, body, headers, adapter, model)
+    return await _prepared(service, adapter, size, partial(_completion, service, body, headers, adapter, model))
 
 
 def _completion(
@@ -126,7 +127,18 @@ def _completion(
 async def chat_request(service: Service, body: ChatBody, headers: Mapping[str, str], size: int) -> ClientRequest:
     """Prepare a chat completion, whose body has `size` bytes."""
     adapter, model = await _target(service, body)
-    return await service.offload.run(size, _chat, service, body, headers, adapter, model)
+    return await _prepared(service, adapter, size, partial(_chat, service, body, headers, adapter, model))
+
+
+async def _prepared(
+    service: Service, adapter: str | None, size: int, prepare: Callable[[], ClientRequest]
+) -> ClientRequest:
+    """Prepare a request, and count it if it is refused."""
+    try:
+        return await service.offload.run(size, prepare)
+    except Refused as error:
+        service.metrics.refuse(adapter, refused(error.refusal).status)
+        raise
 
 
 def _chat(
