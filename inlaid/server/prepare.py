@@ -64,13 +64,17 @@ class ClientRequest:
 
 async def _find(service: Service, model: str, param: str = "model") -> str | None:
     """Resolve a name, after the resolver, if there is one, has looked for an adapter that is not known yet."""
+    resolver = service.resolver
     try:
-        return service.resolve(model, param)
+        adapter = service.resolve(model, param)
     except Refused:
-        if service.resolver is None:
+        served = None if resolver is None else await resolver.resolve(service.names.adapter_in(model))
+        if served is None or served not in service.engine.adapters:
             raise
-    await service.resolver.resolve(service.names.adapter_in(model))
-    return service.resolve(model, param)
+        return served
+    if resolver is not None:
+        resolver.note_use(adapter)
+    return adapter
 
 
 async def _target(service: Service, body: GenerateBody) -> tuple[str | None, str]:

@@ -61,7 +61,7 @@ async def make_service(
         give_up=give_up,
         **engine_options,
     )
-    resolver = make_resolver(config, engine, names)
+    resolver = make_resolver(config, engine, names, engine_config.adapters.max_cpu_loras)
     watchers = [Watcher(Path(folder).expanduser(), engine, names) for folder in config.lora_watch]
     reading = None
     if Path(engine_config.model).is_dir():

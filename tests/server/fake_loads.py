@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from inlaid.worker.messages import AdapterInfo
+
 
 class FakeLoads:
     """Refuses folders whose weights file says so."""
@@ -18,6 +20,10 @@ class FakeLoads:
         if content == "bad":
             raise ValueError("damaged or cut short")
         self.adapters[name] = content
+
+    async def describe_adapter(self, name: str) -> AdapterInfo:
+        busy = self.adapters[name] == "busy"
+        return AdapterInfo(name=name, identity=name, path=name, rank=1, bytes=1, tier="host", requests=int(busy))
 
     async def unload_adapter(self, name: str) -> int:
         self.calls.append(f"unload {name}")

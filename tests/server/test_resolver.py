@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from inlaid.config import ConfigError, ServerConfig
 from inlaid.server.errors import BadRequest, TooMany
 from inlaid.server.names import ModelNames
-from inlaid.server.resolver import Resolver, make_resolver
+from inlaid.server.resolver import Resolver, _within, make_resolver
 from inlaid.server.safety import AllowedFolders
 from tests.server.fake_loads import FakeLoads, write
 from tests.server.live import DEMO, serving
@@ -27,18 +28,27 @@ def find(name: str) -> str | None:
 class Tried:
     """A resolver over a folder, with a clock that stands still until it is moved."""
 
-    def __init__(self, root: Path, most: int = 4) -> None:
+    def __init__(self, root: Path, most: int = 4, room: int = 100) -> None:
         self.engine = FakeLoads()
         self.now = 0.0
         self.asked: list[str] = []
-        self.resolver = Resolver(self.find, AllowedFolders([str(root)]), self.engine, NAMES, most, lambda: self.now)
+        self.resolver = Resolver(
+            self.find,
+            AllowedFolders([str(root)]),
+            self.engine,
+            NAMES,
+            most=most,
+            room=room,
+            canonical=partial(_within, root),
+            clock=lambda: self.now,
+        )
 
     def find(self, name: str) -> str | None:
         self.asked.append(name)
         return None if name == "nobody" else name
 
-    def __call__(self, name: str) -> None:
-        asyncio.run(self.resolver.resolve(name))
+    def __call__(self, name: str) -> str | None:
+        return asyncio.run(self.resolver.resolve(name))
 
 
 def test_found_by_name_inside_the_root_only(tmp_path: Path) -> None:
@@ -50,6 +60,34 @@ def test_found_by_name_inside_the_root_only(tmp_path: Path) -> None:
     for name in ("a", "team/b", "../outside", str(outside), "link", "none", "", "x" * 300, "new\nline", "nul\0"):
         tried(name)
     assert sorted(tried.engine.adapters) == ["a", "team/b"]
+
+
+def test_a_folder_is_served_under_one_name(tmp_path: Path) -> None:
+    """Other names for it once filled the table of adapters."""
+    root = tmp_path / "root"
+    write(root / "sql", "x")
+    (root / "link").symlink_to(root / "sql")
+    tried = Tried(root)
+    for name in ("./sql", "sql/", "sql", ".//sql", str(root / "sql"), "link", "link"):
+        assert tried(name) == "sql"
+    assert tried.engine.calls == ["load sql"]
+    assert tried.asked == ["sql", "link"]
+
+
+def test_the_idle_adapter_named_least_recently_makes_room(tmp_path: Path) -> None:
+    for name in ("a", "b", "c", "d"):
+        write(tmp_path / name, "x")
+    write(tmp_path / "busy", "busy")
+    tried = Tried(tmp_path, room=3)
+    for name in ("busy", "a", "b", "a", "c"):
+        assert tried(name) == name
+    assert set(tried.engine.adapters) == {"busy", "a", "c"}
+    assert tried("b") == "b"
+    assert set(tried.engine.adapters) == {"busy", "b", "c"}
+    full = Tried(tmp_path, room=1)
+    full("busy")
+    with pytest.raises(TooMany, match="in use"):
+        full("a")
 
 
 def test_absent_names_are_remembered_for_a_while(tmp_path: Path) -> None:
@@ -103,7 +141,7 @@ def test_concurrent_asks_make_one_load_and_others_are_told_to_come_again(tmp_pat
     refused, left, *others = asyncio.run(ask())
     assert isinstance(refused, TooMany)
     assert isinstance(left, asyncio.CancelledError)
-    assert others == [None] * 3
+    assert others == ["b", "a", "a"]
     assert sorted(tried.engine.calls) == ["load a", "load b"]
 
 
@@ -131,7 +169,7 @@ def test_a_function_that_fails_finds_nothing(tmp_path: Path) -> None:
 )
 def test_settings_that_make_no_sense(settings: dict[str, object], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
-        make_resolver(ServerConfig(**settings), FakeLoads(), NAMES)  # type: ignore[arg-type]
+        make_resolver(ServerConfig(**settings), FakeLoads(), NAMES, 10)  # type: ignore[arg-type]
 
 
 def test_over_http() -> None:
