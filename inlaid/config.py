@@ -185,5 +185,6 @@ class ServerConfig:
     health_timeout: float = option(
         30.0, "seconds without an answer of the engine process after which /health says 503; 0: any"
     )
-    max_metric_adapters: int = option(256, "most adapters with metric labels of their own; the rest share one")
+    max_metric_adapters: int = option(16, "most adapters with metric labels of their own; the rest share one")
+    metrics_interval: float = option(1.0, "seconds for which a page of /metrics is served again")
     chat_template: str | None = option(None, "file with a chat template that replaces the model's")

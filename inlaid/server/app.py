@@ -103,6 +103,6 @@ def http_log() -> logging.Logger:
         error = record.exc_info[1] if record.exc_info else None
         return not isinstance(error, (HttpProcessingError, web.RequestPayloadError, ConnectionError))
 
-    logger = logging.getLogger("inlaid.server.http")
+    logger = logging.getLogger(__name__).getChild("http")
     logger.addFilter(is_ours)
     return logger

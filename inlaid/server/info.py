@@ -184,9 +184,13 @@ async def model_info(request: web.Request) -> web.Response:
 
 async def metrics(request: web.Request) -> web.Response:
     """Return Prometheus metrics, with vLLM's names."""
-    service = request.app[SERVICE]
+    page = await request.app[SERVICE].metrics_page.get(partial(_metrics_page, request.app[SERVICE]))
+    return web.Response(body=page, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+async def _metrics_page(service: Service) -> bytes:
     engine = service.engine
     answered = await _ask(engine, lambda: asyncio.gather(engine.call("stats"), engine.list_adapters()))
     stats, adapters = answered or (None, [])
-    page = service.metrics.render(stats, adapters, engine.model, engine.num_restarts)
-    return web.Response(body=page, headers={"Content-Type": CONTENT_TYPE_LATEST})
+    render = partial(service.metrics.render, stats, adapters, engine.model, engine.num_restarts)
+    return await service.offload.run_on_thread(render)

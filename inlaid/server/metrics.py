@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
-from typing import ClassVar
+from types import MappingProxyType
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -21,7 +21,24 @@ _BETWEEN = (0.0005, 0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05,
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 _LABELS = ("model_name", "engine", "adapter")
 _ENGINE = "0"
-_LEVELS = {"device": "gpu", "host": "cpu", "disk": "disk"}
+_LEVELS = MappingProxyType({"device": "gpu", "host": "cpu", "disk": "disk"})
+
+# The engine's own figures: key, metric, help.
+_GAUGES = (
+    ("running", "num_requests_running", "Requests being computed"),
+    ("waiting", "num_requests_waiting", "Requests waiting to be scheduled"),
+)
+_COUNTERS = (
+    ("preemptions", "num_preemptions", "Requests preempted to free KV blocks"),
+    ("prompt_tokens", "prefix_cache_queries", "Prompt tokens looked up in the prefix cache"),
+    ("cached_tokens", "prefix_cache_hits", "Prompt tokens found in the prefix cache"),
+)
+_ADAPTER_COUNTERS = (
+    ("reads", "Reads from disk, after the first"),
+    ("loads", "Loads to the device"),
+    ("evictions", "Evictions from the device to make room"),
+    ("hits", "Requests that found it on the device and did not have to wait for it"),
+)
 
 
 class Metrics:
@@ -191,32 +208,14 @@ class Meter:
 class _EngineGauges:
     """Metrics that the engine process counts itself. Counters go on when the process is a new one."""
 
-    GAUGES: ClassVar = {
-        "running": ("num_requests_running", "Requests being computed"),
-        "waiting": ("num_requests_waiting", "Requests waiting to be scheduled"),
-    }
-    COUNTERS: ClassVar = {
-        "preemptions": ("num_preemptions", "Requests preempted to free KV blocks"),
-        "prompt_tokens": ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache"),
-        "cached_tokens": ("prefix_cache_hits", "Prompt tokens found in the prefix cache"),
-    }
-
-    ADAPTER_COUNTERS: ClassVar = {
-        "reads": "Reads from disk, after the first",
-        "loads": "Loads to the device",
-        "evictions": "Evictions from the device to make room",
-        "hits": "Requests that found it on the device and did not have to wait for it",
-    }
-
     def __init__(self, registry: CollectorRegistry, model_name: str, max_adapters: int) -> None:
         self._model = model_name
         self._max_adapters = max_adapters
         self._labels = ("model_name", "engine")
         self._registry = registry
-        self._gauges = {key: self._gauge(f"vllm:{name}", help) for key, (name, help) in self.GAUGES.items()}
+        self._gauges = {key: self._gauge(f"vllm:{name}", help) for key, name, help in _GAUGES}
         self._counters = {
-            key: Counter(f"vllm:{name}", help, self._labels, registry=registry)
-            for key, (name, help) in self.COUNTERS.items()
+            key: Counter(f"vllm:{name}", help, self._labels, registry=registry) for key, name, help in _COUNTERS
         }
         self._seen: dict[str, float] = {}
         self._kv_usage = self._gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1")
@@ -245,7 +244,7 @@ class _EngineGauges:
         self._counted: set[str] = set()
         self._adapter_counters = {
             key: Counter(f"inlaid:lora_adapter_{key}", help, ["adapter_name"], registry=registry)
-            for key, help in self.ADAPTER_COUNTERS.items()
+            for key, help in _ADAPTER_COUNTERS
         }
         self._bytes = Gauge("inlaid:lora_adapter_bytes", "Bytes of its weights", ["adapter_name"], registry=registry)
         self._rank = Gauge("inlaid:lora_adapter_rank", "Its largest rank", ["adapter_name"], registry=registry)

@@ -11,7 +11,7 @@ from inlaid.config import ServerConfig
 from inlaid.server.background import Background
 from inlaid.server.metrics import Metrics
 from inlaid.server.names import ModelNames
-from inlaid.server.offload import Offload
+from inlaid.server.offload import Offload, Shared
 from inlaid.server.resolver import Resolver
 from inlaid.server.safety import AllowedFolders, Keys
 from inlaid.server.watcher import Watcher
@@ -38,12 +38,16 @@ class Service:
     public_path: str  # the same for clients that may not see paths: a hub id as it is, else the model's name
     started: int  # Unix seconds
     offload: Offload = field(default_factory=Offload)
+    metrics_page: Shared[bytes] = field(init=False)
     resolver: Resolver | None = None
     watchers: Sequence[Watcher] = ()
     background: Background = field(default_factory=Background)
     draining: bool = False
     num_in_flight: int = 0  # requests for answers
     num_loads: int = 0  # adapters being loaded, or waiting for that
+
+    def __post_init__(self) -> None:
+        self.metrics_page = Shared(self.config.metrics_interval)
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "models" / "demo"
 ADMIN_KEY = "admin-secret"
-LIMITS = ["--max-model-len", "1024", "--num-blocks", "400"]
+LIMITS = ["--max-model-len", "1024", "--num-blocks", "400", "--metrics-interval", "0"]
 
 
 @dataclass
