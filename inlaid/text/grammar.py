@@ -6,6 +6,7 @@ llguidance.
 from __future__ import annotations
 
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
@@ -19,6 +20,7 @@ from inlaid.engine.request import Grammar
 from inlaid.text.params import check_grammar
 
 _MAX_COMPILED = 256
+_TOO_MUCH = "the constraint is more than the grammar library can take: make it smaller or simpler"
 
 
 class GrammarState:
@@ -69,19 +71,34 @@ class GrammarCompiler:
         self._tokenizer = llguidance.LLTokenizer(text, n_vocab=self._known_tokens, eos_token=list(eos_ids) or None)
         self._end_bits = token_bits(tuple(eos_ids), vocab_size)
         self._compiled: OrderedDict[Grammar, Any] = OrderedDict()
+        self._lock = threading.Lock()  # several threads compile
 
     def state(self, grammar: Grammar) -> GrammarState:
         """Return a fresh state. Refused: the constraint is not a valid one."""
-        matcher = self._compiled.get(grammar)
+        with self._lock:
+            matcher = self._compiled.get(grammar)
         if matcher is None:
             matcher = self._compile(grammar)
+        with self._lock:
             self._compiled[grammar] = matcher
+            self._compiled.move_to_end(grammar)
             if len(self._compiled) > _MAX_COMPILED:
                 self._compiled.popitem(last=False)
-        self._compiled.move_to_end(grammar)
         return GrammarState(matcher.deep_copy(), self._known_tokens, self._vocab_size, self._end_bits)
 
     def _compile(self, grammar: Grammar) -> Any:
+        try:
+            return self._compile_checked(grammar)
+        except Refused as error:
+            if "panicked at" not in str(error):
+                raise
+            raise _refused(_TOO_MUCH) from None
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of Rust; no Exception, and no class that can be imported
+                raise
+            raise _refused(_TOO_MUCH) from None
+
+    def _compile_checked(self, grammar: Grammar) -> Any:
         matcher_class = self._library.LLMatcher
         try:
             source = _source(matcher_class, grammar)

@@ -5,6 +5,7 @@ in which they come there. The engine process and LLM call it; which runner and k
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -76,10 +77,12 @@ class GrammarFactory:
     def __init__(self, folder: Path, vocab_size: int, eos_ids: Sequence[int]) -> None:
         self._arguments = (folder, vocab_size, eos_ids)
         self._compiler: GrammarCompiler | None = None
+        self._lock = threading.Lock()  # several threads compile
 
     def __call__(self, grammar: Grammar) -> GrammarState:
-        if self._compiler is None:
-            self._compiler = GrammarCompiler(*self._arguments)
+        with self._lock:
+            if self._compiler is None:
+                self._compiler = GrammarCompiler(*self._arguments)
         return self._compiler.state(grammar)
 
 

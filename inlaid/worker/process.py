@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from functools import partial
 from typing import Any
 
 from inlaid.engine.refusal import Refusal, RefusalKind
@@ -24,6 +23,7 @@ from inlaid.engine.request import FinishReason, NewRequest, Output
 from inlaid.worker import logs, messages
 from inlaid.worker.build import Loaded
 from inlaid.worker.calls import Calls, refusal_of
+from inlaid.worker.compiling import Compilations
 from inlaid.worker.threads import Threads
 
 log = logging.getLogger("inlaid.engine")
@@ -33,7 +33,6 @@ _MAX_FAILURES = 8  # steps that fail in a row before the process gives up
 _READ_SIZE = 1 << 20
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _GRACE = 3.0  # seconds from the other end's closing to the end of this process, whatever it is doing
-_MAX_COMPILING = 64  # requests whose grammars are being compiled, or wait for that
 
 
 class EngineProcess:
@@ -43,22 +42,24 @@ class EngineProcess:
         self._socket = connection
         self._framing = messages.Framing(messages.Command)
         self._threads = Threads()
+        self._compilations: Compilations | None = None
         self._poller = select.poll()
         self._poller.register(connection, select.POLLIN)
         self._poller.register(self._threads.woken, select.POLLIN)
-        self._compiling: set[str] = set()  # requests that wait for their grammar
 
     def run(self) -> int:
         """Serve until the other end closes, and return the exit status."""
         start, *early = self._first_messages()
         threading.Thread(target=_end_with, args=(self._socket,), daemon=True).start()
         try:
-            loaded = self._loaded = _factory(start.factory)(start.config, start.adapters, strict=start.strict)
+            loaded = _factory(start.factory)(start.config, start.adapters, strict=start.strict)
         except Exception as error:  # noqa: BLE001 - a defect is logged
             self._send(messages.Fatal(message=_why_not_started(error)))
             return 1
         self._engine = loaded.engine
         self._calls = Calls(loaded, self._threads, self._send)
+        if loaded.compile_grammar is not None:
+            self._compilations = Compilations(loaded.compile_grammar, self._threads, self._add)
         self._send(messages.Ready(model=loaded.model, adapters=loaded.adapters.list(), left_out=loaded.left_out))
         try:
             for command in early:
@@ -115,36 +116,25 @@ class EngineProcess:
 
     def _obey(self, command: messages.Command) -> None:
         match command:
-            case messages.Add(request=request) if request.params.grammar is not None and self._loaded.compile_grammar:
-                self._add_when_compiled(request, partial(self._loaded.compile_grammar, request.params.grammar))
             case messages.Add(request=request):
                 self._add(request)
             case messages.Abort(id=request_id, reason=reason):
-                self._compiling.discard(request_id)
+                if self._compilations is not None:
+                    self._compilations.discard(request_id)
                 self._engine.abort(request_id, reason)
             case messages.Call():
                 self._calls.receive(command)
             case _:
                 log.error("unexpected message %r", command)
 
-    def _add_when_compiled(self, request: NewRequest, compile_grammar: Callable[[], object]) -> None:
-        if len(self._compiling) >= _MAX_COMPILING:
-            message = f"{_MAX_COMPILING} grammars are being compiled already"
-            self._refuse(request.id, Refusal(message, RefusalKind.TOO_MANY, retry_after=1.0))
-            return
-        self._compiling.add(request.id)
-
-        def add(compiled: Future[object]) -> None:
-            if request.id in self._compiling:  # not aborted meanwhile
-                self._compiling.discard(request.id)
-                self._add(request, after=compiled)
-
-        self._threads.compile(compile_grammar, add)
-
-    def _add(self, request: NewRequest, after: Future[object] | None = None) -> None:
+    def _add(self, request: NewRequest, compiled: Future[object] | None = None) -> None:
+        """Hand a request to the engine, once its grammar, if it has one, is compiled."""
         try:
-            if after is not None:
-                after.result()
+            if compiled is not None:
+                compiled.result()
+            elif request.params.grammar is not None and self._compilations is not None:
+                self._compilations.submit(request)
+                return
             self._engine.add(request)
         except Exception as error:  # noqa: BLE001 - refusal_of logs what nobody expects
             self._refuse(request.id, refusal_of(error, f"adding request {request.id}"))

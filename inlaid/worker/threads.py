@@ -9,16 +9,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
+NUM_COMPILERS = 2
+
 Work = Callable[[], object]
 Then = Callable[[Future[Any]], None]
 
 
 class Threads:
-    """A thread that reads adapters and one that compiles grammars. `woken` becomes readable when something is done."""
+    """A thread that reads adapters and two that compile grammars. `woken` becomes readable when something is done."""
 
     def __init__(self) -> None:
         self._readers = ThreadPoolExecutor(1, "adapter-reader")
-        self._compilers = ThreadPoolExecutor(1, "grammar-compiler")
+        self._compilers = ThreadPoolExecutor(NUM_COMPILERS, "grammar-compiler")
         self._done: deque[Callable[[], None]] = deque()
         self.woken, self._wake = os.pipe()
         os.set_blocking(self.woken, False)

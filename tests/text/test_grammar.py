@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -188,3 +189,23 @@ def test_absent_library_and_tokenizer(folder: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(Refused, match=r"pip install 'inlaid\[grammar\]'"):
         GrammarCompiler(folder, 300, (END,))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_panic_of_the_library_is_a_refusal_in_our_words(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    """Raised, it is no Exception and once ended the process; as a message it told of the library's insides."""
+
+    class PanicException(BaseException):
+        pass
+
+    def panic(*arguments: object) -> str:
+        if whole:
+            raise PanicException("panicked at src/lib.rs")
+        return "panicked at src/lib.rs:1: index out of bounds"
+
+    library = SimpleNamespace(grammar_from_regex=str, validate_grammar=panic)
+    monkeypatch.setattr(compiler._library, "LLMatcher", library)
+    with pytest.raises(Refused, match=r"^the constraint is more than the grammar library can take"):
+        compiler.state(Grammar(regex="panic"))
