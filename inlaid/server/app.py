@@ -22,7 +22,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 def make_app(service: Service) -> web.Application:
     """Make the application of a service."""
-    app = web.Application(client_max_size=service.max_body_bytes, middlewares=[_errors])
+    app = web.Application(client_max_size=service.max_body_bytes, middlewares=[_busy, _errors])
     app[SERVICE] = service
     for route in ROUTES:
         app.router.add_route(route.method, route.path, _served(route))
@@ -83,6 +83,13 @@ def _check_key(service: Service, guard: Guard, headers: Mapping[str, str]) -> No
         service.keys.check_admin(headers)
     elif guard is not Guard.OPEN:
         service.keys.check_inference(headers)
+
+
+@web.middleware
+async def _busy(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Keep the connection of a request that is being answered."""
+    with request.app[SERVICE].connections.busy(request):
+        return await handler(request)
 
 
 @web.middleware

@@ -9,6 +9,7 @@ from aiohttp import web
 
 from inlaid.config import ServerConfig
 from inlaid.server.background import Background
+from inlaid.server.connections import Connections, most_connections
 from inlaid.server.metrics import Metrics
 from inlaid.server.names import ModelNames
 from inlaid.server.offload import Offload, Shared
@@ -37,6 +38,7 @@ class Service:
     model_path: str
     public_path: str  # the same for clients that may not see paths: a hub id as it is, else the model's name
     started: int  # Unix seconds
+    connections: Connections = field(default_factory=lambda: Connections(most_connections()))
     offload: Offload = field(default_factory=Offload)
     metrics_page: Shared[bytes] = field(init=False)
     resolver: Resolver | None = None

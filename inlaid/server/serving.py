@@ -167,7 +167,9 @@ async def serve(
         keepalive_timeout=_IDLE_SECONDS,
     )
     await runner.setup()
-    await web.SockSite(runner, listener, backlog=1024).start()
+    assert runner.server is not None
+    accept = service.connections.bounded(runner.server)
+    accepting = await asyncio.get_running_loop().create_server(accept, sock=listener, backlog=1024)
     for number, watcher in enumerate(service.watchers, 1):
         service.background.start(f"lora-watch {number}", partial(watcher.run, config.lora_watch_interval))
     host, port = listener.getsockname()[:2]
@@ -177,6 +179,7 @@ async def serve(
     await service.background.close()
     if status == 0:
         await drain(service)
+    accepting.close()
     await runner.cleanup()
     await service.engine.close()
     return status

@@ -227,7 +227,10 @@ class EngineClient:
             reason = await self._live_once(link, strict)
             if self._closing:
                 return
-            num_failed = 0 if link.serves else num_failed + 1
+            if link.serves:
+                num_failed = 0
+            elif link.process is not None:  # without descriptors or memory no process was started at all
+                num_failed += 1
             first = strict and not link.serves
             self.last_death = reason
             self._link = None
@@ -239,7 +242,7 @@ class EngineClient:
             if self._on_death == "exit" or num_failed >= _MAX_STARTS:
                 self._give_up(reason)
                 return
-            await asyncio.sleep(min(_LONGEST_PAUSE, 2.0**num_failed - 1))
+            await asyncio.sleep(max(link.process is None, min(_LONGEST_PAUSE, 2.0**num_failed - 1)))
             self.num_restarts += 1
             log.warning("starting the engine process again")
             link = self._link = Link()
