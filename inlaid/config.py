@@ -177,6 +177,9 @@ class ServerConfig:
     body_timeout: float = option(60.0, "seconds that a client may take to send a request's body; 0: any")
     max_prompts: int = option(256, "most prompts times n in one request")
     request_timeout: float = option(0.0, "seconds after which a request is aborted; 0: never")
+    stream_timeout: float = option(
+        60.0, "seconds that a client may leave a stream unread before it is disconnected; 0: any"
+    )
     drain_timeout: float = option(60.0, "seconds that SIGTERM waits for requests in flight")
     on_engine_death: str = option("restart", "what to do when the engine process dies", ("restart", "exit"))
     engine_timeout: float = option(

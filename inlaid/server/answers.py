@@ -10,7 +10,7 @@ from contextlib import aclosing
 
 from inlaid.engine.refusal import Refused
 from inlaid.engine.request import TokenLogprobs
-from inlaid.server.errors import refused
+from inlaid.server.errors import BadRequest, refused
 from inlaid.server.prepare import ClientRequest
 from inlaid.server.protocol.openai import (
     CachedTokens,
@@ -23,6 +23,7 @@ from inlaid.server.protocol.openai import (
     Usage,
 )
 from inlaid.server.service import Service
+from inlaid.text.params import MAX_LOGPROB_ENTRIES
 from inlaid.text.stream import Answer, Piece, TextStream
 from inlaid.text.tokenizer import Tokenizer
 
@@ -92,10 +93,26 @@ async def _pump(
 async def gather(service: Service, client: ClientRequest) -> list[Answer]:
     """Return all answers, complete."""
     answers = [Answer() for _ in client.requests]
+    budget = LogprobBudget()
     async with aclosing(all_pieces(service, client)) as arriving:
         async for index, piece in arriving:
             answers[index].add(piece)
+            budget.spend(piece)
     return answers
+
+
+class LogprobBudget:
+    """The log probabilities that the server may hold for one request of a client."""
+
+    def __init__(self) -> None:
+        self._left = MAX_LOGPROB_ENTRIES
+
+    def spend(self, piece: Piece) -> None:
+        """Count a piece that is kept."""
+        self._left -= sum(1 + len(item.top) for item in piece.logprobs or ())
+        if self._left < 0:
+            text = f"the answer has more than {MAX_LOGPROB_ENTRIES} log probabilities; ask for fewer, or for less text"
+            raise BadRequest(text, "logprobs")
 
 
 class TokenCounter:

@@ -43,7 +43,7 @@ async def completions(request: web.Request, body: CompletionBody) -> web.StreamR
     service = request.app[SERVICE]
     client = await completion_request(service, body, request.headers, len(await request.read()))
     if body.stream:
-        return await send(request, _completion_events(service, body, client))
+        return await send(request, _completion_events(service, body, client), service.config.stream_timeout)
     complete = await answers.gather(service, client)
     choices = [_completion_choice(service, body, client, index, whole) for index, whole in enumerate(complete)]
     usage = answers.usage(client, complete)
@@ -55,7 +55,7 @@ async def chat_completions(request: web.Request, body: ChatBody) -> web.StreamRe
     service = request.app[SERVICE]
     client = await chat_request(service, body, request.headers, len(await request.read()))
     if body.stream:
-        return await send(request, _chat_events(service, body, client))
+        return await send(request, _chat_events(service, body, client), service.config.stream_timeout)
     complete = await answers.gather(service, client)
     listed = complete[0].prompt_logprobs
     return answer(

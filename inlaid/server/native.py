@@ -22,6 +22,7 @@ from inlaid import __version__
 from inlaid.engine.refusal import Refused
 from inlaid.engine.request import FinishReason, TokenLogprobs
 from inlaid.server import answers
+from inlaid.server.answers import LogprobBudget
 from inlaid.server.completions import answer
 from inlaid.server.errors import ApiError, BadRequest, refused
 from inlaid.server.prepare import ClientRequest, completion_request
@@ -52,6 +53,7 @@ _THEIRS: Mapping[str, str] = MappingProxyType(
     {ours: theirs for theirs, ours in _OURS.items()}
     | {"logprobs": "top_logprobs_num", "prompt_logprobs": "top_logprobs_num"}
 )
+_PARTS = 128  # a stream sends no more than so many times its answer, and its first tokens one by one
 _MAX_NEW_TOKENS = 128  # where the client says nothing
 
 
@@ -79,9 +81,11 @@ async def generate(request: web.Request, body: NativeBody) -> web.StreamResponse
         for i in range(len(client.requests))
     ]
     if body.stream:
-        return await send(request, _events(service, client, growing, several))
+        return await send(request, _events(service, client, growing, several), service.config.stream_timeout)
+    budget = LogprobBudget()
     async with aclosing(answers.all_pieces(service, client)) as arriving:
         async for index, piece in arriving:
+            budget.spend(piece)
             growing[index].add(piece)
     made = [one.show() for one in growing]
     return answer(made if several else made[0])
@@ -90,10 +94,14 @@ async def generate(request: web.Request, body: NativeBody) -> web.StreamResponse
 async def _events(
     service: Service, client: ClientRequest, growing: Sequence[_Growing], several: bool
 ) -> AsyncGenerator[bytes, None]:
+    """Yield each answer as far as it has come: with every token at first, later when it has grown by a part of its
+    length, as each event repeats the whole."""
+    budget = LogprobBudget()
     async with aclosing(answers.all_pieces(service, client)) as arriving:
         async for index, piece in arriving:
+            budget.spend(piece)
             growing[index].add(piece)
-            if piece.tokens or piece.finish_reason:
+            if piece.finish_reason or growing[index].is_due:
                 shown = growing[index].show()
                 yield event(msgspec.structs.replace(shown, index=index) if several else shown)
 
@@ -235,6 +243,7 @@ class _Growing:
         self._started = started
         self._text = ""
         self._tokens: list[int] = []
+        self._num_shown = 0
         self._meta = MetaInfo(id=name, prompt_tokens=len(prompt))
         if item.top is not None:
             self._meta.input_token_logprobs, self._meta.output_token_logprobs = [], []
@@ -255,8 +264,14 @@ class _Growing:
             meta.finish_reason = self._finish(piece)
             meta.e2e_latency = time.monotonic() - self._started
 
+    @property
+    def is_due(self) -> bool:
+        """True when enough tokens have come since the answer was last shown."""
+        return len(self._tokens) - self._num_shown >= max(1, len(self._tokens) // _PARTS)
+
     def show(self) -> Generation:
         """Return the answer so far."""
+        self._num_shown = len(self._tokens)
         return Generation(text=self._text, output_ids=self._tokens, meta_info=self._meta)
 
     def _note(self, listed: Sequence[TokenLogprobs | None], chosen: Any, top: Any) -> None:

@@ -4,6 +4,9 @@ status; a later failure is an event with the error.
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
 from types import MappingProxyType
@@ -13,6 +16,8 @@ import msgspec
 from aiohttp import web
 
 from inlaid.server.errors import reported
+
+log = logging.getLogger(__name__)
 
 _HEADERS: Mapping[str, str] = MappingProxyType(
     {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -24,19 +29,55 @@ def event(value: Any) -> bytes:
     return b"data: " + msgspec.json.encode(value) + b"\n\n"
 
 
-async def send(request: web.Request, events: AsyncGenerator[bytes, None]) -> web.StreamResponse:
-    """Write events until they end. A client that reads slowly slows this down; one that goes cancels it."""
+async def send(request: web.Request, events: AsyncGenerator[bytes, None], patience: float = 0.0) -> web.StreamResponse:
+    """Write events until they end. A client that reads slowly slows this down; one that goes cancels it; one that lets
+    a write wait longer than `patience` seconds (0: any) is disconnected."""
     async with aclosing(events):
         first = await anext(events)
         response = web.StreamResponse(headers=_HEADERS)
         await response.prepare(request)
         async with aclosing(_to_the_end(events)) as rest:
-            with suppress(OSError):  # the client has gone; closing the events aborts the request
-                await response.write(first)
+            with (
+                suppress(OSError),
+                _Watch(request.transport, patience) as watch,
+            ):  # closing the events aborts the request
+                await watch.write(response, first)
                 async for data in rest:
-                    await response.write(data)
+                    await watch.write(response, data)
                 await response.write_eof()
         return response
+
+
+class _Watch:
+    """Ends a connection that does not drain. One timer a stream costs less than one a write."""
+
+    def __init__(self, transport: asyncio.Transport | None, patience: float) -> None:
+        self._transport = transport
+        self._patience = patience
+        self._since: float | None = None  # when the write began that has not ended
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def write(self, response: web.StreamResponse, data: bytes) -> None:
+        """Write some data, and wait until it is on its way."""
+        self._since = time.monotonic()
+        await response.write(data)
+        self._since = None
+
+    def __enter__(self) -> _Watch:
+        if self._patience and self._transport is not None:
+            self._look()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _look(self) -> None:
+        if self._since is not None and time.monotonic() - self._since > self._patience and self._transport is not None:
+            log.warning("a client has not read its stream for %g s and is disconnected", self._patience)
+            self._transport.abort()
+        else:
+            self._timer = asyncio.get_running_loop().call_later(self._patience / 2, self._look)
 
 
 async def _to_the_end(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:

@@ -12,7 +12,14 @@ from typing import Any
 from inlaid.engine.refusal import Refusal, Refused
 from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.text.nesting import check_depth
-from inlaid.text.params import MAX_BAD_WORD_CHARS, MAX_BAD_WORDS, answer_params, check, check_tokens
+from inlaid.text.params import (
+    MAX_BAD_WORD_CHARS,
+    MAX_BAD_WORDS,
+    MAX_LOGPROB_ENTRIES,
+    answer_params,
+    check,
+    check_tokens,
+)
 from inlaid.text.template import RESERVED, Message, plain_message
 from inlaid.text.tokenizer import Tokenizer
 
@@ -110,6 +117,7 @@ class RequestEncoder:
         check(params, self.vocab_size)
         for prompt in prompts:
             self._check_length(len(prompt), params.max_tokens)
+        _check_prompt_logprobs(n * sum(map(len, prompts)), params)
         sampling = [answer_params(params, answer) for answer in range(n)]
         return [
             NewRequest(
@@ -136,6 +144,16 @@ class RequestEncoder:
         """Refuse a text that is too long whatever its tokens are, before tokenizing it."""
         if num_chars > self.max_model_len * self.tokenizer.max_token_bytes:
             raise _refused(f"{param} has {num_chars} characters, more than {self.max_model_len} tokens can hold", param)
+
+
+def _check_prompt_logprobs(num_tokens: int, params: SamplingParams) -> None:
+    """Refuse to answer with more log probabilities of prompts than the server should hold."""
+    if params.prompt_logprobs is None:
+        return
+    count = num_tokens * (params.prompt_logprobs + 1)
+    if count > MAX_LOGPROB_ENTRIES:
+        text = f"{num_tokens} prompt tokens with {params.prompt_logprobs} log probabilities beside each"
+        raise _refused(f"{text} make {count} entries; at most {MAX_LOGPROB_ENTRIES} in one request", "prompt_logprobs")
 
 
 def num_chars(value: Any) -> int:

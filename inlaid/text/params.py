@@ -16,6 +16,7 @@ from inlaid.engine.request import Grammar, SamplingParams
 from inlaid.text.nesting import check_depth
 
 MAX_LOGPROBS = 100
+MAX_LOGPROB_ENTRIES = 500_000  # of one request's prompts, or of one answer; each takes some 100 bytes of JSON
 MAX_STOPS = 64
 MAX_STOP_CHARS = 1024
 MAX_BIASES = 2048

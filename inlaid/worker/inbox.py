@@ -6,8 +6,12 @@ import asyncio
 
 import msgspec
 
+from inlaid.engine.refusal import Refusal, Refused
 from inlaid.engine.request import Output
 from inlaid.worker.errors import RequestTimeout
+
+_MAX_UNREAD = 250_000  # tokens and log probabilities of one answer that its reader has not taken
+_UNREAD = f"the answer is not read: more than {_MAX_UNREAD} tokens and log probabilities of it wait"
 
 
 class Inbox:
@@ -16,12 +20,18 @@ class Inbox:
 
     def __init__(self) -> None:
         self._output: Output | None = None
+        self._num_unread = 0  # tokens and log probabilities in it, from so many outputs
+        self._num_outputs = 0
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, output: Output) -> None:
         """Add what the engine has just made."""
+        self._num_unread += num_entries(output)
         self._output = output if self._output is None else merge(self._output, output)
+        if self._num_unread > _MAX_UNREAD and self._num_outputs:
+            self._output, self._error = None, Refused(Refusal(_UNREAD))
+        self._num_outputs += 1
         self._wake()
 
     def fail(self, error: Exception) -> None:
@@ -37,6 +47,7 @@ class Inbox:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         output, self._output = self._output, None
+        self._num_unread = self._num_outputs = 0
         return output
 
     def fail_after(self, seconds: float) -> asyncio.TimerHandle:
@@ -47,6 +58,12 @@ class Inbox:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def num_entries(output: Output) -> int:
+    """Count the tokens of an output and its log probabilities."""
+    listed = (*(output.logprobs or ()), *(output.prompt_logprobs or ()))
+    return len(output.tokens) + sum(1 + len(item.top) for item in listed if item is not None)
 
 
 def merge(first: Output, second: Output) -> Output:

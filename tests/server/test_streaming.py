@@ -1,12 +1,15 @@
-"""A stream of events to a client that leaves."""
+"""A stream of events to a client that leaves, or does not read."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from inlaid.server import streaming
 
@@ -39,7 +42,34 @@ def test_a_client_that_leaves_at_any_write_is_no_error(fails: str, monkeypatch: 
             closed.append("events")
 
     monkeypatch.setattr(web, "StreamResponse", Response)
-    request: Any = None
+    request: Any = SimpleNamespace(transport=None)
     sent: Any = asyncio.run(streaming.send(request, events()))
     assert closed == ["events"]
     assert sent.writes == {"write": 2, "write_eof": 4}[fails]
+
+
+def test_a_client_that_does_not_read_is_disconnected() -> None:
+    """Its answer once went on to be made, and kept, without end."""
+
+    async def main() -> None:
+        closed = asyncio.Event()
+
+        async def events() -> AsyncGenerator[bytes, None]:
+            try:
+                while True:
+                    yield b"x" * 1_000_000
+            finally:
+                closed.set()
+
+        async def handle(request: web.Request) -> web.StreamResponse:
+            return await streaming.send(request, events(), patience=0.1)
+
+        application = web.Application()
+        application.router.add_get("/", handle)
+        async with TestServer(application) as server:
+            _, writer = await asyncio.open_connection(server.host, server.port, limit=1)
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            await closed.wait()
+            writer.close()
+
+    asyncio.run(main())

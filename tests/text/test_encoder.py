@@ -88,6 +88,15 @@ def test_a_prompt_that_is_too_long_is_refused_before_it_is_sent_n_times() -> Non
     assert ENCODER.requests(ids(), [[1] * 64], SamplingParams(max_tokens=0, prompt_logprobs=1))
 
 
+def test_the_log_probabilities_of_prompts_are_bounded() -> None:
+    """Ten kilobytes of request once took more than a gigabyte to answer."""
+    wide = RequestEncoder(TOKENIZER, VOCABULARY, max_model_len=1024)
+    wide.requests(ids(), [[1] * 1000], SamplingParams(prompt_logprobs=100), 4)
+    with pytest.raises(Refused, match="3232000 entries") as error:
+        wide.requests(ids(), [[1] * 1000], SamplingParams(prompt_logprobs=100), 32)
+    assert error.value.refusal.param == "prompt_logprobs"
+
+
 def test_answers_to_a_prompt_differ_in_their_seeds_only() -> None:
     made = ENCODER.requests(ids(), [[1], [2]], SamplingParams(seed=2**63 - 1), 2, adapter="a", tenant="t")
     assert [(one.id, one.prompt, one.params.seed) for one in made] == [

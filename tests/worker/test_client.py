@@ -15,11 +15,10 @@ import pytest
 
 from inlaid.config import EngineConfig, SchedulerConfig
 from inlaid.engine.refusal import Refused
-from inlaid.engine.request import FinishReason, Grammar, NewRequest, Output, SamplingParams, TokenLogprobs
+from inlaid.engine.request import FinishReason, Grammar, NewRequest, SamplingParams
 from inlaid.server.errors import translate
 from inlaid.worker.client import EngineClient
 from inlaid.worker.errors import EngineDead, EngineError, RequestTimeout
-from inlaid.worker.inbox import merge
 from inlaid.worker.link import Link
 from tests.engine.fake_runner import generate
 from tests.worker.fake_engine import DEADLY, ENVIRONMENT, FACTORY, FAULTY, FAULTY_WINDOW
@@ -330,21 +329,3 @@ def test_a_grammar_that_takes_long_to_compile_holds_nobody_up(tmp_path: Path) ->
             assert (await engine.call("stats"))["prompt_tokens"] == 2  # the one that was left was never added
 
     asyncio.run(main())
-
-
-def test_outputs_merge_into_one() -> None:
-    def logprobs(token: int) -> list[TokenLogprobs]:
-        return [TokenLogprobs(token, -1.0, 1, [])]
-
-    first = Output(id="a", tokens=[1], logprobs=logprobs(1), prompt_logprobs=[None], num_cached=3, queue_time=0.5)
-    second = Output(id="a", tokens=[2, 3], logprobs=logprobs(2), finish_reason=FinishReason.STOP, stop_token=3)
-    assert merge(first, second) == Output(
-        id="a",
-        tokens=[1, 2, 3],
-        logprobs=logprobs(1) + logprobs(2),
-        prompt_logprobs=[None],
-        num_cached=3,
-        queue_time=0.5,
-        finish_reason=FinishReason.STOP,
-        stop_token=3,
-    )
