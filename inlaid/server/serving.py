@@ -86,6 +86,7 @@ async def make_service(
             model.vocab_size,
             min(model.max_model_len, (model.num_blocks - 1) * model.block_size),
             config.max_prompts,
+            engine_config.scheduler.max_num_seqs,
         ),
         metrics=Metrics(model_name, config.max_metric_adapters),
         keys=keys,

@@ -29,11 +29,14 @@ _FORMS = "prompt must be a text, a list of texts, a list of token ids, or a list
 class RequestEncoder:
     """A model's tokenizer, and the limits of requests to the model. Its methods only read, and may run in threads."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, max_model_len: int, max_answers: int = 0) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, vocab_size: int, max_model_len: int, max_answers: int = 0, num_seats: int = 0
+    ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.max_answers = max_answers  # most prompts times n in one request; 0: any number
+        self.num_seats = num_seats  # requests that run at once; n is less; 0: any number
 
     def text(self, text: str, add_special_tokens: bool = True, param: str = "prompt") -> list[int]:
         """Return the token ids of a text."""
@@ -99,6 +102,9 @@ class RequestEncoder:
         """Refuse more answers in one request than the server gives."""
         if n < 1 or (self.max_answers and n * num_prompts > self.max_answers):
             raise _refused(f"n is {n} with {num_prompts} prompts; 1 to {self.max_answers} answers in one request", "n")
+
+        if self.num_seats and n > max(1, self.num_seats - 1):
+            raise _refused(f"n is {n}; it must be less than the {self.num_seats} requests that run at once", "n")
 
     def requests(
         self,

@@ -18,6 +18,7 @@ DEMO = Path(__file__).parents[2] / "models" / "demo" / "base"
 TOKENIZER = Tokenizer(DEMO)
 VOCABULARY = 1024
 ENCODER = RequestEncoder(TOKENIZER, VOCABULARY, max_model_len=64, max_answers=4)
+SEATS = RequestEncoder(TOKENIZER, VOCABULARY, max_model_len=64, num_seats=4)
 LONG = "x" * (64 * TOKENIZER.max_token_bytes + 1)
 
 
@@ -116,6 +117,7 @@ def test_answers_to_a_prompt_differ_in_their_seeds_only() -> None:
         (lambda: ENCODER.requests(ids(), [[1]], SamplingParams(), 0), "n"),
         (lambda: ENCODER.requests(ids(), [[1]] * 3, SamplingParams(), 2), "n"),
         (lambda: ENCODER.requests(ids(), [[1]], SamplingParams(top_p=2.0)), "top_p"),
+        (lambda: SEATS.requests(ids(), [[1]], SamplingParams(), 4), "n"),
         (lambda: ENCODER.bad_words(["a"] * 600), "bad_words"),
         (lambda: ENCODER.bad_words(["a" * 70_000]), "bad_words"),
         (lambda: last_tokens([1], 0), "truncate_prompt_tokens"),
@@ -126,6 +128,12 @@ def test_the_parameter_at_fault_is_named(ask: Callable[[], object], param: str) 
     with pytest.raises(Refused) as error:
         ask()
     assert error.value.refusal.param == param
+
+
+def test_one_request_leaves_a_seat() -> None:
+    assert len(SEATS.requests(ids(), [[1]], SamplingParams(), 3)) == 3
+    alone = RequestEncoder(TOKENIZER, VOCABULARY, max_model_len=64, num_seats=1)
+    assert len(alone.requests(ids(), [[1]], SamplingParams())) == 1
 
 
 def test_bad_words_are_spelled_with_a_space_and_without() -> None:
