@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds before a task that has failed is started again
 
-Run = Callable[[], Awaitable[None]]
+Run = Callable[[], Awaitable[object]]
 
 
 class Background:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -93,8 +94,10 @@ class Readers:
     """Adapters being read, several at a time, while the model is loaded: all, or `ahead` before they are taken."""
 
     def __init__(self, adapters: Mapping[str, str], read: Callable[[str], Any], ahead: int | None = None) -> None:
-        self._threads = _num_threads() if adapters else 0
-        alone = partial(_set_num_threads, 1)  # readers with a team of threads each would wait for one another
+        torch = sys.modules.get("torch")  # what reads adapters has imported it, unless it is a test's
+        self._set_threads: Callable[[int], object] = torch.set_num_threads if torch else int
+        self._threads: int = torch.get_num_threads() if torch else 0
+        alone = partial(self._set_threads, 1)  # readers with a team of threads each would wait for one another
         self._pool = ThreadPoolExecutor(_READERS, "adapter-reader", alone)
         self._read, self._coming = read, iter(adapters.items())
         self.count = len(adapters)
@@ -129,17 +132,4 @@ class Readers:
 
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
-        if self._threads:
-            _set_num_threads(self._threads)
-
-
-def _num_threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
-
-
-def _set_num_threads(count: int) -> None:
-    import torch
-
-    torch.set_num_threads(count)
+        self._set_threads(self._threads)

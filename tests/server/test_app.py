@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -86,6 +88,31 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error(caplog: pyte
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
+@asynccontextmanager
+async def over_fake_engine(
+    adapters: dict[str, str], config: ServerConfig | None = None, **options: Any
+) -> AsyncIterator[tuple[EngineClient, Service]]:
+    """Run a service whose engine has a fake model, and no tokenizer."""
+    engine = EngineClient(EngineConfig(model="fake"), adapters, factory=FACTORY, environment=ENVIRONMENT, **options)
+    await engine.start()
+    service = Service(
+        config=config or ServerConfig(),
+        engine=engine,
+        encoder=RequestEncoder(cast(Any, None), 50, 900),
+        metrics=Metrics("base", 10),
+        keys=Keys((), None),
+        folders=AllowedFolders([]),
+        names=ModelNames("base", "fake"),
+        model_path="fake",
+        public_path="fake",
+        started=0,
+    )
+    try:
+        yield engine, service
+    finally:
+        await engine.close()
+
+
 def test_while_the_engine_is_down_models_are_named_and_no_state_is_made_up(tmp_path: Path) -> None:
     async def listed(client: TestClient[Any, Any]) -> list[dict[str, Any]]:
         data = (await (await client.get("/v1/models")).json())["data"]
@@ -94,28 +121,11 @@ def test_while_the_engine_is_down_models_are_named_and_no_state_is_made_up(tmp_p
 
     async def main() -> None:
         down = asyncio.Event()
-        engine = EngineClient(
-            EngineConfig(model="fake"),
-            {"a": str(tmp_path)},
-            on_death="exit",
-            give_up=lambda reason: down.set(),
-            factory=FACTORY,
-            environment=ENVIRONMENT,
-        )
-        await engine.start()
-        service = Service(
-            config=ServerConfig(),
-            engine=engine,
-            encoder=RequestEncoder(cast(Any, None), 50, 900),
-            metrics=Metrics("base", 10),
-            keys=Keys((), None),
-            folders=AllowedFolders([]),
-            names=ModelNames("base", "fake"),
-            model_path="fake",
-            public_path="fake",
-            started=0,
-        )
-        async with TestClient(TestServer(app.make_app(service))) as client:
+        dying: dict[str, Any] = {"on_death": "exit", "give_up": lambda reason: down.set()}
+        async with (
+            over_fake_engine({"a": str(tmp_path)}, **dying) as (engine, service),
+            TestClient(TestServer(app.make_app(service))) as client,
+        ):
             base, card = await listed(client)
             assert (base["id"], card["id"], card["adapter"]["tier"]) == ("base", "a", "host")
             assert engine.process_id is not None
@@ -123,6 +133,30 @@ def test_while_the_engine_is_down_models_are_named_and_no_state_is_made_up(tmp_p
             await down.wait()
             del card["adapter"]
             assert await listed(client) == [base, card]
-        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_health_tells_of_an_engine_that_does_not_answer_and_of_background_tasks() -> None:
+    """A stopped process is no dead one: /health once said that all was well."""
+
+    async def main() -> None:
+        async with (
+            over_fake_engine({}, ServerConfig(health_timeout=0.3)) as (engine, service),
+            TestClient(TestServer(app.make_app(service))) as client,
+        ):
+            service.background.start("a task", asyncio.Event().wait)
+            health = await (await client.get("/health")).json()
+            assert health == {"status": "ok", "restarts": 0, "background": {"a task": "running"}}
+            assert engine.process_id is not None
+            os.kill(engine.process_id, signal.SIGSTOP)
+            while (answer := await client.get("/health")).status == 200:
+                await asyncio.sleep(0.05)
+            assert answer.status == 503
+            assert "has not answered" in (await answer.json())["error"]["message"]
+            os.kill(engine.process_id, signal.SIGCONT)
+            while (await client.get("/health")).status != 200:
+                await asyncio.sleep(0.05)
+            await service.background.close()
 
     asyncio.run(main())
