@@ -1,10 +1,21 @@
 # mypy: disallow_untyped_defs=False, disallow_incomplete_defs=False
 """Attention over paged keys and values on any GPU that Triton serves: decode split over the context, and prefill of
-chunks. Called by the graph runner and, through `TritonAttention`, by the layers.
+chunks. The transformer calls `TritonAttention`.
 
-All that a step needs to know (lengths, block tables, which query tiles exist) is read on the device, so nothing is
-planned on the host and a captured graph serves every batch of its size. Decode splits each sequence into `splits`
-runs of tokens whose results a second kernel merges in a fixed order: the same bits every time.
+Lengths, block tables and query tiles are read on the device, so nothing is planned on the host and a captured graph
+serves every batch of its size. Decode splits each sequence into `splits` runs of tokens whose results a second kernel
+merges in a fixed order: the same bits every time.
+
+Arguments that the kernels share:
+  q, q_row           queries [rows, H, C], rows `q_row` elements apart
+  k_cache, v_cache   [blocks, PAGE, G, C]; a token is `cache_row` elements after the one before it in its page
+  tables, table_row  int32 [S, blocks]: the pages of each sequence, rows `table_row` elements apart
+  lengths            int32 [S]: cached tokens of each sequence; a sequence of padding has 0
+  out, out_row       [rows, H, C], rows `out_row` elements apart
+  scale              C^-0.5 * log2(e): the kernels work in powers of two
+  window             tokens that a query sees, itself included; 0: all before it
+  C_PAD              a power of two, at least C
+Softmax is computed online: m is the running maximum, `total` and `acc` the sums of weights and weighted values at it.
 
 Shapes: S sequences, T tokens, H query heads, G key/value heads, C head width; caches are [blocks, page, G, C].
 """
@@ -33,7 +44,7 @@ QUERY_TILE = 64  # queries of a prefill's program
 
 @triton.jit
 def _span(length, window, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Where reading starts, and how many tokens each split reads."""
+    """Return the first token that is read, a multiple of BLOCK, and how many tokens each split reads, likewise."""
     begin = tl.where(window > 0, tl.maximum(length - window, 0), 0)
     begin = (begin // BLOCK) * BLOCK
     chunk = tl.cdiv(tl.cdiv(length - begin, SPLITS), BLOCK) * BLOCK
@@ -46,11 +57,18 @@ def _decode_one_kernel(
     H: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
     SPLITS: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One query head per key/value head. Every lane of the block keeps its own running maximum, so that the loop
-    needs no exchange between warps; the lanes are merged once, at the end."""
+    """out[s, h] = softmax(q[s, h] k[h]^T) v[h] over the sequence's tokens, where H = G. Grid: (H, S, SPLITS).
+
+    partial: fp32 [S, H, SPLITS, C], weighted sums of each split; stats: fp32 [S, H, SPLITS, 2], its maximum and sum of
+    weights; both unused with SPLITS 1, when `out` is written here. BLOCK: tokens of an iteration. STAGES: of the loop's
+    pipeline; with 1 the pages of the next block are asked for by hand.
+
+    Every lane of the block keeps its own running maximum, so that the loop needs no exchange between warps; the lanes
+    are merged once, at the end. The first split of an empty sequence writes zeros. The head is the fastest grid
+    dimension, so that programs side by side read the same pages."""
     if EARLY:  # what follows is not let in: its blocks would wait in the place of ours, of which there are many
         tl.extra.cuda.gdc_wait()
-    head = tl.program_id(0)  # fastest, so that programs side by side read the same pages
+    head = tl.program_id(0)
     sequence = tl.program_id(1)
     split = tl.program_id(2)
     length = tl.load(lengths + sequence)
@@ -109,10 +127,14 @@ def _decode_group_kernel(
     H: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The query heads that share a key/value head together, on the matrix units."""
+    """out[s, h] = softmax(q[s, h] k[g]^T) v[g] for the GROUP query heads h of each key/value head g, on the matrix
+    units. Grid: (G, S, SPLITS).
+
+    partial, stats, BLOCK: as in `_decode_one_kernel`. GROUP = H / G; GROUP_PAD: a power of two, at least GROUP and 16,
+    as the matrix units take no fewer rows."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
-    kv_head = tl.program_id(0)  # fastest, so that programs side by side read the same pages
+    kv_head = tl.program_id(0)
     sequence = tl.program_id(1)
     split = tl.program_id(2)
     length = tl.load(lengths + sequence)
@@ -167,7 +189,11 @@ def _merge_kernel(
     H: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Weigh the splits of one head by their maxima and sums."""
+    """out[s, h] = sum over splits of weight * partial / sum over splits of weight * total, with weight = 2^(m - max m).
+    Grid: (S, H).
+
+    partial, stats: as `_decode_one_kernel` wrote them; splits beyond the sequence's end wrote nothing and are not read.
+    BLOCK, SPLITS: those of the decode, from which `_span` finds the splits in use."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -195,8 +221,13 @@ def _prefill_kernel(
     GROUP: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M queries of one sequence and head against its pages. tiles[0] names the sequence (or -1: no tile),
-    tiles[1] the first query of the tile, counted within the sequence's queries of this step."""
+    """out[r, h] = softmax(q[r, h] k^T) v, causal, for a tile of BLOCK_M queries r of one sequence.
+    Grid: (H, num_tiles).
+
+    tiles: int32 [2, num_tiles]: the sequence of each tile (-1: no tile), and its first query, counted within the
+    sequence's queries of this step. starts: int32 [S + 1], where the rows of each sequence begin. A sequence's last
+    query is its last cached token, so that chunks of a prompt attend to what earlier steps cached. GROUP = H / G.
+    BLOCK_N: tokens of an iteration, which begins at the page of the first token that the window lets in."""
     head = tl.program_id(0)
     tile = tl.program_id(1)
     sequence = tl.load(tiles + tile)
@@ -247,7 +278,7 @@ def _prefill_kernel(
 
 
 def num_splits(sequences: int, kv_heads: int) -> int:
-    """A power of two: many splits for few sequences, one when the batch alone fills the chip."""
+    """Return a power of two: many splits for few sequences, one when the batch alone fills the chip."""
     wanted = TARGET_PROGRAMS / max(1, sequences * kv_heads)
     splits = 1
     while splits < wanted and splits < MAX_SPLITS:
@@ -258,7 +289,7 @@ def num_splits(sequences: int, kv_heads: int) -> int:
 def decode_scratch(
     sequences: int, heads: int, head_dim: int, splits: int, device: torch.device | str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 partial outputs and (maximum, sum) pairs for `decode`; one pair serves every layer."""
+    """Return fp32 partial outputs and (maximum, sum) pairs for `decode`; one pair serves every layer."""
     count = sequences * heads * splits
     return (
         torch.empty(count * head_dim, dtype=torch.float32, device=device),
@@ -279,8 +310,10 @@ def decode(
     scale: float | None = None,
     tile: tuple[int, int, int] | None = None,
 ) -> None:
-    """out[s] = softmax(q[s] k^T) v over the sequence's `lengths[s]` cached tokens; zeros for length 0. S may exceed
-    the live sequences when the rest have length 0. `tile`: tokens, warps and stages of a program; None: as measured."""
+    """Write softmax(q[s] k^T) v over the sequence's `lengths[s]` cached tokens to out[s]; zeros for length 0.
+
+    `scratch` is that of `decode_scratch`, for these splits. `tile`: tokens, warps and stages of a program; None: as
+    measured."""
     sequences, heads, width = q_SHC.shape
     page, kv_heads = k_cache.shape[1], k_cache.shape[2]
     exponent = (width**-0.5 if scale is None else scale) * 1.4426950408889634  # the kernels work in powers of two
@@ -321,7 +354,8 @@ def prefill(
     warps: int = 4,
     stages: int = 3,
 ) -> None:
-    """Causal attention for the queries named by `tiles` [2, n]; a sequence's last query is its last cached token."""
+    """Write causal attention of the queries named by `tiles` [2, n] to out; a sequence's last query is its last cached
+    token."""
     heads, width = q_THC.shape[1:]
     page, kv_heads = k_cache.shape[1], k_cache.shape[2]
     exponent = (width**-0.5 if scale is None else scale) * 1.4426950408889634
@@ -334,7 +368,7 @@ def prefill(
 
 
 def query_tiles(query_lens: tuple[int, ...], first: int, block_m: int = 64) -> list[tuple[int, int]]:
-    """(sequence, first query) of every tile of the sequences from `first` on."""
+    """Return (sequence, first query) of every tile of the sequences from `first` on."""
     return [(s, at) for s in range(first, len(query_lens)) for at in range(0, query_lens[s], block_m)]
 
 

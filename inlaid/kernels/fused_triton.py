@@ -1,9 +1,15 @@
 # mypy: disallow_untyped_defs=False, disallow_incomplete_defs=False
-"""The small operations between the GEMMs, each one launch: embedding + norm, residual + norm, rotary + write into paged
-KV, activation. The graph runner calls the fused ones; `TritonOps` offers the layers' separate ones. Those that read
-what an adapted linear wrote can add the adapters' part on the way (`pending`, see lora_triton.py), row by row.
+"""The operations between the linears on a GPU, one launch each: embedding and norm, residual sum and norm, rotation and
+write into paged KV, activation. `TritonOps` is what the transformer calls.
 
-Rounding follows reference.py: what it rounds to the compute type, these round too, so that greedy tokens agree.
+An operation that reads the product of an adapted linear can add the adapters' expansion on the way, row by row
+(`pending`, see lora_triton.py). Values are rounded to the compute type where cpu.py rounds them, so that greedy tokens
+agree.
+
+Kernels that may launch early (`EARLY`, see early.py) wait for the kernels before them first of all. Arguments that
+several kernels share:
+  partial, partial_stride, pool, table, scale, adapters, num_sites, site, GROUPS, P, R_STRIDE, BLOCK_R
+      the pending expansion, as `pending_part` reads it; P is 0 when nothing is pending, and none of them is read.
 
 Shapes: T tokens, D model width, F MLP width, H query heads, G key/value heads, C head width.
 """
@@ -27,7 +33,9 @@ if TYPE_CHECKING:
 
 @triton.jit
 def _normalized(x, weight, D: tl.constexpr, eps, d, mask):
-    """x / sqrt(mean(x^2) + eps), rounded to the weight's type, times the weight."""
+    """Return x / sqrt(mean(x^2) + eps), rounded to the weight's type, times the weight; all in fp32 [BLOCK].
+
+    x: fp32 [BLOCK], zero outside `mask`. weight: pointer to [D]. d: columns. D: the width, which the mean is over."""
     variance = tl.sum(x * x, axis=0) / D
     scaled = x * tl.rsqrt(variance + eps)
     w = tl.load(weight + d, mask=mask, other=0.0)
@@ -38,6 +46,14 @@ def _normalized(x, weight, D: tl.constexpr, eps, d, mask):
 def _embed_norm_kernel(
     ids, sources, last, table, weight, residual, out, eps, D: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
+    """residual[t] = table[token]; out[t] = rms_norm(residual[t]) * weight, where token = last[sources[t]] if
+    sources[t] >= 0 else ids[t]. Grid: (T,), a program for each token.
+
+    ids: int32 [T], token ids known to the host. sources: int32 [T], the row whose newest token this is, or -1.
+    last: int32 [R], the newest token of each row. table: [V, D]. weight: [D]. residual, out: [T, D], contiguous.
+    BLOCK: a power of two, at least D.
+
+    A token that an earlier step sampled is taken from the device, so that steps never wait for the host."""
     t = tl.program_id(0).to(tl.int64)
     source = tl.load(sources + t)
     fresh = tl.load(last + tl.maximum(source, 0))
@@ -59,6 +75,17 @@ def _add_norm_kernel(
     GROUPS: tl.constexpr, P: tl.constexpr, R_STRIDE: tl.constexpr, BLOCK_R: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
+    """sum = residual[s] + x[s] + pending[s]; out[t] = rms_norm(sum) * weight; with KEEP residual[s] = sum, where
+    s = rows[t] with GATHER, else t. Grid: one program for each row of `out`.
+
+    x: [T, D], or [PARTS, T, D] with PARTS > 1: parts 0 to counts - 1 are added in order in fp32 and rounded once.
+    residual: [T, D]. weight: [D]. rows: int32, one for each program; read with GATHER only. out: [programs, D].
+    counts: int32 [ceil(T / height), D / WIDTH], the parts of each tile of `height` rows and WIDTH columns; the others
+    were never written. part_stride: elements from part to part. BLOCK: a power of two, at least D.
+
+    Each of x, x + pending and the sum is rounded to the compute type before it is used further. KEEP without GATHER
+    only: several programs must not write one row. The counts are constant, so they are read before the wait of an early
+    launch."""
     t = tl.program_id(0).to(tl.int64)
     source = tl.load(rows + t).to(tl.int64) if GATHER else t
     d = tl.arange(0, BLOCK)
@@ -90,7 +117,9 @@ def _add_norm_kernel(
 
 @triton.jit
 def _head_norm(x_lo, x_hi, weight, c, half: tl.constexpr, C: tl.constexpr, eps, c_mask):
-    """RMS norm of whole heads held as two halves."""
+    """Return the RMS norm of whole heads held as two halves, times the weight, rounded to the weight's type, as fp32.
+
+    x_lo, x_hi: fp32 [heads, HALF_PAD], zero outside `c_mask`. weight: pointer to [C]. c: columns of a half."""
     variance = (tl.sum(x_lo * x_lo, axis=1) + tl.sum(x_hi * x_hi, axis=1)) / C
     factor = tl.rsqrt(variance + eps)[:, None]
     w_lo = tl.load(weight + c, mask=c_mask, other=0.0)
@@ -108,6 +137,18 @@ def _rope_store_kernel(
     NORM: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, R_STRIDE: tl.constexpr, BLOCK_R: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
+    """Complete q, k and v of a token; rotate q in place; write rotated k, and v, to the token's slot in the caches.
+
+    x = qkv + pending; with NORM q and k are RMS-normalized head by head; then for halves (lo, hi) of a head and the
+    angle a of column and position: lo' = lo cos(a) - hi sin(a), hi' = hi cos(a) + lo sin(a).
+    Grid: (T, (H + 2 G) / HEADS); a program has HEADS heads of one kind, as HEADS divides H and G.
+
+    qkv: [T, (H + 2 G) C], rows `qkv_row` elements apart: H query heads, G key heads, G value heads. positions: int [T].
+    slots: int [T], block * block_size + offset. cos, sin: [positions, C], both halves alike. k_cache, v_cache:
+    [slots, G, C]. q_weight, k_weight: [C]; read with NORM only. HALF_PAD: a power of two, at least C / 2.
+
+    Distinct tokens must have distinct slots, padding aside. Products with the cosine are rounded to the compute type
+    as in cpu.py."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -170,6 +211,10 @@ def _silu_mul_kernel(
     GROUPS: tl.constexpr, P: tl.constexpr, R_STRIDE: tl.constexpr, BLOCK_R: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
+    """out[t, f] = silu(gate) * up with gate = x[t, f], up = x[t, F + f], both completed by what is pending;
+    silu(g) = g / (1 + exp(-g)), rounded to the compute type. Grid: (T, ceil(F / BLOCK)).
+
+    x: [T, 2 F], contiguous. out: [T, F]. The pending expansion has two siblings, gate and up."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -196,6 +241,9 @@ def _silu_mul_kernel(
 
 @triton.jit(do_not_specialize=["table_row"])
 def _gather_tables_kernel(tables, table_row, rows, lengths, out, page: tl.constexpr, BLOCK: tl.constexpr):
+    """out[s, :n] = tables[rows[s], :n] with n = ceil(lengths[s] / page). Grid: (S,).
+
+    tables: int32 [R, W]; out: int32 [S, W]; rows of both are `table_row` elements apart. rows, lengths: int32 [S]."""
     s = tl.program_id(0).to(tl.int64)
     used = tl.cdiv(tl.load(lengths + s), page)
     row = tl.load(rows + s).to(tl.int64)
@@ -206,6 +254,7 @@ def _gather_tables_kernel(tables, table_row, rows, lengths, out, page: tl.conste
 
 @triton.jit(do_not_specialize=["count"])
 def _scatter_kernel(target, places, values, count, BLOCK: tl.constexpr):
+    """target[places[i]] = values[i] for i < count; all int32, places distinct. Grid: (ceil(count / BLOCK),)."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     place = tl.load(places + i, mask=i < count)
     tl.store(target + place, tl.load(values + i, mask=i < count), mask=i < count)
@@ -214,14 +263,14 @@ def _scatter_kernel(target, places, values, count, BLOCK: tl.constexpr):
 def gather_tables(
     tables_RW: torch.Tensor, rows_S: torch.Tensor, lengths_S: torch.Tensor, out_SW: torch.Tensor, page: int
 ) -> None:
-    """out[s] = tables[rows[s]], as far as the sequence's length reaches."""
+    """Set out[s] = tables[rows[s]], as far as the sequence's length reaches; `page` tokens fill a block."""
     _gather_tables_kernel[(out_SW.shape[0],)](
         tables_RW, tables_RW.stride(0), rows_S, lengths_S, out_SW, page=page, BLOCK=256, num_warps=1
     )
 
 
 def scatter(target: torch.Tensor, places: torch.Tensor, values: torch.Tensor) -> None:
-    """target.flatten()[places] = values."""
+    """Set target.flatten()[places] = values."""
     count = places.shape[0]
     _scatter_kernel[(triton.cdiv(count, 256),)](target, places, values, count, BLOCK=256, num_warps=2)
 
@@ -240,8 +289,8 @@ def embed_norm(
     residual_TD: torch.Tensor,
     out_TD: torch.Tensor,
 ) -> None:
-    """residual = embedding of each token; out = its norm. Where sources[t] >= 0 the token is last[sources[t]], the one
-    that an earlier step sampled and the host has not seen yet; else ids[t]."""
+    """Write the embedding of each token to residual and its norm to out. Where sources[t] >= 0 the token is
+    last[sources[t]], which an earlier step sampled and the host has not seen yet; else it is ids[t]."""
     width = table_VD.shape[1]
     _embed_norm_kernel[(ids_T.shape[0],)](
         ids_T, sources_T, last_R, table_VD, weight_D, residual_TD, out_TD, eps,
@@ -261,9 +310,10 @@ def norm(
     warps: int = 0,
     parts: Parts | None = None,
 ) -> None:
-    """out = rms_norm(x + residual) (the sum is written to residual if `keep`), for all rows or those listed; `pending`
-    is added to x first. With `parts` x is [P, T, D] and their sum, rounded once, is what is meant by x. `warps` 0: as
-    measured."""
+    """Write rms_norm(x + residual) to out, for all rows or those listed; with `keep` write the sum to residual.
+
+    `pending` is added to x first. With `parts` x is [P, T, D], and the sum of its parts, rounded once, stands for x.
+    `warps` 0: as measured."""
     width = weight_D.shape[0]
     arguments = nothing_pending(x_TD) if pending is None else pending.arguments(block_r=8)  # 16 would spill registers
     warps = warps or _warps(width) * (1 if pending is None else 2)
@@ -292,9 +342,10 @@ def rope_store(
     heads: int = 0,
     warps: int = 0,
 ) -> None:
-    """Rotate the queries in place; write rotated keys, and values, to their pages. `norms`: per-head RMS norms of
-    queries and keys (weights and eps), applied before the rotation. cos and sin are tables by position. `pending` is
-    added to qkv first. `heads` of a program and `warps` 0: as measured."""
+    """Rotate the queries in place; write rotated keys, and values, to their pages.
+
+    `head_norms` are applied to queries and keys before the rotation, `pending` is added to qkv before that. cos and sin
+    are tables by position. `heads` of a program and `warps` 0: as measured."""
     kv_heads, width = k_cache.shape[2:]
     together = math.gcd(math.gcd(num_heads, kv_heads), heads or (8 if pending is None else 64 // pending.block_r))
     arguments = nothing_pending(qkv_TN) if pending is None else pending.arguments()
@@ -311,7 +362,7 @@ def rope_store(
 def silu_mul(
     x_T2F: torch.Tensor, out_TF: torch.Tensor, pending: Pending | None = None, block: int = 0, warps: int = 4
 ) -> None:
-    """out = silu(first half) * second half; `pending` is added to x first. `block` 0: as measured."""
+    """Write silu(first half of x) * second half to out; `pending` is added to x first. `block` 0: as measured."""
     rows, width = out_TF.shape
     block = block or (1024 if pending is None else 256)
     arguments = nothing_pending(x_T2F) if pending is None else pending.arguments()

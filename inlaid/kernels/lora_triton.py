@@ -1,13 +1,22 @@
 # mypy: disallow_untyped_defs=False, disallow_incomplete_defs=False
 """Adapter kernels for a GPU: y += scale * (x A^T) B^T, each row with its own adapter, each adapter at its own rank.
 
-The runner calls `write_segments` once a step on the host and `shrink` / `expand_add` at every adapted linear.
-Weights lie unpadded in one flat pool; `table[slot, site] = (A offset, B offset, rank)` says where. Rows are cut into
-segments of one slot, so a weight is read once per segment; rows of slot 0 are in no segment and cost nothing. With few
-rows the expansion may instead be left (`Pending`) to the kernel that reads y next, which saves a launch and a pass over
-y: `pending_part` is what such a kernel (fused_triton.py) adds to its columns of a row. The inner dimension is split
-over programs whose partial sums go to fp32 scratch and are added in a fixed order: no atomics, so the same batch gives
-the same bits every time.
+The runner calls `write_segments` once a step on the host; `TritonLora` calls `shrink` and `expand_add` at every adapted
+linear. Weights lie unpadded in one flat pool; `table[slot, site] = (A offset, B offset, rank)` says where. Rows are cut
+into segments of one slot, so a weight is read once per segment; rows of slot 0 are in no segment and cost nothing. With
+few rows the expansion may be left (`Pending`) to the kernel that reads y next, which saves a launch and a pass over y:
+`pending_part` is what such a kernel (fused_triton.py) adds to its columns of a row. K is split over programs whose
+partial sums go to fp32 scratch and are added in a fixed order: no atomics, so the same batch gives the same bits.
+
+Arguments that the kernels share:
+  pool            [elements] of the compute type: every A [rank, K] and B [N, rank], row-major
+  table           int64 [slots, num_sites, 3]: offset of A, offset of B, rank; offsets are multiples of ALIGN
+  scale           fp32 [slots, num_sites]
+  segments        int32 [3 * capacity]: start in `order`, length (0: unused), slot
+  order           int32 [T]: rows, those of a segment side by side
+  partial         fp32 [P, G, T, R_STRIDE]: sums over a P-th of K; `partial_stride` = T * R_STRIDE
+  site            the first of the G siblings' sites
+Dividing an offset by its alignment and multiplying again tells the compiler that loads may be wide.
 
 Shapes: T rows, K inputs, N outputs, S segments, G siblings (linears sharing x: q, k, v), P partial sums, R rank.
 """
@@ -37,7 +46,10 @@ def _shrink_rank_block(
     x_rows, row_mask, a_base, partial_rows, rank, r0, k_begin, k_end,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """partial[m, r0:r0+BLOCK_R] = sum over k in [k_begin, k_end) of x[m, k] A[r, k]."""
+    """Set partial[m, r0 : r0 + BLOCK_R] = sum over k in [k_begin, k_end) of x[m, k] A[r, k], in fp32.
+
+    x_rows: [BLOCK_M] pointers to rows of x. row_mask: [BLOCK_M], rows of the segment. a_base: pointer to A [rank, K].
+    partial_rows: [BLOCK_M] pointers to rows of `partial`. Ranks from `rank` up are not written."""
     r = r0 + tl.arange(0, BLOCK_R)
     k_lane = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
@@ -61,6 +73,14 @@ def _shrink_kernel(
     K: tl.constexpr, G: tl.constexpr, P: tl.constexpr, R_STRIDE: tl.constexpr, SHARES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, ALIGN: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    """partial[p, g, t, :rank] = x[t, part p of K] A^T for the rows t of each segment and each sibling g.
+    Grid: (capacity, P, siblings * SHARES).
+
+    x: [T, K], rows `x_stride` elements apart. BLOCK_M: rows of a segment, at most. SHARES: programs that divide the
+    blocks of BLOCK_R ranks among them, as the largest rank sets the time.
+
+    Parts of K are whole multiples of BLOCK_K, the last one is shorter or empty; an empty part writes zeros. A program
+    is short and each wait counts, so loads that do not depend on each other stand together ahead of the branch."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -68,7 +88,6 @@ def _shrink_kernel(
     part = tl.program_id(1)
     sibling = tl.program_id(2) // SHARES
     share = tl.program_id(2) % SHARES  # programs that divide the blocks of a large rank among them
-    # Independent loads stand together and ahead of the branch: a program is short, and each wait counts.
     start = tl.load(segments + segment)
     length = tl.load(segments + capacity + segment)
     slot = tl.load(segments + 2 * capacity + segment).to(tl.int64)
@@ -96,7 +115,11 @@ def _expand_tile(
     partial_rows, partial_step, row_mask, b_base, rank, n, n_mask,
     P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """The sum over r of (sum over p of partial[p, m, r]) B[n, r], in fp32."""
+    """Return, in fp32 [BLOCK_M, BLOCK_N], the sum over r of (sum over p of partial[p, m, r]) B[n, r].
+
+    partial_rows: [BLOCK_M] pointers to part 0. partial_step: elements from part to part. b_base: pointer to B
+    [N, rank]. n: [BLOCK_N] columns. The inner sum is scaled down to the range of 16-bit floats for the matrix units,
+    row by row, and the product scaled up again."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     r_lane = tl.arange(0, BLOCK_R)
     for r0 in range(0, rank, BLOCK_R):
@@ -106,7 +129,6 @@ def _expand_tile(
         for p in tl.static_range(P):
             s_MR += tl.load(partial_rows[:, None] + p * partial_step + r[None, :], mask=mask, other=0.0)
         b_NR = tl.load(b_base + n[:, None] * rank + r[None, :], mask=n_mask[:, None] & (r[None, :] < rank), other=0.0)
-        # The inner result of a 16-bit float product may exceed that format's range: bring it down first.
         largest = tl.maximum(tl.max(tl.abs(s_MR), axis=1) * (1.0 / 16384.0), 1.0)
         down = (s_MR / largest[:, None]).to(b_NR.dtype)
         acc += tl.dot(down, tl.trans(b_NR)) * largest[:, None]
@@ -119,6 +141,13 @@ def _expand_kernel(
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, G: tl.constexpr, P: tl.constexpr, R_STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
+    """y[t, columns of sibling g] += scale * (sum over p of partial[p, g, t]) B^T for the rows t of each segment.
+    Grid: (capacity, blocks of BLOCK_N columns of all siblings).
+
+    y: [T, N0 + N1 + N2], rows `y_stride` elements apart; N0, N1, N2 are the widths of the siblings, 0 for none.
+
+    y is read, summed in fp32 and rounded once. A rank that is a multiple of 8 takes wide loads: the row stride of B is
+    then a multiple of 16 bytes."""
     segment = tl.program_id(0)
     block = tl.program_id(1)
     start = tl.load(segments + segment)
@@ -145,7 +174,7 @@ def _expand_kernel(
         base = tl.load(target, mask=mask, other=0.0)
         b_base = pool + (b_offset // ALIGN) * ALIGN
         partial_rows = partial + sibling * partial_stride + rows * R_STRIDE
-        if rank % 8 == 0:  # wide loads: the row stride of B is a known multiple of 16 bytes
+        if rank % 8 == 0:  # wide loads
             acc = _expand_tile(
                 partial_rows, G * partial_stride, row_mask, b_base, (rank // 8) * 8, n, n_mask,
                 P, BLOCK_M, BLOCK_N, BLOCK_R,
@@ -160,7 +189,10 @@ def _expand_kernel(
 
 @triton.jit
 def _row_times(partial_row, part_step, b_base, rank, n, n_mask, P: tl.constexpr, BLOCK_R: tl.constexpr):
-    """The sum over r of (sum over p of partial[p, r]) B[n, r] for one row, without matrix units, in fp32."""
+    """Return, in fp32, the sum over r of (sum over p of partial[p, r]) B[n, r] for one row, without matrix units.
+
+    partial_row: pointer to part 0 of the row. part_step: elements from part to part. b_base: pointer to B [N, rank].
+    n: columns, with their mask."""
     acc = tl.zeros(n.shape, dtype=tl.float32)
     r_lane = tl.arange(0, BLOCK_R)
     for r0 in range(0, rank, BLOCK_R):
@@ -178,7 +210,11 @@ def pending_part(
     row, sibling, n, n_mask, partial, partial_stride, pool, table, scale, slots, num_sites, site,
     G: tl.constexpr, P: tl.constexpr, R_STRIDE: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """scale * (sum over p of partial[p, sibling, row]) B[n]^T, for columns n of one row; zeros without adapter."""
+    """Return scale * (sum over p of partial[p, sibling, row]) B[n]^T for columns n of one row, in fp32; zeros without
+    adapter.
+
+    row: of T. sibling: of G. n: columns within the sibling, with their mask. slots: int32 [T], the adapter slot of each
+    row. The value depends on this row alone, whatever else is in the step."""
     entry = tl.load(slots + row).to(tl.int64) * num_sites + site + sibling
     rank = tl.load(table + entry * 3 + 2).to(tl.int32)
     b_base = pool + (tl.load(table + entry * 3 + 1) // 8) * 8  # the division tells the compiler of the alignment
@@ -192,7 +228,7 @@ def pending_part(
 
 @dataclass(frozen=True)
 class Tuning:
-    """Block shapes; `parts` is how many programs share the inner dimension of one shrink."""
+    """Block shapes of a launch. `parts`: programs that share the inner dimension of one shrink."""
 
     parts: int
     block_k: int
@@ -205,7 +241,7 @@ class Tuning:
 
 
 def tuning_for(rows: int, block_rows: int, max_rank: int = 16) -> Tuning:
-    """Few rows need many programs per segment to fill the chip; many rows fill it by themselves. As measured."""
+    """Return the tuning as measured: few rows need many programs per segment to fill the chip, many fill it anyway."""
     block_r = 16 if max_rank <= 16 else 32
     shares = min(4, triton.cdiv(max_rank, block_r))  # a program to each block of a rank: the largest sets the time
     if block_rows > 16:
@@ -216,12 +252,12 @@ def tuning_for(rows: int, block_rows: int, max_rank: int = 16) -> Tuning:
 
 
 def max_segments(rows: int, max_slots: int, block_rows: int) -> int:
-    """A bound on the segments of `rows` rows in at most two sorted runs over `max_slots` adapters."""
+    """Return a bound on the segments of `rows` rows in at most two sorted runs over `max_slots` adapters."""
     return max(1, min(rows, rows // block_rows + 2 * max_slots))
 
 
 def cut(slots: np.ndarray, block_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Order of the adapted rows, and segments [3, S] of (start in that order, length, slot), int32."""
+    """Return the order of the adapted rows, and segments [3, S] of (start in that order, length, slot), int32."""
     order = np.argsort(slots, kind="stable").astype(np.int32)
     order = order[int(np.count_nonzero(slots == 0)) :]
     ordered = slots[order]
@@ -238,8 +274,9 @@ def cut(slots: np.ndarray, block_rows: int) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Segments:
-    """Which rows go to which adapter, on the device, in arrays of fixed size so that a captured graph serves every mix:
-    `segments` [3 * capacity] of starts, lengths (zero: unused) and slots, counted in `order`, which lists rows."""
+    """The rows of each adapter, on the device, in arrays of fixed size so that a captured graph serves every mix.
+
+    `segments` [3 * capacity] are starts, lengths (zero: unused) and slots, counted in `order`, which lists rows."""
 
     segments: torch.Tensor
     order: torch.Tensor
@@ -248,7 +285,7 @@ class Segments:
 
 
 def write_segments(slots: np.ndarray, segments: np.ndarray, order: np.ndarray, block_rows: int) -> None:
-    """The plan of these rows, into host arrays that already say "unused" everywhere."""
+    """Write the segments of rows with these slots into host arrays that say "unused" everywhere."""
     cut_order, found = cut(slots, block_rows)
     capacity, count = len(segments) // 3, found.shape[1]
     if count > capacity or len(slots) > len(order):
@@ -260,7 +297,7 @@ def write_segments(slots: np.ndarray, segments: np.ndarray, order: np.ndarray, b
 
 
 def plan_rows(slots: np.ndarray, capacity: int, block_rows: int, device: torch.device | str) -> Segments:
-    """The plan of these rows on the device, without waiting for it to arrive."""
+    """Return the segments of rows with these slots on the device, without waiting for them to arrive."""
     host = torch.zeros(3 * capacity + len(slots), dtype=torch.int32, pin_memory=torch.device(device).type == "cuda")
     flat = host.numpy()
     write_segments(slots, flat[: 3 * capacity], flat[3 * capacity :], block_rows)
@@ -269,7 +306,7 @@ def plan_rows(slots: np.ndarray, capacity: int, block_rows: int, device: torch.d
 
 
 def scratch(rows: int, max_rank: int, parts: int, device: torch.device | str, siblings: int = 3) -> torch.Tensor:
-    """Partial sums [P, G, T, R], reused by every site of a step."""
+    """Return memory for partial sums [P, G, T, R], which every site of a step may use again."""
     return torch.empty(parts, siblings, rows, rank_stride(max_rank), dtype=torch.float32, device=device)
 
 
@@ -282,8 +319,8 @@ def shrink(
     tuning: Tuning,
     alone: bool = False,
 ) -> None:
-    """partial[p, g, t, :rank] = part p of x[t] A^T, for each sibling g; rows without adapter are not touched. `alone`:
-    what made x is the only kernel before this one (early.py)."""
+    """Set partial[p, g, t, :rank] = part p of x[t] A^T for each sibling g; leave rows without adapter alone. `alone`:
+    the kernel that made x is the only one before this (early.py)."""
     parts, groups, rows, stride = partial_PGTR.shape
     siblings = len(site.widths)
     assert siblings <= groups
@@ -306,7 +343,7 @@ def expand_add(
     site: Site,
     tuning: Tuning,
 ) -> None:
-    """y[t, columns of g] += scale * (sum over p of partial[p, g, t]) B^T, siblings side by side in y."""
+    """Add scale * (sum over p of partial[p, g, t]) B^T to y[t, columns of g], siblings side by side in y."""
     _, groups, rows, stride = partial_PGTR.shape
     blocks = sum(triton.cdiv(width, tuning.block_n) for width in site.widths)
     n0, n1, n2 = (*site.widths, 0, 0)[:3]
@@ -321,8 +358,9 @@ def expand_add(
 
 @dataclass(frozen=True)
 class Pending:
-    """An expansion left to the kernel that reads y next: the sums of `shrink`, the adapter slot of each row, and
-    whether the shrink is on a stream of its own, which that kernel joins."""
+    """An expansion left to the kernel that reads y next: the sums of `shrink` and the adapter slot of each row.
+
+    `joins`: the shrink ran on a stream of its own, which that kernel joins, so it cannot launch early."""
 
     partial_PGTR: torch.Tensor
     adapters: AdapterPages
@@ -333,11 +371,11 @@ class Pending:
 
     @property
     def block_r(self) -> int:
-        """How much of a rank is taken at a time; more would need too many registers beside many partial sums."""
+        """Return how many ranks are taken at a time; more would need too many registers beside many partial sums."""
         return self.tuning.block_r if self.tuning.parts <= 8 else 16
 
     def arguments(self, block_r: int = 0) -> dict[str, Any]:
-        """Those of `pending_part`, by the names that kernels give them."""
+        """Return the arguments of `pending_part`, by the names that kernels give them."""
         _, groups, rows, stride = self.partial_PGTR.shape
         pages = self.adapters
         return {
@@ -349,7 +387,7 @@ class Pending:
 
 
 def nothing_pending(stand_in: torch.Tensor) -> dict[str, Any]:
-    """For a kernel compiled without `pending_part`; it reads none of these."""
+    """Return arguments for a kernel compiled without `pending_part`, which reads none of them."""
     names = ("partial", "pool", "table", "scale", "adapters")
     numbers = {"partial_stride": 0, "num_sites": 0, "site": 0, "GROUPS": 1, "P": 0, "R_STRIDE": 1, "BLOCK_R": 16}
     return dict.fromkeys(names, stand_in) | numbers

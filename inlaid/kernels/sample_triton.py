@@ -1,9 +1,13 @@
 # mypy: disallow_untyped_defs=False, disallow_incomplete_defs=False
 """Sampling on the device: greedy, temperature, min-p, top-k and top-p with the counter-based noise of
-layers/sampler.py, so that a request draws the same tokens here as there. The graph runner calls it last in a step.
+layers/sampler.py, so that a request draws the same tokens here as there. A captured step ends with it.
 
 A row's truncation is a threshold: tokens above `floor`, and of those equal to it the ones up to `last` in the
 vocabulary, are kept. It is found by bisection over the ordered bits of the 16-bit logits, exactly, without sorting.
+
+Arguments that the kernels share: logits 16-bit [L, V]; temperature, top_p, min_p fp32 [L]; top_k int32 [L]; a
+temperature below 1e-5 is greedy, top_k 0, top_p 1 and min_p 0 truncate nothing. Helpers take `row`, a pointer to the
+logits of one line. BLOCK: tokens of an iteration.
 
 Shapes: L rows, V vocabulary, B blocks of the vocabulary.
 """
@@ -19,7 +23,7 @@ BLOCK = 4096
 
 @triton.jit
 def _mix(h):
-    """The 32-bit finalizer of layers/sampler.py."""
+    """Return the 32-bit finalizer of layers/sampler.py: every output bit depends on every input bit."""
     h = (h ^ (h >> 16)) * tl.full((), 0x85EBCA6B, tl.uint32)
     h = (h ^ (h >> 13)) * tl.full((), 0xC2B2AE35, tl.uint32)
     return h ^ (h >> 16)
@@ -27,25 +31,27 @@ def _mix(h):
 
 @triton.jit
 def _gumbel(key, position, token):
-    """Noise of a token: -log(-log(1 - u)), with u from the hash of (key, position, token)."""
+    """Return the noise of a token: -log(-log(1 - u)), with u from the hash of (key, position, token).
+
+    key, position: uint32. token: any tensor of ids. As log(1 - u) is too coarse for small u, a series replaces it."""
     p = _mix((key + position).to(tl.uint32))
     q = _mix(p + tl.full((), 0x9E3779B9, tl.uint32))
     bits = _mix(_mix(token.to(tl.uint32) + p) ^ q)
     u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.9999999403953552)
-    series = u * (1.0 + u * (0.5 + u * (0.3333333333 + u * 0.25)))  # log(1 - u) itself is too coarse for small u
+    series = u * (1.0 + u * (0.5 + u * (0.3333333333 + u * 0.25)))
     return -tl.log(tl.where(u < 0.01, series, -tl.log(1.0 - u)))
 
 
 @triton.jit
 def _ordered(x):
-    """Whole numbers that compare as the 16-bit floats do."""
+    """Return int32 that compare as the 16-bit floats x do."""
     bits = x.to(tl.int16, bitcast=True).to(tl.int32)
     return tl.where(bits < 0, bits ^ 0x7FFF, bits)
 
 
 @triton.jit
 def _count_above(row, floor, kept_from, V: tl.constexpr, BLOCK: tl.constexpr):
-    """How many of the tokens from `kept_from` up (as ordered bits) are at `floor` or above."""
+    """Return the number of tokens whose ordered bits are at `floor` or above, and at `kept_from` or above."""
     total = 0
     for start in range(0, V, BLOCK):
         v = start + tl.arange(0, BLOCK)
@@ -56,7 +62,8 @@ def _count_above(row, floor, kept_from, V: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _mass_above(row, floor, last_kept, kept_from, top, inverse, V: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of exp over kept tokens at `floor` or above. Of tokens equal to kept_from only those up to last_kept."""
+    """Return the sum of exp((x - top) * inverse) over kept tokens at `floor` or above. Of tokens equal to `kept_from`
+    only those up to the id `last_kept` are kept."""
     total = 0.0
     for start in range(0, V, BLOCK):
         v = start + tl.arange(0, BLOCK)
@@ -70,7 +77,7 @@ def _mass_above(row, floor, last_kept, kept_from, top, inverse, V: tl.constexpr,
 
 @triton.jit
 def _place_of(row, value, count, V: tl.constexpr, BLOCK: tl.constexpr):
-    """The token id of the count-th token whose ordered bits equal `value`."""
+    """Return the id of the count-th token whose ordered bits equal `value`."""
     low = 0
     high = V - 1
     while low < high:
@@ -89,6 +96,12 @@ def _place_of(row, value, count, V: tl.constexpr, BLOCK: tl.constexpr):
 def _threshold_kernel(
     logits, temperature, top_k, top_p, min_p, floor_out, last_out, V: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
+    """Find what each line keeps: tokens with ordered bits above floor, and equal to it with ids up to last.
+    Grid: (L,). floor_out, last_out: int32 [L].
+
+    In this order, each on what the one before left, as in layers/sampler.py: min_p keeps x / temperature >= its maximum
+    + log(min_p); top_k keeps k tokens, the first in the vocabulary among equals; top_p keeps the fewest tokens, most
+    likely first, whose mass reaches p. Each bisection takes 16 passes over the logits, which stay in the cache."""
     line = tl.program_id(0)
     heat = tl.load(temperature + line)
     k = tl.load(top_k + line)
@@ -164,7 +177,12 @@ def _best_kernel(
     logits, temperature, keys, positions, floors, lasts, values, places, BLOCKS,
     V: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The best token of one block of the vocabulary."""
+    """Find the best kept token of one block of the vocabulary: the largest x, or x / temperature + noise.
+    Grid: (L, BLOCKS).
+
+    keys, positions: int32 [L], the key of the request's noise and the position of the token being drawn. floors, lasts:
+    those of `_threshold_kernel`. values: fp32 [L, BLOCKS], the best scores. places: int32 [L, BLOCKS], the first token
+    with that score. Scores that are not a number lose to all others."""
     line = tl.program_id(0)
     block = tl.program_id(1)
     v = block * BLOCK + tl.arange(0, BLOCK)
@@ -187,7 +205,11 @@ def _best_kernel(
 
 @triton.jit
 def _pick_kernel(values, places, rows, last, tokens, BLOCKS, V, PAD: tl.constexpr):
-    """The best of the blocks' best; the first in the vocabulary among equals."""
+    """Take the best of the blocks' best, the first in the vocabulary among equals: tokens[l] and last[rows[l]].
+    Grid: (L,).
+
+    values, places: those of `_best_kernel`. rows: int32 [L], where `last` int32 [R] keeps each sequence's newest token.
+    PAD: a power of two, at least BLOCKS."""
     line = tl.program_id(0)
     b = tl.arange(0, PAD)
     value = tl.load(values + line * BLOCKS + b, mask=b < BLOCKS, other=float("-inf"))
@@ -223,8 +245,7 @@ class Sampler:
         last: torch.Tensor,
         tokens_L: torch.Tensor,
     ) -> None:
-        """tokens[l], and last[rows[l]], become the token drawn. A temperature below 1e-5 is greedy; top_k 0, top_p 1
-        and min_p 0 truncate nothing. Logits are 16-bit floats."""
+        """Write the token drawn to tokens[l] and to last[rows[l]]. Logits are 16-bit floats; see above for the rest."""
         count, vocab = logits_LV.shape
         assert vocab == self.vocab_size
         _threshold_kernel[(count,)](

@@ -1,4 +1,4 @@
-"""From configuration to a runner: what is chosen, what is refused, and that memory for KV is counted exactly."""
+"""The eager runner, made from a configuration: choices, refusals, exact counts of KV memory, and steps."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from inlaid.config import AdapterConfig, CacheConfig, ConfigError, EngineConfig
+from inlaid.engine.account import Account
 from inlaid.engine.request import Batch, Request, SamplingParams, Work
 from inlaid.model.transformer import block_bytes
 from inlaid.worker.loading import load_model, make_store
@@ -29,7 +30,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
 def request(name: str, prompt: list[int], blocks: list[int], **params: object) -> Request:
     settings = SamplingParams(temperature=0.0, max_tokens=8, **params)
     made = Request(
-        id=name, prompt=prompt, params=settings, adapter=None, adapter_name=None, tenant="", arrival=0.0,
+        id=name, prompt=prompt, params=settings, adapter=None, adapter_name=None, account=Account("", 0), arrival=0.0,
         tokens=list(prompt),
     )  # fmt: skip
     made.blocks = blocks
