@@ -68,8 +68,6 @@ STILL_MUTABLE: set[str] = {
     "data/sentences.py",
     "data/tasks.py",
     "inlaid/adapters/peft.py",
-    "inlaid/model/spec.py",
-    "inlaid/model/weights.py",
     "inlaid/quant/quantize.py",
     "inlaid/quant/settings.py",
     "models/build_demo.py",

@@ -1,6 +1,6 @@
 """Adapters that are still on their way to the device while a step uses them. At each linear the step waits until the
-adapters at work have landed as far as its layer; or, assisted, their part is computed from host memory, and the tables
-of the device show a layer only when it has landed, so that its own kernels leave it alone until then.
+adapters at work have landed as far as its layer. With an assistant their part is computed from host memory instead: the
+device's tables show a layer only when it has landed, so its kernels leave an adapter alone until then.
 
 The runner plans a step with `Arriving`; layers/linear.py calls `before` and `after` around its kernels.
 """
@@ -19,10 +19,10 @@ Ranges = Sequence[tuple[int, int]]  # rows [begin, end)
 
 
 class Arrivals(Protocol):
-    """How far the adapter in each slot has come. The store fulfils it."""
+    """The progress of the adapter in each slot. The store fulfils it."""
 
     def landed(self, slot: int, layer: int) -> bool:
-        """Whether what is computed from now on finds this layer in place."""
+        """Return whether what is computed from now on finds this layer in place."""
         ...
 
     def all_landed(self, slot: int) -> bool: ...
@@ -30,20 +30,20 @@ class Arrivals(Protocol):
     def num_bytes(self, slot: int) -> int: ...
 
     def wait(self, slot: int, layer: int) -> None:
-        """What is computed from now on finds this layer in place. RuntimeError when it does not come."""
+        """Make what is computed from now on find this layer in place; raise RuntimeError when it does not come."""
         ...
 
     def host_factors(self, slot: int, site: int) -> Factors | None:
-        """Its matrices in host memory, of a slot where not all has landed; None: it does not act there."""
+        """Return the matrices in host memory of an adapter that has not landed; None: it does not act at this site."""
         ...
 
 
 class Arriving:
     """The adapters of one step that are not whole. With an assistant the CPU computes what has not landed.
 
-    Where a step that asks layer by layer takes longer than one that does not (a GPU gets its kernels one by one instead
-    of replaying a graph), what comes in less time than that is waited for whole: `patience` are those seconds, and
-    `seconds_for` what so many bytes take."""
+    A step that asks layer by layer takes longer on a GPU, by `patience` seconds: it gets its kernels one by one instead
+    of replaying a graph. Adapters that come in less time are waited for whole; `seconds_for` a number of bytes is the
+    time of their way."""
 
     def __init__(
         self,
@@ -60,24 +60,24 @@ class Arriving:
         self._coming: dict[int, Ranges] = {}
 
     def plan(self, rows_of: Mapping[int, Ranges]) -> bool:
-        """Once a step: which rows each slot has in it. Whether any adapter at work is still coming."""
+        """Note the rows of each slot in the next step; return whether any of their adapters is still coming."""
         self._coming = {slot: rows for slot, rows in rows_of.items() if slot and not self.arrivals.all_landed(slot)}
         return bool(self._coming)
 
     def is_soon_whole(self) -> bool:
-        """Whether all that is coming may be waited for."""
+        """Return whether all that is coming may be waited for."""
         if self._seconds_for is None or not self.patience:
             return False
         return self._seconds_for(sum(map(self.arrivals.num_bytes, self._coming))) < self.patience
 
     def wait_for_all(self) -> None:
-        """For a step that does not ask layer by layer."""
+        """Wait for every layer, for a step that does not ask layer by layer."""
         for slot in self._coming:
             self.arrivals.wait(slot, self._last_layer)
         self._coming = {}
 
     def before(self, x_TK: torch.Tensor, site: Site) -> list[Job]:
-        """Before the device's kernels read the adapters of a site: what the CPU computes beside them."""
+        """Make a site's adapters ready for the device's kernels; return what the CPU computes beside them."""
         if not self._coming:
             return []
         layer = site.first // len(MODULES)

@@ -34,38 +34,38 @@ class Factors:
 
 @dataclass(frozen=True)
 class Profile:
-    """How the work is shared out. No workers: the step's own thread does it."""
+    """The division of the work among threads. No workers: the step's own thread does it."""
 
     workers: int = 0
     rows_per_worker: int = FEWEST_ROWS
 
     def shares(self, rows: int) -> int:
-        """Into how many pieces so many rows are cut."""
+        """Return into how many pieces this number of rows is cut."""
         return max(1, min(self.workers, -(-rows // self.rows_per_worker)))
 
 
 class Ferry(Protocol):
-    """Between the device and memory that threads can read."""
+    """The way between the device and memory that threads can read."""
 
     def fetch(self, x_MK: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None]]:
-        """The same rows on the host, and what to call before reading them."""
+        """Return the same rows on the host, and what to call before reading them."""
         ...
 
     def room(self, rows: int, columns: int) -> torch.Tensor:
-        """Host memory for a result."""
+        """Return host memory for a result."""
         ...
 
     def bring(self, delta_MN: torch.Tensor) -> torch.Tensor:
-        """A result from `room`, on the device."""
+        """Return a result from `room` on the device."""
         ...
 
     def turn(self) -> None:
-        """All that was fetched and brought is done with."""
+        """Take back the memory of all that was fetched and brought."""
         ...
 
 
 class NoFerry:
-    """Where the model runs in host memory anyway."""
+    """The ferry of a model that runs in host memory anyway."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
@@ -88,7 +88,7 @@ class CudaFerry:
 
     def __init__(self, device: torch.device, dtype: torch.dtype, rows: int, most_in: int, most_out: int) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._inputs = torch.empty(rows * most_in, dtype=dtype, pin_memory=True)
         self._outputs = torch.empty(rows * most_out, dtype=dtype, pin_memory=True)
         self._num_in = self._num_out = 0
@@ -131,7 +131,7 @@ class Assistant:
         self._threads = ThreadPoolExecutor(profile.workers, "adapter-assist", _alone) if profile.workers else None
 
     def start(self, x_TK: torch.Tensor, begin: int, end: int, siblings: Sequence[tuple[int, Factors | None]]) -> Job:
-        """Rows [begin, end) of x through the factors of each sibling, given with its width."""
+        """Start rows [begin, end) of x through the factors of each sibling, given with its width."""
         rows = end - begin
         x_MK, there = self.ferry.fetch(x_TK[begin:end])
         delta_MN = self.ferry.room(rows, sum(width for width, _ in siblings))
@@ -168,7 +168,8 @@ def _share(
 
 
 def _compute(x_MK: torch.Tensor, delta_MN: torch.Tensor, siblings: Sequence[tuple[int, Factors | None]]) -> None:
-    """In fp32: a CPU is no faster in half precision, and the inner product may exceed its range."""
+    """Write the siblings' products side by side, computed in fp32: a CPU is no faster in half precision, and the inner
+    product may exceed its range."""
     x_MK, column = x_MK.float(), 0
     for width, factors in siblings:
         target = delta_MN[:, column : column + width]
@@ -184,7 +185,7 @@ def _nothing() -> None: ...
 
 
 def _alone() -> None:
-    """A worker's matmuls run on its own core."""
+    """Let a worker's matmuls run on its own core."""
     torch.set_num_threads(1)
 
 
@@ -212,7 +213,7 @@ def _timed(x_MK: torch.Tensor, delta_MN: torch.Tensor, factors: Factors) -> floa
 
 
 def cuda_copy_seconds(device: torch.device) -> Callable[[int], float]:
-    """How long the bus takes for so many bytes from pinned memory, from one large copy."""
+    """Return a function from bytes to seconds of the bus from pinned memory, measured with one large copy."""
     nbytes = 64 << 20
     host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
     there = torch.empty(nbytes, dtype=torch.uint8, device=device)

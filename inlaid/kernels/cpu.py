@@ -41,7 +41,7 @@ class DenseLinear:
     name = "dense"
 
     def pack(self, weight_NK: torch.Tensor) -> DensePacked:
-        """A CPU reads [K, N] a third faster when there is one row; a GPU does not care and shares tied weights."""
+        """Return the weight as [K, N]: a CPU reads it a third faster for one row. A GPU shares tied weights."""
         return DensePacked(weight_NK.t().contiguous() if weight_NK.device.type == "cpu" else weight_NK.t())
 
     def warmup(self, packed: DensePacked, rows: Sequence[int]) -> None:

@@ -24,8 +24,10 @@ _MOST_KEPT = 16 << 20  # bytes per cache tensor that the decodes of the step bef
 
 @dataclass
 class _AttentionPlan:
-    """Which blocks the decodes read and how far, each longer query's share, and masks by window. `gathered` holds
-    the decodes' keys and values by cache, [S, G, decode_len, C]; `newest` is where in them the latest token goes."""
+    """The blocks that the decodes read, each longer query's share, and masks by window.
+
+    `gathered` holds the decodes' keys and values by cache, [S, G, decode_len, C]; `newest` is the place of the latest
+    token in them."""
 
     decode_blocks: torch.Tensor | None
     decode_len: int
@@ -49,8 +51,8 @@ class _Chunk:
 class CpuAttention:
     """Decodes as one padded batch, longer queries one by one.
 
-    While the same sequences decode on, their gathered keys and values are kept and only the newest token is added: on
-    a CPU reading the pages anew each step takes as long as attention itself."""
+    While the same sequences decode on, their gathered keys and values are kept and only the newest token is added:
+    reading the pages anew each step would take as long as attention itself."""
 
     def __init__(self) -> None:
         self._last: _AttentionPlan | None = None
@@ -109,14 +111,14 @@ class CpuAttention:
 
 
 def _wider(table_SB: torch.Tensor, num_blocks: int) -> torch.Tensor:
-    """The block table cut or padded with block 0 to a width, flat."""
+    """Return the block table, cut or padded with block 0 to a width, flat."""
     missing = num_blocks - table_SB.shape[1]
     table_SB = F.pad(table_SB, (0, missing)) if missing > 0 else table_SB[:, :num_blocks]
     return table_SB.reshape(-1)
 
 
 def _gathered(plan: _AttentionPlan, cache: torch.Tensor, newest_slots_S: torch.Tensor) -> torch.Tensor:
-    """The decodes' keys or values, side by side: kept from the step before and extended, or read from the pages."""
+    """Return the decodes' keys or values side by side: kept from the step before and extended, or read anew."""
     key = cache.data_ptr()
     if plan.newest is not None:
         kept = plan.gathered[key]
@@ -132,7 +134,7 @@ def _gathered(plan: _AttentionPlan, cache: torch.Tensor, newest_slots_S: torch.T
 
 
 def _decode_mask(lens_S: torch.Tensor, length: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-    """[S, 1, length]: 0 where the newest token may look, -inf elsewhere."""
+    """Return [S, 1, length]: 0 where the newest token may look, -inf elsewhere."""
     keys = torch.arange(length, device=lens_S.device)
     hidden = keys >= lens_S[:, None]
     if window is not None:
@@ -156,7 +158,7 @@ def _attend_chunk(q_QHC: torch.Tensor, cache: LayerCache, window: int | None, ch
 
 
 def _chunk_mask(chunk: _Chunk, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """[queries, context] of what may be seen; None stands for plain causal from the first token."""
+    """Return [queries, context] of what may be seen; None stands for plain causal from the first token."""
     if chunk.num_queries == chunk.context_len and (window is None or window >= chunk.context_len):
         return None
     keys = torch.arange(chunk.context_len, device=device)

@@ -23,8 +23,9 @@ _SIDE_BY_SIDE = 24_000  # rows times columns up to which adapters are multiplied
 
 @dataclass
 class _Group:
-    """Adapters of about the same size side by side: per site A as [n, K, R] and B, scaled, as [n, R, N], made on
-    demand, None where none of them acts. R is the largest sum of sibling ranks among them."""
+    """Adapters of about the same size side by side: per site A as [n, K, R] and B, scaled, as [n, R, N].
+
+    Made on demand; None where no adapter of the group acts. R is the largest sum of sibling ranks among them."""
 
     slots: tuple[int, ...]
     matrices: dict[int, tuple[torch.Tensor, torch.Tensor] | None] = field(default_factory=dict)
@@ -66,8 +67,9 @@ class _Site:
 
 @dataclass
 class _SideBySide:
-    """Few rows: one matmul with the A of every adapter at work costs less than gathering the rows of each. `hidden`, by
-    site: the products of a row with adapters that are not its own."""
+    """The plan of few rows: one matmul with the A of every adapter at work costs less than gathering the rows of each.
+
+    `hidden`, by site, marks the products of a row with adapters that are not its own."""
 
     stack: _Stack
     slots_T: torch.Tensor
@@ -90,8 +92,8 @@ _Shrunk = list[_Product] | _SideBySideProduct | None
 
 
 class CpuLora:
-    """Two batched matmuls a site and group over the adapters at work, stacked once per set of adapters; of few rows and
-    adapters, plain matmuls with all adapters side by side."""
+    """Two batched matmuls for each site and group of the adapters at work, stacked once per set of adapters. Few rows
+    and adapters are multiplied with all adapters side by side."""
 
     def __init__(self, pages: AdapterPages, side_by_side: int = _SIDE_BY_SIDE) -> None:
         self.pages = pages
@@ -184,8 +186,8 @@ class CpuLora:
 
 
 def _group(pages: AdapterPages, slots: tuple[int, ...]) -> list[_Group]:
-    """By size within a factor of two, and those that leave the MLP alone apart: then stacking wastes little, and the
-    groups stay few (finer groups were slower)."""
+    """Group adapters by size within a factor of two, those that leave the MLP alone apart: stacking then wastes little,
+    and the groups stay few (finer groups were slower)."""
     ranks = pages.table[list(slots), :, 2].view(len(slots), -1, len(MODULES)).amax(dim=1).tolist()
     groups: dict[tuple[bool, int], list[int]] = {}
     for slot, by_module in zip(slots, ranks, strict=True):
@@ -194,7 +196,7 @@ def _group(pages: AdapterPages, slots: tuple[int, ...]) -> list[_Group]:
 
 
 def _num_columns(pages: AdapterPages, slots: tuple[int, ...]) -> int:
-    """The most that q, k and v, or gate and up, come to, whatever is fused."""
+    """Return the largest sum of ranks over a site's siblings, whatever is fused."""
     ranks = pages.table[list(slots), :, 2].sum(dim=0).view(-1, len(MODULES))
     return int(torch.stack([ranks[:, :3].sum(dim=1), ranks[:, 4:6].sum(dim=1), ranks.amax(dim=1)]).max())
 

@@ -1,5 +1,5 @@
-"""Rotary position embedding: the frequencies of each scaling type, and the table of cosines and sines that a step
-looks up once for all layers. The model builds it from its spec.
+"""Rotary position embedding: the frequencies of each scaling type, and the table of cosines and sines by
+position. The model builds it from its spec.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import torch
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """How positions turn into angles. `kind`: default, linear, dynamic, llama3 or yarn. Dynamic scaling changes
-    nothing up to the trained length, and longer contexts are not offered, so it equals default here."""
+    """The mapping from positions to angles. `kind`: default, linear, dynamic, llama3 or yarn.
+
+    Dynamic scaling changes nothing up to the trained length, and longer contexts are not offered, so it equals default
+    here."""
 
     theta: float = 10000.0
     kind: str = "default"
@@ -33,7 +35,7 @@ ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
 def inverse_frequencies(spec: RopeSpec, head_dim: int) -> torch.Tensor:
-    """[C / 2] angular speeds, in fp32."""
+    """Return [C / 2] angular speeds, in fp32."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).to(torch.float32) / head_dim
     base = 1.0 / (spec.theta**exponents)
     if spec.kind in ("default", "dynamic"):
@@ -48,7 +50,7 @@ def inverse_frequencies(spec: RopeSpec, head_dim: int) -> torch.Tensor:
 
 
 def amplitude(spec: RopeSpec) -> float:
-    """What cosines and sines are multiplied by (yarn's attention temperature)."""
+    """Return the factor of cosines and sines (yarn's attention temperature)."""
     if spec.kind != "yarn":
         return 1.0
     if spec.attention_factor is not None:
@@ -71,7 +73,7 @@ class Rotary:
 
 
 def _llama3(base: torch.Tensor, spec: RopeSpec) -> torch.Tensor:
-    """Long wavelengths are slowed by `factor`, short ones kept, those between blended."""
+    """Slow long wavelengths by `factor`, keep short ones, blend those between."""
     wavelength = 2 * math.pi / base
     longest = spec.original_max_len / spec.low_freq_factor
     shortest = spec.original_max_len / spec.high_freq_factor
@@ -81,7 +83,7 @@ def _llama3(base: torch.Tensor, spec: RopeSpec) -> torch.Tensor:
 
 
 def _yarn(base: torch.Tensor, spec: RopeSpec, head_dim: int) -> torch.Tensor:
-    """Dimensions that turn often keep their speed, slow ones are interpolated, with a linear ramp between."""
+    """Keep the speed of dimensions that turn often, interpolate slow ones, with a linear ramp between."""
 
     def dimension(turns: float) -> float:
         return head_dim * math.log(spec.original_max_len / (turns * 2 * math.pi)) / (2 * math.log(spec.theta))

@@ -1,4 +1,4 @@
-"""From logits to tokens: bans, biases, penalties, temperature, truncation, noise, and the log probabilities asked for.
+"""Sampling, from logits to tokens: bans, biases, penalties, temperature, truncation, noise, log probabilities.
 The runner fills a SamplingBatch; each feature carries the rows that use it, so rows without it pay nothing.
 
 Noise comes from a hash of (seed, position, token id), not from a stream: the same request draws the same tokens
@@ -39,7 +39,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class Truncation:
-    """Which of the Noise rows keep only likely tokens (indices into Noise.rows). top_k 0: all."""
+    """The rows that keep only likely tokens, as indices into Noise.rows. top_k 0: all tokens."""
 
     rows: torch.Tensor
     top_k: torch.Tensor
@@ -66,7 +66,7 @@ class GrammarMask:
 
 @dataclass(frozen=True)
 class SamplingBatch:
-    """What S rows ask for beyond the most likely token."""
+    """The features that S rows ask for beyond the most likely token."""
 
     bias: Coordinates | None = None  # logit_bias, and what bans tokens: bad words, ends before min_tokens
     grammar: GrammarMask | None = None
@@ -79,7 +79,7 @@ class SamplingBatch:
 
 @dataclass(frozen=True)
 class Logprobs:
-    """Of chosen tokens: log probability, rank (1 is the most likely), and the most likely alternatives."""
+    """Log probabilities of chosen tokens, their ranks (1 is the most likely), and the most likely alternatives."""
 
     chosen_L: torch.Tensor
     ranks_L: torch.Tensor
@@ -88,7 +88,7 @@ class Logprobs:
 
 
 def sample(logits_SV: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor, Logprobs | None]:
-    """Token ids [S] and the log probabilities of batch.logprob_rows; the logits are overwritten."""
+    """Return token ids [S] and the log probabilities of batch.logprob_rows; overwrite the logits."""
     raw_LV = None if batch.logprob_rows is None else logits_SV.index_select(0, batch.logprob_rows)
     if batch.grammar is not None:
         _forbid(logits_SV, batch.grammar)
@@ -106,7 +106,7 @@ def sample(logits_SV: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor,
 
 
 def logprobs(logits_LV: torch.Tensor, tokens_L: torch.Tensor, num_top: int) -> Logprobs:
-    """Log probabilities of given tokens under given logits."""
+    """Return log probabilities of given tokens under given logits."""
     logprobs_LV = torch.log_softmax(logits_LV, dim=-1)
     chosen_L1 = logprobs_LV.gather(1, tokens_L[:, None])
     ranks_L = (logprobs_LV > chosen_L1).sum(dim=-1) + 1
@@ -115,13 +115,13 @@ def logprobs(logits_LV: torch.Tensor, tokens_L: torch.Tensor, num_top: int) -> L
 
 
 def seed_key(seed: int) -> int:
-    """A 32-bit key of any whole number (its lower 64 bits), made once on the host."""
+    """Return a 32-bit key of any whole number (its lower 64 bits), made once on the host."""
     low, high = seed & _MASK32, (seed >> 32) & _MASK32
     return _mix_int(_mix_int(low ^ 0x9E3779B9) ^ high)
 
 
 def gumbel(keys_S: torch.Tensor, positions_S: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """[S, V] Gumbel noise: token t of row s gets mix(mix(t + p) ^ q), where p = mix(key + position) and q =
+    """Return Gumbel noise [S, V]: token t of row s gets mix(mix(t + p) ^ q), where p = mix(key + position) and q =
     mix(p + 0x9E3779B9): an offset that no token has, else that token's bits would always be zero.
 
     The 32 bits become u = (bits + 0.5) / 2^32 and the noise -log(-log(1 - u)): small u, which is precise, makes the
@@ -135,7 +135,7 @@ def gumbel(keys_S: torch.Tensor, positions_S: torch.Tensor, vocab_size: int) -> 
 
 
 def _mix(h: torch.Tensor) -> torch.Tensor:
-    """A 32-bit finalizer: every output bit depends on every input bit. int64 holds the unsigned words; products
+    """Mix 32-bit words so that every output bit depends on every input bit. int64 holds the unsigned words; products
     wrap, and only their low 32 bits are kept."""
     h = ((h ^ (h >> 16)) * 0x85EBCA6B) & _MASK32
     h = ((h ^ (h >> 13)) * 0xC2B2AE35) & _MASK32
@@ -178,7 +178,7 @@ def _draw(logits_SV: torch.Tensor, noise: Noise, truncation: Truncation | None) 
 
 
 def _truncate(scaled_RV: torch.Tensor, truncation: Truncation) -> torch.Tensor:
-    """-inf for tokens that min_p, then top_k, then top_p of what is left drop; the most likely one always stays."""
+    """Set tokens to -inf that min_p, then top_k, then top_p of what is left drop; the most likely one always stays."""
     floor_R1 = scaled_RV.amax(dim=-1, keepdim=True) + truncation.min_p.log()[:, None]
     scaled_RV = scaled_RV.masked_fill(scaled_RV < floor_R1, -torch.inf)
     sorted_RV, order_RV = scaled_RV.sort(dim=-1, descending=True, stable=True)

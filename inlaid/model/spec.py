@@ -1,4 +1,4 @@
-"""ModelSpec: what a Hugging Face config.json says about a model, read once into one frozen value. Weights, layers,
+"""ModelSpec: the content of a Hugging Face config.json, read once into one frozen value. Weights, layers,
 adapters and the engine read it; an architecture or option that would be computed wrongly is refused here by name.
 """
 
@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from inlaid.kernels.backend import MODULES
@@ -15,7 +17,7 @@ from inlaid.layers.rotary import ROPE_KINDS, RopeSpec
 
 
 class UnsupportedModel(ValueError):
-    """The model cannot be served right; the message says what and what would do."""
+    """The model cannot be served right; the message says what is wrong and what would do."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,11 @@ class ModelSpec:
 
     @property
     def num_sites(self) -> int:
-        """Places that an adapter can act on, numbered layer * 7 + module."""
+        """Return the number of places that an adapter can act on, numbered layer * 7 + module."""
         return self.num_layers * len(MODULES)
 
     def module_shape(self, module: str) -> tuple[int, int]:
-        """(output, input) features of one of MODULES."""
+        """Return (output, input) features of one of MODULES."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         return {
             "q_proj": (q, self.hidden_size),
@@ -63,13 +65,13 @@ class ModelSpec:
 
 
 def module_path(layer: int, module: str) -> str:
-    """Where a linear stands in a Hugging Face model."""
+    """Return the path of a linear in a Hugging Face model."""
     block = "self_attn" if module in MODULES[:4] else "mlp"
     return f"model.layers.{layer}.{block}.{module}"
 
 
 def read_spec(folder: Path) -> ModelSpec:
-    """The spec of a model folder; end-of-sequence ids come from generation_config.json too."""
+    """Return the spec of a model folder; end-of-sequence ids come from generation_config.json too."""
     config = _read_json(folder / "config.json")
     generation = folder / "generation_config.json"
     return spec_from_config(config, _read_json(generation) if generation.exists() else {})
@@ -136,15 +138,16 @@ def _qwen3(config: dict[str, Any]) -> dict[str, Any]:
     return {"windows": _layer_windows(config), "qkv_bias": bias, "output_bias": bias, "qk_norm": True}
 
 
-_FAMILIES = {"llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3}
+_FAMILIES = MappingProxyType({"llama": _llama, "mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3})
 
 
 def _layer_windows(config: dict[str, Any]) -> tuple[int | None, ...]:
-    """Qwen's layers slide from `max_window_layers` on, or as `layer_types` says, if sliding is switched on at all."""
+    """Return each layer's window: Qwen's layers slide from `max_window_layers` on, or as `layer_types` says, if sliding
+    is switched on at all."""
     num_layers = config["num_hidden_layers"]
-    window = config.get("sliding_window") if config.get("use_sliding_window", False) else None
+    window: int | None = config.get("sliding_window") if config.get("use_sliding_window", False) else None
     if window is None:
-        return (None,) * num_layers
+        return (None,) * int(num_layers)
     types = config.get("layer_types")
     if types is None:
         first = config.get("max_window_layers")
@@ -189,7 +192,8 @@ def _rope(config: dict[str, Any], max_len: int) -> RopeSpec:
 
 
 def _eos(config: dict[str, Any], generation: dict[str, Any]) -> tuple[int, ...]:
-    """Of both files, in their order. -1, which some have for none, and what is not in the vocabulary end nothing."""
+    """Return the ids of both files, in their order, without those that end nothing: -1, which stands for none in some
+    files, and ids outside the vocabulary."""
     ids: list[int] = []
     for source in (generation, config):
         value = source.get("eos_token_id")
@@ -199,12 +203,12 @@ def _eos(config: dict[str, Any], generation: dict[str, Any]) -> tuple[int, ...]:
     return tuple(one for one in dict.fromkeys(ids) if 0 <= one < config["vocab_size"])
 
 
-_WHOLE = {  # fields that are whole numbers, and their bounds
+_WHOLE: Mapping[str, tuple[int, int]] = MappingProxyType({  # fields that are whole numbers, and their bounds
     "vocab_size": (1, 1 << 24), "hidden_size": (1, 1 << 20), "intermediate_size": (1, 1 << 20),
     "num_hidden_layers": (1, 1 << 12), "num_attention_heads": (1, 1 << 16), "num_key_value_heads": (0, 1 << 16),
     "head_dim": (0, 1 << 16), "max_position_embeddings": (1, 1 << 31), "max_window_layers": (0, 1 << 12),
     "sliding_window": (1, 1 << 31), "original_max_position_embeddings": (0, 1 << 31),
-}  # fmt: skip
+})  # fmt: skip
 _NUMBERS = (  # fields that are finite numbers from 0 on
     "rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow",
     "attention_factor", "mscale", "mscale_all_dim", "partial_rotary_factor",
@@ -212,7 +216,7 @@ _NUMBERS = (  # fields that are finite numbers from 0 on
 
 
 def _check(config: dict[str, Any], where: str) -> None:
-    """Fields that are there, and not null, are what they must be."""
+    """Refuse fields that are there, and not null, but not what they must be."""
     for name, (least, most) in _WHOLE.items():
         value = config.get(name)
         if value is not None and (type(value) is not int or not least <= value <= most):

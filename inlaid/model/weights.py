@@ -1,5 +1,5 @@
-"""Weights from a Hugging Face folder (or hub id) to a Transformer on a device: dense or GPTQ, sharded or not, tied or
-not. Every tensor of the checkpoint must find its place and every place its tensor; what does not is named.
+"""Loading a Hugging Face folder (or hub id) into a Transformer on a device: dense or GPTQ, sharded or not, tied or not.
+Every tensor of the checkpoint must find its place and every place its tensor; those that do not are named.
 The runner's start-up calls `fetch`, `read_spec`, `load` and `base_version`.
 """
 
@@ -9,9 +9,10 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from tqdm import tqdm
@@ -33,7 +34,9 @@ log = logging.getLogger(__name__)
 READERS = 4  # threads that bring weights into memory
 AHEAD = 3  # layers that they are ahead of the one being repacked
 SIBLINGS = ((0, 3), (3, 4), (4, 6), (6, 7))  # of MODULES
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+)
 
 
 class WeightError(ValueError):
@@ -41,7 +44,7 @@ class WeightError(ValueError):
 
 
 def fetch(model: str) -> Path:
-    """A local folder as it is; a hub id is downloaded once, with progress."""
+    """Return a local folder as it is; download a hub id once, with progress."""
     if Path(model).is_dir():
         return Path(model)
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
@@ -61,7 +64,7 @@ def fetch(model: str) -> Path:
 
 
 def compute_dtype(name: str, spec: ModelSpec, device: torch.device) -> torch.dtype:
-    """`auto` is fp32 on a CPU; on a GPU fp16 for quantized weights and the stored type for others."""
+    """Return the named type. `auto` is fp32 on a CPU; on a GPU fp16 for quantized weights, else the stored type."""
     if name != "auto":
         return DTYPES[name]
     if device.type == "cpu":
@@ -72,8 +75,10 @@ def compute_dtype(name: str, spec: ModelSpec, device: torch.device) -> torch.dty
 
 
 def base_version(checkpoint: Checkpoint) -> str:
-    """The hash of the base's config and every stored byte. Hashing takes about a second per GB, so it is kept beside
-    the user's other caches, keyed by each file's path, size and modification time."""
+    """Return the hash of the base's config and every stored byte.
+
+    Hashing takes about a second per GB, so the hash is kept beside the user's other caches, keyed by each file's path,
+    size and modification time."""
     files = sorted([*checkpoint.path.glob("*.safetensors"), checkpoint.path / "config.json"])
     key = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "inlaid"
@@ -112,7 +117,7 @@ def load(
 
 
 class _Loader:
-    """Takes tensors from the checkpoint and remembers which, to name those left over."""
+    """Tensors of a checkpoint on their way into a model; those that nothing took are named at the end."""
 
     def __init__(
         self, checkpoint: Checkpoint, spec: ModelSpec, kernels: Kernels, device: torch.device, dtype: torch.dtype
@@ -158,7 +163,7 @@ class _Loader:
         return Transformer(spec, self.kernels, Embedding(embedding, self.kernels.ops), blocks, norm, Head(head), rotary)
 
     def read_ahead(self, layer: int, readers: ThreadPoolExecutor) -> None:
-        """Quantized linears of a layer into memory, siblings fused, while earlier layers are repacked."""
+        """Read a layer's quantized linears into memory, siblings fused, while earlier layers are repacked."""
         for first, last in SIBLINGS:
             paths = [module_path(layer, module) for module in MODULES[first:last]]
             if all(path in self.checkpoint.linears for path in paths):
@@ -184,7 +189,7 @@ class _Loader:
         )
 
     def linear(self, layer: int, modules: Sequence[str], bias: bool, reader: Reader) -> Linear:
-        """Siblings of one input, fused when their weights allow it."""
+        """Return the siblings of one input, fused when their weights allow it."""
         paths = [module_path(layer, module) for module in modules]
         shapes = [self.spec.module_shape(module) for module in modules]
         site = Site(layer * len(MODULES) + MODULES.index(modules[0]), tuple(shape[0] for shape in shapes))
@@ -214,7 +219,7 @@ class _Loader:
         return [self.prepare(weight) for weight in weights_q]
 
     def quantized_siblings(self, paths: list[str], shapes: list[tuple[int, int]]) -> list[QuantizedLinear]:
-        """One weight where they can be fused."""
+        """Return one weight where the siblings can be fused, else one each."""
         weights_q = [self.quantized(path, shape) for path, shape in zip(paths, shapes, strict=True)]
         fused = fuse(weights_q)
         return [fused] if fused is not None else weights_q
@@ -237,7 +242,7 @@ class _Loader:
         return weight
 
     def bias(self, path: str, width: int, required: bool) -> torch.Tensor | None:
-        """Some quantizers write zero biases where the model has none, so one is taken wherever it is stored."""
+        """Return the bias wherever one is stored: some quantizers write zero biases where the model has none."""
         name = f"{path}.bias"
         return self.tensor(name, (width,)) if required or name in self.checkpoint else None
 
@@ -261,7 +266,7 @@ class _Loader:
 
 
 def fuse(weights: Sequence[QuantizedLinear]) -> QuantizedLinear | None:
-    """Siblings side by side in N; None when their bits, groups or input orders differ."""
+    """Return siblings side by side in N, or None when their bits, groups or input orders differ."""
     first = weights[0]
     if len(weights) == 1:
         return first

@@ -1,4 +1,4 @@
-"""How many KV blocks fit into the memory of a device. Both runners ask at start-up."""
+"""The number of KV blocks that fit into the memory of a device. Both runners ask at start-up."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What requests ask of the sampler: noise, penalties, biases, grammars, truncation, log probabilities. Each runner
-keeps one `SamplingState`.
+"""The features that requests ask of the sampler: noise, penalties, biases, grammars, truncation, log probabilities.
+Each runner keeps one `SamplingState`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NOTHING: Mapping[str, int] = MappingProxyType({})
 
 
 class SamplingState:
-    """What is kept for requests between steps: keys of their noise, and token counts of those with penalties."""
+    """The state of requests between steps: keys of their noise, and token counts of those with penalties."""
 
     def __init__(self, vocab_size: int, device: torch.device, seed: int) -> None:
         self.vocab_size = vocab_size

@@ -1,4 +1,4 @@
-"""From a batch to `meta`: the order of a step's rows, its layout, and its inputs in pinned memory."""
+"""Staging, from a batch to `meta`: the order of a step's rows, its layout, and its inputs in pinned memory."""
 
 from __future__ import annotations
 

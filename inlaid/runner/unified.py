@@ -28,7 +28,7 @@ from inlaid.model.transformer import KVCache
 
 @dataclass(frozen=True)
 class Unified:
-    """What a runner needs of it."""
+    """Shared memory as a runner needs it."""
 
     cache: KVCache
     stride: int  # micro-blocks in a block
@@ -36,12 +36,12 @@ class Unified:
 
 
 def block_elements(spec: ModelSpec, block_size: int) -> int:
-    """Of one block over all layers."""
+    """Return the elements of one block over all layers."""
     return 2 * spec.num_layers * block_size * spec.num_kv_heads * spec.head_dim
 
 
 def floor_blocks(store: AdapterStore, spec: ModelSpec, block_size: int) -> int:
-    """Blocks of the adapters' floor."""
+    """Return the blocks of the adapters' floor."""
     return -(-store.floor // block_elements(spec, block_size))
 
 
@@ -54,7 +54,7 @@ def unify(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Unified:
-    """Memory for so many KV blocks (scratch included) and the adapters' floor; the store moves into it."""
+    """Return memory for `num_kv_blocks` (scratch included) and the adapters' floor; move the store into it."""
     size = config.block_size
     unit, stride = block_elements(spec, size), 2 * spec.num_layers
     if unit % ALIGNMENT:

@@ -15,7 +15,7 @@ PAGE = 16
 
 
 def paged(lengths: list[int], kv_heads: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Caches with NaN wherever no token lives, and the block tables that lead to the tokens."""
+    """Return caches with NaN wherever no token lives, and the block tables that lead to the tokens."""
     generator = torch.Generator().manual_seed(sum(lengths) + width)
     pages = [-(-length // PAGE) for length in lengths]
     blocks = torch.randperm(sum(pages) + 3, generator=generator)[: sum(pages)] + 1
@@ -64,7 +64,7 @@ def test_decode(splits: int, heads: int, kv_heads: int, width: int, window: int)
 @pytest.mark.parametrize("tile", [(32, 4, 1), (32, 4, 3), (64, 8, 2)])
 @pytest.mark.parametrize("kv_heads", [2, 1])
 def test_decode_in_other_tiles(tile: tuple[int, int, int], kv_heads: int) -> None:
-    """Those that perf/gpu times; a sequence ends within, at and after a tile."""
+    """Use tiles that perf/gpu times; a sequence ends within, at and after a tile."""
     lengths = [30, 64, 97]
     k_cache, v_cache, tables = paged(lengths, kv_heads, 64)
     q = torch.randn(3, 2, 64).half().to(DEVICE)

@@ -1,4 +1,4 @@
-"""What the oracle tests share: tiny random models of every family, random PEFT adapters, inlaid's own engine around
+"""Shared parts of the oracle tests: tiny random models of every family, random PEFT adapters, inlaid's engine around
 them, and transformers + peft as the judge."""
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _SHARED = {
 
 
 def family_config(name: str) -> PretrainedConfig:
-    """A tiny configuration of each family and rope type that inlaid serves."""
+    """Return a tiny configuration of each family and rope type that inlaid serves."""
     llama3 = {
         "rope_type": "llama3",
         "factor": 8.0,
@@ -104,7 +104,7 @@ def save_model(folder: Path, config: PretrainedConfig, seed: int = 0, **save: An
 
 
 def save_adapter(folder: Path, model: Path, seed: int, **settings: Any) -> None:
-    """A random adapter (both factors), written by peft itself."""
+    """Write a random adapter (both factors) with peft itself."""
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_pretrained(model)
     adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings))
@@ -140,7 +140,7 @@ def adapter_settings(index: int) -> dict[str, Any]:
 
 @dataclass
 class Answer:
-    """What inlaid made of one request."""
+    """The answer of inlaid to one request."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -183,7 +183,7 @@ def add_adapter(loaded: LoadedModel, name: str, folder: Path) -> str:
 
 
 def ask(name: str, prompt: list[int], adapter: str | None = None, max_tokens: int = 12, **params: Any) -> NewRequest:
-    """A greedy request with log probabilities unless told otherwise."""
+    """Return a greedy request with log probabilities unless told otherwise."""
     settings = {"temperature": 0.0, "logprobs": 0, "ignore_eos": True, **params}
     return NewRequest(id=name, prompt=prompt, adapter=adapter, params=SamplingParams(max_tokens=max_tokens, **settings))
 
@@ -254,7 +254,7 @@ class Judge:
 
 
 def save_gptq(folder: Path, model: Path, judged: Path, bits: int, group_size: int, act_order: bool) -> None:
-    """A model folder rounded to GPTQ's format in `folder`, and the same weights dequantized in `judged`. With
+    """Write a model folder rounded to GPTQ's format to `folder`, and the same weights dequantized to `judged`. With
     act_order each linear has an input order of its own, so siblings cannot be fused."""
     checkpoint = Checkpoint(model)
     random = torch.Generator().manual_seed(bits)

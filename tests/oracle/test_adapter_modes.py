@@ -31,7 +31,7 @@ def judge() -> Judge:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often the forward waited for a layer group, and how often it computed from host memory."""
+    """Count how often the forward pass waited for a layer group, and how often it computed from host memory."""
     counted: Counter[str] = Counter()
 
     def count(owner: type[Any], name: str) -> None:

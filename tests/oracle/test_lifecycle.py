@@ -66,7 +66,7 @@ class World:
         )
 
     def alone(self, identity: str | None, prompt: int) -> list[int]:
-        """What an engine with this adapter only answers."""
+        """Return the answer of an engine with this adapter only."""
         key = (identity, prompt)
         if key not in self._alone:
             store = AdapterStore(self.spec, 1, self.largest, CPU, torch.float32)

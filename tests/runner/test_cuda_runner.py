@@ -57,8 +57,7 @@ NEAR_TIE = 0.03  # in half precision two tokens this close may change places
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter takes milliseconds for each program of a launch; what many programs do is tested with the
-    kernels."""
+    """Launch few programs: the interpreter takes milliseconds for each. Many programs are tested with the kernels."""
     if DEVICE.type == "cpu":
         monkeypatch.setattr(attention_triton, "num_splits", lambda sequences, kv_heads: 1)
         few = lora_triton.Tuning(parts=1, block_k=128, block_n=256)
@@ -173,7 +172,7 @@ def test_tokens_are_the_same_in_unified_memory(bench: Bench) -> None:
 
 @pytest.mark.parametrize(("mode", "patient"), [*((mode, False) for mode in MODES), (CPU_ASSIST, True)])
 def test_adapters_that_are_still_coming(bench: Bench, mode: str, patient: bool) -> None:
-    """In every mode the tokens are the same: prompts start before their adapters are whole, on the lane of a device or
+    """Tokens are the same in every mode: prompts start before their adapters are whole, on the lane of a device or
     of a test, and what has not landed is waited for there or computed by two threads from the host's copy; or, where
     that would take longer, the step waits for the whole."""
     spec, fake = read_spec(bench.model), FakeLane(patience=30)
@@ -342,8 +341,8 @@ class Offering(DenseLinear):
 
 @pytest.mark.parametrize("most", [2, 256])
 def test_linears_before_a_norm_may_leave_parts(bench: Bench, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of some numbers of rows or of all; with biases, adapters at once and pending, log probabilities of a prompt, and
-    the last block's product before the head."""
+    """Products of some numbers of rows, or of all, are split; with biases, adapters at once and pending, log
+    probabilities of a prompt, and the last block's product before the head."""
     prompt = ask("prompt", [9, 8, 7, 6, 5, 4, 3], "a1", max_tokens=2, logprobs=1, prompt_logprobs=0)
     requests = [*mixed(4, max_tokens=3, logprobs=1), prompt]
     whole = serve(bench.engine()[0], requests)
@@ -370,7 +369,7 @@ def test_linears_before_a_norm_may_leave_parts(bench: Bench, most: int, monkeypa
 
 
 def test_steps_run_the_transformer(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is one transformer: start-up, what graphs capture, and steps without a graph all run its `forward`."""
+    """Start-up, what graphs capture, and steps without a graph all run `Transformer.forward`."""
     engine, runner = bench.engine()
     assert isinstance(runner, CudaRunner)
 
