@@ -128,8 +128,8 @@ def _legend(figure: Figure, axis: Axes) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=min(2, len(labels)), fontsize=7, frameon=False)
 
 
-def cliff(rows: list[dict[str, Any]], resident: dict[str, Any] | None) -> bytes:
-    """TTFT and throughput against adapters per place on the device; dashed: all of them resident."""
+def oversubscription(rows: list[dict[str, Any]], resident: dict[str, Any] | None) -> bytes:
+    """Draw TTFT and throughput against adapters per place on the device; dashed: all of them resident."""
     figure, ((latency, speed),) = new_figure((9, 3.6), columns=2)
     ordered = sorted(rows, key=lambda row: row["adapters"] / row["places"])
     ratios = [row["adapters"] / row["places"] for row in ordered]

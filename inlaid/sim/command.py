@@ -16,10 +16,12 @@ import msgspec
 from tqdm import tqdm
 
 from inlaid.engine.policy import parse_policy
+from inlaid.report.plots import PlotsMissing, new_figure
 from inlaid.report.provenance import provenance
 from inlaid.sim import oversubscription, placement
 from inlaid.sim.experiment import Experiment, bound, prepare, table
 from inlaid.sim.experiment import run as run_policy
+from inlaid.sim.plot import draw_bars, draw_lines, draw_suite
 from inlaid.sim.report import file_name, markdown, write_records, write_table
 from inlaid.sim.simulate import make_lengths
 from inlaid.workload.arrivals import Arrivals
@@ -76,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         print(f"inlaid sim: {error}", file=sys.stderr)
         return 2
+    args.figures = _can_draw(args)
     for experiment in experiments:
         rows = _run_one(experiment, policies, args)
         print(f"\n{experiment.workload.name}: {experiment.workload.about}\n\n{markdown(rows)}")
@@ -84,6 +87,18 @@ def run(args: argparse.Namespace) -> int:
     if OVERSUBSCRIPTION in names:
         _run_oversubscription(args)
     return 0
+
+
+def _can_draw(args: argparse.Namespace) -> bool:
+    """Tell whether figures are wanted and can be drawn; without matplotlib, say so in a line and go on."""
+    if args.out is None or args.no_figures:
+        return False
+    try:
+        new_figure((1.0, 1.0))
+    except PlotsMissing as error:
+        print(f"inlaid sim: no figures are drawn: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def _run_oversubscription(args: argparse.Namespace) -> None:
@@ -97,9 +112,7 @@ def _run_oversubscription(args: argparse.Namespace) -> None:
     if args.out is None:
         return
     _write_sweep(args.out, OVERSUBSCRIPTION, oversubscription.ABOUT, {**manifest, "machine": machine}, rows, text)
-    if not args.no_figures:
-        from inlaid.sim.plot import draw_lines
-
+    if args.figures:
         for key, label in (("ttft_p50_ms", "median"), ("ttft_p99_ms", "p99")):
             title, axes = f"{label} time to first token, {machine}", ("adapters per place", "ms")
             draw_lines(args.out / f"{OVERSUBSCRIPTION}-{label}", title, axes, oversubscription.lines(rows, key))
@@ -126,9 +139,7 @@ def _run_placement(args: argparse.Namespace) -> None:
     if args.out is None:
         return
     _write_sweep(args.out, PLACEMENT, placement.ABOUT, provenance(first_seed), rows, text)
-    if not args.no_figures:
-        from inlaid.sim.plot import draw_bars
-
+    if args.figures:
         for kernel in placement.KERNELS:
             bars = placement.attainments([row for row in rows if row["kernel"] == kernel])
             title = f"share within {1e3 * placement.SLO:g} ms per token, {kernel} kernels"
@@ -186,9 +197,7 @@ def _run_one(experiment: Experiment, policies: Sequence[str], args: argparse.Nam
     rows = table(experiment, outcomes)
     if args.out is not None:
         write_table(args.out, workload.name, workload.about, manifest, rows)
-        if not args.no_figures:
-            from inlaid.sim.plot import draw_suite
-
+        if args.figures:
             limit = bound(experiment) if workload.simulator.fairness else None
             title = f"{workload.name}: {workload.about}"
             draw_suite(args.out / workload.name, title, outcomes, experiment.duration, limit)

@@ -303,13 +303,13 @@ def run(stage: str, keep: Keep) -> dict[str, Any]:
 
 def plot(folder: Path) -> Path:
     """Draw TTFT and throughput against adapters per place from the results of cliff-slots and cliff-resident."""
-    from perf.plots import cliff
+    from perf.plots import oversubscription
 
     rows = json.loads((folder / "adapters-cliff-slots.json").read_text())["result"]["rows"]
     resident = folder / "adapters-cliff-resident.json"
     best = json.loads(resident.read_text())["result"]["rows"][0] if resident.exists() else None
     target = folder / "adapters-cliff.png"
-    target.write_bytes(cliff(rows, best))
+    target.write_bytes(oversubscription(rows, best))
     return target
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from inlaid.report.plots import PlotsMissing
+from inlaid.sim import command
 from inlaid.sim.command import main, split_policies
 
 FILES = {"real-fcfs.jsonl", "real-vtc-predict-oracle.jsonl", "real.json", "real.md", "real.png", "real.pdf"}
@@ -62,3 +64,22 @@ def test_a_bad_line_of_a_trace_is_named(tmp_path: Path, capsys: pytest.CaptureFi
 def test_options_of_policies_survive_the_commas() -> None:
     assert split_policies("vtc,inlaid:beta=5,ageing=2,fcfs") == ["vtc", "inlaid:beta=5,ageing=2", "fcfs"]
     assert split_policies("rpm:limit=5,window=10;vtc") == ["rpm:limit=5,window=10", "vtc"]
+
+
+def test_without_matplotlib_the_run_goes_on_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(size: tuple[float, float]) -> None:
+        raise PlotsMissing("figures need matplotlib")
+
+    monkeypatch.setattr(command, "new_figure", missing)
+    trace, out = tmp_path / "trace.jsonl", tmp_path / "out"
+    write_trace(trace)
+    assert main(["--suite", "real", "--policy", "fcfs", "--trace", str(trace), "--out", str(out)]) == 0
+    assert {path.name for path in out.iterdir()} == {"real-fcfs.jsonl", "real.json", "real.md"}
+    assert capsys.readouterr().err.count("no figures are drawn: figures need matplotlib") == 1
+
+
+def test_recorded_commands_keep_their_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--suite", "cliff,overlode"]) == 2
+    assert "unknown suite 'overlode'" in capsys.readouterr().err
