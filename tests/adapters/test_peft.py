@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from inlaid.adapters.peft import AdapterError, read_adapter, site_path
+from inlaid.adapters.adapter import AdapterError, site_path
+from inlaid.adapters.peft import read_adapter
 from inlaid.model.spec import ModelSpec, spec_from_config
 
 CONFIG = LlamaConfig(
@@ -118,6 +120,14 @@ def test_identity_is_the_content(tmp_path: Path) -> None:
     )
 
 
+def nested(depth: int) -> list[Any]:
+    """A list in a list in a list."""
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 REFUSED_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"use_dora": True}, "DoRA"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
@@ -148,9 +158,23 @@ REFUSED_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"target_modules": [*QV, "lm_head"]}, "'lm_head' is none of the base's"),
     ({"target_modules": "["}, "not a regular expression"),
     ({"layers_to_transform": 1, "layers_pattern": 5}, "layers_pattern is 5"),
-    ({"layers_to_transform": 1, "layers_pattern": "q_proj|k_proj"}, "which the config does not target"),
+    ({"layers_to_transform": 1, "layers_pattern": "q_proj|k_proj"}, "layers_pattern 'q_proj|k_proj' is not supported"),
+    ({"layers_to_transform": 1, "layers_pattern": "q_proj"}, "which the config does not target"),
     ({"layers_to_transform": [0]}, "does not target"),
     ({"layers_to_transform": "0"}, "layers_to_transform"),
+    ({"lora_alpha": 10**400}, "lora_alpha must be a number, and finite"),
+    ({"alpha_pattern": {"q_proj": math.nan}}, "alpha_pattern.*finite"),
+    ({"alpha_pattern": {"q_proj": 10**400}}, "alpha_pattern.*finite"),
+    ({"rank_pattern": {"q_proj": math.inf}}, "rank_pattern.*finite"),
+    ({"rank_pattern": {"q_proj": 2.5}}, "a rank is a whole number"),
+    ({"rank_pattern": {"(a+)+$": 4, "(.*)*_x": 5}, "r": 5}, "has rank 4, the config says 5"),
+    ({"target_modules": r"(?:\w+\.?)*!"}, "does not target"),
+    ({"target_modules": r"(.)\1"}, "back-references"),
+    ({"target_modules": nested(800)}, "target_modules must be"),
+    ({"some_new_method": nested(800)}, "some_new_method"),
+    ({"exclude_modules": 3}, "exclude_modules must be"),
+    ({"lora_alpha": 1e30}, "amplifies its input"),
+    ({"peft_type": "\ud800\n500 OK"}, r"peft_type '\\ud800\\n500 OK'"),
 ]
 
 
@@ -191,6 +215,9 @@ REFUSED_WEIGHTS: list[tuple[Any, str]] = [
     (put(A0, torch.zeros(4, 16, dtype=torch.int64)), "not a floating-point type"),
     (put(A0, lambda tensors: tensors[A0].index_fill(0, torch.tensor([1]), math.nan)), "NaN or infinity"),
     (put(B0, lambda tensors: tensors[B0] * math.inf), "NaN or infinity"),
+    (put(B0, torch.full((16, 4), 3e38)), r"q_proj amplifies its input up to 1.25e\+39 times"),
+    (put(A0, torch.full((4, 16), -1e20)), "amplifies its input"),
+    (put("lines\nof\tlogs", torch.zeros(1)), r"tensor lines\\nof\\tlogs fits nowhere"),
     (lambda tensors: {name: tensor * ("lora_A" in name) for name, tensor in tensors.items()}, "changes nothing"),
     (lambda tensors: {}, "empty"),
 ]
@@ -235,6 +262,26 @@ def test_limits(tmp_path: Path) -> None:
     edit_weights(tmp_path, lambda tensors: {name: tensor * 1e6 for name, tensor in tensors.items()})
     with pytest.raises(AdapterError, match=r"does not fit into torch\.float16"):
         read_adapter(tmp_path, SPEC, torch.float16)
+
+
+def test_no_more_is_read_than_config_and_base_account_for(tmp_path: Path) -> None:
+    """A sparse file of 5 GiB takes no room on disk, but would take it in memory."""
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        folder = write(tmp_path / name, r=4, target_modules=QV)
+        with (folder / name).open("r+b") as file:
+            file.truncate(5 << 30)
+        tracemalloc.start()
+        with pytest.raises(AdapterError, match=f"{name} has 5368709120 bytes"):
+            read(folder)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        tracemalloc.stop()
+
+
+def test_the_gain_that_is_safe_depends_on_the_type(tmp_path: Path) -> None:
+    folder = write(tmp_path, r=4, target_modules=QV, lora_alpha=4000)
+    assert read(folder).rank == 4
+    with pytest.raises(AdapterError, match=r"more than the 256 that are safe in torch\.float16"):
+        read_adapter(folder, SPEC, torch.float16)
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])

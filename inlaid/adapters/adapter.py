@@ -1,0 +1,69 @@
+"""The nouns of the adapter package: an adapter in host memory, the place of each of its matrices, and the one error
+that says why an adapter cannot be used. `peft.py` makes adapters; serving, quantizing and evaluating use them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from inlaid.kernels.backend import MODULES
+from inlaid.model.spec import module_path
+
+ALIGNMENT = 64  # elements; each matrix starts at a multiple, so that a kernel may load wide words
+_MAX_MESSAGE = 2000  # characters of a message: names from files may be of any length
+
+
+class AdapterError(ValueError):
+    """An adapter cannot be served right; the message says why. Text from files is escaped in it."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """Escape what a line of a log cannot hold, lone surrogates and line ends among it, and cut a text that is too
+    long.
+    """
+    text = text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]}..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+@dataclass(frozen=True)
+class AdapterEntry:
+    """One adapted linear: where A [rank, K] and B [N, rank] lie in the adapter's flat tensor."""
+
+    site: int
+    a_start: int
+    b_start: int
+    end: int
+    rank: int
+    scale: float
+
+    def factors(self, flat: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Return A and B as views of `flat`; `shape` is the linear's (outputs, inputs)."""
+        outputs, inputs = shape
+        a_RK = flat[self.a_start : self.a_start + self.rank * inputs].view(self.rank, inputs)
+        b_NR = flat[self.b_start : self.b_start + outputs * self.rank].view(outputs, self.rank)
+        return a_RK, b_NR
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A validated adapter in host memory, in the compute type. `identity` is the hash of its files."""
+
+    identity: str
+    path: str
+    flat: torch.Tensor
+    entries: tuple[AdapterEntry, ...]
+
+    @property
+    def rank(self) -> int:
+        return max(entry.rank for entry in self.entries)
+
+
+def site_path(site: int) -> str:
+    """Return the module that a site number stands for."""
+    return module_path(site // len(MODULES), MODULES[site % len(MODULES)])

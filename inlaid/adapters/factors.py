@@ -1,0 +1,143 @@
+"""The tensors of an adapter's weights file: each gets its place in the base, and is checked for shape, type and size of
+its values. `peft.py` is the only caller.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from inlaid.adapters.adapter import AdapterError, site_path
+from inlaid.kernels.backend import MODULES
+from inlaid.model.spec import ModelSpec
+from inlaid.tensorfiles import CheckpointError, tensors_in
+
+Factors = dict[int, tuple[Tensor, Tensor]]  # site -> A [rank, K], B [N, rank]
+
+INPUT_NORM = 256.0  # of a normalised input: its root mean square is about 1, and 256 ** 2 features are wide
+MAX_OUTPUT = 2.0**32  # of what an adapter adds to one feature, where the compute type has room for it
+
+_FACTOR = re.compile(
+    r"(?:(?:base_model|model)\.)*layers\.(?P<layer>\d{1,6})\.(?P<block>self_attn|mlp)\.(?P<module>\w+)"
+    r"\.lora_(?P<factor>[AB])(?:\.[^.]+)?\.weight"
+)
+_FOREIGN = (
+    ("lora_magnitude_vector", "DoRA is not supported"),
+    ("modules_to_save", "modules_to_save is not supported"),
+    ("lora_embedding", "adapters of the embedding are not supported"),
+    ("embed_tokens", "adapters of the embedding are not supported"),
+    ("lm_head", "adapters of the output head are not supported"),
+    (".bias", "adapters with biases are not supported"),
+)
+
+
+def parse_weights(data: memoryview) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file in memory."""
+    try:
+        tensors = tensors_in(data)
+    except CheckpointError as error:
+        raise AdapterError(f"adapter_model.safetensors is damaged or cut short ({error})") from None
+    if not tensors:
+        raise AdapterError("adapter_model.safetensors is empty")
+    return tensors
+
+
+def pair(tensors: Mapping[str, Tensor], spec: ModelSpec) -> Factors:
+    """Find each tensor its place; shapes must be the base's."""
+    found: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        site, factor = _place(name, spec)
+        if factor in found.setdefault(site, {}):
+            raise AdapterError(f"two tensors claim lora_{factor} of {site_path(site)}")
+        found[site][factor] = tensor
+    factors = {}
+    for site in sorted(found):
+        missing = {"A", "B"} - set(found[site])
+        if missing:
+            raise AdapterError(f"{site_path(site)} has no lora_{missing.pop()}")
+        factors[site] = _check_shape(site, found[site]["A"], found[site]["B"], spec)
+    return factors
+
+
+def _place(name: str, spec: ModelSpec) -> tuple[int, str]:
+    match = _FACTOR.fullmatch(name)
+    if match is None:
+        for sign, reason in _FOREIGN:
+            if sign in name:
+                raise AdapterError(f"tensor {name}: {reason}")
+        raise AdapterError(f"tensor {name} fits nowhere in a {spec.architecture} model")
+    layer, module = int(match["layer"]), match["module"]
+    right_block = module in MODULES and (module in MODULES[:4]) == (match["block"] == "self_attn")
+    if not right_block or layer >= spec.num_layers:
+        raise AdapterError(f"tensor {name}: the base has no such module (it has {spec.num_layers} layers)")
+    return layer * len(MODULES) + MODULES.index(module), match["factor"]
+
+
+def _check_shape(site: int, a: Tensor, b: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor]:
+    outputs, inputs = spec.module_shape(MODULES[site % len(MODULES)])
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != inputs or b.shape[0] != outputs:
+        raise AdapterError(
+            f"{site_path(site)} has A {tuple(a.shape)} and B {tuple(b.shape)}, "
+            f"made for another base: this one's layer is {inputs} to {outputs}"
+        )
+    for factor, tensor in (("A", a), ("B", b)):
+        if not tensor.is_floating_point():
+            raise AdapterError(f"{site_path(site)} lora_{factor} is {tensor.dtype}, not a floating-point type")
+    if a.shape[0] != b.shape[1] or a.shape[0] == 0:
+        raise AdapterError(f"{site_path(site)}: A has rank {a.shape[0]} and B has rank {b.shape[1]}")
+    return a, b
+
+
+def max_gain(dtype: torch.dtype) -> float:
+    """Bound on an adapter's gain in a compute type: no input of norm INPUT_NORM can then be driven beyond MAX_OUTPUT,
+    nor beyond the type's largest number. 256 in float16, 2 ** 24 in bfloat16 and float32. A trained adapter's gain is
+    about 1.
+
+    MAX_OUTPUT leaves room for what follows: the product of three such numbers, as in an MLP or in the scores of an
+    attention head, still fits into float32.
+    """
+    return min(torch.finfo(dtype).max, MAX_OUTPUT) / INPUT_NORM
+
+
+def check_values(flat: Tensor, factors: Factors, scales: Mapping[int, float], dtype: torch.dtype) -> None:
+    """Refuse values that are not finite in the compute type, and an adapter whose gain is above `max_gain`. `flat`
+    holds all factors in the compute type; for most adapters one look at it is enough.
+    """
+    least, most = torch.aminmax(flat)  # each is NaN where one is in between
+    largest = max(-float(least), float(most))
+    if not (math.isfinite(least) and math.isfinite(most)):
+        _check_finite(factors, dtype)
+    limit = max_gain(dtype)
+    for site, (a_RK, b_NR) in factors.items():
+        rank, inputs = a_RK.shape
+        scale = abs(scales[site])
+        longest = largest * math.sqrt(inputs)  # no row of A is longer
+        if max(longest, scale * longest, scale * rank * largest * longest) <= limit:
+            continue
+        gain = _gain(a_RK, b_NR, scale)
+        if not gain <= limit:
+            raise AdapterError(
+                f"{site_path(site)} amplifies its input up to {gain:.3g} times, more than the {limit:.3g} that are "
+                f"safe in {dtype}; lower lora_alpha, or look for a mistake in how it was trained or saved"
+            )
+
+
+def _gain(a_RK: Tensor, b_NR: Tensor, scale: float) -> float:
+    """Bound how many times larger than its input's norm a feature of A x, scale A x or scale B A x can be."""
+    lengths_R = a_RK.double().norm(dim=1)
+    added = float((b_NR.double().abs() @ lengths_R).max())
+    return max(float(lengths_R.max()) * max(1.0, scale), scale * added)
+
+
+def _check_finite(factors: Factors, dtype: torch.dtype) -> None:
+    """Name the first factor that is not finite in the compute type."""
+    for site, both in factors.items():
+        for factor, tensor in zip("AB", both, strict=True):
+            if not bool(torch.isfinite(tensor.to(dtype)).all()):
+                finite = torch.isfinite(tensor.float()).all()
+                wrong = f"does not fit into {dtype}" if finite else "holds NaN or infinity"
+                raise AdapterError(f"{site_path(site)} lora_{factor} {wrong}")
