@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import inlaid
+from inlaid.adapters.peft import identity_of
 from inlaid.checkpoint import Checkpoint
 from inlaid.model.weights import base_version
 from inlaid.report.provenance import gpu, now, provenance
@@ -24,9 +25,8 @@ def base_identity(folder: Path) -> str:
 
 
 def adapter_identity(folder: Path) -> str:
-    """Return the adapter's content hash, as `inlaid.adapters.peft` computes it; also of an adapter that it refuses."""
-    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    return hashlib.sha256(hashlib.sha256(config.read_bytes()).digest() + weights.read_bytes()).hexdigest()
+    """Return the identity by which the server knows the adapter."""
+    return identity_of(folder)
 
 
 def tokenizer_identity(folder: Path) -> str:

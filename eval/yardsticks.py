@@ -15,7 +15,6 @@ from transformers import AutoTokenizer
 
 from inlaid.checkpoint import Checkpoint, QuantSpec, quantization_config, to_tensors
 from inlaid.files import atomic_folder
-from inlaid.quant.adapter import NO_ADAPTER
 from inlaid.quant.aggregate import TaskHessian, combine
 from inlaid.quant.baselines import scaled_weight
 from inlaid.quant.blocks import BlockModel
@@ -63,7 +62,7 @@ def mixed_hessians(checkpoint: Checkpoint, files: Sequence[Path], settings: Cali
     streams = [model.start(batches(calibration.fitting)) for calibration in data]
     for index in range(model.num_blocks):
         with model.loaded(index) as block:
-            sites = [block_hessians(model, block, index, NO_ADAPTER, one, advance=True) for one in streams]
+            sites = [block_hessians(model, block, index, None, one, advance=True) for one in streams]
         hessians = [(site.hessians(), site.total) for site in sites]
         for site, names in sites[0].members.items():
             tasks = [TaskHessian(lambda held=held: held[site], total) for held, total in hessians]  # type: ignore[misc]  # noqa: B023

@@ -66,12 +66,12 @@ def atomic_folder(path: str | Path, partial: Path | None = None) -> Iterator[Pat
 def replace_folder(new: Path, path: Path) -> None:
     """Put `new` in the place of `path` in one step, and drop what was there."""
     if path.exists():
-        _exchange(new, path)
-        _sync_directory(path.parent)
+        exchange(new, path)
+        sync_directory(path.parent)
         shutil.rmtree(new)
     else:
         os.rename(new, path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -80,7 +80,7 @@ def sync_folder(folder: Path) -> None:
         if file.is_file():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
-    _sync_directory(folder)
+    sync_directory(folder)
 
 
 @contextmanager
@@ -110,12 +110,12 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
 
 
-def _exchange(new: Path, path: Path) -> None:
+def exchange(new: Path, path: Path) -> None:
     """Swap two folders: in one step on Linux, elsewhere by way of a third name."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
-        at_cwd, exchange = -100, 2
-        if libc.renameat2(at_cwd, os.fsencode(new), at_cwd, os.fsencode(path), exchange) == 0:
+        at_cwd, both = -100, 2
+        if libc.renameat2(at_cwd, os.fsencode(new), at_cwd, os.fsencode(path), both) == 0:
             return
     aside = path.with_name(f".{path.name}.old")
     os.rename(path, aside)
@@ -123,7 +123,8 @@ def _exchange(new: Path, path: Path) -> None:
     os.rename(aside, new)
 
 
-def _sync_directory(folder: Path) -> None:
+def sync_directory(folder: Path) -> None:
+    """Make the names in a folder durable."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

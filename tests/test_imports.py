@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runner": {"engine", "text"} | DEVICE,
     "worker": {"engine", "text"} | DEVICE,
     "llm": {"engine", "text", "worker"},
-    "quant": {"adapters.peft", "model.spec"},
+    "quant": {"adapters.adapter", "adapters.gate", "adapters.peft", "model.spec"},
     "report": set(),
     "workload": set(),
     "sim": {"engine", "report", "workload"},

@@ -1,4 +1,5 @@
-"""The accuracy gate: an adapter is served only with a passing record for exactly this base and exactly its weights.
+"""The accuracy gate's half for serving: an adapter is served only with a passing record for exactly this base and
+exactly its weights. The half for quantizing, which measures losses itself, is `quant/gate.py`.
 
 Records are written by the accuracy harness (`python -m eval.run`); the server calls `check` before it lists or loads an
 adapter when it was started with `--require-eval FILE --max-drop POINTS`. Nothing here knows how a score was made.
@@ -13,7 +14,7 @@ import msgspec
 
 
 class GateError(ValueError):
-    """The adapter may not be served; the message says which number failed and what would fix it."""
+    """The accuracy gate refuses an adapter or a task; the message says which number failed and what would fix it."""
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from inlaid.tensorfiles import write_tensors
 
 PRECISIONS = ("float32", "float16")
 TILE = 256  # rows taken at a time
+_ENTRY = re.compile(rf"[0-9a-f]{{32}}-({'|'.join(PRECISIONS)})")
+_LAYER = re.compile(r"layer-\d{3,}\.safetensors|\.layer-\d{3,}\.safetensors\.\d+\.tmp")
 
 
 class BankError(ValueError):
@@ -31,7 +33,7 @@ class BankError(ValueError):
 
 
 def entry_key(**facts: Any) -> str:
-    """The name of the entry that these facts decide."""
+    """Return the name of the entry that these facts decide."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -46,12 +48,18 @@ class Bank:
     def entry(self, key: str) -> Entry:
         return Entry(self.path / f"{key}-{self.precision}", self.precision)
 
+    def rename(self, key: str, new_key: str) -> None:
+        """Let an entry that was kept under another key be found under `new_key`."""
+        source, target = self.entry(key).path, self.entry(new_key).path
+        if source.is_dir() and not target.exists():
+            source.rename(target)
+
     def keep_only(self, keys: set[str]) -> None:
-        """Drop the entries of tasks that are gone."""
+        """Drop the entries of tasks that are gone. What else lies in the folder is left alone."""
         names = {f"{key}-{self.precision}" for key in keys}
-        for folder in self.path.iterdir() if self.path.is_dir() else ():
-            if folder.name not in names:
-                shutil.rmtree(folder)
+        for folder in sorted(self.path.iterdir()) if self.path.is_dir() else ():
+            if folder.name not in names and _ENTRY.fullmatch(folder.name) and folder.is_dir():
+                _drop(folder)
 
 
 class Entry:
@@ -77,7 +85,8 @@ class Entry:
 
     def members(self, layer: int) -> dict[str, list[str]]:
         """The linears of each site."""
-        return json.loads(self._metadata(layer)["members"])
+        members: dict[str, list[str]] = json.loads(self._metadata(layer)["members"])
+        return members
 
     def tokens(self, layer: int) -> float:
         return float(self._metadata(layer)["tokens"])
@@ -96,7 +105,8 @@ class Entry:
     def _metadata(self, layer: int) -> dict[str, str]:
         try:
             with safe_open(str(self._file(layer)), framework="pt") as file:
-                return file.metadata()
+                metadata: dict[str, str] = file.metadata()
+                return metadata
         except (SafetensorError, OSError) as error:
             raise BankError(
                 f"{self._file(layer)} cannot be read ({error}); delete it, it will be made again"
@@ -104,6 +114,15 @@ class Entry:
 
     def _file(self, layer: int) -> Path:
         return self.path / f"layer-{layer:03d}.safetensors"
+
+
+def _drop(folder: Path) -> None:
+    """Remove an entry's files, and the folder if nothing else is in it."""
+    for file in folder.iterdir():
+        if _LAYER.fullmatch(file.name):
+            file.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _encode(hessian_KK: Tensor, precision: str) -> dict[str, Tensor]:
@@ -124,6 +143,11 @@ def _decode(parts: dict[str, Tensor]) -> Tensor:
     hessian_KK = _symmetric(parts["correlations"].float()) * torch.outer(deviation_K, deviation_K)
     hessian_KK.diagonal().copy_(parts["diagonal"])
     return hessian_KK
+
+
+def bank_path(out: Path) -> Path:
+    """Return the bank of a quantized folder: it lies beside it, so that replacing the folder does not move it."""
+    return out.with_name(out.name + ".bank")
 
 
 def _upper(matrix_KK: Tensor) -> Tensor:

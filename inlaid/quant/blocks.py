@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from inlaid.checkpoint import Checkpoint, CheckpointError, dequantize
+from inlaid.checkpoint import Checkpoint, dequantize
 from inlaid.quant.calibration import Batch
-from inlaid.quant.clock import Clock
+from inlaid.quant.stopwatch import Stopwatch
+from inlaid.tensorfiles import CheckpointError
 
 
 @dataclass(eq=False)
@@ -53,11 +54,11 @@ class BlockModel:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         offload: bool = False,
-        clock: Clock | None = None,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.device, self.dtype = torch.device(device), dtype
-        self.clock = clock or Clock(self.device)
+        self.stopwatch = stopwatch or Stopwatch(self.device)
         self.hold = torch.device("cpu") if offload else self.device
         config = AutoConfig.from_pretrained(checkpoint.path)
         if hasattr(config, "quantization_config"):
@@ -102,7 +103,7 @@ class BlockModel:
         """The block with its weights, for as long as the body runs."""
         block = self.blocks[index]
         names = list(block.state_dict())
-        with self.clock.part("reading"):
+        with self.stopwatch.part("reading"):
             block.load_state_dict({name: self.tensor(self.prefix(index) + name) for name in names}, assign=True)
         block.requires_grad_(False)
         try:

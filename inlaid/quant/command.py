@@ -19,11 +19,12 @@ from tqdm import tqdm
 
 from inlaid.checkpoint import BITS
 from inlaid.quant.aggregate import AGGREGATIONS, LOSS_ROUNDS, MINIMAX_LOSS
-from inlaid.quant.bank import PRECISIONS
+from inlaid.quant.bank import PRECISIONS, bank_path
 from inlaid.quant.calibration import CalibrationSettings
 from inlaid.quant.grid import Grid
 from inlaid.quant.quantize import add_task, quantize, remove_task
-from inlaid.quant.settings import DTYPES, Gate, Place, Record, Settings, TaskSource, bank_path
+from inlaid.quant.record import Record
+from inlaid.quant.settings import DTYPES, Gate, Place, Settings, TaskSource
 
 Progress = Callable[[str, int, int], None]
 

@@ -1,15 +1,16 @@
-"""The gate: does a task belong here, and what did quantizing do to every task?
+"""The accuracy gate's half for quantizing: does a task belong here, and what did quantizing do to every task? The half
+for serving, which reads the records of evaluations, is `adapters/gate.py`; both refuse with its GateError.
 
-Both are asked of held-out examples, in nats per token of the answer. A new task must fit its own adapter: its answers
-must be likelier than the same answers under other prompts, likelier than a blind guess, no less likely than to the base
-alone, and must not drive activations far beyond the base's own (such a task would own every shared Hessian). After
+Both questions are asked of held-out examples, in nats per token of the answer. A new task must fit its own adapter: its
+answers must be likelier than the same answers under other prompts, likelier than a blind guess, no less likely than to
+the base alone, and must not drive activations far beyond the base's own (it would own every shared Hessian). After
 quantizing, no task that was there before may have become worse than a tolerance.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlaid.quant.adapter import NO_ADAPTER, Adapter
+from inlaid.adapters.adapter import Adapter
+from inlaid.quant.adapter import attached
 from inlaid.quant.blocks import BlockModel, Stream
 from inlaid.quant.calibration import Batch, Sequence, batches
 
@@ -28,16 +30,12 @@ HELD = 32_768  # tokens whose hidden states are held at a time; for each such gr
 Report = Callable[[str], None]
 
 
-class GateRefusal(ValueError):
-    """A task was refused; the message holds the numbers."""
-
-
 @dataclass(frozen=True)
 class GateTask:
     """What the gate needs of a task."""
 
     name: str
-    adapter: Adapter
+    adapter: Adapter | None
     sequences: tuple[Sequence, ...]
 
 
@@ -81,7 +79,7 @@ def fits(model: BlockModel, tasks: list[GateTask], report: Report) -> dict[str, 
     passes: dict[str, list[_Pass]] = {}
     for task in tasks:
         paired, wrong = batches(task.sequences), mispaired(task.sequences)
-        passes[task.name] = [_Pass(model, task.adapter, paired), _Pass(model, NO_ADAPTER, paired)]
+        passes[task.name] = [_Pass(model, task.adapter, paired), _Pass(model, None, paired)]
         if wrong:
             passes[task.name].append(_Pass(model, task.adapter, batches(wrong)))
     _run(model, [one for parts in passes.values() for one in parts], report, "checking tasks")
@@ -108,7 +106,7 @@ def why_unfit(fit: Fit, vocabulary: int) -> str | None:
     return None
 
 
-def regressions(before: dict[str, float], after: dict[str, float], tolerance: float) -> list[str]:
+def regressions(before: Mapping[str, float], after: Mapping[str, float], tolerance: float) -> list[str]:
     """The old tasks that a new base makes worse by more than the tolerance, with their numbers."""
     return [
         f"{name}: {loss:.4f} -> {after[name]:.4f} nats a token"
@@ -131,7 +129,7 @@ def mispaired(sequences: tuple[Sequence, ...]) -> tuple[Sequence, ...]:
 class _Pass:
     """One adapter over one set of batches, moved through the blocks with all the others."""
 
-    def __init__(self, model: BlockModel, adapter: Adapter, parts: list[Batch]) -> None:
+    def __init__(self, model: BlockModel, adapter: Adapter | None, parts: list[Batch]) -> None:
         self.model, self.adapter = model, adapter
         self.streams: list[Stream] = model.start(parts)
         self.loudness: dict[str, float] = {}
@@ -139,7 +137,7 @@ class _Pass:
 
     @torch.no_grad()
     def advance(self, block: nn.Module, index: int) -> None:
-        with self.adapter.attached(block, self.model.prefix(index)), self._listening(self.model.linears(index)):
+        with attached(self.adapter, block, self.model.prefix(index)), self._listening(self.model.linears(index)):
             for stream in self.streams:
                 stream.hidden_BSD = self.model.run(block, index, stream)
 

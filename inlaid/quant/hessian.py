@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inlaid.quant.adapter import Adapter
+from inlaid.adapters.adapter import Adapter
+from inlaid.quant.adapter import attached
 from inlaid.quant.blocks import BlockModel, Stream
-from inlaid.quant.clock import Clock
+from inlaid.quant.stopwatch import Stopwatch
 
 
 def second_moment(x_TK: Tensor) -> Tensor:
@@ -30,8 +31,8 @@ def second_moment(x_TK: Tensor) -> Tensor:
 class Sites:
     """Listens to the linears of one block. `members` names each site's linears, `sums` holds its running sum."""
 
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
+    def __init__(self, stopwatch: Stopwatch) -> None:
+        self.stopwatch = stopwatch
         self.members: dict[str, list[str]] = {}
         self.sums: dict[str, Tensor] = {}
         self.weight_BS = torch.empty(0)
@@ -73,7 +74,7 @@ class Sites:
         weight_T = self.weight_BS.to(x_BSK.device).flatten()
         kept_T = weight_T > 0
         x_TK = x_BSK.flatten(0, 1)[kept_T] * weight_T[kept_T].sqrt().to(x_BSK.dtype)[:, None]
-        with self.clock.part("Hessians"):
+        with self.stopwatch.part("Hessians"):
             moment_KK = second_moment(x_TK)
             if self._site in self.sums:
                 self.sums[self._site] += moment_KK
@@ -83,12 +84,12 @@ class Sites:
 
 @torch.no_grad()
 def block_hessians(
-    model: BlockModel, block: nn.Module, index: int, adapter: Adapter, streams: list[Stream], advance: bool
+    model: BlockModel, block: nn.Module, index: int, adapter: Adapter | None, streams: list[Stream], advance: bool
 ) -> Sites:
     """Run a task's streams through a loaded block and collect; `advance` moves the streams past it."""
-    sites = Sites(model.clock)
+    sites = Sites(model.stopwatch)
     listening = sites.listening(model.linears(index))
-    with model.clock.part("forward"), adapter.attached(block, model.prefix(index)), listening:
+    with model.stopwatch.part("forward"), attached(adapter, block, model.prefix(index)), listening:
         for stream in streams:
             sites.begin(stream.batch.weight_BS)
             output_BSD = model.run(block, index, stream)
@@ -98,8 +99,8 @@ def block_hessians(
 
 
 @torch.no_grad()
-def advance(model: BlockModel, block: nn.Module, index: int, adapter: Adapter, streams: list[Stream]) -> None:
+def advance(model: BlockModel, block: nn.Module, index: int, adapter: Adapter | None, streams: list[Stream]) -> None:
     """Move streams past a loaded block."""
-    with model.clock.part("forward"), adapter.attached(block, model.prefix(index)):
+    with model.stopwatch.part("forward"), attached(adapter, block, model.prefix(index)):
         for stream in streams:
             stream.hidden_BSD = model.run(block, index, stream)

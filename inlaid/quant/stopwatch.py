@@ -9,9 +9,10 @@ from contextlib import contextmanager
 import torch
 
 
-class Clock:
+class Stopwatch:
     """Seconds by part, those of the device included. Parts may lie inside one another: a second counts for the
-    innermost."""
+    innermost.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = {}
@@ -20,7 +21,7 @@ class Clock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """What the body takes is this part's."""
+        """Attribute the time of the `with` body to `name`."""
         self._settle()
         self._open.append(name)
         try:
@@ -30,7 +31,7 @@ class Clock:
             self._open.pop()
 
     def _settle(self) -> None:
-        """What has passed since the last border goes to the part that is open."""
+        """Attribute the time since the last border to the part that is open."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         now = time.perf_counter()

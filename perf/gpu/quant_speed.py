@@ -29,7 +29,7 @@ import torch
 from inlaid.quant import hessian, solver
 from inlaid.quant.calibration import CalibrationSettings
 from inlaid.quant.grid import Grid
-from inlaid.quant.settings import Record
+from inlaid.quant.record import Record
 from inlaid.quant.solver import reconstruction_error, solve
 from perf.gpu import ROOT, Keep
 from perf.gpu.random_model import EVERY_LINEAR, SHAPES, spec_of, write_adapter, write_dense, write_prompts

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from inlaid.quant.settings import Record
+from inlaid.quant.record import Record
 from perf import quant_cost
 from perf.quant_cost import Case, peak, prepare
 

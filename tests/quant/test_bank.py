@@ -66,10 +66,16 @@ def test_a_torn_file_is_told(tmp_path: Path) -> None:
 
 def test_only_the_named_entries_stay(tmp_path: Path) -> None:
     bank = Bank(tmp_path)
-    for key in ("x", "y"):
+    gone, kept, mixed = (entry_key(task=name) for name in ("gone", "kept", "mixed"))
+    for key in (gone, kept, mixed):
         bank.entry(key).write(0, {"a": moments()}, {"a": ["a"]}, 1.0)
-    bank.keep_only({"y"})
-    assert not bank.entry("x").has(0)
-    assert bank.entry("y").has(0)
+    foreign = [tmp_path / "thesis", tmp_path / f"{mixed}-float32" / "notes.txt"]
+    foreign[0].mkdir()
+    foreign[1].write_text("mine")
+    bank.keep_only({kept})
+    assert not bank.entry(gone).path.exists()
+    assert bank.entry(kept).has(0)
+    assert not bank.entry(mixed).has(0)
+    assert all(path.exists() for path in foreign)
     with pytest.raises(BankError, match="float16"):
         Bank(tmp_path, "float8")

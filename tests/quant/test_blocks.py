@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,20 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from inlaid.adapters.adapter import Adapter, AdapterError
+from inlaid.adapters.peft import read_adapter
 from inlaid.checkpoint import Checkpoint
-from inlaid.quant.adapter import NO_ADAPTER, AdapterError, read_adapter
+from inlaid.model.spec import read_spec
 from inlaid.quant.blocks import BlockModel
 from inlaid.quant.calibration import Sequence, batches
 from inlaid.quant.hessian import advance, block_hessians
 from tests.quant.tiny import FAMILIES, VOCABULARY, write_adapter, write_base
+
+
+def read(path: Path, base: Path) -> Adapter:
+    """Read an adapter as the quantizer does."""
+    return read_adapter(path, read_spec(base), torch.float32)
+
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -32,7 +41,7 @@ def test_logits_by_blocks_are_those_of_the_whole_model(tmp_path: Path, family: s
     patterns = {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {"layers.1.mlp.up_proj": 3}, "use_rslora": tied}
     path = write_adapter(tmp_path / "adapter", base, 1, ALL, **patterns)
     whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), path).eval()
-    model, adapter = BlockModel(Checkpoint(base)), read_adapter(path)
+    model, adapter = BlockModel(Checkpoint(base)), read(path, base)
     streams = model.start(batches(sequences()))
     for index in range(model.num_blocks):
         with model.loaded(index) as block:
@@ -56,7 +65,7 @@ def test_no_weights_are_left_behind(tmp_path: Path) -> None:
             held = [name for name, parameter in model.model.named_parameters() if not parameter.is_meta]
             assert held
             assert all(name.startswith(model.prefix(index)) for name in held)
-            advance(model, block, index, NO_ADAPTER, streams)
+            advance(model, block, index, None, streams)
     assert all(parameter.is_meta for parameter in model.model.parameters())
 
 
@@ -77,7 +86,7 @@ def test_hessians_are_weighted_second_moments_with_the_adapter(tmp_path: Path, h
         weight[sequence.answer :] = highlight
         expected += (seen[-1] * weight[:, None]).T @ seen[-1]
         total += float(weight.sum())
-    model, adapter = BlockModel(Checkpoint(base)), read_adapter(path)
+    model, adapter = BlockModel(Checkpoint(base)), read(path, base)
     streams = model.start(batches(sequences(), highlight))
     for index in range(model.num_blocks):
         with model.loaded(index) as block:
@@ -90,25 +99,24 @@ def test_hessians_are_weighted_second_moments_with_the_adapter(tmp_path: Path, h
 
 def test_adapters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base")
-    shapes = BlockModel(Checkpoint(base)).shapes()
-    adapter = read_adapter(write_adapter(tmp_path / "good", base, 1))
-    adapter.check(shapes, "good")
-    with pytest.raises(AdapterError, match="for another model"):
-        adapter.check({name: (n * 2, k) for name, (n, k) in shapes.items()}, "x")
-    with pytest.raises(AdapterError, match="not a linear"):
-        adapter.check({}, "x")
+    good = write_adapter(tmp_path / "good", base, 1)
+    wide, flat = replace(read_spec(base), intermediate_size=192), replace(read_spec(base), num_layers=2)
+    with pytest.raises(AdapterError, match="for another base"):
+        read_adapter(good, wide, torch.float32)
+    with pytest.raises(AdapterError, match="no such module"):
+        read_adapter(good, flat, torch.float32)
     dora = write_adapter(tmp_path / "dora", base, 1, use_dora=True)
-    with pytest.raises(AdapterError, match=r"use_dora|not a LoRA weight"):
-        read_adapter(dora)
+    with pytest.raises(AdapterError, match="DoRA"):
+        read(dora, base)
     head = write_adapter(tmp_path / "head", base, 1, ("q_proj",), modules_to_save=["lm_head"])
     with pytest.raises(AdapterError, match="modules_to_save"):
-        read_adapter(head)
+        read(head, base)
     with pytest.raises(AdapterError, match="not a PEFT adapter"):
-        read_adapter(tmp_path / "nowhere")
+        read(tmp_path / "nowhere", base)
 
 
 def test_identity_follows_weights_and_configuration(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base")
-    first = read_adapter(write_adapter(tmp_path / "a", base, 1)).identity
-    assert read_adapter(write_adapter(tmp_path / "b", base, 2)).identity != first
-    assert read_adapter(write_adapter(tmp_path / "c", base, 1, lora_alpha=16)).identity != first
+    first = read(write_adapter(tmp_path / "a", base, 1), base).identity
+    assert read(write_adapter(tmp_path / "b", base, 2), base).identity != first
+    assert read(write_adapter(tmp_path / "c", base, 1, lora_alpha=16), base).identity != first

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from inlaid.quant import command, quantize
-from inlaid.quant.settings import Record
+from inlaid.quant import command, loop
+from inlaid.quant.record import Record
 from tests.quant.tiny import write_adapter, write_base, write_data
 
 
@@ -125,7 +125,7 @@ def test_a_full_disk_is_told_and_can_go_on(
 ) -> None:
     words = ("quantize", str(world / "base"), "--out", str(world / "out"), "--group-size", "32", "--device", "cpu",
              "--force", "--task", task(world, "a"))  # fmt: skip
-    real, written = quantize.write_tensors, []
+    real, written = loop.write_tensors, []
 
     def nearly_full(path: Path, *data: Any) -> None:
         written.append(path)
@@ -133,9 +133,9 @@ def test_a_full_disk_is_told_and_can_go_on(
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         real(path, *data)
 
-    monkeypatch.setattr(quantize, "write_tensors", nearly_full)
+    monkeypatch.setattr(loop, "write_tensors", nearly_full)
     assert run(*words) == 1
     assert "free some space and run the same command" in capsys.readouterr().err.splitlines()[-1]
     assert not (world / "out").exists()
-    monkeypatch.setattr(quantize, "write_tensors", real)
+    monkeypatch.setattr(loop, "write_tensors", real)
     assert run(*words) == 0

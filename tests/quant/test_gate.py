@@ -13,16 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from inlaid.adapters.gate import GateError
 from inlaid.checkpoint import Checkpoint
 from inlaid.quant import gate
 from inlaid.quant import quantize as rail
-from inlaid.quant.adapter import NO_ADAPTER
 from inlaid.quant.blocks import BlockModel, Stream
 from inlaid.quant.calibration import Batch, CalibrationSettings, Sequence
-from inlaid.quant.gate import Fit, GateRefusal, GateTask, mispaired, regressions, why_unfit
+from inlaid.quant.gate import Fit, GateTask, mispaired, regressions, why_unfit
 from inlaid.quant.grid import Grid
 from inlaid.quant.quantize import add_task, quantize
-from inlaid.quant.settings import Gate, Record, Settings, TaskSource
+from inlaid.quant.record import Record
+from inlaid.quant.settings import Gate, Settings, TaskSource
 
 DEMO = Path("models/demo")
 GOOD = Fit(full=0.1, alone=2.0, mispaired=3.0, loudness=1.2)
@@ -53,7 +54,7 @@ def test_what_makes_a_task_unfit(change: dict, words: str | None) -> None:
 def test_tasks_are_checked_so_many_at_a_time_and_each_as_if_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = BlockModel(Checkpoint(DEMO / "base"))
     sequences = [Sequence(tuple(range(5 + n, 25 + 2 * n)), 4) for n in range(6)]
-    tasks = [GateTask(str(n), NO_ADAPTER, (sequence, sequence)) for n, sequence in enumerate(sequences)]
+    tasks = [GateTask(str(n), None, (sequence, sequence)) for n, sequence in enumerate(sequences)]
     held: list[int] = []
     start, finish = model.start, gate._Pass.finish
 
@@ -135,7 +136,7 @@ def poisoned(folder: Path, kind: str) -> TaskSource:
 def test_poison_is_refused_and_nothing_changes(quantized: Path, kind: str) -> None:
     out = quantized / "out"
     before = {file.name: file.read_bytes() for file in out.iterdir()}
-    with pytest.raises(GateRefusal, match="refused before quantizing: safety: "):
+    with pytest.raises(GateError, match="refused before quantizing: safety: "):
         add_task(out, poisoned(quantized, kind))
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
@@ -148,7 +149,7 @@ def test_a_task_that_hurts_the_old_is_refused_with_the_numbers_unless_forced(
     old = quantize(DEMO / "base", [source("maths", tmp_path)], coarse, out).tasks["maths"]["loss_quantized"]
     monkeypatch.setattr(rail, "why_unfit", lambda fit, vocabulary: None)
     huge = poisoned(tmp_path, "huge activations")
-    with pytest.raises(GateRefusal, match=rf"maths: {old:.4f} -> \d+\.\d+ nats a token"):
+    with pytest.raises(GateError, match=rf"maths: {old:.4f} -> \d+\.\d+ nats a token"):
         add_task(out, huge)
     assert sorted(Record.read(out).tasks) == ["maths"]
     forced = add_task(out, huge, gate=Gate(force=True))

@@ -16,14 +16,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from inlaid.adapters.adapter import AdapterError
 from inlaid.checkpoint import Checkpoint, CheckpointError, dequantize
 from inlaid.model.weights import fuse
-from inlaid.quant import quantize as rail
-from inlaid.quant.adapter import AdapterError
+from inlaid.quant import loop, plan, publish
+from inlaid.quant.bank import bank_path
 from inlaid.quant.calibration import CalibrationError, CalibrationSettings
 from inlaid.quant.grid import Grid
 from inlaid.quant.quantize import add_task, quantize, remove_task
-from inlaid.quant.settings import Gate, Place, QuantizeError, Record, Settings, TaskSource, bank_path
+from inlaid.quant.record import Record
+from inlaid.quant.settings import Gate, Place, QuantizeError, Settings, TaskSource
 from tests.quant.tiny import FAMILIES, write_adapter, write_base, write_data
 
 ANYWAY = Gate(force=True)  # random models fit nothing; the gate has tests of its own
@@ -79,8 +81,8 @@ def test_incremental_equals_full_bit_for_bit(tmp_path: Path, world: World, aggre
 def test_adding_runs_only_the_new_task(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     quantize(world.base, world.pick("a", "b"), SETTINGS, tmp_path / "out", gate=ANYWAY)
     calls = []
-    real = rail.block_hessians
-    monkeypatch.setattr(rail, "block_hessians", lambda *args, **more: calls.append(args[3]) or real(*args, **more))
+    real = loop.block_hessians
+    monkeypatch.setattr(loop, "block_hessians", lambda *args, **more: calls.append(args[3]) or real(*args, **more))
     add_task(tmp_path / "out", world.tasks["c"], gate=ANYWAY)
     assert len(calls) == 3  # one for each block
     assert len({adapter.identity for adapter in calls}) == 1
@@ -94,7 +96,7 @@ def test_the_folder_holds_what_was_solved(tmp_path: Path, family: str, monkeypat
     """Every family; the packed file, opened as a model by blocks, computes what transformers computes with the
     dequantized weights put in place."""
     # A family's own tokenizer class would not read the words.
-    monkeypatch.setattr(rail, "_tokenizer", PreTrainedTokenizerFast.from_pretrained)
+    monkeypatch.setattr(plan, "read_tokenizer", PreTrainedTokenizerFast.from_pretrained)
     base = write_base(tmp_path / "base", family)
     source = TaskSource("t", Path("none"), write_data(tmp_path / "t.jsonl", 0))
     grid = Grid(3, 32, act_order=True)
@@ -106,9 +108,9 @@ def test_the_folder_holds_what_was_solved(tmp_path: Path, family: str, monkeypat
     with torch.no_grad():
         for name in checkpoint.linears:
             whole.get_submodule(name).weight.copy_(dequantize(checkpoint.linear(name)).T)
-    job = rail._Job(base, [source], Settings(grid, aggregation="mean"), tmp_path / "x", Place(), ANYWAY)
+    planned = plan.Plan(base, [source], Settings(grid, aggregation="mean"), Place())
     total = count = 0.0
-    for sequence in job.tasks[0].calibration.held_out:
+    for sequence in planned.tasks[0].calibration.held_out:
         ids = torch.tensor([sequence.ids])
         with torch.no_grad():
             logits = whole(input_ids=ids).logits[0, :-1].double()
@@ -201,8 +203,8 @@ def test_a_killed_run_leaves_the_old_and_resumes(
     assert "c" in Record.read(out).tasks
 
     made = []
-    real = rail.block_hessians
-    monkeypatch.setattr(rail, "block_hessians", lambda *args, **more: made.append(args[2]) or real(*args, **more))
+    real = loop.block_hessians
+    monkeypatch.setattr(loop, "block_hessians", lambda *args, **more: made.append(args[2]) or real(*args, **more))
     quantize(world.base, world.pick("a", "b"), settings, out, gate=ANYWAY)
     assert weights(out) == weights(expected)
     assert len(made) < 6  # three blocks of two tasks, less what the killed run had done
@@ -218,7 +220,7 @@ def test_a_full_disk_leaves_the_old(tmp_path: Path, world: World, monkeypatch: p
     def full(path: Path, *data: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(rail, writer, full)
+    monkeypatch.setattr(loop, writer, full)
     with pytest.raises(OSError, match="No space"):
         add_task(out, world.tasks["b"], gate=ANYWAY)
     assert weights(out) == old
@@ -227,7 +229,7 @@ def test_a_full_disk_leaves_the_old(tmp_path: Path, world: World, monkeypatch: p
 
 def test_what_a_killed_job_had_half_written_goes(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kill leaves the file that was being written under its temporary name, in the folder and in the bank."""
-    out, real = tmp_path / "out", rail.write_tensors
+    out, real = tmp_path / "out", loop.write_tensors
 
     def killed(path: Path, *data: Any) -> None:
         if path.name == "model-block-001.safetensors":
@@ -236,18 +238,18 @@ def test_what_a_killed_job_had_half_written_goes(tmp_path: Path, world: World, m
             raise KeyboardInterrupt
         real(path, *data)
 
-    monkeypatch.setattr(rail, "write_tensors", killed)
+    monkeypatch.setattr(loop, "write_tensors", killed)
     with pytest.raises(KeyboardInterrupt):
         quantize(world.base, world.pick("a"), SETTINGS, out, gate=ANYWAY)
     assert len(list(tmp_path.rglob("*.tmp"))) == 2
-    monkeypatch.setattr(rail, "write_tensors", real)
+    monkeypatch.setattr(loop, "write_tensors", real)
     quantize(world.base, world.pick("a"), SETTINGS, out, gate=ANYWAY)
     assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_only_one_job_at_a_time(tmp_path: Path, world: World) -> None:
     out = tmp_path / "out"
-    with rail._only_job(out), pytest.raises(QuantizeError, match="another job"):
+    with publish.only_job(out), pytest.raises(QuantizeError, match="another job"):
         quantize(world.base, world.pick("a"), SETTINGS, out)
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from inlaid.quant import clock
-from inlaid.quant.clock import Clock
+from inlaid.quant import stopwatch
+from inlaid.quant.stopwatch import Stopwatch
 
 
 def test_a_part_within_another_is_not_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter((0.0, 1.0, 3.0, 7.0, 20.0, 25.0))
-    monkeypatch.setattr(clock.time, "perf_counter", lambda: next(now))
-    watch = Clock(torch.device("cpu"))
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: next(now))
+    watch = Stopwatch(torch.device("cpu"))
     with watch.part("forward"), watch.part("Hessians"):
         pass
     with pytest.raises(OSError, match="full"), watch.part("bank"):

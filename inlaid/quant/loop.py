@@ -1,0 +1,170 @@
+"""Block after block: each is loaded once, every task that the bank does not know yet runs through it with its adapter
+attached and leaves its Hessians, the tasks' Hessians become one, and the block is solved and written as one file.
+
+Memory holds one block, the Hessians of one block, and the hidden states of the tasks that are new.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inlaid.checkpoint import Checkpoint, dequantize, to_tensors
+from inlaid.files import remove_unfinished, write_atomically
+from inlaid.quant.aggregate import TaskHessian, solve_together
+from inlaid.quant.bank import Bank, Entry
+from inlaid.quant.calibration import batches
+from inlaid.quant.hessian import advance, block_hessians
+from inlaid.quant.plan import Plan
+from inlaid.tensorfiles import write_tensors
+
+SiteHessians = dict[str, list[TaskHessian]]
+Members = dict[str, list[str]]  # the linears of each site
+
+
+class Progress:
+    """Pieces of work done, out of a number that may still grow."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.done, self.total = 0, plan.model.num_blocks + 2
+        self._tell = plan.place.progress
+
+    def step(self, what: str) -> None:
+        """Report that a piece of work is done."""
+        self.done += 1
+        self.say(what)
+
+    def say(self, what: str) -> None:
+        """Report what is being worked on."""
+        self._tell(what, self.done, self.total)
+
+    def end(self) -> None:
+        self._tell("done", self.total, self.total)
+
+
+class BlockLoop:
+    """Fills a folder with solved blocks, one file and one note each. A block that a killed run has left there is taken
+    over.
+    """
+
+    def __init__(self, plan: Plan, bank: Bank, progress: Progress) -> None:
+        self._plan, self._bank, self._progress = plan, bank, progress
+        self._model, self._settings, self._stopwatch = plan.model, plan.settings, plan.stopwatch
+
+    def fill(self, folder: Path, shares_T: Tensor) -> list[dict[str, Any]]:
+        """Solve every block with these shares of the tasks; returns what each site cost."""
+        self._start_streams()
+        facts: list[dict[str, Any]] = []
+        for index in range(self._model.num_blocks):
+            shard, note = folder / f"model-block-{index:03d}.safetensors", folder / f".block-{index:03d}.json"
+            with self._model.loaded(index) as block:
+                if note.exists():
+                    self._pass_written(block, index, folder)
+                else:
+                    tensors, solved = self._solve(block, index, shares_T)
+                    with self._stopwatch.part("writing"):
+                        write_tensors(shard, tensors, {"format": "pt"})
+                        write_atomically(note, json.dumps(solved).encode())
+            facts += json.loads(note.read_text())
+            self._progress.step(f"layer {index} solved")
+        return facts
+
+    def _start_streams(self) -> None:
+        """Start the tasks whose Hessians are still to be made; the others need not travel through the blocks."""
+        weight = self._settings.calibration.highlight
+        for task, entry in zip(self._plan.tasks, self._plan.entries(self._bank), strict=True):
+            task.streams = []
+            remove_unfinished(entry.path)
+            if self._settings.sequential or not entry.complete(self._model.num_blocks):
+                with self._stopwatch.part("forward"):
+                    task.streams = self._model.start(batches(task.calibration.fitting, weight))
+                self._progress.total += self._model.num_blocks
+
+    def _solve(self, block: nn.Module, index: int, shares_T: Tensor) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        sequential, linears = self._settings.sequential, self._model.linears(index)
+        make = self._fresh_hessians if sequential else self._banked_hessians
+        sites, members = make(block, index, shares_T.tolist())
+        tensors = self._untouched(index, set(linears))
+        facts = []
+        for site, hessians in sites.items():
+            named = {name: linears[name].weight.detach().T.float() for name in members[site]}
+            with self._stopwatch.part("solving"):
+                weights_KN = torch.cat(list(named.values()), dim=1)
+                solution = solve_together(self._settings.aggregation, weights_KN, hessians, self._settings.grid)
+            facts.append({"site": site, "loss": solution.loss, "damping": solution.damping})
+            start = 0
+            for name, weight_KN in named.items():
+                with self._stopwatch.part("writing"):
+                    packed = solution.columns(start, start + weight_KN.shape[1]).packed(self._settings.grid)
+                    tensors |= to_tensors(name, packed)
+                start += weight_KN.shape[1]
+                if sequential:
+                    linears[name].weight.data = dequantize(packed, self._model.dtype).T.contiguous()
+        if sequential:
+            for task in self._plan.tasks:
+                advance(self._model, block, index, task.adapter, task.streams)
+        return tensors, facts
+
+    def _pass_written(self, block: nn.Module, index: int, folder: Path) -> None:
+        """Move the streams past a block that a killed run had finished."""
+        moving = [task for task in self._plan.tasks if task.streams]
+        if self._settings.sequential:
+            written = Checkpoint(folder)
+            for name, linear in self._model.linears(index).items():
+                weight_KN = dequantize(written.linear(name), self._model.dtype)
+                linear.weight.data = weight_KN.T.contiguous().to(self._model.device)
+        for task in moving:
+            advance(self._model, block, index, task.adapter, task.streams)
+            self._progress.step(f"layer {index}, task {task.name}, resumed")
+
+    def _banked_hessians(self, block: nn.Module, index: int, shares: list[float]) -> tuple[SiteHessians, Members]:
+        """Return every task's Hessians of a block, read from the bank; those that are not there are made first."""
+        entries = self._plan.entries(self._bank)
+        for task, entry in zip(self._plan.tasks, entries, strict=True):
+            if not task.streams:
+                continue
+            if entry.has(index):
+                advance(self._model, block, index, task.adapter, task.streams)
+            else:
+                made = block_hessians(self._model, block, index, task.adapter, task.streams, advance=True)
+                with self._stopwatch.part("bank"):
+                    entry.write(index, made.hessians(), made.members, made.total)
+            self._progress.step(f"layer {index}, task {task.name}")
+        members = entries[0].members(index)
+        shared = list(zip(entries, shares, strict=True))
+        sites = {site: [self._banked(entry, share, index, site) for entry, share in shared] for site in members}
+        return sites, members
+
+    def _banked(self, entry: Entry, share: float, index: int, site: str) -> TaskHessian:
+        def read() -> Tensor:
+            with self._stopwatch.part("bank"):
+                return entry.read(index, site, self._model.device)
+
+        return TaskHessian(read, entry.tokens(index), share)
+
+    def _fresh_hessians(self, block: nn.Module, index: int, shares: list[float]) -> tuple[SiteHessians, Members]:
+        """Return every task's Hessians of a block as its quantized predecessors make them."""
+        sites: SiteHessians = {}
+        members: Members = {}
+        for task, share in zip(self._plan.tasks, shares, strict=True):
+            made = block_hessians(self._model, block, index, task.adapter, task.streams, advance=False)
+            members = made.members
+            for site, hessian_KK in made.hessians().items():
+                sites.setdefault(site, []).append(_held(hessian_KK, made.total, share))
+            self._progress.step(f"layer {index}, task {task.name}")
+        return sites, members
+
+    def _untouched(self, index: int, linears: set[str]) -> dict[str, Tensor]:
+        """Return a block's other tensors (norms, biases), as the base has them."""
+        checkpoint, prefix = self._plan.checkpoint, self._model.prefix(index)
+        weights = {f"{name}.weight" for name in linears}
+        names = [name for name in checkpoint.dense if name.startswith(prefix) and name not in weights]
+        return {name: checkpoint.tensor(name) for name in names}
+
+
+def _held(hessian_KK: Tensor, tokens: float, share: float) -> TaskHessian:
+    return TaskHessian(lambda: hessian_KK, tokens, share)
