@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from inlaid.quant import quantize as rail
+from inlaid.quant import loop
 from inlaid.quant.aggregate import MINIMAX_LOSS
 from inlaid.quant.calibration import CalibrationSettings
 from inlaid.quant.grid import Grid
@@ -55,7 +55,7 @@ class HessianClock:
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self.work = rail.block_hessians
+        self.work = loop.block_hessians
 
     def __call__(self, *args: Any, **more: Any) -> Any:
         start = time.process_time()
@@ -66,9 +66,9 @@ class HessianClock:
     def of(self, job: Callable[[], Any]) -> tuple[float, float]:
         """Hessian seconds and all seconds of a job."""
         self.seconds, start = 0.0, time.process_time()
-        rail.block_hessians = self
+        loop.block_hessians = self
         job()
-        rail.block_hessians = self.work
+        loop.block_hessians = self.work
         return self.seconds, time.process_time() - start
 
 

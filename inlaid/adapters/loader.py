@@ -1,7 +1,7 @@
-"""How an adapter gets from host memory to the device, layer group by layer group, while the step loop goes on. The
-store starts a copy and keeps its arrival; the forward asks the arrival how far it has come, or waits for it. There are
-two ways to copy: `Loader`, a thread, where memory is copied by the CPU; and `StreamLoader`, which queues everything on
-a lane of its own with a mark behind each group, where the device copies (`CudaLane`: a stream and its events). A link
+"""Copies of adapters from host memory to the device, layer group by layer group, while the step loop goes on. The store
+starts a copy and keeps its arrival; the forward asks the arrival how far it has come, or waits for it. There are two
+ways to copy: `Loader`, a thread, where memory is copied by the CPU; and `StreamLoader`, which queues everything on a
+lane of its own with a mark behind each group, where the device copies (`CudaLane`: a stream and its events). A link
 model makes the thread's copies take as long as they would over a bus, for experiments without a GPU.
 """
 
@@ -19,11 +19,9 @@ import torch
 Copy = tuple[torch.Tensor, torch.Tensor]  # to, from
 Clock = Callable[[], float]
 
-NUM_GROUPS = 4  # of layers, as many as the model has at most; a step may start when the first has landed
-
 
 class Arrival(Protocol):
-    """How far one adapter has come."""
+    """The progress of one adapter on its way to the device."""
 
     num_groups: int
     error: str | None  # why the rest will not come
@@ -31,18 +29,18 @@ class Arrival(Protocol):
 
     @property
     def landed(self) -> int:
-        """Groups that whatever is computed from now on finds in place."""
+        """Groups that are in place for everything that is computed from now on."""
         ...
 
     @property
     def whole(self) -> bool: ...
 
     def wait(self, group: int, timeout: float) -> None:
-        """What is computed from now on finds that group in place. RuntimeError when it does not come."""
+        """Put a group in place for everything that is computed from now on. RuntimeError when it does not come."""
         ...
 
     def end(self) -> None:
-        """Nobody wants it any more: what is computed from now on is not overwritten by it."""
+        """Stop: its pages may be given to another, whose bytes it will not overwrite."""
         ...
 
 
@@ -70,7 +68,7 @@ class CopiedByHost:
         return self.landed >= self.num_groups
 
     def land(self) -> None:
-        """One more group is there."""
+        """Note that one more group is in place."""
         with self._changed:
             self.landed += 1
             self.seconds = self._clock() - self._asked
@@ -96,7 +94,7 @@ class Transfer:
     arrival: CopiedByHost
 
     def copy_next(self) -> int:
-        """Copy the group that is next, without calling it landed. Its bytes."""
+        """Copy the group that is next, without calling it landed; returns its bytes."""
         copies = self.groups[self.arrival.landed]
         for target, source in copies:
             target.copy_(source)
@@ -104,7 +102,7 @@ class Transfer:
 
 
 class AnyLoader(Protocol):
-    """What the store needs of a loader."""
+    """The part of a loader that the store calls."""
 
     def start(self, groups: list[list[Copy]], clock: Clock) -> Arrival:
         """Copy all this, group by group, after what has been started before."""
@@ -136,7 +134,7 @@ class Loader:
                 if self._rate:
                     time.sleep(max(0.0, nbytes / self._rate - (time.monotonic() - began)))
                 arrival.land()
-        except Exception as error:  # noqa: BLE001 - whatever went wrong, who waits for it must hear of it
+        except Exception as error:  # noqa: BLE001 - whatever went wrong, the waiting step must hear of it
             arrival.fail(f"copying an adapter to the device failed: {type(error).__name__}: {error}")
 
 
@@ -146,12 +144,12 @@ class Mark(Protocol):
     def query(self) -> bool: ...
 
     def wait(self) -> None:
-        """What the device computes from now on comes after this point; the host goes on."""
+        """Order everything that the device computes from now on behind this point; the host goes on."""
         ...
 
 
 class Lane(Protocol):
-    """Where the device copies, in order, beside what it computes."""
+    """A queue of copies that the device makes in order, beside its computing."""
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None: ...
 
@@ -209,15 +207,29 @@ class StreamLoader:
         return CopiedByDevice(marks, clock)
 
 
+class _CudaMark:
+    """An event on a lane's stream."""
+
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self._event = event
+
+    def query(self) -> bool:
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def wait(self) -> None:
+        self._event.wait()
+
+
 class CudaLane:
     """A stream. From pinned memory its copies run beside the kernels."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
 
     def mark(self) -> Mark:
-        return self._stream.record_event()
+        event: torch.cuda.Event = self._stream.record_event()
+        return _CudaMark(event)

@@ -1,4 +1,4 @@
-"""Which elements of the flat adapter pool are whose. An adapter takes exactly what its ranks need, rounded up to the
+"""The allocator of the flat adapter pool. An adapter takes exactly what its ranks need, rounded up to the
 alignment of its matrices; extents are kept sorted and merged when freed. The store calls it.
 """
 
@@ -10,10 +10,10 @@ from typing import Protocol
 
 
 class Lender(Protocol):
-    """Whom the store borrows space from, where it shares memory with the KV cache."""
+    """The KV cache, as the store sees it where the two share memory."""
 
     def lend(self, count: int, idle: bool) -> list[int]:
-        """So many blocks that nobody uses, or none; with `idle` also such that are cached for later."""
+        """Lend `count` blocks that nobody uses, or none; with `idle` also such that are cached for later."""
         ...
 
 
@@ -26,13 +26,13 @@ class PagePool:
         self.used = 0
 
     def grant(self, start: int, size: int) -> None:
-        """More space."""
+        """Add space to the pool."""
         self.size += size
         self.used += size
         self.give(start, size)
 
     def withdraw(self, unit: int, begin: int, most: int) -> list[int]:
-        """Take away up to so many wholly free units of space from `begin` on; their numbers."""
+        """Take up to `most` wholly free units of space from `begin` on out of the pool; returns their numbers."""
         found = [
             number
             for start, end in self.free
@@ -47,7 +47,7 @@ class PagePool:
         return found
 
     def take(self, sizes: Sequence[int]) -> list[int] | None:
-        """Starts of one extent per size, adjacent if possible; None, and nothing taken, when they do not fit."""
+        """Return the start of an extent for each size, adjacent if possible; None, taking none, if they do not fit."""
         whole = self._take_one(sum(sizes))
         if whole is not None:
             return [whole + sum(sizes[:index]) for index in range(len(sizes))]
@@ -83,7 +83,7 @@ class PagePool:
         return None
 
     def check(self) -> None:
-        """Free extents are sorted and apart, and with the used elements make the pool whole."""
+        """Assert that free extents are sorted and apart, and with the used elements make the pool whole."""
         previous = -1
         for start, end in self.free:
             assert previous < start < end, f"extent {start, end} after {previous}"

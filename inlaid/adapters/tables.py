@@ -1,5 +1,5 @@
-"""What the device knows of the adapters: the flat pool, and the tables that say what of it is whose. The store decides
-who is where; these write it down, and say what has to be copied.
+"""The device's view of the adapters: the flat pool, and the tables of offset, rank and scale by slot and site. The
+residency decides where each adapter is; these functions write it down, and list what has to be copied.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from inlaid.adapters.adapter import AdapterEntry
 from inlaid.adapters.loader import Copy
-from inlaid.adapters.peft import AdapterEntry
 from inlaid.kernels.backend import MODULES, AdapterPages
 from inlaid.model.spec import ModelSpec
 
@@ -18,7 +18,7 @@ from inlaid.model.spec import ModelSpec
 def empty_pages(
     spec: ModelSpec, slots: int, pool_elements: int, device: torch.device, dtype: torch.dtype
 ) -> AdapterPages:
-    """A pool and tables that tell of nothing."""
+    """Return a pool and tables without any adapter."""
     return AdapterPages(
         pool=torch.zeros(pool_elements, dtype=dtype, device=device),
         table=torch.zeros(slots, spec.num_sites, 3, dtype=torch.int64, device=device),
@@ -28,20 +28,22 @@ def empty_pages(
 
 
 def default_pool_elements(spec: ModelSpec, max_resident: int, rank: int = 16) -> int:
-    """Room for that many adapters of this rank on every linear: what a server gets when it names no size."""
+    """Return the room for that many adapters of this rank on every linear: the size of a pool if no size is given."""
     per_rank = sum(sum(spec.module_shape(module)) for module in MODULES) * spec.num_layers
     return max_resident * rank * per_rank
 
 
 def size(entry: AdapterEntry) -> int:
+    """Return the elements of an entry, both matrices with their alignment."""
     return entry.end - entry.a_start
 
 
 def show(
     pages: AdapterPages, slot: int, entries: Sequence[AdapterEntry], starts: Sequence[int], num_layers: int
 ) -> None:
-    """Let the tables tell of an adapter's first so many layers. What computes follows them blindly; so where steps
-    start before an adapter is whole and nobody waits for it, they tell of what has landed only."""
+    """Publish an adapter's first `num_layers` layers in the device tables. Kernels follow them blindly; so where steps
+    start before an adapter is whole and do not wait for it, only the layers that have landed are published.
+    """
     table = np.zeros((pages.table.shape[1], 3), dtype=np.int64)
     scale = np.zeros(pages.table.shape[1], dtype=np.float32)
     for entry, start in zip(entries, starts, strict=True):
@@ -57,7 +59,7 @@ def show(
 
 
 def clear(pages: AdapterPages, slot: int) -> None:
-    """The tables tell of nothing there."""
+    """Empty a slot in the tables."""
     pages.table[slot].zero_()
     pages.scale[slot].zero_()
     pages.versions[slot] += 1
@@ -71,7 +73,7 @@ def copies(
     num_groups: int,
     layers_per_group: int,
 ) -> list[list[Copy]]:
-    """What to copy where, by layer group; in as few pieces as the pool's free space allows."""
+    """List the copies that bring an adapter to its place, by layer group, in as few pieces as its extents allow."""
     groups: list[list[Copy]] = [[] for _ in range(num_groups)]
     sites = len(MODULES) * layers_per_group
     for begin, end in _runs(entries, starts, sites):
@@ -82,8 +84,9 @@ def copies(
 
 
 def _runs(entries: Sequence[AdapterEntry], starts: Sequence[int], sites: int) -> list[tuple[int, int]]:
-    """Entries that lie side by side in the pool as they do in the adapter, [begin, end), to be copied at once; a run
-    stays within one layer group of so many sites."""
+    """Return ranges [begin, end) of entries that lie side by side in the pool as they do in the adapter; each is one
+    copy, and stays within one layer group of `sites` sites.
+    """
     runs, begin = [], 0
     for index in range(1, len(entries) + 1):
         if (

@@ -45,7 +45,7 @@ def check_target(out: Path, inputs: Mapping[str, Path]) -> None:
     bank = bank_path(out)
     for path in (out, bank):
         if path.is_symlink():
-            raise QuantizeError(f"{path} is a symbolic link; give the folder itself ({path.resolve()})")
+            raise QuantizeError(f"{path} is a symbolic link; give the folder itself ({os.path.realpath(path)})")
         if path.exists() and not path.is_dir():
             raise QuantizeError(f"{path} is a file; give a folder that is new or was made by `inlaid quantize`")
         for what, source in inputs.items():

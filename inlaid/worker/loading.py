@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from inlaid.adapters.adapter import Adapter
 from inlaid.adapters.gate import check
-from inlaid.adapters.host import Adapter
 from inlaid.adapters.loader import Loader
 from inlaid.adapters.peft import read_adapter
 from inlaid.adapters.store import CPU_ASSIST, MODES, PIPELINED, AdapterStore

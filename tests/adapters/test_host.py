@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
+from inlaid.adapters.adapter import Adapter, AdapterEntry, AdapterError
 from inlaid.adapters.loader import Arrival, Clock, CopiedByHost, Copy, Loader
-from inlaid.adapters.peft import Adapter, AdapterEntry, AdapterError
 from inlaid.adapters.store import CPU_ASSIST, ON_DEMAND, PIPELINED, AdapterStore
 from inlaid.model.spec import spec_from_config
 
@@ -60,7 +60,7 @@ def come(store: AdapterStore, identity: str) -> None:
     """Ask, as the scheduler does, until it is there."""
     for _ in range(3):
         store.want(identity)
-        reading = store._held[identity].reading
+        reading = store._registry.held[identity].reading
         if reading is not None:
             reading.exception()
     assert store.ready(identity)

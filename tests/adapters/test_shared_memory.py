@@ -8,8 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from inlaid.adapters.adapter import Adapter, AdapterEntry
 from inlaid.adapters.loader import StreamLoader
-from inlaid.adapters.peft import Adapter, AdapterEntry
 from inlaid.adapters.store import CPU_ASSIST, ON_DEMAND, PIPELINED, AdapterStore
 from inlaid.engine.kv_cache import BlockPool
 from tests.adapters.fake_lane import FakeLane

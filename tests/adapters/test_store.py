@@ -8,8 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from inlaid.adapters.adapter import Adapter, AdapterEntry, AdapterError
 from inlaid.adapters.loader import Arrival, Clock, CopiedByHost, Copy, Loader, StreamLoader, Transfer
-from inlaid.adapters.peft import Adapter, AdapterEntry, AdapterError
 from inlaid.adapters.store import CACHED, CPU_ASSIST, MODES, PIPELINED, AdapterStore
 from inlaid.adapters.tables import default_pool_elements
 from inlaid.model.spec import ModelSpec, spec_from_config
@@ -323,7 +323,7 @@ class Storm(RuleBasedStateMachine):
             for identity in self.waiting:
                 self.store.want(identity)
             self.store.check()
-            for held in self.store._held.values():
+            for held in self.store._registry.held.values():
                 if read and held.reading is not None:
                     held.reading.exception()
         for _ in range(groups):
