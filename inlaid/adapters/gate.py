@@ -51,7 +51,7 @@ def check(record_file: str | Path, base_version: str, adapter_identity: str, max
 
 
 def read(record_file: str | Path) -> tuple[Record, ...]:
-    """The records of a report; a file that is absent, cut short or of another kind is refused."""
+    """Read the records of a report; a file that is absent, cut short or of another kind is refused."""
     try:
         return msgspec.json.decode(Path(record_file).read_bytes(), type=_Report).records
     except OSError as error:
@@ -63,7 +63,7 @@ def read(record_file: str | Path) -> tuple[Record, ...]:
 
 
 def why_not(record: Record, max_drop: float) -> str | None:
-    """What refuses this record, or None."""
+    """Return the reason to refuse this record, or None."""
     named = f"task {record.task} ({record.metric} {record.score:.2f})"
     if record.faults:
         return f"{named}: {', '.join(record.faults)}"
@@ -76,7 +76,7 @@ def why_not(record: Record, max_drop: float) -> str | None:
 
 
 def _why_no_record(record_file: str | Path, records: Sequence[Record], base_version: str, adapter_identity: str) -> str:
-    """Which half of the pair is unknown tells the reader what to evaluate."""
+    """Say which half of the pair is unknown, so that the reader knows what to evaluate."""
     bases = {r.base_version for r in records if r.adapter_identity == adapter_identity}
     if bases:
         found = f"this adapter is recorded there only for other bases ({', '.join(b[:12] for b in sorted(bases))})"

@@ -102,7 +102,7 @@ def _order(held: Held) -> tuple[bool, float, int]:
 
 
 def _told(held: Held, error: Exception) -> str:
-    """The reason as its requests hear it: without paths."""
+    """Return the reason for clients: without paths."""
     if isinstance(error, AdapterError):
         return str(error).removeprefix(printable(f"adapter {held.path}: "))
     more = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""

@@ -88,7 +88,7 @@ def _between(first: str, last: str) -> Test:
 
 
 def _class_of(letter: str) -> Test | None:
-    """The set that an escaped letter stands for."""
+    """Return the set of characters that an escaped letter stands for, if it is one."""
     tests: tuple[tuple[str, Test], ...] = (("d", str.isdecimal), ("w", _is_word), ("s", str.isspace))
     for name, test in tests:
         if letter.lower() == name:
@@ -97,7 +97,7 @@ def _class_of(letter: str) -> Test | None:
 
 
 def _anchor_of(letter: str) -> Callable[[str, int], bool] | None:
-    """The place that an escaped letter stands for."""
+    """Return the place in a text that an escaped letter stands for, if it is one."""
     if letter == "b":
         return _at_boundary
     if letter == "B":
@@ -284,7 +284,7 @@ class _Compiler:
 
 
 def _placed(program: list[Instruction], at: int) -> list[Instruction]:
-    """The same program, to stand behind `at` instructions: targets are counted from the start of the whole."""
+    """Move a program behind `at` other instructions: targets are counted from the start of the whole."""
     if at == 0:
         return program
     moved: list[Instruction] = []

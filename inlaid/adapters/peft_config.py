@@ -37,7 +37,7 @@ _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # others ch
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What decides which linears an adapter changes, and by how much."""
+    """The linears that an adapter changes, and by how much."""
 
     rank: int
     alpha: float
@@ -148,7 +148,7 @@ def _settings(data: bytes) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    """A value from the file as a message shows it."""
+    """Return a value from the file as a message shows it."""
     try:
         text = repr(value)
     except (RecursionError, ValueError):

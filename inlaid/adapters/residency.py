@@ -1,5 +1,5 @@
-"""Which tier each adapter is in (disk, host memory, device), and when a request may start on it. Requests want, pin and
-unpin; the rule of eviction says who makes room; the modes say what "ready" means.
+"""The tier of each adapter (disk, host memory, device), and the time when a request may start on it. Requests want,
+pin and unpin; the rule of eviction says who makes room; the modes say what "ready" means.
 """
 
 from __future__ import annotations

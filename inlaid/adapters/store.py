@@ -51,7 +51,7 @@ class AdapterStore:
         clock: Callable[[], float] = time.monotonic,
         shared: bool = False,
     ) -> None:
-        """With `shared`, memory is given to it later, see `move_into`; `pool_elements` is its own share then."""
+        """Make an empty store; with `shared`, `move_into` gives it memory, of which `pool_elements` are its own."""
         on_gpu = device.type == "cuda"
         assert mode in (CACHED, ON_DEMAND) or loader is not None or on_gpu, f"{mode} needs a loader"
         assert read is not None or not host_budget, "what leaves host memory must be read again"

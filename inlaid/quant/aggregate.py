@@ -40,8 +40,9 @@ STEP = 1.0
 
 @dataclass(frozen=True)
 class TaskHessian:
-    """One task's second moments at one site, read when asked for; how many tokens it stands for; its share of the
-    weights, which only minimax-loss reads."""
+    """One task's second moments at one site, read when asked for; the tokens that it stands for; its share of the
+    weights, which only minimax-loss reads.
+    """
 
     read: Callable[[], Tensor]
     tokens: float
@@ -49,7 +50,7 @@ class TaskHessian:
 
 
 def combine(aggregation: str, tasks: Sequence[TaskHessian]) -> Tensor:
-    """The Hessian of every aggregation but minimax. Reads one task at a time."""
+    """Return the Hessian of every aggregation but minimax. Reads one task at a time."""
     if not tasks:
         raise ValueError("there is no task to aggregate")
     if aggregation == "mean":
@@ -73,7 +74,7 @@ def combine(aggregation: str, tasks: Sequence[TaskHessian]) -> Tensor:
 
 
 def solve_together(aggregation: str, weight_KN: Tensor, tasks: Sequence[TaskHessian], grid: Grid) -> Solution:
-    """One shared quantized weight for all tasks."""
+    """Return one shared quantized weight for all tasks."""
     if aggregation == "minimax":
         return minimax(weight_KN, tasks, grid)
     return solve(weight_KN, combine(aggregation, tasks), grid)
@@ -97,7 +98,7 @@ def minimax(weight_KN: Tensor, tasks: Sequence[TaskHessian], grid: Grid, rounds:
 
 
 def raised(shares: Tensor, excess: Tensor) -> Tensor:
-    """New shares for minimax-loss, raised where a task's loss has grown most; half is always evenly spread."""
+    """Return new shares for minimax-loss, raised where a task's loss has grown most; half is always evenly spread."""
     even = 1.0 / len(shares)
     grown = (excess.clamp(min=0) + 0.1 * excess.clamp(min=0).mean() + 1e-12).sqrt()
     moved = (shares - 0.5 * even).clamp(min=0.05 * even) * grown
@@ -107,7 +108,7 @@ def raised(shares: Tensor, excess: Tensor) -> Tensor:
 def relative_errors(
     weight_KN: Tensor, solution: Solution, tasks: Sequence[TaskHessian], energies: Sequence[float]
 ) -> Tensor:
-    """Each task's own reconstruction error, as a share of what its outputs carry."""
+    """Return each task's own reconstruction error, as a share of its outputs' energy."""
     quantized_KN = solution.weight_KN(weight_KN.dtype)
     errors = [float(reconstruction_error(weight_KN, quantized_KN, task.read())) for task in tasks]
     return torch.tensor(errors, dtype=torch.float64).clamp(min=0) / torch.tensor(energies, dtype=torch.float64)
@@ -147,4 +148,5 @@ def _shifted(matrix_KK: Tensor) -> Tensor:
 
 def _clipped(matrix_KK: Tensor) -> Tensor:
     values_K, vectors_KK = torch.linalg.eigh(matrix_KK.double())
-    return ((vectors_KK * values_K.clamp(min=0)) @ vectors_KK.T).to(matrix_KK.dtype)
+    clipped_KK: Tensor = (vectors_KK * values_K.clamp(min=0)) @ vectors_KK.T
+    return clipped_KK.to(matrix_KK.dtype)

@@ -84,7 +84,7 @@ class Entry:
         write_tensors(self._file(layer), tensors, metadata)
 
     def members(self, layer: int) -> dict[str, list[str]]:
-        """The linears of each site."""
+        """Return the linears of each site."""
         members: dict[str, list[str]] = json.loads(self._metadata(layer)["members"])
         return members
 

@@ -1,4 +1,4 @@
-"""What multi-task GPTQ is compared with, besides rounding: AWQ-style scaling.
+"""AWQ-style scaling: besides rounding to nearest, the baseline that multi-task GPTQ is compared with.
 
 AWQ multiplies the weights of each input by s and divides the input by it, so that loud inputs get finer steps, and
 folds 1/s into whatever comes before. With adapters that fold is not free: it changes what the adapter reads. A GPTQ
@@ -18,7 +18,7 @@ STEPS = 20
 
 
 def scaled_weight(weight_KN: Tensor, hessian_KK: Tensor, grid: Grid) -> Tensor:
-    """The weight that AWQ's search ends with: rounded after the best scaling by a power of the inputs' loudness."""
+    """Return the weight rounded after the best scaling by a power of the inputs' loudness, as AWQ's search finds it."""
     loudness_K = hessian_KK.diagonal().clamp(min=1e-12).sqrt()
     plain = replace(grid, clip=False)
 

@@ -29,7 +29,7 @@ class Stream:
 
     batch: Batch
     hidden_BSD: Tensor
-    arguments: list[dict[str, Any]]  # what each block is called with besides the hidden state
+    arguments: list[dict[str, Any]]  # of each block's call, besides the hidden state
 
 
 class _Recorder(nn.Module):
@@ -65,7 +65,8 @@ class BlockModel:
             del config.quantization_config
         config.use_cache = False
         with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+            from_config: Any = AutoModelForCausalLM.from_config
+            self.model: Any = from_config(config, dtype=dtype).eval()
         inner = self.model.model
         if not all(hasattr(inner, part) for part in ("layers", "embed_tokens", "norm", "rotary_emb")):
             raise CheckpointError(f"{checkpoint.path}: models of type {config.model_type} cannot be run by blocks")
@@ -79,12 +80,12 @@ class BlockModel:
         return f"model.layers.{index}."
 
     def linears(self, index: int) -> dict[str, nn.Linear]:
-        """The linears of a block by their full name."""
+        """Return the linears of a block by their full name."""
         named = self.blocks[index].named_modules()
         return {self.prefix(index) + name: module for name, module in named if isinstance(module, nn.Linear)}
 
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """(outputs, inputs) of every linear of every block."""
+        """Return (outputs, inputs) of every linear of every block."""
         return {
             name: (linear.out_features, linear.in_features)
             for index in range(self.num_blocks)
@@ -92,7 +93,7 @@ class BlockModel:
         }
 
     def tensor(self, name: str) -> Tensor:
-        """A parameter in the compute type on the device, dequantized if the folder holds it quantized."""
+        """Return a parameter in the compute type on the device, dequantized if the folder holds it quantized."""
         linear = name.removesuffix(".weight")
         if name.endswith(".weight") and name not in self.checkpoint and f"{linear}.qweight" in self.checkpoint:
             return dequantize(self.checkpoint.linear(linear), self.dtype).T.contiguous()
@@ -100,7 +101,7 @@ class BlockModel:
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[nn.Module]:
-        """The block with its weights, for as long as the body runs."""
+        """Load the block's weights for as long as the body runs."""
         block = self.blocks[index]
         names = list(block.state_dict())
         with self.stopwatch.part("reading"):
@@ -131,13 +132,14 @@ class BlockModel:
 
     @torch.no_grad()
     def run(self, block: nn.Module, index: int, stream: Stream) -> Tensor:
-        """What a loaded block makes of a stream's hidden state; the stream itself is left as it is."""
-        output = block(stream.hidden_BSD.to(self.device), **stream.arguments[index])
-        return (output[0] if isinstance(output, tuple) else output).to(self.hold)
+        """Run a loaded block on a stream's hidden state and return the result; the stream is left as it is."""
+        output: Any = block(stream.hidden_BSD.to(self.device), **stream.arguments[index])
+        hidden_BSD: Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden_BSD.to(self.hold)
 
     @contextmanager
     def head(self) -> Iterator[None]:
-        """The final norm and the output matrix, for as long as the body runs."""
+        """Load the final norm and the output matrix for as long as the body runs."""
         tied = "lm_head.weight" not in self.checkpoint
         head = "model.embed_tokens.weight" if tied else "lm_head.weight"
         self.model.model.norm.load_state_dict({"weight": self.tensor("model.norm.weight")}, assign=True)
@@ -150,8 +152,9 @@ class BlockModel:
 
     @torch.no_grad()
     def logits(self, hidden_BSD: Tensor) -> Tensor:
-        """Inside `head()`: the logits of hidden states that have passed every block."""
-        return self.model.lm_head(self.model.model.norm(hidden_BSD.to(self.device)))
+        """Return the logits of hidden states that have passed every block; only inside `head()`."""
+        logits_BSV: Tensor = self.model.lm_head(self.model.model.norm(hidden_BSD.to(self.device)))
+        return logits_BSV
 
     def _check_names(self) -> None:
         for name in self.model.state_dict():

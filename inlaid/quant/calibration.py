@@ -1,4 +1,4 @@
-"""A task's data as token sequences: what its Hessians are made from, and what the gate checks it on.
+"""A task's data as token sequences: some to make its Hessians from, some for the accuracy gate.
 
 A file is JSONL; each line has a `prompt` and may have a `completion`. Where both are there and the tokenizer has a chat
 template, they become a user's and an assistant's turn, as the engine will see them. A seed decides which examples are
@@ -25,7 +25,7 @@ class CalibrationError(ValueError):
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """Which examples are taken. `highlight` is how much a token of the answer counts, against 1 for the prompt's."""
+    """The choice of examples. `highlight` is the weight of a token of the answer, against 1 for the prompt's."""
 
     max_tokens: int = 262_144
     max_length: int = 2048
@@ -64,12 +64,12 @@ class Batch:
     """Sequences of like length, padded on the right: causal attention never looks at the padding."""
 
     ids_BS: Tensor
-    weight_BS: Tensor  # 0 where padded, else what the token counts
+    weight_BS: Tensor  # 0 where padded, else the weight of the token
     answer_BS: Tensor  # whether the token is to be predicted by the gate
 
 
 def read_examples(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file, each checked."""
+    """Read the lines of a file, and check each."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -137,7 +137,7 @@ def encode(example: dict[str, Any], tokenizer: Any, max_length: int) -> Sequence
 
 
 def batches(sequences: tuple[Sequence, ...], highlight: float = 1.0, max_tokens: int = 8192) -> list[Batch]:
-    """Padded batches, the same for the same sequences whatever else is quantized."""
+    """Make padded batches, the same for the same sequences whatever else is quantized."""
     ordered = sorted(sequences, key=lambda sequence: (len(sequence.ids), sequence.ids))
     result: list[Batch] = []
     part: list[Sequence] = []

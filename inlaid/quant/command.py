@@ -30,10 +30,15 @@ Progress = Callable[[str, int, int], None]
 
 
 def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `inlaid quantize`."""
+    """Declare the flags of `inlaid quantize`."""
     grid, calibration, settings = Grid(), CalibrationSettings(), Settings()
     parser.add_argument("base", type=Path, help="folder of the 16-bit base model")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; an older one is replaced at the end")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder to write: new, empty, or made by `inlaid quantize` before; it is replaced at the end",
+    )
     parser.add_argument(
         "--task",
         action="append",
@@ -56,7 +61,11 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--damping", type=float, default=grid.damping, help="share of the Hessian's mean diagonal")
     parser.add_argument(
-        "--refine", type=int, default=grid.refine, metavar="ROUNDS", help="fit steps and choose codes again so often"
+        "--refine",
+        type=int,
+        default=grid.refine,
+        metavar="ROUNDS",
+        help="rounds of fitting steps and choosing codes again",
     )
     parser.add_argument(
         "--aggregation",
@@ -66,7 +75,10 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
         "measures every task each time, the others solve once",
     )
     parser.add_argument(
-        "--highlight", type=float, default=calibration.highlight, help="what a token of an answer counts"
+        "--highlight",
+        type=float,
+        default=calibration.highlight,
+        help="weight of a token of an answer; a prompt's has 1",
     )
     parser.add_argument(
         "--max-tokens", type=int, default=calibration.max_tokens, help="calibration tokens for each task"
@@ -88,7 +100,7 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_quantize(args: argparse.Namespace) -> int:
-    """Run `inlaid quantize`; the exit status."""
+    """Run `inlaid quantize`; returns the exit status."""
 
     def job(progress: Progress) -> Record:
         place = _place(args, progress)
@@ -116,7 +128,7 @@ def _grid(args: argparse.Namespace) -> Grid:
 
 
 def add_task_arguments(parser: argparse.ArgumentParser) -> None:
-    """The verbs of `inlaid task`."""
+    """Declare the verbs of `inlaid task`."""
     verbs = parser.add_subparsers(dest="verb", required=True)
     add = verbs.add_parser("add", help="take one more task into a quantized base; only its own data are run")
     add.add_argument("folder", type=Path)
@@ -132,7 +144,7 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_task(args: argparse.Namespace) -> int:
-    """Run `inlaid task`; the exit status."""
+    """Run `inlaid task`; returns the exit status."""
     if args.verb == "list":
         return _attempt(lambda progress: Record.read(args.folder), as_json=args.json)
 
@@ -150,7 +162,10 @@ def _add_place_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--offload", action="store_true", help="keep hidden states in host memory")
     parser.add_argument(
-        "--tolerance", type=float, default=gate.tolerance, help="how much worse an old task may get, in nats a token"
+        "--tolerance",
+        type=float,
+        default=gate.tolerance,
+        help="largest loss that an old task may gain, in nats a token",
     )
     parser.add_argument("--force", action="store_true", help="write even what the gate refuses")
 
@@ -168,7 +183,7 @@ def _place(args: argparse.Namespace, progress: Progress) -> Place:
 
 
 class _Bar:
-    """Shows layer, task and the time that is left, from when the job has begun: everything it was given is right."""
+    """A progress bar with layer, task and the time that is left. It begins when the job's input has been checked."""
 
     def __init__(self) -> None:
         self._bar: tqdm[NoReturn] | None = None
@@ -191,7 +206,7 @@ class _Bar:
 
 
 def _attempt(job: Callable[[Progress], Record], as_json: bool = False) -> int:
-    """Run a job and print what it made, or why it could not, in one sentence."""
+    """Run a job and print its record, or the reason why it failed, in one sentence."""
     bar = _Bar()
     try:
         record = job(bar.show)

@@ -1,4 +1,4 @@
-"""The accuracy gate's half for quantizing: does a task belong here, and what did quantizing do to every task? The half
+"""The accuracy gate's half for quantizing: does a new task fit its adapter, and has any task become worse? The half
 for serving, which reads the records of evaluations, is `adapters/gate.py`; both refuse with its GateError.
 
 Both questions are asked of held-out examples, in nats per token of the answer. A new task must fit its own adapter: its
@@ -32,7 +32,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class GateTask:
-    """What the gate needs of a task."""
+    """The part of a task that the gate reads."""
 
     name: str
     adapter: Adapter | None
@@ -51,7 +51,7 @@ class Fit:
 
 
 def quantized_losses(model: BlockModel, tasks: list[GateTask], report: Report) -> dict[str, float]:
-    """Each task's loss on a (quantized) folder, adapter attached. Memory does not grow with the number of tasks."""
+    """Return each task's loss on a model, adapter attached. Memory does not grow with the number of tasks."""
     losses: dict[str, float] = {}
     for group in _groups(tasks):
         passes = [_Pass(model, task.adapter, batches(task.sequences)) for task in group]
@@ -61,7 +61,7 @@ def quantized_losses(model: BlockModel, tasks: list[GateTask], report: Report) -
 
 
 def _groups(tasks: list[GateTask]) -> Iterator[list[GateTask]]:
-    """As many tasks at a time as are held; at least one."""
+    """Yield as many tasks at a time as may be held; at least one."""
     group: list[GateTask] = []
     held = 0
     for task in tasks:
@@ -75,7 +75,7 @@ def _groups(tasks: list[GateTask]) -> Iterator[list[GateTask]]:
 
 
 def fits(model: BlockModel, tasks: list[GateTask], report: Report) -> dict[str, Fit]:
-    """How each task fits the full-precision base."""
+    """Measure each task on the full-precision base."""
     passes: dict[str, list[_Pass]] = {}
     for task in tasks:
         paired, wrong = batches(task.sequences), mispaired(task.sequences)
@@ -87,7 +87,7 @@ def fits(model: BlockModel, tasks: list[GateTask], report: Report) -> dict[str, 
 
 
 def why_unfit(fit: Fit, vocabulary: int) -> str | None:
-    """Why a task should not shape the base, in a sentence with the numbers, or None."""
+    """Return the reason why a task should not shape the base, in a sentence with the numbers, or None."""
     if not math.isfinite(fit.full):
         return "its loss is not finite: the adapter overflows"
     if fit.loudness > LOUDNESS:
@@ -107,7 +107,7 @@ def why_unfit(fit: Fit, vocabulary: int) -> str | None:
 
 
 def regressions(before: Mapping[str, float], after: Mapping[str, float], tolerance: float) -> list[str]:
-    """The old tasks that a new base makes worse by more than the tolerance, with their numbers."""
+    """List the old tasks that a new base makes worse by more than the tolerance, with their numbers."""
     return [
         f"{name}: {loss:.4f} -> {after[name]:.4f} nats a token"
         for name, loss in sorted(before.items())
@@ -116,7 +116,7 @@ def regressions(before: Mapping[str, float], after: Mapping[str, float], toleran
 
 
 def mispaired(sequences: tuple[Sequence, ...]) -> tuple[Sequence, ...]:
-    """The same prompts, each with the answer of the next; nothing where there are no answers to exchange."""
+    """Give each prompt the answer of the next; empty where there are no answers to exchange."""
     answered = [sequence for sequence in sequences if sequence.answer]
     if len({sequence.ids[sequence.answer :] for sequence in answered}) < 2:
         return ()

@@ -53,8 +53,9 @@ class Grid:
 
     @classmethod
     def of_width(cls, bits: int, group_size: int) -> Grid:
-        """What is best at a width: at 3 and 2 bits groups gather inputs that are alike. From 4 bits up they stay in
-        place, since the gain is not worth the permutation that every reader then does."""
+        """Return the best grid of a width. At 3 and 2 bits groups gather inputs that are alike. From 4 bits up they
+        stay in place, since the gain is not worth the permutation that every reader then does.
+        """
         return cls(bits, group_size, act_order=bits <= 3)
 
     @property
@@ -63,11 +64,11 @@ class Grid:
 
     @property
     def max_code(self) -> int:
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
 
 def find_grid(rows_GN: Tensor, importance_G: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Scale and zero of one group for every output. The scale is a half-precision number already, as it is stored."""
+    """Return scale and zero of one group for every output. The scale is a half-precision number, as it is stored."""
     low_N, high_N = rows_GN.amin(0).clamp(max=0), rows_GN.amax(0).clamp(min=0)
     if grid.symmetric:
         high_N = torch.maximum(high_N, -low_N)
@@ -87,7 +88,9 @@ def find_grid(rows_GN: Tensor, importance_G: Tensor, grid: Grid) -> tuple[Tensor
 
 
 def _grid_of_range(low_N: Tensor, high_N: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Codes over [low, high]. A zero of at least 1 is kept, so a range that needs none gives up one code below it."""
+    """Return scale and zero for codes over [low, high]. A zero of at least 1 is kept, so a range that needs none gives
+    up one code below it.
+    """
     if float(high_N.max() - low_N.min()) > 65504.0 * grid.max_code:
         raise SolverError("weights are too large for the half-precision scales of the format")
     scale_N = _stored((high_N - low_N) / grid.max_code)
@@ -99,7 +102,7 @@ def _grid_of_range(low_N: Tensor, high_N: Tensor, grid: Grid) -> tuple[Tensor, T
 
 
 def _stored(step_N: Tensor) -> Tensor:
-    """A step as the file holds it: a half-precision number above zero."""
+    """Round a step to what the file can hold: a half-precision number above zero."""
     return torch.where(step_N > 0, step_N.half().to(step_N.dtype).clamp(min=2.0**-24), torch.ones_like(step_N))
 
 

@@ -1,4 +1,4 @@
-"""Second moments of what a block's linears read, for one task, with that task's adapter attached.
+"""Second moments of the inputs of a block's linears, for one task, with that task's adapter attached.
 
 Linears that read the same tensor (q, k, v; gate, up) are one site and share one Hessian: E[x xᵀ] over the task's
 tokens, each weighted, the sum divided by the weights, so that long prompts do not win. Sums are single precision
@@ -21,7 +21,7 @@ from inlaid.quant.stopwatch import Stopwatch
 
 
 def second_moment(x_TK: Tensor) -> Tensor:
-    """xᵀ x in single precision."""
+    """Return xᵀ x in single precision."""
     if x_TK.is_cuda and x_TK.dtype != torch.float32:
         return torch.mm(x_TK.T, x_TK, out_dtype=torch.float32)
     x_TK = x_TK.float()
@@ -51,12 +51,12 @@ class Sites:
                 handle.remove()
 
     def begin(self, weight_BS: Tensor) -> None:
-        """The next forward is of a batch with these token weights."""
+        """Begin a forward of a batch with these token weights."""
         self.weight_BS, self._last = weight_BS, None
         self.total += float(weight_BS.sum(dtype=torch.float64))
 
     def hessians(self) -> dict[str, Tensor]:
-        """E[x xᵀ] of each site; the sums are used up."""
+        """Return E[x xᵀ] of each site; the sums are used up."""
         return {site: self.sums.pop(site).div_(self.total) for site in list(self.sums)}
 
     def _hook(self, name: str) -> Any:

@@ -77,7 +77,7 @@ def _check_ours(out: Path) -> None:
 
 
 def _written_names(record: Record) -> set[str]:
-    """Names that the job of a record wrote; version 1 did not list them, but they follow from its base."""
+    """Return the names that the job of a record wrote; version 1 did not list them, but they follow from its base."""
     if record.files:
         return set(record.files)
     blocks = {name for name in os.listdir(record.out) if name.startswith("model-block-")}
@@ -200,12 +200,12 @@ class Publisher:
 
 
 def _escaped(name: str) -> str:
-    """A name as a pattern of `glob` that matches nothing else."""
+    """Return a name as a pattern of `glob` that matches nothing else."""
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def is_finished(folder: Path) -> bool:
-    """A version that is whole, as its record says: the old one after an exchange, or a new one just before it."""
+    """Say whether a folder is a whole version: the old one after an exchange, or a new one just before it."""
     return (folder / RECORD).is_file() and not (folder / MARK).exists()
 
 

@@ -1,5 +1,5 @@
-"""From a 16-bit base and its tasks to a GPTQ folder: what `inlaid quantize` and `inlaid task` do. A job is a plan (read
-and checked), a loop over the blocks, the accuracy gate before and after it, and the publishing of the folder.
+"""The jobs of `inlaid quantize` and `inlaid task`: from a 16-bit base and its tasks to a GPTQ folder. A job is a plan
+(read and checked), a loop over the blocks, the accuracy gate before and after it, and the publishing of the folder.
 
 independent mode  blocks see the activations of the unquantized base, so a task's Hessians are its own for ever: adding
                   or removing a task re-solves from the bank and ends in the same bits as quantizing all at once.

@@ -64,7 +64,7 @@ def _steps(codes_KN: Tensor, zeros_GN: Tensor, size: int) -> Tensor:
 
 
 def _change(steps_SN: Tensor, gradient_SN: Tensor, curvature_SS: Tensor, scale_N: Tensor) -> Tensor:
-    """What to add to the scales of a group; nothing where half precision has no better one."""
+    """Return the change of a group's scales; 0 where half precision has no better one."""
     slope_N = (steps_SN * gradient_SN).sum(0)
     curvature_N = (steps_SN * (curvature_SS @ steps_SN)).sum(0)
     best_N = scale_N + slope_N / curvature_N.clamp(min=torch.finfo(scale_N.dtype).tiny)

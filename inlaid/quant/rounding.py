@@ -1,5 +1,5 @@
-"""Rounding a block of inputs one after the other, each error moved to those not yet rounded: what GPTQ's pass and its
-refinement have in common, and the only loop over single inputs. On a GPU it is replayed as a CUDA graph.
+"""Rounding a block of inputs one after the other, each error moved to those not yet rounded: the part that GPTQ's pass
+and its refinement share, and the only loop over single inputs. On a GPU it is replayed as a CUDA graph.
 
 Legend: N outputs, B inputs of one block.
 """
@@ -43,7 +43,7 @@ def round_block(
 
 
 def rounder(like_BN: Tensor, max_code: int, num_blocks: int) -> RoundBlock:
-    """`round_block`, replayed where that pays: on a GPU, for enough blocks to make up for the capture."""
+    """Return `round_block`, replayed where that pays: on a GPU, for enough blocks to make up for the capture."""
     eager: RoundBlock = partial(round_block, max_code=max_code)
     if not like_BN.is_cuda or num_blocks <= 4:
         return eager
@@ -69,7 +69,7 @@ class _ReplayedBlock:
     def _captured(self, itself: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         origin_BN = self.target_BN if itself else self.origin_BN
         buffers = (self.target_BN, self.spread_BB, self.scale_BN, self.zero_BN, self.codes_BN, origin_BN)
-        aside = torch.cuda.Stream(self.target_BN.device)
+        aside: torch.cuda.Stream = torch.cuda.Stream(self.target_BN.device)  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream(self.target_BN.device))
         with torch.cuda.stream(aside):  # kernels are loaded before the capture, which could not wait for it
             round_block(*buffers, self.max_code)

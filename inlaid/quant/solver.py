@@ -43,7 +43,7 @@ class Solution:
         return (self.scales_GN.float()[group_K] * steps).to(dtype)
 
     def columns(self, start: int, stop: int) -> Solution:
-        """The part of it that belongs to outputs [start, stop)."""
+        """Return the part of it that belongs to outputs [start, stop)."""
         cut = slice(start, stop)
         return Solution(
             self.codes_KN[:, cut], self.scales_GN[:, cut], self.zeros_GN[:, cut], self.g_idx_K, self.loss, self.damping
@@ -91,7 +91,7 @@ def solve(weight_KN: Tensor, hessian_KK: Tensor, grid: Grid) -> Solution:
 
 
 def round_to_nearest(weight_KN: Tensor, grid: Grid) -> Solution:
-    """The same grids without data: each weight to its nearest code."""
+    """Round each weight to its nearest code, on the same grids without data."""
     importance_K = torch.ones(len(weight_KN), dtype=weight_KN.dtype, device=weight_KN.device)
     order_K = torch.arange(len(weight_KN), device=weight_KN.device)
     groups = _Groups(weight_KN, importance_K, order_K, replace(grid, act_order=False))
@@ -106,13 +106,13 @@ def round_to_nearest(weight_KN: Tensor, grid: Grid) -> Solution:
 
 
 def reconstruction_error(weight_KN: Tensor, quantized_KN: Tensor, hessian_KK: Tensor) -> Tensor:
-    """tr(dW H dWᵀ): the mean squared error of the outputs, summed over them, for inputs of this second moment."""
+    """Return tr(dW H dWᵀ): the mean squared error of the outputs, summed, for inputs of this second moment."""
     delta_KN = weight_KN - quantized_KN
     return ((hessian_KK.to(delta_KN.dtype) @ delta_KN) * delta_KN).sum(dtype=torch.float64)
 
 
 def _importance(diagonal_K: Tensor, damping: float) -> Tensor:
-    """What the clipping search weighs errors by; inputs that were never seen count as the mean one."""
+    """Return the weights of errors in the clipping search; inputs that were never seen count as the mean one."""
     mean = diagonal_K.clamp(min=0).mean()
     seen_K = torch.where(diagonal_K > 0, diagonal_K, mean) + damping * mean
     return seen_K if mean > 0 else torch.ones_like(diagonal_K)
@@ -131,15 +131,16 @@ def _check(weight_KN: Tensor, hessian_KK: Tensor, grid: Grid) -> None:
 
 
 def _block_size(grid: Grid) -> int:
-    """Inputs solved together: never across a group's border, so that a group's grid is known when its block begins."""
+    """Return the number of inputs solved together: never across a group's border, so that its grid is known by then."""
     if grid.group_size == -1:
         return BLOCK
     return grid.group_size if grid.group_size <= BLOCK else gcd(grid.group_size, BLOCK)
 
 
 def _seen(hessian_KK: Tensor) -> Tensor:
-    """In float64, with a row for the inputs that calibration never saw: they count as uncorrelated and as loud as the
-    mean, so that they are rounded as they are. Without any data all inputs are alike."""
+    """Return the Hessian in float64, with a row for the inputs that calibration never saw: they count as uncorrelated
+    and as loud as the mean, so that they are rounded as they are. Without any data all inputs are alike.
+    """
     matrix_KK = hessian_KK.to(torch.float64)
     unseen_K = matrix_KK.diagonal() <= 0
     mean = matrix_KK.diagonal().clamp(min=0).mean()
@@ -149,7 +150,7 @@ def _seen(hessian_KK: Tensor) -> Tensor:
 
 
 def _spread(matrix_KK: Tensor, damping: float) -> tuple[Tensor, float]:
-    """U / diag(U), row by row, of the damped matrix, and the damping at which its factorization held."""
+    """Return U / diag(U), row by row, of the damped matrix, and the damping at which its factorization held."""
     mean = matrix_KK.diagonal().mean()
     while True:
         damped_KK = matrix_KK.clone()
@@ -167,7 +168,7 @@ def _spread(matrix_KK: Tensor, damping: float) -> tuple[Tensor, float]:
 
 
 def _order(weight_KN: Tensor, diagonal_K: Tensor, grid: Grid) -> Tensor:
-    """The order in which inputs are rounded.
+    """Return the order in which inputs are rounded.
 
     Where groups follow it, small weights of loud inputs come first and like lies beside like, so that the one step of a
     group fits all of its weights. That weighs more than rounding the loudest first: a group of mixed weights has the
@@ -203,7 +204,7 @@ class _Groups:
                 self._find(weight_KN[start : start + self.size], importance[start : start + self.size])
 
     def of(self, work_KN: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Scale and zero of each input of a block, [B, N]; `work_KN` as it stands now."""
+        """Return scale and zero of each input of a block, [B, N]; `work_KN` as it stands now."""
         if not self.static and start % self.size == 0:
             self._find(work_KN[start : start + self.size], self.importance_K[start : start + self.size])
         if self.static:

@@ -1,4 +1,4 @@
-"""Where the seconds of a quantizing job go."""
+"""The seconds of a quantizing job, by part."""
 
 from __future__ import annotations
 

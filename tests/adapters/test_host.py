@@ -40,7 +40,7 @@ class Never(Loader):
 
 
 class Disk:
-    """What reading a path gives now."""
+    """The adapters that reading a path gives now."""
 
     def __init__(self) -> None:
         self.files = {name: adapter(name, value) for name, value in (("a", 1.0), ("b", 2.0), ("c", 3.0))}

@@ -29,7 +29,7 @@ QV = ["q_proj", "v_proj"]
 
 
 def write(folder: Path, **settings: Any) -> Path:
-    """An adapter as peft writes it, with random factors."""
+    """Write an adapter with peft, with random factors."""
     torch.manual_seed(0)
     model = get_peft_model(AutoModelForCausalLM.from_config(CONFIG), LoraConfig(init_lora_weights=False, **settings))
     model.save_pretrained(folder)
@@ -121,7 +121,7 @@ def test_identity_is_the_content(tmp_path: Path) -> None:
 
 
 def nested(depth: int) -> list[Any]:
-    """A list in a list in a list."""
+    """Return a list in a list in a list."""
     value: list[Any] = []
     for _ in range(depth):
         value = [value]

@@ -47,7 +47,7 @@ class Sharing(RuleBasedStateMachine):
 
     @rule(count=st.integers(1, 8), pinned=st.booleans())
     def take_blocks(self, count: int, pinned: bool) -> None:
-        """With nothing running on adapters all blocks but their floor can be had."""
+        """All blocks but the adapters' floor can be had while nothing runs on adapters."""
         keep = self.pinned[0] if self.pinned and pinned else None
         self.pool.want(count, 0, keep)
         if not self.pinned:

@@ -128,7 +128,7 @@ def test_least_recently_used_makes_room_and_pinned_stays() -> None:
 
 
 def test_wanted_together_they_take_turns() -> None:
-    """With requests waiting for three adapters and one place, the first stays until it has been used."""
+    """Requests wait for three adapters and one place: the first stays until it has been used."""
     adapters = store(max_resident=1)
     names = [f"a{n}" for n in range(3)]
     for n, name in enumerate(names):
@@ -242,7 +242,7 @@ class ByHand(Loader):
         return self.transfers[-1].arrival
 
     def step(self, breaks: bool) -> None:
-        """The next layer group of the first transfer that is still wanted."""
+        """Copy the next layer group of the first transfer that is still wanted."""
         gone = lambda arrival: arrival.cancelled or arrival.whole or arrival.error is not None  # noqa: E731
         self.transfers = [transfer for transfer in self.transfers if not gone(transfer.arrival)]
         if self.transfers and breaks:
@@ -318,7 +318,7 @@ class Storm(RuleBasedStateMachine):
     @precondition(lambda self: self.waiting)
     @rule(read=st.booleans(), groups=st.integers(0, 3), breaks=st.sampled_from([False] * 7 + [True]))
     def turn(self, read: bool, groups: int, breaks: bool) -> None:
-        """What is waited for is asked for; reads and copies get on."""
+        """Want what is waited for, and let reads and copies get on."""
         for _ in range(1 + read):
             for identity in self.waiting:
                 self.store.want(identity)

@@ -101,7 +101,7 @@ def source(name: str, folder: Path, examples: int = 24) -> TaskSource:
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's base for one of its tasks, which the gate lets pass."""
+    """Quantize the demo's base for one of its tasks, which the gate lets pass."""
     folder = tmp_path_factory.mktemp("demo")
     quantize(DEMO / "base", [source("maths", folder)], SETTINGS, folder / "out")
     return folder

@@ -84,7 +84,7 @@ def test_data_in_the_bank_is_refused(tmp_path: Path, base: Path) -> None:
 
 
 def test_foreign_files_are_never_lost(tmp_path: Path, base: Path) -> None:
-    """In the folder they are refused; in the bank, and beside it under names like ours, they are left alone."""
+    """Files in the folder are refused; those in the bank, and beside it under names like ours, are left alone."""
     one, two = source(tmp_path, base, "a", 0), source(tmp_path, base, "b", 1)
     out = tmp_path / "out"
     quantize(base, [one], SETTINGS, out, gate=ANYWAY)
@@ -176,7 +176,7 @@ def test_a_kill_while_publishing_leaves_a_whole_version(
 
 
 def test_an_exchange_that_was_cut_short_is_repaired(tmp_path: Path, base: Path) -> None:
-    """Where names cannot be exchanged in one step, the folder is aside for a moment."""
+    """The folder is aside for a moment where names cannot be exchanged in one step."""
     one, two = source(tmp_path, base, "a", 0), source(tmp_path, base, "b", 1)
     out, aside = tmp_path / "out", tmp_path / ".out.old"
     quantize(base, [one], SETTINGS, out, gate=ANYWAY)

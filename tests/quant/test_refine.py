@@ -14,7 +14,7 @@ MAX_CODE = 7
 
 
 def start(seed: int, inputs: int = 48, outputs: int = 6, size: int = 16) -> tuple[Tensor, ...]:
-    """A weight, a damped Hessian, and codes and grids that could be better."""
+    """Make a weight, a damped Hessian, and codes and grids that could be better."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -34,7 +34,7 @@ def value(codes: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
 
 
 def error(weight: Tensor, hessian: Tensor, quantized: Tensor) -> Tensor:
-    """Of each output."""
+    """Return the error of each output."""
     delta = weight - quantized
     return ((hessian @ delta) * delta).sum(0)
 

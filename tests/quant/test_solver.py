@@ -14,7 +14,7 @@ from inlaid.quant.solver import SolverError, find_grid, reconstruction_error, ro
 
 
 def problem(inputs: int, outputs: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A weight and the second moments of correlated inputs with a few loud ones, in float64."""
+    """Make a weight and the second moments of correlated inputs with a few loud ones, in float64."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(inputs, outputs, generator=generator, dtype=torch.float64)
     mix = torch.randn(inputs, inputs, generator=generator, dtype=torch.float64) / inputs**0.5

@@ -28,7 +28,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def write_base(folder: Path, family: str = "llama", seed: int = 0, tied: bool = False) -> Path:
-    """A random model of a family, with a tokenizer of words."""
+    """Write a random model of a family, with a tokenizer of words."""
     torch.manual_seed(seed)
     extra = {"sliding_window": 8} if family == "mistral" else {}
     config = AutoConfig.for_model(family, **SHAPE, **extra, tie_word_embeddings=tied)
@@ -50,7 +50,7 @@ def write_base(folder: Path, family: str = "llama", seed: int = 0, tied: bool = 
 def write_adapter(
     folder: Path, base: Path, seed: int, targets: tuple[str, ...] = ("q_proj", "down_proj"), **config
 ) -> Path:
-    """A random PEFT adapter, made by peft itself."""
+    """Write a random PEFT adapter, with peft itself."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base)
     settings = {"r": 4, "lora_alpha": 8, "target_modules": list(targets)} | config
@@ -63,7 +63,7 @@ def write_adapter(
 
 
 def write_data(file: Path, seed: int, examples: int = 12, completions: bool = True) -> Path:
-    """Random words."""
+    """Write lines of random words."""
     generator = torch.Generator().manual_seed(seed)
 
     def text(words: int) -> str:
