@@ -18,7 +18,9 @@ from torch.nn.functional import log_softmax
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from eval.backend import Ask, BackendError, Graded
+from inlaid.adapters.peft import read_adapter
 from inlaid.checkpoint import Checkpoint, dequantize
+from inlaid.model.spec import read_spec
 
 MAX_TOKENS = 8192  # in one padded batch
 
@@ -35,6 +37,7 @@ class OracleBackend:
         self.loaded: list[str] = []
         for name, path in adapters.items():
             try:
+                read_adapter(path, read_spec(base), torch.float32)  # refuses all that serving refuses
                 model = _attach(model, name, path)
                 self.loaded.append(name)
             except (OSError, ValueError, RuntimeError, SafetensorError) as error:

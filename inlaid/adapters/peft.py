@@ -25,8 +25,6 @@ from inlaid.adapters.peft_config import PeftConfig, check_targets, parse_config
 from inlaid.kernels.backend import MODULES
 from inlaid.model.spec import ModelSpec
 
-__all__ = ("ALIGNMENT", "Adapter", "AdapterEntry", "AdapterError", "lay_out", "read_adapter")
-
 MAX_RANK = 256
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MAX_CONFIG_BYTES = 4 << 20

@@ -20,15 +20,13 @@ from inlaid.adapters.eviction import Eviction
 from inlaid.adapters.held import Counts, Held
 from inlaid.adapters.host import HostMemory, Read
 from inlaid.adapters.loader import AnyLoader
-from inlaid.adapters.modes import CACHED, CPU_ASSIST, MODES, ON_DEMAND, PIPELINED
+from inlaid.adapters.modes import CACHED, ON_DEMAND
 from inlaid.adapters.pages import Lender, PagePool
 from inlaid.adapters.registry import Registry
 from inlaid.adapters.residency import Residency
 from inlaid.kernels.assist import Factors
 from inlaid.kernels.backend import AdapterPages
 from inlaid.model.spec import ModelSpec
-
-__all__ = ("CACHED", "CPU_ASSIST", "MODES", "ON_DEMAND", "PIPELINED", "AdapterStore")
 
 
 class AdapterStore:

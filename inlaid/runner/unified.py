@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from inlaid.adapters.peft import ALIGNMENT
+from inlaid.adapters.adapter import ALIGNMENT
 from inlaid.adapters.store import AdapterStore
 from inlaid.config import CacheConfig, ConfigError
 from inlaid.engine.kv_cache import BlockPool

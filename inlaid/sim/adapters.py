@@ -13,8 +13,6 @@ from inlaid.adapters.modes import CACHED, CPU_ASSIST, MODES, NUM_GROUPS, ON_DEMA
 from inlaid.engine.request import Batch
 from inlaid.sim.cost import CostModel
 
-__all__ = ("CACHED", "CPU_ASSIST", "MODES", "ON_DEMAND", "PIPELINED", "SimAdapters")
-
 
 @dataclass(frozen=True)
 class Coming:

@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from inlaid.adapters.modes import CPU_ASSIST, MODES
 from inlaid.report import tables
-from inlaid.sim.adapters import CPU_ASSIST, MODES
 from inlaid.sim.experiment import prepare
 from inlaid.sim.simulate import simulate
 from inlaid.workload.spec import Workload

@@ -18,8 +18,9 @@ import torch
 from inlaid.adapters.adapter import Adapter
 from inlaid.adapters.gate import check
 from inlaid.adapters.loader import Loader
+from inlaid.adapters.modes import CPU_ASSIST, MODES, PIPELINED
 from inlaid.adapters.peft import read_adapter
-from inlaid.adapters.store import CPU_ASSIST, MODES, PIPELINED, AdapterStore
+from inlaid.adapters.store import AdapterStore
 from inlaid.adapters.tables import default_pool_elements
 from inlaid.checkpoint import Checkpoint
 from inlaid.config import AdapterConfig, ConfigError, EngineConfig

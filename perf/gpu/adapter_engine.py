@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 
-from inlaid.adapters.peft import Adapter, lay_out
-from inlaid.adapters.store import CPU_ASSIST, ON_DEMAND, AdapterStore
+from inlaid.adapters.adapter import Adapter
+from inlaid.adapters.modes import CPU_ASSIST, ON_DEMAND
+from inlaid.adapters.peft import lay_out
+from inlaid.adapters.store import AdapterStore
 from inlaid.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig
 from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.kernels.assist import Assistant

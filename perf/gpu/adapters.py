@@ -36,9 +36,10 @@ from typing import Any
 
 import torch
 
+from inlaid.adapters.adapter import Adapter
 from inlaid.adapters.loader import CudaLane, Loader, StreamLoader
-from inlaid.adapters.peft import Adapter
-from inlaid.adapters.store import CACHED, CPU_ASSIST, ON_DEMAND, PIPELINED, AdapterStore
+from inlaid.adapters.modes import CACHED, CPU_ASSIST, ON_DEMAND, PIPELINED
+from inlaid.adapters.store import AdapterStore
 from inlaid.kernels.assist import Assistant, Profile
 from inlaid.model.spec import spec_from_config
 from inlaid.worker.build import Loaded

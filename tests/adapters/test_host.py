@@ -10,7 +10,8 @@ import torch
 
 from inlaid.adapters.adapter import Adapter, AdapterEntry, AdapterError
 from inlaid.adapters.loader import Arrival, Clock, CopiedByHost, Copy, Loader
-from inlaid.adapters.store import CPU_ASSIST, ON_DEMAND, PIPELINED, AdapterStore
+from inlaid.adapters.modes import CPU_ASSIST, ON_DEMAND, PIPELINED
+from inlaid.adapters.store import AdapterStore
 from inlaid.model.spec import spec_from_config
 
 SPEC = spec_from_config(

@@ -10,7 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from inlaid.adapters.adapter import Adapter, AdapterEntry
 from inlaid.adapters.loader import StreamLoader
-from inlaid.adapters.store import CPU_ASSIST, ON_DEMAND, PIPELINED, AdapterStore
+from inlaid.adapters.modes import CPU_ASSIST, ON_DEMAND, PIPELINED
+from inlaid.adapters.store import AdapterStore
 from inlaid.engine.kv_cache import BlockPool
 from tests.adapters.fake_lane import FakeLane
 from tests.adapters.test_store import CPU, SPEC

@@ -10,7 +10,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from inlaid.adapters.adapter import Adapter, AdapterEntry, AdapterError
 from inlaid.adapters.loader import Arrival, Clock, CopiedByHost, Copy, Loader, StreamLoader, Transfer
-from inlaid.adapters.store import CACHED, CPU_ASSIST, MODES, PIPELINED, AdapterStore
+from inlaid.adapters.modes import CACHED, CPU_ASSIST, MODES, PIPELINED
+from inlaid.adapters.store import AdapterStore
 from inlaid.adapters.tables import default_pool_elements
 from inlaid.model.spec import ModelSpec, spec_from_config
 from tests.adapters.fake_lane import FakeLane

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from inlaid.adapters.adapter import AdapterError
 from inlaid.adapters.loader import CopiedByHost, Loader
-from inlaid.adapters.peft import AdapterError
-from inlaid.adapters.store import MODES, AdapterStore
+from inlaid.adapters.modes import MODES
+from inlaid.adapters.store import AdapterStore
 from inlaid.config import ConfigError
 from inlaid.engine.request import FinishReason
 from inlaid.kernels.assist import Assistant

@@ -14,9 +14,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
+from inlaid.adapters.adapter import Adapter
 from inlaid.adapters.loader import StreamLoader
-from inlaid.adapters.peft import Adapter, read_adapter
-from inlaid.adapters.store import CACHED, CPU_ASSIST, MODES, PIPELINED, AdapterStore
+from inlaid.adapters.modes import CACHED, CPU_ASSIST, MODES, PIPELINED
+from inlaid.adapters.peft import read_adapter
+from inlaid.adapters.store import AdapterStore
 from inlaid.checkpoint import Checkpoint
 from inlaid.config import CacheConfig, EngineConfig, SchedulerConfig
 from inlaid.engine.engine import Engine, make_engine

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from inlaid.adapters.peft import AdapterError, read_adapter
+from inlaid.adapters.adapter import AdapterError
+from inlaid.adapters.peft import read_adapter
 from inlaid.engine.request import NewRequest
 from tests.oracle.oracle import (
     FAMILIES,

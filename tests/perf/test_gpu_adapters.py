@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from inlaid.adapters.store import MODES
+from inlaid.adapters.modes import MODES
 from perf.gpu import adapter_engine, adapters
 from perf.gpu.adapter_engine import Size
 from perf.gpu.bench import LIMITS

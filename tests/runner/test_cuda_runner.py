@@ -15,8 +15,9 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed: pip install triton")
 
 from inlaid.adapters.loader import CudaLane, StreamLoader
+from inlaid.adapters.modes import CACHED, CPU_ASSIST, MODES, PIPELINED
 from inlaid.adapters.peft import read_adapter
-from inlaid.adapters.store import CACHED, CPU_ASSIST, MODES, PIPELINED, AdapterStore
+from inlaid.adapters.store import AdapterStore
 from inlaid.checkpoint import Checkpoint
 from inlaid.config import AdapterConfig, CacheConfig, ConfigError, EngineConfig, SchedulerConfig
 from inlaid.engine.engine import Engine, make_engine

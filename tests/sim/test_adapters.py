@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from inlaid.adapters.modes import CACHED, CPU_ASSIST, MODES, ON_DEMAND, PIPELINED
 from inlaid.engine.request import NewRequest, SamplingParams
-from inlaid.sim.adapters import CACHED, CPU_ASSIST, MODES, ON_DEMAND, PIPELINED
 from inlaid.sim.cost import CostModel
 from inlaid.sim.request_log import Arrival
 from inlaid.sim.simulate import Setup, simulate

@@ -8,8 +8,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from inlaid.adapters.modes import CACHED, ON_DEMAND, PIPELINED
 from inlaid.sim import oversubscription
-from inlaid.sim.adapters import CACHED, ON_DEMAND, PIPELINED
 from inlaid.sim.command import main
 from inlaid.workload.plan import rescale_rate
 from inlaid.workload.spec import Workload
