@@ -31,8 +31,8 @@ _SIZES = MappingProxyType({"k": 1000, "m": 1000**2, "g": 1000**3, "K": 1024, "M"
 
 # command, module, function that adds its arguments, function that runs it, help
 _PARTS = (
-    ("quantize", "inlaid.quant.command", "add_quantize_arguments", "run_quantize", "quantize a base for several tasks"),
-    ("task", "inlaid.quant.command", "add_task_arguments", "run_task", "add, remove or list the tasks of a base"),
+    ("quantize", "inlaid.quant.entry", "add_quantize_arguments", "run_quantize", "quantize a base for several tasks"),
+    ("task", "inlaid.quant.entry", "add_task_arguments", "run_task", "add, remove or list the tasks of a base"),
     ("kernels", "inlaid.kernels.command", "add_arguments", "run", "which kernels this machine has, and their times"),
     ("sim", "inlaid.sim.command", "add_arguments", "run", "run a workload on the simulated engine"),
 )
