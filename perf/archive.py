@@ -40,7 +40,7 @@ class ArchiveBusy(ValueError):
 
 
 class Archive:
-    """Owns the folder, the lock on it and the checkpoint's end."""
+    """Owner of the folder, the lock on it and the checkpoint's end."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -88,7 +88,7 @@ class Archive:
             os.fsync(file.fileno())
 
     def events(self) -> list[Event]:
-        """Since the last `--force`."""
+        """Read the events since the last `--force`."""
         if not self.checkpoint.exists():
             return []
         whole = self.checkpoint.read_bytes().splitlines(keepends=True)
@@ -97,7 +97,7 @@ class Archive:
         return events[forced + 1 :]
 
     def passed(self) -> dict[str, int]:
-        """Point -> the attempt whose result counts."""
+        """Map each point that passed to the attempt whose result counts."""
         return {event.point: event.attempt for event in self.events() if event.event == "passed"}
 
     def unfinished(self) -> list[Event]:

@@ -1,6 +1,6 @@
 """One try at one point: start the server, wait until it is ready, send the workload, end everything.
 
-Used by `perf.runner`. Whatever happens, what was started is gone when `run_attempt` returns.
+Used by `perf.runner`. Whatever happens, all processes started are gone when `run_attempt` returns.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from perf.template import ADAPTER_ROOT
 
 
 def run_attempt(instance: Instance, workload: Path, directory: Path, lock: int) -> str:
-    """Empty when the point passed, else the reason it did not. `lock` stays held while a process of it lives."""
+    """Run a point; return why it failed, or nothing. `lock` stays held while a process of it lives."""
     _make_adapters(instance)
     port = instance.port or free_port()
     env = child_environment(instance.environment)
@@ -42,7 +42,7 @@ def run_attempt(instance: Instance, workload: Path, directory: Path, lock: int) 
 
 
 def verdict(summary: Path, max_failed_share: float) -> str:
-    """Empty when the summary is whole and good; the one judge, after a run and on resume."""
+    """Judge a summary, after a run and on resume; return why it does not count, or nothing."""
     if not summary.is_file():
         return "the client wrote no summary"
     figures: dict[str, Any] = msgspec.json.decode(summary.read_bytes())
@@ -69,7 +69,7 @@ def _record_environment(instance: Instance, directory: Path) -> None:
 
 
 def _watch(server: Supervised, client: Supervised, timeout_s: float) -> str:
-    """Until the client ends; a server that dies under it, or too long a run, is a failure."""
+    """Wait for the client to end; a server that ends before it, or too long a run, is a failure."""
     end = time.monotonic() + timeout_s
     while (code := client.wait(0.1)) is None:
         server_code = server.ended()

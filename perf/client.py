@@ -85,7 +85,7 @@ def prompt_maker(arguments: argparse.Namespace, target: Target, seed: int) -> Pr
 def prepare(
     arguments: argparse.Namespace, target: Target, planned: list[PlannedRequest], warmup: bool = False
 ) -> list[Prepared]:
-    """Everything that can be done before a request is due: its URL, headers and encoded body."""
+    """Do what can be done before a request is due: choose its URL, make its headers, encode its body."""
     protocol = PROTOCOLS[arguments.backend]
     options = WireOptions(
         target.model,
@@ -255,7 +255,7 @@ def _say_why(records: list[Record]) -> None:
 
 
 def _too_many_failed(summary: dict[str, Any], allowed: float) -> int:
-    """0, or 3 for a larger share than allowed, and for nothing answered at all."""
+    """Return 3 if a larger share failed than is allowed, or nothing was answered; else 0."""
     total = summary["completed"] + summary["failed"]
     failed = summary["failed"] - summary["statuses"].get("refused", 0)
     if failed / total <= allowed and (summary["completed"] or not failed):

@@ -189,7 +189,7 @@ def _time(side: Callable[[], Answers]) -> tuple[Timing, Answers]:
 
 
 def matmul_rate(rows: int) -> float:
-    """GFLOP/s of this machine's fp32 matmul at a decode step's shape."""
+    """Measure GFLOP/s of this machine's fp32 matmul at a decode step's shape."""
     x, w = torch.randn(rows, 256), torch.randn(256, 1536)
     out = torch.empty(rows, 1536)
     for _ in range(20):

@@ -61,7 +61,7 @@ def fairness(records: list[Record], weights: dict[str, float]) -> Fairness:
 
 
 def jain(values: Series) -> float:
-    """(sum x)^2 / (n * sum x^2); 1 when there is nothing to share."""
+    """Compute Jain's index, (sum x)^2 / (n * sum x^2); 1 when nothing was shared."""
     squares = float((values**2).sum())
     return float(values.sum()) ** 2 / (len(values) * squares) if squares > 0 else 1.0
 
@@ -87,7 +87,7 @@ def _demand(records: list[Record], weight: float) -> tuple[Series, Series]:
 
 
 def _until(events: tuple[Series, Series], at: Series) -> Series:
-    """Cumulative amount up to each instant."""
+    """Sum the amounts up to each instant."""
     total = np.concatenate([np.zeros(1), np.cumsum(events[1])])
     return total[np.searchsorted(events[0], at, side="right")]
 

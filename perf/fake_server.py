@@ -53,7 +53,7 @@ class Sent(msgspec.Struct):
 
 
 class FakeServer:
-    """Owns the script, the log of what was sent, and a bound on how many are answered at a time."""
+    """Owner of the script, the log of what was sent, and the bound on requests answered at a time."""
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ from perf.options import build_parser
 
 
 def flag_names(config: type[Any]) -> set[str]:
-    """Every field's name, inner configs' too."""
+    """List the names of all fields, those of inner configs too."""
     hints, names = get_type_hints(config), set()
     for field in fields(config):
         kind = hints[field.name]
@@ -32,7 +32,7 @@ def flag_names(config: type[Any]) -> set[str]:
 
 
 def why_not(server: ServerCommand) -> str:
-    """Empty when the arguments and the policy exist, else which does not."""
+    """Say which argument or policy does not exist, or nothing."""
     if server.kind != "inlaid":
         return ""
     known = flag_names(EngineConfig) | flag_names(ServerConfig)
@@ -50,7 +50,7 @@ def why_not(server: ServerCommand) -> str:
 
 
 def why_no_client(instance: Instance) -> str:
-    """Empty when the generator would take its arguments."""
+    """Say why the generator would not take its arguments, or nothing."""
     return _refusal(build_parser().parse_args, instance.client_argv(0, Path("workload"), Path("out"))[3:])
 
 

@@ -102,7 +102,7 @@ def _flags(server: ServerCommand, dash: str = "-") -> list[str]:
 
 
 def why_absent(kind: ServerKind) -> str:
-    """Empty when this kind can be started here, else what to install."""
+    """Say what to install to start this kind of server here, or nothing."""
     if kind == "vllm":
         return "" if shutil.which("vllm") else INSTALL[kind]
     module = {"inlaid": "inlaid", "slora": "slora", "fake": "perf"}[kind]
@@ -110,7 +110,7 @@ def why_absent(kind: ServerKind) -> str:
 
 
 def find_adapters(patterns: list[str]) -> list[Adapter]:
-    """NAME=PATH, a folder, or a glob of folders; the name of a folder is its own."""
+    """Find adapters by NAME=PATH, a folder, or a glob of folders, which are named by themselves."""
     found: list[Adapter] = []
     for pattern in patterns:
         name, equals, path = pattern.partition("=")
@@ -178,7 +178,7 @@ def replica_commands(arguments: argparse.Namespace) -> list[tuple[list[str], dic
 
 
 def why_no_model(arguments: argparse.Namespace) -> str:
-    """Empty when every model named by a folder is there, else how to get it."""
+    """Say how to get a model whose folder is missing, or nothing."""
     for model in arguments.merged or [arguments.model]:
         if model.startswith(("/", ".", "models/")) and not Path(model).is_dir():
             advice = "fetch it" if arguments.merged else how_to_get(model, arguments.fetch)

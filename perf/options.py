@@ -43,7 +43,7 @@ def _server_flags(group: Any) -> None:
     group.add_argument("--backend", choices=get_args(Backend), default="openai")
     group.add_argument("--model", help="base model's name (default: ask /v1/models)")
     group.add_argument("--adapters", nargs="*", default=["auto"], help="names, or auto: ask /v1/models")
-    group.add_argument("--num-adapters", type=int, help="use only the first so many")
+    group.add_argument("--num-adapters", type=int, help="use only this many, the first ones")
     group.add_argument("--api-key", help="sent as a bearer token")
     group.add_argument("--tenant-as", default="user", help="user | none | api-key | header:NAME")
     group.add_argument("--policy", help="switch the server to this policy first (inlaid), as vtc:predict=predicted")
@@ -216,7 +216,7 @@ def _adapter_choice(arguments: argparse.Namespace) -> AdapterChoice:
 
 
 def parse_lengths(text: str, maximum: int | None = None) -> Lengths:
-    """`fixed:N`, `uniform:LOW:HIGH`, `lognormal:MEDIAN:SIGMA` or `trace`."""
+    """Read `fixed:N`, `uniform:LOW:HIGH`, `lognormal:MEDIAN:SIGMA` or `trace`."""
     kind, *numbers = text.split(":")
     fields = {"fixed": ["value"], "uniform": ["low", "high"], "lognormal": ["median", "sigma"], "trace": []}
     if kind not in fields or len(numbers) != len(fields[kind]):

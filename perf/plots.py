@@ -18,7 +18,7 @@ MAX_CURVES = len(COLOURS)
 
 
 def draw_all(runs: list[Run]) -> dict[str, bytes]:
-    """Title -> PNG. Series are drawn for at most MAX_CURVES runs; curves against rate take all of them."""
+    """Map titles to PNGs. Series are drawn for at most MAX_CURVES runs; curves against rate take all of them."""
     shown = runs[:MAX_CURVES]
     width = series.bucket_width(max(run.duration for run in shown))
     since = "seconds since the start"
@@ -88,7 +88,7 @@ def _service(runs: list[Run]) -> bytes:
 
 
 def _against_rate(runs: list[Run]) -> bytes | None:
-    """Nothing to draw unless some curve has two rates."""
+    """Draw figures against rate, or nothing unless some curve has two rates."""
     panels = [
         ("SLO attainment", "attainment"),
         ("output tokens a second", "output_throughput"),

@@ -92,7 +92,7 @@ def answers(url: str) -> bool:
 
 
 def wait_ready(server: Supervised, url: str, timeout_s: float) -> str:
-    """Empty when the server answers 200, else why it will not."""
+    """Wait until the server answers 200; return why it will not, or nothing."""
     end = time.monotonic() + timeout_s
     while not answers(url):
         code = server.wait(0.1)

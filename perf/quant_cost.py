@@ -51,7 +51,7 @@ ALONE = MappingProxyType({"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESH
 
 
 class HessianClock:
-    """Counts the processor's seconds in forward passes with Hessians; whoever else runs would stretch the clock's."""
+    """Counter of processor seconds in forward passes with Hessians; wall time would count other work too."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -121,7 +121,7 @@ def prepare(case: Case, folder: Path) -> None:
 
 
 def peak(case: Case, folder: Path) -> dict[str, float]:
-    """MiB at the peak of the job, and what it is said to hold."""
+    """Measure MiB at the peak of the job, beside the sizes it should hold."""
     source, settings = _plain_tasks()[case.tasks], _settings(case)
     if case.tasks:
         record = json.loads((folder / "out" / "inlaid.json").read_text())

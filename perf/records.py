@@ -79,7 +79,7 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
 
 
 def read_records(path: Path) -> list[Record]:
-    """Every whole line; a last line cut by a kill is left out."""
+    """Read every whole line; a last line cut by a kill is left out."""
     data = path.read_bytes()
     lines = data[: data.rfind(b"\n") + 1].splitlines()
     decoder = msgspec.json.Decoder(Record)

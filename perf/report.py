@@ -84,7 +84,7 @@ def load_runs(paths: list[Path]) -> list[Run]:
 
 
 def _without_common_front(labels: list[str]) -> list[str]:
-    """`demo-short/policy-a` and `demo-short/policy-b` are policy-a and policy-b."""
+    """Shorten labels: `demo-short/policy-a` and `demo-short/policy-b` become policy-a and policy-b."""
     parts = [label.split("/") for label in labels]
     while len(parts) > 1 and all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1:
         parts = [p[1:] for p in parts]
@@ -101,7 +101,7 @@ def _apart(labels: list[str]) -> list[str]:
 
 
 def figure_of(summary: dict[str, Any], key: str) -> float | None:
-    """`slo.attainment` looks inside; None where the run has no such figure."""
+    """Look up a figure by a dotted key; None where the run has no such figure."""
     value: Any = summary
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
@@ -149,7 +149,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def group_table(run: Run, kind: str) -> str:
-    """Per adapter or per tenant; the busiest first, and at most MAX_ROWS of them."""
+    """Format figures per adapter or per tenant, the busiest first, at most MAX_ROWS of them."""
     groups = sorted(run.summary[kind].items(), key=lambda item: -item[1]["total_output_tokens"])
     present = [column for column in _GROUP_COLUMNS if any(column in figures for _, figures in groups)]
     rows = [[html.escape(name), *(_number(figures.get(c)) for c in present)] for name, figures in groups[:MAX_ROWS]]

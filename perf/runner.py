@@ -39,7 +39,7 @@ COLUMNS = (
 
 
 class Runner:
-    """Owns the loop over an archive's points and what is said about it."""
+    """Owner of the loop over an archive's points and of its messages."""
 
     def __init__(self, archive: Archive, retries: int, colour: bool) -> None:
         self.archive, self.retries, self.colour = archive, retries, colour
@@ -82,7 +82,7 @@ class Runner:
         self.failed[point] = reason
 
     def _try(self, point: str) -> str:
-        """One attempt, recorded before and after; returns why it failed, or nothing."""
+        """Make one attempt, recorded before and after; return why it failed, or nothing."""
         number, directory = self.archive.new_attempt(point)
         self.archive.append("started", point=point, attempt=number)
         self._say("running", point, f"attempt {number}")
@@ -109,7 +109,7 @@ class Runner:
 
 
 def write_results(archive: Archive) -> None:
-    """One line a point that passed: its labels and the figures people compare; as CSV and as JSON."""
+    """Write a line per point that passed, its labels and main figures, as CSV and as JSON."""
     rows: list[dict[str, Any]] = []
     for point, attempt in archive.passed().items():
         summary = json.loads((archive.attempt_directory(point, attempt) / "summary.json").read_text())

@@ -38,7 +38,7 @@ class Global(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     without: list[str] = []
 
     def visible_devices(self) -> dict[str, str]:
-        """One node's worth of the devices named."""
+        """Return the environment that shows one node's share of the devices named."""
         if self.cuda_devices is None:
             return {}
         return {"CUDA_VISIBLE_DEVICES": ",".join(str(d) for d in self.cuda_devices[: self.num_gpus_per_node])}
@@ -97,7 +97,7 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Dataset(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Either streams (or a workload file), or a trace, or one synthetic stream.
 
-    `max_connections` is the client's, for this dataset: with a burst it makes a closed loop of so many requests."""
+    `max_connections` is the client's, for this dataset: with a burst it makes a closed loop of that many requests."""
 
     dataset_path: str | None = None
     format: TraceFormat = "auto"
@@ -137,7 +137,7 @@ class Point(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def convert_point(table: dict[str, Any]) -> Point:
-    """Typed; an unknown key names itself, its place, and the key that was probably meant."""
+    """Convert to types; an unknown key is refused with its place and the key that was probably meant."""
     try:
         return msgspec.convert(table, Point)
     except msgspec.ValidationError as error:

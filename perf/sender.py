@@ -75,7 +75,7 @@ class Observed:
 
 
 class Sender:
-    """Owns the session's bound on connections and the clock; one `send` per request."""
+    """Owner of the bound on connections and of the clock; call `send` once per request."""
 
     def __init__(
         self,

@@ -45,7 +45,7 @@ def rate(run: Run, width: float, finished: bool) -> Points:
 
 
 def output_rate(run: Run, width: float) -> Points:
-    """Output tokens a second."""
+    """Compute output tokens a second."""
     times: list[float] = []
     weights: list[float] = []
     for record in run.records:
@@ -63,7 +63,7 @@ def _per_bucket(run: Run, times: list[float], width: float, weights: list[float]
 
 
 def percentile_over_time(run: Run, kind: str, percentile: float, width: float) -> Points:
-    """TTFT by when it was due, inter-token latency by when the token came; milliseconds. Empty buckets are left out."""
+    """Compute a percentile in ms per bucket: of TTFT by due time, of inter-token latency by the token's time."""
     buckets: dict[int, list[float]] = {}
     for at, value in _samples(run, kind):
         buckets.setdefault(int((at - run.start) / width), []).append(value * 1000)
@@ -93,7 +93,7 @@ def distribution(run: Run, kind: str, points: int = 400) -> Points:
 
 
 def cumulative_service(run: Run, tenants: int = 6, points: int = 100) -> dict[str, Points]:
-    """Service up to each instant (input + 2 * output tokens) of the tenants that were served most and least."""
+    """Sum service up to each instant (input + 2 * output tokens) of the tenants that were served most and least."""
     at = np.linspace(run.start, run.start + run.duration, points)
     curves: dict[str, tuple[float, Points]] = {}
     for tenant in sorted({record.tenant for record in run.records}):

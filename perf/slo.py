@@ -38,7 +38,7 @@ def _parts(record: Record, objective: Objective) -> dict[str, bool]:
 
 
 def attainment(records: list[Record], objectives: dict[str, Objective]) -> Attainment:
-    """One number over all records, and one for each kind of limit that any of their classes has."""
+    """Compute one share over all records, and one for each kind of limit that any of their classes has."""
     if not records:
         return Attainment(0, 0, 0.0)
     met = sum(meets(record, objectives.get(record.service_class)) for record in records)

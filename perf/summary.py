@@ -35,7 +35,7 @@ def options_for(workload: Workload, percentiles: Iterable[float], detailed: bool
 
 
 def summarize(records: list[Record], options: Options) -> dict[str, Any]:
-    """Every figure of the records that are not warm-up. Latencies are of answered requests only."""
+    """Compute every figure of the records that are not warm-up. Latencies are of answered requests only."""
     measured = sorted((r for r in records if not r.warmup), key=lambda record: record.index)
     if not measured:
         raise ValueError("no request was measured: every record is warm-up, or none was sent")
@@ -86,7 +86,7 @@ def _offered_rate(measured: list[Record]) -> float | None:
 
 
 def _latencies(answered: list[Record], percentiles: tuple[float, ...]) -> dict[str, Number]:
-    """`mean_ttft_ms` and so on; empty when nothing was answered, so that no figure is made up."""
+    """Compute `mean_ttft_ms` and so on; nothing when no request was answered."""
     series = {
         "ttft": [r.ttft for r in answered if r.ttft is not None],
         "tpot": [tpot for r in answered if (tpot := r.tpot) is not None],
@@ -109,7 +109,7 @@ def _distribution(values: list[float], percentiles: tuple[float, ...]) -> dict[s
 
 
 def _most_tokens_in_a_second(records: list[Record]) -> float:
-    """Output tokens in the fullest of the whole seconds since the start."""
+    """Count output tokens in the fullest of the whole seconds since the start."""
     buckets: dict[int, float] = {}
     for record in records:
         times = record.token_times()

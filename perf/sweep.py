@@ -15,7 +15,7 @@ Path = tuple[str, ...]
 
 
 class Choice:
-    """One value of one axis: what it is called, and where it is set."""
+    """One value of one axis: its label, and the place where it is set."""
 
     def __init__(self, path: Path, index: int, value: Any) -> None:
         self.path, self.value = path, value
@@ -33,7 +33,7 @@ class Choice:
 
 
 def find_axes(table: dict[str, Any], prefix: Path = ()) -> list[tuple[Path, list[Any]]]:
-    """Every list that is an axis, in the order written."""
+    """Find every list that is an axis, in the order written."""
     axes: list[tuple[Path, list[Any]]] = []
     for key, value in table.items():
         path = (*prefix, key)
@@ -47,7 +47,7 @@ def find_axes(table: dict[str, Any], prefix: Path = ()) -> list[tuple[Path, list
 
 
 def expand(table: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, str]]]:
-    """One deep copy of the table for each combination, with the axes' names and values as labels."""
+    """Make one deep copy of the table for each combination, with the axes' names and values as labels."""
     axes = find_axes(table)
     for path, values in axes:
         if not values:

@@ -36,7 +36,7 @@ def _stop(signum: int, frame: FrameType | None) -> None:
 
 
 def _prctl(option: int, value: int) -> None:
-    """Linux only; elsewhere the process group is all that can be ended."""
+    """Call Linux's prctl; elsewhere only the process group can be ended."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
@@ -46,7 +46,7 @@ def _die_with_parent() -> None:
 
 
 def descendants(root: int) -> list[int]:
-    """Every process below `root`; zombies are left out."""
+    """List every process below `root`, without zombies."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir() if Path("/proc").is_dir() else ():
         if entry.name.isdigit():

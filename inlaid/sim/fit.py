@@ -55,8 +55,10 @@ def fit(steps: Sequence[Step], name: str, source: str, load_base: float = 0.0, l
 def _above(
     rows: Array, seconds: Array, weights: Array, prompts: npt.NDArray[np.bool_], floor: float, rounds: int = 4
 ) -> tuple[float, float, Array]:
-    """(weighted squared error, floor, coefficients) where steps with prompts take at least `floor`: the coefficients
-    are those of the steps that are above it, which the coefficients decide."""
+    """Fit where steps with prompts take at least `floor`; return (weighted squared error, floor, coefficients).
+
+    The coefficients are fitted to the steps above the floor, which depend on the coefficients, hence the rounds.
+    """
     free = ~prompts | (seconds > floor)
     coefficients = _solve(rows[free], seconds[free], weights[free])
     for _ in range(rounds if floor else 0):
@@ -70,7 +72,7 @@ def _above(
 
 
 def _solve(rows: Array, seconds: Array, weights: Array, sweeps: int = 3000) -> Array:
-    """argmin over x >= 0 of sum weights (rows x - seconds)^2, by coordinate descent on scaled columns."""
+    """Compute argmin over x >= 0 of sum weights (rows x - seconds)^2, by coordinate descent on scaled columns."""
     root = np.sqrt(weights)
     design, target = rows * root[:, None], seconds * root
     norms = np.sqrt((design * design).sum(axis=0))

@@ -28,7 +28,7 @@ def service_of(record: RequestRecord) -> float:
 
 
 def rates(records: Sequence[RequestRecord], times: Series, of: str = "service") -> Series:
-    """Per second, in the minute around each time: `service` delivered, output `tokens` made, or `demand` sent."""
+    """Compute rates in the minute around each time: `service` delivered, output `tokens`, or `demand` sent."""
     total = np.zeros(len(times))
     low, high = times - HALF_WINDOW, times + HALF_WINDOW
     for record in records:
@@ -50,8 +50,11 @@ def by_tenant(records: Sequence[RequestRecord]) -> dict[str, list[RequestRecord]
 
 
 def difference(records: Sequence[RequestRecord], duration: float, weights: Mapping[str, float]) -> Series:
-    """At 19 times, the sum over clients of how far each is behind the best served, or behind what it asked for if
-    that is nearer, both over its weight. Refused requests do not count as asked for."""
+    """Compute VTC's service difference at 19 times.
+
+    It is the sum over clients of how far each is behind the best served, or behind its own demand if that is nearer,
+    both over its weight. Refused requests are not part of the demand.
+    """
     times = np.array([duration / 20 * 0.95 * i for i in range(1, 20)]) + WARM_UP
     groups = by_tenant([record for record in records if not record.refused])
     served = np.array([rates(group, times) / weights.get(tenant, 1.0) for tenant, group in groups.items()])
@@ -62,14 +65,14 @@ def difference(records: Sequence[RequestRecord], duration: float, weights: Mappi
 
 
 def accumulated(outcome: Outcome, tenants: Sequence[str]) -> tuple[Series, Series]:
-    """Exact service per tenant since the start, at the ledger's notes: (times, tenants by times)."""
+    """Sum the exact service per tenant since the start, at the ledger's notes: (times, tenants by times)."""
     times = np.array([when for when, _ in outcome.history])
     sums = np.array([[served.get(tenant, 0.0) for _, served in outcome.history] for tenant in tenants])
     return times, sums.cumsum(axis=1)
 
 
 def response(records: Sequence[RequestRecord], times: Series) -> Series:
-    """Mean seconds to the first token of those whose first token falls into the minute around t; nan if none."""
+    """Average the time to first token of requests whose first token falls into the minute around t; nan if none."""
     firsts = np.array([[r.first_token, r.ttft] for r in records if r.first_token is not None and r.ttft is not None])
     if not len(firsts):
         return np.full(len(times), np.nan)
@@ -82,7 +85,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def summarize(outcome: Outcome, duration: float, bound: float | None, weights: Mapping[str, float]) -> dict[str, Any]:
-    """One row of the table."""
+    """Make one row of the table."""
     records = outcome.records
     finished = [record for record in records if record.finish is not None]
     ttfts = [record.ttft for record in finished if record.ttft is not None]

@@ -109,7 +109,7 @@ class Replica:
         self.adapters[call.adapter] = self.adapters.get(call.adapter, 0) + 1
 
     def step(self, now: float) -> float:
-        """Make the next step; when it ends. Everyone in it has one token more then."""
+        """Make the next step and return when it ends; every request in it then has one more token."""
         if self.queue and len(self.running) < MAX_BATCH:
             self.running.append(self.queue.popleft())
             end = now + PREFILL * self.kernel.decode([call.rank for call in self.running])
@@ -157,15 +157,17 @@ def two_choices(replicas: Sequence[Replica], call: Call, rng: random.Random) -> 
 
 
 def with_adapter(replicas: Sequence[Replica], call: Call, rng: random.Random) -> int:
-    """After dLoRA: where the adapter is in use and there is room, else the most idle."""
+    """Choose as dLoRA does: a replica that uses the adapter and has room, else the most idle."""
     holders = [p for p, i in enumerate(replicas) if call.adapter in i.adapters and i.all.size < MAX_BATCH]
     return min(holders, key=lambda place: replicas[place].all.size) if holders else most_idle(replicas, call, rng)
 
 
 def rank_aware(slo: float, mean_tokens: float) -> Chooser:
-    """After Toppings: the replica to which one more costs least, its own delay and everyone's; first those whose step
-    stays within the objective. Counting the request itself among those delayed, and keeping the objective apart from
-    the cost, mends the published form, in which an empty replica scores zero, or infinity times zero."""
+    """Make Toppings' chooser: the replica on which one more call costs least, in delay of its own and of the others.
+
+    Replicas whose step stays within the objective come first. The published form scores an empty replica zero, or
+    infinity times zero; here the call itself counts among those delayed, and the objective is kept apart from the cost.
+    """
 
     def choose(replicas: Sequence[Replica], call: Call, rng: random.Random) -> int:
         def cost(place: int) -> tuple[bool, float]:
@@ -237,7 +239,7 @@ def run(calls: Sequence[Call], choose: Chooser, kernel: Kernel, num_replicas: in
 def compare(
     rate: float, seconds: float, seed: int, kernel: Kernel, num_replicas: int = 60, slo: float = SLO
 ) -> list[dict[str, Any]]:
-    """One row per way of choosing."""
+    """Simulate every way of choosing, a row each."""
     calls = functions_trace(rate, seconds, seed)
     mean = statistics.fmean(call.tokens for call in calls)
     rows = []
@@ -259,7 +261,7 @@ def compare(
 
 
 def attainments(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Per rate and way, the mean over seeds."""
+    """Average attainment over seeds, per rate and way."""
     groups: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         groups.setdefault(f"{row['rate']:g} rps", {}).setdefault(row["placement"], []).append(row["slo_attainment"])
@@ -267,7 +269,7 @@ def attainments(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """Means over seeds."""
+    """Format a table of means over seeds."""
     cells: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
     for row in rows:
         cells.setdefault((row["kernel"], row["rate"], row["placement"]), []).append(row)

@@ -16,7 +16,7 @@ MAX_CLIENTS = 8  # lines in one panel
 
 
 def draw_suite(path: Path, title: str, outcomes: Sequence[Outcome], duration: float, bound: float | None) -> None:
-    """One column per policy: service rate, response time; and one panel with every policy's gap. PNG and PDF."""
+    """Draw a column per policy: service rate, response time and gap. PNG and PDF."""
     count = len(outcomes)
     figure, axes = new_figure((4.2 * count, 8.4), 3, count)
     times = np.linspace(0, duration, 61)
@@ -42,7 +42,7 @@ def draw_suite(path: Path, title: str, outcomes: Sequence[Outcome], duration: fl
 
 
 def draw_bars(path: Path, title: str, label: str, groups: Mapping[str, Mapping[str, float]]) -> None:
-    """Bars of one figure: group -> name -> value."""
+    """Draw bars of one figure: group -> name -> value."""
     names = list(dict.fromkeys(name for values in groups.values() for name in values))
     figure, ((axis,),) = new_figure((1.6 + 1.1 * len(groups) * max(1, len(names) / 3), 4))
     width = 0.8 / max(1, len(names))
@@ -59,7 +59,7 @@ def draw_bars(path: Path, title: str, label: str, groups: Mapping[str, Mapping[s
 def draw_lines(
     path: Path, title: str, labels: tuple[str, str], lines: Mapping[str, Sequence[tuple[float, float]]]
 ) -> None:
-    """One line per name."""
+    """Draw one line per name."""
     figure, ((axis,),) = new_figure((6, 4))
     for name, points in lines.items():
         values = np.array(points)

@@ -41,7 +41,7 @@ class Setup:
     prefix_caching: bool = False
     scheduler_type: type[Scheduler] = Scheduler  # or one that does something in another way, to see what that does
     overlap: bool = False  # the host makes a step while the device computes the one before
-    max_paired_tenants: int = 64  # gaps between pairs are followed up to so many tenants
+    max_paired_tenants: int = 64  # gaps between pairs are followed up to this number of tenants
     seed: int = 0
 
 
@@ -54,9 +54,11 @@ class Clock:
 
 
 class SimRunner:
-    """Makes no tokens: an answer ends at its true length, and a step takes what the cost model says. Steps follow each
-    other on the device; with overlap one is submitted while the one before is computed, so what arrives meanwhile
-    gets its first token a step later than without."""
+    """Runner without a model: an answer ends at its true length, and a step takes the seconds of the cost model.
+
+    Steps follow each other on the device. With overlap one is submitted while the one before is computed, so a request
+    that arrives meanwhile gets its first token a step later than without.
+    """
 
     def __init__(self, setup: Setup, clock: Clock, adapters: SimAdapters) -> None:
         self.overlap = setup.overlap
@@ -133,7 +135,7 @@ class Outcome:
 
 
 def make_lengths(name: str, seed: int) -> Lengths:
-    """`history`, `none`, `oracle`, or `noisy:0.5`."""
+    """Make the predictor named `history`, `none`, `oracle`, or `noisy:0.5`."""
     kind, _, value = name.partition(":")
     if kind == "history":
         return Predictor()
@@ -167,7 +169,7 @@ def make_engine(setup: Setup, clock: Clock) -> tuple[Engine, SimRunner, SimAdapt
 
 
 def simulate(trace: Sequence[Arrival], setup: Setup, on_progress: Callable[[int], None] | None = None) -> Outcome:
-    """Serve a trace, in order of time, until everyone has an answer."""
+    """Serve a trace, in order of time, until every request has ended."""
     clock = Clock()
     engine, runner, adapters = make_engine(setup, clock)
     scheduler = engine.scheduler

@@ -69,7 +69,7 @@ def _needed(value: Limit | None, process: str, name: str) -> Limit:
 
 
 def _unit_gaps(kind: Gaps, cv: float, count: int, rng: np.random.Generator) -> Times:
-    """Gaps with mean 1."""
+    """Draw gaps with mean 1."""
     if kind == "fixed":
         return np.ones(count)
     shape = 1.0 if kind == "poisson" else 1 / cv**2

@@ -33,9 +33,9 @@ class Maker(Protocol):
 class PlannedRequest(msgspec.Struct, frozen=True):
     """A request that is due `at` seconds after the start of the run.
 
-    `prompt_len` is None for a text nobody has counted. `max_tokens` is what the request allows where its answer ends
-    earlier by itself, after `output_len`; None: it ends because it reaches `output_len`. `deadline_s` is when the last
-    token must be there by the class's `e2el_ms`.
+    `prompt_len` is None for a text whose tokens are not counted. `max_tokens` is what the request allows where its
+    answer ends earlier by itself, after `output_len`; None: it ends because it reaches `output_len`. `deadline_s` is
+    when the last token must be there by the class's `e2el_ms`.
     """
 
     index: int

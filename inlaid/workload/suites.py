@@ -29,7 +29,7 @@ def load_workload(source: str) -> Workload:
 
 
 def load_suite(source: str) -> Workload:
-    """Read a suite by name or a file, as `load_workload`; refuse an unknown name with those that there are."""
+    """Read a suite by name or a file, as `load_workload`; refuse an unknown name and list the known ones."""
     names = suite_names()
     if source not in names and not source.endswith((".toml", ".json")):
         close = difflib.get_close_matches(source, names, n=1)

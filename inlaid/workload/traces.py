@@ -226,7 +226,7 @@ def _sharegpt(file: TextIO) -> Iterator[TraceRow]:
 
 
 def _tenants(file: TextIO) -> Iterator[TraceRow]:
-    """Rows in order of time, tenant and lengths; a line that is wrong is named."""
+    """Read rows in order of time, tenant and lengths; a wrong line is named."""
     rows: list[tuple[float, str, int, int]] = []
     for number, line in enumerate(file, 1):
         try:

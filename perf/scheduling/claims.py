@@ -1,6 +1,6 @@
 """LoRA-Inlaid's claims on the simulator: attainment and latency near saturation, the ablation, misprediction.
 
-Why it matters: at light load every order is the same; the question is who waits when a hundred tasks ask for a little
+At light load every order is the same; the question is which requests wait when a hundred tasks ask for a little
 more than the machine gives. The suite's trace is served at rates around capacity (about 6.2 requests per second on this
 machine); SLO is 12 s from arrival to last token.
 
@@ -43,7 +43,7 @@ NOISE = ("oracle", "noisy:0.5", "noisy:2.0", "history", "none")
 
 
 def row(suite: Workload, rate: float, policy: str, lengths: str, seed: int) -> dict[str, Any]:
-    """One simulation's figures."""
+    """Simulate once and return the figures."""
     experiment: Experiment = prepare(rescale_rate(suite, rate), seed)
     figures = summarize(run(experiment, policy, lengths), experiment.duration, None, {})
     kept = ("slo_attainment", "mean_latency", "mean_ttft", "p99_ttft", "max_ttft", "throughput", "adapter_loads")
@@ -121,7 +121,7 @@ def report(made: dict[str, Any], groups: dict[str, list[dict[str, Any]]]) -> str
 
 
 def _with_bounds(groups: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """fcfs at the same rate, and inlaid for each ageing with the most that anybody may wait."""
+    """Join fcfs at the same rate and inlaid for each ageing, with the bound on waiting."""
     (fcfs,) = (r for r in groups["load"] if r["policy"] == "fcfs" and r["rate"] == groups["ageing"][0]["rate"])
     bounds = [(MOST_TOKENS + GROUPING) / ageing + fcfs["max_ttft"] for ageing in AGEING]
     return [{**fcfs, "bound s": "-"}, *({**r, "bound s": f"{b:.0f}"} for r, b in zip(groups["ageing"], bounds))]

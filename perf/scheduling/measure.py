@@ -63,7 +63,7 @@ class Resident:
 
 
 class Crowd:
-    """Draws requests: prompts of 64..191 tokens, outputs of 32..223, any tenant, any adapter."""
+    """Source of requests: prompts of 64..191 tokens, outputs of 32..223, any tenant, any adapter."""
 
     def __init__(self, num_tenants: int) -> None:
         self._rng = random.Random(0)

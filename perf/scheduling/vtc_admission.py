@@ -1,11 +1,11 @@
-"""VTC's artifact's way of letting requests in, on our simulator: what its figures owe to it.
+"""Admission as in VTC's artifact, on our simulator, to see which of its figures are due to it.
 
-The artifact tries to let requests in every ten decode steps, and a request only if the most memory that it and everyone
-running will ever hold together fits, answers being as long as they may be. Answers of one length then fall into step:
+The artifact admits every ten decode steps, and a request only if the most memory that it and all running requests will
+ever hold together fits, with every answer as long as it may be. Answers of one length then fall into step:
 they start together, end together, and the next round starts together. A counter that is charged as tokens come does
 not see a round that has just started, so VTC gives whole rounds to one client and then to the other: a client that is
 x requests ahead after a round is x times wq M / (wp Lin) behind after the next. Charging predictions ahead ends it.
-perf/scheduling/vtc_published.py sets these figures beside ours and the artifact's.
+`vtc_published.py` sets these figures beside ours and the artifact's.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ def load(folder: Path, suite: str) -> dict[str, dict[str, Any]]:
 
 
 def serve(suite: str, policy: str, way: str, seeds: Sequence[int], speed: float) -> dict[str, Any]:
-    """Means over traces, and each trace's mean difference."""
+    """Average over traces, with each trace's mean difference."""
     rows = []
     for seed in seeds:
         experiment = prepare(load_suite(suite), seed)

@@ -1,4 +1,4 @@
-"""`inlaid sim` as a user has it: files, tables and one sentence for what is wrong."""
+"""`inlaid sim` as a user runs it: files, tables, and one sentence for each mistake."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def test_the_real_suite_has_the_published_shape() -> None:
 
 
 def test_the_real_suite_is_refused_as_the_published_trace_was() -> None:
-    """Requests refused at so many per minute, of 1,500: in VTC's artifact, and here on average over traces."""
+    """Compare requests refused by limits per minute, of 1,500: in VTC's artifact, and here on average over traces."""
     published = {5: 919, 10: 600, 15: 447, 20: 342, 30: 176}
     traces = [draw_trace(msgspec.structs.replace(load_suite("real"), seed=seed)) for seed in range(42, 47)]
     for limit, theirs in published.items():

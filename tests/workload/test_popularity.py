@@ -1,4 +1,4 @@
-"""Adapter distributions: who gets how much."""
+"""Adapter distributions: the share that each adapter gets."""
 
 from __future__ import annotations
 
