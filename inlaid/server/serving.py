@@ -29,6 +29,7 @@ from inlaid.text.tokenizer import Tokenizer
 from inlaid.worker.build import process_age
 from inlaid.worker.client import EngineClient
 from inlaid.worker.errors import EngineDead
+from inlaid.worker.messages import ModelInfo
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +43,7 @@ async def make_service(
     give_up: Callable[[str], None],
     **engine_options: Any,
 ) -> Service:
-    """Start the engine and, where the model is a folder, read its tokenizer meanwhile: importing its reader takes
-    seconds. ConfigError says why it cannot."""
+    """Make the parts of a server and start its engine. ConfigError says why it cannot."""
     keys = Keys.of(config, os.environ)
     check_config(config, keys)
     folders = AllowedFolders(config.lora_root)
@@ -52,7 +52,6 @@ async def make_service(
     for name in adapters:
         if (why := names.why_not(name)) is not None:
             raise ConfigError(f"no adapter can be called {name!r}: {why}; rename it, or the base (--served-model-name)")
-    template = None if config.chat_template is None else _read_template(config.chat_template)
     engine = EngineClient(
         engine_config,
         adapters,
@@ -63,21 +62,7 @@ async def make_service(
     )
     resolver = make_resolver(config, engine, names, engine_config.adapters.max_cpu_loras)
     watchers = [Watcher(Path(folder).expanduser(), engine, names) for folder in config.lora_watch]
-    reading = None
-    if Path(engine_config.model).is_dir():
-        reading = asyncio.create_task(asyncio.to_thread(Tokenizer, engine_config.model, template))
-        reading.add_done_callback(lambda done: done.cancelled() or done.exception())  # the engine's reason comes first
-    try:
-        model = await engine.start()
-        tokenizer = await (reading or asyncio.to_thread(Tokenizer, model.folder, template))
-    except EngineDead as error:
-        raise ConfigError(str(error)) from error
-    except (OSError, ValueError) as error:
-        await engine.close()
-        raise ConfigError(f"the tokenizer of {engine_config.model} cannot be read: {error}") from error
-    except BaseException:
-        await engine.close()
-        raise
+    model, tokenizer = await _start(engine, config.chat_template)
     return Service(
         config=config,
         engine=engine,
@@ -98,6 +83,28 @@ async def make_service(
         public_path=model_name if Path(engine_config.model).is_dir() else engine_config.model,
         started=int(time.time()),
     )
+
+
+async def _start(engine: EngineClient, template_file: str | None) -> tuple[ModelInfo, Tokenizer]:
+    """Start the engine and, where the model is a folder, read its tokenizer meanwhile: importing its reader takes
+    seconds."""
+    template = None if template_file is None else _read_template(template_file)
+    folder = engine.config.model
+    reading = None
+    if Path(folder).is_dir():
+        reading = asyncio.create_task(asyncio.to_thread(Tokenizer, folder, template))
+        reading.add_done_callback(lambda done: done.cancelled() or done.exception())  # the engine's reason comes first
+    try:
+        model = await engine.start()
+        return model, await (reading or asyncio.to_thread(Tokenizer, model.folder, template))
+    except EngineDead as error:
+        raise ConfigError(str(error)) from error
+    except (OSError, ValueError) as error:
+        await engine.close()
+        raise ConfigError(f"the tokenizer of {folder} cannot be read: {error}") from error
+    except BaseException:
+        await engine.close()
+        raise
 
 
 def model_display_name(model: str) -> str:
