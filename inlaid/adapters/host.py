@@ -76,7 +76,7 @@ class HostMemory:
             adapter, held.counts.read_seconds = reading.result()
             held.flat, held.reading, held.fetched = adapter.flat, None, now
         except (ValueError, OSError, MemoryError) as error:
-            log.error("adapter %s could not be read again: %s", held.path, error)
+            log.error("adapter %s could not be read again: %s", printable(held.path), printable(str(error)))
             self.drop(held)
             held.failed = RuntimeError(_told(held, error))
 

@@ -31,7 +31,7 @@ Progress = Callable[[str, int, int], None]
 
 def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `inlaid quantize`."""
-    grid, calibration, settings = Grid(), CalibrationSettings(), Settings()
+    settings = Settings()
     parser.add_argument("base", type=Path, help="folder of the 16-bit base model")
     parser.add_argument(
         "--out",
@@ -46,6 +46,29 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=ADAPTER:DATA",
         help="a task: its PEFT folder (or 'none' for the base alone) and a .jsonl file of prompts and completions",
     )
+    _add_grid_arguments(parser, Grid())
+    _add_calibration_arguments(parser, CalibrationSettings())
+    parser.add_argument(
+        "--aggregation",
+        choices=AGGREGATIONS,
+        default=settings.aggregation,
+        help=f"how the tasks' Hessians become one; {MINIMAX_LOSS} (the default) solves {LOSS_ROUNDS} times and "
+        "measures every task each time, the others solve once",
+    )
+    parser.add_argument(
+        "--sequential",
+        action="store_true",
+        help="calibrate on quantized predecessors: every forward pass twice, nothing is banked, and adding or removing "
+        "a task runs all of them again",
+    )
+    parser.add_argument("--bank-precision", choices=PRECISIONS, default=settings.bank_precision)
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), default=None, help="compute type; default: float32, float16 on a GPU"
+    )
+    _add_place_arguments(parser)
+
+
+def _add_grid_arguments(parser: argparse.ArgumentParser, grid: Grid) -> None:
     parser.add_argument("--bits", type=int, choices=BITS, default=grid.bits)
     parser.add_argument("--group-size", type=int, default=grid.group_size, help="inputs that share a scale; -1: all")
     parser.add_argument("--symmetric", action=argparse.BooleanOptionalAction, default=grid.symmetric)
@@ -67,13 +90,9 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ROUNDS",
         help="rounds of fitting steps and choosing codes again",
     )
-    parser.add_argument(
-        "--aggregation",
-        choices=AGGREGATIONS,
-        default=settings.aggregation,
-        help=f"how the tasks' Hessians become one; {MINIMAX_LOSS} (the default) solves {LOSS_ROUNDS} times and "
-        "measures every task each time, the others solve once",
-    )
+
+
+def _add_calibration_arguments(parser: argparse.ArgumentParser, calibration: CalibrationSettings) -> None:
     parser.add_argument(
         "--highlight",
         type=float,
@@ -86,17 +105,6 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", type=int, default=calibration.max_length, help="most tokens of one example")
     parser.add_argument("--held-out", type=float, default=calibration.held_out, help="share of examples for the gate")
     parser.add_argument("--seed", type=int, default=calibration.seed, help="which examples are drawn")
-    parser.add_argument(
-        "--sequential",
-        action="store_true",
-        help="calibrate on quantized predecessors: every forward pass twice, nothing is banked, and adding or removing "
-        "a task runs all of them again",
-    )
-    parser.add_argument("--bank-precision", choices=PRECISIONS, default=settings.bank_precision)
-    parser.add_argument(
-        "--dtype", choices=list(DTYPES), default=None, help="compute type; default: float32, float16 on a GPU"
-    )
-    _add_place_arguments(parser)
 
 
 def run_quantize(args: argparse.Namespace) -> int:
