@@ -37,7 +37,8 @@ class DeviceMemory:
         self.pages = empty_pages(spec, slots + 1, 0 if shared else pool_elements, device, dtype)
         self.space = PagePool(pool_elements)
         self.floor = pool_elements  # elements that it always has
-        self._spec, self._mode, self._now = spec, mode, clock
+        self.mode = mode
+        self._spec, self._now = spec, clock
         self._loader = StreamLoader(CudaLane(device)) if loader is None and device.type == "cuda" else loader
         self._lender: Lender | None = None
         self._unit = self._borrowed_from = 0  # elements in a lent block, and where such blocks begin
@@ -45,11 +46,15 @@ class DeviceMemory:
         self._free_slots = list(range(slots, 0, -1))
         self._layers_per_group = -(-spec.num_layers // NUM_GROUPS)
         self._num_groups = -(-spec.num_layers // self._layers_per_group)
-        self._groups_to_start = groups_to_start(mode, self._num_groups)
 
     @property
     def slots(self) -> int:
         return self.pages.table.shape[0] - 1
+
+    @property
+    def groups_to_start(self) -> int:
+        """Layer groups that must have landed before a request may start."""
+        return groups_to_start(self.mode, self._num_groups)
 
     @property
     def held(self) -> list[Held]:
@@ -128,12 +133,12 @@ class DeviceMemory:
             for target, source in (move for group in moves for move in group):
                 target.copy_(source)
             held.counts.seconds = self._now() - held.asked
-        self._show(held, resident, 0 if self._mode == CPU_ASSIST else self._num_groups)
+        self._show(held, resident, 0 if self.mode == CPU_ASSIST else self._num_groups)
 
     def may_start(self, resident: Resident) -> bool:
         """Say whether so much of an adapter has landed that its requests may run."""
         arrival = resident.arrival
-        return arrival is None or (arrival.error is None and arrival.landed >= self._groups_to_start)
+        return arrival is None or (arrival.error is None and arrival.landed >= self.groups_to_start)
 
     def _show(self, held: Held, resident: Resident, groups: int) -> None:
         resident.shown = groups

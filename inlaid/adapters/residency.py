@@ -23,11 +23,10 @@ class Residency:
         device: DeviceMemory,
         host: HostMemory,
         eviction: Eviction,
-        mode: str,
         max_seconds: float,
         clock: Callable[[], float],
     ) -> None:
-        self.device, self.host, self.mode = device, host, mode
+        self.device, self.host = device, host
         self.max_seconds = max_seconds
         self._eviction = eviction
         self._now = clock
@@ -108,7 +107,7 @@ class Residency:
 
     def _idle(self) -> list[Held]:
         """Adapters that may leave the device, the least valuable first; in mode cached there are none."""
-        return [] if self.mode == CACHED else in_order(filter(self._may_leave, self.device.held))
+        return [] if self.device.mode == CACHED else in_order(filter(self._may_leave, self.device.held))
 
     def _may_leave(self, held: Held) -> bool:
         if held.kept or held.resident is None:

@@ -20,7 +20,7 @@ from inlaid.adapters.eviction import Eviction
 from inlaid.adapters.held import Counts, Held
 from inlaid.adapters.host import HostMemory, Read
 from inlaid.adapters.loader import AnyLoader
-from inlaid.adapters.modes import CACHED, ON_DEMAND
+from inlaid.adapters.modes import CACHED, MODES, ON_DEMAND
 from inlaid.adapters.pages import Lender, PagePool
 from inlaid.adapters.registry import Registry
 from inlaid.adapters.residency import Residency
@@ -53,13 +53,26 @@ class AdapterStore:
         on_gpu = device.type == "cuda"
         assert mode in (CACHED, ON_DEMAND) or loader is not None or on_gpu, f"{mode} needs a loader"
         assert read is not None or not host_budget, "what leaves host memory must be read again"
-        self.mode = mode
         self._registry = Registry(max_held)
         self._device = DeviceMemory(
             spec, max_resident, pool_elements, device, dtype, mode, loader, clock, shared=shared
         )
         self._host = HostMemory(self._registry.held, host_budget, read, pin=on_gpu)
-        self._residency = Residency(self._device, self._host, Eviction(), mode, max_seconds, clock)
+        self._residency = Residency(self._device, self._host, Eviction(), max_seconds, clock)
+
+    @property
+    def mode(self) -> str:
+        return self._device.mode
+
+    @property
+    def groups_to_start(self) -> int:
+        """Layer groups of an adapter that must have landed before a request may start."""
+        return self._device.groups_to_start
+
+    def switch(self, mode: str) -> None:
+        """Work on as if it had been made with another mode, which measurements compare on one engine."""
+        assert mode in MODES, mode
+        self._device.mode = mode
 
     # Names
 

@@ -139,7 +139,7 @@ def switch(loaded: Loaded, mode: str, helpers: Assistant | None) -> None:
     a GPU are the same in each; without a GPU, on-demand keeps the copying thread that it would not have."""
     runner: Any = loaded.engine.runner
     arriving = arriving_of(loaded)
-    store_of(loaded).mode = mode
+    store_of(loaded).switch(mode)
     arriving.assistant = helpers if mode == CPU_ASSIST else None
     runner.arriving, runner.set_aside = (None, arriving) if mode == ON_DEMAND else (arriving, None)
 

@@ -119,7 +119,7 @@ def test_nobody_waits_for_anothers_adapter(judge: Judge, monkeypatch: pytest.Mon
         time.sleep(0.001)
     ended = {output.id: output.finish_reason for output in outputs if output.finish_reason is not None}
     assert ended == {"fine": FinishReason.LENGTH, "base": FinishReason.LENGTH}
-    monkeypatch.setattr(store, "_now", lambda: time.monotonic() + 6.0)
+    monkeypatch.setattr(store._residency, "_now", lambda: time.monotonic() + 6.0)
     (last,) = [output for _ in range(3) for output in engine.step()]
     assert (last.id, last.finish_reason) == ("stuck", FinishReason.ERROR)
     assert "did not arrive within 5 s" in (last.refusal.message if last.refusal else "")

@@ -88,7 +88,7 @@ def test_a_switched_engine_is_one_that_was_started_so(mode: str) -> None:
     ours, store = adapters.store_of(switched), adapters.store_of(started)
     assert ours.resident() == []
     assert adapters.counts(switched) == {"loads": 0, "evictions": 0, "hits": 0}
-    assert (ours.mode, ours._groups_to_start) == (store.mode, store._groups_to_start)
+    assert (ours.mode, ours.groups_to_start) == (store.mode, store.groups_to_start)
     arriving = started.engine.runner.arriving  # type: ignore[attr-defined]
     helps = arriving is not None and arriving.assistant is not None
     assert (adapters.arriving_of(switched).assistant is not None) == helps
