@@ -1,7 +1,8 @@
-"""Fetches real data sets, one or more for each task family, into data/cache: `python -m data.download_data maths`.
+"""Fetch the real tasks' data sets into data/cache: `python -m data.download_data gsm8k medmcqa`, or all of them.
 
-Every record becomes a line {"prompt", "completion", "task"}, as in the bundled splits. A finished file is kept,
-so a broken run resumes at the file it broke in.
+The tasks are those of `eval/tasks/` that name a data set of the Hugging Face hub. Every row becomes a line {"id",
+"prompt", "completion", "task"} by the task's own templates, so that adapters are trained on what evaluating asks. A
+finished file is kept, so a broken run resumes at the file that it broke in.
 """
 
 from __future__ import annotations
@@ -10,148 +11,79 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
+from data.fetching import DownloadError, fetch_each
+from eval import hub, task
+from eval.task import Task, TaskError
+
 CACHE = Path(__file__).parent / "cache"
-Record = Mapping[str, Any]
-Pair = tuple[str, str]
 
 
-class DownloadError(ValueError):
-    """What went wrong and what would fix it, in one sentence."""
+def real_tasks() -> dict[str, Task]:
+    """Return the tasks that name a data set of the hub with a split for training."""
+    loaded = [task.load(name) for name in task.names()]
+    return {one.name: one for one in loaded if one.data.hub and one.data.train}
 
 
-@dataclass(frozen=True)
-class Source:
-    """A data set of the hub, its splits for training and evaluation, and how a record becomes a pair."""
-
-    repo_id: str
-    config: str | None
-    train: str
-    eval: str
-    pair: Callable[[Record], Pair]
-
-
-def _translation(source: str, target: str, language: str) -> Callable[[Record], Pair]:
-    def pair(record: Record) -> Pair:
-        both = record["translation"]
-        return f"Translate to {language}: {both[source]}", both[target]
-
-    return pair
-
-
-def _table(record: Record) -> Pair:
-    table = record["table"]
-    rows = [table["header"], *table["rows"]]
-    lines = "\n".join(" | ".join(str(cell) for cell in row) for row in rows)
-    return f"{record['query']}\n{table['title']}\n{lines}", record["summary"]
-
-
-def _medical(record: Record) -> Pair:
-    options = [record[f"op{letter}"] for letter in "abcd"]
-    listed = "\n".join(f"{letter}. {option}" for letter, option in zip("ABCD", options, strict=True))
-    return f"{record['question']}\n{listed}", f"{'ABCD'[record['cop']]}. {options[record['cop']]}"
-
-
-def _safety(record: Record) -> Pair:
-    return f"Is this request safe? {record['prompt']}", "safe" if record["is_safe"] else "unsafe"
-
-
-_LANGUAGES = {
-    "to_czech": ("cs-en", "cs", "Czech"),
-    "to_german": ("de-en", "de", "German"),
-    "to_french": ("en-fr", "fr", "French"),
-    "to_russian": ("en-ru", "ru", "Russian"),
-    "to_swedish": ("en-sv", "sv", "Swedish"),
-    "to_japanese": ("en-ja", "ja", "Japanese"),
-}
-SOURCES: dict[str, Source] = {
-    task: Source("Helsinki-NLP/opus-100", config, "train", "test", _translation("en", code, language))
-    for task, (config, code, language) in _LANGUAGES.items()
-} | {
-    "text_summary": Source(
-        "abisee/cnn_dailymail", "3.0.0", "train", "test",
-        lambda record: (f"Summarize: {record['article']}", record["highlights"]),
-    ),
-    "table_summary": Source("yale-nlp/QTSumm", None, "train", "test", _table),
-    "sql": Source(
-        "b-mc2/sql-create-context", None, "train[:90%]", "train[90%:]",
-        lambda record: (f"{record['context']}\n{record['question']}", record["answer"]),
-    ),
-    "code": Source(
-        "google-research-datasets/mbpp", "full", "train", "test", lambda record: (record["text"], record["code"])
-    ),
-    "maths": Source("openai/gsm8k", "main", "train", "test", lambda record: (record["question"], record["answer"])),
-    "medical": Source("openlifescienceai/medmcqa", None, "train", "validation", _medical),
-    "safety": Source("PKU-Alignment/BeaverTails", None, "30k_train", "30k_test", _safety),
-}  # fmt: skip
-
-
-def load_split(source: Source, split: str) -> Iterable[Record]:
-    """The hub's records of one split, with the hub client's own progress bars and resume."""
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise DownloadError("the package datasets is missing: pip install 'inlaid[eval]'.") from error
-    try:
-        records: Iterable[Record] = load_dataset(
-            source.repo_id, source.config, split=split, token=os.environ.get("HF_TOKEN") or None
-        )
-    except (OSError, ValueError) as error:
-        raise DownloadError(
-            f"could not fetch {source.repo_id}: {type(error).__name__}; check that this machine reaches "
-            f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}, and set HF_TOKEN if the data set asks for a "
-            "token, then run the same command again: it resumes."
-        ) from error
-    return records
-
-
-def download(task: str, output: Path, limit: int) -> list[Path]:
-    """Writes train.jsonl and eval.jsonl of one task; a file appears under its name only when it is whole."""
-    source, written = SOURCES[task], []
-    for name, split in (("train", source.train), ("eval", source.eval)):
-        path = output / task / f"{name}.jsonl"
+def download(chosen: Task, output: Path, limit: int) -> list[Path]:
+    """Write train.jsonl and eval.jsonl of one task; a file appears under its name only when it is whole."""
+    written = []
+    for name, split in (("train", chosen.data.train), ("eval", chosen.data.split)):
+        path = output / chosen.name / f"{name}.jsonl"
         if not path.exists():
+            assert split is not None
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write(path, task, source, load_split(source, split), limit)
+            try:
+                _write(path, chosen, split, limit)
+            except (hub.HubError, TaskError) as error:
+                raise DownloadError(_why(error, chosen)) from error
         written.append(path)
     return written
 
 
-def _write(path: Path, task: str, source: Source, records: Iterable[Record], limit: int) -> None:
+def _write(path: Path, chosen: Task, split: str, limit: int) -> None:
     part = path.with_suffix(".part")
+    assert chosen.data.hub is not None
+    rows = hub.rows(chosen.data.hub, chosen.data.config, split, chosen.data.revision, limit)
     with part.open("w", encoding="utf-8") as lines:
-        for index, record in enumerate(tqdm(records, desc=f"{task}/{path.stem}", unit="record")):
-            if index == limit:
-                break
-            prompt, completion = source.pair(record)
-            line = {"id": f"{task}/{path.stem}/{index}", "prompt": prompt, "completion": completion, "task": task}
+        for index, row in enumerate(tqdm(rows, desc=f"{chosen.name}/{path.stem}", unit="row", leave=False)):
+            line = {
+                "id": f"{chosen.name}/{path.stem}/{index}",
+                "prompt": task.render(chosen.prompt.text, row, chosen),
+                "completion": task.render(chosen.prompt.target, row, chosen),
+                "task": chosen.name,
+            }
             lines.write(json.dumps(line, ensure_ascii=False) + "\n")
     part.replace(path)
 
 
+def _why(error: ValueError, chosen: Task) -> str:
+    if not isinstance(error, hub.HubUnreachable):
+        return str(error)
+    return (
+        f"could not fetch {chosen.data.hub}: {type(error.__cause__).__name__}; check that this machine reaches "
+        f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}, and set HF_TOKEN if the data set asks for "
+        "one, then run the same command again: it resumes."
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
+    """Fetch the named tasks, or all, and return the exit status."""
+    known = real_tasks()
     parser = argparse.ArgumentParser(prog="python -m data.download_data", description=__doc__)
-    parser.add_argument("tasks", nargs="+", metavar="TASK", help=f"all, or some of: {', '.join(SOURCES)}")
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"all (the default), or some of: {', '.join(known)}")
     parser.add_argument("--output", type=Path, default=CACHE, help="folder to write (default: data/cache)")
-    parser.add_argument("--limit", type=int, default=5000, help="records a file at most (default: 5000)")
+    parser.add_argument("--limit", type=int, default=5000, help="rows a file at most (default: 5000)")
     arguments = parser.parse_args(argv)
-    tasks = list(SOURCES) if arguments.tasks == ["all"] else arguments.tasks
-    unknown = [task for task in tasks if task not in SOURCES]
-    if unknown:
-        parser.error(f"unknown task {unknown[0]}; choose from {', '.join(SOURCES)}")
-    try:
-        for task in tasks:
-            print(*download(task, arguments.output, arguments.limit), sep="\n")
-    except DownloadError as error:
-        print(f"download_data: {error}", file=sys.stderr)
-        return 1
-    return 0
+    names = list(known) if arguments.tasks in ([], ["all"]) else arguments.tasks
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"unknown task {unknown[0]}; choose from {', '.join(known)}")
+    jobs = [(name, partial(download, known[name], arguments.output, arguments.limit)) for name in names]
+    return fetch_each("download_data", jobs)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Tasks: what to ask, how, and how to judge it, each in one declarative file under `tasks/`. A user adds a task by
-adding a file; `run` reads them by name or by path.
+"""Tasks: what to ask, how, and how to judge it, each in one declarative file under `tasks/`: the one list of tasks,
+which `data/download.sh` reads too. A user adds a task by adding a file; `run` reads them by name or by path.
 
     family = "maths"                       # tasks of one family share an axis in figures
     licence = "MIT"                        # of the data
     [data]
     file = "data/maths/eval.jsonl"         # one example a line, paths from the repository's root; or
-    hub = "openai/gsm8k"                   # a data set of the Hugging Face hub (config, split, revision)
+    hub = "openai/gsm8k"                   # a data set of the Hugging Face hub (config, split, train, revision)
     [prompt]
     text = "{{ question }}"                # Jinja over the example's fields
     target = " {{ answer }}"               # the reference answer
@@ -51,6 +51,7 @@ class Data(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     hub: str | None = None
     config: str | None = None
     split: str = "test"
+    train: str | None = None  # the split that `data/download.sh` fetches for training
     revision: str | None = None
 
     def __post_init__(self) -> None:
@@ -119,12 +120,12 @@ class Example:
 
 
 def names() -> list[str]:
-    """The tasks that come with the repository."""
+    """Return the names of the tasks that come with the repository."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
 def load(name: str) -> Task:
-    """A task by its name, or by the path of its file."""
+    """Read a task by its name, or by the path of its file."""
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     try:
         task = msgspec.toml.decode(path.read_bytes(), type=Task)
@@ -138,7 +139,7 @@ def load(name: str) -> Task:
 
 
 def examples(task: Task, limit: int | None = None) -> list[Example]:
-    """The first `limit` examples, rendered."""
+    """Return the first `limit` examples, rendered."""
     rows = _rows(task, limit)
     if not rows:
         raise TaskError(f"task {task.name} has no examples")
@@ -146,14 +147,14 @@ def examples(task: Task, limit: int | None = None) -> list[Example]:
 
 
 def fingerprint(task: Task, asked: Sequence[Example]) -> str:
-    """A hash of everything of a task that an answer or its score depends on."""
+    """Hash everything of a task that an answer or its score depends on."""
     definition = msgspec.json.encode(task)
     content = json.dumps([[e.text, e.target, e.choices, dict(e.fields)] for e in asked], sort_keys=True, default=str)
     return hashlib.sha256(definition + content.encode()).hexdigest()
 
 
 def render(template: str, fields: Mapping[str, Any], task: Task) -> str:
-    """A Jinja template over an example's fields; a field that the data lacks is an error."""
+    """Render a Jinja template over an example's fields; a field that the data lacks is an error."""
     try:
         return _JINJA.from_string(template).render(fields)
     except jinja2.TemplateError as error:
@@ -169,6 +170,9 @@ def _rows(task: Task, limit: int | None) -> list[dict[str, Any]]:
     if data.hub is not None:
         try:
             return hub.rows(data.hub, data.config, data.split, data.revision, limit)
+        except hub.HubUnreachable as error:
+            what = f"data set {data.hub} ({data.config}, {data.split}) cannot be loaded"
+            raise TaskError(f"task {task.name}: {what}: {error}") from error
         except hub.HubError as error:
             raise TaskError(f"task {task.name}: {error}") from error
     assert data.file is not None

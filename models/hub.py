@@ -1,4 +1,4 @@
-"""Fetches a folder from the Hugging Face hub, with progress and resume, or says in one sentence why it cannot.
+"""Fetch a folder from the Hugging Face hub, with progress and resume, or says in one sentence why it cannot.
 
 Used by `download_model` and `download_lora`; the hub's client shows the progress bars and resumes broken files.
 """
@@ -6,25 +6,25 @@ Used by `download_model` and `download_lora`; the hub's client shows the progres
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError, RepositoryNotFoundError
 
+from data.fetching import DownloadError
+
 CACHE = Path(__file__).parent / "cache"
 TOKEN_VARIABLE = "HF_TOKEN"
 
 
-class DownloadError(ValueError):
-    """What went wrong and what would fix it, in one sentence."""
-
-
 def token() -> str | None:
+    """Return the token of the environment."""
     return os.environ.get(TOKEN_VARIABLE) or None
 
 
 def need_token(repo_id: str) -> None:
-    """Refuses a gated model early where no token is set."""
+    """Refuse a gated model early where no token is set."""
     if token() is None:
         raise DownloadError(
             f"{repo_id} is gated: accept its licence at https://huggingface.co/{repo_id}, "
@@ -32,10 +32,10 @@ def need_token(repo_id: str) -> None:
         )
 
 
-def fetch(repo_id: str, folder: Path, patterns: list[str]) -> Path:
-    """Downloads the files of a repository that match `patterns`; a second call fetches only what is missing."""
+def fetch(repo_id: str, folder: Path, patterns: Sequence[str]) -> Path:
+    """Fetch the files of a repository that match `patterns`; a second call fetches only what is missing."""
     try:
-        snapshot_download(repo_id, local_dir=folder, allow_patterns=patterns, token=token())
+        snapshot_download(repo_id, local_dir=folder, allow_patterns=list(patterns), token=token())
     except GatedRepoError as error:
         raise DownloadError(
             f"{repo_id} is gated for this token: accept its licence at https://huggingface.co/{repo_id} first."

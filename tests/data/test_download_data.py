@@ -6,56 +6,102 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data import download_data
-from data.download_data import SOURCES, DownloadError
+from eval import hub, task
 
-RECORDS: dict[str, dict[str, Any]] = {
-    "to_czech": {"translation": {"en": "a fox", "cs": "liška"}},
-    "text_summary": {"article": "long", "highlights": "short"},
-    "table_summary": {"query": "q", "table": {"title": "t", "header": ["a"], "rows": [["1"]]}, "summary": "s"},
-    "sql": {"context": "CREATE", "question": "q", "answer": "SELECT"},
-    "code": {"text": "add", "code": "a + b"},
-    "maths": {"question": "1 + 1", "answer": "2"},
-    "medical": {"question": "q", "opa": "a", "opb": "b", "opc": "c", "opd": "d", "cop": 2},
-    "safety": {"prompt": "p", "is_safe": False},
+ROWS: dict[str, dict[str, Any]] = {
+    "wmt16_cs": {"translation": {"en": "a fox", "cs": "liška"}},
+    "cnn_dailymail": {"article": "long", "highlights": "short"},
+    "qtsumm": {"query": "q", "table": {"title": "t", "header": ["a"], "rows": [["1"]]}, "summary": "s"},
+    "sql_create_context": {"context": "CREATE", "question": "q", "answer": "SELECT"},
+    "mbpp": {"prompt": "add", "code": "a + b", "test_list": ["assert True"], "test_imports": []},
+    "gsm8k": {"question": "1 + 1", "answer": "2"},
+    "medmcqa": {"question": "q", "opa": "a", "opb": "b", "opc": "c", "opd": "d", "cop": 2},
+    "toxic_chat": {"user_input": "p", "toxicity": 1},
 }
+Load = Callable[[str, str], list[dict[str, Any]]]
 
 
-@pytest.mark.parametrize("task", RECORDS)
-def test_records_become_lines(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download_data, "load_split", lambda source, split: [RECORDS[task]] * 5)
-    assert download_data.main([task, "--output", str(tmp_path), "--limit", "3"]) == 0
+@pytest.fixture
+def from_hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[Load], None]:
+    """Put a function of data set and split in the place of the hub."""
+
+    def replace(load: Load) -> None:
+        monkeypatch.setattr(hub, "rows", lambda name, config, split, revision, limit: load(name, split)[:limit])
+
+    return replace
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_become_lines(name: str, tmp_path: Path, from_hub: Callable[[Load], None]) -> None:
+    from_hub(lambda data_set, split: [ROWS[name]] * 5)
+    assert download_data.main([name, "--output", str(tmp_path), "--limit", "3"]) == 0
     for split in ("train", "eval"):
-        rows = [json.loads(line) for line in (tmp_path / task / f"{split}.jsonl").read_text().splitlines()]
-        assert len(rows) == 3
-        assert all(row["prompt"] and row["completion"] and row["task"] == task for row in rows)
+        lines = [json.loads(line) for line in (tmp_path / name / f"{split}.jsonl").read_text().splitlines()]
+        assert len(lines) == 3
+        assert all(line["prompt"] and line["completion"] and line["task"] == name for line in lines)
 
 
-def test_the_medical_answer_is_the_marked_option() -> None:
-    assert SOURCES["medical"].pair(RECORDS["medical"])[1] == "C. c"
+def test_lines_are_what_evaluating_asks(tmp_path: Path, from_hub: Callable[[Load], None]) -> None:
+    """The option that is marked as right is the completion, and the prompt is the task's own."""
+    from_hub(lambda data_set, split: [ROWS["medmcqa"]])
+    assert download_data.main(["medmcqa", "--output", str(tmp_path)]) == 0
+    line = json.loads((tmp_path / "medmcqa/train.jsonl").read_text())
+    assert line["completion"] == "C"
+    assert "C. c" in line["prompt"]
 
 
-def test_a_broken_run_resumes_at_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_there_is_one_list_of_real_tasks() -> None:
+    known = download_data.real_tasks()
+    assert list(known) == [name for name in task.names() if task.load(name).data.hub]
+    assert len(known) == 13
+
+
+def test_a_broken_run_resumes_at_its_file(tmp_path: Path, from_hub: Callable[[Load], None]) -> None:
     asked: list[str] = []
 
-    def load(source: download_data.Source, split: str) -> Iterable[dict[str, Any]]:
+    def load(data_set: str, split: str) -> list[dict[str, Any]]:
         asked.append(split)
-        yield RECORDS["maths"]
         if split == "test" and asked.count("test") == 1:
-            raise DownloadError("the line broke.")
+            raise hub.HubError("the line broke.")
+        return [ROWS["gsm8k"]]
 
-    monkeypatch.setattr(download_data, "load_split", load)
-    assert download_data.main(["maths", "--output", str(tmp_path)]) == 1
-    assert not (tmp_path / "maths" / "eval.jsonl").exists()
-    assert download_data.main(["maths", "--output", str(tmp_path)]) == 0
+    from_hub(load)
+    assert download_data.main(["gsm8k", "--output", str(tmp_path)]) == 1
+    assert not (tmp_path / "gsm8k" / "eval.jsonl").exists()
+    assert download_data.main(["gsm8k", "--output", str(tmp_path)]) == 0
     assert asked == ["train", "test", "test"]
-    assert (tmp_path / "maths" / "eval.jsonl").exists()
+    assert (tmp_path / "gsm8k" / "eval.jsonl").exists()
+
+
+def test_a_row_that_cannot_be_rendered_leaves_no_file(tmp_path: Path, from_hub: Callable[[Load], None]) -> None:
+    from_hub(lambda data_set, split: [ROWS["gsm8k"], {"question": "without an answer"}])
+    assert download_data.main(["gsm8k", "--output", str(tmp_path)]) == 1
+    assert not (tmp_path / "gsm8k" / "train.jsonl").exists()
+
+
+def test_without_names_everything_is_tried_and_the_last_line_sums_up(
+    tmp_path: Path, from_hub: Callable[[Load], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(data_set: str, split: str) -> list[dict[str, Any]]:
+        if data_set == "yale-nlp/QTSumm":
+            raise hub.HubError("accept its terms first.")
+        if data_set == "wmt/wmt16":
+            return [{"translation": dict.fromkeys(("en", "cs", "de", "fi", "ro", "ru", "tr"), "a fox")}]
+        return next([row] for name, row in ROWS.items() if task.load(name).data.hub == data_set)
+
+    from_hub(load)
+    assert download_data.main(["--output", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    failures = [line for line in said.err.splitlines() if "download_data" in line]
+    assert failures == ["download_data: accept its terms first."]
+    assert said.out.splitlines()[-1].startswith("download_data: fetched 12 of 13; failed: qtsumm (run")
 
 
 def test_no_network_is_one_sentence(
@@ -67,7 +113,7 @@ def test_no_network_is_one_sentence(
             raise ConnectionError("no route to host")
 
     monkeypatch.setitem(sys.modules, "datasets", Datasets)
-    assert download_data.main(["maths", "--output", str(tmp_path)]) == 1
+    assert download_data.main(["gsm8k", "--output", str(tmp_path)]) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("download_data: could not fetch openai/gsm8k: ConnectionError; check")
     assert "HF_TOKEN" in said
@@ -77,7 +123,7 @@ def test_without_the_package_it_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert download_data.main(["maths", "--output", str(tmp_path)]) == 1
+    assert download_data.main(["gsm8k", "--output", str(tmp_path)]) == 1
     assert "pip install 'inlaid[eval]'" in capsys.readouterr().err
 
 
@@ -85,7 +131,7 @@ def test_an_unknown_task_is_refused_with_the_list(capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit) as exit_:
         download_data.main(["poetry"])
     assert exit_.value.code == 2
-    assert "unknown task poetry; choose from to_czech" in capsys.readouterr().err
+    assert "unknown task poetry; choose from cnn_dailymail" in capsys.readouterr().err
 
 
 def test_the_script_passes_its_arguments_on() -> None:

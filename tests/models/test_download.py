@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from models import download_lora, download_model, hub
+from models import download_all, download_lora, download_model, hub
 
 
 def refuse(*arguments: object, **options: object) -> str:
@@ -89,4 +89,25 @@ def test_the_script_shows_its_usage() -> None:
     script = Path(hub.__file__).parent / "download.sh"
     done = subprocess.run(["bash", script, "poem"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("usage: bash models/download.sh model|lora")
+    assert done.stderr.startswith("usage: bash models/download.sh [all], or model|lora")
+
+
+def test_everything_is_tried_and_the_last_line_sums_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Gated models without a token and adapters without safetensors cost a line each; the rest is fetched."""
+
+    def fetched(repo_id: str, local_dir: Path, **options: object) -> str:
+        local_dir.mkdir(parents=True)
+        for name in ("model.safetensors", "adapter_config.json", "adapter_model.safetensors"):
+            if not (repo_id.startswith("FinGPT") and name == "adapter_model.safetensors"):
+                (local_dir / name).touch()
+        return str(local_dir)
+
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(hub, "snapshot_download", fetched)
+    assert download_all.main(["--output", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert len(said.err.splitlines()) == 5
+    assert said.out.splitlines()[-1].startswith("download: fetched 6 of 11; failed: llama-2-7b, llama-2-13b")
+    assert (tmp_path / "qwen2.5-7b").is_dir()
