@@ -48,7 +48,7 @@ class UnsafeProgram(ValueError):
 
 
 def run(source: str, x: list[int]) -> Value:
-    """The value of the expression `source` with the list `x` bound to the name x."""
+    """Return the value of the expression `source` with the list `x` bound to the name x."""
     if len(source) > MAX_SOURCE_CHARS:
         raise UnsafeProgram(f"program longer than {MAX_SOURCE_CHARS} characters")
     try:

@@ -37,7 +37,7 @@ _COLUMNS = ("price", "stock", "weight", "score", "height", "age")
 
 
 def table_summary(rng: random.Random) -> Drawn:
-    """A table of two number columns; the summary names the largest and the smallest of each, and the row count."""
+    """Draw a table of two number columns; the summary names the largest and the smallest of each, and the row count."""
     names = rng.sample(words.NOUNS, rng.randint(4, 6))
     first, second = rng.sample(_COLUMNS, 2)
     left, right = (rng.sample(range(10, 100), len(names)) for _ in range(2))
@@ -107,7 +107,7 @@ def _shape(rng: random.Random, inner: str) -> tuple[str, str]:
 
 
 def code(rng: random.Random) -> Drawn:
-    """A pipeline told step by step; the answer is one nested expression, judged by running it on hidden lists."""
+    """Draw a pipeline told step by step; the answer is one nested expression, judged by running it on hidden lists."""
     while True:
         told, source = _pipeline(rng)
         cases = _hidden_cases(rng, source)
@@ -157,14 +157,14 @@ def _times(rng: random.Random, who: str, total: int) -> tuple[str, str, int]:
 
 
 def _possible_steps(total: int) -> tuple[_Step, ...]:
-    """Keeps the number above zero and within three digits."""
+    """Keep the number above zero and within three digits."""
     if total < 5:
         return (_gain,)
     return (_gain, _lose, _times) if total < 100 else (_gain, _lose)
 
 
 def maths(rng: random.Random) -> Drawn:
-    """A story in three to five steps; the answer works them out one at a time and ends with the number."""
+    """Draw a story in three to five steps; the answer works them out one at a time and ends with the number."""
     who, things = rng.choice(words.PEOPLE), words.plural(rng.choice(words.NOUNS))
     total = rng.randint(5, 60)
     story, work = [f"{who} has {total} {things}."], []

@@ -1,4 +1,4 @@
-"""Writes the committed splits of the twelve tasks, `tasks.json` and `hashes.json`: `python -m data.generate`.
+"""Write the committed splits of the twelve tasks, `tasks.json` and `hashes.json`: `python -m data.generate`.
 
 The files follow from the seed alone; `--check` compares instead of writing and exits 1 on any difference.
 """
@@ -23,7 +23,7 @@ SIZES = {"train": 256, "calibration": 128, "eval": 256}
 
 
 def split_text(task: Task, split: str) -> str:
-    """The jsonl text of one split: one example a line, each with its id."""
+    """Return the jsonl text of one split: one example a line, each with its id."""
     drawn = itertools.islice(task.examples(split, SEED), SIZES[split])
     lines = ({"id": f"{task.name}/{split}/{index}", **example} for index, example in enumerate(drawn))
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -56,7 +56,7 @@ def hashes(files: dict[str, str]) -> dict[str, str]:
 
 
 def load(task_name: str, split: str, folder: Path = FOLDER) -> list[dict[str, Any]]:
-    """The committed examples of one split."""
+    """Return the committed examples of one split."""
     with (folder / task_name / f"{split}.jsonl").open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 

@@ -140,7 +140,7 @@ _RULES = _rules()
 
 
 def safety(rng: random.Random) -> Drawn:
-    """A verdict with its reason; a harmful act is allowed where it is only told in a story or done to one's own."""
+    """Draw a verdict with its reason; a harmful act is allowed where it is only told in a story or done to one's own."""
     is_harm = rng.random() < 0.65
     verb = rng.choice([verb for verb, (harmful, _) in _ACTION.items() if harmful == is_harm])
     thing, other = rng.sample(sorted(_TARGET), 2)

@@ -1,4 +1,4 @@
-"""How an answer of the demo's tasks is judged: whole, by exact match, by its final number, or by running it.
+"""Judges of the demo's answers: whole, by exact match, by its final number, or by running it.
 
 Used by `models/build_demo.py` for the demo's table; any harness that wants the same figures calls `score`.
 """
@@ -45,7 +45,7 @@ METRICS: dict[str, Callable[[str, Example], float]] = {
 
 
 def score(metric: str, answers: list[str], examples: list[Example]) -> float:
-    """The mean over all examples, in points from 0 to 100."""
+    """Return the mean over all examples, in points from 0 to 100."""
     judge = METRICS[metric]
     points = [judge(answer, example) for answer, example in zip(answers, examples, strict=True)]
     return 100.0 * sum(points) / len(points)

@@ -33,7 +33,7 @@ class Task:
         return {"prompt": prompt, "completion": completion, "task": self.name, **extra}
 
     def examples(self, split: str, seed: str) -> Iterator[dict[str, Any]]:
-        """An endless stream of distinct-prompt examples of one split."""
+        """Yield an endless stream of distinct-prompt examples of one split."""
         rng, seen = random.Random(f"{self.name}/{split}/{seed}"), set()
         while True:
             example = self.example(rng)

@@ -50,7 +50,7 @@ DAYS = tuple("Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split())
 
 
 def plural(noun: str) -> str:
-    """The regular plural: story -> stories, fox -> foxes (the lists hold no irregular nouns)."""
+    """Return the regular plural: story -> stories, fox -> foxes (the lists hold no irregular nouns)."""
     if noun.endswith("y") and noun[-2] not in "aeiou":
         return noun[:-1] + "ies"
     return noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")

@@ -1,4 +1,4 @@
-"""From examples to answers: render prompts to tokens once, ask a backend, and read its tokens back.
+"""Answers from examples: render prompts to tokens once, ask a backend, and read its tokens back.
 
 draft    Greedy decoding with the reference as a draft: one teacher-forced pass tells how many of the reference's tokens
          greedy decoding would choose itself; those are its first tokens, and it goes on from there. A right answer
@@ -87,7 +87,7 @@ def _question(task: Task, example: Example, tokenizer: Any) -> Question:
 
 
 def _continuation(tokenizer: Any, text: str, prompt: tuple[int, ...], target: str, special: bool) -> tuple[int, ...]:
-    """The target's tokens as they follow the prompt; alone where the two would merge into one token."""
+    """Return the target's tokens as they follow the prompt; alone where the two would merge into one token."""
     whole = tuple(tokenizer(text + target, add_special_tokens=special)["input_ids"])
     if whole[: len(prompt)] == prompt:
         return whole[len(prompt) :]
@@ -136,7 +136,7 @@ def _generate(
 
 
 def _choose(backend: Backend, pairs: Sequence[tuple[Question, str | None]]) -> list[str | None]:
-    """The likeliest choice of each question that has any."""
+    """Return the likeliest choice of each question that has any."""
     asks, continuations = [], []
     for question, adapter in pairs:
         asks += [question.ask(adapter)] * len(question.choices)

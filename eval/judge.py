@@ -1,4 +1,4 @@
-"""From cells to records: scores with intervals, drops against full precision, and faults by name."""
+"""Records from cells: scores with intervals, drops against full precision, and faults by name."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def drop(metric: Metric, reference: float, value: float) -> float:
 
 
 def _mean_of(judge: Callable[[Task, Answer, Example], float], needs: str = "text") -> Metric:
-    """A metric that is the mean over examples of a judgement from 0 to 1."""
+    """Return a metric that is the mean over examples of a judgement from 0 to 1."""
 
     def rows(task: Task, answers: Sequence[Answer], asked: Sequence[Example]) -> Rows:
         return np.array([(judge(task, answer, example), 1.0) for answer, example in zip(answers, asked)])
@@ -114,7 +114,7 @@ def pass_at_1(task: Task, answer: Answer, example: Example) -> float:
 
 
 def strip_fence(program: str) -> str:
-    """The program without the Markdown fence that chat models put round it."""
+    """Return the program without the Markdown fence that chat models put round it."""
     fenced = re.search(r"```(?:python)?\n(.*?)```", program, re.DOTALL)
     return fenced.group(1) if fenced else program
 

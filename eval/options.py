@@ -26,7 +26,7 @@ _TASKS_HELP = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run evaluates: bases are made when they are called, full precision first."""
+    """The tasks, adapters and bases of a run: bases are made when they are called, full precision first."""
 
     asked: Sequence[Asked]
     adapters: Mapping[str, Path]

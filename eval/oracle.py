@@ -117,7 +117,7 @@ def _attach(model: Any, name: str, path: Path) -> Any:
 
 
 def load_dense(base: Path) -> Any:
-    """A transformers model in fp32; GPTQ linears become plain ones."""
+    """Load a transformers model in fp32; GPTQ linears become plain ones."""
     checkpoint = Checkpoint(base)
     if not checkpoint.is_quantized:
         return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -136,7 +136,7 @@ def load_dense(base: Path) -> Any:
 
 
 def _ends(base: Path) -> frozenset[int]:
-    """The tokens that end an answer, as the generation config or else the tokenizer has them."""
+    """Return the tokens that end an answer, as the generation config or else the tokenizer has them."""
     config = base / "generation_config.json"
     found = json.loads(config.read_text()).get("eos_token_id") if config.exists() else None
     if found is None:

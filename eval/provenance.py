@@ -1,4 +1,4 @@
-"""What a result was made with: the machine, and hashes of the code, bases, adapters and tokenizers."""
+"""Provenance of an evaluation: the machine, and hashes of the code, bases, adapters and tokenizers."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ CHILD = Path(__file__).with_name("sandbox_child.py")
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use. The wall clock only has to be longer than the CPU limit on a busy machine."""
+    """Limits of one program. The wall clock only has to be longer than the CPU limit on a busy machine."""
 
     cpu_seconds: int = 2
     wall_seconds: float = 20.0

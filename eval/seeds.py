@@ -21,7 +21,7 @@ UNITS = (("points", "drop", 2), ("nats", "nats_gained", 3))  # title, field of a
 
 @dataclass(frozen=True)
 class Loss:
-    """What one variant loses at one seed: on average, and on the task that loses most."""
+    """The loss of one variant at one seed: on average, and on the task that loses most."""
 
     average: float
     worst: float

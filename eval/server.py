@@ -84,7 +84,7 @@ class ServerBackend:
 
 
 def setting(url: str) -> str:
-    """A server is known by its address only and may run something else tomorrow: the time keeps runs apart."""
+    """Return the address and the time: a server may run something else tomorrow, so that runs are kept apart."""
     return f"server at {url}, {datetime.now(timezone.utc).isoformat(timespec='seconds')}"
 
 

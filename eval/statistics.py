@@ -1,4 +1,4 @@
-"""How sure a score is: intervals by bootstrap, differences between variants by paired resampling. Seeded."""
+"""Certainty of scores: intervals by bootstrap, differences between variants by paired resampling. Seeded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much worse a variant is than the reference on the same examples, its 95% interval, and the chance of a
+    """The drop of a variant against the reference on the same examples, its 95% interval, and the chance of a
     difference at least so large if the two were alike."""
 
     drop: float
@@ -39,7 +39,7 @@ class Difference:
 
 
 def estimate(metric: Metric, task: Task, answers: Sequence[Answer], asked: Sequence[Example]) -> Estimate:
-    """A score and its interval over resampled examples."""
+    """Return a score and its interval over resampled examples."""
     if metric.rows is None or metric.combine is None:
         value = metrics.score(metric, task, answers, asked)
         low, high = _interval(_resampled_whole(metric, task, answers, asked, resamples=100))
@@ -55,7 +55,7 @@ def estimate(metric: Metric, task: Task, answers: Sequence[Answer], asked: Seque
 def compare(
     metric: Metric, task: Task, reference: Sequence[Answer], answers: Sequence[Answer], asked: Sequence[Example]
 ) -> Difference:
-    """The drop from reference to answers. p by approximate randomization: each pair is swapped or not."""
+    """Return the drop from reference to answers; p is by approximate randomization: each pair is swapped or not."""
     if metric.rows is None or metric.combine is None:
         return _compare_whole(metric, task, reference, answers, asked)
     before, after = metric.rows(task, reference, asked), metric.rows(task, answers, asked)
@@ -73,7 +73,7 @@ def compare(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values corrected for having looked at all of them (Holm's step-down)."""
+    """Return the p-values corrected for having looked at all of them (Holm's step-down)."""
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     corrected, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(order):
@@ -83,7 +83,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _counts(size: int) -> Floats:
-    """How often each example is drawn, in each resample: [resamples, examples]."""
+    """Return how often each example is drawn, in each resample: [resamples, examples]."""
     return np.random.default_rng(SEED).multinomial(size, np.full(size, 1 / size), RESAMPLES).astype(float)
 
 
@@ -93,7 +93,7 @@ def _interval(values: Floats) -> tuple[float, float]:
 
 
 def _all_alike(value: float, size: int) -> Estimate:
-    """Where every example is right (or wrong) a resample says nothing; Wilson's interval for the proportion does."""
+    """Return Wilson's interval of a proportion of all or none, of which no resample says anything."""
     z2 = 1.96**2
     far = 100 * z2 / (size + z2)
     return Estimate(value, 100 - far, 100.0) if value else Estimate(value, 0.0, far)
@@ -117,7 +117,7 @@ def _resampled_whole(
 def _compare_whole(
     metric: Metric, task: Task, reference: Sequence[Answer], answers: Sequence[Answer], asked: Sequence[Example]
 ) -> Difference:
-    """The same for a metric without rows, by computing it anew for each resample."""
+    """Do the same for a metric without rows, by computing it anew for each resample."""
     value: Callable[[Sequence[Answer]], float] = lambda said: metrics.score(metric, task, said, asked)  # noqa: E731
     drop = metrics.drop(metric, value(reference), value(answers))
     before, after = (_resampled_whole(metric, task, said, asked, resamples=100) for said in (reference, answers))
@@ -131,5 +131,5 @@ def _compare_whole(
 
 
 def finite(value: float) -> float | None:
-    """For JSON, which has neither infinity nor nan."""
+    """Return None for infinity and nan, which JSON does not have."""
     return value if math.isfinite(value) else None

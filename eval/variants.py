@@ -46,7 +46,7 @@ class VariantError(ValueError):
 
 @dataclass(frozen=True)
 class Source:
-    """What quantizing reads for a task."""
+    """The files that quantizing reads for a task."""
 
     adapter: Path
     calibration: Path

@@ -36,7 +36,7 @@ log = logging.getLogger("build_demo")
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """Where one build writes, with what plan, on what."""
+    """The folder, the plan and the device of one build."""
 
     plan: BuildPlan
     output: Path
@@ -65,7 +65,7 @@ def on(device: torch.device, model: Any) -> LlamaForCausalLM:
 
 
 def build_data(build: Build) -> None:
-    """The committed splits; a build elsewhere than models/demo leaves them alone and only compares."""
+    """Write the committed splits; a build elsewhere than models/demo leaves them alone and only compares."""
     if build.output == DEMO:
         generate.write(generate.FOLDER)
     elif changed := generate.differences(generate.FOLDER, generate.all_files()):

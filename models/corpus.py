@@ -86,7 +86,7 @@ def plain_chat(rng: random.Random) -> Document:
 
 
 def plain_english(rng: random.Random) -> Document:
-    """A little running text, so that the base continues text as well as it chats."""
+    """Draw a little running text, so that the base continues text as well as it chats."""
     told = [_CHAT.sentence(rng).english() for _ in range(rng.randint(2, 5))]
     return Document("<|bos|>", " ".join(line[0].upper() + line[1:] for line in told) + "<|end|>")
 

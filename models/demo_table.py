@@ -41,7 +41,7 @@ def table(columns: dict[str, dict[str, float]]) -> str:
 
 
 def put(readme: Path, columns: dict[str, dict[str, float]]) -> None:
-    """Replaces the table between the README's two marks; a build into another folder has no README to keep true."""
+    """Replace the table between the README's two marks; a build into another folder has no README to keep true."""
     if not readme.exists():
         return
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)

@@ -36,7 +36,7 @@ def round_to_nearest(w_OI: torch.Tensor, bits: int, group: int = 128) -> torch.T
 
 
 def rounded_copy(model: LlamaForCausalLM, bits: int) -> LlamaForCausalLM:
-    """The model with every linear of its layers rounded; embedding, head and adapters untouched."""
+    """Return the model with every linear of its layers rounded; embedding, head and adapters untouched."""
     rounded = copy.deepcopy(model)
     with torch.no_grad():
         for name, module in rounded.named_modules():
@@ -46,7 +46,7 @@ def rounded_copy(model: LlamaForCausalLM, bits: int) -> LlamaForCausalLM:
 
 
 def load_stack(base: LlamaForCausalLM, folder: Path) -> LlamaForCausalLM:
-    """The base under all twelve adapters, filled from their PEFT files as they lie on disk."""
+    """Return the base under all twelve adapters, filled from their PEFT files as they lie on disk."""
     stack = copy.deepcopy(base)
     stack_adapters(stack, seed=0)
     files = [load_file(folder / task / "adapter_model.safetensors") for task in ADAPTERS]

@@ -1,4 +1,4 @@
-"""What the demo is made of: sizes, steps and the twelve adapters' shapes. Read by every stage of `build_demo`."""
+"""The plan of the demo: sizes, steps and the twelve adapters' shapes. Read by every stage of `build_demo`."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def base_batches(
 def adapter_batches(
     ids_TNS: torch.Tensor, labels_TNS: torch.Tensor, plan: BuildPlan, seed: int, device: torch.device
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The same number of rows from every task, task after task, as StackedLinear wants them."""
+    """Draw the same number of rows from every task, task after task, as StackedLinear wants them."""
     generator = torch.Generator().manual_seed(seed)
     ids_TNS, labels_TNS = ids_TNS.to(device), labels_TNS.to(device)
     while True:

@@ -144,7 +144,7 @@ def _chatty() -> Any:
 
 
 def test_a_merging_tokenizer_gets_the_target_alone() -> None:
-    """Where prompt and target would share a token, the prompt stays as it is."""
+    """If prompt and target would share a token, the prompt stays as it is."""
 
     class Merging(Letters):
         def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:

@@ -53,7 +53,7 @@ def pairs(tokenizer: Any) -> list[tuple[Question, str | None]]:
 
 @pytest.fixture(scope="module")
 def rounded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's base at three bits: many answers are wrong, each at a place of its own."""
+    """Make the demo's base at three bits: many answers are wrong, each at a place of its own."""
     sources: dict[str, Source] = {}
     return Variants(BASE, sources, 128, tmp_path_factory.mktemp("bases")).base_of("rtn", 3).folder
 

@@ -82,7 +82,7 @@ def test_the_report_holds_what_people_and_the_gate_need(tmp_path: Path) -> None:
 
 
 def engine_refuses_by(report: Path, ruined: Path) -> None:
-    """As `inlaid serve --require-eval REPORT --max-drop 2` starts it: full precision serves, the ruined base does not,
+    """Start the engine as `inlaid serve --require-eval REPORT --max-drop 2` does: full precision serves, the ruined base does not,
     and an adapter that was never evaluated is told so."""
     gated = AdapterConfig(require_eval=str(report), max_drop=2.0)
     code = {"code": str(ADAPTERS / "code")}
@@ -144,7 +144,7 @@ def zero_b(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def of_another_base(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What training on other weights leaves: factors of the same size that point elsewhere."""
+    """Return what training on other weights leaves: factors of the same size that point elsewhere."""
     generator = torch.Generator().manual_seed(0)
     return {
         name: tensor[:, torch.randperm(tensor.shape[1], generator=generator)] if ".lora_A." in name else tensor

@@ -181,7 +181,7 @@ def test_printing_does_not_reach_the_reply() -> None:
 )
 @pytest.mark.parametrize("audited", [True, False])
 def test_behind_the_language_stand_two_more_walls(way_out: str, audited: bool) -> None:
-    """As if the language had a hole: with the audit hook the process ends, and without it the system refuses."""
+    """Put a hole into the language: with the audit hook the process ends, and without it the system refuses."""
     script = f"""
 import os, sys
 sys.path.insert(0, {str(sandbox.CHILD.parent)!r})

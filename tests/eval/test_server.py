@@ -90,7 +90,7 @@ metric_list:
 
 
 def lm_eval() -> list[str] | None:
-    """How to start lm-eval: the command in INLAID_LM_EVAL, or the one installed here."""
+    """Return how to start lm-eval: the command in INLAID_LM_EVAL, or the one installed here."""
     command = os.environ.get("INLAID_LM_EVAL") or shutil.which("lm_eval", path=str(Path(sys.executable).parent))
     return [command] if command else None
 

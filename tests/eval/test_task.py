@@ -73,7 +73,7 @@ def test_every_file_names_known_metrics_and_a_licence() -> None:
 
 @pytest.mark.parametrize("name", sorted(ROWS))
 def test_the_real_twelve_render_their_data_sets_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in for `datasets`, whose rows have the fields that the data sets' cards describe."""
+    """Render with a stand-in for `datasets`, whose rows have the fields that the data sets' cards describe."""
     asked: list[tuple[Any, ...]] = []
 
     def load_dataset(

@@ -31,7 +31,7 @@ CALIBRATION = CalibrationSettings(max_tokens=400)
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model of two layers with a tokenizer of sixteen words."""
+    """Make a random model of two layers with a tokenizer of sixteen words."""
     folder = tmp_path_factory.mktemp("tiny") / "base"
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -48,7 +48,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sources(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Source]:
-    """Two tasks with random adapters and a few lines each."""
+    """Make two tasks with random adapters and a few lines each."""
     from peft import LoraConfig, get_peft_model
 
     folder, found = tmp_path_factory.mktemp("tasks"), {}
