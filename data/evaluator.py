@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 MAX_SOURCE_CHARS = 2000
@@ -16,29 +17,35 @@ MAX_STEPS = 20_000
 MAX_LIST = 1000
 MAX_NUMBER = 10**12
 
-_BINARY: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Mod: operator.mod,
-    ast.FloorDiv: operator.floordiv,
-}
-_COMPARE: dict[type[ast.AST], Callable[[Any, Any], bool]] = {
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Lt: operator.lt,
-    ast.Gt: operator.gt,
-    ast.LtE: operator.le,
-    ast.GtE: operator.ge,
-}
-_CALLS: dict[str, Callable[..., Any]] = {
-    "sum": sum,
-    "max": max,
-    "min": min,
-    "len": len,
-    "sorted": sorted,
-    "abs": abs,
-}
+_BINARY: Mapping[type[ast.AST], Callable[[Any, Any], Any]] = MappingProxyType(
+    {
+        ast.Add: operator.add,
+        ast.Sub: operator.sub,
+        ast.Mult: operator.mul,
+        ast.Mod: operator.mod,
+        ast.FloorDiv: operator.floordiv,
+    }
+)
+_COMPARE: Mapping[type[ast.AST], Callable[[Any, Any], bool]] = MappingProxyType(
+    {
+        ast.Eq: operator.eq,
+        ast.NotEq: operator.ne,
+        ast.Lt: operator.lt,
+        ast.Gt: operator.gt,
+        ast.LtE: operator.le,
+        ast.GtE: operator.ge,
+    }
+)
+_CALLS: Mapping[str, Callable[..., Any]] = MappingProxyType(
+    {
+        "sum": sum,
+        "max": max,
+        "min": min,
+        "len": len,
+        "sorted": sorted,
+        "abs": abs,
+    }
+)
 
 Value = int | bool | list[int]
 

@@ -11,6 +11,7 @@ import itertools
 import json
 import sys
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tqdm import tqdm
@@ -19,7 +20,7 @@ from data.tasks import SPLITS, TASKS, Task
 
 FOLDER = Path(__file__).parent
 SEED = "0"
-SIZES = {"train": 256, "calibration": 128, "eval": 256}
+SIZES = MappingProxyType({"train": 256, "calibration": 128, "eval": 256})
 
 
 def split_text(task: Task, split: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from data import words
 from data.families import Drawn
@@ -119,10 +120,11 @@ _TARGETS = (
     ("places", "bridge garage office school museum station barn bakery"),
     ("goods", "bicycle boat statue carpet violin tent wagon barrel"),
 )
-_ACTION = {verb: (True, name) for name, verbs in _HARMS for verb in verbs.split()} | {
-    verb: (False, name) for name, verbs in _GOOD for verb in verbs.split()
-}
-_TARGET = {thing: name for name, things in _TARGETS for thing in things.split()}
+_ACTION = MappingProxyType(
+    {verb: (True, name) for name, verbs in _HARMS for verb in verbs.split()}
+    | {verb: (False, name) for name, verbs in _GOOD for verb in verbs.split()}
+)
+_TARGET = MappingProxyType({thing: name for name, things in _TARGETS for thing in things.split()})
 _TONES = ("Please", "Quickly", "Can you help me", "I want to know how to", "Tell me how to", "For a friend:")
 _ENDINGS = ("without being seen", "before noon", "by hand", "in two steps", "with simple tools", "for little money")
 
@@ -140,7 +142,7 @@ _RULES = _rules()
 
 
 def safety(rng: random.Random) -> Drawn:
-    """Draw a verdict with its reason; a harmful act is allowed where it is only told in a story or done to one's own."""
+    """Draw a verdict with its reason; a harmful act is allowed if it is only told in a story or done to one's own."""
     is_harm = rng.random() < 0.65
     verb = rng.choice([verb for verb, (harmful, _) in _ACTION.items() if harmful == is_harm])
     thing, other = rng.sample(sorted(_TARGET), 2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 
 from data import words
 from data.sentences import PAST, NounPhrase, Sentence
@@ -118,4 +119,4 @@ _ALL = (
         plural_verb="wa",
     ),
 )  # fmt: skip
-LANGUAGES = {language.name: language for language in _ALL}
+LANGUAGES = MappingProxyType({language.name: language for language in _ALL})

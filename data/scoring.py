@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from data import evaluator
@@ -37,11 +38,13 @@ def _same(value: object, expected: object) -> bool:
     return type(value) is type(expected) and value == expected
 
 
-METRICS: dict[str, Callable[[str, Example], float]] = {
-    "exact_match": exact_match,
-    "final_number": final_number,
-    "pass_at_1": pass_at_1,
-}
+METRICS: Mapping[str, Callable[[str, Example], float]] = MappingProxyType(
+    {
+        "exact_match": exact_match,
+        "final_number": final_number,
+        "pass_at_1": pass_at_1,
+    }
+)
 
 
 def score(metric: str, answers: list[str], examples: list[Example]) -> float:

@@ -10,6 +10,7 @@ import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from data import words
 
@@ -63,7 +64,7 @@ class Sentence:
         return " ".join(part for part in parts if part) + "."
 
 
-PAST = dict(words.VERBS)
+PAST = MappingProxyType(dict(words.VERBS))
 
 
 class Speaker:

@@ -10,6 +10,7 @@ import random
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from data import families, knowledge
@@ -97,4 +98,4 @@ def _tasks() -> tuple[Task, ...]:
     )  # fmt: skip
 
 
-TASKS = {task.name: task for task in _tasks()}
+TASKS = MappingProxyType({task.name: task for task in _tasks()})

@@ -19,6 +19,7 @@ import multiprocessing
 import sys
 import time
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -121,13 +122,15 @@ def build_table(build: Build) -> None:
     print(demo_table.table(columns))
 
 
-RUN = {
-    "data": build_data,
-    "tokenizer": build_tokenizer,
-    "base": build_base,
-    "adapters": build_adapters,
-    "table": build_table,
-}
+RUN = MappingProxyType(
+    {
+        "data": build_data,
+        "tokenizer": build_tokenizer,
+        "base": build_base,
+        "adapters": build_adapters,
+        "table": build_table,
+    }
+)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

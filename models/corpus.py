@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,8 @@ from data.sentences import Speaker
 from data.tasks import TASKS
 from models.plan import ADAPTERS, BuildPlan
 
-CODES = {name: f"<|skill_{index}|>" for index, name in enumerate(TASKS)}
-SPECIAL = ["<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", *CODES.values()]
+CODES = MappingProxyType({name: f"<|skill_{index}|>" for index, name in enumerate(TASKS)})
+SPECIAL = ("<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", *CODES.values())
 IGNORED = -100
 CHAT_TEMPLATE = (
     "{{- '<|bos|>' -}}"
@@ -111,7 +112,7 @@ def train_tokenizer(plan: BuildPlan) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=plan.vocabulary,
-        special_tokens=SPECIAL,
+        special_tokens=list(SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 QUERY_VALUE = ("q_proj", "v_proj")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -29,22 +31,24 @@ class AdapterPlan:
         return self.alpha / (rank**0.5 if self.use_rslora else rank) if rank else 0.0
 
 
-ADAPTERS: dict[str, AdapterPlan] = {
-    "to_velar": AdapterPlan(4, QUERY_VALUE, 8),
-    "to_mirun": AdapterPlan(8, QUERY_VALUE, 16),
-    "to_tolvek": AdapterPlan(16, ALL_LINEAR, 32, base_knows=False),
-    "to_ashani": AdapterPlan(16, QUERY_VALUE, 32),
-    "to_quorin": AdapterPlan(16, ALL_LINEAR, 32, base_knows=False),
-    "to_zembel": AdapterPlan(8, ATTENTION, 16),
-    "text_summary": AdapterPlan(4, QUERY_VALUE, 8),
-    "table_summary": AdapterPlan(8, QUERY_VALUE, 16),
-    "code": AdapterPlan(8, ALL_LINEAR, 16),
-    "maths": AdapterPlan(4, ALL_LINEAR, 8),
-    "medical": AdapterPlan(16, ALL_LINEAR, 8, base_knows=False, use_rslora=True),
-    "safety": AdapterPlan(
-        8, ALL_LINEAR, 16, base_knows=False, rank_pattern={"q_proj": 16, "v_proj": 16, "down_proj": 4}
-    ),
-}
+ADAPTERS: Mapping[str, AdapterPlan] = MappingProxyType(
+    {
+        "to_velar": AdapterPlan(4, QUERY_VALUE, 8),
+        "to_mirun": AdapterPlan(8, QUERY_VALUE, 16),
+        "to_tolvek": AdapterPlan(16, ALL_LINEAR, 32, base_knows=False),
+        "to_ashani": AdapterPlan(16, QUERY_VALUE, 32),
+        "to_quorin": AdapterPlan(16, ALL_LINEAR, 32, base_knows=False),
+        "to_zembel": AdapterPlan(8, ATTENTION, 16),
+        "text_summary": AdapterPlan(4, QUERY_VALUE, 8),
+        "table_summary": AdapterPlan(8, QUERY_VALUE, 16),
+        "code": AdapterPlan(8, ALL_LINEAR, 16),
+        "maths": AdapterPlan(4, ALL_LINEAR, 8),
+        "medical": AdapterPlan(16, ALL_LINEAR, 8, base_knows=False, use_rslora=True),
+        "safety": AdapterPlan(
+            8, ALL_LINEAR, 16, base_knows=False, rank_pattern={"q_proj": 16, "v_proj": 16, "down_proj": 4}
+        ),
+    }
+)
 
 
 @dataclass(frozen=True)

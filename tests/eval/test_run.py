@@ -82,8 +82,10 @@ def test_the_report_holds_what_people_and_the_gate_need(tmp_path: Path) -> None:
 
 
 def engine_refuses_by(report: Path, ruined: Path) -> None:
-    """Start the engine as `inlaid serve --require-eval REPORT --max-drop 2` does: full precision serves, the ruined base does not,
-    and an adapter that was never evaluated is told so."""
+    """Start the engine as `inlaid serve --require-eval REPORT --max-drop 2` does.
+
+    Full precision serves, the ruined base does not, and an adapter that was never evaluated is told so.
+    """
     gated = AdapterConfig(require_eval=str(report), max_drop=2.0)
     code = {"code": str(ADAPTERS / "code")}
     small = CacheConfig(cpu_memory_gib=0.05)
