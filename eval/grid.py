@@ -59,7 +59,10 @@ class Asked:
     @classmethod
     def load(cls, name: str, limit: int | None) -> Asked:
         loaded = task.load(name)
-        examples = task.examples(loaded, limit)
+        return cls.of(loaded, task.examples(loaded, limit))
+
+    @classmethod
+    def of(cls, loaded: Task, examples: Sequence[Example]) -> Asked:
         return cls(loaded, tuple(examples), task.fingerprint(loaded, examples))
 
 

@@ -8,11 +8,13 @@ without such rows (chrF, NIST, corpus GLEU) are computed whole.
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -44,6 +46,7 @@ class Metric:
     whole: Callable[[Sequence[Answer], Sequence[Example]], float] | None = None
     higher_is_better: bool = True
     needs: str = "text"  # what of Answer it reads: text, choice or target
+    packages: tuple[str, ...] = ()  # modules that it imports when it is computed
 
 
 def score(metric: Metric, task: Task, answers: Sequence[Answer], asked: Sequence[Example]) -> float:
@@ -56,9 +59,31 @@ def score(metric: Metric, task: Task, answers: Sequence[Answer], asked: Sequence
 
 
 def find(name: str) -> Metric:
-    if name not in METRICS:
-        raise TaskError(f"there is no metric {name!r}; known: {', '.join(METRICS)}")
-    return METRICS[name]
+    """Return a metric by its name, or one that calls a Python function MODULE.NAME of an answer's text and its line."""
+    if name in METRICS:
+        return METRICS[name]
+    if "." not in name:
+        raise TaskError(f"there is no metric {name!r}; known: {', '.join(METRICS)}, or a Python function MODULE.NAME")
+    module, _, function = name.rpartition(".")
+    try:
+        judge = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise TaskError(f"metric {name}: {error}; it must be a function that Python can import from here") from error
+    return _mean_of(lambda task, answer, example: float(judge(answer.text, dict(example.fields))))
+
+
+def check_packages(names: Iterable[str]) -> None:
+    """Refuse metrics whose packages are missing, before any answer is computed."""
+    for name in sorted(names):
+        if missing := [package for package in find(name).packages if not _is_installed(package)]:
+            raise TaskError(f"metric {name} needs the package {missing[0]}: pip install 'inlaid[eval]'")
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # found among the modules, and marked as absent
+        return False
 
 
 def drop(metric: Metric, reference: float, value: float) -> float:
@@ -66,22 +91,52 @@ def drop(metric: Metric, reference: float, value: float) -> float:
     return reference - value if metric.higher_is_better else 100 * (value / reference - 1)
 
 
-def _mean_of(judge: Callable[[Task, Answer, Example], float], needs: str = "text") -> Metric:
+def _mean_of(
+    judge: Callable[[Task, Answer, Example], float], needs: str = "text", packages: tuple[str, ...] = ()
+) -> Metric:
     """Return a metric that is the mean over examples of a judgement from 0 to 1."""
 
     def rows(task: Task, answers: Sequence[Answer], asked: Sequence[Example]) -> Rows:
         return np.array([(judge(task, answer, example), 1.0) for answer, example in zip(answers, asked)])
 
-    return Metric(rows=rows, combine=lambda sums: 100 * sums[..., 0] / sums[..., 1], needs=needs)
+    return Metric(rows=rows, combine=lambda sums: 100 * sums[..., 0] / sums[..., 1], needs=needs, packages=packages)
 
 
 def exact_match(task: Task, answer: Answer, example: Example) -> float:
-    """1 where the whole answer equals the reference, surrounding space aside."""
+    """Return 1 where the whole answer equals the reference, surrounding space aside."""
     return float(answer.text.strip() == example.target.strip())
 
 
+def contains(task: Task, answer: Answer, example: Example) -> float:
+    """Return 1 where the reference occurs in the answer, whatever the case."""
+    return float(example.target.strip().casefold() in answer.text.casefold())
+
+
+def matches(task: Task, answer: Answer, example: Example) -> float:
+    """Return 1 where the reference, a regular expression, is found in the answer."""
+    try:
+        return float(re.search(example.target, answer.text) is not None)
+    except re.error as error:
+        raise TaskError(
+            f"task {task.name}: example {example.id}: {example.target!r} is no expression: {error}"
+        ) from error
+
+
+def json_equal(task: Task, answer: Answer, example: Example) -> float:
+    """Return 1 where answer and reference are the same JSON; the order of an object's keys plays no part."""
+    try:
+        right = json.loads(example.target)
+    except ValueError as error:
+        raise TaskError(f"task {task.name}: example {example.id}: its reference is not JSON: {error}") from error
+    try:
+        said = json.loads(strip_fence(answer.text))
+    except ValueError:
+        return 0.0
+    return float(json.dumps(said, sort_keys=True) == json.dumps(right, sort_keys=True))
+
+
 def final_number(task: Task, answer: Answer, example: Example) -> float:
-    """1 where the last number of the answer equals the last number of the reference."""
+    """Return 1 where the last number of the answer equals the last number of the reference."""
     said, right = _last_number(answer.text), _last_number(example.target)
     if right is None:
         raise TaskError(f"task {task.name}: example {example.id} has no number in its target")
@@ -97,12 +152,12 @@ def _last_number(text: str) -> float | None:
 
 
 def choice_accuracy(task: Task, answer: Answer, example: Example) -> float:
-    """1 where the reference is the likeliest of the choices."""
+    """Return 1 where the reference is the likeliest of the choices."""
     return float(answer.choice == example.target)
 
 
 def pass_at_1(task: Task, answer: Answer, example: Example) -> float:
-    """1 where the program passes every case or test, in the sandbox."""
+    """Return 1 where the program passes every case or test, in the sandbox."""
     code = task.code
     assert code is not None
     fields = {**example.fields, "answer_text": answer.text}
@@ -115,7 +170,7 @@ def pass_at_1(task: Task, answer: Answer, example: Example) -> float:
 
 def strip_fence(program: str) -> str:
     """Return the program without the Markdown fence that chat models put round it."""
-    fenced = re.search(r"```(?:python)?\n(.*?)```", program, re.DOTALL)
+    fenced = re.search(r"```(?:python|json)?\n(.*?)```", program, re.DOTALL)
     return fenced.group(1) if fenced else program
 
 
@@ -201,7 +256,9 @@ def _chrf(answers: Sequence[Answer], asked: Sequence[Example]) -> float:
 
 
 def _rouge(kind: str) -> Metric:
-    return _mean_of(lambda task, answer, example: _rouge_of(kind, answer.text, example.target))
+    return _mean_of(
+        lambda task, answer, example: _rouge_of(kind, answer.text, example.target), packages=("rouge_score",)
+    )
 
 
 @functools.lru_cache(maxsize=200_000)
@@ -278,13 +335,16 @@ METRICS: Mapping[str, Metric] = MappingProxyType({
     "final_number": _mean_of(final_number),
     "choice_accuracy": _mean_of(choice_accuracy, needs="choice"),
     "pass_at_1": _mean_of(pass_at_1),
-    "f1": _mean_of(token_f1),
+    "contains": _mean_of(contains),
+    "regex": _mean_of(matches),
+    "json_equal": _mean_of(json_equal),
+    "f1": _mean_of(token_f1, packages=("sacrebleu",)),
     "label_f1": Metric(rows=_label_rows, combine=_macro_f1),
-    "bleu": Metric(rows=_bleu_rows, combine=_bleu_of),
-    "chrf": Metric(whole=_chrf),
-    "gleu": Metric(whole=_gleu),
-    "nist": Metric(whole=_nist),
-    "meteor": _mean_of(meteor),
+    "bleu": Metric(rows=_bleu_rows, combine=_bleu_of, packages=("sacrebleu",)),
+    "chrf": Metric(whole=_chrf, packages=("sacrebleu",)),
+    "gleu": Metric(whole=_gleu, packages=("nltk", "sacrebleu")),
+    "nist": Metric(whole=_nist, packages=("nltk", "sacrebleu")),
+    "meteor": _mean_of(meteor, packages=("nltk", "sacrebleu")),
     "rouge1": _rouge("rouge1"),
     "rouge2": _rouge("rouge2"),
     "rougeL": _rouge("rougeL"),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from eval import task
+from eval import metrics, own, task
 from eval.answer import Decoding
 from eval.backend import BackendError
 from eval.grid import Asked, Base
@@ -20,7 +20,11 @@ from inlaid.quant.grid import Grid
 BACKENDS = ("engine", "server", "oracle")
 _TASKS_HELP = (
     "names or .toml files, comma-separated; :ADAPTER where the adapter has another name than the task (:none for the "
-    "base alone); `demo` is every task whose data and adapter come with the repository (default: %(default)s)"
+    "base alone); `demo` is every task whose data and adapter come with the repository (the default without --task)"
+)
+_OWN_HELP = (
+    "a task of your own: lines with prompt and answer, judged by a metric or by a Python function MODULE.NAME; an "
+    "--adapter of its name answers it, or else the base alone"
 )
 
 
@@ -43,7 +47,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     add = made.add_argument
     add("--base", type=Path, default=ROOT / "models/demo/base", help="the full-precision base (default: the demo's)")
     add("--adapter", action="append", default=[], metavar="NAME=PATH", help="an adapter; default: what the tasks name")
-    add("--tasks", default="demo", metavar="NAME[:ADAPTER],...", help=_TASKS_HELP)
+    add("--tasks", metavar="NAME[:ADAPTER],...", help=_TASKS_HELP)
+    add("--task", action="append", default=[], metavar="NAME=FILE.jsonl:METRIC", help=_OWN_HELP)
     add("--examples", type=_count, default=64, help="examples of each task; 0 for all (default: %(default)s)")
     add("--backend", choices=BACKENDS, default="engine", help="who answers (default: %(default)s)")
     add("--compare", choices=("oracle", "engine"), help="ask this backend too and report where the two differ")
@@ -96,7 +101,8 @@ def _tasks(arguments: argparse.Namespace) -> tuple[list[Asked], dict[str, str | 
     """Return the tasks with their examples, and which adapter answers which."""
     given = [name.partition("=")[0] for name in arguments.adapter]
     asked, adapter_of = [], {}
-    for text in _demo_tasks() if arguments.tasks == "demo" else arguments.tasks.split(","):
+    named = arguments.tasks or ("" if arguments.task else "demo")
+    for text in _demo_tasks() if named == "demo" else filter(None, named.split(",")):
         name, _, adapter = text.partition(":")
         one = Asked.load(name, arguments.examples or None)
         chosen = adapter or one.task.name
@@ -108,6 +114,13 @@ def _tasks(arguments: argparse.Namespace) -> tuple[list[Asked], dict[str, str | 
             raise TaskError(f"task {one.task.name} is named twice")
         asked.append(one)
         adapter_of[one.task.name] = None if chosen == "none" else chosen
+    for text in arguments.task:
+        mine, examples = own.load(text, arguments.examples or None)
+        if mine.name in adapter_of:
+            raise TaskError(f"task {mine.name} is named twice")
+        asked.append(Asked.of(mine, examples))
+        adapter_of[mine.name] = mine.name if mine.name in given else None
+    metrics.check_packages({name for one in asked for name in (one.task.metric.primary, *one.task.metric.also)})
     return asked, adapter_of
 
 

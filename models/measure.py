@@ -6,7 +6,7 @@ Called by `build_demo`; all twelve adapters answer in one batch through the stac
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def score_all(
     tokenizer: PreTrainedTokenizerFast,
     examples: dict[str, list[dict[str, Any]]],
     max_new_tokens: int,
-    codes: dict[str, str] | None = None,
+    codes: Mapping[str, str] | None = None,
 ) -> Scores:
     """Every task's metric in points; with `codes`, each prompt begins with its task's hidden code."""
     prompts = []
@@ -102,7 +102,7 @@ def measure(
     adapters: Path,
     tokenizer: PreTrainedTokenizerFast,
     examples: dict[str, list[dict[str, Any]]],
-    codes: dict[str, str],
+    codes: Mapping[str, str],
     max_new_tokens: int,
 ) -> dict[str, Scores]:
     """Column -> task -> points: the base alone, given its codes, and the adapters over fp16, RTN4 and RTN3 bases."""
