@@ -86,14 +86,12 @@ def _pair(where: str, row: Mapping[str, Any]) -> tuple[str, str]:
 
 def _of_messages(where: str, messages: Any) -> tuple[str, str]:
     """Return the question and the answer of a conversation of one turn: what a task asks."""
-    turns = (
-        [(m.get("role"), m.get("content")) for m in messages if isinstance(m, dict)]
-        if isinstance(messages, list)
-        else []
-    )
-    if [role for role, _ in turns] != ["user", "assistant"] or not all(isinstance(text, str) for _, text in turns):
+    turns = messages if isinstance(messages, list) else []
+    said = {turn.get("role"): turn.get("content") for turn in turns if isinstance(turn, dict)}
+    question, answer = said.get("user"), said.get("assistant")
+    if len(turns) != 2 or not isinstance(question, str) or not isinstance(answer, str):
         raise TaskError(f"{where}: `messages` must be a user's turn and the assistant's answer, both text")
-    return turns[0][1], turns[1][1]
+    return question, answer
 
 
 def _expected() -> str:
