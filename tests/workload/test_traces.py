@@ -115,3 +115,13 @@ def test_broken_files_are_one_clear_error(tmp_path: Path, text: str, message: st
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(FileNotFoundError, match=r"dataset /no/such\.csv does not exist"):
         read_trace(Trace("/no/such.csv"))
+
+
+def test_lines_of_tenants_are_sorted_and_name_themselves(tmp_path: Path) -> None:
+    rows = read_trace(Trace(saved(tmp_path, '[5.0, "bob", 7, 3]\n[4.0, "eve", 9, 2]\n')))
+    assert [(row.at, row.tenant, row.input_length, row.output_length) for row in rows] == [
+        (0, "eve", 9, 2),
+        (1, "bob", 7, 3),
+    ]
+    with pytest.raises(ValueError, match="line 2: seconds must be >= 0"):
+        read_trace(Trace(saved(tmp_path, '[5.0, "bob", 7, 3]\n[4.0, "eve", 0, 2]\n')))
