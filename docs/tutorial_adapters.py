@@ -3,7 +3,7 @@
     python docs/tutorial_adapters.py my
 
 writes my/desks and my/urgency (PEFT folders), and my/desks.jsonl and my/urgency.jsonl (64 examples each for
-calibration, drawn from another seed than the training data). About a minute on two cores.
+calibration, drawn from another seed than the training data). About two minutes on two cores.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TIMES = {
     "next week": "It can wait.",
     "some day": "It can wait.",
 }
-STEPS, ROWS, RATE = 150, 8, 5e-3
+STEPS, ROWS, RATE = 300, 8, 5e-3
 
 Example = tuple[str, str]
 

@@ -182,8 +182,13 @@ def missing_modules(root: Path, *houses: str) -> list[str]:
     ]
 
 
-def imports(root: Path, path: Path, only_when_imported: bool = False) -> Iterator[str]:
-    """Yield the modules that a file imports, by full name; with `only_when_imported`, those of its import alone."""
+@lru_cache(maxsize=2000)
+def imports(root: Path, path: Path, only_when_imported: bool = False) -> tuple[str, ...]:
+    """Return the modules that a file imports, by full name; with `only_when_imported`, those of its import alone."""
+    return tuple(_imports(root, path, only_when_imported))
+
+
+def _imports(root: Path, path: Path, only_when_imported: bool) -> Iterator[str]:
     tree = _parsed(path)
     for node in _outside_functions(tree, checking=False) if only_when_imported else ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -215,6 +220,7 @@ def _outside_functions(tree: ast.AST, checking: bool = True) -> Iterator[ast.AST
             yield from _outside_functions(node, checking)
 
 
+@lru_cache(maxsize=10_000)
 def _file_of(root: Path, module: str) -> Path | None:
     path = root.joinpath(*module.split("."))
     for candidate in (path.with_suffix(".py"), path / "__init__.py", path):
