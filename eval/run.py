@@ -36,11 +36,11 @@ from eval.task import ROOT, TaskError
 from eval.variants import VariantError
 from inlaid.adapters.gate import Record as GateRecord
 from inlaid.adapters.gate import why_not
-from inlaid.checkpoint import CheckpointError
 from inlaid.quant.calibration import CalibrationError
 from inlaid.quant.grid import SolverError
 from inlaid.quant.settings import QuantizeError
 from inlaid.report.plots import PlotsMissing
+from inlaid.tensorfiles import CheckpointError
 
 USER_ERRORS = (
     TaskError,

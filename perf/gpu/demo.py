@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from inlaid.checkpoint import Checkpoint, QuantSpec, quantization_config, to_tensors
 from inlaid.config import AdapterConfig, EngineConfig
 from inlaid.engine.request import NewRequest, SamplingParams
-from inlaid.quant.solver import Grid, round_to_nearest
+from inlaid.quant.grid import Grid
+from inlaid.quant.solver import round_to_nearest
 from inlaid.worker.build import Loaded, build_engine
 from perf.gpu import ROOT
 

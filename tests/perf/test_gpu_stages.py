@@ -291,7 +291,7 @@ def test_rows_of_mixed_ranks_are_compared_with_those_of_their_mean(
 
 @pytest.fixture
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The stages' models and servers where there is no GPU."""
+    """Let the stages' models and servers run on a CPU."""
     monkeypatch.setattr(serving, "ROOT", tmp_path)
     monkeypatch.setattr(serving, "DEVICE", ("--device", "cpu", "--dtype", "float32"))
     monkeypatch.setattr(offline, "DEVICE", "cpu")
