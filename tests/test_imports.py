@@ -57,10 +57,6 @@ WITHOUT_TORCH = ("engine", "sim", "report", "workload")
 # What the package of an extra is called when it is imported, where that is not its own name.
 MODULES = {"humming-kernels": "humming", "rouge-score": "rouge_score"}
 
-# Files that break a law today. Lists only shrink.
-STILL_MUTABLE: set[str] = set()
-STILL_SPREAD: set[str] = set()
-
 
 def extras() -> dict[str, list[str]]:
     """Return the packages of each extra that users may install, by the name under which they are imported."""
@@ -82,14 +78,14 @@ def test_host_parts_never_reach_torch(part: str) -> None:
 
 
 def test_no_module_holds_mutable_state() -> None:
-    paths = [path for path in laws.sources(ROOT, *HOUSES) if laws.name_of(ROOT, path) not in STILL_MUTABLE]
+    paths = laws.sources(ROOT, *HOUSES)
     assert [place for path in paths for place in laws.mutable_state(ROOT, path)] == []
 
 
 def test_every_extra_has_an_importer_and_every_optional_package_one_file_in_a_house() -> None:
     for extra, packages in extras().items():
         assert [name for name in packages if not laws.mentions(ROOT, name, *HOUSES)] == [], f"{extra}: nobody imports"
-    packages = {name for names in extras().values() for name in names} - STILL_SPREAD
+    packages = {name for names in extras().values() for name in names}
     assert laws.spread_packages(ROOT, packages, *HOUSES) == []
 
 

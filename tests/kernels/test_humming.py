@@ -24,7 +24,7 @@ SMS = 132
 
 
 def package(config: Any, shape_m: int, device: torch.device) -> dict[str, Any]:
-    """A choice of parameters like the package's: more slices than keep the order, at every number of rows."""
+    """Choose parameters as the package does: more slices than keep the order, at every number of rows."""
     if shape_m <= 32:
         height = -(-shape_m // 8) * 8
         return {"mma_type": "mma", "block_shape": (height, 128, 128), "warp_shape": (height, 64, 32), "num_stages": 4,
@@ -35,14 +35,14 @@ def package(config: Any, shape_m: int, device: torch.device) -> dict[str, Any]:
 
 
 def compiled(kind: str, _: None, chosen: list[list[Any]], device: torch.device) -> torch.Tensor:
-    """A table like the package's, of kernels that are none."""
+    """Return a table like the package's, with stand-ins for kernels."""
     rows = [[below, most, index, config.get("num_sms", 0)] for index, (below, most, config) in enumerate(chosen)]
     return torch.tensor(rows).flatten()
 
 
 @pytest.fixture
 def chip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A device of 132 multiprocessors with an empty table of tuned parameters."""
+    """Make a device of 132 multiprocessors with an empty table of tuned parameters."""
     monkeypatch.setattr(humming_patches, "load", lambda: SimpleNamespace(heuristics=package, prepare=compiled))
     monkeypatch.setattr(humming, "TUNING", tmp_path / "tuning.json")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "chip")

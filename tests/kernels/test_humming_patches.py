@@ -122,7 +122,7 @@ def test_headers_that_were_edited_otherwise_are_made_anew(tmp_path: Path, monkey
 
 
 def source_of(monkeypatch: pytest.MonkeyPatch, **tuning: Any) -> str:
-    """The package's source of a kernel, written without a device."""
+    """Return the package's source of a kernel, written without a device."""
     if "cuda" not in sys.modules and importlib.util.find_spec("cuda") is None:
         for name in ("cuda", "cuda.bindings", "cuda.bindings.driver"):
             monkeypatch.setitem(sys.modules, name, MagicMock())
