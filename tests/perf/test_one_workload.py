@@ -100,3 +100,11 @@ def test_an_adapter_that_is_not_served_is_refused_by_name(workload: Path, capsys
     workload.write_text(WORKLOAD.replace('"medical"', '"poetry"'))
     assert in_process.main(["--workload", str(workload)]) == 2
     assert "made for adapter 'poetry', which is not served" in capsys.readouterr().err
+
+
+def test_an_answer_of_hidden_length_ends_where_the_plan_says(tmp_path: Path) -> None:
+    path, out = tmp_path / "tasks.toml", tmp_path / "run.json"
+    kinds = "[ { input = 12, output = 5, sigma = 0.3 }, { input = 20, output = 9, sigma = 0.3 } ]"
+    path.write_text(f"duration_s = 1.0\n[tasks]\ncount = 4\nrate = 16.0\nmax_tokens = 40\nkinds = {kinds}\n")
+    assert in_process.main(["--workload", str(path), "--device", "cpu", "--out", str(out)]) == 0
+    assert len(measured(out.with_suffix(".jsonl"))) > 3
