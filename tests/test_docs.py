@@ -1,4 +1,4 @@
-"""docs/architecture.md names every folder of the package, and no file or folder that is gone."""
+"""The pages name what is there: docs/architecture.md every folder of the package, and no page a file that is gone."""
 
 from __future__ import annotations
 
@@ -16,3 +16,11 @@ def test_architecture_names_what_is_there_and_nothing_else() -> None:
     assert gone == [], "in docs/architecture.md, but not there"
     folders = {f"{path.name}/" for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
     assert sorted(folders - named) == [], "folders of the package that docs/architecture.md does not name"
+
+
+def test_pages_name_files_that_exist() -> None:
+    pages = [page for folder in (".", "docs", "perf", "eval", "perf/results") for page in (ROOT / folder).glob("*.md")]
+    pattern = re.compile(r"`((?:inlaid|eval|perf|data|models|tests|docs|third_party)/[\w./-]+)`")
+    named = {(page.relative_to(ROOT), name) for page in pages for name in pattern.findall(page.read_text())}
+    gone = sorted(f"{page}: {name}" for page, name in named if not (ROOT / name).exists())
+    assert gone == [], "named in a page, but not there"
