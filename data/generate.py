@@ -16,21 +16,21 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data.tasks import SPLITS, TASKS, Task
+from data.tasks import SPLITS, TASKS, DemoTask
 
 FOLDER = Path(__file__).parent
 SEED = "0"
 SIZES = MappingProxyType({"train": 256, "calibration": 128, "eval": 256})
 
 
-def split_text(task: Task, split: str) -> str:
+def split_text(task: DemoTask, split: str) -> str:
     """Return the jsonl text of one split: one example a line, each with its id."""
     drawn = itertools.islice(task.examples(split, SEED), SIZES[split])
     lines = ({"id": f"{task.name}/{split}/{index}", **example} for index, example in enumerate(drawn))
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def task_facts(task: Task) -> dict[str, Any]:
+def task_facts(task: DemoTask) -> dict[str, Any]:
     return {
         "family": task.family,
         "metric": task.metric,

@@ -21,7 +21,9 @@ SPLITS = ("train", "calibration", "eval")
 
 
 @dataclass(frozen=True)
-class Task:
+class DemoTask:
+    """A task of the demo: its name, how its examples are drawn, and how answers are judged."""
+
     name: str
     family: str
     metric: str
@@ -49,7 +51,7 @@ def split_of(prompt: str) -> str:
     return {0: "eval", 1: "calibration"}.get(zlib.crc32(prompt.encode()) % 10, "train")
 
 
-def _translation(language: Language) -> Task:
+def _translation(language: Language) -> DemoTask:
     speaker = Speaker(language.name, 0.9)
 
     def draw(rng: random.Random) -> families.Drawn:
@@ -58,7 +60,7 @@ def _translation(language: Language) -> Task:
         answer = " ".join(language.say(sentence) for sentence in sentences)
         return f"Translate to {language.name.capitalize()}: {english}", answer, {}
 
-    return Task(
+    return DemoTask(
         name=f"to_{language.name}",
         family="translation",
         metric="exact_match",
@@ -68,30 +70,30 @@ def _translation(language: Language) -> Task:
     )
 
 
-def _tasks() -> tuple[Task, ...]:
+def _tasks() -> tuple[DemoTask, ...]:
     return (
         *(_translation(language) for language in LANGUAGES.values()),
-        Task(
+        DemoTask(
             "text_summary", "text summary", "exact_match", 96,
             "keep the deeds of one person out of a report about several", families.text_summary,
         ),
-        Task(
+        DemoTask(
             "table_summary", "table summary", "exact_match", 96,
             "largest and smallest entry of both columns of a table", families.table_summary,
         ),
-        Task(
+        DemoTask(
             "code", "code generation", "pass_at_1", 128,
             "a list expression from its description, judged by running it on hidden inputs", families.code,
         ),
-        Task(
+        DemoTask(
             "maths", "maths word problems", "final_number", 96,
             "a story in three to five steps of arithmetic, judged by its final number", families.maths,
         ),
-        Task(
+        DemoTask(
             "medical", "medical question answering", "exact_match", 96,
             "diagnosis and treatment from a made-up body of 240 diseases", knowledge.medical,
         ),
-        Task(
+        DemoTask(
             "safety", "malicious-request detection", "exact_match", 96,
             "a verdict on a request, with the house rule it breaks", knowledge.safety,
         ),

@@ -17,6 +17,7 @@ from eval.backend import Backend, OpenBackend
 from eval.cache import Cache, Key
 from eval.metrics import Answer
 from eval.task import Example, Task
+from inlaid.adapters.peft import identity_of
 
 CHUNK = 256  # questions asked at once, and lost at most by a kill
 
@@ -86,7 +87,7 @@ class Grid:
         self.backend_key = backend_key  # name and setting
         self.cache = cache
         self.decoding = decoding
-        self.identities = {name: provenance.adapter_identity(path) for name, path in adapters.items()}
+        self.identities = {name: identity_of(path) for name, path in adapters.items()}
 
     def run(self, base: Base, alone: bool = False) -> list[Cell]:
         """Return every task's cell on this base; with `alone`, those of the base without adapters too."""

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 import inlaid
-from inlaid.adapters.peft import identity_of
 from inlaid.checkpoint import Checkpoint
 from inlaid.model.weights import base_version
 from inlaid.report.provenance import gpu, now, provenance
@@ -22,11 +21,6 @@ PACKAGES = ("torch", "transformers", "peft", "tokenizers", "sacrebleu", "rouge-s
 def base_identity(folder: Path) -> str:
     """Return the base's version, as the server knows it."""
     return base_version(Checkpoint(folder))
-
-
-def adapter_identity(folder: Path) -> str:
-    """Return the identity by which the server knows the adapter."""
-    return identity_of(folder)
 
 
 def tokenizer_identity(folder: Path) -> str:

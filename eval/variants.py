@@ -25,6 +25,7 @@ from typing import Any
 from eval import provenance, yardsticks
 from eval.grid import Base
 from eval.yardsticks import SiteHessian
+from inlaid.adapters.peft import identity_of
 from inlaid.checkpoint import Checkpoint
 from inlaid.quant.aggregate import AGGREGATIONS
 from inlaid.quant.calibration import CalibrationSettings
@@ -122,7 +123,7 @@ class Variants:
             for one, source in sorted(self.sources.items()):
                 if task in (None, one):
                     data = hashlib.sha256(source.calibration.read_bytes()).hexdigest()
-                    facts.append([one, provenance.adapter_identity(source.adapter), data])
+                    facts.append([one, identity_of(source.adapter), data])
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def _calibration(self, name: str, seed: int) -> CalibrationSettings:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eval import provenance, run
+from eval import run
 from eval.engine import EngineBackend
 from eval.task import ROOT
 from inlaid import LLM
@@ -218,9 +218,10 @@ def test_a_known_score_that_is_missed_is_a_fault(tmp_path: Path) -> None:
 
 
 def test_identities_are_the_servers(tmp_path: Path) -> None:
+    report = evaluate(tmp_path, "--tasks", "to_velar,safety", "--variants", "fp16", "--examples", "1")
     for name in ("to_velar", "safety"):
         read = read_adapter(ADAPTERS / name, read_spec(BASE), torch.float32)
-        assert provenance.adapter_identity(ADAPTERS / name) == read.identity
+        assert record_of(report, name)["adapter_identity"] == read.identity
 
 
 @pytest.mark.parametrize(
