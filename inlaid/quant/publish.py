@@ -44,7 +44,7 @@ def check_target(out: Path, inputs: Mapping[str, Path]) -> None:
         raise QuantizeError(f"the output {out} has no name of its own; give a folder by its name")
     bank = bank_path(out)
     for path in (out, bank):
-        if path.is_symlink():
+        if path.is_symlink() and (path == out or not path.is_dir()):  # a bank may lie on another disk
             raise QuantizeError(f"{path} is a symbolic link; give the folder itself ({os.path.realpath(path)})")
         if path.exists() and not path.is_dir():
             raise QuantizeError(f"{path} is a file; give a folder that is new or was made by `inlaid quantize`")
@@ -145,13 +145,10 @@ class Publisher:
     def partial(self, number: int = 0) -> Path:
         """Return a folder to fill: that of a killed run of the very same job, or a new one."""
         partial = self.out.parent / f".{self.out.name}.{self._key}.{number}.partial"
-        if not partial.exists():
-            staging = partial.with_name(f"{partial.name}.{os.getpid()}.new")  # never seen without its mark
-            staging.mkdir(parents=True)
-            (staging / MARK).touch()
-            staging.rename(partial)
-        elif not (partial / MARK).exists():
+        partial.mkdir(parents=True, exist_ok=True)
+        if any(partial.iterdir()) and not (partial / MARK).exists():
             raise QuantizeError(f"{partial} is in the way, and `inlaid quantize` did not make it; move it away")
+        (partial / MARK).touch()
         remove_unfinished(partial)
         config = self._plan.checkpoint.config | {"quantization_config": self._plan.quantization()}
         write_atomically(partial / "config.json", json.dumps(config, indent=2).encode())

@@ -49,6 +49,8 @@ class Record:
                 )
             settings = Settings.from_record(values["settings"])
             seconds, files = values.get("seconds", {}), tuple(map(str, values.get("files", ())))
+            if any(Path(name).name != name for name in files):
+                raise ValueError("it names files outside of its folder")
             record = cls(out, values["base"], settings, values["tasks"], values["sites"], seconds, files)
             return record if version == VERSION else record._translated()
         except (FileNotFoundError, NotADirectoryError) as error:

@@ -52,6 +52,7 @@ def test_a_folder_that_inlaid_did_not_write_is_refused_and_stays(tmp_path: Path,
     (tmp_path / "link").symlink_to(thesis)
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "banked.bank").write_text("mine")
+    (tmp_path / "lost.bank").symlink_to(tmp_path / "nowhere")
     before = content(tmp_path)
     cases = [
         (thesis, "not empty and holds no record"),
@@ -60,6 +61,7 @@ def test_a_folder_that_inlaid_did_not_write_is_refused_and_stays(tmp_path: Path,
         (tmp_path / "link", "symbolic link"),
         (tmp_path / "loop", "symbolic link"),
         (tmp_path / "banked", r"banked\.bank is a file"),
+        (tmp_path / "lost", r"lost\.bank is a symbolic link"),
         (tmp_path, r"holds the adapter of task a|holds no record"),
         (Path("/"), "no name of its own"),
         (Path("."), "no name of its own"),
@@ -75,6 +77,30 @@ def test_a_folder_that_inlaid_did_not_write_is_refused_and_stays(tmp_path: Path,
             quantize(base, [task], SETTINGS, out, gate=ANYWAY)
     assert content(tmp_path) == before
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_record_cannot_name_files_of_others(tmp_path: Path, base: Path) -> None:
+    """Files that a record names are removed with its version, so a forged record must not name any outside."""
+    out, thesis = tmp_path / "out", tmp_path / "thesis.txt"
+    quantize(base, [source(tmp_path, base, "a", 0)], SETTINGS, out, gate=ANYWAY)
+    thesis.write_text("three years")
+    values = json.loads((out / RECORD).read_text())
+    (out / RECORD).write_text(json.dumps(values | {"files": [*values["files"], "../thesis.txt"]}))
+    for job in (
+        lambda: remove_task(out, "a", gate=ANYWAY),
+        lambda: quantize(base, [source(tmp_path, base, "b", 1)], SETTINGS, out, gate=ANYWAY),
+    ):
+        with pytest.raises(QuantizeError, match="outside of its folder|holds no record"):
+            job()
+    assert thesis.read_text() == "three years"
+
+
+def test_a_bank_may_lie_on_another_disk(tmp_path: Path, base: Path) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    bank_path(out).symlink_to(elsewhere)
+    quantize(base, [source(tmp_path, base, "a", 0)], SETTINGS, out, gate=ANYWAY)
+    assert len(list(elsewhere.iterdir())) == 1
 
 
 def test_data_in_the_bank_is_refused(tmp_path: Path, base: Path) -> None:
