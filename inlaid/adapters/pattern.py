@@ -16,6 +16,7 @@ from inlaid.adapters.pattern_program import Assert, Char, Instruction, Look, Mat
 __all__ = ("Effort", "Pattern", "PatternError")
 
 MAX_WORK = 4_000_000  # instructions followed for all patterns of one config: seconds at most
+_COMPILING = 10  # compiling one, which also takes memory, counts as following so many
 
 
 class Effort:
@@ -42,16 +43,19 @@ class Pattern:
         self._positional = False
         if not self._plain:
             self._program = compile_pattern(text)
+            self._effort.spend(_COMPILING * len(self._program))
             self._positional = any(isinstance(one, Assert | Look) for one in self._program)
 
     def full_match(self, text: str) -> bool:
         """Say whether the whole text matches."""
+        self._effort.spend(1)
         if self._plain:
             return self._plain_match(text)
         return self._run(text, 0, 0, whole=True)
 
     def match_ending(self, path: str) -> bool:
         """Say whether the path, or what follows one of its dots, matches: how PEFT looks up a module's pattern."""
+        self._effort.spend(1)
         if self._plain:
             start = len(path) - len(self.text)
             return start >= 0 and (start == 0 or path[start - 1] == ".") and self._plain_match(path[start:])

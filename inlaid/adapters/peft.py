@@ -27,7 +27,7 @@ from inlaid.model.spec import ModelSpec
 
 MAX_RANK = 256
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_MAX_CONFIG_BYTES = 4 << 20
+_MAX_CONFIG_BYTES = 1 << 20
 _WIDEST_TYPE, _HEADER_BYTES, _HEADER_BYTES_PER_SITE = 8, 1 << 20, 1 << 10
 
 
@@ -49,26 +49,33 @@ def read_adapter(
 
 def identity_of(path: str | Path) -> str:
     """Return the identity of the adapter in a folder, without a look at what the adapter is."""
-    return _identity(*_content(Path(path)))
+    return _hashes(Path(path))[0]
 
 
 def former_identity_of(path: str | Path, identity: str) -> str | None:
     """Return the name that the quantizer gave an adapter up to version 1 of its record, sha256(config + weights); None
     if the folder no longer holds the adapter of this identity.
     """
-    config, weights = _content(Path(path))
-    return hashlib.sha256(config + weights).hexdigest() if _identity(config, weights) == identity else None
+    now, former = _hashes(Path(path))
+    return former if now == identity else None
 
 
-def _content(folder: Path) -> tuple[bytes, bytes]:
+def _hashes(folder: Path) -> tuple[str, str]:
+    """Return the identity of an adapter's files, and the former one."""
     try:
         _check_files(folder)
+        config = _read_config(folder)
     except AdapterError as error:
         raise AdapterError(f"adapter {folder}: {error}") from None
-    return (folder / _CONFIG).read_bytes(), (folder / _WEIGHTS).read_bytes()
+    now, former = hashlib.sha256(hashlib.sha256(config).digest()), hashlib.sha256(config)
+    with (folder / _WEIGHTS).open("rb") as file:
+        while piece := file.read(1 << 20):
+            now.update(piece)
+            former.update(piece)
+    return now.hexdigest(), former.hexdigest()
 
 
-def _identity(config: bytes, weights: bytes | memoryview) -> str:
+def _identity(config: bytes, weights: memoryview) -> str:
     digest = hashlib.sha256(hashlib.sha256(config).digest())
     digest.update(weights)
     return digest.hexdigest()
@@ -81,7 +88,7 @@ def _read(folder: Path, spec: ModelSpec, dtype: torch.dtype, max_rank: int, allo
     paths = {site: site_path(site) for site in range(spec.num_sites)}
     targeted = {site for site, site_name in paths.items() if config.is_target(site_name)}
     ranks = {site: config.rank_of(paths[site]) for site in targeted}
-    weight_bytes = _read_weights(folder, _max_weight_bytes(spec, ranks, max_rank))
+    weight_bytes = _read_weights(folder, _max_tensor_bytes(spec, ranks, max_rank), _max_header_bytes(spec))
     if _check_files(folder) != before:
         raise AdapterError("its files changed while they were read; load it when they are at rest")
     factors = pair(parse_weights(weight_bytes), spec)
@@ -125,23 +132,30 @@ def _read_config(folder: Path) -> bytes:
     return file.read_bytes()
 
 
-def _max_weight_bytes(spec: ModelSpec, ranks: Mapping[int, int], max_rank: int) -> int:
-    """Bound the weights file of an adapter with these ranks, whatever its type."""
+def _max_tensor_bytes(spec: ModelSpec, ranks: Mapping[int, int], max_rank: int) -> int:
+    """Bound the bytes of an adapter's tensors by its ranks, whatever their type."""
     features = {module: sum(spec.module_shape(module)) for module in MODULES}
-    elements = sum(min(rank, max_rank) * features[MODULES[site % len(MODULES)]] for site, rank in ranks.items())
-    return _WIDEST_TYPE * elements + _HEADER_BYTES + _HEADER_BYTES_PER_SITE * spec.num_sites
+    return _WIDEST_TYPE * sum(
+        min(rank, max_rank) * features[MODULES[site % len(MODULES)]] for site, rank in ranks.items()
+    )
 
 
-def _read_weights(folder: Path, max_bytes: int) -> memoryview:
+def _max_header_bytes(spec: ModelSpec) -> int:
+    return _HEADER_BYTES + _HEADER_BYTES_PER_SITE * spec.num_sites
+
+
+def _read_weights(folder: Path, max_tensor_bytes: int, max_header_bytes: int) -> memoryview:
     file = folder / _WEIGHTS
     size = file.stat().st_size
-    if size > max_bytes:
-        raise AdapterError(
-            f"{_WEIGHTS} has {size} bytes, but its config and the base account for {max_bytes} at most; "
-            "it belongs to another config or another base"
-        )
-    data = np.empty(size, np.uint8).data  # a bytearray would be filled first, and hold up all threads
     with file.open("rb") as handle:
+        header = int.from_bytes(handle.read(8), "little")
+        if size > max_tensor_bytes + max_header_bytes or min(header, size) > max_header_bytes:
+            raise AdapterError(
+                f"{_WEIGHTS} has {size} bytes and a header of {header}, but its config and the base account for "
+                f"{max_tensor_bytes} and {max_header_bytes} at most; it belongs to another config or another base"
+            )
+        handle.seek(0)
+        data = np.empty(size, np.uint8).data  # a bytearray would be filled first, and hold up all threads
         if handle.readinto(data) != size:
             raise AdapterError("its files changed while they were read; load it when they are at rest")
     return data

@@ -42,10 +42,10 @@ class PeftConfig:
     rank: int
     alpha: float
     rslora: bool
-    targets: Pattern | tuple[str, ...] | None  # a pattern for the whole path, or endings of it; None: every linear
-    excluded: Pattern | tuple[str, ...]
+    targets: Pattern | frozenset[str] | None  # a pattern for the whole path, or endings of it; None: every linear
+    excluded: Pattern | frozenset[str]
     layers: frozenset[int] | None  # None: all
-    layer_lists: tuple[str, ...]  # names of the lists of layers that `layers` counts in; empty: any
+    layer_lists: frozenset[str]  # names of the lists of layers that `layers` counts in; empty: any
     rank_patterns: tuple[tuple[Pattern, float], ...]
     alpha_patterns: tuple[tuple[Pattern, float], ...]
 
@@ -73,17 +73,19 @@ class PeftConfig:
         found = re.match(r"(.*?)\.(\d+)\.", path)
         if found is None or int(found[2]) not in self.layers:
             return False
-        return not self.layer_lists or any(_is_ending(name, found[1]) for name in self.layer_lists)
+        return not self.layer_lists or not self.layer_lists.isdisjoint(_endings(found[1]))
 
 
-def _selects(wanted: Pattern | tuple[str, ...], path: str) -> bool:
+def _selects(wanted: Pattern | frozenset[str], path: str) -> bool:
     if isinstance(wanted, Pattern):
         return wanted.full_match(path)
-    return any(_is_ending(name, path) for name in wanted)
+    return not wanted.isdisjoint(_endings(path))
 
 
-def _is_ending(name: str, path: str) -> bool:
-    return path == name or path.endswith(f".{name}")
+def _endings(path: str) -> list[str]:
+    """Return a path and all that follows one of its dots."""
+    names = path.split(".")
+    return [".".join(names[start:]) for start in range(len(names))]
 
 
 def _value_of(patterns: tuple[tuple[Pattern, float], ...], key: str, path: str, default: float) -> float:
@@ -114,10 +116,10 @@ def parse_config(data: bytes) -> PeftConfig:
 
 def check_targets(config: PeftConfig, targeted: set[int], adapted: set[int], paths: Mapping[int, str]) -> None:
     """Refuse an adapter whose config targets other linears than its tensors are for, or names a module for nothing."""
-    if isinstance(config.targets, tuple):
-        for target in config.targets:
-            if not any(_is_ending(target, path) for path in paths.values()):
-                raise AdapterError(f"target module {target!r} is none of the base's adaptable ones: {MODULES}")
+    if isinstance(config.targets, frozenset):
+        unknown = config.targets.difference(*map(_endings, paths.values()))
+        if unknown:
+            raise AdapterError(f"target module {_shown(min(unknown))} is none of the base's adaptable ones: {MODULES}")
     bare, stray = sorted(targeted - adapted), sorted(adapted - targeted)
     if bare:
         raise AdapterError(f"the config targets {paths[bare[0]]} but there are no tensors for it ({len(bare)} such)")
@@ -173,21 +175,21 @@ def _number(value: Any, name: str) -> float:
     return number
 
 
-def _targets(config: Mapping[str, Any], effort: Effort) -> Pattern | tuple[str, ...] | None:
+def _targets(config: Mapping[str, Any], effort: Effort) -> Pattern | frozenset[str] | None:
     targets = config.get("target_modules")
     if isinstance(targets, str):
         return None if targets.lower() == "all-linear" else _pattern(targets, "target_modules", effort)
     if isinstance(targets, list) and targets and all(isinstance(target, str) for target in targets):
-        return tuple(targets)
+        return frozenset(targets)
     raise AdapterError(f"target_modules must be a list of names or a pattern, not {_shown(targets)}")
 
 
-def _excluded(config: Mapping[str, Any], effort: Effort) -> Pattern | tuple[str, ...]:
+def _excluded(config: Mapping[str, Any], effort: Effort) -> Pattern | frozenset[str]:
     excluded = config.get("exclude_modules") or []
     if isinstance(excluded, str):
         return _pattern(excluded, "exclude_modules", effort)
     if isinstance(excluded, list) and all(isinstance(name, str) for name in excluded):
-        return tuple(excluded)
+        return frozenset(excluded)
     raise AdapterError(f"exclude_modules must be a list of names or a pattern, not {_shown(excluded)}")
 
 
@@ -198,7 +200,7 @@ def _layers(indices: Any) -> frozenset[int]:
     return frozenset(chosen)
 
 
-def _layer_lists(config: Mapping[str, Any]) -> tuple[str, ...]:
+def _layer_lists(config: Mapping[str, Any]) -> frozenset[str]:
     names = config.get("layers_pattern") or []
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -206,7 +208,7 @@ def _layer_lists(config: Mapping[str, Any]) -> tuple[str, ...]:
     for name in names:
         if re.fullmatch(r"\w+(\.\w+)*", name) is None:
             raise AdapterError(f"layers_pattern {_shown(name)} is not supported; give a name such as 'layers'")
-    return tuple(names)
+    return frozenset(names)
 
 
 def _patterns(config: Mapping[str, Any], key: str, effort: Effort) -> tuple[tuple[Pattern, float], ...]:

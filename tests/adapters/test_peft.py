@@ -275,6 +275,29 @@ def test_no_more_is_read_than_config_and_base_account_for(tmp_path: Path) -> Non
             read(folder)
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
         tracemalloc.stop()
+    folder = write(tmp_path / "header", r=4, target_modules=QV)
+    with (folder / "adapter_model.safetensors").open("r+b") as file:
+        file.write((2 << 20).to_bytes(8, "little"))
+        file.truncate((1 << 20) + (50 << 10))
+    with pytest.raises(AdapterError, match="a header of 2097152"):
+        read(folder)
+
+
+def test_a_config_of_many_names_takes_bounded_time(tmp_path: Path) -> None:
+    folder = write(tmp_path, r=4, target_modules=QV)
+    many = [f"n{number}" for number in range(20_000)]
+    for change, reason in (
+        ({"target_modules": many}, "target module 'n0' is none"),
+        ({"exclude_modules": many, "r": 5}, "has rank 4, the config says 5"),
+        ({"rank_pattern": {f"{name}_": 3 for name in many}}, None),
+        ({"rank_pattern": {f"({name}){{50}}": 3 for name in many}}, "take too long to match"),
+    ):
+        edit_config(folder, **{"target_modules": QV, "r": 4, "exclude_modules": None, "rank_pattern": {}} | change)
+        if reason is None:
+            read(folder)
+        else:
+            with pytest.raises(AdapterError, match=reason):
+                read(folder)
 
 
 def test_the_gain_that_is_safe_depends_on_the_type(tmp_path: Path) -> None:
