@@ -16,6 +16,7 @@ from eval.metrics import Answer
 from eval.oracle import OracleBackend
 from eval.task import ROOT
 from eval.variants import Source, Variants
+from inlaid.quant.grid import Grid
 
 BASE = ROOT / "models/demo/base"
 NAMES = ("to_velar", "text_summary", "code", "medical")
@@ -55,7 +56,9 @@ def pairs(tokenizer: Any) -> list[tuple[Question, str | None]]:
 def rounded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make the demo's base at three bits: many answers are wrong, each at a place of its own."""
     sources: dict[str, Source] = {}
-    return Variants(BASE, sources, 128, tmp_path_factory.mktemp("bases")).base_of("rtn", 3).folder
+    return (
+        Variants(BASE, sources, {3: Grid.of_width(3, 128)}, tmp_path_factory.mktemp("bases")).base_of("rtn", 3).folder
+    )
 
 
 def texts(answers: list[Answer]) -> list[str]:

@@ -15,8 +15,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from eval.oracle import load_dense
 from eval.variants import Source, VariantError, Variants
+from inlaid.adapters.peft import read_adapter
 from inlaid.checkpoint import Checkpoint, dequantize
-from inlaid.quant.adapter import NO_ADAPTER, read_adapter
+from inlaid.model.spec import read_spec
 from inlaid.quant.aggregate import AGGREGATIONS, TaskHessian, combine
 from inlaid.quant.baselines import scaled_weight
 from inlaid.quant.blocks import BlockModel
@@ -141,7 +142,7 @@ def hessians_of(base: Path, source: Source, with_adapter: bool, seed: int) -> di
         source.calibration, AutoTokenizer.from_pretrained(base), replace(CALIBRATION, seed=seed)
     )
     model, found = BlockModel(Checkpoint(base)), {}
-    adapter = read_adapter(source.adapter) if with_adapter else NO_ADAPTER
+    adapter = read_adapter(source.adapter, read_spec(base), torch.float32) if with_adapter else None
     streams = model.start(batches(calibration.fitting))
     for index in range(model.num_blocks):
         with model.loaded(index) as block:

@@ -10,7 +10,7 @@ import torch
 
 from inlaid.sim.cost import load_cost
 from perf.gpu import sched
-from perf.gpu.bench import headline
+from perf.gpu.headlines import headline
 from perf.validate import Plan
 
 PLAN = Plan(loads=(0.6,), seconds=1.5, rounds=1, prompt=(4, 24), output=(4, 16))

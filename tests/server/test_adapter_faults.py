@@ -135,7 +135,7 @@ def test_a_disk_that_is_gone(strict: Live, root: Path) -> None:
     assert load(strict, "new").status == 403
     answer = ask(strict, lost)
     assert answer.status == 500
-    assert answer.json["error"]["message"] == f"adapter {lost!r}: there is no such folder"
+    assert answer.json["error"]["message"] == f"adapter {lost!r}: there is no such folder, so it is not a PEFT adapter"
     assert served(strict, "more-0") == expected
     away.rename(root)
     assert served(strict, lost)
