@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import logging
 import os
 import signal
@@ -180,6 +181,8 @@ async def serve(
     accepting = await asyncio.get_running_loop().create_server(accept, sock=listener, backlog=1024)
     for number, watcher in enumerate(service.watchers, 1):
         service.background.start(f"lora-watch {number}", partial(watcher.run, config.lora_watch_interval))
+    gc.collect()
+    gc.freeze()  # what is there now stays: looking through it held up the event loop in the middle of large bodies
     host, port = listener.getsockname()[:2]
     log.info("start-up: ready %.1f s after the process began, %.1f s of them before the engine", process_age(), began)
     announce(service, f"http://{f'[{host}]' if ':' in host else host}:{port}")
