@@ -151,11 +151,12 @@ class LLM:
     def _take(self, streams: dict[str, TextStream], output: Output) -> Piece:
         if output.finish_reason is FinishReason.ERROR:
             raise GenerationError(output.refusal.message if output.refusal else "the request failed in the engine")
-        piece = streams[output.id].take(output)
+        stream = streams[output.id]
+        piece = stream.take(output)
         if piece.finish_reason is not None:
             del streams[output.id]
-            if output.finish_reason is None:  # a stop string ended it here
-                self.engine.abort(output.id, FinishReason.STOP)
+            if stream.stopped is not None:
+                self.engine.abort(output.id, FinishReason.STOP, stream.num_tokens)
         return piece
 
     def _abort(self, streams: Mapping[str, TextStream]) -> None:

@@ -38,6 +38,7 @@ def test_more_prompts_than_the_queue_takes_are_all_answered() -> None:
 def test_a_stop_string_ends_the_request_in_the_engine_too(llm: LLM) -> None:
     free = llm.generate("the", GREEDY, progress=False)[0]
     stop = free.text[2:4]
+    charged = llm.engine.stats()["output_tokens"]
     answer = llm.generate("the", SamplingParams(max_tokens=12, temperature=0.0, stop=(stop,)), progress=False)[0]
     assert answer.finish_reason is FinishReason.STOP
     assert answer.stop_reason == stop
@@ -45,6 +46,7 @@ def test_a_stop_string_ends_the_request_in_the_engine_too(llm: LLM) -> None:
     while llm.engine.has_work:
         llm.engine.step()
     assert llm.engine.stats()["kv_blocks_used"] == 0
+    assert llm.engine.stats()["output_tokens"] - charged == len(answer.tokens)
 
 
 def test_chat_is_generate_on_the_template(llm: LLM) -> None:

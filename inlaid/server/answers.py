@@ -43,8 +43,8 @@ async def pieces(service: Service, client: ClientRequest, index: int) -> AsyncGe
                 meter.note(piece)
                 yield piece
                 if piece.finish_reason is not None:
-                    if output.finish_reason is None:
-                        service.engine.stop(request.id)
+                    if stream.stopped is not None:
+                        service.engine.stop(request.id, stream.num_tokens)
                     return
     except Refused as error:
         meter.refuse(refused(error.refusal).status)

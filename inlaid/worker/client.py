@@ -125,10 +125,11 @@ class EngineClient:
             if not over:
                 link.send(messages.Abort(id=request.id))
 
-    def stop(self, request_id: str) -> None:
-        """End a request whose answer is whole: a stop string was found."""
+    def stop(self, request_id: str, num_tokens: int) -> None:
+        """End a request whose answer is whole: a stop string was found so many tokens in. Later tokens are not charged,
+        even if the engine has ended the request by itself."""
         if self._link is not None:
-            self._link.send(messages.Abort(id=request_id, reason=FinishReason.STOP))
+            self._link.send(messages.Abort(id=request_id, reason=FinishReason.STOP, num_tokens=num_tokens))
 
     async def call(self, method: str, /, **arguments: Any) -> Any:
         """Call a method of `calls.Queries` in the process. Raises Refused and EngineDead."""

@@ -78,6 +78,7 @@ class Abort(Message, frozen=True, kw_only=True):
 
     id: str
     reason: FinishReason = FinishReason.ABORT
+    num_tokens: int | None = None  # with STOP: the answer's tokens; later ones are not charged
 
 
 class Call(Message, frozen=True, kw_only=True):

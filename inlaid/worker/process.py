@@ -118,10 +118,10 @@ class EngineProcess:
         match command:
             case messages.Add(request=request):
                 self._add(request)
-            case messages.Abort(id=request_id, reason=reason):
+            case messages.Abort(id=request_id, reason=reason, num_tokens=num_tokens):
                 if self._compilations is not None:
                     self._compilations.discard(request_id)
-                self._engine.abort(request_id, reason)
+                self._engine.abort(request_id, reason, num_tokens)
             case messages.Call():
                 self._calls.receive(command)
             case _:

@@ -114,7 +114,7 @@ def test_a_stopped_request_ends_as_a_whole_answer() -> None:
         async with running() as engine:
             outputs = engine.generate(NewRequest(id="a", prompt=[1], params=LONG))
             await anext(outputs)
-            engine.stop("a")
+            engine.stop("a", 1)
             rest = [output async for output in outputs]
             assert rest[-1].finish_reason is FinishReason.STOP
             assert sum(len(output.tokens) for output in rest) < 800
