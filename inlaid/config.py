@@ -38,6 +38,11 @@ class SchedulerConfig:
         "after a colon, as in inlaid:beta=5,ageing=2",
     )
     max_num_seqs: int = option(256, "most sequences in one step")
+    max_seqs_per_tenant: int = option(
+        0,
+        "most sequences of a tenant in one step while other tenants wait; 0: its share by weight, or an eighth of all "
+        "if that is more",
+    )
     max_num_batched_tokens: int = option(2048, "most tokens in one step; longer prompts are prefilled in chunks")
     max_num_waiting: int = option(4096, "most requests waiting; more are refused with 429")
     enable_chunked_prefill: bool = option(True, "split prompts that exceed the token budget over several steps")
@@ -47,7 +52,7 @@ class SchedulerConfig:
     reserve: float = option(
         0.8, "share of its predicted answer for which KV must be free when a request is admitted; less preempts more"
     )
-    max_overtakes: int = option(1000, "how many admissions may pass a request that did not fit before all wait for it")
+    max_overtakes: int = option(1000, "admissions that may overtake a request that did not fit before all wait for it")
     predictor: str = option("history", "lengths of answers: learned from history, or max_tokens", ("history", "none"))
     predictor_file: str = option("", "where what the predictor has learned is kept between runs; empty: nowhere")
     cost: str = option("linear", "price of service", ("linear", "profiled"))

@@ -6,12 +6,15 @@ is set aside until the adapter is on the device.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from inlaid.engine.decodes import Decodes
 from inlaid.engine.endings import Endings
 from inlaid.engine.policy import GO, REFUSE
 from inlaid.engine.progress import Progress
 from inlaid.engine.refusal import Refusal, RefusalKind
-from inlaid.engine.request import Status, Work
+from inlaid.engine.request import Request, Status, Work
+from inlaid.engine.seats import Seats
 from inlaid.engine.state import State
 from inlaid.engine.working_set import LOADING, READY
 
@@ -28,6 +31,7 @@ class Admission:
         self.num_admitted = 0
         self._decodes = decodes
         self._endings = endings
+        self._seats = Seats(state)
 
     def recall(self) -> None:
         """Put requests whose adapter has come back into the queue; end those whose adapter cannot come."""
@@ -46,8 +50,9 @@ class Admission:
         if self._nothing_fits_still():
             return works
         overtaken: list[Progress] = []
-        while budget > 0 and len(state.running) < self._max_running and len(overtaken) < MAX_LOOKED_AT:
-            progress = self._next()
+        seated: set[str] = set()  # tenants that hold their seats, left out as long as others can use what is free
+        while budget > 0 and self._seats.num_free > 0 and len(overtaken) < MAX_LOOKED_AT:
+            progress = self._next(seated)
             if progress is None:
                 break
             # Behind a request that finds no room no adapter is fetched: it would push out what the first will need.
@@ -68,6 +73,22 @@ class Admission:
             state.nothing_fits = (state.pool.num_available, len(state.running))
         return works
 
+    def free_a_seat(self) -> None:
+        """Preempt a request of the tenant that holds most seats above its limit, if all seats are taken and a tenant
+        below its own could start a request otherwise."""
+        state = self.state
+        account = self._seats.greediest()
+        request = None if account is None else state.waiting.pop(self._seats.holders())
+        if request is None:
+            return
+        progress, budget = state.progress[request.id], state.config.max_num_batched_tokens
+        if self._stands_aside(progress, MAX_PREFETCHED):
+            return
+        state.waiting.push(request)
+        if self._fits(progress, budget, self._overdue_adapter()) is not None:
+            held = [other for other in state.running.values() if other.request.account is account]
+            self._endings.preempt(max(held, key=lambda other: state.standing(other.request)))
+
     def fetch(self) -> None:
         """Ask for the adapters of requests set aside. Call after admission: what has arrived is pinned then, and cannot
         be pushed out by what is asked for now."""
@@ -75,23 +96,29 @@ class Admission:
         if self.state.working_set.aside:
             self.state.working_set.want(self._overdue_adapter())
 
-    def _next(self) -> Progress | None:
+    def _next(self, seated: set[str]) -> Progress | None:
+        """Take the first in the queue, of tenants that need not leave their seats to others if there are such."""
+        state = self.state
+        request = self._pop(seated)
+        while request is not None and self._seats.leaves_to_others(request.account):
+            seated.add(request.tenant)
+            state.waiting.push(request)
+            request = self._pop(seated)
+        if request is None and seated:
+            request = self._pop(())
+        return None if request is None else state.progress[request.id]
+
+    def _pop(self, without: Collection[str]) -> Request | None:
         """Take the first in the queue. If no further adapter may enter the batch and the policy groups by adapter, take
         the first of those that may, as long as the bound on overtaking allows."""
         state = self.state
         if not state.working_set.full or not state.policy.groups_are_adapters:
-            request = state.waiting.pop()
-        else:
-            first = state.waiting.peek()
-            blocked = first is not None and not state.working_set.has_room(first.adapter)
-            if first is not None and blocked and self._overtaken_too_often(state.progress[first.id]):
-                return None
-            request = state.waiting.pop_among({*state.working_set.active, None})
-        return None if request is None else state.progress[request.id]
-
-    @property
-    def _max_running(self) -> int:
-        return min(self.state.config.max_num_seqs, self.state.config.max_num_batched_tokens)
+            return state.waiting.pop(without)
+        first = state.waiting.peek(without)
+        blocked = first is not None and not state.working_set.has_room(first.adapter)
+        if first is not None and blocked and self._overtaken_too_often(state.progress[first.id]):
+            return None
+        return state.waiting.pop_among({*state.working_set.active, None}, without)
 
     def _nothing_fits_still(self) -> bool:
         """Return True if the last look found no request that fits, and nothing has been freed or added since."""
@@ -218,7 +245,7 @@ class Admission:
     def _charge_start(self, progress: Progress) -> None:
         """Charge the cached prefix and, the first time, what the policy charges ahead."""
         state, request, account = self.state, progress.request, progress.request.account
-        account.num_running += 1
+        state.ledger.enter_batch(account)
         state.ledger.leave_queue(account)
         found = min(progress.num_computed, request.num_prompt)
         if found > progress.num_charged:

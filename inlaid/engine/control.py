@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from inlaid.engine.limits import TenantLimits
+from inlaid.engine.limits import MAX_LIMIT, TenantLimits
 from inlaid.engine.policy import POLICIES, Policy, make_policy, parse_policy
 from inlaid.engine.request import Status
 from inlaid.engine.scheduler import Scheduler
@@ -39,8 +39,8 @@ def change(scheduler: Scheduler, changes: dict[str, Any]) -> None:
     weights = _convert(changes, "weights", dict[str, float])
     limits = _convert(changes, "limits", dict[str, TenantLimits])
     max_waiting = _convert(changes, "max_num_waiting", int)
-    if max_waiting is not None and max_waiting < 1:
-        raise ValueError(f"max_num_waiting is {max_waiting}; it must be at least 1")
+    if max_waiting is not None and not 1 <= max_waiting <= MAX_LIMIT:
+        raise ValueError(f"max_num_waiting is {max_waiting}; it must be at least 1 and at most {MAX_LIMIT}")
     for tenant, limit in (limits or {}).items():
         limit.check(tenant)
     if weights is not None:

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from inlaid.engine.account import Account
 from inlaid.engine.progress import Progress
 from inlaid.engine.refusal import Refusal
 from inlaid.engine.request import FinishReason, Output, Status
 from inlaid.engine.state import State
+
+MAX_ENDED = 4096  # requests remembered in which a stop string may still be found
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    """The charges of a request that has ended."""
+
+    account: Account
+    num_prompt: int
+    num_outputs: int
 
 
 class Endings:
@@ -15,6 +30,7 @@ class Endings:
         self._state = state
         self.released: list[str] = []  # ended or preempted since the last batch, which the next one tells the runner
         self._outputs: list[Output] = []  # ends that no step brought about
+        self._ended: OrderedDict[str, _Ended] = OrderedDict()  # the latest with stop strings, see stop
 
     @property
     def has_outputs(self) -> bool:
@@ -54,6 +70,25 @@ class Endings:
         progress.request.status = Status.FINISHED
         self.end_early(progress, FinishReason.ERROR, refusal)
 
+    def stop(self, request_id: str, num_tokens: int) -> None:
+        """Take back the tokens that steps brought after the answer's text had ended, `num_tokens` output tokens in:
+        they are not charged. The request may have ended by itself meanwhile, if it has stop strings."""
+        state, progress = self._state, self._state.progress.get(request_id)
+        if progress is not None:
+            request = progress.request
+            ended = _Ended(request.account, request.num_prompt, request.num_outputs)
+            prepaid = state.ledger.prepaid(request)
+        elif request_id in self._ended:
+            ended, prepaid = self._ended.pop(request_id), 0
+        else:
+            return
+        if 0 <= num_tokens < ended.num_outputs:
+            first = num_tokens + 1
+            state.ledger.refund_outputs(ended.account, ended.num_prompt, first, ended.num_outputs, prepaid)
+            state.waiting.touch(ended.account.tenant)  # its counter fell
+            if progress is not None:
+                del progress.request.tokens[ended.num_prompt + num_tokens :]
+
     def close(self, progress: Progress, reason: FinishReason) -> None:
         """Give back everything that a request holds."""
         state, request = self._state, progress.request
@@ -67,6 +102,10 @@ class Endings:
         del state.progress[request.id]
         if state.ledger.settle(request):
             state.waiting.touch(state.policy.group(request))
+        if request.params.stop and reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self._ended[request.id] = _Ended(request.account, request.num_prompt, request.num_outputs)
+            if len(self._ended) > MAX_ENDED:
+                self._ended.popitem(last=False)
         if request.adapter is not None:
             state.adapters.release(request.adapter)
         state.view.lengths.observe(request)
@@ -81,7 +120,7 @@ class Endings:
         state, request = self._state, progress.request
         del state.running[request.id]
         state.num_reserved -= progress.num_reserved
-        request.account.num_running -= 1
+        state.ledger.leave_batch(request.account)
         self.released.append(request.id)
         state.working_set.leave(request.adapter)
         if progress.prefilled:

@@ -65,12 +65,14 @@ class Engine:
         request.grammar = grammar
         return request
 
-    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> bool:
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT, num_tokens: int | None = None) -> bool:
         """End a request at once; its last Output comes with the next step. Return False if it is unknown or over.
 
-        STOP says that the answer is whole (a stop string was found), so that the predictor learns its length.
+        STOP says that the answer is whole (a stop string was found), so that the predictor learns its length. With
+        `num_tokens` the answer has only so many output tokens: those after them are not charged, even if the request
+        has ended by itself before the stop string was found.
         """
-        return self.scheduler.abort(request_id, reason)
+        return self.scheduler.abort(request_id, reason, num_tokens)
 
     @property
     def has_work(self) -> bool:

@@ -6,6 +6,7 @@ engine: its memory, the model's length, and the budgets of a step. The scheduler
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from inlaid.config import SchedulerConfig
@@ -15,6 +16,8 @@ from inlaid.engine.kv_cache import BlockPool
 from inlaid.engine.refusal import Refusal, Refused
 from inlaid.engine.request import NewRequest, Request
 
+MAX_SETTING = 1e9  # of any number here: sums and sort keys stay finite
+
 
 def check_config(config: SchedulerConfig) -> None:
     """Raise ValueError for a setting that is out of range."""
@@ -22,6 +25,7 @@ def check_config(config: SchedulerConfig) -> None:
         ("max_num_seqs", 1),
         ("max_num_batched_tokens", 1),
         ("max_num_waiting", 1),
+        ("max_seqs_per_tenant", 0),
         ("max_tasks_per_step", 0),
         ("max_sum_of_ranks", 0),
         ("max_overtakes", 0),
@@ -32,8 +36,9 @@ def check_config(config: SchedulerConfig) -> None:
         ("cached_price", 0),
     )
     for name, smallest in least:
-        if not getattr(config, name) >= smallest:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {smallest}")
+        value = getattr(config, name)
+        if not smallest <= value <= MAX_SETTING:
+            raise ValueError(f"{name} is {value}; it must be at least {smallest} and at most {MAX_SETTING:g}")
     if config.admission_margin >= 1:
         raise ValueError(f"admission_margin is {config.admission_margin}; it is a share, below 1")
 
@@ -50,6 +55,8 @@ def make_cost(config: SchedulerConfig) -> LinearCost | ProfiledCost:
 def most_tokens(new: NewRequest, max_model_len: int, pool: BlockPool, config: SchedulerConfig) -> int:
     """Return the most tokens of prompt plus output, or raise Refused for a request that can never be served."""
     params = new.params
+    if new.deadline is not None and not math.isfinite(new.deadline):
+        raise _invalid(f"the deadline is {new.deadline}; it must be a finite time")
     if not new.prompt:
         raise _invalid("the prompt is empty; at least one token is needed")
     if params.max_tokens < (0 if params.prompt_logprobs is not None else 1):

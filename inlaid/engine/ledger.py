@@ -1,9 +1,10 @@
 """The ledger: the service of each tenant. The scheduler charges every token once; policies, /metrics and the fairness
 view read.
 
-A tenant has two amounts. `service` is exact: the tokens computed and delivered, at the prices of cost.py. `counter`
-is the virtual time of fair policies (VTC, DRR): service over weight, lifted when a tenant comes back from idleness
-(which saves up no credit). Policies that charge predicted outputs charge the counter ahead and refund the rest.
+A tenant has two amounts. `service` is exact: the tokens computed and delivered, at the prices of cost.py; tokens that
+came after the end of an answer's text are taken back. `counter` is the virtual time of fair policies (VTC, DRR):
+service over weight, lifted when a tenant comes back from idleness (which saves up no credit). Policies that charge
+predicted outputs charge the counter ahead and refund the rest.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from inlaid.engine.cost import Cost, LinearCost
 from inlaid.engine.request import Request
 
 HISTORY_SECONDS = 3600
+# Within these bounds a counter of 10^12 still tells two tokens apart: no order breaks down, and no sum overflows.
+MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e3
 
 
 class Ledger:
@@ -27,6 +30,9 @@ class Ledger:
         self._price = self.cost.output(0, 1, 1) if isinstance(self.cost, LinearCost) else 0.0
         self.accounts: dict[str, Account] = {}
         self.num_backlogged = 0  # tenants with requests waiting
+        self.running: dict[str, Account] = {}  # of tenants with requests running
+        self.most_running = 0  # no tenant has more requests running; seats.py lowers it
+        self._present_weight = 0  # of tenants with requests waiting or running, in millionths: exact
         self.total = 0.0  # everything ever charged
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
@@ -55,12 +61,17 @@ class Ledger:
     def set_weights(self, weights: dict[str, float]) -> None:
         """Replace all weights; tenants not named get 1. The past stays charged as it was."""
         for tenant, weight in weights.items():
-            if not 0 < weight < float("inf"):
-                raise ValueError(f"weight of tenant {tenant!r} is {weight}; it must be a positive number")
+            if not MIN_WEIGHT <= weight <= MAX_WEIGHT:
+                raise ValueError(
+                    f"weight of tenant {tenant!r} is {weight}; it must be a positive number, from {MIN_WEIGHT:g} to "
+                    f"{MAX_WEIGHT:g}"
+                )
         self._weights = dict(weights)
         for account in self.accounts.values():
             counter, account.weight = account.counter, self._weights.get(account.tenant, 1.0)
             account.counter = counter
+        present = [a for a in self.accounts.values() if a.num_waiting or a.num_running]
+        self._present_weight = sum(map(_millionths, present))
 
     @property
     def weights(self) -> dict[str, float]:
@@ -75,13 +86,36 @@ class Ledger:
                 self._lift(account)
             self._rank(account)
             self.num_backlogged += 1
+            if account.num_running == 0:
+                self._present_weight += _millionths(account)
         account.num_waiting += 1
 
     def leave_queue(self, account: Account) -> None:
         account.num_waiting -= 1
         assert account.num_waiting >= 0
-        self.num_backlogged -= account.num_waiting == 0
+        if account.num_waiting == 0:
+            self.num_backlogged -= 1
+            if account.num_running == 0:
+                self._present_weight -= _millionths(account)
         self._last_departed = account
+
+    def enter_batch(self, account: Account) -> None:
+        """Count a request of this tenant that starts to run. It still counts as waiting: call before leave_queue."""
+        account.num_running += 1
+        self.running[account.tenant] = account
+        self.most_running = max(self.most_running, account.num_running)
+
+    def leave_batch(self, account: Account) -> None:
+        """Count a request of this tenant that no longer runs."""
+        account.num_running -= 1
+        if account.num_running == 0:
+            del self.running[account.tenant]
+            if account.num_waiting == 0:
+                self._present_weight -= _millionths(account)
+
+    def share(self, account: Account, num_seats: int) -> int:
+        """Return a present tenant's share of the seats by weight, rounded up."""
+        return -(-num_seats * _millionths(account) // self._present_weight)
 
     def _lift(self, account: Account) -> None:
         lowest = self.lowest_backlogged() or self._last_departed
@@ -130,7 +164,7 @@ class Ledger:
         """Charge what counting the newest token has not: its own price, or that it was prepaid."""
         account, num_prompt = request.account, len(request.prompt)
         number = len(request.tokens) - num_prompt
-        prepaid = number <= self._prepaid.get(request.id, 0)
+        prepaid = number <= self.prepaid(request)
         if not self._price:
             cost = self.cost.output(num_prompt, number, number)
             self.total += cost
@@ -143,6 +177,25 @@ class Ledger:
         self.total += cost
         account.charged += cost
         account.virtual += cost / account.weight
+
+    def refund_outputs(self, account: Account, num_prompt: int, first: int, last: int, prepaid: int = 0) -> None:
+        """Take back output tokens number `first` to `last`: they came after the answer had ended. Those up to number
+        `prepaid` were charged ahead; `settle` gives that back."""
+        count = last - first + 1
+        cost = self.cost.output(num_prompt, first, last)
+        begin = max(first, prepaid + 1)
+        counted = self.cost.output(num_prompt, begin, last) if begin <= last else 0.0
+        account.output_tokens -= count
+        self.num_output_tokens -= count
+        self.total -= cost
+        account.charged -= 0.0 if self._price else cost
+        account.virtual += ((cost if self._price else 0.0) - counted) / account.weight
+        if account.num_waiting:
+            self._rank(account)
+
+    def prepaid(self, request: Request) -> int:
+        """Return how many of a request's output tokens were charged ahead."""
+        return self._prepaid.get(request.id, 0)
 
     def prepay(self, request: Request, count: int) -> None:
         """Charge `count` predicted outputs ahead: on the counter only, as nothing is delivered yet."""
@@ -197,3 +250,7 @@ class Ledger:
     def forgotten(self) -> float:
         """Service of accounts that were closed."""
         return self._forgotten
+
+
+def _millionths(account: Account) -> int:
+    return round(account.weight * 1_000_000)

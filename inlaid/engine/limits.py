@@ -12,6 +12,7 @@ from inlaid.engine.account import Account
 from inlaid.engine.refusal import Refusal, RefusalKind, Refused
 
 MAX_RETRY_SECONDS = 600.0
+MAX_LIMIT = 2**31 - 1
 MAX_REMEMBERED = 10_000  # tenants whose acceptances are kept before those out of the window are forgotten
 
 
@@ -24,8 +25,10 @@ class TenantLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def check(self, tenant: str) -> None:
         for name in self.__struct_fields__:
             value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"limit {name} of tenant {tenant!r} is {value}; it must be 0 or more")
+            if value is not None and not 0 <= value <= MAX_LIMIT:
+                raise ValueError(
+                    f"limit {name} of tenant {tenant!r} is {value}; it must be 0 or more, up to {MAX_LIMIT}"
+                )
 
 
 class QueueLimits:

@@ -20,6 +20,8 @@ from inlaid.engine.request import Request
 
 Rank = tuple[float, ...]
 GO, LAST, REFUSE = "go", "last", "refuse"
+MAX_OPTION = 1e9  # of a policy's options: sort keys stay finite
+MIN_POSITIVE = 1e-3  # of those that something is divided by
 
 
 class Lengths(Protocol):
@@ -135,7 +137,14 @@ class Inlaid(Srtf):
 @dataclass(frozen=True)
 class Vtc(Policy):
     """Virtual token counter: the tenant served least (over weight, lifted after idleness) goes first. `predict`:
-    charge nothing ahead, the predictor's length, or the true one (experiments)."""
+    charge nothing ahead, the predictor's length, or the true one (experiments).
+
+    The bound: over any time in which two tenants both have requests waiting, their services over weight differ by at
+    most 2 max(w_p L, w_q M), with L the longest prompt, M the most tokens that running requests hold together, and the
+    prices w_p and w_q of prompt and output tokens. A tenant that comes when another holds all S seats does not wait for
+    answers to end: one seat a step changes hands until it holds its share s (see seats.py), so beside one other of
+    equal weight it falls behind by at most w_q s (S - s) meanwhile, prompts aside.
+    """
 
     name: ClassVar[str] = "vtc"
     strict: ClassVar[bool] = True
@@ -272,7 +281,8 @@ def parse_policy(text: str) -> Policy:
 
 def _check_number(policy: str, key: str, value: Any, whole: bool) -> None:
     kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 <= value < float("inf"):
-        raise ValueError(f"policy {policy}: {key} must be a {'whole ' if whole else ''}number >= 0, not {value!r}")
-    if value == 0 and key in ("quantum", "window", "beta"):
-        raise ValueError(f"policy {policy}: {key} must be above 0")
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 <= value <= MAX_OPTION:
+        kind = "whole number" if whole else "number"
+        raise ValueError(f"policy {policy}: {key} must be a {kind} >= 0 and at most {MAX_OPTION:g}, not {value!r}")
+    if value < MIN_POSITIVE and key in ("quantum", "window", "beta"):
+        raise ValueError(f"policy {policy}: {key} must be above 0, at least {MIN_POSITIVE:g}")

@@ -153,8 +153,14 @@ class Scheduler:
         except ValueError as error:
             raise Refused(Refusal(str(error), RefusalKind.NOT_FOUND)) from error
 
-    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> bool:
-        """End a request now, whatever it is doing. Return False if it is unknown or has ended already."""
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT, num_tokens: int | None = None) -> bool:
+        """End a request now, whatever it is doing. Return False if it is unknown or has ended already.
+
+        With `num_tokens` its answer has only so many output tokens: a stop string was found. Those that came after are
+        not charged, even if the request has ended already, and are no part of the length that the predictor learns.
+        """
+        if num_tokens is not None:
+            self.endings.stop(request_id, num_tokens)
         progress = self.state.progress.get(request_id)
         if progress is not None:
             self.endings.end_early(progress, reason)
@@ -179,6 +185,7 @@ class Scheduler:
         """Return the next step's batch, or None if nothing can be computed now."""
         self.view.now = now
         self.ledger.note(now)
+        self.admission.free_a_seat()
         preemptions = self.num_preemptions
         singles, prefills, budget = self.decodes.schedule()
         self.admission.recall()

@@ -109,11 +109,18 @@ def test_the_scheduler_is_changed_while_it_serves_and_describes_itself() -> None
         ({"policy": 3}, "must be a string"),
         ({"policies": ["vtc"]}, "unknown setting"),
         ({"weights": {"t": -1.0}}, "positive"),
+        ({"weights": {"t": 5e-324}}, "from 0.001 to 1000"),
+        ({"weights": {"t": 1e300}}, "from 0.001 to 1000"),
+        ({"weights": {"t": float("nan")}}, "from 0.001 to 1000"),
         ({"weights": {"t": "much"}}, "weights: Expected"),
         ({"weights": [1]}, "weights: Expected"),
         ({"limits": {"t": {"rpm": 1}}}, "unknown field"),
         ({"limits": {"t": {"max_waiting": -1}}}, "0 or more"),
+        ({"limits": {"t": {"max_waiting": 2**63}}}, "up to 2147483647"),
         ({"max_num_waiting": 0}, "at least 1"),
+        ({"max_num_waiting": 2**63}, "at most 2147483647"),
+        ({"policy": "drr", "options": {"quantum": 5e-324}}, "at least 0.001"),
+        ({"policy": "srtf", "options": {"ageing": 1e300}}, "at most 1e"),
         ({"options": {"nothing": 1}}, "no option"),
     ],
 )
@@ -197,7 +204,16 @@ def test_an_engine_from_its_configuration_keeps_what_its_predictor_learned(tmp_p
 
 @pytest.mark.parametrize(
     "settings",
-    [{"max_num_seqs": 0}, {"max_overtakes": -1}, {"admission_margin": 1.0}, {"cost": "free"}, {"policy": "none"}],
+    [
+        {"max_num_seqs": 0},
+        {"max_overtakes": -1},
+        {"max_seqs_per_tenant": -1},
+        {"admission_margin": 1.0},
+        {"output_weight": float("inf")},
+        {"prompt_weight": float("nan")},
+        {"cost": "free"},
+        {"policy": "none"},
+    ],
 )
 def test_impossible_settings_are_refused_at_the_start(settings: dict[str, Any]) -> None:
     config = EngineConfig(scheduler=SchedulerConfig(**settings))
@@ -215,5 +231,18 @@ def test_an_answer_that_a_stop_string_ended_teaches_its_length() -> None:
         bench.engine.abort(f"r{index}", FinishReason.STOP)
         bench.run()
         assert bench.ends[f"r{index}"].finish_reason is FinishReason.STOP
+    bench.add("next", [1, 2], max_tokens=50)
+    assert predictor.remaining(bench.scheduler.requests["next"]) < 8
+
+
+def test_tokens_after_a_stop_string_are_no_part_of_the_length_that_is_learned() -> None:
+    predictor = Predictor()
+    bench = Bench(lengths=predictor)
+    for index in range(30):
+        bench.add(f"r{index}", [1, 2], max_tokens=50, ignore_eos=True)
+        while len(bench.tokens[f"r{index}"]) < 20:
+            bench.step()
+        bench.engine.abort(f"r{index}", FinishReason.STOP, num_tokens=3)
+        bench.run()
     bench.add("next", [1, 2], max_tokens=50)
     assert predictor.remaining(bench.scheduler.requests["next"]) < 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inlaid.engine.cost import LinearCost, ProfiledCost
-from inlaid.engine.ledger import Ledger
+from inlaid.engine.ledger import MAX_WEIGHT, MIN_WEIGHT, Ledger
+from inlaid.engine.predictor import Oracle
+from inlaid.engine.request import FinishReason
 from tests.engine.bench import Bench
 from tests.engine.fake_runner import FakeAdapters
 
@@ -189,3 +192,55 @@ def test_what_was_charged_is_not_charged_again_as_cached_after_a_preemption() ->
     bench.run().check_all()
     account = bench.scheduler.ledger.accounts["t"]
     assert (account.prompt_tokens, account.cached_tokens, account.service) == (9, 0, 9 + 2 * 6)
+
+
+@pytest.mark.parametrize("weight", [MIN_WEIGHT, 1.0, MAX_WEIGHT])
+@pytest.mark.parametrize("policy", ["vtc", "drr", "drr:quantum=0.001", "lcf"])
+def test_the_extreme_weights_leave_an_order_after_a_trillion_tokens(policy: str, weight: float) -> None:
+    bench = Bench(policy=policy, max_num_seqs=2)
+    bench.scheduler.ledger.set_weights({"odd": weight})
+    bench.scheduler.ledger.charge_prefill(bench.scheduler.ledger.account("odd"), 0, 10**12)
+    bench.scheduler.ledger.charge_prefill(bench.scheduler.ledger.account("even"), 0, 10**12)
+    for index in range(12):
+        bench.add(f"r{index}", [index], tenant=("odd", "even")[index % 2], max_tokens=3, ignore_eos=True)
+    bench.run(200).check_all()
+
+
+def _served(end: Callable[[Bench], None], policy: str, cost: str, max_tokens: int) -> tuple[Ledger, list[float]]:
+    bench = Bench(policy=policy, cost=cost, lengths=Oracle())
+    bench.add("other", [9, 9], tenant="u", max_tokens=30, ignore_eos=True, true_output_len=30)
+    bench.add("r", [1, 2, 3], tenant="t", max_tokens=max_tokens, ignore_eos=True, stop=("x",), true_output_len=8)
+    end(bench)
+    bench.run()
+    account = bench.scheduler.ledger.account("t")
+    return bench.scheduler.ledger, [account.service, account.counter, account.output_tokens, account.prompt_tokens]
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "vtc", "vtc:predict=oracle", "drr"])
+@pytest.mark.parametrize("cost", ["linear", "profiled"])
+@pytest.mark.parametrize("late", [0, 4, 12])
+def test_charges_end_where_the_text_ends_whatever_the_timing(policy: str, cost: str, late: int) -> None:
+    """A stop string after the fifth token, found `late` steps later (12: the answer has ended by itself meanwhile)."""
+
+    def stop(bench: Bench) -> None:
+        while len(bench.tokens["r"]) < 5:
+            bench.step()
+        for _ in range(late):
+            bench.step()
+        assert bench.engine.abort("r", FinishReason.STOP, num_tokens=5) == (late < 12)
+        assert not bench.engine.abort("r", FinishReason.STOP, num_tokens=5), "nothing is taken back twice"
+
+    ledger, stopped = _served(stop, policy, cost, max_tokens=16)
+    _, exact = _served(lambda bench: None, policy, cost, max_tokens=5)
+    assert stopped == pytest.approx(exact)
+    assert ledger.total == pytest.approx(sum(account.service for account in ledger.accounts.values()))
+    assert ledger.num_output_tokens == 30 + 5
+
+
+def test_requests_in_which_no_stop_string_can_be_found_are_not_remembered() -> None:
+    bench = Bench()
+    for index in range(3):
+        bench.add(f"r{index}", [1], max_tokens=2, ignore_eos=True)
+    bench.run()
+    bench.engine.abort("r0", FinishReason.STOP, num_tokens=1)
+    assert bench.scheduler.ledger.num_output_tokens == 6

@@ -220,6 +220,7 @@ def test_max_model_len_ends_a_request(overlap: bool) -> None:
         ([1] * 64, {}, "at most"),
         ([1], {"max_tokens": 0}, "max_tokens is 0"),
         ([1] * 30, {"max_tokens": 30}, "KV blocks"),
+        ([1], {"deadline": float("nan")}, "deadline is nan"),
     ],
 )
 def test_what_can_never_be_served_is_refused_with_its_reason(prompt: list[int], params: Any, message: str) -> None:

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from inlaid.engine.account import Account
 from inlaid.engine.ledger import Ledger
-from inlaid.engine.policy import View, make_policy
+from inlaid.engine.policy import Rank, View, make_policy
 from inlaid.engine.request import Request, SamplingParams, Status
-from inlaid.engine.waiting import WaitingQueue
+from inlaid.engine.waiting import MAX_APART, WaitingQueue
 
 
 def queued(id: int, tenant: str, arrival: float) -> Request:
@@ -31,7 +31,10 @@ def queued(id: int, tenant: str, arrival: float) -> Request:
 
 Action = tuple[str, int]
 actions = st.lists(
-    st.tuples(st.sampled_from(["push", "pop", "look", "drop", "charge", "refund"]), st.integers(0, 4)), max_size=60
+    st.tuples(
+        st.sampled_from(["push", "pop", "without", "among", "look", "drop", "charge", "refund"]), st.integers(0, 4)
+    ),
+    max_size=60,
 )
 
 
@@ -41,17 +44,31 @@ def check_queue(name: str, steps: list[Action], change: Callable[[Ledger, str, b
     policy = make_policy(name)
     queue = WaitingQueue(policy, view)
     waiting: list[Request] = []
+
+    def standing(request: Request) -> tuple[Rank, int]:
+        return policy.key(policy.group(request), policy.rank(request, view), view), request.order
+
     for number, (action, value) in enumerate(steps):
         tenant = f"t{value}"
         if action == "push":
             waiting.append(queued(number, tenant, float(number)))
             queue.push(waiting[-1])
         elif action == "pop":
-            best = min(
-                waiting, key=lambda r: (policy.key(policy.group(r), policy.rank(r, view), view), r.order), default=None
-            )
+            best = min(waiting, key=standing, default=None)
             assert queue.peek() is best
             assert queue.pop() is best
+            if best is not None:
+                waiting.remove(best)
+        elif action in ("without", "among"):
+            left_out = {tenant, f"t{number % 5}"}
+            names = {policy.group(request) for request in waiting if number % 3 or request.tenant != "t0"}
+            few = [r for r in waiting if r.tenant not in left_out and (action == "without" or policy.group(r) in names)]
+            best = min(few, key=standing, default=None)
+            if action == "among":
+                assert queue.pop_among(names, left_out) is best
+            else:
+                assert queue.peek(left_out) is best
+                assert queue.pop(left_out) is best
             if best is not None:
                 waiting.remove(best)
         elif action == "look" and waiting:
@@ -69,7 +86,7 @@ def check_queue(name: str, steps: list[Action], change: Callable[[Ledger, str, b
         assert set(queue) == set(waiting)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(name=st.sampled_from(["fcfs", "vtc", "lcf", "drr"]), steps=actions)
 def test_the_queue_gives_what_sorting_would(name: str, steps: list[Action]) -> None:
     def change(ledger: Ledger, tenant: str, up: bool, queue: WaitingQueue) -> None:
@@ -105,3 +122,28 @@ def test_changing_the_policy_keeps_everyone() -> None:
     queue.reorder(make_policy("vtc"))
     assert len(queue) == 50
     assert [queue.pop() for _ in range(51)].count(None) == 1
+
+
+def test_leaving_out_a_flood_costs_nothing_per_look() -> None:
+    """Ten thousand requests of one tenant are moved aside once; every later look finds the other tenant's at once."""
+    queue = WaitingQueue(make_policy("fcfs"), View(Ledger()))
+    for number in range(10_000):
+        queue.push(queued(number, "flood", float(number)))
+    queue.push(queued(10_000, "small", 10_000.0))
+    queue.push(queued(10_001, "small", 10_001.0))
+    first = queue.pop({"flood"})
+    assert first is not None
+    assert first.id == "10000"
+    assert len(queue._front) < 10
+    assert [len(group.entries) for group in queue._groups.values()] == [1]
+    assert [request.id for _ in range(2) if (request := queue.pop()) is not None] == ["0", "1"]
+
+
+def test_tenants_come_together_again_when_many_were_apart() -> None:
+    queue = WaitingQueue(make_policy("fcfs"), View(Ledger()))
+    for number in range(300):
+        queue.push(queued(number, f"t{number % 100}", float(number)))
+    for number in range(100):
+        queue.peek({f"t{number}"})
+    assert len(queue._groups) + len(queue._own) <= MAX_APART + 2
+    assert [request.order for _ in range(300) if (request := queue.pop()) is not None] == list(range(300))
