@@ -24,7 +24,7 @@ def seats(bench: Bench) -> Counter[str]:
 
 
 def flooded(overlap: bool = False, policy: str = "fcfs", **config: object) -> Bench:
-    """A bench of eight seats, all held by tenant a, whose answers are long; a has as many waiting."""
+    """Return eight seats, all held by tenant a, whose answers are long; a has as many requests waiting."""
     bench = Bench(num_blocks=400, overlap=overlap, policy=policy, max_num_seqs=8, **config)
     fill(bench, "a", 16)
     for _ in range(3):
