@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eval import provenance
 from eval.oracle import OracleBackend
 from inlaid.adapters.adapter import AdapterError
+from inlaid.adapters.peft import identity_of
 from inlaid.config import AdapterConfig, EngineConfig
 from inlaid.quant.calibration import CalibrationSettings
 from inlaid.quant.plan import Plan
@@ -42,7 +42,7 @@ def evaluate(folder: Path) -> str:
     refused = OracleBackend(BASE, {"a": folder}).refused
     if refused:
         raise AdapterError(refused["a"])
-    return provenance.adapter_identity(folder)
+    return identity_of(folder)
 
 
 RAILS = [serve, quantize, evaluate]
