@@ -1,1 +1,1 @@
-"""Kernels: `reference` is the specification in plain torch; the others are twins of it, only faster."""
+"""Kernels. `spec` is the specification, in plain loops; the others are held to it by tests, and faster."""
