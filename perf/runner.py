@@ -210,6 +210,7 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--checkpoint", type=Path, metavar="DIR", help="an archive: run what has not passed yet")
     parser.add_argument("--force", action="store_true", help="with --checkpoint: run everything again")
     parser.add_argument("--dry-run", action="store_true", help="write everything, start nothing")
+    parser.add_argument("--first", type=int, metavar="N", help="with --templates: only the first N points of each")
     parser.add_argument("--color", action="store_true", help="coloured output")
     return parser
 
@@ -219,6 +220,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.force and not arguments.checkpoint:
         parser.error("--force needs --checkpoint DIR: without an archive there is nothing to run again")
+    if arguments.first is not None and (arguments.first < 1 or arguments.checkpoint):
+        parser.error("--first takes a number of 1 or more, and --templates: it says how many points to run of each")
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         if arguments.templates:
@@ -240,7 +243,7 @@ def start(arguments: argparse.Namespace) -> int:
     """Check everything, write the archive, run it."""
     instances: list[Instance] = []
     for template in arguments.templates:
-        instances += instantiate(template, dry=arguments.dry_run)
+        instances += instantiate(template, dry=arguments.dry_run)[: arguments.first]
     names = [instance.point for instance in instances]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
