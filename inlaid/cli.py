@@ -253,6 +253,7 @@ def run_serve(args: argparse.Namespace) -> int:
     model, adapters = model_and_adapters(args.model, parse_adapters(args.adapter))
     args.pin_adapter = pinned_adapters(args, adapters)
     config = config_from(args, ServerConfig)
+    logs.configure(level=config.log_level, form=config.log_format)
     if not args.model and not config.served_model_name:
         config = config_from(args, ServerConfig, served_model_name="demo")
     print(f"Loading {model} and {len(adapters)} adapters …", file=sys.stderr, flush=True)

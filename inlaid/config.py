@@ -195,4 +195,10 @@ class ServerConfig:
     )
     max_metric_adapters: int = option(16, "most adapters with metric labels of their own; the rest share one")
     metrics_interval: float = option(1.0, "seconds for which a page of /metrics is served again")
+    log_level: str = option("info", "least serious messages that are logged", ("debug", "info", "warning", "error"))
+    log_format: str = option("text", "form of a line of the log, on stderr", ("text", "json"))
+    access_log: bool = option(
+        True, "log a line for each request: answers, changes and errors at info, probes and look-ups at debug"
+    )
+    log_prompts: bool = option(False, "have the access log hold the beginning of each prompt")
     chat_template: str | None = option(None, "file with a chat template that replaces the model's")

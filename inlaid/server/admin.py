@@ -4,6 +4,8 @@ and is confined to allow-listed folders.
 
 from __future__ import annotations
 
+import logging
+
 import msgspec
 from aiohttp import web
 
@@ -19,6 +21,9 @@ from inlaid.server.protocol.admin import (
 from inlaid.server.protocol.sglang import LoadResult
 from inlaid.server.service import SERVICE, Service
 from inlaid.text.nesting import check_depth
+from inlaid.worker import logs
+
+log = logging.getLogger(__name__)
 
 _MAX_LOADS = 32  # waiting or under way
 
@@ -72,9 +77,11 @@ async def put_scheduler(request: web.Request, body: SchedulerBody) -> web.Respon
     for name, value in changes.items():
         check_depth(name, value)
     try:
-        return answer(await request.app[SERVICE].engine.call("set_scheduler", changes=changes))
+        described = await request.app[SERVICE].engine.call("set_scheduler", changes=changes)
     except ValueError as error:
         raise BadRequest(str(error)) from error
+    log.info("the scheduler is changed", extra=logs.fields(**changes))
+    return answer(described)
 
 
 async def fairness(request: web.Request) -> web.Response:

@@ -11,6 +11,7 @@ import msgspec
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from inlaid.server.access import logged, note_error, note_route
 from inlaid.server.errors import BrokenBody, TooSlow, Unavailable, reported, response, undecodable
 from inlaid.server.openapi import document
 from inlaid.server.route import Guard, Route
@@ -22,7 +23,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 def make_app(service: Service) -> web.Application:
     """Make the application of a service."""
-    app = web.Application(client_max_size=service.max_body_bytes, middlewares=[_busy, _errors])
+    app = web.Application(client_max_size=service.max_body_bytes, middlewares=[_busy, logged, _errors])
     app[SERVICE] = service
     for route in ROUTES:
         app.router.add_route(route.method, route.path, _served(route))
@@ -41,6 +42,7 @@ def _served(route: Route) -> Handler:
 
     async def handle(request: web.Request) -> web.StreamResponse:
         service = request.app[SERVICE]
+        note_route(request, route)
         _check_key(service, route.guard, request.headers)
         if not route.answering:
             return await _call(route, decoder, request)
@@ -100,7 +102,9 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     except ConnectionError:
         raise  # the client has left: nobody reads an answer, and aiohttp ends the connection
     except Exception as error:  # noqa: BLE001 - a defect is logged
-        return response(reported(error, f"{request.method} {request.path}"))
+        known = reported(error, f"{request.method} {request.path}")
+        note_error(request, known.message)
+        return response(known)
 
 
 def http_log() -> logging.Logger:

@@ -10,6 +10,7 @@ from aiohttp import web
 
 from inlaid.engine.request import FinishReason, TokenLogprobs
 from inlaid.server import answers
+from inlaid.server.access import note_client
 from inlaid.server.answers import CompletionLogprobsWriter, TokenCounter
 from inlaid.server.prepare import ClientRequest, chat_request, completion_request
 from inlaid.server.protocol.openai import (
@@ -41,7 +42,7 @@ def answer(value: object) -> web.Response:
 async def completions(request: web.Request, body: CompletionBody) -> web.StreamResponse:
     """Complete prompts, given as text or token ids."""
     service = request.app[SERVICE]
-    client = await completion_request(service, body, request.headers, len(await request.read()))
+    client = note_client(request, await completion_request(service, body, request.headers, len(await request.read())))
     if body.stream:
         return await send(request, _completion_events(service, body, client), service.config.stream_timeout)
     complete = await answers.gather(service, client)
@@ -53,7 +54,7 @@ async def completions(request: web.Request, body: CompletionBody) -> web.StreamR
 async def chat_completions(request: web.Request, body: ChatBody) -> web.StreamResponse:
     """Answer a conversation, written out by the model's chat template."""
     service = request.app[SERVICE]
-    client = await chat_request(service, body, request.headers, len(await request.read()))
+    client = note_client(request, await chat_request(service, body, request.headers, len(await request.read())))
     if body.stream:
         return await send(request, _chat_events(service, body, client), service.config.stream_timeout)
     complete = await answers.gather(service, client)

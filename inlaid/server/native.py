@@ -22,6 +22,7 @@ from inlaid import __version__
 from inlaid.engine.refusal import Refused
 from inlaid.engine.request import FinishReason, TokenLogprobs
 from inlaid.server import answers
+from inlaid.server.access import note_client
 from inlaid.server.answers import LogprobBudget
 from inlaid.server.completions import answer
 from inlaid.server.errors import ApiError, BadRequest, refused
@@ -73,7 +74,8 @@ async def generate(request: web.Request, body: NativeBody) -> web.StreamResponse
     service, started = request.app[SERVICE], time.monotonic()
     items, several = _items(body)
     field = "text" if body.input_ids is None else "input_ids"
-    client = await _client_request(service, items, request.headers, field, len(await request.read()))
+    size = len(await request.read())
+    client = note_client(request, await _client_request(service, items, request.headers, field, size))
     several = several or client.num_answers > 1
     names = _names(body, len(client.requests), several)
     growing = [

@@ -7,7 +7,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from inlaid.server.service import Service
 from inlaid.text.encoder import check_template_options, last_tokens
 from inlaid.text.nesting import check_depth
 from inlaid.text.params import schema_grammar
+from inlaid.text.stream import Piece
 
 _MAX_ID_CHARS = 256  # it comes back with every event of a stream
 _SAME_NAMES = (
@@ -42,6 +43,25 @@ _SAME_NAMES = (
 )
 
 
+@dataclass
+class Outcome:
+    """Counts of what has been answered so far, all answers together, for the access log."""
+
+    num_tokens: int = 0
+    num_cached: int = 0
+    first: float | None = None  # when the first token came, on the monotonic clock
+    reasons: set[str] = field(default_factory=set)  # why answers ended
+
+    def note(self, piece: Piece) -> None:
+        """Count a piece of an answer."""
+        if piece.tokens and self.first is None:
+            self.first = time.monotonic()
+        self.num_tokens += len(piece.tokens)
+        self.num_cached += piece.num_cached
+        if piece.finish_reason is not None:
+            self.reasons.add(piece.finish_reason.value)
+
+
 @dataclass(frozen=True)
 class ClientRequest:
     """One request of a client: an engine request for each answer, prompt by prompt."""
@@ -52,6 +72,7 @@ class ClientRequest:
     requests: list[NewRequest]
     num_answers: int  # per prompt
     texts: list[str | None]  # of each prompt; None: it came as tokens, or was truncated
+    outcome: Outcome = field(default_factory=Outcome)
 
     def prompt_of(self, index: int) -> list[int]:
         """Return the prompt's tokens of an answer."""

@@ -27,6 +27,7 @@ from inlaid.server.service import Service
 from inlaid.server.watcher import Watcher
 from inlaid.text.encoder import RequestEncoder
 from inlaid.text.tokenizer import Tokenizer
+from inlaid.worker import logs
 from inlaid.worker.build import process_age
 from inlaid.worker.client import EngineClient
 from inlaid.worker.errors import EngineDead
@@ -59,6 +60,7 @@ async def make_service(
         on_death=config.on_engine_death,
         timeout=config.engine_timeout,
         give_up=give_up,
+        environment={**logs.environment(config.log_level, config.log_format), **engine_options.pop("environment", {})},
         **engine_options,
     )
     resolver = make_resolver(config, engine, names, engine_config.adapters.max_cpu_loras)

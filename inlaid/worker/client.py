@@ -19,7 +19,7 @@ import msgspec
 from inlaid.config import EngineConfig
 from inlaid.engine.refusal import Refusal, RefusalKind, Refused
 from inlaid.engine.request import FinishReason, NewRequest, Output
-from inlaid.worker import messages
+from inlaid.worker import logs, messages
 from inlaid.worker.errors import EngineDead, exception_of
 from inlaid.worker.inbox import Inbox
 from inlaid.worker.link import READ_SIZE, Link
@@ -148,6 +148,7 @@ class EngineClient:
         self.adapters[name] = info
         self._paths[name] = path
         self._remember_pin(name, info.pinned)
+        log.info("adapter is served", extra=logs.fields(adapter=name, path=path, identity=info.identity[:12]))
         return info
 
     def _remember_pin(self, name: str, pinned: bool) -> None:
@@ -164,6 +165,7 @@ class EngineClient:
         self.adapters.pop(name, None)
         self._paths.pop(name, None)
         self._remember_pin(name, False)
+        log.info("adapter is unloaded", extra=logs.fields(adapter=name, in_flight=in_flight))
         if in_flight and known is not None and patience > 0:
             try:
                 await asyncio.wait_for(self.call("until_unloaded", identity=known.identity), patience)

@@ -207,7 +207,7 @@ def main() -> int:
     """Serve the socket that the server has passed on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logs.configure("engine: ")
+    logs.configure_child("engine")
     _end_with_parent()
     connection = socket.socket(fileno=int(sys.argv[1]))
     try:

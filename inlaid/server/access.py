@@ -1,0 +1,105 @@
+"""The access log: one line for each HTTP request, with its tenant and its counts, and without its text unless asked."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+from inlaid.server.prepare import ClientRequest
+from inlaid.server.route import Guard, Route
+from inlaid.server.service import SERVICE
+from inlaid.worker import logs
+
+log = logging.getLogger("inlaid.access")
+
+_CLIENT_LEFT = 499  # nginx's number for it
+_MAX_PROMPT_CHARS = 1000
+_NOTE = "inlaid.access"
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@dataclass
+class _Note:
+    """Facts about a request that become known while it is answered."""
+
+    client: ClientRequest | None = None
+    error: str | None = None
+    guard: Guard | None = None
+    answering: bool = False
+    started: float = field(default_factory=time.monotonic)
+
+
+def _note(request: web.Request) -> _Note:
+    found: _Note | None = request.get(_NOTE)
+    if found is None:
+        found = request[_NOTE] = _Note()
+    return found
+
+
+def note_client(request: web.Request, client: ClientRequest) -> ClientRequest:
+    """Remember what a request asks for, and return it."""
+    _note(request).client = client
+    return client
+
+
+def note_error(request: web.Request, message: str) -> None:
+    """Remember why a request is answered with an error."""
+    _note(request).error = message
+
+
+def note_route(request: web.Request, route: Route) -> None:
+    """Remember the route of a request, which decides the level of its line."""
+    note = _note(request)
+    note.guard, note.answering = route.guard, route.answering
+
+
+@web.middleware
+async def logged(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Log a request when it has been answered: answers, changes and errors at info, the others at debug."""
+    note = _note(request)
+    status = _CLIENT_LEFT
+    try:
+        response = await handler(request)
+        status = response.status
+        return response
+    finally:
+        if request.app[SERVICE].config.access_log:
+            important = note.answering or note.guard is Guard.ADMIN or status >= 400
+            _write(request, note, status, logging.INFO if important else logging.DEBUG)
+
+
+def _write(request: web.Request, note: _Note, status: int, level: int) -> None:
+    if not log.isEnabledFor(level):
+        return
+    line: dict[str, object] = {
+        "method": request.method,
+        "path": request.path,
+        "status": status,
+        "seconds": time.monotonic() - note.started,
+        "peer": request.remote,
+        "error": note.error,
+    }
+    if (client := note.client) is not None:
+        outcome = client.outcome
+        line |= {
+            "id": client.id,
+            "model": client.model,
+            "tenant": client.requests[0].tenant or None,
+            "answers": len(client.requests),
+            "prompt_tokens": sum(len(each.prompt) for each in client.requests[:: client.num_answers]),
+            "cached_tokens": outcome.num_cached,
+            "output_tokens": outcome.num_tokens,
+            "first_token_seconds": outcome.first - note.started if outcome.first is not None else None,
+            "finish": ",".join(sorted(outcome.reasons)) or None,
+        }
+        if request.app[SERVICE].config.log_prompts:
+            service = request.app[SERVICE]
+            text = client.text_of(0)
+            text = service.tokenizer.decode(client.prompt_of(0)[:_MAX_PROMPT_CHARS]) if text is None else text
+            line["prompt"] = text[:_MAX_PROMPT_CHARS]
+    log.log(level, "request", extra=logs.fields(**line))
