@@ -155,10 +155,18 @@ class ServerConfig:
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "port to listen on; 0: any free one")
     api_key: tuple[str, ...] = option(
-        (), "key that inference requests must carry, may be repeated; also from INLAID_API_KEY, separated by commas"
+        (),
+        "KEY or NAME=KEY: a key that inference requests must carry, and the name of its tenant; may be repeated; also "
+        "from INLAID_API_KEY, separated by commas",
     )
+    api_key_file: str = option("", "file with further keys, KEY or NAME=KEY on each line")
     admin_key: str | None = option(
         None, "another key, for loading adapters and changing the scheduler; also from INLAID_ADMIN_KEY"
+    )
+    ssl_certfile: str = option("", "PEM file with the certificate chain to serve HTTPS with")
+    ssl_keyfile: str = option("", "PEM file with the certificate's key, if it is not in --ssl-certfile")
+    allowed_origins: tuple[str, ...] = option(
+        (), "origin whose pages may call the API from a browser (https://host, or *), may be repeated"
     )
     served_model_name: str | None = option(None, "the base model's name in the API; default: its folder's name")
     allow_runtime_lora: bool = option(False, "allow loading and unloading adapters while serving")

@@ -19,6 +19,7 @@ from inlaid.server.protocol.admin import (
     UnloadAdapterBody,
 )
 from inlaid.server.protocol.sglang import LoadResult
+from inlaid.server.safety import check_tenants
 from inlaid.server.service import SERVICE, Service
 from inlaid.text.nesting import check_depth
 from inlaid.worker import logs
@@ -76,8 +77,12 @@ async def put_scheduler(request: web.Request, body: SchedulerBody) -> web.Respon
     changes = {name: value for name, value in msgspec.structs.asdict(body).items() if value is not None}
     for name, value in changes.items():
         check_depth(name, value)
+    service = request.app[SERVICE]
+    for name in {"weights", "limits"} & changes.keys():
+        kind = service.engine.config.scheduler.tenant
+        check_tenants(kind, service.keys, service.engine.adapters, changes[name], name)
     try:
-        described = await request.app[SERVICE].engine.call("set_scheduler", changes=changes)
+        described = await service.engine.call("set_scheduler", changes=changes)
     except ValueError as error:
         raise BadRequest(str(error)) from error
     log.info("the scheduler is changed", extra=logs.fields(**changes))

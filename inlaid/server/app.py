@@ -12,6 +12,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from inlaid.server.access import logged, note_error, note_route
+from inlaid.server.cors import allow_origins
 from inlaid.server.errors import BrokenBody, TooSlow, Unavailable, reported, response, undecodable
 from inlaid.server.openapi import document
 from inlaid.server.route import Guard, Route
@@ -33,6 +34,8 @@ def make_app(service: Service) -> web.Application:
         return web.Response(body=description, content_type="application/json")
 
     app.router.add_get("/openapi.json", openapi)
+    if service.config.allowed_origins:
+        allow_origins(app, service.config.allowed_origins)
     return app
 
 

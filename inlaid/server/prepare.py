@@ -248,7 +248,7 @@ def _requests(
         sampling_params(body, max_tokens=max_tokens, bad_words=words, **logprobs),
         num_answers,
         adapter=adapter,
-        tenant=safety.tenant(service.engine.config.scheduler.tenant, headers, body.user, adapter),
+        tenant=safety.tenant(service.engine.config.scheduler.tenant, service.keys, headers, body.user, adapter),
         priority=_priority(body),
         deadline=_deadline(body),
     )

@@ -4,38 +4,67 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
+import logging
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from inlaid.config import ConfigError, ServerConfig
 from inlaid.server.errors import BadRequest, Forbidden, Unauthorized
 
+log = logging.getLogger(__name__)
+
 TENANT_HEADER = "X-Tenant"
 _MAX_TENANT_CHARS = 128
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_FAIR = frozenset({"vtc", "lcf", "drr", "rpm"})  # policies that weigh tenants
 
 
 class Keys:
-    """Inference keys and the admin key. Only their hashes are kept, and compared in constant time."""
+    """Inference keys and the admin key. Only their hashes are kept, and compared in constant time.
+
+    An inference key is written KEY or NAME=KEY. The tenant of a key is its name, or the beginning of its hash.
+    """
 
     def __init__(self, inference: Sequence[str], admin: str | None) -> None:
-        if admin is not None and admin in inference:
+        named = [_named(text) for text in inference]
+        if admin is not None and admin in (key for _, key in named):
             raise ConfigError("the admin key is also an inference key; choose another")
-        if admin == "" or "" in inference:
+        if admin == "" or any(not key for _, key in named):
             raise ConfigError("a key is empty; give one with at least one character, or none at all")
-        self._inference = [_hash(key) for key in inference]
+        self._tenants: dict[bytes, str] = {}
+        for name, key in named:
+            tenant = name or _unnamed(key)
+            if self._tenants.setdefault(_hash(key), tenant) != tenant:
+                raise ConfigError(
+                    f"the key of {tenant!r} is also that of {self._tenants[_hash(key)]!r}; give each its own"
+                )
+        self._inference = list(self._tenants)
         self._admin = None if admin is None else _hash(admin)
 
     @classmethod
     def of(cls, config: ServerConfig, environment: Mapping[str, str]) -> Keys:
-        """Read the keys from the configuration, else from the environment."""
-        listed = environment.get("INLAID_API_KEY", "")
-        inference = config.api_key or tuple(filter(None, (key.strip() for key in listed.split(","))))
+        """Read the keys from the configuration and its file, else from the environment."""
+        listed = environment.get("INLAID_API_KEY", "").split(",")
+        given = (*config.api_key, *_lines(config.api_key_file))
+        inference = given or tuple(filter(None, (key.strip() for key in listed)))
         return cls(inference, config.admin_key or environment.get("INLAID_ADMIN_KEY") or None)
 
     @property
     def has_admin(self) -> bool:
         return self._admin is not None
+
+    @property
+    def tenants(self) -> frozenset[str]:
+        """The tenants of all inference keys; empty where no key is needed."""
+        return frozenset(self._tenants.values())
+
+    def tenant(self, headers: Mapping[str, str]) -> str:
+        """Return the tenant of the key that a request carries, or an empty string."""
+        key = bearer(headers)
+        return (self._tenants.get(_hash(key)) or _unnamed(key)) if key else ""
 
     def check_inference(self, headers: Mapping[str, str]) -> None:
         """Raise Unauthorized unless no key is needed or a valid one is there; the admin key is valid here too."""
@@ -69,20 +98,43 @@ def bearer(headers: Mapping[str, str]) -> str:
     return key.strip() if kind.lower() == "bearer" else ""
 
 
+def _named(text: str) -> tuple[str, str]:
+    """Return the name and the key of NAME=KEY; the name is empty for a KEY alone, which may end in = as base64 does."""
+    name, _, key = text.partition("=")
+    return (name, key) if _NAME.fullmatch(name) and key.strip("=") else ("", text)
+
+
+def _unnamed(key: str) -> str:
+    return f"key-{_hash(key).hex()[:12]}"
+
+
+def _lines(path: str) -> list[str]:
+    """Return the keys of a file, a line each; empty lines and those that begin with # are left out."""
+    if not path:
+        return []
+    try:
+        lines = [line.strip() for line in Path(path).expanduser().read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--api-key-file {path} cannot be read: {error}") from error
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if not keys:
+        raise ConfigError(f"--api-key-file {path} holds no key; write one a line, KEY or NAME=KEY")
+    return keys
+
+
 def _hash(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
-def tenant(kind: str, headers: Mapping[str, str], user: str | None, adapter: str | None) -> str:
-    """Return the tenant that the ledger charges. A key is shown as the beginning of its hash."""
+def tenant(kind: str, keys: Keys, headers: Mapping[str, str], user: str | None, adapter: str | None) -> str:
+    """Return the tenant that the ledger charges."""
     if kind == "adapter":
         return adapter or ""
     if kind == "user":
         return (user or "")[:_MAX_TENANT_CHARS]
     if kind == "header":
         return _utf8(TENANT_HEADER, headers.get(TENANT_HEADER, ""))[:_MAX_TENANT_CHARS]
-    key = bearer(headers)
-    return f"key-{_hash(key).hex()[:12]}" if key else ""
+    return keys.tenant(headers)
 
 
 def _utf8(name: str, value: str) -> str:
@@ -136,3 +188,32 @@ def check_config(config: ServerConfig, keys: Keys) -> None:
         raise ConfigError("--allow-runtime-lora needs --admin-key, apart from the inference keys")
     if not config.lora_root:
         raise ConfigError("--allow-runtime-lora needs --lora-root, the folders that adapters may be loaded from")
+
+
+def warn_of_risks(config: ServerConfig, policy: str, tenant_kind: str, keys: Keys) -> None:
+    """Log what is allowed and is rarely meant."""
+    if not keys.tenants and not _is_loopback(config.host):
+        log.warning("%s is open to whoever reaches it: no key is needed (--api-key NAME=KEY)", config.host)
+    if policy.partition(":")[0] in _FAIR and tenant_kind == "api-key" and len(keys.tenants) < 2:
+        log.warning(
+            "policy %s shares the engine between tenants, and at most one key tells them apart: give each its "
+            "--api-key NAME=KEY, or choose --tenant user, header or adapter",
+            policy,
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_tenants(kind: str, keys: Keys, adapters: Collection[str], given: Iterable[str], param: str) -> None:
+    """Refuse tenants that no request can have, as a misspelled one would change nothing."""
+    known = {"api-key": keys.tenants, "adapter": {"", *adapters}}.get(kind)
+    unknown = sorted(set(given) - known) if known else []
+    if unknown:
+        raise BadRequest(
+            f"{param} names {unknown[0]!r}, no tenant here; known: {', '.join(sorted(known or ()))}", param
+        )

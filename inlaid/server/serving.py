@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -22,7 +23,7 @@ from inlaid.server.app import http_log, make_app
 from inlaid.server.metrics import Metrics
 from inlaid.server.names import ModelNames
 from inlaid.server.resolver import make_resolver
-from inlaid.server.safety import AllowedFolders, Keys, check_config
+from inlaid.server.safety import AllowedFolders, Keys, check_config, warn_of_risks
 from inlaid.server.service import Service
 from inlaid.server.watcher import Watcher
 from inlaid.text.encoder import RequestEncoder
@@ -48,6 +49,7 @@ async def make_service(
     """Make the parts of a server and start its engine. ConfigError says why it cannot."""
     keys = Keys.of(config, os.environ)
     check_config(config, keys)
+    warn_of_risks(config, engine_config.scheduler.policy, engine_config.scheduler.tenant, keys)
     folders = AllowedFolders(config.lora_root)
     model_name = config.served_model_name or model_display_name(engine_config.model)
     names = ModelNames(model_name, engine_config.model)
@@ -143,6 +145,22 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def tls(config: ServerConfig) -> ssl.SSLContext | None:
+    """Return what encrypts connections, or None. ConfigError says why the files do not do."""
+    if not config.ssl_certfile and not config.ssl_keyfile:
+        return None
+    if not config.ssl_certfile:
+        raise ConfigError("--ssl-keyfile needs --ssl-certfile, the certificate of that key")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile or None)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(
+            f"--ssl-certfile {config.ssl_certfile} and its key cannot be used: {error}; both must be PEM files"
+        ) from error
+    return context
+
+
 async def serve(
     config: ServerConfig,
     engine_config: EngineConfig,
@@ -151,6 +169,7 @@ async def serve(
     **engine_options: Any,
 ) -> int:
     """Serve until told to stop, and return the exit status. SIGTERM or SIGINT drains, a second one ends at once."""
+    encryption = tls(config)
     listener = listen(config.host, config.port)
     stop: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
@@ -180,14 +199,15 @@ async def serve(
     await runner.setup()
     assert runner.server is not None
     accept = service.connections.bounded(runner.server)
-    accepting = await asyncio.get_running_loop().create_server(accept, sock=listener, backlog=1024)
+    accepting = await asyncio.get_running_loop().create_server(accept, sock=listener, backlog=1024, ssl=encryption)
     for number, watcher in enumerate(service.watchers, 1):
         service.background.start(f"lora-watch {number}", partial(watcher.run, config.lora_watch_interval))
     gc.collect()
     gc.freeze()  # what is there now stays: looking through it held up the event loop in the middle of large bodies
     host, port = listener.getsockname()[:2]
     log.info("start-up: ready %.1f s after the process began, %.1f s of them before the engine", process_age(), began)
-    announce(service, f"http://{f'[{host}]' if ':' in host else host}:{port}")
+    scheme = "http" if encryption is None else "https"
+    announce(service, f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}")
     status = await stop
     await service.background.close()
     if status == 0:

@@ -65,6 +65,53 @@ def test_settings_that_would_leave_a_door_open_are_refused(tmp_path: Path) -> No
         AllowedFolders([str(tmp_path / "nowhere")])
 
 
+def test_a_named_key_is_a_tenant(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# ours\nsales=abc\n\nc2VjcmV0==\n")
+    keys = Keys.of(ServerConfig(api_key=("support=x=y", "support=old"), api_key_file=str(file)), {})
+    for key, tenant in (("abc", "sales"), ("x=y", "support"), ("old", "support")):
+        keys.check_inference(bearer(key))
+        assert safety.tenant("api-key", keys, bearer(key), None, None) == tenant
+    keys.check_inference(bearer("c2VjcmV0=="))  # as base64 ends, and no name
+    assert len(keys.tenants) == 3
+    with pytest.raises(Unauthorized):
+        keys.check_inference(bearer("sales=abc"))
+
+
+def test_keys_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the key of 'b' is also that of 'a'"):
+        Keys(("a=same", "b=same"), None)
+    with pytest.raises(ConfigError, match="also an inference key"):
+        Keys(("a=same",), "same")
+    (tmp_path / "empty").write_text("# none\n")
+    for name, message in (("empty", "holds no key"), ("gone", "cannot be read")):
+        with pytest.raises(ConfigError, match=message):
+            Keys.of(ServerConfig(api_key_file=str(tmp_path / name)), {})
+
+
+def test_a_tenant_that_no_request_can_have_is_refused_by_name() -> None:
+    keys = Keys(("sales=abc", "support=x"), None)
+    safety.check_tenants("api-key", keys, (), ["sales"], "weights")
+    with pytest.raises(BadRequest, match="weights names 'sale', no tenant here; known: sales, support"):
+        safety.check_tenants("api-key", keys, (), ["sale"], "weights")
+    with pytest.raises(BadRequest, match="limits names 'nobody'"):
+        safety.check_tenants("adapter", keys, ("maths",), ["maths", "", "nobody"], "limits")
+    safety.check_tenants("user", keys, (), ["anybody"], "weights")
+    safety.check_tenants("api-key", Keys((), None), (), ["key-0a0b"], "weights")
+
+
+def test_what_is_rarely_meant_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    def warnings(host: str, policy: str, kind: str, *given: str) -> str:
+        caplog.clear()
+        safety.warn_of_risks(ServerConfig(host=host), policy, kind, Keys(given, None))
+        return caplog.text
+
+    assert warnings("127.0.0.1", "fcfs", "api-key") == warnings("::1", "vtc", "header") == ""
+    assert "0.0.0.0 is open" in warnings("0.0.0.0", "fcfs", "api-key")
+    assert warnings("0.0.0.0", "vtc:predict=1", "api-key", "a=1", "b=2") == ""
+    assert "policy vtc:predict=1 shares" in warnings("localhost", "vtc:predict=1", "api-key", "a=1")
+
+
 @pytest.fixture
 def roots(tmp_path: Path) -> Path:
     """Make a root with an adapter, an outsider beside it, and ways out of it."""
@@ -106,13 +153,13 @@ def test_a_sibling_with_the_roots_name_as_prefix_is_outside(tmp_path: Path) -> N
 
 
 def test_tenants() -> None:
-    headers = {**bearer("secret"), safety.TENANT_HEADER: "team"}
-    assert safety.tenant("adapter", headers, "me", "maths") == "maths"
-    assert safety.tenant("user", headers, "me", None) == "me"
-    assert safety.tenant("header", headers, None, None) == "team"
+    headers, keys = {**bearer("secret"), safety.TENANT_HEADER: "team"}, Keys((), None)
+    assert safety.tenant("adapter", keys, headers, "me", "maths") == "maths"
+    assert safety.tenant("user", keys, headers, "me", None) == "me"
+    assert safety.tenant("header", keys, headers, None, None) == "team"
     with pytest.raises(BadRequest, match="X-Tenant is not valid UTF-8"):
-        safety.tenant("header", {safety.TENANT_HEADER: chr(0xDCFF)}, None, None)
-    by_key = safety.tenant("api-key", headers, None, None)
+        safety.tenant("header", keys, {safety.TENANT_HEADER: chr(0xDCFF)}, None, None)
+    by_key = safety.tenant("api-key", keys, headers, None, None)
     assert by_key.startswith("key-")
     assert "secret" not in by_key
-    assert safety.tenant("api-key", {}, None, None) == ""
+    assert safety.tenant("api-key", keys, {}, None, None) == ""

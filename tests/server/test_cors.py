@@ -1,0 +1,40 @@
+"""Pages of other origins: only those that are allowed may call the API."""
+
+from __future__ import annotations
+
+import asyncio
+
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
+
+from inlaid.server.cors import allow_origins
+
+PREFLIGHT = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+
+
+async def _ask(origin: str, method: str, headers: dict[str, str]) -> tuple[int, str | None, str | None]:
+    async def hello(request: web.Request) -> web.Response:
+        return web.Response(text="hello")
+
+    app = web.Application()
+    app.router.add_post("/", hello)
+    allow_origins(app, ["https://ours.example"])
+    async with TestClient(TestServer(app)) as client:
+        answer = await client.request(method, "/", headers={"Origin": origin, **headers})
+        allowed = answer.headers.get("Access-Control-Allow-Origin")
+        return answer.status, allowed, answer.headers.get("Access-Control-Allow-Headers")
+
+
+def test_an_allowed_origin_may_ask_first_and_then_call() -> None:
+    ours = "https://ours.example"
+    assert asyncio.run(_ask(ours, "OPTIONS", PREFLIGHT)) == (204, ours, "authorization")
+    assert asyncio.run(_ask(ours, "POST", {})) == (200, ours, None)
+
+
+def test_another_origin_is_allowed_nothing() -> None:
+    assert asyncio.run(_ask("https://theirs.example", "OPTIONS", PREFLIGHT)) == (204, None, None)
+    assert asyncio.run(_ask("https://theirs.example", "POST", {})) == (200, None, None)
+
+
+def test_other_requests_for_options_are_left_alone() -> None:
+    assert asyncio.run(_ask("https://ours.example", "OPTIONS", {}))[0] == 405
