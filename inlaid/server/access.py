@@ -14,11 +14,11 @@ from inlaid.server.route import Guard, Route
 from inlaid.server.service import SERVICE
 from inlaid.worker import logs
 
-log = logging.getLogger("inlaid.access")
+log = logging.getLogger(__name__)
 
 _CLIENT_LEFT = 499  # nginx's number for it
 _MAX_PROMPT_CHARS = 1000
-_NOTE = "inlaid.access"
+_NOTE = "access"
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
