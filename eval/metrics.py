@@ -244,13 +244,13 @@ def _bleu_of(sums: Rows) -> NDArray[np.float64]:
 
 @functools.cache
 def _sacrebleu():  # type: ignore[no-untyped-def]  # the class is imported late
-    from sacrebleu.metrics import BLEU
+    from sacrebleu.metrics.bleu import BLEU
 
     return BLEU(effective_order=True)  # silences a warning; the counts are the same
 
 
 def _chrf(answers: Sequence[Answer], asked: Sequence[Example]) -> float:
-    from sacrebleu.metrics import CHRF
+    from sacrebleu.metrics.chrf import CHRF
 
     return float(CHRF().corpus_score([a.text for a in answers], [[e.target for e in asked]]).score)
 

@@ -36,7 +36,7 @@ from eval.task import ROOT, TaskError
 from eval.variants import VariantError
 from inlaid.adapters.gate import Record as GateRecord
 from inlaid.adapters.gate import why_not
-from inlaid.quant.calibration import CalibrationError
+from inlaid.quant.examples import CalibrationError
 from inlaid.quant.grid import SolverError
 from inlaid.quant.settings import QuantizeError
 from inlaid.report.plots import PlotsMissing

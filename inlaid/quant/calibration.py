@@ -1,13 +1,12 @@
 """A task's data as token sequences: some to make its Hessians from, some for the accuracy gate.
 
-A file is JSONL; each line has a `prompt` and may have a `completion`. Where both are there and the tokenizer has a chat
-template, they become a user's and an assistant's turn, as the engine will see them. A seed decides which examples are
-taken, up to a budget of tokens, and which are held out for the gate; none is in both.
+`examples` reads the file. Where a line has an answer and the tokenizer a chat template, they become a user's and an
+assistant's turn, as the engine will see them. A seed decides which examples are taken, up to a budget of tokens, and
+which are held out for the gate; none is in both.
 """
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,9 @@ import torch
 from torch import Tensor
 
 from inlaid.files import hash_file
+from inlaid.quant.examples import CalibrationError, Example, read_examples
 
-
-class CalibrationError(ValueError):
-    """The calibration data cannot be used; the message says where and why."""
+SHOWN = 160  # characters of the example that a report shows
 
 
 @dataclass(frozen=True)
@@ -52,11 +50,12 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A task's sequences, and the hash of the file that they came from."""
+    """A task's sequences, the hash of the file that they came from, and a sentence on how it was read."""
 
     fitting: tuple[Sequence, ...]
     held_out: tuple[Sequence, ...]
     data_hash: str
+    about: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,30 +67,6 @@ class Batch:
     answer_BS: Tensor  # whether the token is to be predicted by the gate
 
 
-def read_examples(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of a file, and check each."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{path} cannot be read as text: {error}") from error
-    examples = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            example = json.loads(line)
-        except ValueError as error:
-            raise CalibrationError(f"{path}, line {number} is not JSON: {error}") from error
-        if not isinstance(example, dict) or not isinstance(example.get("prompt"), str) or not example["prompt"]:
-            raise CalibrationError(f"{path}, line {number} has no text in a field 'prompt'")
-        if not isinstance(example.get("completion", ""), str):
-            raise CalibrationError(f"{path}, line {number}: its 'completion' is not text")
-        examples.append(example)
-    if not examples:
-        raise CalibrationError(f"{path} holds no examples; give one JSON object with a 'prompt' per line")
-    return examples
-
-
 def load_calibration(path: Path, tokenizer: Any, settings: CalibrationSettings) -> Calibration:
     """Draw a task's sequences from its file."""
     examples = read_examples(path)
@@ -100,8 +75,9 @@ def load_calibration(path: Path, tokenizer: Any, settings: CalibrationSettings) 
     if num_held_out >= len(examples):
         raise CalibrationError(f"{path} holds {len(examples)} example(s); two or more are needed, one is held out")
     encoded = [encode(example, tokenizer, settings.max_length) for example in examples]
-    if min(len(sequence.ids) - max(sequence.answer, 1) for sequence in encoded) < 1:
-        raise CalibrationError(f"{path}: an example becomes fewer than two tokens with this model's tokenizer")
+    for example, sequence in zip(examples, encoded, strict=True):
+        if len(sequence.ids) - max(sequence.answer, 1) < 1:
+            raise CalibrationError(f"{example.where} becomes fewer than two tokens with this model's tokenizer")
     held_out, rest = encoded[:num_held_out], encoded[num_held_out:]
     fitting: list[Sequence] = []
     budget = settings.max_tokens
@@ -110,29 +86,51 @@ def load_calibration(path: Path, tokenizer: Any, settings: CalibrationSettings) 
             break
         fitting.append(sequence)
         budget -= len(sequence.ids)
-    return Calibration(tuple(fitting), tuple(held_out), hash_file(path))
+    about = _about(examples, fitting, held_out, tokenizer)
+    return Calibration(tuple(fitting), tuple(held_out), hash_file(path), about)
 
 
-def encode(example: dict[str, Any], tokenizer: Any, max_length: int) -> Sequence:
-    """One example as tokens, cut at the end if it is too long."""
-    prompt, completion = example["prompt"], example.get("completion", "")
-    if not completion:
-        return Sequence(tuple(tokenizer(prompt)["input_ids"][:max_length]), 0)
-    if getattr(tokenizer, "chat_template", None):
-        turns = [{"role": "user", "content": prompt}]
+def _about(examples: list[Example], fitting: list[Sequence], held_out: list[Sequence], tokenizer: Any) -> str:
+    """Say what was read: answers or not, the chat template or not, and one example as the model sees it."""
+    answered = sum(bool(example.answer) for example in examples)
+    way = "through the chat template" if getattr(tokenizer, "chat_template", None) else "without a chat template"
+    how = (
+        f"{answered} of {len(examples)} lines with an answer, {way}"
+        if answered
+        else f"{len(examples)} texts as they are"
+    )
+    shown = tokenizer.decode(fitting[0].ids)
+    cut = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}…"
+    return f"{how}; {len(fitting)} to fit on, {len(held_out)} held out; the first is {cut!r}"
+
+
+def encode(example: Example, tokenizer: Any, max_length: int) -> Sequence:
+    """Return one example as tokens, cut at the end if it is too long."""
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if example.is_chat and not has_template:
+        raise CalibrationError(
+            f"{example.where} has `messages`, but the model has no chat template: give `prompt` and `completion`"
+        )
+    if not example.answer:
+        return Sequence(tuple(tokenizer(example.prompt)["input_ids"][:max_length]), 0)
+    if has_template:
+        turns = [{"role": role, "content": text} for role, text in example.turns]
         heard = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        turns.append({"role": "assistant", "content": completion})
+        turns.append({"role": "assistant", "content": example.answer})
         text = tokenizer.apply_chat_template(turns, tokenize=False)
         if not text.startswith(heard):
-            raise CalibrationError("the chat template's answer does not continue its generation prompt")
+            raise CalibrationError(f"{example.where}: the chat template's answer does not go on from its prompt")
         heard_ids = tokenizer(heard, add_special_tokens=False)["input_ids"]
         said_ids = tokenizer(text[len(heard) :], add_special_tokens=False)["input_ids"]
     else:
-        heard_ids = tokenizer(prompt)["input_ids"]
+        heard_ids = tokenizer(example.prompt)["input_ids"]
         end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        said_ids = tokenizer(completion, add_special_tokens=False)["input_ids"] + end
+        said_ids = tokenizer(example.answer, add_special_tokens=False)["input_ids"] + end
     if len(heard_ids) >= max_length:
-        raise CalibrationError(f"a prompt has {len(heard_ids)} tokens, which leaves no room in {max_length}; raise it")
+        raise CalibrationError(
+            f"{example.where}: its prompt of {len(heard_ids)} tokens leaves no room in --max-length "
+            f"{max_length}; raise it"
+        )
     return Sequence(tuple((heard_ids + said_ids)[:max_length]), len(heard_ids))
 
 

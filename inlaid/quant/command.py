@@ -187,7 +187,7 @@ def _place(args: argparse.Namespace, progress: Progress) -> Place:
         raise ValueError(f"--device {device}: give auto, cpu, cuda or cuda:N")
     if device != "cpu" and int(known[1] or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices; use --device cpu")
-    return Place(device, args.offload, progress)
+    return Place(device, args.offload, progress, lambda sentence: print(f"inlaid: {sentence}", file=sys.stderr))
 
 
 class _Bar:

@@ -19,6 +19,7 @@ from inlaid.model.spec import read_spec
 from inlaid.quant.bank import Bank, Entry, entry_key
 from inlaid.quant.blocks import BlockModel, Stream
 from inlaid.quant.calibration import Calibration, load_calibration
+from inlaid.quant.examples import CalibrationError
 from inlaid.quant.gate import GateTask
 from inlaid.quant.record import Record
 from inlaid.quant.settings import DTYPES, Place, QuantizeError, Settings, TaskSource
@@ -128,7 +129,11 @@ class Plan:
         adapter = None
         if source.has_adapter:
             adapter = read_adapter(source.adapter, read_spec(self.base), DTYPES[self.settings.dtype])
-        calibration = load_calibration(source.data, tokenizer, self.settings.calibration)
+        try:
+            calibration = load_calibration(source.data, tokenizer, self.settings.calibration)
+        except CalibrationError as error:
+            raise CalibrationError(f"--task {source.name}: {error}") from error
+        self.place.note(f"task {source.name}: {calibration.about}")
         return Task(source, adapter, calibration, self._key(identity_in_bank(adapter), calibration))
 
     def _key(self, adapter_identity: str, calibration: Calibration) -> str:

@@ -75,11 +75,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Place:
-    """The device of a job, and its listener: `progress(step, done, total)` is called after every piece of work."""
+    """The device of a job, and its listeners.
+
+    `progress(step, done, total)` is called after every piece of work, `note(sentence)` with what was read.
+    """
 
     device: str = "cpu"
     offload: bool = False
     progress: Callable[[str, int, int], None] = lambda step, done, total: None
+    note: Callable[[str], None] = lambda sentence: None
 
 
 @dataclass(frozen=True)

@@ -38,12 +38,14 @@ def test_lines_as_people_have_them(row: dict[str, Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"prompt": "who", "anwser": "she"}, "line 1: field 'anwser' is not known; give prompt or question and"),
-        ({"prompt": "who"}, "line 1 needs text in one of the fields completion, answer"),
-        ({"prompt": "who", "answer": "a", "output": "b"}, "line 1 needs text in one of"),
-        ({"prompt": 3, "answer": "a"}, "line 1 needs text in one of the fields prompt"),
-        ({"messages": [{"role": "user", "content": "who"}]}, "a user's turn and the assistant's answer"),
-        ([1], "line 1 is not a JSON object"),
+        ({"prompt": "who", "anwser": "she"}, "line 1: its field 'anwser' is not known"),
+        ({"prompt": "who"}, "line 1 needs an answer to compare with"),
+        ({"prompt": "who", "answer": "a", "output": "b"}, "line 1 has both 'answer' and 'output'"),
+        (
+            {"messages": [{"role": role, "content": "x"} for role in ("system", "user", "assistant")]},
+            "line 1 needs an answer to compare with, and a single prompt",
+        ),
+        ([1], "line 1 has no text"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named(row: Any, reason: str, tmp_path: Path) -> None:

@@ -7,15 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from inlaid.quant.calibration import (
-    CalibrationError,
-    CalibrationSettings,
-    Sequence,
-    batches,
-    encode,
-    load_calibration,
-    read_examples,
-)
+from inlaid.quant.calibration import CalibrationSettings, Sequence, batches, encode, load_calibration
+from inlaid.quant.examples import CalibrationError, Example
 from tests.quant.tiny import write_base, write_data
 
 TEMPLATE = (
@@ -48,15 +41,15 @@ def test_the_budget_bounds_the_tokens(tmp_path: Path, tokenizer) -> None:
 
 
 def test_completions_without_and_with_a_template(tokenizer) -> None:
-    example = {"prompt": "w20 w21", "completion": "w30"}
+    example = Example((("user", "w20 w21"),), "w30")
     assert encode(example, tokenizer, 99) == Sequence((20, 21, 30, 2), 2)
     tokenizer.chat_template = TEMPLATE
     try:
         assert encode(example, tokenizer, 99) == Sequence((10, 20, 21, 12, 11, 30, 12), 5)
     finally:
         tokenizer.chat_template = None
-    assert encode({"prompt": "w20 w21"}, tokenizer, 99) == Sequence((20, 21), 0)
-    assert encode({"prompt": "w20 w21 w22"}, tokenizer, 2) == Sequence((20, 21), 0)
+    assert encode(Example((("user", "w20 w21"),), ""), tokenizer, 99) == Sequence((20, 21), 0)
+    assert encode(Example((("user", "w20 w21 w22"),), ""), tokenizer, 2) == Sequence((20, 21), 0)
     with pytest.raises(CalibrationError, match="leaves no room"):
         encode(example, tokenizer, 2)
 
@@ -69,31 +62,30 @@ def test_batches_pad_on_the_right_and_mark_what_counts() -> None:
     assert parts[1].answer_BS.tolist() == [[False, True, True, True]]
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", "holds no examples"),
-        ("\n\n", "holds no examples"),
-        ('{"prompt": "a"}\nnot json', "line 2 is not JSON"),
-        ('{"text": "a"}', "line 1 has no text in a field 'prompt'"),
-        ('{"prompt": ""}', "line 1 has no text"),
-        ('{"prompt": 3}', "line 1 has no text"),
-        ('["prompt"]', "line 1 has no text"),
-        ('{"prompt": "a", "completion": 1}', "'completion' is not text"),
-    ],
-)
-def test_bad_files(tmp_path: Path, text: str, words: str) -> None:
-    (tmp_path / "data.jsonl").write_text(text)
-    with pytest.raises(CalibrationError, match=words):
-        read_examples(tmp_path / "data.jsonl")
+def test_a_conversation_goes_through_the_template(tokenizer) -> None:
+    turns = (("system", "w40"), ("user", "w20"), ("assistant", "w21"), ("user", "w22"))
+    example = Example(turns, "w30", "data.jsonl, line 3", is_chat=True)
+    with pytest.raises(CalibrationError, match="line 3 has `messages`, but the model has no chat template"):
+        encode(example, tokenizer, 99)
+    tokenizer.chat_template = TEMPLATE
+    try:
+        assert encode(example, tokenizer, 99).ids[-3:] == (11, 30, 12)
+        assert encode(example, tokenizer, 99).answer == len(encode(example, tokenizer, 99).ids) - 2
+    finally:
+        tokenizer.chat_template = None
+
+
+def test_it_is_said_what_was_read(tmp_path: Path, tokenizer) -> None:
+    about = load_calibration(write_data(tmp_path / "data.jsonl", 0, 8), tokenizer, CalibrationSettings()).about
+    assert about.startswith(
+        "8 of 8 lines with an answer, without a chat template; 6 to fit on, 2 held out; the first is"
+    )
+    (tmp_path / "texts.jsonl").write_text('{"text": "w20 w21"}\n' * 4)
+    about = load_calibration(tmp_path / "texts.jsonl", tokenizer, CalibrationSettings()).about
+    assert about == "4 texts as they are; 3 to fit on, 1 held out; the first is 'w20 w21'"
 
 
 def test_other_bad_input(tmp_path: Path, tokenizer) -> None:
-    with pytest.raises(CalibrationError, match="cannot be read"):
-        read_examples(tmp_path / "nowhere")
-    (tmp_path / "data.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(CalibrationError, match="as text"):
-        read_examples(tmp_path / "data.jsonl")
     with pytest.raises(CalibrationError, match="two or more"):
         load_calibration(write_data(tmp_path / "one.jsonl", 0, 1), tokenizer, CalibrationSettings())
     for bad in ({"max_tokens": 0}, {"held_out": 1.0}, {"highlight": 0.0}):

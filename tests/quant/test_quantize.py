@@ -21,7 +21,8 @@ from inlaid.checkpoint import Checkpoint, CheckpointError, dequantize
 from inlaid.model.weights import fuse
 from inlaid.quant import loop, plan, publish
 from inlaid.quant.bank import bank_path
-from inlaid.quant.calibration import CalibrationError, CalibrationSettings
+from inlaid.quant.calibration import CalibrationSettings
+from inlaid.quant.examples import CalibrationError
 from inlaid.quant.grid import Grid
 from inlaid.quant.quantize import add_task, quantize, remove_task
 from inlaid.quant.record import Record
