@@ -44,7 +44,7 @@ class Example:
 def read_examples(path: Path) -> list[Example]:
     """Read the lines of a file, and check each."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold other line separators
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"{path} cannot be read as text: {error}") from error
     examples = list(_parsed(path, lines))
@@ -71,6 +71,8 @@ def parse(row: Any, where: str) -> Example:
     if unknown := sorted(set(row) - {*PROMPTS, *ANSWERS, *OTHERS, "messages"}):
         raise CalibrationError(f"{where}: its field {unknown[0]!r} is not known; {_forms()}")
     if "messages" in row:
+        if beside := sorted(set(row) & {*PROMPTS, *ANSWERS}):
+            raise CalibrationError(f"{where} has `messages` and {beside[0]!r}: keep one of them")
         return _conversation(row, where)
     prompts = [name for name in PROMPTS if name in row]
     if len(prompts) != 1 or not isinstance(row[prompts[0]], str) or not row[prompts[0]]:

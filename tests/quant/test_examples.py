@@ -53,6 +53,7 @@ def test_lines_as_people_have_them(row: dict[str, Any], expected: tuple[Any, str
         ('{"prompt": "a", "completion": 1}', "'completion' is not text"),
         ('{"prompt": "a", "anwser": "b"}', "line 1: its field 'anwser' is not known; give `prompt` with"),
         ('{"prompt": "a", "answer": "b", "output": "c"}', "both 'answer' and 'output'"),
+        ('{"messages": [], "answer": "b"}', "has `messages` and 'answer'"),
         ('{"messages": "hi"}', "must be a list of turns"),
         ('{"messages": [{"role": "user", "content": 1}]}', "must be a list of turns"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "must be the assistant's answer"),
