@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -18,7 +19,6 @@ log = logging.getLogger(__name__)
 
 _CLIENT_LEFT = 499  # nginx's number for it
 _MAX_PROMPT_CHARS = 1000
-_NOTE = "access"
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -34,40 +34,37 @@ class _Note:
     started: float = field(default_factory=time.monotonic)
 
 
-def _note(request: web.Request) -> _Note:
-    found: _Note | None = request.get(_NOTE)
-    if found is None:
-        found = request[_NOTE] = _Note()
-    return found
+NOTES: web.AppKey[dict[asyncio.Protocol, _Note]] = web.AppKey("notes", dict)  # by connection, of what is being answered
 
 
 def note_client(request: web.Request, client: ClientRequest) -> ClientRequest:
     """Remember what a request asks for, and return it."""
-    _note(request).client = client
+    request.app[NOTES][request.protocol].client = client
     return client
 
 
 def note_error(request: web.Request, message: str) -> None:
     """Remember why a request is answered with an error."""
-    _note(request).error = message
+    request.app[NOTES][request.protocol].error = message
 
 
 def note_route(request: web.Request, route: Route) -> None:
     """Remember the route of a request, which decides the level of its line."""
-    note = _note(request)
+    note = request.app[NOTES][request.protocol]
     note.guard, note.answering = route.guard, route.answering
 
 
 @web.middleware
 async def logged(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Log a request when it has been answered: answers, changes and errors at info, the others at debug."""
-    note = _note(request)
+    note = request.app[NOTES][request.protocol] = _Note()
     status = _CLIENT_LEFT
     try:
         response = await handler(request)
         status = response.status
         return response
     finally:
+        del request.app[NOTES][request.protocol]
         if request.app[SERVICE].config.access_log:
             important = note.answering or note.guard is Guard.ADMIN or status >= 400
             _write(request, note, status, logging.INFO if important else logging.DEBUG)

@@ -80,7 +80,8 @@ async def put_scheduler(request: web.Request, body: SchedulerBody) -> web.Respon
     service = request.app[SERVICE]
     for name in {"weights", "limits"} & changes.keys():
         kind = service.engine.config.scheduler.tenant
-        check_tenants(kind, service.keys, service.engine.adapters, changes[name], name)
+        if kind != "adapter" or service.resolver is None:  # a resolver may still find an adapter of any name
+            check_tenants(kind, service.keys, service.engine.adapters, changes[name], name)
     try:
         described = await service.engine.call("set_scheduler", changes=changes)
     except ValueError as error:

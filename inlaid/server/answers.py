@@ -41,7 +41,7 @@ async def pieces(service: Service, client: ClientRequest, index: int) -> AsyncGe
             async for output in outputs:
                 piece = stream.take(output)
                 meter.note(piece)
-                client.outcome.note(piece)
+                client.outcome.note(piece, index % client.num_answers == 0)
                 yield piece
                 if piece.finish_reason is not None:
                     if stream.stopped is not None:

@@ -11,7 +11,7 @@ import msgspec
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from inlaid.server.access import logged, note_error, note_route
+from inlaid.server.access import NOTES, logged, note_error, note_route
 from inlaid.server.cors import allow_origins
 from inlaid.server.errors import BrokenBody, TooSlow, Unavailable, reported, response, undecodable
 from inlaid.server.openapi import document
@@ -26,6 +26,7 @@ def make_app(service: Service) -> web.Application:
     """Make the application of a service."""
     app = web.Application(client_max_size=service.max_body_bytes, middlewares=[_busy, logged, _errors])
     app[SERVICE] = service
+    app[NOTES] = {}
     for route in ROUTES:
         app.router.add_route(route.method, route.path, _served(route))
     description = msgspec.json.encode(document(ROUTES))

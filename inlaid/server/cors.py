@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Sequence
 
 from aiohttp import web
+
+from inlaid.config import ConfigError
+
+_ORIGIN = re.compile(r"https?://[^/?#@\s]+")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _METHODS = "GET, POST, PUT, OPTIONS"
 _SECONDS = "600"  # that a browser may keep the answer to a preflight request
+
+
+def check_origins(origins: Sequence[str]) -> None:
+    """Refuse what no browser sends as an origin, such as one with a path."""
+    for origin in origins:
+        if origin != "*" and _ORIGIN.fullmatch(origin) is None:
+            raise ConfigError(f"--allowed-origins {origin!r} is no origin: give https://host, https://host:port or *")
 
 
 def allow_origins(app: web.Application, origins: Sequence[str]) -> None:
@@ -33,7 +45,7 @@ def allow_origins(app: web.Application, origins: Sequence[str]) -> None:
 
     async def mark(request: web.Request, response: web.StreamResponse) -> None:
         """Add the headers before an answer begins, streams included."""
-        response.headers["Vary"] = "Origin"
+        response.headers.add("Vary", "Origin")
         if (origin := allows(request)) is not None:
             response.headers["Access-Control-Allow-Origin"] = origin
 

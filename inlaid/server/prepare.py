@@ -52,12 +52,12 @@ class Outcome:
     first: float | None = None  # when the first token came, on the monotonic clock
     reasons: set[str] = field(default_factory=set)  # why answers ended
 
-    def note(self, piece: Piece) -> None:
-        """Count a piece of an answer."""
+    def note(self, piece: Piece, is_first: bool) -> None:
+        """Count a piece of an answer; the tokens of a prompt count with the first of its answers."""
         if piece.tokens and self.first is None:
             self.first = time.monotonic()
         self.num_tokens += len(piece.tokens)
-        self.num_cached += piece.num_cached
+        self.num_cached += piece.num_cached if is_first else 0
         if piece.finish_reason is not None:
             self.reasons.add(piece.finish_reason.value)
 

@@ -193,7 +193,7 @@ def check_config(config: ServerConfig, keys: Keys) -> None:
 def warn_of_risks(config: ServerConfig, policy: str, tenant_kind: str, keys: Keys) -> None:
     """Log what is allowed and is rarely meant."""
     if not keys.tenants and not _is_loopback(config.host):
-        log.warning("%s is open to whoever reaches it: no key is needed (--api-key NAME=KEY)", config.host)
+        log.warning("every client that reaches %s is answered, as no key is set: give --api-key NAME=KEY", config.host)
     if policy.partition(":")[0] in _FAIR and tenant_kind == "api-key" and len(keys.tenants) < 2:
         log.warning(
             "policy %s shares the engine between tenants, and at most one key tells them apart: give each its "

@@ -20,6 +20,7 @@ from aiohttp import web
 
 from inlaid.config import ConfigError, EngineConfig, ServerConfig
 from inlaid.server.app import http_log, make_app
+from inlaid.server.cors import check_origins
 from inlaid.server.metrics import Metrics
 from inlaid.server.names import ModelNames
 from inlaid.server.resolver import make_resolver
@@ -36,6 +37,7 @@ from inlaid.worker.messages import ModelInfo
 
 log = logging.getLogger(__name__)
 
+_HANDSHAKE_SECONDS = 10.0  # that a client may take to agree on encryption; it counts as no connection yet
 _IDLE_SECONDS = 75.0  # that a connection without a request stays open, its headers half sent included
 
 
@@ -153,10 +155,11 @@ def tls(config: ServerConfig) -> ssl.SSLContext | None:
         raise ConfigError("--ssl-keyfile needs --ssl-certfile, the certificate of that key")
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
-        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile or None)
+        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile or None, password="")  # or it asks the terminal
     except (OSError, ssl.SSLError) as error:
         raise ConfigError(
-            f"--ssl-certfile {config.ssl_certfile} and its key cannot be used: {error}; both must be PEM files"
+            f"--ssl-certfile {config.ssl_certfile} and its key cannot be used: {error}; both must be PEM files, "
+            "the key without a password"
         ) from error
     return context
 
@@ -170,6 +173,7 @@ async def serve(
 ) -> int:
     """Serve until told to stop, and return the exit status. SIGTERM or SIGINT drains, a second one ends at once."""
     encryption = tls(config)
+    check_origins(config.allowed_origins)
     listener = listen(config.host, config.port)
     stop: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
@@ -199,7 +203,10 @@ async def serve(
     await runner.setup()
     assert runner.server is not None
     accept = service.connections.bounded(runner.server)
-    accepting = await asyncio.get_running_loop().create_server(accept, sock=listener, backlog=1024, ssl=encryption)
+    patience = None if encryption is None else _HANDSHAKE_SECONDS
+    accepting = await asyncio.get_running_loop().create_server(
+        accept, sock=listener, backlog=1024, ssl=encryption, ssl_handshake_timeout=patience
+    )
     for number, watcher in enumerate(service.watchers, 1):
         service.background.start(f"lora-watch {number}", partial(watcher.run, config.lora_watch_interval))
     gc.collect()

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from inlaid.server.access import note_error
 from inlaid.server.errors import reported
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ async def send(request: web.Request, events: AsyncGenerator[bytes, None], patien
         first = await anext(events)
         response = web.StreamResponse(headers=_HEADERS)
         await response.prepare(request)
-        async with aclosing(_to_the_end(events)) as rest:
+        async with aclosing(_to_the_end(request, events)) as rest:
             with (
                 suppress(OSError),
                 _Watch(request.transport, patience) as watch,
@@ -80,11 +81,13 @@ class _Watch:
             self._timer = asyncio.get_running_loop().call_later(self._patience / 2, self._look)
 
 
-async def _to_the_end(events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+async def _to_the_end(request: web.Request, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
     """Yield the events, an event with the error if they fail, and the mark of the end."""
     try:
         async for data in events:
             yield data
     except Exception as error:  # noqa: BLE001 - what is not known is logged
-        yield event(reported(error, "a stream").body)
+        known = reported(error, "a stream")
+        note_error(request, known.message)
+        yield event(known.body)
     yield b"data: [DONE]\n\n"

@@ -18,6 +18,7 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from inlaid.config import EngineConfig, ServerConfig
 from inlaid.server import app
+from inlaid.server.access import NOTES, logged
 from inlaid.server.metrics import Metrics
 from inlaid.server.names import ModelNames
 from inlaid.server.safety import AllowedFolders, Keys
@@ -42,7 +43,8 @@ async def _answer_to(sent: bytes, config: ServerConfig, end: bytes) -> bytes:
         answer.force_close()
         return answer
 
-    application = web.Application(middlewares=[app._errors])
+    application = web.Application(middlewares=[logged, app._errors])
+    application[NOTES] = {}
     application[SERVICE] = cast(Service, stub)
     application.router.add_post("/", read)
     runner = web.AppRunner(application, logger=app.http_log())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
-from inlaid.server.cors import allow_origins
+from inlaid.config import ConfigError
+from inlaid.server.cors import allow_origins, check_origins
 
 PREFLIGHT = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
 
@@ -38,3 +40,10 @@ def test_another_origin_is_allowed_nothing() -> None:
 
 def test_other_requests_for_options_are_left_alone() -> None:
     assert asyncio.run(_ask("https://ours.example", "OPTIONS", {}))[0] == 405
+
+
+@pytest.mark.parametrize("origin", ["ours.example", "https://ours.example/", "https://", "null", "ftp://ours.example"])
+def test_what_no_browser_sends_as_an_origin_is_refused_at_the_start(origin: str) -> None:
+    check_origins(["*", "https://ours.example", "http://localhost:8080"])
+    with pytest.raises(ConfigError, match="is no origin"):
+        check_origins([origin])

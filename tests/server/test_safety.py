@@ -107,7 +107,7 @@ def test_what_is_rarely_meant_is_warned_of(caplog: pytest.LogCaptureFixture) -> 
         return caplog.text
 
     assert warnings("127.0.0.1", "fcfs", "api-key") == warnings("::1", "vtc", "header") == ""
-    assert "0.0.0.0 is open" in warnings("0.0.0.0", "fcfs", "api-key")
+    assert "every client that reaches 0.0.0.0" in warnings("0.0.0.0", "fcfs", "api-key")
     assert warnings("0.0.0.0", "vtc:predict=1", "api-key", "a=1", "b=2") == ""
     assert "policy vtc:predict=1 shares" in warnings("localhost", "vtc:predict=1", "api-key", "a=1")
 
