@@ -209,4 +209,9 @@ class ServerConfig:
         True, "log a line for each request: answers, changes and errors at info, probes and look-ups at debug"
     )
     log_prompts: bool = option(False, "have the access log hold the beginning of each prompt")
+    state: str = option(
+        "",
+        "file in which changes over the API (scheduler, adapters, pins) are kept, to hold again when the server is "
+        "started anew; empty: they last as long as the server",
+    )
     chat_template: str | None = option(None, "file with a chat template that replaces the model's")

@@ -1,10 +1,11 @@
 """Limits on entering the queue: waiting requests and requests per minute. The scheduler asks at every arrival; a
-refusal is immediate and says when to try again."""
+refusal is immediate and says when to try again. The server remembers acceptances too, so that a new engine process
+knows those of the one before."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
@@ -13,6 +14,7 @@ from inlaid.engine.refusal import Refusal, RefusalKind, Refused
 
 MAX_RETRY_SECONDS = 600.0
 MAX_LIMIT = 2**31 - 1
+_MINUTE = 60.0
 MAX_REMEMBERED = 10_000  # tenants whose acceptances are kept before those out of the window are forgotten
 
 
@@ -31,14 +33,55 @@ class TenantLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 )
 
 
+class Acceptances:
+    """Times at which each tenant's requests were accepted, as far back as the longest window that is asked about."""
+
+    def __init__(self) -> None:
+        self._times: dict[str, deque[float]] = {}
+        self.longest_window = _MINUTE
+
+    def note(self, tenant: str, now: float, window: float) -> None:
+        """Record an accepted request of a tenant whose requests are counted in windows of so many seconds."""
+        self.longest_window = max(self.longest_window, window)
+        since = now - self.longest_window
+        if len(self._times) >= MAX_REMEMBERED and tenant not in self._times:
+            self._times = self.since(since)
+        times = self._times.setdefault(tenant, deque())
+        times.append(now)
+        while times[0] <= since:
+            times.popleft()
+
+    def wait(self, tenant: str, limit: int, window: float, now: float) -> float:
+        """Return the seconds until the tenant has fewer than `limit` acceptances within the last `window` seconds."""
+        self.longest_window = max(self.longest_window, window)
+        if limit == 0:
+            return window
+        times = self._times.get(tenant, ())
+        return max(0.0, times[-limit] + window - now) if len(times) >= limit else 0.0
+
+    def since(self, when: float) -> dict[str, deque[float]]:
+        """Return the acceptances of all tenants with one after `when`."""
+        return {tenant: times for tenant, times in self._times.items() if times[-1] > when}
+
+    def export(self, now: float) -> dict[str, list[float]]:
+        """Return the acceptances that still count."""
+        return {tenant: list(times) for tenant, times in self.since(now - self.longest_window).items()}
+
+    def restore(self, exported: Mapping[str, Sequence[float]], window: float) -> None:
+        """Take over what `export` returned in another process on this machine."""
+        for tenant, times in exported.items():
+            for when in times:
+                self.note(tenant, when, window)
+
+
 class QueueLimits:
     """Counts acceptances per tenant in a sliding window, and the pace at which the queue moves."""
 
     def __init__(self, max_waiting: int) -> None:
         self.max_waiting = max_waiting
         self.tenants: dict[str, TenantLimits] = {}
-        self._accepted: dict[str, deque[float]] = {}
-        self._longest_window = 60.0
+        self.accepted = Acceptances()
+        self.on_accepted: Callable[[str, float, float], None] = lambda tenant, when, window: None
         self._interval = 0.0  # smoothed seconds between admissions while requests wait
         self._admitted_at: float | None = None
 
@@ -57,26 +100,23 @@ class QueueLimits:
         if num_waiting >= self.max_waiting and account.num_waiting + 1 > share:
             raise self._full(f"{num_waiting} requests are waiting", num_waiting)
         if limit.requests_per_minute is not None:
-            self.check_rate(account.tenant, limit.requests_per_minute, 60.0, now)
+            self.check_rate(account.tenant, limit.requests_per_minute, _MINUTE, now)
 
     def check_rate(self, tenant: str, limit: int, window: float, now: float) -> None:
         """Raise Refused if the tenant was let in `limit` times within the last `window` seconds."""
-        self._longest_window = max(self._longest_window, window)
-        times = self._accepted.get(tenant, deque())
-        while times and times[0] <= now - window:
-            times.popleft()
-        if len(times) >= limit:
-            wait = times[len(times) - limit] + window - now if limit else window
+        wait = self.accepted.wait(tenant, limit, window, now)
+        if wait > 0:
             message = f"tenant {tenant!r} may start {limit} requests per {window:g} s; try again in {wait:.0f} s"
             raise Refused(Refusal(message, RefusalKind.TOO_MANY, retry_after=wait))
 
-    def note_accepted(self, tenant: str, now: float, limited: bool) -> None:
-        """Record an accepted request for rate limiting."""
-        if limited or tenant in self.tenants:
-            if len(self._accepted) >= MAX_REMEMBERED:
-                since = now - self._longest_window
-                self._accepted = {name: times for name, times in self._accepted.items() if times and times[-1] > since}
-            self._accepted.setdefault(tenant, deque()).append(now)
+    def note_accepted(self, tenant: str, now: float, window: float | None) -> None:
+        """Record an accepted request for rate limiting; `window` is the policy's, None where it has none."""
+        limit = self.tenants.get(tenant)
+        if window is None and limit is not None and limit.requests_per_minute is not None:
+            window = _MINUTE
+        if window is not None:
+            self.accepted.note(tenant, now, window)
+            self.on_accepted(tenant, now, window)
 
     def note_admitted(self, now: float, others_wait: bool) -> None:
         if self._admitted_at is not None and others_wait:

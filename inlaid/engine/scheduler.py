@@ -141,7 +141,7 @@ class Scheduler:
         request = make_request(new, identity, account, limit, now, self._num_added, self.eos_ids)
         scored = new.params.prompt_logprobs is not None
         state.progress[request.id] = Progress(request, prompt_logprobs=[None] if scored else None)
-        self.limits.note_accepted(new.tenant, now, limited=rpm is not None)
+        self.limits.note_accepted(new.tenant, now, None if rpm is None else rpm.window)
         account.num_requests += 1
         self.ledger.enter_queue(account)
         state.enqueue(request)

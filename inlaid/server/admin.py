@@ -5,6 +5,8 @@ and is confined to allow-listed folders.
 from __future__ import annotations
 
 import logging
+from collections.abc import Awaitable
+from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -26,6 +28,7 @@ from inlaid.worker import logs
 
 log = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
 _MAX_LOADS = 32  # waiting or under way
 
 
@@ -42,29 +45,27 @@ async def list_adapters(request: web.Request) -> web.Response:
 
 async def load_adapter(request: web.Request, body: LoadAdapterBody) -> web.Response:
     """Load an adapter from one of the allowed folders."""
-    await _load(request.app[SERVICE], body)
+    await _finish(request, _load(request, body))
     return web.Response(text=f"Success: LoRA adapter '{body.lora_name}' added successfully")
 
 
 async def unload_adapter(request: web.Request, body: UnloadAdapterBody) -> web.Response:
     """Forget an adapter and answer when the requests that run on it have finished."""
-    in_flight = await _unload(request.app[SERVICE], body)
+    in_flight = await _finish(request, _unload(request, body))
     more = f"; {in_flight} requests still run on it, and its memory goes with the last" if in_flight else ""
     return web.Response(text=f"Success: LoRA adapter '{body.lora_name}' removed successfully{more}")
 
 
 async def load_adapter_sglang(request: web.Request, body: LoadAdapterBody) -> web.Response:
     """Load an adapter; SGLang's path and answer."""
-    service = request.app[SERVICE]
-    await _load(service, body)
-    return answer(LoadResult(loaded_adapters=_paths(service)))
+    await _finish(request, _load(request, body))
+    return answer(LoadResult(loaded_adapters=_paths(request.app[SERVICE])))
 
 
 async def unload_adapter_sglang(request: web.Request, body: UnloadAdapterBody) -> web.Response:
     """Forget an adapter; SGLang's path and answer."""
-    service = request.app[SERVICE]
-    await _unload(service, body)
-    return answer(LoadResult(loaded_adapters=_paths(service)))
+    await _finish(request, _unload(request, body))
+    return answer(LoadResult(loaded_adapters=_paths(request.app[SERVICE])))
 
 
 async def get_scheduler(request: web.Request) -> web.Response:
@@ -82,12 +83,7 @@ async def put_scheduler(request: web.Request, body: SchedulerBody) -> web.Respon
         kind = service.engine.config.scheduler.tenant
         if kind != "adapter" or service.resolver is None:  # a resolver may still find an adapter of any name
             check_tenants(kind, service.keys, service.engine.adapters, changes[name], name)
-    try:
-        described = await service.engine.call("set_scheduler", changes=changes)
-    except ValueError as error:
-        raise BadRequest(str(error)) from error
-    log.info("the scheduler is changed", extra=logs.fields(**changes))
-    return answer(described)
+    return answer(await _finish(request, _set_scheduler(request, changes)))
 
 
 async def fairness(request: web.Request) -> web.Response:
@@ -99,12 +95,33 @@ async def fairness(request: web.Request) -> web.Response:
         raise BadRequest(str(error), "window") from error
 
 
+async def _finish(request: web.Request, change: Awaitable[_T]) -> _T:
+    return await request.app[SERVICE].state.finish(change)
+
+
+async def _set_scheduler(request: web.Request, changes: dict[str, Any]) -> dict[str, Any]:
+    service = request.app[SERVICE]
+    try:
+        described, changed = await service.engine.set_scheduler(changes)
+    except ValueError as error:
+        raise BadRequest(str(error)) from error
+    log.info("the scheduler is changed", extra=logs.fields(by=_who(request), **changes))
+    await service.state.note_scheduler(changed)
+    return described
+
+
+def _who(request: web.Request) -> str:
+    """Name the client that changes something. There is one admin key, so its address is what tells."""
+    return f"admin key, {request.remote}"
+
+
 def _check_on(service: Service) -> None:
     if not service.config.allow_runtime_lora:
         raise Forbidden("loading and unloading adapters while serving is off; start with --allow-runtime-lora")
 
 
-async def _load(service: Service, body: LoadAdapterBody) -> None:
+async def _load(request: web.Request, body: LoadAdapterBody) -> None:
+    service = request.app[SERVICE]
     _check_on(service)
     name = body.lora_name
     if (why := service.names.why_not(name)) is not None:
@@ -118,26 +135,35 @@ async def _load(service: Service, body: LoadAdapterBody) -> None:
         raise TooMany(f"{service.num_loads} adapters are being loaded already", retry_after=5)
     service.num_loads += 1
     try:
-        await service.engine.load_adapter(name, str(folder), in_place, body.pinned)
+        info = await service.engine.load_adapter(name, str(folder), in_place, body.pinned)
     except ValueError as error:
         if name in service.engine.adapters and not in_place:  # another one was first
             raise loaded from error
         raise BadRequest(str(error), "lora_path") from error
     finally:
         service.num_loads -= 1
+    log.info("an adapter is loaded", extra=logs.fields(by=_who(request), adapter=name, pinned=info.pinned))
+    await service.state.note_loaded(name, str(folder), info.pinned)
 
 
-async def _unload(service: Service, body: UnloadAdapterBody) -> int:
+async def _unload(request: web.Request, body: UnloadAdapterBody) -> int:
     """Wait for the requests of an adapter as long as one may wait for it; return how many there still are."""
+    service, name = request.app[SERVICE], body.lora_name
     _check_on(service)
-    if body.lora_name not in service.engine.adapters:
-        raise NotFound(f"adapter {body.lora_name!r} is not loaded", "lora_name", "model_not_found")
+    known = service.engine.adapters.get(name)
+    if known is None and name not in service.state.kept.loaded:
+        raise NotFound(f"adapter {name!r} is not loaded", "lora_name", "model_not_found")
     try:
-        return await service.engine.unload_adapter(body.lora_name, service.engine.config.adapters.adapter_timeout)
+        in_flight = 0 if known is None else await service.engine.unload_adapter(name)
     except ValueError as error:
-        if body.lora_name not in service.engine.adapters:  # another one was first
+        if name not in service.engine.adapters:  # another one was first
             raise NotFound(str(error), "lora_name", "model_not_found") from error
         raise BadRequest(str(error), "lora_name") from error
+    log.info("an adapter is unloaded", extra=logs.fields(by=_who(request), adapter=name))
+    await service.state.note_unloaded(name)
+    if in_flight and known is not None:
+        in_flight = await service.engine.until_unloaded(known, in_flight)
+    return in_flight
 
 
 def _paths(service: Service) -> dict[str, str]:

@@ -13,7 +13,8 @@ ApiError
 ├── TooMany         429  later, see Retry-After
 ├── Fault           500  our fault
 ├── Unavailable     503  the engine is down, the server is draining, or an adapter has not come in time
-└── TimedOut        504  the request took longer than allowed
+├── TimedOut        504  the request took longer than allowed
+└── NotKept         507  a change is in force, and cannot be written to --state
 """
 
 from __future__ import annotations
@@ -117,6 +118,10 @@ class Unavailable(ApiError):
 
 class TimedOut(ApiError):
     status, kind = 504, "timeout_error"
+
+
+class NotKept(ApiError):
+    status, code = 507, "state_not_kept"
 
 
 # For each kind of refusal: the answer, its code, and the parameter where the refusal names none.

@@ -15,6 +15,7 @@ from inlaid.server.names import ModelNames
 from inlaid.server.offload import Offload, Shared
 from inlaid.server.resolver import Resolver
 from inlaid.server.safety import AllowedFolders, Keys
+from inlaid.server.state import ServerState
 from inlaid.server.watcher import Watcher
 from inlaid.text.encoder import RequestEncoder
 from inlaid.text.tokenizer import Tokenizer
@@ -38,6 +39,7 @@ class Service:
     model_path: str
     public_path: str  # the same for clients that may not see paths: a hub id as it is, else the model's name
     started: int  # Unix seconds
+    state: ServerState = field(default_factory=lambda: ServerState(""))
     connections: Connections = field(default_factory=lambda: Connections(most_connections()))
     offload: Offload = field(default_factory=Offload)
     metrics_page: Shared[bytes] = field(init=False)

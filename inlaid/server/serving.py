@@ -26,6 +26,7 @@ from inlaid.server.names import ModelNames
 from inlaid.server.resolver import make_resolver
 from inlaid.server.safety import AllowedFolders, Keys, check_config, warn_of_risks
 from inlaid.server.service import Service
+from inlaid.server.state import KeptAdapter, ServerState, restore
 from inlaid.server.watcher import Watcher
 from inlaid.text.encoder import RequestEncoder
 from inlaid.text.tokenizer import Tokenizer
@@ -58,9 +59,10 @@ async def make_service(
     for name in adapters:
         if (why := names.why_not(name)) is not None:
             raise ConfigError(f"no adapter can be called {name!r}: {why}; rename it, or the base (--served-model-name)")
+    state = ServerState(config.state, adapters)
     engine = EngineClient(
         engine_config,
-        adapters,
+        state.starting_adapters(adapters),
         on_death=config.on_engine_death,
         timeout=config.engine_timeout,
         give_up=give_up,
@@ -70,6 +72,7 @@ async def make_service(
     resolver = make_resolver(config, engine, names, engine_config.adapters.max_cpu_loras)
     watchers = [Watcher(Path(folder).expanduser(), engine, names) for folder in config.lora_watch]
     model, tokenizer = await _start(engine, config.chat_template)
+    await _restore(engine, state, names, folders)
     return Service(
         config=config,
         engine=engine,
@@ -89,7 +92,26 @@ async def make_service(
         model_path=engine_config.model,
         public_path=model_name if Path(engine_config.model).is_dir() else engine_config.model,
         started=int(time.time()),
+        state=state,
     )
+
+
+async def _restore(engine: EngineClient, state: ServerState, names: ModelNames, folders: AllowedFolders) -> None:
+    """Change the started engine as it was changed over the API before, by the rules that hold now."""
+
+    async def load(name: str, adapter: KeptAdapter) -> None:
+        if (why := names.why_not(name)) is not None:
+            raise ValueError(why)
+        await engine.load_adapter(name, str(folders.resolve(adapter.path)), pinned=adapter.pinned)
+
+    try:
+        await restore(state, engine.set_scheduler, load)
+    except EngineDead as error:
+        await engine.close()
+        raise ConfigError(f"the engine died while the state of {state.path} was restored: {error}") from error
+    except BaseException:
+        await engine.close()
+        raise
 
 
 async def _start(engine: EngineClient, template_file: str | None) -> tuple[ModelInfo, Tokenizer]:
@@ -222,6 +244,7 @@ async def serve(
     accepting.close()
     await runner.cleanup()
     await service.engine.close()
+    service.state.close()
     return status
 
 

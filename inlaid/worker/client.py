@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from inlaid.config import EngineConfig
+from inlaid.engine.limits import Acceptances
 from inlaid.engine.refusal import Refusal, RefusalKind, Refused
 from inlaid.engine.request import FinishReason, NewRequest, Output
 from inlaid.worker import logs, messages
@@ -54,6 +55,8 @@ class EngineClient:
         self.num_restarts = 0
         self.last_death: str | None = None  # why, until it is back
         self._paths = dict(adapters or {})
+        self._scheduler: dict[str, Any] = {}  # settings that were changed while it served
+        self._accepted = Acceptances()
         self._on_death = on_death
         self._timeout = timeout  # seconds without an answer after which the process is taken for dead; 0: never
         self._give_up = give_up
@@ -138,6 +141,15 @@ class EngineClient:
         except messages.Unsendable as error:
             raise Refused(Refusal(str(error))) from error
 
+    async def set_scheduler(self, changes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Change settings of the scheduler, also for the next lives of the process. Return the description of all
+        settings, and those that have been changed since the first life began."""
+        described = await self.call("set_scheduler", changes=changes)
+        names = {*self._scheduler, *changes}
+        names |= {"policy", "options"} if names & {"policy", "options"} else set()
+        self._scheduler = {name: described[name] for name in sorted(names)}
+        return described, self._scheduler
+
     async def load_adapter(
         self, name: str, path: str, in_place: bool = False, pinned: bool | None = None
     ) -> AdapterInfo:
@@ -157,22 +169,26 @@ class EngineClient:
         adapters = replace(self.config.adapters, pin_adapter=(*others, name) if pinned else others)
         self.config = replace(self.config, adapters=adapters)
 
-    async def unload_adapter(self, name: str, patience: float = 0.0) -> int:
-        """Forget an adapter at once, wait up to `patience` seconds for the requests that run on it, and return how many
-        still do."""
-        known = self.adapters.get(name)
+    async def unload_adapter(self, name: str) -> int:
+        """Forget an adapter at once, and return how many requests still run on it."""
         in_flight = int(await self.call("unload_adapter", name=name))
         self.adapters.pop(name, None)
         self._paths.pop(name, None)
         self._remember_pin(name, False)
         log.info("adapter is unloaded", extra=logs.fields(adapter=name, in_flight=in_flight))
-        if in_flight and known is not None and patience > 0:
-            try:
-                await asyncio.wait_for(self.call("until_unloaded", identity=known.identity), patience)
-                return 0
-            except asyncio.TimeoutError:
-                pass
         return in_flight
+
+    async def until_unloaded(self, adapter: AdapterInfo, in_flight: int) -> int:
+        """Wait until no request runs on an adapter that was unloaded, as long as a request may wait for one. Return
+        `in_flight` if some still do."""
+        patience = self.config.adapters.adapter_timeout
+        try:
+            await asyncio.wait_for(self.call("until_unloaded", identity=adapter.identity), patience)
+        except asyncio.TimeoutError:
+            return in_flight
+        except EngineDead:
+            pass  # and the requests with it
+        return 0
 
     async def list_adapters(self) -> list[AdapterInfo]:
         """Return all adapters. Coalesce concurrent calls into one engine query: those that come while it runs share the
@@ -247,12 +263,20 @@ class EngineClient:
                 return
             await asyncio.sleep(max(link.process is None, min(_LONGEST_PAUSE, 2.0**num_failed - 1)))
             self.num_restarts += 1
-            log.warning("starting the engine process again")
+            log.warning("starting the engine process again", extra=logs.fields(changed=self._scheduler or None))
             link = self._link = Link()
 
     async def _live_once(self, link: Link, strict: bool) -> str:
         """Live one life of the process from start to death, and return why it ended."""
-        start = messages.Start(config=self.config, adapters=dict(self._paths), factory=self._factory, strict=strict)
+        start = messages.Start(
+            config=self.config,
+            adapters=dict(self._paths),
+            factory=self._factory,
+            strict=strict,
+            scheduler=self._scheduler,
+            accepted=self._accepted.export(time.monotonic()),
+            window=self._accepted.longest_window,
+        )
         framing = messages.Framing(messages.Event)
         watch = asyncio.create_task(self._watch(link))
         try:
@@ -261,6 +285,8 @@ class EngineClient:
                 for event in framing.feed(data):
                     if isinstance(event, messages.Ready):
                         self._welcome(event)
+                    elif isinstance(event, messages.Accepted):
+                        self._accepted.note(event.tenant, event.when, event.window)
                     link.receive(event)
         except (OSError, ValueError, msgspec.MsgspecError) as error:
             log.error("the connection to the engine process broke", exc_info=error)

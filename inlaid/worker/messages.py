@@ -61,12 +61,16 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Start(Message, frozen=True, kw_only=True):
-    """The first message. With `strict`, an adapter that cannot be loaded ends the start; else it is left out."""
+    """The first message. With `strict`, an adapter that cannot be loaded ends the start; else it is left out. A process
+    that follows another gets what was changed while that one served."""
 
     config: EngineConfig
     adapters: dict[str, str]
     factory: str  # "module:function" that makes the Loaded that process.py steps
     strict: bool = True
+    scheduler: dict[str, Any] = {}  # settings, as control.change takes them
+    accepted: dict[str, list[float]] = {}  # when requests of rate-limited tenants were accepted, in monotonic seconds
+    window: float = 0.0  # the longest in which they count
 
 
 class Add(Message, frozen=True, kw_only=True):
@@ -110,6 +114,14 @@ class Outputs(Message, frozen=True, kw_only=True):
     outputs: list[Output]
 
 
+class Accepted(Message, frozen=True, kw_only=True):
+    """A request of a rate-limited tenant has been accepted."""
+
+    tenant: str
+    when: float  # monotonic seconds
+    window: float  # in which it counts
+
+
 class Reply(Message, frozen=True, kw_only=True):
     call: int
     value: Any
@@ -121,7 +133,7 @@ class Failure(Message, frozen=True, kw_only=True):
 
 
 Command = Start | Add | Abort | Call
-Event = Ready | Fatal | Outputs | Reply | Failure
+Event = Ready | Fatal | Outputs | Accepted | Reply | Failure
 
 
 class Framing:

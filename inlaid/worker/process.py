@@ -18,6 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from inlaid.engine.engine import Engine
 from inlaid.engine.refusal import Refusal, RefusalKind
 from inlaid.engine.request import FinishReason, NewRequest, Output
 from inlaid.worker import logs, messages
@@ -53,6 +54,7 @@ class EngineProcess:
         threading.Thread(target=_end_with, args=(self._socket,), daemon=True).start()
         try:
             loaded = _factory(start.factory)(start.config, start.adapters, strict=start.strict)
+            self._restore(loaded.engine, start)
         except Exception as error:  # noqa: BLE001 - a defect is logged
             self._send(messages.Fatal(message=_why_not_started(error)))
             return 1
@@ -67,6 +69,17 @@ class EngineProcess:
             return self._loop()
         finally:
             self._close()
+
+    def _restore(self, engine: Engine, start: messages.Start) -> None:
+        """Give the engine what was changed while the process before this one served, and report acceptances for the
+        next one."""
+        if start.scheduler:
+            engine.set_scheduler(start.scheduler)
+        limits = engine.scheduler.limits
+        limits.accepted.restore(start.accepted, start.window)
+        limits.on_accepted = lambda tenant, when, window: self._send(
+            messages.Accepted(tenant=tenant, when=when, window=window)
+        )
 
     def _close(self) -> None:
         try:

@@ -105,7 +105,7 @@ def test_the_real_suite_is_refused_as_the_published_trace_was() -> None:
                 except Refused:
                     refused += 1
                 else:
-                    gate.note_accepted(tenant, arrival.time, limited=True)
+                    gate.note_accepted(tenant, arrival.time, 60.0)
         assert refused / len(traces) == pytest.approx(theirs, rel=0.15), limit
 
 

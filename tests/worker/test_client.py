@@ -263,6 +263,32 @@ def test_an_adapter_that_is_gone_at_the_restart_is_left_out(tmp_path: Path) -> N
     asyncio.run(main())
 
 
+def test_changed_settings_and_counted_requests_outlive_the_process() -> None:
+    async def main() -> None:
+        async with running() as engine:
+            one = SamplingParams(max_tokens=1)
+            changes = {"weights": {"a": 2.0}, "limits": {"a": {"requests_per_minute": 2}}}
+            await engine.set_scheduler({"policy": "vtc"})
+            _, changed = await engine.set_scheduler(changes)
+            assert changed.keys() == {"policy", "options", "weights", "limits"}
+            for number in range(2):
+                await tokens(engine, NewRequest(id=str(number), prompt=[1], params=one, tenant="a"))
+                assert engine.process_id is not None
+                os.kill(engine.process_id, signal.SIGKILL)
+
+                async def back(lives: int = number + 1) -> bool:
+                    return engine.num_restarts == lives and engine.ready
+
+                await until(back)
+            described = await engine.call("scheduler")
+            assert {name: described[name] for name in changed} == changed
+            assert (described["policy"], described["weights"]) == ("vtc", {"a": 2.0})
+            with pytest.raises(Refused, match="2 requests per 60 s"):
+                await tokens(engine, NewRequest(id="late", prompt=[1], params=one, tenant="a"))
+
+    asyncio.run(main())
+
+
 def test_a_process_that_no_longer_answers_is_replaced() -> None:
     async def main() -> None:
         async with running(timeout=0.5) as engine:
