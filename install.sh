@@ -4,7 +4,7 @@
 #   bash install.sh serve [ARGS …]      install, then `inlaid serve ARGS` (no model named: the bundled demo)
 #   bash install.sh test  [ARGS …]      install with the development tools, then lint, type-check and test;
 #                                       with ARGS: `pytest ARGS` only
-#   bash install.sh cuda                install with the CUDA kernels of the `cuda` extra
+#   bash install.sh EXTRA …             install with extras of pyproject.toml: cuda (CUDA kernels), eval (metrics of text)
 # Environment:
 #   INLAID_PYTHON=python3   use this Python as it is and install nothing (a GPU machine that already has torch)
 #   INLAID_TORCH=torch==X   the torch to install (default: torch==2.13.0 without an NVIDIA GPU, torch with one)
@@ -14,6 +14,9 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 say() { printf '%s\n' "$*" >&2; }
 die() { say "install.sh: $*"; exit 1; }
+
+# extras: the names below [project.optional-dependencies] in pyproject.toml, on one line.
+extras() { awk '/^\[/ { on = $0 == "[project.optional-dependencies]" } on && /^[a-z]+ = / { print $1 }' pyproject.toml | xargs; }
 
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
 
@@ -80,8 +83,15 @@ command=${1:-install}
 (($#)) && shift
 case $command in
     install) use "" && say "Installed. Next: bash install.sh serve" ;;
-    cuda) use "cuda" && say "Installed with the CUDA kernels. Next: .venv/bin/inlaid serve MODEL" ;;
     serve) use "" && exec "$python" -m inlaid serve "$@" ;;
     test) use "dev" && run_tests "$@" ;;
-    *) die "unknown command '$command'; one of: install, cuda, serve, test" ;;
+    *)
+        known=" $(extras) "
+        for name in "$command" "$@"; do
+            [[ $known == *" $name "* ]] || die "unknown command or extra '$name'; commands: install, serve, test; extras:${known% }"
+        done
+        [ -z "${INLAID_PYTHON:-}" ] || die "INLAID_PYTHON is set, and with it nothing is installed; unset it, or use its own pip"
+        use "$(IFS=, && echo "$command${*:+,$*}")"
+        say "Installed with: $command $*. The command \`inlaid\` is .venv/bin/inlaid"
+        ;;
 esac

@@ -7,7 +7,6 @@ finished file is kept, so a broken run resumes at the file that it broke in.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from data.fetching import DownloadError, fetch_each
 from eval import hub, task
 from eval.task import Task, TaskError
+from inlaid.flags import Parser
 
 CACHE = Path(__file__).parent / "cache"
 
@@ -74,7 +74,7 @@ def _why(error: ValueError, chosen: Task) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Fetch the named tasks, or all, and return the exit status."""
     known = real_tasks()
-    parser = argparse.ArgumentParser(prog="python -m data.download_data", description=__doc__)
+    parser = Parser(prog="python -m data.download_data", description=__doc__)
     parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"all (the default), or some of: {', '.join(known)}")
     parser.add_argument("--output", type=Path, default=CACHE, help="folder to write (default: data/cache)")
     parser.add_argument("--limit", type=int, default=5000, help="rows a file at most (default: 5000)")

@@ -5,7 +5,6 @@ The files follow from the seed alone; `--check` compares instead of writing and 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -17,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from data.tasks import SPLITS, TASKS, DemoTask
+from inlaid.flags import Parser
 
 FOLDER = Path(__file__).parent
 SEED = "0"
@@ -79,7 +79,7 @@ def differences(folder: Path, files: dict[str, str]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data.generate", description=__doc__)
+    parser = Parser(prog="python -m data.generate", description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the committed files, write nothing")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the files lie (default: data/)")
     arguments = parser.parse_args(argv)

@@ -19,7 +19,9 @@ def rows(name: str, config: str | None, split: str, revision: str | None, limit:
     try:
         import datasets
     except ImportError as error:
-        raise HubError(f"data set {name} needs `datasets`: pip install 'inlaid[eval]'") from error
+        raise HubError(
+            f"data set {name} needs `datasets`: bash install.sh eval (or pip install 'inlaid[eval]'"
+        ) from error
     token = os.environ.get("HF_TOKEN") or None
     try:
         loaded = datasets.load_dataset(name, config, split=split, revision=revision, token=token)

@@ -76,7 +76,9 @@ def check_packages(names: Iterable[str]) -> None:
     """Refuse metrics whose packages are missing, before any answer is computed."""
     for name in sorted(names):
         if missing := [package for package in find(name).packages if not _is_installed(package)]:
-            raise TaskError(f"metric {name} needs the package {missing[0]}: pip install 'inlaid[eval]'")
+            raise TaskError(
+                f"metric {name} needs the package {missing[0]}: bash install.sh eval, or pip install 'inlaid[eval]'"
+            )
 
 
 def _is_installed(package: str) -> bool:

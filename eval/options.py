@@ -14,6 +14,7 @@ from eval.grid import Asked, Base
 from eval.task import ROOT, TaskError
 from eval.variants import DEFAULT, GENERIC, Source, VariantError, Variants
 from inlaid.checkpoint import BITS
+from inlaid.flags import Parser
 from inlaid.quant.calibration import CalibrationSettings
 from inlaid.quant.grid import Grid
 
@@ -39,11 +40,9 @@ class Plan:
     decoding: Decoding
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
+def parser(description: str | None) -> Parser:
     """Return the parser of the command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m eval.run", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = Parser(prog="python -m eval.run", description=description)
     add = made.add_argument
     add("--base", type=Path, default=ROOT / "models/demo/base", help="the full-precision base (default: the demo's)")
     add("--adapter", action="append", default=[], metavar="NAME=PATH", help="an adapter; default: what the tasks name")
@@ -59,7 +58,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     add("--no-alone", dest="alone", action="store_false", help="do not ask the base without adapters for comparison")
     add("--max-drop", type=float, help="exit with 1 if the gate would refuse an adapter at so many points")
     add("--out", type=Path, default=ROOT / ".inlaid/eval/report", help="path of the report without its ending")
-    add("--no-figures", dest="figures", action="store_false")
+    add("--no-figures", dest="figures", action="store_false", help="write tables alone")
     add("--cache", type=Path, default=ROOT / ".inlaid/eval", help="folder of answers and quantized bases")
     _add_variants(made.add_argument_group("variants"))
     return made

@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" TOKENIZERS_PARALLELISM=false
 python=${INLAID_PYTHON:-.venv/bin/python}
-command -v "$python" >/dev/null || { echo "run_all.sh: no $python; run: bash install.sh test (or set INLAID_PYTHON)" >&2; exit 1; }
+command -v "$python" >/dev/null || { echo "run_all.sh: no $python; run: bash install.sh eval (or set INLAID_PYTHON)" >&2; exit 1; }
 
 run() { "$python" -m eval.run "$@"; }
 

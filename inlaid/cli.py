@@ -1,5 +1,5 @@
-"""The `inlaid` command. The flags of `serve` and `generate` are made from the fields of `config.py`. Other commands add
-their flags in their own package, which is imported only when that command is given.
+"""The `inlaid` command. `flags.py` makes the flags of `serve` and `generate` from the fields of `config.py`. Other
+commands add their flags in their own package, which is imported only when that command is given.
 """
 
 from __future__ import annotations
@@ -14,20 +14,18 @@ import json
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from inlaid import __version__
 from inlaid.config import AdapterConfig, CacheConfig, ConfigError, EngineConfig, SchedulerConfig, ServerConfig
+from inlaid.flags import Parser, add_config_arguments, config_from, size
 from inlaid.worker import logs
 
 _ROOT = Path(__file__).resolve().parents[1]
-DEMO = _ROOT / "models" / "demo"
-_INSTALL = f"install what inlaid needs: {sys.executable} -m pip install --editable {_ROOT}"
+_PACKED = Path(__file__).parent / "demo"  # in a wheel
+DEMO = _PACKED if _PACKED.is_dir() else _ROOT / "models" / "demo"
 _MAX_NAMES = 16  # adapters that the line at the start lists
-_SIZES = MappingProxyType({"k": 1000, "m": 1000**2, "g": 1000**3, "K": 1024, "M": 1024**2, "G": 1024**3})
 
 # command, module, function that adds its arguments, function that runs it, help
 _PARTS = (
@@ -50,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = (error.name or "").partition(".")[0]
         if name in ("", "inlaid"):
             raise
-        print(f"inlaid: {sys.executable} has no {name}; {_INSTALL}", file=sys.stderr)
+        source = f"--editable {_ROOT}" if (_ROOT / "pyproject.toml").exists() else name
+        install = f"install what inlaid needs: {sys.executable} -m pip install {source}"
+        print(f"inlaid: {sys.executable} has no {name}; {install}", file=sys.stderr)
         return 2
 
 
@@ -77,8 +77,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _parser(command: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="inlaid", description="One quantized base, hundreds of LoRA adapters.")
+def _parser(command: str | None) -> Parser:
+    parser = Parser(prog="inlaid", description="One quantized base, hundreds of LoRA adapters.")
     parser.add_argument("--version", action="version", version=f"inlaid {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, add, help in (
@@ -103,57 +103,6 @@ def _add_part(parser: argparse.ArgumentParser, chosen: bool, module: str, add: s
         part = importlib.import_module(module)
         getattr(part, add)(parser)
         parser.set_defaults(run=getattr(part, run))
-
-
-# Flags from configurations
-
-
-def add_config_arguments(parser: argparse.ArgumentParser, config: type[Any]) -> None:
-    """Add a group with a flag for each field of a configuration; what is not given is left out of the result."""
-    hints = get_type_hints(config)
-    group = parser.add_argument_group((config.__doc__ or "").split("\n")[0].rstrip("."))
-    for each in fields(config):
-        if not is_dataclass(hints[each.name]) and each.name != "model":
-            _add_flag(group, each, hints[each.name])
-
-
-def _add_flag(group: Any, each: Field[Any], hint: Any) -> None:
-    flag = "--" + each.name.replace("_", "-")
-    help = str(each.metadata.get("help", "")).replace("%", "%%")
-    choices = each.metadata.get("choices")
-    if hint is bool:
-        help += f" (default: {'on' if each.default else 'off'})"
-    elif each.default not in (None, "", ()):
-        help += f" (default: {each.default})"
-    common: dict[str, Any] = {"dest": each.name, "default": argparse.SUPPRESS, "help": help}
-    if hint is bool:
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
-    elif getattr(hint, "__origin__", None) is tuple:
-        group.add_argument(flag, action="append", metavar=flag[2:].upper(), **common)
-    else:
-        kind = next(kind for kind in (get_args(hint) or (hint,)) if kind is not type(None))
-        parse: Callable[[str], Any] = size if kind is int else kind
-        group.add_argument(flag, type=parse, choices=choices, metavar=None if choices else kind.__name__, **common)
-
-
-def size(text: str) -> int:
-    """Parse an integer with vLLM's suffixes: 1k is 1000, 1K is 1024."""
-    scale = _SIZES.get(text[-1:], 1)
-    number = text[:-1] if scale > 1 else text
-    try:
-        value = float(number) * scale if scale > 1 else int(number)
-        if value == int(value):
-            return int(value)
-    except (ValueError, OverflowError):
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number (4096, 4k and 4K are)")
-
-
-def config_from(args: argparse.Namespace, config: type[Any], **more: Any) -> Any:
-    """Make a configuration of the given flags; `more` wins over them."""
-    given = {f.name: getattr(args, f.name) for f in fields(config) if hasattr(args, f.name) and f.name not in more}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    return config(**values, **more)
 
 
 def engine_config(args: argparse.Namespace, model: str) -> EngineConfig:

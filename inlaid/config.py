@@ -1,10 +1,10 @@
-"""Every setting with its default, in frozen dataclasses. `cli.py` makes its flags from these fields (`--kebab-case`,
+"""Every setting with its default, in frozen dataclasses. `flags.py` makes flags of these fields (`--kebab-case`,
 help from the field's metadata), so that a name, its default and its meaning are written once. Unknown keys raise."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -14,9 +14,40 @@ class ConfigError(ValueError):
     """A setting is unknown or impossible; the message says which and what is allowed."""
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """Make a dataclass field that carries its help text and its choices for the command line."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def option(
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] | None = None,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    section: str = "",
+) -> Any:
+    """Make a dataclass field that carries what the command line shows of it, and its range.
+
+    The help lists it and the fields after it under `section`.
+    """
+    about = {"help": help, "choices": choices, "least": least, "most": most, "section": section}
+    return field(default=default, metadata=about)
+
+
+def check(config: Any) -> None:
+    """Raise ConfigError for the first field, inner configurations included, whose value is not a choice or in range."""
+    for each in fields(config):
+        value, about = getattr(config, each.name), each.metadata
+        if is_dataclass(value):
+            check(value)
+        elif value is not None and about:
+            _check_value("--" + each.name.replace("_", "-"), value, about)
+
+
+def _check_value(flag: str, value: Any, about: Mapping[str, Any]) -> None:
+    choices, least, most = about["choices"], about["least"], about["most"]
+    if choices and value not in choices:
+        raise ConfigError(f"{flag} {value}: give one of {', '.join(choices)}")
+    if least is not None and not least <= value <= (float("inf") if most is None else most):  # NaN is refused too
+        wanted = f"{least:g} or more" if most is None else f"a number from {least:g} to {most:g}"
+        raise ConfigError(f"{flag} {value}: give {wanted}")
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
@@ -36,6 +67,7 @@ class SchedulerConfig:
         "fcfs",
         "order of requests: fcfs, inlaid, srtf, vtc, lcf, drr, rpm, slo, priority; with options "
         "after a colon, as in inlaid:beta=5,ageing=2",
+        section="Scheduling: the order of requests and the limits of a step",
     )
     max_num_seqs: int = option(256, "most sequences in one step")
     max_seqs_per_tenant: int = option(
@@ -53,7 +85,12 @@ class SchedulerConfig:
         0.8, "share of its predicted answer for which KV must be free when a request is admitted; less preempts more"
     )
     max_overtakes: int = option(1000, "admissions that may overtake a request that did not fit before all wait for it")
-    predictor: str = option("history", "lengths of answers: learned from history, or max_tokens", ("history", "none"))
+    predictor: str = option(
+        "history",
+        "lengths of answers: learned from history, or max_tokens",
+        ("history", "none"),
+        section="Fairness: predicted lengths, prices and tenants",
+    )
     predictor_file: str = option("", "where what the predictor has learned is kept between runs; empty: nowhere")
     cost: str = option("linear", "price of service", ("linear", "profiled"))
     prompt_weight: float = option(1.0, "service that a prompt token costs (linear)")
@@ -66,17 +103,19 @@ class SchedulerConfig:
 class CacheConfig:
     """The paged KV cache."""
 
-    block_size: int = option(16, "tokens per KV block")
-    num_blocks: int = option(0, "KV blocks; 0: as many as memory allows")
-    gpu_memory_utilization: float = option(0.9, "share of device memory that weights, adapters and KV may use")
-    cpu_memory_gib: float = option(1.0, "memory for KV blocks on a machine without a GPU, in GiB")
+    block_size: int = option(16, "tokens per KV block", least=1, section="KV cache")
+    num_blocks: int = option(0, "KV blocks; 0: as many as memory allows", least=0)
+    gpu_memory_utilization: float = option(
+        0.9, "share of device memory that weights, adapters and KV may use", least=0.01, most=1
+    )
+    cpu_memory_gib: float = option(1.0, "memory for KV blocks on a machine without a GPU, in GiB", least=0)
     unified_memory: bool = option(
         False,
         "KV blocks and adapters share memory: adapters have adapter_memory_gib (0: room for a quarter of max_loras) "
         "and borrow KV blocks that nobody uses",
     )
     min_kv_blocks: int = option(
-        0, "with unified_memory: KV blocks that adapters never borrow; 0: enough for the longest request"
+        0, "with unified_memory: KV blocks that adapters never borrow; 0: enough for the longest request", least=0
     )
     enable_prefix_caching: bool = option(True, "reuse KV of shared prefixes (per base version and adapter identity)")
     isolate_tenants: bool = option(
@@ -88,15 +127,24 @@ class CacheConfig:
 class AdapterConfig:
     """Limits on adapters and where they may come from at run time."""
 
-    max_loras: int = option(32, "adapters resident on the device at once (their pages are of true rank)")
-    max_lora_rank: int = option(256, "largest rank accepted")
+    max_loras: int = option(
+        32,
+        "adapters resident on the device at once (their pages are of true rank)",
+        least=1,
+        section="Adapters on the device and in host memory",
+    )
+    max_lora_rank: int = option(256, "largest rank accepted", least=1)
     max_cpu_loras: int = option(
-        4096, "most adapters loaded, by name, whether in host memory or, beyond its budget, on disk only"
+        4096, "most adapters loaded, by name, whether in host memory or, beyond its budget, on disk only", least=1
     )
     max_cpu_adapter_gib: float = option(
-        0.0, "host memory for adapters, in GiB; those that it does not hold are read again when wanted; 0: no limit"
+        0.0,
+        "host memory for adapters, in GiB; those that it does not hold are read again when wanted; 0: no limit",
+        least=0,
     )
-    adapter_memory_gib: float = option(0.0, "bytes for adapter pages on the device, in GiB; 0: sized from max_loras")
+    adapter_memory_gib: float = option(
+        0.0, "bytes for adapter pages on the device, in GiB; 0: sized from max_loras", least=0
+    )
     adapter_mode: str = option(
         "on-demand",
         "how an adapter gets ready: cached (all are on the device from the start), on-demand (its requests start when "
@@ -106,20 +154,23 @@ class AdapterConfig:
     adapter_link_gbps: float = option(
         0.0,
         "for experiments without a GPU: let adapters arrive at so many GB/s, as over a bus; 0: as fast as it goes",
+        least=0,
     )
     adapter_timeout: float = option(
-        60.0, "seconds that a request waits for its adapter to be on the device, before it is answered 503"
+        60.0, "seconds that a request waits for its adapter to be on the device, before it is answered 503", least=0.001
     )
     pin_adapter: tuple[str, ...] = option(
         (), "name of an adapter that stays on the device once it is there, may be repeated; one place stays free"
     )
     adapter_workers: int = option(
-        0, "with cpu-assist on a GPU: threads that compute adapters on the CPU; 0: one for each core but two"
+        0, "with cpu-assist on a GPU: threads that compute adapters on the CPU; 0: one for each core but two", least=0
     )
     require_eval: str = option(
-        "", "report of `python -m eval.run`; adapters without a passing record in it for this base are not served"
+        "",
+        "report of `python -m eval.run`; adapters without a passing record in it for this base are not served",
+        section="The accuracy gate",
     )
-    max_drop: float = option(1.0, "with require_eval: most points that an adapter may lose on this base")
+    max_drop: float = option(1.0, "with require_eval: most points that an adapter may lose on this base", least=0)
 
 
 @dataclass(frozen=True)
@@ -127,9 +178,11 @@ class EngineConfig:
     """Everything the step loop needs."""
 
     model: str = option("", "a local Hugging Face folder or a hub id; empty: the bundled demo")
-    dtype: str = option("auto", "compute type", ("auto", "float32", "float16", "bfloat16"))
+    dtype: str = option(
+        "auto", "compute type", ("auto", "float32", "float16", "bfloat16"), section="Model, device and kernels"
+    )
     device: str = option("auto", "where the model runs", ("auto", "cpu", "cuda"))
-    max_model_len: int = option(0, "most tokens of prompt plus output; 0: what the model allows")
+    max_model_len: int = option(0, "most tokens of prompt plus output; 0: what the model allows", least=0)
     seed: int = option(0, "seed of the draws for requests that bring none")
     linear_backend: str = option(
         "auto",
@@ -152,12 +205,15 @@ class EngineConfig:
 class ServerConfig:
     """The HTTP side: addresses, keys, limits, safety."""
 
-    host: str = option("127.0.0.1", "address to listen on")
-    port: int = option(8000, "port to listen on; 0: any free one")
+    host: str = option("127.0.0.1", "address to listen on", section="Server: address, name and template")
+    port: int = option(8000, "port to listen on; 0: any free one", least=0, most=65535)
+    served_model_name: str | None = option(None, "the base model's name in the API; default: its folder's name")
+    chat_template: str | None = option(None, "file with a chat template that replaces the model's")
     api_key: tuple[str, ...] = option(
         (),
         "KEY or NAME=KEY: a key that inference requests must carry, and the name of its tenant; may be repeated; also "
         "from INLAID_API_KEY, separated by commas",
+        section="Keys, HTTPS and origins",
     )
     api_key_file: str = option("", "file with further keys, KEY or NAME=KEY on each line")
     admin_key: str | None = option(
@@ -168,50 +224,60 @@ class ServerConfig:
     allowed_origins: tuple[str, ...] = option(
         (), "origin whose pages may call the API from a browser (https://host, or *), may be repeated"
     )
-    served_model_name: str | None = option(None, "the base model's name in the API; default: its folder's name")
-    allow_runtime_lora: bool = option(False, "allow loading and unloading adapters while serving")
+    allow_runtime_lora: bool = option(
+        False, "allow loading and unloading adapters while serving", section="Adapters that come and go while serving"
+    )
     lora_root: tuple[str, ...] = option((), "folders that adapters may be loaded from at run time")
     lora_watch: tuple[str, ...] = option(
         (),
         "folder whose sub-folders are served as adapters: loaded when complete, swapped when changed, unloaded when "
         "gone; may be repeated",
     )
-    lora_watch_interval: float = option(2.0, "seconds between two looks at the --lora-watch folders")
+    lora_watch_interval: float = option(2.0, "seconds between two looks at the --lora-watch folders", least=0.01)
     lora_resolver_root: str = option(
         "", "folder in which an adapter that a request names first is looked for by its name"
     )
     lora_resolver: str = option(
         "", "MODULE:FUNCTION that gives the path (in a --lora-root folder) of an adapter that a request names first"
     )
-    max_lora_resolving: int = option(8, "most adapters being looked for and loaded by a resolver at a time")
+    max_lora_resolving: int = option(8, "most adapters being looked for and loaded by a resolver at a time", least=1)
     max_body_mib: float = option(
-        0.0, "largest request body, in MiB; 0: 64 bytes for each token of the context, at least 2 MiB"
+        0.0,
+        "largest request body, in MiB; 0: 64 bytes for each token of the context, at least 2 MiB",
+        least=0,
+        section="Limits of requests",
     )
-    body_timeout: float = option(60.0, "seconds that a client may take to send a request's body; 0: any")
-    max_prompts: int = option(256, "most prompts times n in one request")
-    request_timeout: float = option(0.0, "seconds after which a request is aborted; 0: never")
+    body_timeout: float = option(60.0, "seconds that a client may take to send a request's body; 0: any", least=0)
+    max_prompts: int = option(256, "most prompts times n in one request", least=1)
+    request_timeout: float = option(0.0, "seconds after which a request is aborted; 0: never", least=0)
     stream_timeout: float = option(
-        60.0, "seconds that a client may leave a stream unread before it is disconnected; 0: any"
+        60.0, "seconds that a client may leave a stream unread before it is disconnected; 0: any", least=0
     )
-    drain_timeout: float = option(60.0, "seconds that SIGTERM waits for requests in flight")
+    drain_timeout: float = option(
+        60.0,
+        "seconds that SIGTERM waits for requests in flight",
+        least=0,
+        section="The life of the server and its engine process",
+    )
     on_engine_death: str = option("restart", "what to do when the engine process dies", ("restart", "exit"))
     engine_timeout: float = option(
-        300.0, "seconds without an answer after which the engine process is taken for dead; 0: never"
+        300.0, "seconds without an answer after which the engine process is taken for dead; 0: never", least=0
     )
     health_timeout: float = option(
-        30.0, "seconds without an answer of the engine process after which /health says 503; 0: any"
+        30.0, "seconds without an answer of the engine process after which /health says 503; 0: any", least=0
     )
-    max_metric_adapters: int = option(16, "most adapters with metric labels of their own; the rest share one")
-    metrics_interval: float = option(1.0, "seconds for which a page of /metrics is served again")
+    state: str = option(
+        "",
+        "file in which changes over the API (scheduler, adapters, pins) are kept, to hold again when the server is "
+        "started anew; empty: they last as long as the server",
+    )
+    max_metric_adapters: int = option(
+        16, "most adapters with metric labels of their own; the rest share one", least=0, section="Metrics and logs"
+    )
+    metrics_interval: float = option(1.0, "seconds for which a page of /metrics is served again", least=0)
     log_level: str = option("info", "least serious messages that are logged", ("debug", "info", "warning", "error"))
     log_format: str = option("text", "form of a line of the log, on stderr", ("text", "json"))
     access_log: bool = option(
         True, "log a line for each request: answers, changes and errors at info, probes and look-ups at debug"
     )
     log_prompts: bool = option(False, "have the access log hold the beginning of each prompt")
-    state: str = option(
-        "",
-        "file in which changes over the API (scheduler, adapters, pins) are kept, to hold again when the server is "
-        "started anew; empty: they last as long as the server",
-    )
-    chat_template: str | None = option(None, "file with a chat template that replaces the model's")

@@ -27,6 +27,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data import generate
 from data.tasks import TASKS
+from inlaid.flags import Parser
 from models import corpus, demo_table, measure, spread, training
 from models.plan import TINY, BuildPlan
 
@@ -134,9 +135,7 @@ RUN = MappingProxyType(
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m models.build_demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="python -m models.build_demo", description=__doc__)
     parser.add_argument("--output", type=Path, default=DEMO, help="folder to write (default: models/demo)")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="which stages to run")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

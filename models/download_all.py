@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from data.fetching import fetch_each
+from inlaid.flags import Parser
 from models import download_lora, download_model, hub
 
 
 def main(argv: list[str] | None = None) -> int:
     """Fetch everything that can be had and return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m models.download_all", description=__doc__)
+    parser = Parser(prog="python -m models.download_all", description=__doc__)
     parser.add_argument("--output", type=Path, default=hub.CACHE, help="folder to fetch into (default: models/cache)")
     output = parser.parse_args(argv).output
     models = download_model.jobs(list(download_model.MODELS), output)

@@ -5,7 +5,6 @@ Any adapter's hub id works too. Only safetensors are fetched: an adapter publish
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -13,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from data.fetching import DownloadError, Job, fetch_each
+from inlaid.flags import Parser
 from models import hub
 from models.download_model import MODELS
 
@@ -59,7 +59,7 @@ def download(repo_id: str, output: Path) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> int:
     """Fetch the named adapters and return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m models.download_lora", description=__doc__)
+    parser = Parser(prog="python -m models.download_lora", description=__doc__)
     parser.add_argument("names", nargs="+", metavar="NAME", help=f"an adapter's hub id, or a base: {', '.join(MODELS)}")
     parser.add_argument("--output", type=Path, default=hub.CACHE / "adapters", help="folder to fetch into")
     arguments = parser.parse_args(argv)

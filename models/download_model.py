@@ -5,7 +5,6 @@ Any hub id works too. Only safetensors and configuration files are fetched, neve
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -13,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from data.fetching import DownloadError, Job, fetch_each
+from inlaid.flags import Parser
 from models import hub
 
 MODELS = MappingProxyType(
@@ -46,7 +46,7 @@ def download(name: str, output: Path) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> int:
     """Fetch the named base models and return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m models.download_model", description=__doc__)
+    parser = Parser(prog="python -m models.download_model", description=__doc__)
     parser.add_argument("names", nargs="+", metavar="NAME", help=f"a hub id, or one of: {', '.join(MODELS)}, all")
     parser.add_argument("--output", type=Path, default=hub.CACHE, help="folder to fetch into (default: models/cache)")
     arguments = parser.parse_args(argv)

@@ -11,7 +11,6 @@ perf/results/cpu-speed.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -31,6 +30,7 @@ from inlaid.adapters.peft import read_adapter
 from inlaid.config import EngineConfig
 from inlaid.engine.engine import Engine, make_engine
 from inlaid.engine.request import NewRequest, SamplingParams
+from inlaid.flags import Parser
 from inlaid.report.provenance import provenance
 from inlaid.worker.loading import LoadedModel, load_model
 
@@ -257,7 +257,7 @@ def report(repeats: int, threads: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="inlaid against transformers + peft on a CPU")
+    parser = Parser(description="inlaid against transformers + peft on a CPU")
     parser.add_argument("--repeats", type=int, default=5, help="counted rounds")
     parser.add_argument(
         "--threads",

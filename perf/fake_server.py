@@ -8,7 +8,6 @@ word; token ids are accepted as they are.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import sys
@@ -19,6 +18,8 @@ from typing import Literal
 
 import msgspec
 from aiohttp import web
+
+from inlaid.flags import Parser
 
 Fault = Literal["", "http-500", "http-429", "hang", "cut", "reset", "garbage", "error-event", "slora-reject"]
 
@@ -194,7 +195,7 @@ def _usage_event(prompt_tokens: int, completion_tokens: int) -> bytes:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="perf.fake_server", description="Scripted delays on the real wire.")
+    parser = Parser(prog="perf.fake_server", description="Scripted delays on the real wire.")
     parser.add_argument("model", nargs="?", default="fake", help="accepted and ignored")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)

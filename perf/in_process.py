@@ -24,6 +24,7 @@ from tqdm import tqdm
 from inlaid.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig
 from inlaid.engine.request import Output
 from inlaid.files import write_atomically
+from inlaid.flags import Parser
 from inlaid.report.provenance import now, provenance
 from inlaid.sim.request_log import as_arrivals
 from inlaid.worker.build import Loaded, build_engine
@@ -158,7 +159,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run it."""
-    parser = argparse.ArgumentParser(prog="perf.in_process", description="Serve a workload on an engine in process.")
+    parser = Parser(prog="perf.in_process", description="Serve a workload on an engine in process.")
     parser.add_argument("--workload", required=True, help="a suite's name, or a workload file")
     parser.add_argument("--model", default=str(DEMO / "base"), help="folder (default: the bundled demo)")
     parser.add_argument("--adapters", nargs="*", help="NAME=PATH, folders, or quoted globs (default: the demo's)")

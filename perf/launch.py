@@ -23,6 +23,8 @@ from typing import Literal, get_args
 
 import msgspec
 
+from inlaid.flags import Parser
+
 ServerKind = Literal["inlaid", "vllm", "slora", "fake"]
 Adapter = tuple[str, str]  # name, path
 CACHE = Path("models/cache")  # where models/download.sh puts them
@@ -125,7 +127,7 @@ def find_adapters(patterns: list[str]) -> list[Adapter]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="perf.launch",
         description="Start a server, or replicas of it on neighbouring ports. Arguments after -- are the server's own.",
         allow_abbrev=False,  # --mode is not short for --model

@@ -9,7 +9,6 @@ stamps are compared with those. The ceiling is one core for each of the two. Pri
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -25,6 +24,7 @@ import msgspec
 import numpy as np
 
 from inlaid.files import write_atomically
+from inlaid.flags import Parser
 from inlaid.report.provenance import now, provenance
 from perf.fake_server import Sent
 from perf.process import ROOT, child_environment, free_port
@@ -111,7 +111,7 @@ def _is_realtime() -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="perf.measure_client", description="Measure the request generator.")
+    parser = Parser(prog="perf.measure_client", description="Measure the request generator.")
     parser.add_argument("--rate", type=float, default=500.0)
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--repeats", type=int, default=3)

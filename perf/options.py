@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import msgspec
 
+from inlaid.flags import Parser
 from inlaid.workload.arrivals import Arrivals, Gaps, Process
 from inlaid.workload.lengths import Lengths
 from inlaid.workload.plan import rescale_rate
@@ -23,8 +24,8 @@ request, and a summary with the field names of `vllm bench serve`. An argument @
 of FILE."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Parser:
+    parser = Parser(
         prog="perf.client",
         usage="python -m perf.client [FLAGS]  (--help lists them)",
         description=DESCRIPTION,

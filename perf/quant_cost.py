@@ -12,7 +12,6 @@ task's hidden states come to.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -31,6 +30,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from inlaid.flags import Parser
 from inlaid.quant import loop
 from inlaid.quant.aggregate import MINIMAX_LOSS
 from inlaid.quant.calibration import CalibrationSettings
@@ -191,7 +191,7 @@ def _process(step: str, case: Case, folder: Path) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, help="file to write")
     parser.add_argument("--step", choices=("prepare", "measure"), help="used by the run itself, with the next two")
     parser.add_argument("--case", type=json.loads)

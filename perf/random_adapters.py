@@ -6,7 +6,6 @@ template asks for. Weights are small, so that answers stay text; each adapter di
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
@@ -16,6 +15,8 @@ from typing import Any
 import msgspec
 import numpy as np
 import tqdm
+
+from inlaid.flags import Parser
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -123,7 +124,7 @@ def _write_adapter(config: dict[str, Any], spec: RandomAdapters, index: int, pat
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="perf.random_adapters", description="Write random PEFT adapters.")
+    parser = Parser(prog="perf.random_adapters", description="Write random PEFT adapters.")
     parser.add_argument("base", type=Path, help="the base model's folder (its config.json is read)")
     parser.add_argument("out", type=Path)
     parser.add_argument("--count", type=int, default=32)

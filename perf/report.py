@@ -5,7 +5,6 @@ The first run is what the others are compared with. Records are read from the .j
 
 from __future__ import annotations
 
-import argparse
 import base64
 import html
 import json
@@ -16,12 +15,13 @@ from typing import Any
 
 import tqdm
 
+from inlaid.flags import Parser
 from inlaid.report.plots import PlotsMissing
 from perf import plots
 from perf.records import read_records
 from perf.series import Run
 
-NO_MATPLOTLIB = "The figures need matplotlib: pip install matplotlib (the extra `plot`)."
+NO_MATPLOTLIB = "The figures need matplotlib: pip install matplotlib."
 MAX_ROWS = 50
 
 # title, key in the summary, whether more is better
@@ -222,7 +222,7 @@ def draw(runs: list[Run]) -> tuple[dict[str, bytes], str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="perf.report", description="One HTML page from summaries of runs.")
+    parser = Parser(prog="perf.report", description="One HTML page from summaries of runs.")
     parser.add_argument("summaries", nargs="+", type=Path, metavar="SUMMARY.json")
     parser.add_argument("--out", type=Path, default=Path("report.html"))
     parser.add_argument("--no-png", action="store_true", help="do not write the figures as files beside the page")

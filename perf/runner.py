@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 import tqdm
 
+from inlaid.flags import Parser
 from perf.archive import Archive, create_archive, git_revision
 from perf.attempt import run_attempt, verdict
 from perf.instance import Instance
@@ -203,8 +204,8 @@ def no_room(instances: list[Instance]) -> str:
     return f"random adapters need {need / 1e9:.1f} GB in {ADAPTER_ROOT}, and {free / 1e9:.1f} GB are free"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="perf.runner", description="Run grids of experiments from templates.")
+def build_parser() -> Parser:
+    parser = Parser(prog="perf.runner", description="Run grids of experiments from templates.")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--templates", nargs="+", type=Path, metavar="T.toml")
     source.add_argument("--checkpoint", type=Path, metavar="DIR", help="an archive: run what has not passed yet")

@@ -5,7 +5,6 @@ Called by `perf.client` at the end of a run and by `python -m perf.summary RECOR
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from inlaid.flags import Parser
 from inlaid.workload.spec import Objective, Workload
 from perf.fairness import Fairness, fairness
 from perf.records import Record, read_records
@@ -237,7 +237,7 @@ def _shown(value: Number) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="perf.summary", description="Summarize a file of request records.")
+    parser = Parser(prog="perf.summary", description="Summarize a file of request records.")
     parser.add_argument("records", type=Path)
     arguments = parser.parse_args(argv)
     try:

@@ -8,7 +8,6 @@ them other traces, which the simulator then serves too.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from inlaid.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig
 from inlaid.engine.engine import Engine, make_engine
+from inlaid.flags import Parser
 from inlaid.report.provenance import provenance
 from inlaid.sim.cost import CostModel, Step
 from inlaid.sim.fit import errors, fit, write_cost, write_steps
@@ -260,7 +260,7 @@ def compare(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", type=Path, default=DEMO, help="a folder with base/ and adapters/")
     parser.add_argument("--policy", default="fcfs,vtc", help="comma-separated")
     parser.add_argument(

@@ -11,7 +11,7 @@ from typing import get_type_hints
 
 import pytest
 
-from inlaid import cli
+from inlaid import cli, flags
 from inlaid.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig, ServerConfig
 
 CONFIGS = [EngineConfig, SchedulerConfig, CacheConfig, AdapterConfig, ServerConfig]
@@ -24,7 +24,7 @@ def parse(*arguments: str) -> argparse.Namespace:
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_field_is_a_flag_with_help(config: type) -> None:
     parser = argparse.ArgumentParser()
-    cli.add_config_arguments(parser, config)
+    flags.add_config_arguments(parser, config)
     text = " ".join(parser.format_help().split())
     hints = get_type_hints(config)
     for each in fields(config):
@@ -36,7 +36,7 @@ def test_every_field_is_a_flag_with_help(config: type) -> None:
 def test_no_flags_give_the_defaults() -> None:
     args = parse("serve")
     assert cli.engine_config(args, "") == EngineConfig()
-    assert cli.config_from(args, ServerConfig) == ServerConfig()
+    assert flags.config_from(args, ServerConfig) == ServerConfig()
 
 
 def test_flags_reach_their_configuration() -> None:
@@ -55,20 +55,20 @@ def test_flags_reach_their_configuration() -> None:
         cache=CacheConfig(enable_prefix_caching=False, gpu_memory_utilization=0.5),
         adapters=AdapterConfig(max_loras=3),
     )
-    assert cli.config_from(args, ServerConfig) == ServerConfig(api_key=("one", "two"))
+    assert flags.config_from(args, ServerConfig) == ServerConfig(api_key=("one", "two"))
 
 
 @pytest.mark.parametrize(
     ("text", "value"), [("7", 7), ("4k", 4000), ("4K", 4096), ("1.5k", 1500), ("2m", 2_000_000), ("-1", -1)]
 )
 def test_sizes(text: str, value: int) -> None:
-    assert cli.size(text) == value
+    assert flags.size(text) == value
 
 
 @pytest.mark.parametrize("text", ["", "k", "x", "1.5", "1e3", "0.0001k", "nan", "infk"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
-        cli.size(text)
+        flags.size(text)
 
 
 def test_adapters_in_every_spelling() -> None:
@@ -119,6 +119,59 @@ def test_a_wrong_flag_is_two_lines(
     assert usage.startswith(f"usage: inlaid {arguments[0]}")
 
 
+def test_every_flag_of_every_command_has_help_that_tells_its_default() -> None:
+    bare, silent = [], []
+    for command in ("serve", "generate", *(name for name, *_ in cli._PARTS)):
+        (commands,) = (a for a in cli._parser(command)._actions if isinstance(a, argparse._SubParsersAction))
+        parsers = [commands.choices[command]]
+        for parser in parsers:
+            for action in parser._actions:
+                if isinstance(action, argparse._SubParsersAction):
+                    parsers += action.choices.values()
+                    continue
+                if not action.help:
+                    bare.append((command, action.dest))
+                elif action.option_strings and not action.required and action.dest != "help":
+                    shown = parser.formatter_class("inlaid")._get_help_string(action)
+                    silent += [] if "default" in shown else [(command, action.dest)]
+    assert bare == [], "flags without help"
+    assert silent == [], "flags whose help tells no default"
+
+
+def test_flags_of_the_server_come_in_groups() -> None:
+    parser = flags.Parser()
+    for config in CONFIGS:
+        flags.add_config_arguments(parser, config)
+    sizes = {group.title: len(group._group_actions) for group in parser._action_groups}
+    assert len(sizes) > 10
+    assert max(sizes.values()) <= 14, "a heap: begin a section"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--policy", "nobody"), "unknown policy 'nobody'"),
+        (("--policy", "vtc:predict=5"), "policy vtc"),
+        (("--max-num-seqs", "0"), "max_num_seqs is 0; it must be at least 1"),
+        (("--block-size", "0"), "--block-size 0: give 1 or more"),
+        (("--gpu-memory-utilization", "9"), "--gpu-memory-utilization 9.0: give a number from 0.01 to 1"),
+        (("--engine-timeout", "nan"), "--engine-timeout nan: give 0 or more"),
+        (("--port", "70000"), "--port 70000: give a number from 0 to 65535"),
+        (("--require-eval", "/nowhere"), "--require-eval /nowhere: there is no such file"),
+        (("--adapter", "a=/nowhere"), "there is no adapter folder /nowhere"),
+    ],
+)
+def test_flags_are_checked_before_the_model_is_loaded(
+    arguments: tuple[str, ...],
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("inlaid.worker.client.EngineClient.start", None)
+    assert cli.main(["serve", *(() if "--port" in arguments else ("--port", "0")), *arguments]) == 2
+    assert sentence in capsys.readouterr().err
+
+
 def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "inlaid", *arguments], input=stdin, capture_output=True, text=True, timeout=120
@@ -160,7 +213,6 @@ def test_generate_answers_once() -> None:
         (("generate", "--adapter", "nobody", "--prompt", "a"), "to_velar"),
         (("serve", "/nowhere", "--port", "0"), "/nowhere"),
         (("serve", "--port", "0", "--adapter", "nothing"), "NAME=PATH"),
-        (("serve", "--port", "0", "--adapter", "a=/nowhere"), "/nowhere"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(arguments: tuple[str, ...], sentence: str) -> None:

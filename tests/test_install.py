@@ -25,7 +25,13 @@ def run(folder: Path, *arguments: str, **environment: str) -> subprocess.Complet
 def test_an_unknown_command_is_refused_with_the_known_ones() -> None:
     result = run(ROOT, "sevre")
     assert result.returncode == 1
-    assert "unknown command 'sevre'; one of: install, cuda, serve, test" in result.stderr
+    assert "unknown command or extra 'sevre'; commands: install, serve, test; extras: cuda eval dev" in result.stderr
+
+
+def test_extras_are_those_of_the_package_and_nothing_is_installed_into_a_named_python() -> None:
+    for arguments in (("cuda", "nope"), ("eval", "serve")):
+        assert f"unknown command or extra '{arguments[1]}'" in run(ROOT, *arguments).stderr
+    assert "INLAID_PYTHON is set" in run(ROOT, "eval", INLAID_PYTHON=sys.executable).stderr
 
 
 def test_a_named_python_that_is_not_there_is_refused() -> None:

@@ -55,7 +55,7 @@ class Engine:
         grammar = None
         if new.params.grammar is not None:
             if self._make_grammar is None:
-                message = "structured output needs a grammar library: pip install 'inlaid[grammar]'"
+                message = "structured output needs llguidance: pip install 'llguidance>=1.3,<2'"
                 raise Refused(Refusal(message))
             try:
                 grammar = self._make_grammar(new.params.grammar)

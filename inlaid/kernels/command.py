@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--measure", action="store_true", help="time the backends here instead of printing the table")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="inputs x outputs, such as 4096x12288")
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), help="numbers of rows to time")
-    parser.add_argument("--bits", type=int, default=4, choices=(2, 3, 4, 8))
-    parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--bits", type=int, default=4, choices=(2, 3, 4, 8), help="width of a code")
+    parser.add_argument("--group", type=int, default=128, help="inputs that share a scale")
     parser.add_argument("--write", type=Path, help=f"write the measured times to this file (shipped: {TABLE.name})")
 
 

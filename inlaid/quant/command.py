@@ -46,32 +46,37 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=ADAPTER:DATA",
         help="a task: its PEFT folder (or 'none' for the base alone) and a .jsonl file of prompts and completions",
     )
-    _add_grid_arguments(parser, Grid())
-    _add_calibration_arguments(parser, CalibrationSettings())
-    parser.add_argument(
+    _add_grid_arguments(parser.add_argument_group("The grid of the codes"), Grid())
+    _add_calibration_arguments(parser.add_argument_group("Calibration"), CalibrationSettings())
+    group = parser.add_argument_group("How the tasks share the base")
+    group.add_argument(
         "--aggregation",
         choices=AGGREGATIONS,
         default=settings.aggregation,
         help=f"how the tasks' Hessians become one; {MINIMAX_LOSS} (the default) solves {LOSS_ROUNDS} times and "
         "measures every task each time, the others solve once",
     )
-    parser.add_argument(
+    group.add_argument(
         "--sequential",
         action="store_true",
         help="calibrate on quantized predecessors: every forward pass twice, nothing is banked, and adding or removing "
         "a task runs all of them again",
     )
-    parser.add_argument("--bank-precision", choices=PRECISIONS, default=settings.bank_precision)
+    group.add_argument(
+        "--bank-precision", choices=PRECISIONS, default=settings.bank_precision, help="of the Hessians on disk"
+    )
     parser.add_argument(
         "--dtype", choices=list(DTYPES), default=None, help="compute type; default: float32, float16 on a GPU"
     )
     _add_place_arguments(parser)
 
 
-def _add_grid_arguments(parser: argparse.ArgumentParser, grid: Grid) -> None:
-    parser.add_argument("--bits", type=int, choices=BITS, default=grid.bits)
+def _add_grid_arguments(parser: argparse._ArgumentGroup, grid: Grid) -> None:
+    parser.add_argument("--bits", type=int, choices=BITS, default=grid.bits, help="width of a code")
     parser.add_argument("--group-size", type=int, default=grid.group_size, help="inputs that share a scale; -1: all")
-    parser.add_argument("--symmetric", action=argparse.BooleanOptionalAction, default=grid.symmetric)
+    parser.add_argument(
+        "--symmetric", action=argparse.BooleanOptionalAction, default=grid.symmetric, help="grids without zero points"
+    )
     parser.add_argument(
         "--act-order",
         action=argparse.BooleanOptionalAction,
@@ -92,7 +97,7 @@ def _add_grid_arguments(parser: argparse.ArgumentParser, grid: Grid) -> None:
     )
 
 
-def _add_calibration_arguments(parser: argparse.ArgumentParser, calibration: CalibrationSettings) -> None:
+def _add_calibration_arguments(parser: argparse._ArgumentGroup, calibration: CalibrationSettings) -> None:
     parser.add_argument(
         "--highlight",
         type=float,
@@ -137,15 +142,15 @@ def _grid(args: argparse.Namespace) -> Grid:
 
 def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verbs of `inlaid task`."""
-    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", help="add, remove or list")
     add = verbs.add_parser("add", help="take one more task into a quantized base; only its own data are run")
-    add.add_argument("folder", type=Path)
-    add.add_argument("task", metavar="NAME=ADAPTER:DATA")
+    add.add_argument("folder", type=Path, help="made by `inlaid quantize`")
+    add.add_argument("task", metavar="NAME=ADAPTER:DATA", help="name, PEFT folder and .jsonl file of the task")
     remove = verbs.add_parser("remove", help="take a task out; the others are solved again from the bank")
-    remove.add_argument("folder", type=Path)
-    remove.add_argument("name")
+    remove.add_argument("folder", type=Path, help="made by `inlaid quantize`")
+    remove.add_argument("name", help="name of the task")
     listing = verbs.add_parser("list", help="tasks, hashes, losses and when they were last checked")
-    listing.add_argument("folder", type=Path)
+    listing.add_argument("folder", type=Path, help="made by `inlaid quantize`")
     listing.add_argument("--json", action="store_true", help="the whole record as JSON")
     _add_place_arguments(add)
     _add_place_arguments(remove)

@@ -31,9 +31,7 @@ def new_figure(
     try:
         from matplotlib import figure as figures
     except ImportError as error:
-        raise PlotsMissing(
-            "figures need matplotlib: pip install matplotlib, or pip install 'inlaid[plot]'; or pass --no-figures"
-        ) from error
+        raise PlotsMissing("figures need matplotlib: pip install matplotlib; or pass --no-figures") from error
     figure = figures.Figure(figsize=size, dpi=DPI, layout="constrained")
     grid: Any = figure.subplots(rows, columns, squeeze=False, subplot_kw={"polar": True} if polar else None)
     return figure, [list(row) for row in grid]

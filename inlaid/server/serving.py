@@ -18,7 +18,7 @@ from typing import Any
 
 from aiohttp import web
 
-from inlaid.config import ConfigError, EngineConfig, ServerConfig
+from inlaid.config import ConfigError, EngineConfig, ServerConfig, check
 from inlaid.server.app import http_log, make_app
 from inlaid.server.cors import check_origins
 from inlaid.server.metrics import Metrics
@@ -32,6 +32,7 @@ from inlaid.text.encoder import RequestEncoder
 from inlaid.text.tokenizer import Tokenizer
 from inlaid.worker import logs
 from inlaid.worker.build import process_age
+from inlaid.worker.checks import check_settings
 from inlaid.worker.client import EngineClient
 from inlaid.worker.errors import EngineDead
 from inlaid.worker.messages import ModelInfo
@@ -194,6 +195,8 @@ async def serve(
     **engine_options: Any,
 ) -> int:
     """Serve until told to stop, and return the exit status. SIGTERM or SIGINT drains, a second one ends at once."""
+    check(config)
+    check_settings(engine_config, adapters.values())
     encryption = tls(config)
     check_origins(config.allowed_origins)
     listener = listen(config.host, config.port)

@@ -16,6 +16,7 @@ import msgspec
 from tqdm import tqdm
 
 from inlaid.engine.policy import parse_policy
+from inlaid.flags import Parser
 from inlaid.report.plots import PlotsMissing, new_figure
 from inlaid.report.provenance import provenance
 from inlaid.sim import oversubscription, placement
@@ -53,14 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--machine", default="", help="a10g, a100-13b, h100, h200, or a file from inlaid.sim.fit; default: the suite's"
     )
     parser.add_argument("--num-tokens", type=int, default=0, help="KV memory in tokens; default: the suite's")
-    parser.add_argument("--seed", type=int, help="default: the suite's")
+    parser.add_argument("--seed", type=int, help="of the workload's draws; default: the suite's")
     parser.add_argument(
         "--trace",
         type=Path,
         help="for suite real: JSONL of [seconds, tenant, prompt tokens, output tokens], or a published trace",
     )
     parser.add_argument("--out", type=Path, help="folder for records, tables and figures; default: the table on screen")
-    parser.add_argument("--no-figures", action="store_true")
+    parser.add_argument("--no-figures", action="store_true", help="with --out: records and tables alone")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -205,7 +206,7 @@ def _run_one(experiment: Experiment, policies: Sequence[str], args: argparse.Nam
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="inlaid sim", description="Run scheduling experiments on the simulator.")
+    parser = Parser(prog="inlaid sim", description="Run scheduling experiments on the simulator.")
     add_arguments(parser)
     return run(parser.parse_args(arguments))
 

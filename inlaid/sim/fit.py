@@ -8,7 +8,6 @@ A quarter of the steps is held out; the error on them is in the file.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from inlaid.flags import Parser
 from inlaid.sim.cost import CostModel, Load, Step
 
 TERMS = ("step", *Load.__struct_fields__)
@@ -123,7 +123,7 @@ def write_cost(path: Path, model: CostModel, held_out: dict[str, float], made: d
 def main(arguments: Sequence[str] | None = None) -> int:
     from inlaid.report.provenance import provenance
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("steps", type=Path, nargs="+")
     parser.add_argument("--name", required=True)
     parser.add_argument("--source", default="fitted to measured steps")

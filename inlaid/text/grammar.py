@@ -60,7 +60,7 @@ class GrammarCompiler:
         try:
             import llguidance
         except ImportError:
-            raise _refused("structured output needs llguidance: pip install 'inlaid[grammar]'") from None
+            raise _refused("structured output needs llguidance: pip install 'llguidance>=1.3,<2'") from None
         file = folder / "tokenizer.json"
         if not file.exists():
             raise _refused(f"structured output needs {file}, which the model does not have")

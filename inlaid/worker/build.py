@@ -16,6 +16,7 @@ from inlaid.config import EngineConfig
 from inlaid.engine.engine import Engine, make_engine
 from inlaid.engine.request import Grammar
 from inlaid.worker.adapters import Adapters, LoraAdapters, Readers
+from inlaid.worker.checks import check_settings
 from inlaid.worker.messages import ModelInfo
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def build_engine(config: EngineConfig, adapters: Mapping[str, str], *, strict: b
     """Load the model and the adapters named. With strict, an adapter that cannot be served raises; otherwise it is left
     out and named."""
     began = time.monotonic()
+    check_settings(config, adapters.values() if strict else ())
     from inlaid.worker.loading import adapter_reader, load_model, open_model
 
     _leave_a_core_to_http()

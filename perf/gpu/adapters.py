@@ -20,7 +20,6 @@ them that arrive in a row need 21,300 at their longest, so that no request waits
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -40,6 +39,7 @@ from inlaid.adapters.adapter import Adapter
 from inlaid.adapters.loader import CudaLane, Loader, StreamLoader
 from inlaid.adapters.modes import CACHED, CPU_ASSIST, ON_DEMAND, PIPELINED
 from inlaid.adapters.store import AdapterStore
+from inlaid.flags import Parser
 from inlaid.kernels.assist import Assistant, Profile
 from inlaid.model.spec import spec_from_config
 from inlaid.worker.build import Loaded
@@ -315,7 +315,7 @@ def plot(folder: Path) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="perf.gpu.adapters", description="Draw the cliff from a folder of results.")
+    parser = Parser(prog="perf.gpu.adapters", description="Draw the cliff from a folder of results.")
     parser.add_argument("what", choices=["plot"])
     parser.add_argument("folder", type=Path)
     print(plot(parser.parse_args(argv).folder))

@@ -22,6 +22,7 @@ from types import MappingProxyType
 from typing import Any
 
 from inlaid.files import write_atomically
+from inlaid.flags import Parser
 from inlaid.report.provenance import gpu, now, provenance
 from perf.gpu import Keep, expected
 from perf.gpu.lanes import Lane, run_lanes, write_archive
@@ -140,7 +141,7 @@ def kernel_tests(keep: Keep) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--call", choices=list(CALLS), help="the lanes of a ten-minute call")
     parser.add_argument(

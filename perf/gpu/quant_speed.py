@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from inlaid.flags import Parser
 from inlaid.quant import hessian, solver
 from inlaid.quant.calibration import CalibrationSettings
 from inlaid.quant.grid import Grid
@@ -123,8 +124,8 @@ def accuracy(device: str, inputs: int, tokens: int, seed: int) -> dict[str, dict
     return result
 
 
-def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def options() -> Parser:
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)

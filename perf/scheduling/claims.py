@@ -9,7 +9,6 @@ machine); SLO is 12 s from arrival to last token.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from inlaid.flags import Parser
 from inlaid.report.provenance import provenance
 from inlaid.report.tables import markdown
 from inlaid.sim.experiment import Experiment, prepare, run
@@ -65,7 +65,7 @@ def mean_rows(suite: Workload, rate: float, policy: str, lengths: str, seeds: Se
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for sim-tasks.json, .md and .png")
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args(arguments)

@@ -15,7 +15,6 @@ median over its least in the whole record is `slowdown`: how busy the machine wa
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import os
@@ -33,6 +32,7 @@ from inlaid.config import CacheConfig, SchedulerConfig
 from inlaid.engine.predictor import Predictor
 from inlaid.engine.request import FinishReason, NewRequest, Sampled, SamplingParams, StepResult
 from inlaid.engine.scheduler import Scheduler
+from inlaid.flags import Parser
 from inlaid.report.provenance import provenance
 from inlaid.sim.experiment import prepare, run
 from inlaid.workload.suites import load_suite
@@ -203,7 +203,7 @@ def measure_hour() -> dict[str, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--policy", default=",".join(POLICIES), help="policies, comma-separated; options after a colon")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--runs", type=int, default=5)

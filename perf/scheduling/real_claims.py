@@ -9,7 +9,6 @@ processor time of one thread, so other work on the machine does not disturb.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 import msgspec
 import torch
 
+from inlaid.flags import Parser
 from inlaid.report.provenance import provenance
 from inlaid.sim.request_log import Arrival, as_arrivals
 from inlaid.workload.plan import plan
@@ -65,7 +65,7 @@ def figures(done: Replay) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--adapters", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=40.0)
     parser.add_argument("--loads", default="1.05,1.2,1.4", help="rates, as shares of what the engine did with a burst")

@@ -10,7 +10,6 @@ by ours with the artifact's way of admitting (vtc_admission.py) on a machine of 
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
@@ -22,6 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from inlaid.flags import Parser
 from inlaid.report.provenance import provenance
 from inlaid.report.tables import markdown
 from inlaid.sim.experiment import prepare, run
@@ -202,7 +202,7 @@ def keep(new: Path, results: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--new", type=Path, help="a folder that `inlaid sim --out` wrote")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=5)

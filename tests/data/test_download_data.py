@@ -124,7 +124,7 @@ def test_without_the_package_it_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert download_data.main(["gsm8k", "--output", str(tmp_path)]) == 1
-    assert "pip install 'inlaid[eval]'" in capsys.readouterr().err
+    assert "bash install.sh eval" in capsys.readouterr().err
 
 
 def test_an_unknown_task_is_refused_with_the_list(capsys: pytest.CaptureFixture[str]) -> None:

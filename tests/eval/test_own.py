@@ -101,7 +101,7 @@ def test_a_missing_package_is_told_before_any_answer(
     lines = write(tmp_path, {"prompt": "x", "answer": "y"})
     arguments = ["--task", f"mine={lines}:rouge2", "--variants", "fp16", "--cache", str(tmp_path / "cache")]
     assert run.main([*arguments, "--out", str(tmp_path / "report"), "--workers", "0"]) == 2
-    assert "metric rouge2 needs the package rouge_score: pip install" in capsys.readouterr().err
+    assert "metric rouge2 needs the package rouge_score: bash install.sh eval" in capsys.readouterr().err
     assert not (tmp_path / "cache" / "answers").exists()
 
 

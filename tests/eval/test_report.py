@@ -81,7 +81,7 @@ def test_figures_are_drawn_where_there_is_something_to_draw(tmp_path: Path) -> N
 
 def test_without_matplotlib_one_sentence_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(PlotsMissing, match=r"pip install 'inlaid\[plot\]'.*--no-figures"):
+    with pytest.raises(PlotsMissing, match=r"pip install matplotlib.*--no-figures"):
         figures.draw(tmp_path / "demo", records(), judge.summary(records()))
 
 

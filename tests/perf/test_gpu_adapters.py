@@ -117,7 +117,7 @@ def test_cliffs_and_their_plot(tmp_path: Path) -> None:
     assert headline(slots).startswith("2 4 12 ")
     for name, result in (("slots", slots), ("resident", resident)):
         (tmp_path / f"adapters-cliff-{name}.json").write_text(json.dumps({"result": result}))
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'inlaid[plot]'")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
     assert adapters.main(["plot", str(tmp_path)]) == 0
     assert (tmp_path / "adapters-cliff.png").read_bytes().startswith(b"\x89PNG")
 

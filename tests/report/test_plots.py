@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_equal_figures_make_equal_files(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'inlaid[plot]'")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
     for name in ("a", "b"):
         figure, ((axis,),) = new_figure((3, 2))
         axis.plot([0, 1], [1, 0])
@@ -25,7 +25,7 @@ def test_equal_figures_make_equal_files(tmp_path: Path) -> None:
 
 
 def test_axes_come_row_by_row() -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'inlaid[plot]'")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
     _, grid = new_figure((3, 2), 2, 3)
     assert [len(row) for row in grid] == [3, 3]
     _, ((axis,),) = new_figure((3, 2), polar=True)
@@ -34,7 +34,7 @@ def test_axes_come_row_by_row() -> None:
 
 def test_without_matplotlib_one_sentence_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(PlotsMissing, match=r"pip install matplotlib, or pip install 'inlaid\[plot\]'"):
+    with pytest.raises(PlotsMissing, match=r"pip install matplotlib; or pass --no-figures"):
         new_figure((3, 2))
 
 

@@ -46,7 +46,7 @@ def test_the_sweep_goes_as_recorded() -> None:
 
 
 def test_the_command_leaves_a_table_and_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'inlaid[plot]'")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
     whole = oversubscription.compare
     small = shortened(rate=10.0, seconds=2.0)
     monkeypatch.setattr(oversubscription, "compare", lambda machine, seed, _: whole(machine, seed, small, (0.5, 2.0)))

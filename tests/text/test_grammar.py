@@ -187,7 +187,7 @@ def test_absent_library_and_tokenizer(folder: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(Refused, match=r"needs .*tokenizer\.json"):
         GrammarCompiler(tmp_path, 300, (END,))
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(Refused, match=r"pip install 'inlaid\[grammar\]'"):
+    with pytest.raises(Refused, match=r"pip install 'llguidance"):
         GrammarCompiler(folder, 300, (END,))
 
 

@@ -1,0 +1,28 @@
+"""Checks of settings that need neither torch nor weights, so that a mistake is told at once. The server makes them
+before it starts the engine process, and `build_engine` before it imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from inlaid.config import ConfigError, EngineConfig, check
+from inlaid.engine.intake import check_config
+from inlaid.engine.policy import parse_policy
+
+
+def check_settings(config: EngineConfig, adapters: Iterable[str] = ()) -> None:
+    """Raise ConfigError for a setting that cannot work, a policy that does not exist, or a file that is not there."""
+    check(config)
+    try:
+        check_config(config.scheduler)
+        parse_policy(config.scheduler.policy)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    gate = config.adapters.require_eval
+    if gate and not Path(gate).is_file():
+        raise ConfigError(f"--require-eval {gate}: there is no such file; `python -m eval.run` writes one")
+    for path in adapters:
+        if not Path(path).is_dir():
+            raise ConfigError(f"there is no adapter folder {path}")
