@@ -209,6 +209,16 @@ class ServerConfig:
     port: int = option(8000, "port to listen on; 0: any free one", least=0, most=65535)
     served_model_name: str | None = option(None, "the base model's name in the API; default: its folder's name")
     chat_template: str | None = option(None, "file with a chat template that replaces the model's")
+    tool_call_parser: str = option(
+        "auto",
+        "the form in which the model writes tool calls; auto: what its chat template writes, none: calls stay text",
+        ("auto", "none", "json", "hermes", "llama3_json", "mistral", "pythonic", "qwen", "llama3", "openai"),
+    )
+    reasoning_parser: str = option(
+        "auto",
+        "the marks around the model's reasoning; auto: those of its chat template, none: reasoning stays text",
+        ("auto", "none", "think", "deepseek_r1", "qwen3", "mistral"),
+    )
     api_key: tuple[str, ...] = option(
         (),
         "KEY or NAME=KEY: a key that inference requests must carry, and the name of its tenant; may be repeated; also "

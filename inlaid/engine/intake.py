@@ -100,6 +100,7 @@ def make_request(
         arrival=now,
         priority=new.priority,
         deadline=new.deadline,
+        cache_salt=new.cache_salt,
         true_output_len=new.true_output_len,
         tokens=list(new.prompt),
         order=order,

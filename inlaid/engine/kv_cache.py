@@ -31,9 +31,10 @@ Key = bytes  # 128 bits: two different prefixes never meet in practice, so conte
 
 
 @lru_cache(maxsize=4096)
-def root_key(base_version: str, adapter: str | None, salt: str = "") -> Key:
-    """Return the start of a chain: KV depends on the base weights and on the adapter; a salt keeps tenants apart."""
-    named = (base_version, "base" if adapter is None else "adapter:" + adapter, salt)
+def root_key(base_version: str, adapter: str | None, tenant: str = "", salt: str = "") -> Key:
+    """Return the start of a chain: KV depends on the base weights and on the adapter; a tenant's name and a salt keep
+    apart what they are given for."""
+    named = (base_version, "base" if adapter is None else "adapter:" + adapter, tenant, salt)
     text = "".join(f"{len(part)}:{part}" for part in named)
     return blake2b(text.encode(), digest_size=16).digest()
 

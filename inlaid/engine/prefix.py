@@ -35,8 +35,8 @@ class PrefixCache:
         """Name all full blocks. The root is settled at first use, and again after `forget`."""
         request = progress.request
         if not progress.root:
-            salt = request.tenant if self._config.isolate_tenants else ""
-            progress.root = root_key(self.base_version, request.adapter, salt)
+            tenant = request.tenant if self._config.isolate_tenants else ""
+            progress.root = root_key(self.base_version, request.adapter, tenant, request.cache_salt)
         extend_keys(progress.block_keys, progress.root, request.tokens, self._pool.block_size)
 
     def forget(self, progress: Progress) -> None:

@@ -77,6 +77,7 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True):
     tenant: str = ""  # whom the ledger charges
     priority: int = 0  # smaller goes first, as in vLLM
     deadline: float | None = None  # absolute, on the engine's clock, for slack-aware policies
+    cache_salt: str = ""  # requests with another salt share no prefix with this one
     true_output_len: int | None = None  # experiments only: what an oracle predictor may see
 
 
@@ -104,6 +105,7 @@ class Request:
     arrival: float
     priority: int = 0
     deadline: float | None = None
+    cache_salt: str = ""
     true_output_len: int | None = None
     tokens: list[int] = field(default_factory=list)  # starts as a copy of prompt
     blocks: list[int] = field(default_factory=list)

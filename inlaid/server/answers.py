@@ -5,23 +5,15 @@ in OpenAI's two shapes. The completion and chat routes are made of these.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 from inlaid.engine.refusal import Refused
 from inlaid.engine.request import TokenLogprobs
 from inlaid.server.errors import BadRequest, refused
 from inlaid.server.prepare import ClientRequest
-from inlaid.server.protocol.openai import (
-    CachedTokens,
-    ChatLogprob,
-    ChatLogprobs,
-    CompletionLogprobs,
-    PromptLogprob,
-    PromptLogprobs,
-    TopLogprob,
-    Usage,
-)
+from inlaid.server.protocol.chat import ChatLogprob, ChatLogprobs, TopLogprob
+from inlaid.server.protocol.openai import CachedTokens, CompletionLogprobs, PromptLogprob, PromptLogprobs, Usage
 from inlaid.server.service import Service
 from inlaid.text.params import MAX_LOGPROB_ENTRIES
 from inlaid.text.stream import Answer, Piece, TextStream
@@ -153,8 +145,8 @@ def usage(client: ClientRequest, answers: Sequence[Answer]) -> Usage:
 class CompletionLogprobsWriter:
     """Log probabilities of one answer in the shape of completions; it keeps the place in the text."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, as_ids: bool = False) -> None:
+        self._text_of = token_namer(tokenizer, as_ids)
         self._offset = 0
 
     def write(self, listed: Sequence[TokenLogprobs | None], first_token: int = 0) -> CompletionLogprobs:
@@ -162,7 +154,7 @@ class CompletionLogprobsWriter:
         predicts."""
         made = CompletionLogprobs()
         for item in listed:
-            text = self._tokenizer.token_text(first_token if item is None else item.token)
+            text = self._text_of(first_token if item is None else item.token)
             made.tokens.append(text)
             made.token_logprobs.append(None if item is None else finite(item.logprob))
             made.top_logprobs.append(None if item is None else self._top(item))
@@ -174,18 +166,22 @@ class CompletionLogprobsWriter:
         """Return the top tokens by their text. Of tokens with the same text the likelier counts."""
         top: dict[str, float] = {}
         for token, logprob in [*item.top, (item.token, item.logprob)]:
-            text = self._tokenizer.token_text(token)
+            text = self._text_of(token)
             top[text] = max(top.get(text, _LEAST_LOGPROB), finite(logprob))
         return top
 
 
-def chat_logprobs(tokenizer: Tokenizer, listed: Sequence[TokenLogprobs]) -> ChatLogprobs:
+def token_namer(tokenizer: Tokenizer, as_ids: bool) -> Callable[[int], str]:
+    """Return the function that names a token in log probabilities: by its text, or as vLLM does by its id."""
+    return (lambda token: f"token_id:{token}") if as_ids else tokenizer.token_text
+
+
+def chat_logprobs(tokenizer: Tokenizer, listed: Sequence[TokenLogprobs], as_ids: bool = False) -> ChatLogprobs:
     """Return log probabilities in the shape of chat completions."""
+    text_of = token_namer(tokenizer, as_ids)
 
     def entry(token: int, logprob: float) -> TopLogprob:
-        return TopLogprob(
-            token=tokenizer.token_text(token), logprob=finite(logprob), bytes=list(tokenizer.token_bytes(token))
-        )
+        return TopLogprob(token=text_of(token), logprob=finite(logprob), bytes=list(tokenizer.token_bytes(token)))
 
     content = []
     for item in listed:

@@ -1,4 +1,4 @@
-"""POST /v1/completions and /v1/chat/completions: the two shapes of an answer, whole or streamed."""
+"""POST /v1/completions: an answer whole or streamed, and what chat completions share with it."""
 
 from __future__ import annotations
 
@@ -12,26 +12,18 @@ from inlaid.engine.request import FinishReason, TokenLogprobs
 from inlaid.server import answers
 from inlaid.server.access import note_client
 from inlaid.server.answers import CompletionLogprobsWriter, TokenCounter
-from inlaid.server.prepare import ClientRequest, chat_request, completion_request
+from inlaid.server.prepare import ClientRequest, completion_request
 from inlaid.server.protocol.openai import (
-    ChatBody,
-    ChatChoice,
-    ChatChunk,
-    ChatCompletion,
-    ChatLogprobs,
-    ChatMessage,
-    ChunkChoice,
     Completion,
     CompletionBody,
     CompletionChoice,
     CompletionLogprobs,
-    Delta,
     GenerateBody,
     Usage,
 )
 from inlaid.server.service import SERVICE, Service
 from inlaid.server.streaming import event, send
-from inlaid.text.stream import Answer, Piece
+from inlaid.text.stream import Answer
 
 
 def answer(value: object) -> web.Response:
@@ -51,30 +43,6 @@ async def completions(request: web.Request, body: CompletionBody) -> web.StreamR
     return answer(Completion(id=client.id, created=client.created, model=client.model, choices=choices, usage=usage))
 
 
-async def chat_completions(request: web.Request, body: ChatBody) -> web.StreamResponse:
-    """Answer a conversation, written out by the model's chat template."""
-    service = request.app[SERVICE]
-    client = note_client(request, await chat_request(service, body, request.headers, len(await request.read())))
-    if body.stream:
-        return await send(request, _chat_events(service, body, client), service.config.stream_timeout)
-    complete = await answers.gather(service, client)
-    listed = complete[0].prompt_logprobs
-    return answer(
-        ChatCompletion(
-            id=client.id,
-            created=client.created,
-            model=client.model,
-            choices=[_chat_choice(service, body, index, whole) for index, whole in enumerate(complete)],
-            usage=answers.usage(client, complete),
-            prompt_logprobs=None if listed is None else answers.prompt_logprobs(service.tokenizer, listed),
-            prompt_token_ids=client.prompt_of(0) if body.return_token_ids else msgspec.UNSET,
-        )
-    )
-
-
-# Completions
-
-
 def _completion_choice(
     service: Service, body: CompletionBody, client: ClientRequest, index: int, whole: Answer
 ) -> CompletionChoice:
@@ -83,9 +51,14 @@ def _completion_choice(
         index=index,
         text=_echo(service, body, client, index) + whole.text,
         logprobs=_completion_logprobs(
-            CompletionLogprobsWriter(service.tokenizer), body, client, index, whole.prompt_logprobs, whole.logprobs
+            CompletionLogprobsWriter(service.tokenizer, bool(body.return_tokens_as_token_ids)),
+            body,
+            client,
+            index,
+            whole.prompt_logprobs,
+            whole.logprobs,
         ),
-        finish_reason=_reason(whole.finish_reason),
+        finish_reason=reason(whole.finish_reason),
         stop_reason=whole.stop_reason,
         prompt_logprobs=msgspec.UNSET if listed is None else answers.prompt_logprobs(service.tokenizer, listed),
         token_ids=whole.tokens if body.return_token_ids else msgspec.UNSET,
@@ -118,7 +91,9 @@ async def _completion_events(
     service: Service, body: CompletionBody, client: ClientRequest
 ) -> AsyncGenerator[bytes, None]:
     counter = TokenCounter(client)
-    writers = [CompletionLogprobsWriter(service.tokenizer) for _ in client.requests]
+    writers = [
+        CompletionLogprobsWriter(service.tokenizer, bool(body.return_tokens_as_token_ids)) for _ in client.requests
+    ]
     started: set[int] = set()
 
     def chunk(choices: list[CompletionChoice], usage: Usage | msgspec.UnsetType | None) -> bytes:
@@ -137,74 +112,24 @@ async def _completion_events(
                 logprobs=_completion_logprobs(
                     writers[index], body, client, index, piece.prompt_logprobs, piece.logprobs
                 ),
-                finish_reason=_reason(piece.finish_reason),
+                finish_reason=reason(piece.finish_reason),
                 stop_reason=piece.stop_reason,
                 token_ids=piece.tokens if body.return_token_ids else msgspec.UNSET,
             )
-            yield chunk([choice], _running_usage(body, counter))
-    if _wants_usage(body):
+            yield chunk([choice], running_usage(body, counter))
+    if wants_usage(body):
         yield chunk([], counter.usage())
 
 
-# Chat
-
-
-def _chat_choice(service: Service, body: ChatBody, index: int, whole: Answer) -> ChatChoice:
-    return ChatChoice(
-        index=index,
-        message=ChatMessage(content=whole.text),
-        logprobs=_chat_logprobs(service, body, whole.logprobs),
-        finish_reason=_reason(whole.finish_reason),
-        stop_reason=whole.stop_reason,
-        token_ids=whole.tokens if body.return_token_ids else msgspec.UNSET,
-    )
-
-
-def _chat_logprobs(service: Service, body: ChatBody, logprobs: list[TokenLogprobs] | None) -> ChatLogprobs | None:
-    return answers.chat_logprobs(service.tokenizer, logprobs or []) if body.logprobs else None
-
-
-async def _chat_events(service: Service, body: ChatBody, client: ClientRequest) -> AsyncGenerator[bytes, None]:
-    counter = TokenCounter(client)
-    started: set[int] = set()
-
-    def chunk(choices: list[ChunkChoice], usage: Usage | msgspec.UnsetType | None) -> bytes:
-        return event(ChatChunk(id=client.id, created=client.created, model=client.model, choices=choices, usage=usage))
-
-    async with aclosing(answers.all_pieces(service, client)) as arriving:
-        async for index, piece in arriving:
-            counter.add(index, len(piece.tokens), piece.num_cached)
-            usage = _running_usage(body, counter)
-            if index not in started:
-                started.add(index)
-                yield chunk([ChunkChoice(index=index, delta=Delta(role="assistant", content=""))], usage)
-            if piece.text or piece.logprobs or piece.finish_reason or body.return_token_ids:
-                yield chunk([_chunk_choice(service, body, index, piece)], usage)
-    if _wants_usage(body):
-        yield chunk([], counter.usage())
-
-
-def _chunk_choice(service: Service, body: ChatBody, index: int, piece: Piece) -> ChunkChoice:
-    ended = piece.finish_reason is not None
-    return ChunkChoice(
-        index=index,
-        delta=Delta(content=piece.text) if piece.text or not ended else Delta(),
-        logprobs=_chat_logprobs(service, body, piece.logprobs),
-        finish_reason=_reason(piece.finish_reason),
-        stop_reason=piece.stop_reason if ended else msgspec.UNSET,
-        token_ids=piece.tokens if body.return_token_ids else msgspec.UNSET,
-    )
-
-
-def _reason(reason: FinishReason | None) -> str | None:
+def reason(reason: FinishReason | None) -> str | None:
     return None if reason is None else reason.value
 
 
-def _wants_usage(body: GenerateBody) -> bool:
+def wants_usage(body: GenerateBody) -> bool:
     return body.stream_options is not None and bool(body.stream_options.include_usage)
 
 
-def _running_usage(body: GenerateBody, counter: TokenCounter) -> Usage | msgspec.UnsetType | None:
+def running_usage(body: GenerateBody, counter: TokenCounter) -> Usage | msgspec.UnsetType | None:
     """Return the usage that a chunk carries: the running one on request; null where only the last chunk has it, as
     OpenAI does."""
     options = body.stream_options

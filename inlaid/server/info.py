@@ -16,8 +16,8 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from inlaid import __version__
 from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.server.completions import answer
+from inlaid.server.conversation import chat_tokens, template_options
 from inlaid.server.errors import BadRequest, NotFound, Unavailable
-from inlaid.server.prepare import chat_tokens, template_options
 from inlaid.server.protocol.admin import AdapterState
 from inlaid.server.protocol.info import (
     DetokenizeBody,

@@ -6,23 +6,22 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import msgspec
-
 from inlaid.engine.refusal import Refused
-from inlaid.engine.request import Grammar, NewRequest, SamplingParams
+from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.server import safety
+from inlaid.server.constraints import constraint
 from inlaid.server.errors import BadRequest, refused
-from inlaid.server.protocol.openai import ChatBody, CompletionBody, GenerateBody, Message, Tool
+from inlaid.server.protocol.openai import CompletionBody, GenerateBody
 from inlaid.server.service import Service
-from inlaid.text.encoder import check_template_options, last_tokens
+from inlaid.text.encoder import last_tokens
 from inlaid.text.nesting import check_depth
-from inlaid.text.params import schema_grammar
 from inlaid.text.stream import Piece
+from inlaid.text.tools.answer import AnswerForm
 
 _MAX_ID_CHARS = 256  # it comes back with every event of a stream
 _SAME_NAMES = (
@@ -73,6 +72,7 @@ class ClientRequest:
     num_answers: int  # per prompt
     texts: list[str | None]  # of each prompt; None: it came as tokens, or was truncated
     outcome: Outcome = field(default_factory=Outcome)
+    form: AnswerForm = field(default_factory=AnswerForm)  # how answers are read
 
     def prompt_of(self, index: int) -> list[int]:
         """Return the prompt's tokens of an answer."""
@@ -98,7 +98,7 @@ async def _find(service: Service, model: str, param: str = "model") -> str | Non
     return adapter
 
 
-async def _target(service: Service, body: GenerateBody) -> tuple[str | None, str]:
+async def target(service: Service, body: GenerateBody) -> tuple[str | None, str]:
     """Return the adapter, and its name as the client writes it: in `model`, or as SGLang's clients do in `lora_path`,
     beside `model` or alone."""
     adapter = await _find(service, body.model)
@@ -112,7 +112,7 @@ async def _target(service: Service, body: GenerateBody) -> tuple[str | None, str
     return named, body.lora_path
 
 
-def _max_tokens(body: GenerateBody) -> int | None:
+def max_tokens_of(body: GenerateBody) -> int | None:
     return body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
 
 
@@ -120,14 +120,14 @@ async def completion_request(
     service: Service, body: CompletionBody, headers: Mapping[str, str], size: int
 ) -> ClientRequest:
     """Prepare a completion, whose body has `size` bytes."""
-    adapter, model = await _target(service, body)
-    return await _prepared(service, adapter, size, partial(_completion, service, body, headers, adapter, model))
+    adapter, model = await target(service, body)
+    return await prepared(service, adapter, size, partial(_completion, service, body, headers, adapter, model))
 
 
 def _completion(
     service: Service, body: CompletionBody, headers: Mapping[str, str], adapter: str | None, model: str
 ) -> ClientRequest:
-    _refuse_unserved(body)
+    refuse_unserved(body)
     if body.suffix:
         raise BadRequest("suffix is not supported: the models served here do not fill in the middle", "suffix")
     add_special = body.add_special_tokens if body.add_special_tokens is not None else True
@@ -141,24 +141,18 @@ def _completion(
     prompt_logprobs = body.prompt_logprobs
     if body.echo and body.logprobs is not None:
         prompt_logprobs = max(body.logprobs, prompt_logprobs or 0)
-    max_tokens = 16 if (asked := _max_tokens(body)) is None else asked
+    max_tokens = 16 if (asked := max_tokens_of(body)) is None else asked
     if max_tokens == 0 and (not body.echo or body.logprobs is None):
         raise BadRequest("max_tokens is 0, which is allowed only with echo and logprobs", "max_tokens")
     logprobs = {"logprobs": body.logprobs, "prompt_logprobs": prompt_logprobs}
-    requests = _requests(service, body, headers, adapter, prompts, max_tokens, logprobs)
-    return _client_request("cmpl", body, model, requests, texts)
+    requests = engine_requests(service, body, headers, adapter, prompts, max_tokens, logprobs)
+    return client_request("cmpl", body, model, requests, texts)
 
 
-async def chat_request(service: Service, body: ChatBody, headers: Mapping[str, str], size: int) -> ClientRequest:
-    """Prepare a chat completion, whose body has `size` bytes."""
-    adapter, model = await _target(service, body)
-    return await _prepared(service, adapter, size, partial(_chat, service, body, headers, adapter, model))
-
-
-async def _prepared(
+async def prepared(
     service: Service, adapter: str | None, size: int, prepare: Callable[[], ClientRequest]
 ) -> ClientRequest:
-    """Prepare a request, and count it if it is refused."""
+    """Prepare a request whose body has `size` bytes, and count it if it is refused."""
     try:
         return await service.offload.run(size, prepare)
     except Refused as error:
@@ -166,55 +160,7 @@ async def _prepared(
         raise
 
 
-def _chat(
-    service: Service, body: ChatBody, headers: Mapping[str, str], adapter: str | None, model: str
-) -> ClientRequest:
-    _refuse_unserved(body)
-    tools = body.tools if body.tool_choice != "none" else None
-    tokens = chat_tokens(service, body.messages, tools, template_options(body), bool(body.add_special_tokens))
-    prompt = last_tokens(tokens, body.truncate_prompt_tokens)
-    max_tokens = _max_tokens(body)
-    if max_tokens is None:
-        max_tokens = max(1, service.encoder.max_model_len - len(prompt))
-    if body.tool_choice not in (None, "none", "auto"):
-        raise BadRequest("tool_choice can be none or auto; to force a form, use response_format", "tool_choice")
-    if body.top_logprobs is not None and not body.logprobs:
-        raise BadRequest("top_logprobs needs logprobs to be true", "top_logprobs")
-    logprobs = {"logprobs": (body.top_logprobs or 0) if body.logprobs else None}
-    requests = _requests(service, body, headers, adapter, [prompt], max_tokens, logprobs)
-    return _client_request("chatcmpl", body, model, requests, [None])
-
-
-def template_options(body: Any) -> dict[str, Any]:
-    """Return what the chat template is told besides messages and tools."""
-    options = dict(body.chat_template_kwargs or {})
-    check_template_options(options)
-    if body.add_generation_prompt is not None:
-        options["add_generation_prompt"] = body.add_generation_prompt
-    if body.continue_final_message:
-        if body.add_generation_prompt:
-            raise BadRequest("continue_final_message and add_generation_prompt exclude each other")
-        options |= {"continue_final_message": True, "add_generation_prompt": False}
-    if getattr(body, "reasoning_effort", None) is not None:
-        options["reasoning_effort"] = body.reasoning_effort
-    return options
-
-
-def chat_tokens(
-    service: Service,
-    messages: Sequence[Message],
-    tools: Sequence[Tool] | None,
-    options: dict[str, Any],
-    add_special_tokens: bool = False,
-) -> list[int]:
-    """Return the tokens of a conversation."""
-    service.encoder.check_messages(len(messages))
-    plain = [msgspec.to_builtins(message) for message in messages]
-    plain_tools = None if tools is None else [msgspec.to_builtins(tool) for tool in tools]
-    return service.encoder.conversation(plain, plain_tools, options, add_special_tokens)
-
-
-def _refuse_unserved(body: GenerateBody) -> None:
+def refuse_unserved(body: GenerateBody) -> None:
     if body.use_beam_search:
         raise BadRequest("use_beam_search is not supported; use n, or a lower temperature", "use_beam_search")
     if body.best_of is not None and body.best_of != (body.n or 1):
@@ -224,20 +170,21 @@ def _refuse_unserved(body: GenerateBody) -> None:
             "spaces_between_special_tokens cannot be false: the tokenizer decides", "spaces_between_special_tokens"
         )
     check_depth("metadata", body.metadata)
-    if body.request_id is not None and len(body.request_id) > _MAX_ID_CHARS:
-        raise BadRequest(f"request_id has {len(body.request_id)} characters; at most {_MAX_ID_CHARS}", "request_id")
+    for name in ("request_id", "rid", "cache_salt"):
+        if len(getattr(body, name) or "") > _MAX_ID_CHARS:
+            raise BadRequest(f"{name} has {len(getattr(body, name))} characters; at most {_MAX_ID_CHARS}", name)
 
 
-def _requests(
+def engine_requests(
     service: Service,
     body: GenerateBody,
     headers: Mapping[str, str],
     adapter: str | None,
     prompts: list[list[int]],
     max_tokens: int,
-    logprobs: dict[str, int | None],
+    changes: dict[str, Any],
 ) -> list[NewRequest]:
-    """Return the engine's requests."""
+    """Return the engine's requests; `changes` are sampling parameters that the body has by other names."""
     num_answers = 1 if body.n is None else body.n
     service.encoder.check_count(num_answers, len(prompts))
     words = service.encoder.bad_words(body.bad_words or ())
@@ -245,19 +192,20 @@ def _requests(
     return service.encoder.requests(
         (f"{key}-{index}" for index in range(num_answers * len(prompts))),
         prompts,
-        sampling_params(body, max_tokens=max_tokens, bad_words=words, **logprobs),
+        sampling_params(body, max_tokens=max_tokens, bad_words=words, **changes),
         num_answers,
         adapter=adapter,
         tenant=safety.tenant(service.engine.config.scheduler.tenant, service.keys, headers, body.user, adapter),
         priority=_priority(body),
         deadline=_deadline(body),
+        cache_salt=body.cache_salt or "",
     )
 
 
-def _client_request(
+def client_request(
     prefix: str, body: GenerateBody, model: str, requests: list[NewRequest], texts: list[str | None]
 ) -> ClientRequest:
-    name = f"{prefix}-{body.request_id or secrets.token_hex(16)}"
+    name = f"{prefix}-{body.request_id or body.rid or secrets.token_hex(16)}"
     return ClientRequest(name, int(time.time()), model, requests, 1 if body.n is None else body.n, texts)
 
 
@@ -283,53 +231,11 @@ def sampling_params(body: GenerateBody, **changes: Any) -> SamplingParams:
     values: dict[str, Any] = {"seed": secrets.randbits(62)}
     values |= {name: value for name in _SAME_NAMES if (value := getattr(body, name)) is not None}
     values |= {name: value for name, value in changes.items() if value is not None}
+    values.setdefault("grammar", constraint(body))
     if body.stop:
         values["stop"] = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
     if body.stop_token_ids:
         values["stop_token_ids"] = tuple(body.stop_token_ids)
     if body.allowed_token_ids:
         values["allowed_token_ids"] = tuple(body.allowed_token_ids)
-    return SamplingParams(grammar=_grammar(body), **values)
-
-
-def _grammar(body: GenerateBody) -> Grammar | None:
-    """Return the one constraint among the names that OpenAI, vLLM and SGLang have for them."""
-    given: dict[str, Grammar] = {}
-    for name, schema in (("guided_json", body.guided_json), ("json_schema", body.json_schema)):
-        if schema is not None:
-            given[name] = schema_grammar(name, schema)
-    for name, regex in (("guided_regex", body.guided_regex), ("regex", body.regex)):
-        if regex is not None:
-            given[name] = Grammar(regex=regex)
-    for name, text in (("guided_grammar", body.guided_grammar), ("ebnf", body.ebnf)):
-        if text is not None:
-            given[name] = Grammar(lark=text)
-    if body.guided_choice is not None:
-        given["guided_choice"] = Grammar(choice=tuple(body.guided_choice))
-    if (output := body.structured_outputs) is not None:
-        if output.json is not None:
-            given["structured_outputs.json"] = schema_grammar("structured_outputs", output.json)
-        if output.regex is not None:
-            given["structured_outputs.regex"] = Grammar(regex=output.regex)
-        if output.grammar is not None:
-            given["structured_outputs.grammar"] = Grammar(lark=output.grammar)
-        if output.choice is not None:
-            given["structured_outputs.choice"] = Grammar(choice=tuple(output.choice))
-        if output.json_object:
-            given["structured_outputs.json_object"] = Grammar(json_object=True)
-    if (form := _format_grammar(body)) is not None:
-        given["response_format"] = form
-    if len(given) > 1:
-        raise BadRequest(f"only one constraint is possible; given: {', '.join(given)}")
-    return next(iter(given.values()), None)
-
-
-def _format_grammar(body: GenerateBody) -> Grammar | None:
-    form = body.response_format
-    if form is None or form.type == "text":
-        return None
-    if form.type == "json_object":
-        return Grammar(json_object=True)
-    if form.json_schema is None or form.json_schema.schema is None:
-        raise BadRequest("response_format of type json_schema needs json_schema.schema", "response_format")
-    return schema_grammar("response_format", form.json_schema.schema)
+    return SamplingParams(**values)

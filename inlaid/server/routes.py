@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from inlaid.server import admin, info, native
-from inlaid.server.completions import chat_completions, completions
+from inlaid.server.chat import chat_completions
+from inlaid.server.completions import completions
 from inlaid.server.protocol.admin import AdapterList, LoadAdapterBody, SchedulerBody, UnloadAdapterBody
+from inlaid.server.protocol.chat import ChatBody, ChatChunk, ChatCompletion
 from inlaid.server.protocol.info import (
     DetokenizeBody,
     Detokenized,
@@ -17,7 +19,7 @@ from inlaid.server.protocol.info import (
     Tokens,
     Version,
 )
-from inlaid.server.protocol.openai import ChatBody, ChatChunk, ChatCompletion, Completion, CompletionBody
+from inlaid.server.protocol.openai import Completion, CompletionBody
 from inlaid.server.protocol.sglang import Generation, LoadResult, ModelSummary, NativeBody, ServerInfo
 from inlaid.server.route import Guard, Route
 

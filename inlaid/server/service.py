@@ -19,6 +19,7 @@ from inlaid.server.state import ServerState
 from inlaid.server.watcher import Watcher
 from inlaid.text.encoder import RequestEncoder
 from inlaid.text.tokenizer import Tokenizer
+from inlaid.text.tools.answer import ModelForms
 from inlaid.worker.client import EngineClient
 
 _MIN_BODY_BYTES = 2 * 2**20
@@ -32,6 +33,7 @@ class Service:
     config: ServerConfig
     engine: EngineClient
     encoder: RequestEncoder
+    forms: ModelForms
     metrics: Metrics
     keys: Keys
     folders: AllowedFolders

@@ -30,6 +30,7 @@ from inlaid.server.state import KeptAdapter, ServerState, restore
 from inlaid.server.watcher import Watcher
 from inlaid.text.encoder import RequestEncoder
 from inlaid.text.tokenizer import Tokenizer
+from inlaid.text.tools.answer import ModelForms
 from inlaid.worker import logs
 from inlaid.worker.build import process_age
 from inlaid.worker.checks import check_settings
@@ -84,6 +85,7 @@ async def make_service(
             config.max_prompts,
             engine_config.scheduler.max_num_seqs,
         ),
+        forms=ModelForms.of(tokenizer.template.source, config.tool_call_parser, config.reasoning_parser),
         metrics=Metrics(model_name, config.max_metric_adapters),
         keys=keys,
         folders=folders,

@@ -117,6 +117,7 @@ class RequestEncoder:
         tenant: str = "",
         priority: int = 0,
         deadline: float | None = None,
+        cache_salt: str = "",
     ) -> list[NewRequest]:
         """Return the engine's requests for n answers to each prompt, prompt by prompt."""
         self.check_count(n, len(prompts))
@@ -134,6 +135,7 @@ class RequestEncoder:
                 tenant=tenant,
                 priority=priority,
                 deadline=deadline,
+                cache_salt=cache_salt,
             )
             for prompt in prompts
             for one in sampling

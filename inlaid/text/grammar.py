@@ -20,6 +20,7 @@ from inlaid.engine.request import Grammar
 from inlaid.text.params import check_grammar
 
 _MAX_COMPILED = 256
+_WHITE_SPACE = r"[ ]?|\r?\n[ \t]{0,32}"  # between two marks of JSON: a blank, or a new line and its indentation
 _TOO_MUCH = "the constraint is more than the grammar library can take: make it smaller or simpler"
 
 
@@ -149,9 +150,9 @@ def _source(matcher_class: Any, grammar: Grammar) -> str:
         raise _refused(f"a constraint has exactly one of {names}; got {given}")
     check_grammar(grammar)
     if grammar.json_object:
-        return str(matcher_class.grammar_from_json_schema('{"type": "object"}'))
+        return str(matcher_class.grammar_from_json_schema(_written('{"type": "object"}')))
     if grammar.json_schema is not None:
-        return str(matcher_class.grammar_from_json_schema(_checked_json(grammar.json_schema)))
+        return str(matcher_class.grammar_from_json_schema(_written(grammar.json_schema)))
     if grammar.regex is not None:
         return str(matcher_class.grammar_from_regex(grammar.regex))
     if grammar.lark is not None:
@@ -170,12 +171,20 @@ def _as_lark(text: str) -> str:
         raise _refused(f"the grammar is neither Lark nor GBNF: {error}") from error
 
 
-def _checked_json(schema: str) -> str:
+def _written(schema: str) -> str:
+    """Return a schema that says how much white space its JSON may have: a model must not fill the answer with it."""
     try:
-        json.loads(schema)
+        decoded = json.loads(schema)
     except (ValueError, RecursionError) as error:
         raise _refused(f"the schema is not valid JSON: {error}") from error
-    return schema
+    if decoded is True:
+        decoded = {}
+    if not isinstance(decoded, dict):
+        return schema
+    how = decoded.get("x-guidance", {})
+    if isinstance(how, dict) and not {"whitespace_pattern", "whitespace_flexible"} & how.keys():
+        decoded["x-guidance"] = {**how, "whitespace_pattern": _WHITE_SPACE}
+    return json.dumps(decoded)
 
 
 def _without_padding(file: Path) -> str:

@@ -23,6 +23,7 @@ MAX_BIASES = 2048
 MAX_BAD_WORDS = 1024  # each word has up to two spellings
 MAX_BAD_WORD_CHARS = 65_536  # of all bad words together
 MAX_GRAMMAR_CHARS = 200_000
+_HOW = "x-guidance"  # where a schema says how its JSON is written
 
 # name: (least, most); both allowed
 RANGES: Mapping[str, tuple[float, float]] = MappingProxyType(
@@ -104,10 +105,26 @@ def check_grammar(grammar: Grammar) -> None:
         raise Refused(Refusal(f"the constraint is longer than {MAX_GRAMMAR_CHARS} characters"))
 
 
-def schema_grammar(name: str, schema: str | dict[str, Any]) -> Grammar:
-    """Return the constraint to a JSON schema, given as text or decoded."""
+def schema_grammar(name: str, schema: str | dict[str, Any], white_space: str | None = None) -> Grammar:
+    """Return the constraint to a JSON schema, given as text or decoded. `white_space` is the pattern of what may stand
+    between two marks of the JSON; empty: nothing; None: the grammar's default, or what the schema says itself."""
     check_depth(name, schema)
+    if white_space is not None:
+        schema = {**_decoded(name, schema), _HOW: _written(white_space)}
     return Grammar(json_schema=schema if isinstance(schema, str) else msgspec.json.encode(schema).decode())
+
+
+def _written(white_space: str) -> dict[str, Any]:
+    return {"whitespace_pattern": white_space} if white_space else {"whitespace_flexible": False}
+
+
+def _decoded(name: str, schema: str | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(schema, dict):
+        return schema
+    try:
+        return msgspec.json.decode(schema, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise _refused(name, f"{name} is not a JSON schema that is an object: {error}") from error
 
 
 def answer_params(params: SamplingParams, answer: int) -> SamplingParams:

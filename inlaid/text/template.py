@@ -26,6 +26,12 @@ class ChatTemplate:
             model.chat_template = replacement
 
     @property
+    def source(self) -> str:
+        """The text of the template, or of all where a model has several."""
+        template = self._model.chat_template
+        return "\n".join(template.values()) if isinstance(template, dict) else template or ""
+
+    @property
     def exists(self) -> bool:
         """Tell whether there is a template at all."""
         return self._model.chat_template is not None
@@ -66,10 +72,15 @@ def content_text(content: str | Sequence[dict[str, Any]] | None) -> str:
     """Return a message's content as one text."""
     if content is None or isinstance(content, str):
         return content or ""
-    for part in content:
-        if "text" not in part:
-            raise _refused(f"a message has a part of type {part.get('type')!r}; only text is served here")
-    return "\n".join(part["text"] for part in content)
+    return "\n".join(map(_part_text, content))
+
+
+def _part_text(part: dict[str, Any]) -> str:
+    text = part.get("refusal" if part.get("type") == "refusal" else "text")
+    if not isinstance(text, str) or part.get("type", "text") not in ("text", "refusal"):
+        served = "these models read text only: describe it in words"
+        raise _refused(f"a message has a part of type {part.get('type')!r}; {served}")
+    return text
 
 
 def _plain_call(call: dict[str, Any]) -> dict[str, Any]:

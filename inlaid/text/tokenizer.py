@@ -29,6 +29,8 @@ class Tokenizer:
         self._anchor = (self.encode("a", False) or [0])[-1]
         self._anchor_text = self.decode([self._anchor], False)
         self._texts: dict[int, str] = {}
+        added = self._fast.get_added_tokens_decoder().values()
+        self._special = frozenset(token.content for token in added if token.special)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of a text. Other threads go on meanwhile, however long it is: without the offsets of
@@ -41,6 +43,10 @@ class Tokenizer:
         """Return the text of token ids."""
         text: str = self._fast.decode(ids, skip_special_tokens=skip_special_tokens)
         return text
+
+    def is_special(self, text: str) -> bool:
+        """Tell whether a text is one special token, which decoding leaves out."""
+        return text in self._special
 
     def token_text(self, token: int) -> str:
         """Return one token's own text, spaces and special tokens included."""

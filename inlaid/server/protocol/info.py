@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from inlaid.server.protocol.admin import AdapterState
 from inlaid.server.protocol.base import Body, Payload
-from inlaid.server.protocol.openai import Message, Tool
+from inlaid.server.protocol.chat import Message, Tool
 
 
 class ModelCard(Payload, kw_only=True):

@@ -1,4 +1,4 @@
-"""OpenAI's completions and chat completions, with what vLLM and SGLang add to them."""
+"""OpenAI's completions, and the fields that chat completions share, with what vLLM and SGLang add to them."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ class JsonSchemaFormat(Body, frozen=True, kw_only=True):
 class ResponseFormat(Body, frozen=True, kw_only=True):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
+    schema: dict[str, Any] | None = None  # of json_object, as llama.cpp's clients send it
 
 
 class StructuredOutputs(Body, frozen=True, kw_only=True):
@@ -53,6 +54,11 @@ class StructuredOutputs(Body, frozen=True, kw_only=True):
     choice: list[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
+    whitespace_pattern: str | None = None
+    disable_any_whitespace: bool | None = None
+    # no effect
+    disable_fallback: bool | None = None
+    disable_additional_properties: Literal[False] | None = None
 
 
 class GenerateBody(Body, frozen=True, kw_only=True):
@@ -91,6 +97,7 @@ class GenerateBody(Body, frozen=True, kw_only=True):
     guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
+    guided_whitespace_pattern: str | None = None
     guided_grammar: Annotated[str, Meta(description="Lark, or GBNF")] | None = None
     regex: str | None = None  # SGLang's guided_regex
     json_schema: str | None = None  # SGLang's guided_json
@@ -98,8 +105,11 @@ class GenerateBody(Body, frozen=True, kw_only=True):
     user: str | None = None
     priority: int | None = None
     request_id: str | None = None
+    rid: str | None = None  # SGLang's request_id
+    cache_salt: Annotated[str, Meta(description="apart from other salts, no prefix is shared")] | None = None
     deadline: Annotated[float, Meta(description="seconds from now to have the answer in")] | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     add_special_tokens: bool | None = None
     # no effect
     store: bool | None = None
@@ -107,9 +117,15 @@ class GenerateBody(Body, frozen=True, kw_only=True):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    length_penalty: float | None = None  # of beam search
+    kv_transfer_params: dict[str, Any] | None = None
+    vllm_xargs: dict[str, Any] | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
     guided_decoding_backend: str | None = None
     # one value only
     use_beam_search: bool | None = None
+    detokenize: Literal[True] | None = None
 
 
 class CompletionBody(GenerateBody, frozen=True, kw_only=True):
@@ -117,71 +133,6 @@ class CompletionBody(GenerateBody, frozen=True, kw_only=True):
     echo: bool | None = None
     logprobs: int | None = None
     suffix: str | None = None
-
-
-class ContentPart(Body, frozen=True, kw_only=True):
-    type: Literal["text"]
-    text: str
-
-
-class FunctionCall(Body, frozen=True, kw_only=True):
-    name: str
-    arguments: str
-
-
-class ToolCall(Body, frozen=True, kw_only=True):
-    id: str
-    type: Literal["function"] = "function"
-    function: FunctionCall
-    index: int | None = None
-
-
-class Message(Body, frozen=True, kw_only=True):
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[ContentPart] | None = None
-    name: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
-    reasoning_content: str | None = None
-    refusal: str | None = None
-    annotations: list[Any] | None = None  # SDKs send answers back with these
-    audio: None = None
-    function_call: None = None
-
-
-class FunctionDefinition(Body, frozen=True, kw_only=True):
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(Body, frozen=True, kw_only=True):
-    type: Literal["function"]
-    function: FunctionDefinition
-
-
-class NamedFunction(Body, frozen=True, kw_only=True):
-    name: str
-
-
-class NamedTool(Body, frozen=True, kw_only=True):
-    type: Literal["function"]
-    function: NamedFunction
-
-
-class ChatBody(GenerateBody, frozen=True, kw_only=True):
-    messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_ITEMS)]
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    reasoning_effort: str | None = None
-    modalities: list[Literal["text"]] | None = None
-    parallel_tool_calls: bool | None = None  # no effect: the model's text is not parsed for calls
 
 
 class CachedTokens(Payload, kw_only=True):
@@ -230,68 +181,4 @@ class Completion(Payload, kw_only=True):
     created: int
     model: str
     choices: list[CompletionChoice]
-    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
-
-
-class TopLogprob(Payload, kw_only=True):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class ChatLogprob(TopLogprob, kw_only=True):
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(Payload, kw_only=True):
-    content: list[ChatLogprob]
-    refusal: None = None
-
-
-class ChatMessage(Payload, kw_only=True):
-    role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: None = None
-
-
-class ChatChoice(Payload, kw_only=True):
-    index: int
-    message: ChatMessage
-    logprobs: ChatLogprobs | None = None
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None
-    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
-
-
-class ChatCompletion(Payload, kw_only=True):
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-    prompt_logprobs: PromptLogprobs | None = None
-    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
-
-
-class Delta(Payload, kw_only=True):
-    role: Literal["assistant"] | msgspec.UnsetType = msgspec.UNSET
-    content: str | msgspec.UnsetType = msgspec.UNSET
-
-
-class ChunkChoice(Payload, kw_only=True):
-    index: int
-    delta: Delta
-    logprobs: ChatLogprobs | None = None
-    finish_reason: str | None = None
-    stop_reason: str | int | msgspec.UnsetType | None = msgspec.UNSET
-    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
-
-
-class ChatChunk(Payload, kw_only=True):
-    id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    choices: list[ChunkChoice]
     usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
