@@ -75,8 +75,12 @@ run_tests() {
     fi
     "$python" -m ruff check .
     "$python" -m ruff format --check .
-    "$python" -m mypy
-    exec "$python" -m pytest -n 2 --dist loadfile -q
+    local types failed=0
+    "$python" -m mypy & # on one core beside the tests' start; its errors fail the run at the end
+    types=$!
+    "$python" -m pytest -n 2 --dist loadfile -q || failed=$?
+    wait "$types" || failed=$?
+    return "$failed"
 }
 
 command=${1:-install}

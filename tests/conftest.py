@@ -20,7 +20,15 @@ if not torch.cuda.is_available():
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="the whole form of tests that have a short one (an hour)")
+    parser.addoption("--long", action="store_true", help="also the long form of tests that have a short one")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what is marked long, unless the run is."""
+    if not config.getoption("--long"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="a long form, of which another test is the short one: --long"))
 
 
 @pytest.fixture(scope="session")

@@ -60,7 +60,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("aggregation", ["mean", "minimax-loss"])
-def test_incremental_equals_full_bit_for_bit(tmp_path: Path, world: World, aggregation: str) -> None:
+def test_incremental_equals_full_bit_for_bit(tmp_path: Path, world: World, aggregation: str, long: bool) -> None:
     settings = replace(SETTINGS, aggregation=aggregation)
     quantize(world.base, world.pick("a", "b", "c"), settings, tmp_path / "full", gate=ANYWAY)
     full = weights(tmp_path / "full")
@@ -71,6 +71,8 @@ def test_incremental_equals_full_bit_for_bit(tmp_path: Path, world: World, aggre
     add_task(tmp_path / "added", world.tasks["b"], gate=ANYWAY)
     assert weights(tmp_path / "added") == full
 
+    if aggregation == "minimax-loss" and not long:  # thirty seconds; the order of changes is the mean's to test
+        return
     quantize(world.base, world.pick("d", "b"), settings, tmp_path / "other", gate=ANYWAY)
     add_task(tmp_path / "other", world.tasks["c"], gate=ANYWAY)
     add_task(tmp_path / "other", world.tasks["a"], gate=ANYWAY)
@@ -132,7 +134,7 @@ def test_what_other_readers_find(tmp_path: Path, world: World) -> None:
     assert not list((tmp_path / "out").glob(".*"))
 
 
-@pytest.mark.parametrize("aggregation", ["mean", "minimax-loss"])
+@pytest.mark.parametrize("aggregation", ["mean", pytest.param("minimax-loss", marks=pytest.mark.long)])
 def test_sequential_mode(tmp_path: Path, world: World, aggregation: str) -> None:
     settings = replace(SETTINGS, grid=Grid(2, 32), sequential=True, aggregation=aggregation)
     quantize(world.base, world.pick("a", "b"), settings, tmp_path / "one", gate=ANYWAY)

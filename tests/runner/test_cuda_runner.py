@@ -171,7 +171,16 @@ def test_tokens_are_the_same_in_unified_memory(bench: Bench) -> None:
     assert engine.scheduler.pool.num_lent > 0
 
 
-@pytest.mark.parametrize(("mode", "patient"), [*((mode, False) for mode in MODES), (CPU_ASSIST, True)])
+LONG_ON_CPU = pytest.mark.long if DEVICE.type == "cpu" else pytest.mark.gpu  # twenty seconds each in the interpreter
+
+
+@pytest.mark.parametrize(
+    ("mode", "patient"),
+    [
+        *(pytest.param(mode, False, marks=() if mode in (PIPELINED, CPU_ASSIST) else LONG_ON_CPU) for mode in MODES),
+        pytest.param(CPU_ASSIST, True, marks=LONG_ON_CPU),
+    ],
+)
 def test_adapters_that_are_still_coming(bench: Bench, mode: str, patient: bool) -> None:
     """Tokens are the same in every mode: prompts start before their adapters are whole, on the lane of a device or
     of a test, and what has not landed is waited for there or computed by two threads from the host's copy; or, where
@@ -340,7 +349,7 @@ class Offering(DenseLinear):
         out_PTN[2] = torch.where(two, torch.nan, whole / 4)
 
 
-@pytest.mark.parametrize("most", [2, 256])
+@pytest.mark.parametrize("most", [2, pytest.param(256, marks=LONG_ON_CPU)])
 def test_linears_before_a_norm_may_leave_parts(bench: Bench, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of some numbers of rows, or of all, are split; with biases, adapters at once and pending, log
     probabilities of a prompt, and the last block's product before the head."""
