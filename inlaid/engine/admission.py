@@ -231,6 +231,7 @@ class Admission:
         state, request, now = self.state, progress.request, self.state.view.now
         state.pool.share(hits)
         request.blocks = hits + state.pool.allocate(state.blocks_for(len(request.tokens)) - len(hits))
+        progress.shares_prefix = bool(hits)
         progress.num_computed = len(hits) * state.pool.block_size
         request.status = Status.RUNNING
         progress.overtaken_since = progress.aside_since = None

@@ -34,7 +34,7 @@ class Delivery:
                 served.append(request)
                 logprobs = None if token.logprobs is None else [token.logprobs]
                 outputs.append(Output(id=request.id, tokens=[token.token], logprobs=logprobs))
-            elif request.status is not finished:
+            elif request.status is not finished and request.id not in result.not_finite:
                 outputs += self._take(self._state.progress[request.id], work, token, result, now)
         self._state.ledger.charge_outputs(served)
         return outputs

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from inlaid.engine.account import Account
 from inlaid.engine.progress import Progress
-from inlaid.engine.refusal import Refusal
+from inlaid.engine.refusal import Refusal, RefusalKind
 from inlaid.engine.request import FinishReason, Output, Status
 from inlaid.engine.state import State
 
@@ -63,6 +63,24 @@ class Endings:
         """End a request for a reason that is not in its tokens. Its Output comes with the next step's."""
         self.close(progress, reason)
         self._outputs.append(Output(id=progress.request.id, tokens=[], finish_reason=reason, refusal=refusal))
+
+    def end_not_finite(self, progress: Progress) -> bool:
+        """End a request whose logits are not finite. One that uses KV of another request may not be at fault: it waits
+        again, to compute all its KV itself. Return True for such a one."""
+        request, again = progress.request, progress.shares_prefix
+        if request.status is Status.WAITING:  # preempted since the step began
+            progress.uncached, progress.num_pending = True, 0
+            return False
+        self._state.prefix.withdraw(progress)
+        if again:
+            progress.uncached = True
+            self.preempt(progress)
+            progress.num_pending = 0  # what steps in flight bring it is void too
+        else:
+            who = "the base" if request.adapter is None else f"adapter {request.adapter_name!r}"
+            text = f"{who} computes numbers for this text that are not finite: it overflows the compute type"
+            self.end_early(progress, FinishReason.ERROR, Refusal(text, RefusalKind.FAULT))
+        return again
 
     def refuse(self, progress: Progress, refusal: Refusal) -> None:
         """End a request that was just taken out of the queue."""

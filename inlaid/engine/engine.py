@@ -108,6 +108,11 @@ class Engine:
                 self._discard(following[1])
             outputs = self._recover(batch, error)
             return outputs + (self._recover(following[0], None) if following is not None else [])
+        again = self.scheduler.end_not_finite(result.not_finite)
+        if again and (following := self._pending) is not None:
+            self._pending = None
+            self._discard(following[1])  # it went on with a token that there is not
+            return self._commit(batch, result) + self._recover(following[0], None)
         return self._commit(batch, result)
 
     def _commit(self, batch: Batch, result: StepResult) -> list[Output]:
@@ -137,8 +142,9 @@ class Engine:
         for work, fault in recovered.failed:
             self.scheduler.end_failed(work.request, f"the step failed: {type(fault).__name__}: {fault}")
         rest = replace(batch, works=tuple(recovered.works))
+        self.scheduler.end_not_finite(recovered.not_finite)
         if recovered.works:
-            return self._commit(rest, recovered.result)
+            return self._commit(rest, replace(recovered.result, not_finite=tuple(recovered.not_finite)))
         self.num_failures_in_a_row += bool(recovered.failed)
         return self.scheduler.commit(rest, recovered.result, self.clock())
 

@@ -148,6 +148,12 @@ class BlockPool:
                 key_of[block] = key
                 block_of[key] = block
 
+    def withdraw(self, blocks: Iterable[int]) -> None:
+        """Drop the names of blocks that requests hold; their KV is not to be shared any more."""
+        for block in blocks:
+            if self._key_of[block] is not None:
+                self._forget(block)
+
     def match(self, keys: Sequence[Key]) -> list[int]:
         """Return the blocks of the longest known prefix of keys; not referenced yet, see share."""
         found: list[int] = []

@@ -18,7 +18,8 @@ class PrefixCache:
     def match(self, progress: Progress) -> list[int]:
         """Return the blocks of the longest cached prefix; the last token is always left to compute, for its logits."""
         request = progress.request
-        if not self._config.enable_prefix_caching or progress.prompt_logprobs is not None:
+        scored = progress.prompt_logprobs is not None
+        if not self._config.enable_prefix_caching or scored or progress.uncached:
             return []
         self._extend_keys(progress)
         return self._pool.match(progress.block_keys[: (len(request.tokens) - 1) // self._pool.block_size])
@@ -38,6 +39,11 @@ class PrefixCache:
             tenant = request.tenant if self._config.isolate_tenants else ""
             progress.root = root_key(self.base_version, request.adapter, tenant, request.cache_salt)
         extend_keys(progress.block_keys, progress.root, request.tokens, self._pool.block_size)
+
+    def withdraw(self, progress: Progress) -> None:
+        """Take back what a running request has published, and what it shares: no other request shall use it."""
+        progress.prefilled = False  # what it computed since is not published either
+        self._pool.withdraw(progress.request.blocks)
 
     def forget(self, progress: Progress) -> None:
         """Drop the names of a request's blocks, as the base version they belong to is no longer served."""

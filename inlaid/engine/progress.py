@@ -31,6 +31,8 @@ class Progress:
     num_reserved: int = 0  # blocks that its admission counted on, those to come included
     prefilled: bool = False  # since it runs, everything before its newest token has been computed
     num_pending: int = 0  # tokens that steps in flight still bring it after a preemption
+    shares_prefix: bool = False  # since it runs, it uses KV that another request computed
+    uncached: bool = False  # it computes all its KV itself: with KV of others its logits were not finite
     num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
     first_scheduled: float | None = None
     first_token: float | None = None

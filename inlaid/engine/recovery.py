@@ -20,6 +20,7 @@ class Recovered:
     works: list[Work] = field(default_factory=list)
     result: StepResult = field(default_factory=lambda: StepResult([]))
     failed: list[tuple[Work, Exception]] = field(default_factory=list)
+    not_finite: list[str] = field(default_factory=list)
 
 
 class _Runs:
@@ -60,6 +61,7 @@ class _Runs:
         self.recovered.works += works
         self.recovered.result.sampled.extend(result.sampled)
         self.recovered.result.prompt_logprobs.update(result.prompt_logprobs)
+        self.recovered.not_finite += result.not_finite
 
 
 def recover(runner: Runner, batch: Batch, works: Sequence[Work], error: Exception | None) -> Recovered:

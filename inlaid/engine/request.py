@@ -182,7 +182,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, gc=False):
 
 
 class Sampled(msgspec.Struct, frozen=True, gc=False):
-    """One sampled token, for one Work with `samples`, in the batch's order."""
+    """One sampled token, for one Work with `samples`, in the batch's order; it means nothing in `not_finite`."""
 
     token: int
     logprobs: TokenLogprobs | None = None
@@ -193,6 +193,7 @@ class StepResult:
     sampled: list[Sampled]  # one per Work with samples=True, in order
     # request id -> logprobs of prompt positions start+1 .. start+num_tokens computed by this step
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+    not_finite: tuple[str, ...] = ()  # ids of requests whose logits are not finite: what the step brought them is void
 
 
 class Runner(Protocol):

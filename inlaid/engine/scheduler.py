@@ -216,6 +216,13 @@ class Scheduler:
         progress = self.state.progress[request.id]
         self.endings.end_early(progress, FinishReason.ERROR, Refusal(message, RefusalKind.FAULT))
 
+    def end_not_finite(self, request_ids: Collection[str]) -> bool:
+        """End requests whose logits are not finite, each alone. Return True if a running one is to be computed again:
+        then no step in flight may hold it."""
+        found = [self.state.progress[request_id] for request_id in request_ids if request_id in self.state.progress]
+        again = [self.endings.end_not_finite(progress) for progress in found]
+        return any(again)
+
     def _end_step(self, batch: Batch, now: float) -> None:
         seconds = self.state.steps.end(batch.step, now)
         pace = self.view.seconds_per_step

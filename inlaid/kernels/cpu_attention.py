@@ -6,6 +6,7 @@ size, G, C].
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -27,13 +28,15 @@ class _AttentionPlan:
     """The blocks that the decodes read, each longer query's share, and masks by window.
 
     `gathered` holds the decodes' keys and values by cache, [S, G, decode_len, C]; `newest` is the place of the latest
-    token in them."""
+    token in them. `stale` lists, as (rows, lanes), the lanes of each decode's last block behind its context: what a
+    former owner left there is zeroed, since a mask multiplies, and 0 x NaN is NaN."""
 
     decode_blocks: torch.Tensor | None
     decode_len: int
     gathered: dict[int, torch.Tensor]
     newest: tuple[torch.Tensor, torch.Tensor] | None
     chunks: list[_Chunk]
+    stale: tuple[torch.Tensor, torch.Tensor] | None = None
     decode_masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
 
@@ -77,7 +80,8 @@ class CpuAttention:
             num_blocks = -(-longest // size) if longest else 0
             blocks = _wider(step.block_tables[:decodes], num_blocks + _SPARE_BLOCKS) if decodes else None
             width = (num_blocks + _SPARE_BLOCKS) * size
-            self._last = _AttentionPlan(blocks, width, {}, None, chunks)
+            stale = _behind(sequences.context_lens[:decodes], size, step.positions_T.device)
+            self._last = _AttentionPlan(blocks, width, {}, None, chunks, stale)
         step.attention_plan = self._last
 
     def attend(
@@ -117,6 +121,15 @@ def _wider(table_SB: torch.Tensor, num_blocks: int) -> torch.Tensor:
     return table_SB.reshape(-1)
 
 
+def _behind(lens: Sequence[int], size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return the lanes between the end of each context and the end of its last block, as rows and lanes."""
+    pairs = [(row, lane) for row, length in enumerate(lens) for lane in range(length, -(-length // size) * size)]
+    if not pairs:
+        return None
+    rows, lanes = torch.tensor(pairs, device=device).t()
+    return rows, lanes
+
+
 def _gathered(plan: _AttentionPlan, cache: torch.Tensor, newest_slots_S: torch.Tensor) -> torch.Tensor:
     """Return the decodes' keys or values side by side: kept from the step before and extended, or read anew."""
     key = cache.data_ptr()
@@ -128,6 +141,9 @@ def _gathered(plan: _AttentionPlan, cache: torch.Tensor, newest_slots_S: torch.T
     assert plan.decode_blocks is not None
     read = cache.index_select(0, plan.decode_blocks).view(newest_slots_S.shape[0], plan.decode_len, *cache.shape[2:])
     read = read.transpose(1, 2).contiguous()
+    if plan.stale is not None:
+        rows, lanes = plan.stale
+        read[rows, :, lanes] = 0.0
     if read.nbytes <= _MOST_KEPT:
         plan.gathered[key] = read
     return read

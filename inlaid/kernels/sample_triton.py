@@ -182,7 +182,7 @@ def _best_kernel(
 
     keys, positions: int32 [L], the key of the request's noise and the position of the token being drawn. floors, lasts:
     those of `_threshold_kernel`. values: fp32 [L, BLOCKS], the best scores. places: int32 [L, BLOCKS], the first token
-    with that score. Scores that are not a number lose to all others."""
+    with that score. Logits that are not a number count as infinite."""
     line = tl.program_id(0)
     block = tl.program_id(1)
     v = block * BLOCK + tl.arange(0, BLOCK)
@@ -196,6 +196,7 @@ def _best_kernel(
         noise = _gumbel(tl.load(keys + line).to(tl.uint32), tl.load(positions + line).to(tl.uint32), v)
         kept = (key > floor) | ((key == floor) & (v <= last))
         score = tl.where(kept, score / heat + noise, float("-inf"))
+    score = tl.where(x == x, score, float("inf"))
     score = tl.where((v < V) & (score == score), score, float("-inf"))
     best = tl.max(score, axis=0)
     place = tl.min(tl.where(score == best, v, V), axis=0)
@@ -206,6 +207,7 @@ def _best_kernel(
 @triton.jit
 def _pick_kernel(values, places, rows, last, tokens, BLOCKS, V, PAD: tl.constexpr):
     """Take the best of the blocks' best, the first in the vocabulary among equals: tokens[l] and last[rows[l]].
+    Where it is infinite the line has no token: tokens[l] is -1 (NOT_FINITE), and last any token that there is.
     Grid: (L,).
 
     values, places: those of `_best_kernel`. rows: int32 [L], where `last` int32 [R] keeps each sequence's newest token.
@@ -217,7 +219,7 @@ def _pick_kernel(values, places, rows, last, tokens, BLOCKS, V, PAD: tl.constexp
     best = tl.max(value, axis=0)
     token = tl.min(tl.where((value == best) & (b < BLOCKS), place, V), axis=0)
     token = tl.minimum(token, V - 1)
-    tl.store(tokens + line, token)
+    tl.store(tokens + line, tl.where(best < float("inf"), token, -1))
     tl.store(last + tl.load(rows + line), token)
 
 

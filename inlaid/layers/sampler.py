@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+NOT_FINITE = -1  # the token of a row whose logits hold NaN or infinity; the kernels of a GPU write it too
+
 _MASK32 = 0xFFFFFFFF
 
 
@@ -88,7 +90,8 @@ class Logprobs:
 
 
 def sample(logits_SV: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor, Logprobs | None]:
-    """Return token ids [S] and the log probabilities of batch.logprob_rows; overwrite the logits."""
+    """Return token ids [S] and the log probabilities of batch.logprob_rows; overwrite the logits. A row whose logits
+    hold NaN or infinity has the token NOT_FINITE."""
     raw_LV = None if batch.logprob_rows is None else logits_SV.index_select(0, batch.logprob_rows)
     if batch.grammar is not None:
         _forbid(logits_SV, batch.grammar)
@@ -97,12 +100,14 @@ def sample(logits_SV: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor,
         logits_SV.index_put_(index, batch.bias.values, accumulate=True)
     if batch.penalties is not None:
         _penalize(logits_SV, batch.penalties)
-    tokens_S = logits_SV.argmax(dim=-1)
+    tokens_S = logits_SV.argmax(dim=-1)  # a NaN counts as the largest
+    void_S = ~(logits_SV.gather(1, tokens_S[:, None])[:, 0] < torch.inf)
     if batch.noise is not None:
         tokens_S.index_copy_(0, batch.noise.rows, _draw(logits_SV, batch.noise, batch.truncation))
-    if raw_LV is None or batch.logprob_rows is None:
-        return tokens_S, None
-    return tokens_S, logprobs(raw_LV, tokens_S.index_select(0, batch.logprob_rows), batch.num_top)
+    made = None
+    if raw_LV is not None and batch.logprob_rows is not None:
+        made = logprobs(raw_LV, tokens_S.index_select(0, batch.logprob_rows), batch.num_top)
+    return tokens_S.masked_fill_(void_S, NOT_FINITE), made
 
 
 def logprobs(logits_LV: torch.Tensor, tokens_L: torch.Tensor, num_top: int) -> Logprobs:

@@ -38,7 +38,7 @@ from inlaid.runner.graphs import Graphs
 from inlaid.runner.layout import ALIGNMENT, Layouts
 from inlaid.runner.memory import count_blocks
 from inlaid.runner.rows import Rows
-from inlaid.runner.sampling import SamplingState, is_penalized, to_sampled
+from inlaid.runner.sampling import SamplingState, is_penalized, not_finite, to_sampled
 from inlaid.runner.staging import StagedStep, Staging
 from inlaid.runner.unified import floor_blocks, unify
 
@@ -171,7 +171,8 @@ class CudaRunner:
         sampled: list[Any] = [None] * len(made)
         for place, one in zip(ticket.order, made, strict=True):
             sampled[place] = one
-        return StepResult(sampled, ticket.prompt_logprobs)
+        void = not_finite(ticket.works, made, ticket.prompt_logprobs)
+        return StepResult(sampled, ticket.prompt_logprobs, void)
 
     def _compute(self, step: StagedStep, stage: int) -> Ticket:
         """Replay the step's graph, or run it kernel by kernel where it has none or wants more than tokens."""
@@ -240,7 +241,7 @@ class CudaRunner:
         tokens_S, logprobs = sampler.sample(self.step.logits(len(works)).float(), batch)
         self.step.sampled[: len(works)].copy_(tokens_S)
         rows = torch.from_numpy(np.array([self.rows.of[work.request.id] for work in works])).to(self.device)
-        self.step.newest.index_copy_(0, rows, tokens_S.to(torch.int32))
+        self.step.newest.index_copy_(0, rows, tokens_S.clamp_min(0).to(torch.int32))  # the next step may read it
         return logprobs
 
     def _unseen_tokens(self, works: Sequence[Work]) -> Mapping[str, int]:
@@ -251,7 +252,7 @@ class CudaRunner:
             return {}
         previous.wait()
         tokens = previous.tokens.tolist()
-        found = {work.request.id: token for work, token in zip(previous.works, tokens, strict=True)}
+        found = {work.request.id: max(0, token) for work, token in zip(previous.works, tokens, strict=True)}
         return {w.request.id: found[w.request.id] for w in works if _in_flight(w) and w.request.id in found}
 
     def _send_tables(self, step: StagedStep, host: torch.Tensor) -> None:

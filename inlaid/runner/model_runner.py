@@ -17,7 +17,7 @@ from inlaid.kernels.context import ALL_ADAPTERS, NO_ADAPTERS, OnHost, StepContex
 from inlaid.kernels.workspace import FreshMemory
 from inlaid.layers import sampler
 from inlaid.model.transformer import Transformer, new_cache
-from inlaid.runner.sampling import SamplingState, to_sampled
+from inlaid.runner.sampling import SamplingState, not_finite, to_sampled
 from inlaid.runner.unified import Unified
 
 
@@ -73,7 +73,7 @@ class ModelRunner:
         prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
         if any(work.request.params.prompt_logprobs is not None for work in works):
             prompt_logprobs = self.sampling.prompt_logprobs(model, works, model.hidden(last, memory))
-        return StepResult(sampled, prompt_logprobs)
+        return StepResult(sampled, prompt_logprobs, not_finite(sampling, sampled, prompt_logprobs))
 
     def context(self, works: Sequence[Work]) -> StepContext:
         """Return the step's metadata on the device and on the host."""

@@ -5,6 +5,7 @@ Each runner keeps one `SamplingState`.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -15,7 +16,7 @@ import torch
 from inlaid.engine.request import Request, Sampled, SamplingParams, TokenLogprobs, Work
 from inlaid.kernels.workspace import FreshMemory
 from inlaid.layers import sampler
-from inlaid.layers.sampler import SamplingBatch, seed_key
+from inlaid.layers.sampler import NOT_FINITE, SamplingBatch, seed_key
 from inlaid.model.transformer import Transformer
 from inlaid.text.grammar import completing, token_bits
 
@@ -223,6 +224,15 @@ def to_sampled(works: Sequence[Work], tokens_S: torch.Tensor, logprobs: sampler.
     chosen = [tokens[row] for row, count in wanted if count is not None]
     made = iter(_to_host(chosen, logprobs, counts))
     return [Sampled(tokens[row], None if count is None else next(made)) for row, count in wanted]
+
+
+def not_finite(
+    works: Sequence[Work], sampled: Sequence[Sampled], prompt_logprobs: Mapping[str, Sequence[TokenLogprobs]]
+) -> tuple[str, ...]:
+    """Return the ids of the requests, among those that sampled or were scored, whose logits are not finite."""
+    found = [work.request.id for work, one in zip(works, sampled, strict=True) if one.token == NOT_FINITE]
+    found += [name for name, listed in prompt_logprobs.items() if any(math.isnan(item.logprob) for item in listed)]
+    return tuple(dict.fromkeys(found))
 
 
 def _to_host(tokens: list[int], logprobs: sampler.Logprobs, counts: list[int]) -> list[TokenLogprobs]:

@@ -50,6 +50,7 @@ class FakeRunner:
     fail_submit: set[int] = field(default_factory=set)
     fail_collect: set[int] = field(default_factory=set)
     poison: dict[str, str] = field(default_factory=dict)  # request -> where it fails: submit or collect
+    void: dict[str, int] = field(default_factory=dict)  # request -> how often its logits are not finite
     kv: dict[tuple[int, int], int] = field(default_factory=dict)
     last: dict[str, int] = field(default_factory=dict)
     batches: list[Batch] = field(default_factory=list)
@@ -66,7 +67,9 @@ class FakeRunner:
         if batch.step in self.fail_submit:
             raise RuntimeError("the device said no")
         self._fail_on(batch, "submit")
-        result = StepResult([])
+        void = tuple(w.request.id for w in batch.works if w.samples and self.void.get(w.request.id, 0) > 0)
+        self.void.update({name: self.void[name] - 1 for name in void})
+        result = StepResult([], not_finite=void)
         for work in batch.works:
             contexts = self._write(work.request, work.start, work.num_tokens)
             if work.samples:

@@ -56,6 +56,45 @@ def test_steps_that_keep_failing_are_counted() -> None:
     assert bench.engine.num_failures == 3
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_row_that_is_not_finite_ends_alone_and_shares_nothing(overlap: bool) -> None:
+    bench = Bench(overlap=overlap, block_size=4)
+    bench.runner.void["bad"] = 1
+    prompt = list(range(10, 22))
+    bench.add("bad", prompt, "a", max_tokens=8)
+    bench.add("other", [8, 9], "b", max_tokens=8)
+    bench.run().check_all()
+    assert bench.ends["bad"].finish_reason is FinishReason.ERROR
+    assert bench.tokens["bad"] == []
+    assert "adapter 'a' computes numbers" in bench.ends["bad"].refusal.message
+    bench.add("same", prompt, "a", max_tokens=4)
+    bench.run().check_all()
+    assert bench.firsts["same"].num_cached == 0, "the blocks of a request that failed were shared"
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_row_that_is_not_finite_on_shared_blocks_is_computed_again_without(overlap: bool) -> None:
+    bench = Bench(overlap=overlap, block_size=4)
+    prompt = list(range(10, 22))
+    bench.add("first", prompt, "a", max_tokens=4)
+    bench.run()
+    bench.add("other", [8, 9], "b", max_tokens=20, ignore_eos=True)
+    for steps in (0, 3):  # at its first token, and in the middle of its answer
+        name = f"second{steps}"
+        bench.add(name, [*prompt, 9], "a", max_tokens=12, ignore_eos=True)
+        for _ in range(steps):
+            bench.step()
+        bench.runner.void[name] = 1
+        bench.run().check_all()
+        assert bench.firsts[name].num_cached == 12
+        assert bench.scheduler.num_preemptions == 1 + bool(steps)
+    bench.runner.void["third"] = 4
+    bench.add("third", [*prompt, 8], "a", max_tokens=8)
+    bench.run()
+    assert bench.ends["third"].finish_reason is FinishReason.ERROR
+    bench.engine.scheduler.check_whole()
+
+
 def test_idle_says_whether_there_was_anything_to_compute() -> None:
     bench = Bench(adapters=FakeAdapters(("a",), load=3))
     bench.add("r", [1], "a", max_tokens=1)

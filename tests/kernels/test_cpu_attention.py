@@ -69,3 +69,22 @@ def test_decodes_that_go_on_read_what_they_kept() -> None:
         fresh.plan(anew, MEMORY)
         got = kept.attend(q, cache, None, step, MEMORY)
         torch.testing.assert_close(got, fresh.attend(q, cache, None, anew, MEMORY))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_what_a_former_owner_left_behind_a_context_is_never_multiplied(window: int | None) -> None:
+    torch.manual_seed(0)
+    lens = (1, 4, 6)
+    table = torch.tensor([[1, 0], [2, 0], [3, 4]], dtype=torch.int32)
+    clean = [torch.randn(5, 4, 2, 8) for _ in "kv"]
+    dirty = [pages.clone() for pages in clean]
+    for pages in (*clean, *dirty):
+        pages[0] = 0.0  # the scratch block, which nobody writes on a CPU
+    for pages in dirty:
+        pages[1, 1:] = pages[4, 2:] = math.nan
+    q, outputs = torch.randn(3, 4, 8), []
+    for pages in (clean, dirty):
+        step, attention = make_step((0,) * 3, (1,) * 3, lens, table), CpuAttention()
+        attention.plan(step, MEMORY)
+        outputs.append(attention.attend(q, (pages[0], pages[1]), window, step, MEMORY))
+    assert torch.equal(*outputs)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from inlaid.layers.sampler import (
+    NOT_FINITE,
     Coordinates,
     GrammarMask,
     Noise,
@@ -36,6 +37,17 @@ def test_greedy_is_the_most_likely() -> None:
     tokens, logprobs = sample(logits.clone(), SamplingBatch())
     assert torch.equal(tokens, logits.argmax(-1))
     assert logprobs is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_row_that_is_not_finite_has_no_token_and_leaves_the_others_alone(value: float) -> None:
+    logits = torch.randn(3, VOCAB)
+    logits[1, 5] = value
+    batch = SamplingBatch(noise=noise_of(2), logprob_rows=torch.arange(3), num_top=1)
+    clean = logits.nan_to_num(0, 0)
+    tokens, _ = sample(logits, batch)
+    assert tokens[1] == NOT_FINITE
+    assert tokens[[0, 2]].tolist() == sample(clean, batch)[0][[0, 2]].tolist()
 
 
 def test_draws_follow_the_distribution() -> None:
