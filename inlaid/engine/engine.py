@@ -15,10 +15,10 @@ from typing import Any
 
 from inlaid.config import EngineConfig, SchedulerConfig
 from inlaid.engine.control import change, describe, fairness
-from inlaid.engine.kv_cache import BlockPool
+from inlaid.engine.kv_cache import SCRATCH, BlockPool
 from inlaid.engine.policy import Lengths, MaxTokens
 from inlaid.engine.predictor import Predictor
-from inlaid.engine.recovery import recover
+from inlaid.engine.recovery import PROBE, probe, recover
 from inlaid.engine.refusal import Refusal, Refused
 from inlaid.engine.request import Batch, FinishReason, Grammar, NewRequest, Output, Request, Runner, StepResult
 from inlaid.engine.residency import AdapterDirectory, NoAdapters
@@ -147,6 +147,25 @@ class Engine:
             return self._commit(rest, replace(recovered.result, not_finite=tuple(recovered.not_finite)))
         self.num_failures_in_a_row += bool(recovered.failed)
         return self.scheduler.commit(rest, recovered.result, self.clock())
+
+    def probe(self) -> Exception | None:
+        """Look whether the device works, after steps that failed on each of their requests; return why it does not.
+        While a step is in flight, that step will tell."""
+        scheduler = self.scheduler
+        if self._pending is not None:
+            return None
+        block = scheduler.pool.take() if scheduler.pool.num_available else SCRATCH
+        fault = probe(self.runner, block)
+        if block != SCRATCH:
+            scheduler.pool.free([block])
+        scheduler.endings.released.append(PROBE)
+        if fault is None:
+            log.warning(
+                "%d steps in a row failed; the device works, so their requests were at fault",
+                self.num_failures_in_a_row,
+            )
+            self.num_failures_in_a_row = 0
+        return fault
 
     def close(self) -> None:
         """Save the predictor if the configuration names a file for it."""

@@ -27,6 +27,8 @@ class Borrower(Protocol):
         ...
 
 
+SCRATCH = 0  # the block of padding rows
+
 Key = bytes  # 128 bits: two different prefixes never meet in practice, so content is not compared again
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from inlaid.engine.request import Batch, Runner, StepResult, Work
+from inlaid.engine.account import Account
+from inlaid.engine.request import Batch, Request, Runner, SamplingParams, Status, StepResult, Work
 
+PROBE = "probe"  # the id of the request that `probe` runs
 MAX_RUNS = 64  # in one recovery; then what is left counts as failed, since the device may be the one at fault
 
 
@@ -76,3 +78,28 @@ def recover(runner: Runner, batch: Batch, works: Sequence[Work], error: Exceptio
     else:
         runs.halve(works, error)
     return runs.recovered
+
+
+def probe(runner: Runner, block: int) -> Exception | None:
+    """Compute one token of the base on a block of its own, and return why that failed, if it did.
+
+    It tells a device that is broken from requests that each fail alone. The next batch must name PROBE as released.
+    """
+    request = Request(
+        id=PROBE,
+        prompt=[0],
+        params=SamplingParams(max_tokens=1, temperature=0.0),
+        adapter=None,
+        adapter_name=None,
+        account=Account("", 0),
+        arrival=0.0,
+        tokens=[0],
+        blocks=[block],
+        status=Status.RUNNING,
+        limit=2,
+    )
+    try:
+        runner.collect(runner.submit(Batch(0, (Work(request, 0, 1, True),), (PROBE,))))
+    except Exception as error:  # noqa: BLE001 - whatever the device raises
+        return error
+    return None

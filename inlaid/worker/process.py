@@ -30,7 +30,7 @@ from inlaid.worker.threads import Threads
 log = logging.getLogger("inlaid.engine")
 
 _PAUSE = 0.001  # seconds between looks at what is loading, when there is nothing to compute
-_MAX_FAILURES = 8  # steps that fail in a row before the process gives up
+_MAX_FAILURES = 8  # steps that fail in a row before the process looks whether the device still works
 _READ_SIZE = 1 << 20
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _GRACE = 3.0  # seconds from the other end's closing to the end of this process, whatever it is doing
@@ -110,8 +110,9 @@ class EngineProcess:
             if outputs:
                 self._send(messages.Outputs(outputs=outputs))
             self._calls.report_unloaded()
-            if engine.num_failures_in_a_row >= _MAX_FAILURES:
-                self._send(messages.Fatal(message=f"{_MAX_FAILURES} steps in a row failed; see the log"))
+            if engine.num_failures_in_a_row >= _MAX_FAILURES and (fault := engine.probe()) is not None:
+                text = f"{_MAX_FAILURES} steps in a row failed, and then one of a single token ({fault}); see the log"
+                self._send(messages.Fatal(message=text))
                 return 1
 
     def _receive(self, pause: float | None) -> bool:

@@ -24,16 +24,23 @@ ENVIRONMENT = {"PYTHONPATH": str(Path(__file__).parents[2])}
 FAULTY = [40]  # this prompt makes add raise what nobody expects
 FAULTY_WINDOW = 41.5  # this window makes fairness answer what cannot be sent
 STUCK = [42]  # this prompt holds the interpreter's lock for ever in the middle of a step
+FAILING = [43]  # this prompt makes the step fail that it is in
+BROKEN = [44]  # and this one all steps from then on
 DEADLY = [41]  # this prompt ends the process in the middle of a step
 BLOCKS = 64
 
 
 class _Runner(FakeRunner):
+    broken = False
+
     def submit(self, batch: Batch) -> Any:
         if any(work.request.prompt == STUCK for work in batch.works):
             ctypes.PyDLL(None).pause()
         if any(work.request.prompt == DEADLY for work in batch.works):
             os._exit(7)
+        self.broken = self.broken or any(work.request.prompt == BROKEN for work in batch.works)
+        if self.broken or any(work.request.prompt == FAILING for work in batch.works):
+            raise IndexError("a fault")
         return super().submit(batch)
 
 

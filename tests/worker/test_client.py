@@ -21,7 +21,7 @@ from inlaid.worker.client import EngineClient
 from inlaid.worker.errors import EngineDead, EngineError, RequestTimeout
 from inlaid.worker.link import Link
 from tests.engine.fake_runner import generate
-from tests.worker.fake_engine import DEADLY, ENVIRONMENT, FACTORY, FAULTY, FAULTY_WINDOW
+from tests.worker.fake_engine import BROKEN, DEADLY, ENVIRONMENT, FACTORY, FAILING, FAULTY, FAULTY_WINDOW
 
 LONG = SamplingParams(max_tokens=800, ignore_eos=True, temperature=0.0)
 
@@ -241,6 +241,28 @@ def test_death_fails_what_is_in_flight_and_the_process_comes_back(tmp_path: Path
             assert sorted(engine.adapters) == ["kept", "loaded"]
             answer = await tokens(engine, NewRequest(id="again", prompt=[5], adapter="loaded"))
             assert answer == generate([5], "loaded", 16)
+
+    asyncio.run(main())
+
+
+def test_requests_that_fail_alone_are_no_failing_engine() -> None:
+    async def main() -> None:
+        async with running() as engine:
+            first = engine.process_id
+            for number in range(20):
+                with pytest.raises(EngineError, match="IndexError: a fault"):
+                    await tokens(engine, NewRequest(id=f"failing-{number}", prompt=FAILING))
+            assert engine.process_id == first
+            assert await tokens(engine, NewRequest(id="fine", prompt=[5])) == generate([5], None, 16)
+            for number in range(8):
+                with pytest.raises(EngineError, match="IndexError: a fault"):
+                    await tokens(engine, NewRequest(id=f"broken-{number}", prompt=BROKEN))
+
+            async def back() -> bool:
+                return engine.num_restarts == 1 and engine.ready
+
+            await until(back)
+            assert await tokens(engine, NewRequest(id="again", prompt=[5])) == generate([5], None, 16)
 
     asyncio.run(main())
 
