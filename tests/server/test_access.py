@@ -12,7 +12,9 @@ ASK = {"model": "maths", "prompt": "a secret", "max_tokens": 3, "temperature": 0
 
 def line_of(server: Live, pattern: str) -> str:
     """Return the last line of the log that matches, once there is one."""
+    end = time.monotonic() + 30
     while not (found := [line for line in server.log if re.search(pattern, line)]):
+        assert time.monotonic() < end, f"no line matches {pattern}; the last: {list(server.log)[-3:]}"
         time.sleep(0.01)
     return found[-1]
 
@@ -40,7 +42,7 @@ def test_a_refusal_is_a_line_with_its_reason(server: Live) -> None:
 
 def test_changes_are_lines(server: Live) -> None:
     assert server.admin("PUT", "/v1/scheduler", {"max_num_waiting": 77}).status == 200
-    line_of(server, "INFO the scheduler is changed max_num_waiting=77$")
+    line_of(server, 'INFO the scheduler is changed by="admin key, 127.0.0.1" max_num_waiting=77$')
     assert server.admin("PUT", "/v1/scheduler", {"max_num_waiting": 4096}).status == 200
     body = {"lora_name": "logged", "lora_path": "velar"}
     assert server.admin("POST", "/v1/load_lora_adapter", body).status == 200
