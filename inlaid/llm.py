@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from inlaid.config import EngineConfig, from_dict
 from inlaid.engine.engine import Engine
-from inlaid.engine.refusal import Refused
+from inlaid.engine.refusal import Refusal, RefusalKind, Refused
 from inlaid.engine.request import FinishReason, NewRequest, Output, SamplingParams
 from inlaid.text.encoder import RequestEncoder
 from inlaid.text.stream import Answer, Piece, TextStream
@@ -20,6 +21,8 @@ from inlaid.text.tokenizer import Tokenizer
 from inlaid.worker.build import build_engine
 
 Conversation = Sequence[Message]
+Inbox = deque[tuple[str, Piece | Refusal]]  # what has come for a request, by its id
+_UNKNOWN_FAILURE = Refusal("the request failed in the engine", RefusalKind.FAULT)
 _PAUSE = 0.001  # seconds, while adapters load and there is nothing to compute
 
 
@@ -45,8 +48,10 @@ class LLM:
         self.engine: Engine = self._loaded.engine
         self.tokenizer = Tokenizer(self._loaded.model.folder)
         served = self._loaded.model
-        self._encoder = RequestEncoder(self.tokenizer, served.vocab_size, served.max_model_len)
-        self._ids = map(str, itertools.count())
+        self.encoder = RequestEncoder(self.tokenizer, served.vocab_size, served.max_model_len)
+        self.block_size = served.block_size
+        self.requests = RequestLoop(self.engine, self.tokenizer)
+        self.ids = map(str, itertools.count())
 
     @property
     def adapters(self) -> list[str]:
@@ -92,7 +97,7 @@ class LLM:
         """Return an answer to one conversation or several, each a list of messages; see generate. `template` is what
         the chat template is told beside them."""
         listed: Any = [conversations] if conversations and isinstance(conversations[0], dict) else conversations
-        prompts = [self._encoder.conversation(one, **_options(template)) for one in listed]
+        prompts = [self.encoder.conversation(one, **_options(template)) for one in listed]
         return self.generate(prompts, params, adapter, progress)
 
     def stream(
@@ -103,7 +108,7 @@ class LLM:
             yield piece
 
     def _tokens(self, prompt: str | Sequence[int]) -> list[int]:
-        return self._encoder.text(prompt) if isinstance(prompt, str) else self._encoder.tokens(list(prompt))
+        return self.encoder.text(prompt) if isinstance(prompt, str) else self.encoder.tokens(list(prompt))
 
     def _requests(
         self,
@@ -119,49 +124,76 @@ class LLM:
         return [
             request
             for tokens, sampling, name in zip(prompts, each, adapters, strict=True)
-            for request in self._encoder.requests(self._ids, [tokens], sampling, adapter=name)
+            for request in self.encoder.requests(self.ids, [tokens], sampling, adapter=name)
         ]
 
     def _run(self, requests: Sequence[NewRequest]) -> Iterator[tuple[str, Piece]]:
         """Step until all have ended. Requests that are left when the caller goes away are aborted."""
-        streams = {r.id: TextStream(self.tokenizer, r.prompt, r.params) for r in requests}
         waiting = list(reversed(requests))
+        running: set[str] = set()
+        inbox: Inbox = deque()
         try:
-            while streams:
-                self._submit(waiting)
-                for output in self.engine.step():
-                    if output.id in streams:
-                        yield output.id, self._take(streams, output)
-                if self.engine.idle and streams:
-                    time.sleep(_PAUSE)
+            while waiting or running:
+                while waiting and self.requests.add(waiting[-1], inbox):
+                    running.add(waiting.pop().id)
+                self.requests.step()
+                while inbox:
+                    request_id, piece = inbox.popleft()
+                    if isinstance(piece, Refusal):
+                        raise GenerationError(piece.message)
+                    if piece.finish_reason is not None:
+                        running.discard(request_id)
+                    yield request_id, piece
         finally:
-            self._abort(streams)
+            for request_id in running:
+                self.requests.abort(request_id)
 
-    def _submit(self, waiting: list[NewRequest]) -> None:
-        """Add as many requests as the queue takes; the others wait until it has room."""
-        while waiting:
-            try:
-                self.engine.add(waiting[-1])
-            except Refused as error:
-                if error.retry_after is None or not self.engine.has_work:
-                    raise
-                return
-            waiting.pop()
 
-    def _take(self, streams: dict[str, TextStream], output: Output) -> Piece:
+class RequestLoop:
+    """The engine in this process, stepped by all who have requests in it: each gets the pieces of its own."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._open: dict[str, tuple[TextStream, Inbox]] = {}
+
+    def add(self, request: NewRequest, inbox: Inbox) -> bool:
+        """Queue a request whose pieces, or whose failure, go to an inbox. Return False if the queue is full: try again
+        after a step. Refused: the request can never be served."""
+        try:
+            self._engine.add(request)
+        except Refused as error:
+            if error.retry_after is None or not self._engine.has_work:
+                raise
+            return False
+        self._open[request.id] = (TextStream(self._tokenizer, request.prompt, request.params), inbox)
+        return True
+
+    def step(self) -> None:
+        """Take one turn of the engine."""
+        for output in self._engine.step():
+            if output.id in self._open:
+                self._deliver(output)
+        if self._engine.idle and self._open:
+            time.sleep(_PAUSE)
+
+    def abort(self, request_id: str) -> None:
+        """End a request that nobody waits for any more."""
+        if self._open.pop(request_id, None) is not None:
+            self._engine.abort(request_id)
+
+    def _deliver(self, output: Output) -> None:
+        stream, inbox = self._open[output.id]
         if output.finish_reason is FinishReason.ERROR:
-            raise GenerationError(output.refusal.message if output.refusal else "the request failed in the engine")
-        stream = streams[output.id]
+            del self._open[output.id]
+            inbox.append((output.id, output.refusal or _UNKNOWN_FAILURE))
+            return
         piece = stream.take(output)
+        inbox.append((output.id, piece))
         if piece.finish_reason is not None:
-            del streams[output.id]
+            del self._open[output.id]
             if stream.stopped is not None:
-                self.engine.abort(output.id, FinishReason.STOP, stream.num_tokens)
-        return piece
-
-    def _abort(self, streams: Mapping[str, TextStream]) -> None:
-        for request_id in streams:
-            self.engine.abort(request_id)
+                self._engine.abort(output.id, FinishReason.STOP, stream.num_tokens)
 
 
 def _options(template: Mapping[str, Any]) -> dict[str, Any]:
