@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from inlaid.engine.request import SamplingParams
     from inlaid.llm import LLM
+    from inlaid.program import Program
 
 __version__ = "0.1.0"
-__all__ = ("LLM", "SamplingParams", "__version__")
+__all__ = ("LLM", "Program", "SamplingParams", "__version__")
 
 
 def __getattr__(name: str) -> Any:
@@ -18,6 +19,10 @@ def __getattr__(name: str) -> Any:
         from inlaid.llm import LLM
 
         return LLM
+    if name == "Program":
+        from inlaid.program import Program
+
+        return Program
     if name == "SamplingParams":
         from inlaid.engine.request import SamplingParams
 

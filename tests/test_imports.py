@@ -23,7 +23,7 @@ HOUSES = ("inlaid", "eval", "perf", "data", "models")
 GROUND = {"config", "checkpoint", "files", "flags", "tensorfiles"}
 DEVICE = {"runner", "adapters", "model", "layers", "kernels"}
 MAY_IMPORT: dict[str, set[str]] = {
-    "__init__": {"engine", "llm"},
+    "__init__": {"engine", "llm", "program"},
     "__main__": {"cli"},
     "cli": {"engine", "llm", "server", "text", "worker"},
     "config": set(),
@@ -40,11 +40,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runner": {"engine", "text"} | DEVICE,
     "worker": {"engine", "text"} | DEVICE,
     "llm": {"engine", "text", "worker"},
+    "program": {"engine", "text"},
     "quant": {"adapters.adapter", "adapters.gate", "adapters.peft", "model.spec"},
     "report": set(),
     "workload": set(),
     "sim": {"engine", "report", "workload", "adapters.eviction", "adapters.modes"},
-    "server": {"engine", "text", "worker", "adapters"},
+    "server": {"engine", "text", "worker", "adapters", "program"},
 }
 MAY_USE = {
     "inlaid": set[str](),
@@ -53,7 +54,7 @@ MAY_USE = {
     "models": {"inlaid", "data"},
     "perf": {"inlaid"},
 }
-WITHOUT_TORCH = ("engine", "sim", "report", "workload")
+WITHOUT_TORCH = ("engine", "program", "sim", "report", "workload")
 
 # What the package of an extra is called when it is imported, where that is not its own name.
 MODULES = {"humming-kernels": "humming", "rouge-score": "rouge_score"}
