@@ -209,6 +209,15 @@ class ServerConfig:
     port: int = option(8000, "port to listen on; 0: any free one", least=0, most=65535)
     served_model_name: str | None = option(None, "the base model's name in the API; default: its folder's name")
     chat_template: str | None = option(None, "file with a chat template that replaces the model's")
+    strict_requests: bool = option(
+        False,
+        "refuse unknown fields in requests, and numbers written as text, instead of ignoring the ones with a "
+        "warning and reading the others",
+    )
+    max_stored_responses: int = option(
+        1000, "most answers of /v1/responses kept for previous_response_id; the oldest go first; 0: none"
+    )
+    profile_dir: str = option("", "folder for the traces of /start_profile and /stop_profile; empty: profiles are off")
     tool_call_parser: str = option(
         "auto",
         "the form in which the model writes tool calls; auto: what its chat template writes, none: calls stay text",

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from aiohttp import web
 
@@ -17,6 +18,8 @@ from inlaid.worker import logs
 
 log = logging.getLogger(__name__)
 
+# A request's warnings, for its answer, which begins when its note is gone. Older releases of aiohttp have names only.
+_WARNINGS: Any = web.RequestKey("warnings", tuple) if hasattr(web, "RequestKey") else "warnings"
 _CLIENT_LEFT = 499  # nginx's number for it
 _MAX_PROMPT_CHARS = 1000
 
@@ -40,7 +43,20 @@ NOTES: web.AppKey[dict[asyncio.Protocol, _Note]] = web.AppKey("notes", dict)  # 
 def note_client(request: web.Request, client: ClientRequest) -> ClientRequest:
     """Remember what a request asks for, and return it."""
     request.app[NOTES][request.protocol].client = client
+    if client.hint:
+        warn_client(request, client.hint)
     return client
+
+
+def warn_client(request: web.Request, text: str) -> None:
+    """Have the answer carry a warning: one line of ASCII."""
+    request[_WARNINGS] = (*request.get(_WARNINGS, ()), text)
+
+
+async def add_warnings(request: web.Request, response: web.StreamResponse) -> None:
+    """Add the warnings to an answer, before that begins."""
+    for text in request.get(_WARNINGS, ()):
+        response.headers.add("Warning", f'299 inlaid "{text}"')
 
 
 def note_error(request: web.Request, message: str) -> None:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
 
 import msgspec
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from inlaid.server.access import NOTES, logged, note_error, note_route
+from inlaid.server.access import NOTES, add_warnings, logged, note_error, note_route, warn_client
 from inlaid.server.cors import allow_origins
-from inlaid.server.errors import BrokenBody, TooSlow, Unavailable, reported, response, undecodable
-from inlaid.server.openapi import document
+from inlaid.server.decoding import BodyDecoder, warning
+from inlaid.server.errors import BrokenBody, TooSlow, Unavailable, no_such_path, reported, response, undecodable
+from inlaid.server.openapi import document, plain_path
 from inlaid.server.route import Guard, Route
 from inlaid.server.routes import ROUTES
 from inlaid.server.service import SERVICE, Service
+
+log = logging.getLogger(__name__)
+
+_MAX_LOGGED = 1000  # unknown fields; later ones are told to the client alone
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -28,21 +32,25 @@ def make_app(service: Service) -> web.Application:
     app[SERVICE] = service
     app[NOTES] = {}
     for route in ROUTES:
-        app.router.add_route(route.method, route.path, _served(route))
+        handler = _served(route, service.config.strict_requests)
+        app.router.add_route(route.method, route.path, handler)
+        if route.method == "GET":
+            app.router.add_route("HEAD", route.path, handler)
     description = msgspec.json.encode(document(ROUTES))
 
     async def openapi(request: web.Request) -> web.Response:
         return web.Response(body=description, content_type="application/json")
 
     app.router.add_get("/openapi.json", openapi)
+    app.on_response_prepare.append(add_warnings)
     if service.config.allowed_origins:
         allow_origins(app, service.config.allowed_origins)
     return app
 
 
-def _served(route: Route) -> Handler:
+def _served(route: Route, strict: bool) -> Handler:
     """Return a route's handler with its guard and its body's decoder around it."""
-    decoder = None if route.body is None else msgspec.json.Decoder(route.body)
+    decoder = None if route.body is None else BodyDecoder(route.body, strict or not route.lenient)
 
     async def handle(request: web.Request) -> web.StreamResponse:
         service = request.app[SERVICE]
@@ -61,15 +69,27 @@ def _served(route: Route) -> Handler:
     return handle
 
 
-async def _call(route: Route, decoder: msgspec.json.Decoder[Any] | None, request: web.Request) -> web.StreamResponse:
+async def _call(route: Route, decoder: BodyDecoder | None, request: web.Request) -> web.StreamResponse:
     if decoder is None:
         return await route.handler(request)
     data = await _body(request)
     try:
-        body = await request.app[SERVICE].offload.run(len(data), decoder.decode, data)
+        body, ignored = await request.app[SERVICE].offload.run(len(data), decoder.decode, data)
     except msgspec.DecodeError as error:
         raise undecodable(error, data) from error
+    if ignored:
+        _report_ignored(request, route, ignored)
     return await route.handler(request, body)
+
+
+def _report_ignored(request: web.Request, route: Route, ignored: list[str]) -> None:
+    """Name fields that were left out: to the client in a header of the answer, and once each in the log."""
+    warn_client(request, warning(ignored))
+    logged = request.app[SERVICE].ignored_fields
+    fresh = [name for name in ignored if f"{route.path} {name}" not in logged]
+    if fresh and len(logged) < _MAX_LOGGED:
+        logged.update(f"{route.path} {name}" for name in fresh)
+        log.warning("%s: unknown fields are ignored: %s", route.path, ascii(", ".join(fresh)[:1000]))
 
 
 async def _body(request: web.Request) -> bytes:
@@ -107,8 +127,10 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         raise  # the client has left: nobody reads an answer, and aiohttp ends the connection
     except Exception as error:  # noqa: BLE001 - a defect is logged
         known = reported(error, f"{request.method} {request.path}")
+        if isinstance(error, web.HTTPNotFound):
+            known = no_such_path(request.path, {plain_path(route) for route in ROUTES})
         note_error(request, known.message)
-        return response(known)
+        return response(known, for_anthropic=request.path.startswith("/v1/messages"))
 
 
 def http_log() -> logging.Logger:

@@ -60,7 +60,7 @@ def _chat(
     if body.skip_special_tokens is None and any(map(service.tokenizer.is_special, form.marks)):
         changes["skip_special_tokens"] = False  # the marks have to be seen
     requests = engine_requests(service, body, headers, adapter, [prompt], max_tokens, changes)
-    made = client_request("chatcmpl", body, model, requests, [None])
+    made = client_request(service, "chatcmpl", body, model, requests, [None])
     return replace(made, form=form)
 
 

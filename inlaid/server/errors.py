@@ -19,11 +19,13 @@ ApiError
 
 from __future__ import annotations
 
+import difflib
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
+from typing import Literal
 
 import msgspec
 from aiohttp import web
@@ -32,6 +34,8 @@ from inlaid.engine.refusal import Refusal, RefusalKind, Refused
 from inlaid.worker.errors import EngineDead, EngineError, RequestTimeout
 
 log = logging.getLogger(__name__)
+
+_MAX_PATH = 200  # characters of a path that are compared with the known ones
 
 # Half a surrogate pair without the other half: msgspec calls that truncated when the text ends there.
 _HALF = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])")
@@ -50,6 +54,13 @@ class ErrorResponse(msgspec.Struct, frozen=True):
     error: ErrorBody
 
 
+class AnthropicError(msgspec.Struct, frozen=True):
+    """The body of an error of /v1/messages."""
+
+    error: ErrorBody
+    type: Literal["error"] = "error"
+
+
 class ApiError(Exception):
     """An answer that is an error."""
 
@@ -65,11 +76,18 @@ class ApiError(Exception):
         self.param = param
         self.code = code or self.code
         self.retry_after = retry_after
+        self.headers: Mapping[str, str] = {}
 
     @property
     def body(self) -> ErrorResponse:
         """The JSON form."""
         return ErrorResponse(ErrorBody(self.message, self.kind, self.param, self.code))
+
+    @property
+    def anthropic_body(self) -> AnthropicError:
+        """The JSON form in Anthropic's shape."""
+        kind = "api_error" if self.kind == "server_error" else self.kind
+        return AnthropicError(ErrorBody(self.message, kind, self.param, self.code))
 
 
 class BadRequest(ApiError):
@@ -137,15 +155,18 @@ _OF_KIND: Mapping[RefusalKind, tuple[type[ApiError], str | None, str | None]] = 
 )
 
 
-def response(error: ApiError) -> web.Response:
-    """Return the answer that an error is."""
-    headers = {}
+def response(error: ApiError, for_anthropic: bool = False) -> web.Response:
+    """Return the answer that an error is, in the shape of OpenAI's or of Anthropic's API."""
+    headers = dict(error.headers)
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     answer = web.Response(
-        body=msgspec.json.encode(error.body), status=error.status, content_type="application/json", headers=headers
+        body=msgspec.json.encode(error.anthropic_body if for_anthropic else error.body),
+        status=error.status,
+        content_type="application/json",
+        headers=headers,
     )
     if isinstance(error, (TooSlow, BrokenBody)):
         answer.force_close()
@@ -168,7 +189,9 @@ def translate(error: Exception) -> ApiError | None:
         case web.HTTPRequestEntityTooLarge():
             return TooLarge("the request body is larger than this server accepts (--max-body-mib)")
         case web.HTTPMethodNotAllowed():
-            return _with_status(BadRequest(f"{error.method} is not allowed here; allowed: {_sorted(error)}"), 405)
+            refusal = _with_status(BadRequest(f"{error.method} is not allowed here; allowed: {_sorted(error)}"), 405)
+            refusal.headers = {"Allow": _sorted(error)}
+            return refusal
         case web.HTTPNotFound():
             return NotFound("no such path; GET /openapi.json lists them")
         case web.HTTPClientError():
@@ -193,11 +216,24 @@ def reported(error: Exception, what: str) -> ApiError:
     return known
 
 
+def no_such_path(path: str, known: Collection[str]) -> NotFound:
+    """Return the answer to a path that leads nowhere, with the one that was meant: base URLs end in /v1 or not."""
+    plain = path[:_MAX_PATH].rstrip("/")
+    while plain.startswith("/v1/v1/"):
+        plain = plain[3:]
+    meant = [one for one in (plain, f"/v1{plain}", plain.removeprefix("/v1")) if one in known and one != path]
+    meant += difflib.get_close_matches(plain, known, 1, 0.8)
+    hint = f"; did you mean {meant[0]}?" if meant else "; GET /openapi.json lists the paths that there are"
+    return NotFound(f"no such path{hint}")
+
+
 def undecodable(error: Exception, data: bytes = b"") -> BadRequest:
     """Return the answer to a body that is not JSON, or not of the form asked for, with the field's name."""
     if isinstance(error, RecursionError):
         return BadRequest("the body is nested too deeply")
     text = str(error)
+    if not data and "truncated" in text:
+        return BadRequest('the body is empty; send JSON, as in {"model": …, …}')
     if "surrogate" in text or ("truncated" in text and _HALF.search(data)):
         return BadRequest(r"a text has half a character: an escape from \ud800 to \udfff without its other half")
     unknown = re.search(r"unknown field `([^`]*)`", text)

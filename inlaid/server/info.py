@@ -77,7 +77,8 @@ async def models(request: web.Request) -> web.Response:
 
 async def model(request: web.Request) -> web.Response:
     """Describe one model."""
-    service, name = request.app[SERVICE], request.match_info["name"]
+    service = request.app[SERVICE]
+    name = service.names.adapter_in(request.match_info["name"])
     if name == service.names.base:
         return answer(_base_card(request))
     known = service.engine.adapters.get(name)

@@ -73,6 +73,7 @@ class ClientRequest:
     texts: list[str | None]  # of each prompt; None: it came as tokens, or was truncated
     outcome: Outcome = field(default_factory=Outcome)
     form: AnswerForm = field(default_factory=AnswerForm)  # how answers are read
+    hint: str = ""  # what the client should know about its request
 
     def prompt_of(self, index: int) -> list[int]:
         """Return the prompt's tokens of an answer."""
@@ -146,7 +147,7 @@ def _completion(
         raise BadRequest("max_tokens is 0, which is allowed only with echo and logprobs", "max_tokens")
     logprobs = {"logprobs": body.logprobs, "prompt_logprobs": prompt_logprobs}
     requests = engine_requests(service, body, headers, adapter, prompts, max_tokens, logprobs)
-    return client_request("cmpl", body, model, requests, texts)
+    return client_request(service, "cmpl", body, model, requests, texts)
 
 
 async def prepared(
@@ -203,10 +204,20 @@ def engine_requests(
 
 
 def client_request(
-    prefix: str, body: GenerateBody, model: str, requests: list[NewRequest], texts: list[str | None]
+    service: Service,
+    prefix: str,
+    body: GenerateBody,
+    model: str,
+    requests: list[NewRequest],
+    texts: list[str | None],
 ) -> ClientRequest:
+    """Return the client's request that these of the engine are."""
     name = f"{prefix}-{body.request_id or body.rid or secrets.token_hex(16)}"
-    return ClientRequest(name, int(time.time()), model, requests, 1 if body.n is None else body.n, texts)
+    num_answers, hint = 1 if body.n is None else body.n, ""
+    room = service.encoder.max_model_len - max(len(request.prompt) for request in requests)
+    if (asked := max_tokens_of(body)) is not None and asked > room:
+        hint = f"max_tokens is {asked}; the context has room for {room}"
+    return ClientRequest(name, int(time.time()), model, requests, num_answers, texts, hint=hint)
 
 
 def _priority(body: GenerateBody) -> int:

@@ -30,3 +30,8 @@ class Route:
     text: bool = False  # the answer is plain text
     query: tuple[tuple[str, str], ...] = ()  # name and JSON type
     answering: bool = False  # makes tokens: waited for when the server drains
+
+    @property
+    def lenient(self) -> bool:
+        """True where an unknown field may be left out: not where a body changes the server."""
+        return self.guard is Guard.INFERENCE

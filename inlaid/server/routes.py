@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from inlaid.server import admin, info, native
+from inlaid.server import admin, info, manners, native
 from inlaid.server.chat import chat_completions
 from inlaid.server.completions import completions
+from inlaid.server.messages import count_tokens, create_message
 from inlaid.server.protocol.admin import AdapterList, LoadAdapterBody, SchedulerBody, UnloadAdapterBody
+from inlaid.server.protocol.anthropic import CountBody, InputTokens, MadeMessage, MessageEvent, MessagesBody
 from inlaid.server.protocol.chat import ChatBody, ChatChunk, ChatCompletion
 from inlaid.server.protocol.info import (
     DetokenizeBody,
     Detokenized,
     Health,
+    Load,
     ModelCard,
     ModelList,
     TokenizeBody,
@@ -20,7 +23,9 @@ from inlaid.server.protocol.info import (
     Version,
 )
 from inlaid.server.protocol.openai import Completion, CompletionBody
+from inlaid.server.protocol.responses import DeletedResponse, Response, ResponseBody, ResponseEvent
 from inlaid.server.protocol.sglang import Generation, LoadResult, ModelSummary, NativeBody, ServerInfo
+from inlaid.server.responses import create_response, delete_response, get_response
 from inlaid.server.route import Guard, Route
 
 ROUTES = (
@@ -48,6 +53,27 @@ ROUTES = (
         answers=(Generation | list[Generation], Generation),
         answering=True,
     ),
+    Route(
+        "POST",
+        "/v1/responses",
+        create_response,
+        body=ResponseBody,
+        answers=(Response, ResponseEvent),
+        answering=True,
+    ),
+    Route("GET", "/v1/responses/{name}", get_response, answers=(Response,)),
+    Route("DELETE", "/v1/responses/{name}", delete_response, answers=(DeletedResponse,)),
+    Route(
+        "POST",
+        "/v1/messages",
+        create_message,
+        body=MessagesBody,
+        answers=(MadeMessage, MessageEvent),
+        answering=True,
+    ),
+    Route("POST", "/v1/messages/count_tokens", count_tokens, body=CountBody, answers=(InputTokens,)),
+    Route("POST", "/v1/embeddings", manners.embeddings),
+    Route("POST", "/v1/moderations", manners.moderations),
     Route("GET", "/v1/models", info.models, answers=(ModelList,)),
     Route("GET", "/v1/models/{name:.+}", info.model, answers=(ModelCard,)),
     Route("POST", "/tokenize", info.tokenize, body=TokenizeBody, answers=(Tokens,)),
@@ -60,6 +86,13 @@ ROUTES = (
     Route("GET", "/model_info", info.model_info, answers=(ModelSummary,)),
     Route("GET", "/get_server_info", native.server_info, answers=(ServerInfo,)),
     Route("GET", "/server_info", native.server_info, answers=(ServerInfo,)),
+    Route("GET", "/ping", info.health, Guard.OPEN, answers=(Health,)),
+    Route("GET", "/load", manners.load, answers=(Load,)),
+    Route("GET", "/tokenizer_info", manners.tokenizer_info, answers=(dict[str, Any],)),
+    Route("GET", "/docs", manners.docs, Guard.OPEN, text=True),
+    Route("POST", "/reset_prefix_cache", manners.reset_prefix_cache, Guard.OPERATOR, text=True),
+    Route("POST", "/start_profile", manners.start_profile, Guard.ADMIN, text=True),
+    Route("POST", "/stop_profile", manners.stop_profile, Guard.ADMIN, text=True),
     Route("POST", "/flush_cache", native.flush_cache, Guard.OPERATOR, text=True),
     Route("GET", "/metrics", info.metrics, Guard.OPEN, text=True),
     Route("GET", "/v1/adapters", admin.list_adapters, answers=(AdapterList,)),

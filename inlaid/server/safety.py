@@ -93,9 +93,9 @@ class Keys:
 
 
 def bearer(headers: Mapping[str, str]) -> str:
-    """Return the key that a request carries, or an empty string."""
+    """Return the key that a request carries, as OpenAI's or as Anthropic's clients send it, or an empty string."""
     kind, _, key = headers.get("Authorization", "").partition(" ")
-    return key.strip() if kind.lower() == "bearer" else ""
+    return key.strip() if kind.lower() == "bearer" else headers.get("x-api-key", "").strip()
 
 
 def _named(text: str) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from inlaid.server.offload import Offload, Shared
 from inlaid.server.resolver import Resolver
 from inlaid.server.safety import AllowedFolders, Keys
 from inlaid.server.state import ServerState
+from inlaid.server.stored import StoredResponses
 from inlaid.server.watcher import Watcher
 from inlaid.text.encoder import RequestEncoder
 from inlaid.text.tokenizer import Tokenizer
@@ -48,12 +49,15 @@ class Service:
     resolver: Resolver | None = None
     watchers: Sequence[Watcher] = ()
     background: Background = field(default_factory=Background)
+    responses: StoredResponses = field(init=False)
+    ignored_fields: set[str] = field(default_factory=set)  # that were logged: once each
     draining: bool = False
     num_in_flight: int = 0  # requests for answers
     num_loads: int = 0  # adapters being loaded, or waiting for that
 
     def __post_init__(self) -> None:
         self.metrics_page = Shared(self.config.metrics_interval)
+        self.responses = StoredResponses(self.config.max_stored_responses)
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -25,19 +25,29 @@ _HEADERS: Mapping[str, str] = MappingProxyType(
 )
 
 
+DONE = b"data: [DONE]\n\n"  # how streams of completions end
+
+
 def event(value: Any) -> bytes:
     """Return a value as one event."""
     return b"data: " + msgspec.json.encode(value) + b"\n\n"
 
 
-async def send(request: web.Request, events: AsyncGenerator[bytes, None], patience: float = 0.0) -> web.StreamResponse:
-    """Write events until they end. A client that reads slowly slows this down; one that goes cancels it; one that lets
-    a write wait longer than `patience` seconds (0: any) is disconnected."""
+def named_event(name: str, value: Any) -> bytes:
+    """Return a value as one event with its name on a line of its own."""
+    return b"event: " + name.encode() + b"\n" + event(value)
+
+
+async def send(
+    request: web.Request, events: AsyncGenerator[bytes, None], patience: float = 0.0, done: bytes = DONE
+) -> web.StreamResponse:
+    """Write events until they end, and then `done`. A client that reads slowly slows this down; one that goes cancels
+    it; one that lets a write wait longer than `patience` seconds (0: any) is disconnected."""
     async with aclosing(events):
         first = await anext(events)
         response = web.StreamResponse(headers=_HEADERS)
         await response.prepare(request)
-        async with aclosing(_to_the_end(request, events)) as rest:
+        async with aclosing(_to_the_end(request, events, done)) as rest:
             with (
                 suppress(OSError),
                 _Watch(request.transport, patience) as watch,
@@ -81,7 +91,9 @@ class _Watch:
             self._timer = asyncio.get_running_loop().call_later(self._patience / 2, self._look)
 
 
-async def _to_the_end(request: web.Request, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+async def _to_the_end(
+    request: web.Request, events: AsyncGenerator[bytes, None], done: bytes
+) -> AsyncGenerator[bytes, None]:
     """Yield the events, an event with the error if they fail, and the mark of the end."""
     try:
         async for data in events:
@@ -90,4 +102,4 @@ async def _to_the_end(request: web.Request, events: AsyncGenerator[bytes, None])
         known = reported(error, "a stream")
         note_error(request, known.message)
         yield event(known.body)
-    yield b"data: [DONE]\n\n"
+    yield done

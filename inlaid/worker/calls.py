@@ -15,6 +15,7 @@ from inlaid.engine.refusal import Refusal, RefusalKind, Refused
 from inlaid.worker import messages
 from inlaid.worker.build import Loaded
 from inlaid.worker.messages import AdapterInfo
+from inlaid.worker.profiling import Profiler
 from inlaid.worker.threads import Threads
 
 log = logging.getLogger("inlaid.engine")
@@ -37,12 +38,19 @@ class Queries:
 
     def __init__(self, loaded: Loaded) -> None:
         self._loaded = loaded
+        self._profiler = Profiler()
 
     def stats(self) -> dict[str, float]:
         return self._loaded.engine.stats()
 
     def flush_cache(self) -> None:
         self._loaded.engine.scheduler.pool.clear()
+
+    def start_profile(self, folder: str) -> None:
+        self._profiler.start(folder)
+
+    def stop_profile(self) -> str:
+        return self._profiler.stop()
 
     def adapters(self) -> list[AdapterInfo]:
         return self._loaded.adapters.list()

@@ -23,8 +23,14 @@ OTHERS: dict[str, list[Any]] = {
     "stop": [5, {}, [5], [""], "x" * 2000, ["x"] * 100],
     "stop_token_ids": ["a", [-1], [10**9], ["a"], {}],
     "logit_bias": [[], "a", {"a": 1}, {"-1": 1}, {"99999999": 1}, {"5": "x"}, {"5": 1000}],
-    "stream_options": [[], 1, {"include": True}, {"include_usage": "yes"}],
-    "response_format": ["json", {}, {"type": "xml"}, {"type": "json_schema"}, {"type": "json_object", "x": 1}],
+    "stream_options": [[], 1, {"include_usages": True}, {"include_usage": "yes"}],
+    "response_format": [
+        "json",
+        {},
+        {"type": "xml"},
+        {"type": "json_schema"},
+        {"type": "json_object", "json_schemas": 1},
+    ],
     "guided_regex": [5, "(", "[z-a]"],
     "guided_choice": [[], [""], "a", [1]],
     "guided_json": ["{", [], {"type": "no such type"}],
@@ -58,7 +64,7 @@ RANGES: dict[str, list[Any]] = {
 PROMPTS: list[Any] = [[], [[]], [-1], [1024], [10**18], [1, "a"], ["a", 1], [[1], "a"], [[[1]]], [True], [1.5], {}, 5,
                       None, [None], ["a"] * 17, [[1]] * 17, "word " * 2000, [5] * 1024, "x" * 200_000]  # fmt: skip
 MESSAGES: list[Any] = [[], {}, "hi", [5], [{}], [{"role": "pirate", "content": "a"}], [{"content": "a"}],
-                       [{"role": "user", "content": 5}], [{"role": "user", "content": "a", "colour": "red"}],
+                       [{"role": "user", "content": 5}], [{"role": "user", "content": "a", "tool_call": "red"}],
                        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}],
                        [{"role": "user", "content": [{"type": "text"}]}], [None],
                        [{"role": "assistant", "tool_calls": [{"id": 5}]}],
@@ -77,10 +83,10 @@ def changed(rng: random.Random, **change: Any) -> Bad:
 def wrong_type(rng: random.Random) -> Bad:
     kind = rng.randrange(3)
     if kind == 0:
-        return changed(rng, **{rng.choice(WHOLE_NUMBERS): rng.choice(["x", [], {}, 1.5, True, "5"])})
+        return changed(rng, **{rng.choice(WHOLE_NUMBERS): rng.choice(["x", [], {}, 1.5, True, "5x"])})
     if kind == 1:
-        return changed(rng, **{rng.choice(NUMBERS): rng.choice(["x", [], {}, True, "0.5"])})
-    return changed(rng, **{rng.choice(BOOLEANS): rng.choice(["true", 1, [], {}])})
+        return changed(rng, **{rng.choice(NUMBERS): rng.choice(["x", [], {}, True, "0,5"])})
+    return changed(rng, **{rng.choice(BOOLEANS): rng.choice(["truly", 2, [], {}])})
 
 
 def bad_value(rng: random.Random) -> Bad:
@@ -93,9 +99,13 @@ def absurd_number(rng: random.Random) -> Bad:
     return changed(rng, **{name: rng.choice(RANGES[name])})
 
 
-def unknown_field(rng: random.Random) -> Bad:
-    name = "".join(rng.choices("abcdefghijklmnop_é", k=rng.randint(1, 40)))
-    return changed(rng, **{f"x{name}": rng.choice([1, None, "a", {}])})
+def nearly_known_field(rng: random.Random) -> Bad:
+    name = rng.choice([*WHOLE_NUMBERS, *NUMBERS, *BOOLEANS])
+    place = rng.randrange(1, len(name) - 1)
+    swapped = name[:place] + name[place + 1] + name[place] + name[place + 2 :]
+    if len(name) < 5 or swapped == name:
+        swapped = f"{name}s" if len(name) > 4 else "max_token"
+    return changed(rng, **{swapped: rng.choice([1, None, "a", {}])})
 
 
 def bad_prompt(rng: random.Random) -> Bad:
@@ -120,10 +130,11 @@ def broken_text(rng: random.Random) -> Bad:
 
 def nested(rng: random.Random) -> Bad:
     depth = rng.choice([70, 500, 5000, 100_000])
-    name = rng.choice(["metadata", "prompt", "guided_json", "chat_template_kwargs", "tools", "stop", "logit_bias"])
+    path = rng.choice(list(PATHS))
+    more = ["prompt"] if path == "/v1/completions" else ["chat_template_kwargs", "tools"]
+    name = rng.choice(["metadata", "guided_json", "stop", "logit_bias", *more])
     open_, close = rng.choice([("[", "]"), ('{"a":', "}")])
     value = '{"a":' + open_ * depth + "1" + close * depth + "}"
-    path = rng.choice(list(PATHS))
     body = json.dumps(PATHS[path])[:-1] + f', "{name}": {value}}}'
     return "POST", path, body.encode()
 
@@ -160,7 +171,7 @@ def too_large(rng: random.Random) -> Bad:
 
 
 MAKERS: list[Callable[[random.Random], Bad]] = [
-    wrong_type, bad_value, absurd_number, unknown_field, bad_prompt, bad_messages, truncated, broken_text, nested,
+    wrong_type, bad_value, absurd_number, nearly_known_field, bad_prompt, bad_messages, truncated, broken_text, nested,
     not_an_object, wrong_place,
 ]  # fmt: skip
 

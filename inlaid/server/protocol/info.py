@@ -64,5 +64,9 @@ class Health(Payload, kw_only=True):
     background: dict[str, str] | msgspec.UnsetType = msgspec.UNSET  # the server's own tasks, and their states
 
 
+class Load(Payload, kw_only=True):
+    server_load: int
+
+
 class Version(Payload, kw_only=True):
     version: str

@@ -58,7 +58,9 @@ class StructuredOutputs(Body, frozen=True, kw_only=True):
     disable_any_whitespace: bool | None = None
     # no effect
     disable_fallback: bool | None = None
+    # one value only
     disable_additional_properties: Literal[False] | None = None
+    structural_tag: None = None
 
 
 class GenerateBody(Body, frozen=True, kw_only=True):
