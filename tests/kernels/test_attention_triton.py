@@ -9,6 +9,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install trito
 
 from inlaid.kernels import attention_triton as attention
 from inlaid.kernels import spec
+from tests.cases import spread
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE = 16
@@ -44,9 +45,18 @@ def check(out: torch.Tensor, expected: torch.Tensor) -> None:
     assert error < 2e-3, f"relative error {error:.2e}"
 
 
-@pytest.mark.parametrize("splits", [1, 4, 16])
-@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(2, 2, 128), (8, 2, 64), (3, 3, 48), (7, 1, 32)])
-@pytest.mark.parametrize("window", [0, 40])
+@pytest.mark.parametrize(
+    ("splits", "heads", "kv_heads", "width", "window"),
+    spread(
+        (
+            (splits, *shape, window)
+            for splits in (1, 4, 16)
+            for shape in [(2, 2, 128), (8, 2, 64), (3, 3, 48), (7, 1, 32)]
+            for window in (0, 40)
+        ),
+        every=5,
+    ),
+)
 def test_decode(splits: int, heads: int, kv_heads: int, width: int, window: int) -> None:
     lengths = [1, 17, 64, 131]
     k_cache, v_cache, tables = paged(lengths, kv_heads, width)

@@ -12,6 +12,7 @@ from inlaid.kernels import fused_triton as fused
 from inlaid.kernels import lora_triton as lora
 from inlaid.kernels import spec
 from inlaid.kernels.backend import HeadNorms, Parts, Site
+from tests.cases import spread
 from tests.kernels.test_lora_triton import make_adapters
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -120,8 +121,10 @@ def test_norm_adds_what_is_pending(width: int, warps: int) -> None:
     close(residual, total)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 64), (6, 2, 64), (4, 1, 48)])
-@pytest.mark.parametrize(("together", "block_r"), [(0, 16), (0, 32), (1, 16)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "together", "block_r"),
+    spread(((*h, *t) for h in [(4, 4, 64), (6, 2, 64), (4, 1, 48)] for t in [(0, 16), (0, 32), (1, 16)]), every=4),
+)
 def test_rope_adds_what_is_pending(heads: int, kv_heads: int, width: int, together: int, block_r: int) -> None:
     pended = Pended((heads * width, kv_heads * width, kv_heads * width), block_r=block_r)
     y, expanded = pended.split(5)

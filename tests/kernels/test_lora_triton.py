@@ -3,6 +3,8 @@ where there is no GPU)."""
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from hypothesis import strategies as st  # noqa: E402
 from inlaid.kernels import lora_triton as lora  # noqa: E402
 from inlaid.kernels import spec  # noqa: E402
 from inlaid.kernels.backend import AdapterPages, Site  # noqa: E402
+from tests.cases import spread  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SITES = 7
@@ -98,8 +101,10 @@ def popularity(kind: str, rows: int, adapters: int) -> np.ndarray:
     return np.where(rng.random(rows) < 0.9, 1, rng.integers(0, adapters + 1, rows)).astype(np.int32)  # skewed
 
 
-@pytest.mark.parametrize("kind", ["distinct", "uniform", "zipf", "identical", "skewed"])
-@pytest.mark.parametrize("rows", [1, 5, 33])
+@pytest.mark.parametrize(
+    ("kind", "rows"),
+    spread(product(("distinct", "uniform", "zipf", "identical", "skewed"), (1, 5, 33)), every=2),
+)
 def test_popularity(kind: str, rows: int) -> None:
     widths = (64, 32, 32)
     adapters = make_adapters([16, 8, 16, 3, 0, 24], 96, widths, site=0)
@@ -110,7 +115,7 @@ def test_popularity(kind: str, rows: int) -> None:
     assert torch.equal(y[slots == 0], before[slots == 0])
 
 
-@pytest.mark.parametrize("rank", [1, 2, 7, 8, 16, 64, 100, 256])
+@pytest.mark.parametrize("rank", spread(((rank,) for rank in (1, 2, 7, 8, 16, 64, 100, 256)), every=2))
 def test_any_rank_beside_any_other(rank: int) -> None:
     widths = (48,)
     adapters = make_adapters([rank, 1, 256, 8], 64, widths, site=3)

@@ -10,6 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install trito
 from inlaid.kernels import sample_triton, spec
 from inlaid.layers import sampler
 from inlaid.layers.sampler import NOT_FINITE
+from tests.cases import spread
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -47,22 +48,24 @@ def expected_of(logits: torch.Tensor, temperature: float, top_k: int, top_p: flo
     ]
 
 
-@pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p", "min_p"),
-    [
-        (0.0, 0, 1.0, 0.0),
-        (1.0, 0, 1.0, 0.0),
-        (0.7, 1, 1.0, 0.0),
-        (1.5, 3, 1.0, 0.0),
-        (1.0, 0, 0.5, 0.0),
-        (2.0, 0, 0.9, 0.0),
-        (1.0, 0, 1.0, 0.3),
-        (1.3, 20, 0.8, 0.01),
-        (3.0, 5, 0.99, 0.0),
-    ],
+TRUNCATIONS = (  # temperature, top_k, top_p, min_p
+    (0.0, 0, 1.0, 0.0),
+    (1.0, 0, 1.0, 0.0),
+    (0.7, 1, 1.0, 0.0),
+    (1.5, 3, 1.0, 0.0),
+    (1.0, 0, 0.5, 0.0),
+    (2.0, 0, 0.9, 0.0),
+    (1.0, 0, 1.0, 0.3),
+    (1.3, 20, 0.8, 0.01),
+    (3.0, 5, 0.99, 0.0),
 )
-@pytest.mark.parametrize("levels", [0, 6])
-def test_same_draws(temperature: float, top_k: int, top_p: float, min_p: float, levels: int) -> None:
+
+
+@pytest.mark.parametrize(
+    ("levels", "temperature", "top_k", "top_p", "min_p"),
+    spread(((levels, *truncation) for levels in (0, 6) for truncation in TRUNCATIONS), every=2),
+)
+def test_same_draws(levels: int, temperature: float, top_k: int, top_p: float, min_p: float) -> None:
     """`levels`: logits of so few values that most truncations fall among equals."""
     generator = torch.Generator().manual_seed(levels)
     logits = torch.randn(4, 4500, generator=generator) * 3
