@@ -4,6 +4,7 @@ requests are batched, chunked, preempted or helped by the prefix cache."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from inlaid.adapters.adapter import AdapterError
 from inlaid.adapters.peft import read_adapter
 from inlaid.engine.request import NewRequest
+from tests.cases import spread
 from tests.oracle.oracle import (
     FAMILIES,
     Judge,
@@ -99,8 +101,7 @@ def test_gptq_equals_its_dequantized_weights(bits: int, act_order: bool, tmp_pat
         case.judge.check(request, answers[request.id])
 
 
-@pytest.mark.parametrize("block_size", [1, 4, 16])
-@pytest.mark.parametrize("budget", [17, 64, 2048])
+@pytest.mark.parametrize(("budget", "block_size"), spread(product((17, 64, 2048), (1, 4, 16)), every=2))
 def test_chunked_prefill_changes_nothing(llama: Case, mistral: Case, budget: int, block_size: int) -> None:
     for case in (llama, mistral):
         engine, _ = case.engine(max_num_batched_tokens=budget, block_size=block_size, num_blocks=900)
