@@ -37,6 +37,8 @@ ROUNDS = 5
 LOSS_ROUNDS = 6
 STEP = 1.0
 
+Rest = Callable[[], object]
+
 
 @dataclass(frozen=True)
 class TaskHessian:
@@ -73,21 +75,25 @@ def combine(aggregation: str, tasks: Sequence[TaskHessian]) -> Tensor:
     raise ValueError(f"aggregation {aggregation!r} is not one of {', '.join(AGGREGATIONS)}")
 
 
-def solve_together(aggregation: str, weight_KN: Tensor, tasks: Sequence[TaskHessian], grid: Grid) -> Solution:
-    """Return one shared quantized weight for all tasks."""
+def solve_together(
+    aggregation: str, weight_KN: Tensor, tasks: Sequence[TaskHessian], grid: Grid, rest: Rest = lambda: None
+) -> Solution:
+    """Return one shared quantized weight for all tasks. `rest` is called between pieces of the work."""
     if aggregation == "minimax":
-        return minimax(weight_KN, tasks, grid)
-    return solve(weight_KN, combine(aggregation, tasks), grid)
+        return minimax(weight_KN, tasks, grid, rest=rest)
+    return solve(weight_KN, combine(aggregation, tasks), grid, rest)
 
 
-def minimax(weight_KN: Tensor, tasks: Sequence[TaskHessian], grid: Grid, rounds: int = ROUNDS) -> Solution:
+def minimax(
+    weight_KN: Tensor, tasks: Sequence[TaskHessian], grid: Grid, rounds: int = ROUNDS, rest: Rest = lambda: None
+) -> Solution:
     """Lower the worst task's relative error tr(dW H dWᵀ) / tr(W H Wᵀ) by re-weighting and solving again."""
     energies = [max(_energy(weight_KN, task), 1e-30) for task in tasks]
     shares = torch.ones(len(tasks), dtype=torch.float64) / len(tasks)
     best: tuple[float, Solution] | None = None
     for _ in range(rounds if len(tasks) > 1 else 1):
         hessian_KK = _weighted(tasks, [float(s) / e for s, e in zip(shares, energies, strict=True)])
-        solution = solve(weight_KN, hessian_KK, grid)
+        solution = solve(weight_KN, hessian_KK, grid, rest)
         errors = relative_errors(weight_KN, solution, tasks, energies)
         if best is None or float(errors.max()) < best[0]:
             best = float(errors.max()), solution

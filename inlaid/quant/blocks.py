@@ -135,6 +135,7 @@ class BlockModel:
         """Run a loaded block on a stream's hidden state and return the result; the stream is left as it is."""
         output: Any = block(stream.hidden_BSD.to(self.device), **stream.arguments[index])
         hidden_BSD: Tensor = output[0] if isinstance(output, tuple) else output
+        self.stopwatch.rest()
         return hidden_BSD.to(self.hold)
 
     @contextmanager

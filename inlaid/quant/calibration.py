@@ -141,13 +141,14 @@ def batches(sequences: tuple[Sequence, ...], highlight: float = 1.0, max_tokens:
     part: list[Sequence] = []
     for sequence in ordered:
         if part and len(sequence.ids) * (len(part) + 1) > max_tokens:
-            result.append(_pad(part, highlight))
+            result.append(padded(part, highlight))
             part = []
         part.append(sequence)
-    return [*result, _pad(part, highlight)] if part else result
+    return [*result, padded(part, highlight)] if part else result
 
 
-def _pad(part: list[Sequence], highlight: float) -> Batch:
+def padded(part: list[Sequence], highlight: float = 1.0) -> Batch:
+    """Make one batch of these sequences, in their order."""
     length = max(len(sequence.ids) for sequence in part)
     ids_BS = torch.zeros(len(part), length, dtype=torch.int64)
     weight_BS = torch.zeros(len(part), length)

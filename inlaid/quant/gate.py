@@ -10,7 +10,7 @@ quantizing, no task that was there before may have become worse than a tolerance
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from inlaid.adapters.adapter import Adapter
 from inlaid.quant.adapter import attached
 from inlaid.quant.blocks import BlockModel, Stream
 from inlaid.quant.calibration import Batch, Sequence, batches
+from inlaid.quant.together import SharedPass
 
 MISPAIRED_SHARE = 0.9
 LOUDNESS = 100.0
@@ -50,10 +51,19 @@ class Fit:
     loudness: float
 
 
-def quantized_losses(model: BlockModel, tasks: list[GateTask], report: Report) -> dict[str, float]:
-    """Return each task's loss on a model, adapter attached. Memory does not grow with the number of tasks."""
+def quantized_losses(
+    model: BlockModel, tasks: list[GateTask], report: Report, shared: bool = False
+) -> dict[str, float]:
+    """Return each task's loss on a model, adapter attached. Memory does not grow with the number of tasks. `shared`:
+    sequences of several tasks in one forward pass.
+    """
     losses: dict[str, float] = {}
     for group in _groups(tasks):
+        if shared:
+            together = SharedPass(model, [task.adapter for task in group], [task.sequences for task in group])
+            _run(model, [together], report, "checking quantized")
+            losses |= {task.name: loss for task, loss in zip(group, together.losses, strict=True)}
+            continue
         passes = [_Pass(model, task.adapter, batches(task.sequences)) for task in group]
         _run(model, passes, report, "checking quantized")
         losses |= {task.name: done.loss for task, done in zip(group, passes, strict=True)}
@@ -169,7 +179,7 @@ class _Pass:
         return listen
 
 
-def _run(model: BlockModel, passes: list[_Pass], report: Report, what: str) -> None:
+def _run(model: BlockModel, passes: Collection[_Pass | SharedPass], report: Report, what: str) -> None:
     for index in range(model.num_blocks):
         report(f"{what}, layer {index}")
         with model.loaded(index) as block:

@@ -20,6 +20,8 @@ from inlaid.quant.bank import Bank, Entry
 from inlaid.quant.calibration import batches
 from inlaid.quant.hessian import advance, block_hessians
 from inlaid.quant.plan import Plan
+from inlaid.quant.solver import Solution
+from inlaid.quant.warm import StoredSolution
 from inlaid.tensorfiles import write_tensors
 
 SiteHessians = dict[str, list[TaskHessian]]
@@ -51,8 +53,9 @@ class BlockLoop:
     over.
     """
 
-    def __init__(self, plan: Plan, bank: Bank, progress: Progress) -> None:
-        self._plan, self._bank, self._progress = plan, bank, progress
+    def __init__(self, plan: Plan, bank: Bank, progress: Progress, stored: StoredSolution | None = None) -> None:
+        """With `stored` each site starts from that solution."""
+        self._plan, self._bank, self._progress, self._stored = plan, bank, progress, stored
         self._model, self._settings, self._stopwatch = plan.model, plan.settings, plan.stopwatch
 
     def fill(self, folder: Path, shares_T: Tensor) -> list[dict[str, Any]]:
@@ -93,9 +96,8 @@ class BlockLoop:
         for site, hessians in sites.items():
             named = {name: linears[name].weight.detach().T.float() for name in members[site]}
             with self._stopwatch.part("solving"):
-                weights_KN = torch.cat(list(named.values()), dim=1)
-                solution = solve_together(self._settings.aggregation, weights_KN, hessians, self._settings.grid)
-            facts.append({"site": site, "loss": solution.loss, "damping": solution.damping})
+                solution, fact = self._solution(index, site, named, hessians)
+            facts.append(fact)
             start = 0
             for name, weight_KN in named.items():
                 with self._stopwatch.part("writing"):
@@ -108,6 +110,19 @@ class BlockLoop:
             for task in self._plan.tasks:
                 advance(self._model, block, index, task.adapter, task.streams)
         return tensors, facts
+
+    def _solution(
+        self, index: int, site: str, weights: dict[str, Tensor], hessians: list[TaskHessian]
+    ) -> tuple[Solution, dict[str, Any]]:
+        """Return a site's solution, and what it cost."""
+        grid, rest, more = self._settings.grid, self._stopwatch.rest, dict[str, float]()
+        if self._stored is None:
+            weights_KN = torch.cat(list(weights.values()), dim=1)
+            solution = solve_together(self._settings.aggregation, weights_KN, hessians, grid, rest)
+        else:
+            solution, moved = self._stored.solve(index, site, weights, hessians, grid, rest)
+            more = {"moved": moved}
+        return solution, {"site": site, "loss": solution.loss, "damping": solution.damping, **more}
 
     def _pass_written(self, block: nn.Module, index: int, folder: Path) -> None:
         """Move the streams past a block that a killed run had finished."""

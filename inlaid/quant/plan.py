@@ -75,7 +75,8 @@ class Plan:
         if len(set(names)) != len(names):
             raise QuantizeError(f"two tasks have the same name: {', '.join(sorted(names))}")
         self.base, self.settings, self.place = base, settings, place
-        self.stopwatch = Stopwatch(torch.device(place.device))
+        self.stopwatch = Stopwatch(torch.device(place.device), place.rest)
+        place.watch(self.stopwatch.seconds)
         with self.stopwatch.part("reading"):
             self.model = self.open(base)
             self.checkpoint = self.model.checkpoint

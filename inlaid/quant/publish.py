@@ -23,7 +23,7 @@ from pathlib import Path
 
 from inlaid.checkpoint import write_index
 from inlaid.files import exchange, remove_unfinished, sync_directory, sync_folder, write_atomically
-from inlaid.quant.bank import bank_path
+from inlaid.quant.bank import bank_path, entry_key
 from inlaid.quant.plan import Plan
 from inlaid.quant.record import RECORD, Record
 from inlaid.quant.settings import QuantizeError
@@ -131,10 +131,11 @@ def _aside(out: Path) -> Path:
 class Publisher:
     """Builds versions of one folder and puts the chosen one in its place."""
 
-    def __init__(self, out: Path, plan: Plan) -> None:
+    def __init__(self, out: Path, plan: Plan, variant: str = "") -> None:
+        """Work with partial folders of this plan; `variant` keeps apart ways of solving it that end in other bits."""
         self.out = out
         self._plan = plan
-        self._key = plan.key
+        self._key = entry_key(plan=plan.key, variant=variant) if variant else plan.key
 
     def tidy(self) -> None:
         """Remove what killed jobs have left, but for the unfinished work of this very job."""

@@ -12,9 +12,12 @@ finished folder takes its place in one step, after the gate.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,12 +27,13 @@ from inlaid.adapters.gate import GateError
 from inlaid.quant.aggregate import LOSS_ROUNDS, MINIMAX_LOSS, raised
 from inlaid.quant.bank import Bank, bank_path
 from inlaid.quant.blocks import BlockModel
-from inlaid.quant.gate import fits, quantized_losses, regressions, why_unfit
+from inlaid.quant.gate import GateTask, fits, quantized_losses, regressions, why_unfit
 from inlaid.quant.loop import BlockLoop, Progress
 from inlaid.quant.plan import Plan, Task
 from inlaid.quant.publish import Publisher, check_target, only_job, read_record, recover, remove_partial
 from inlaid.quant.record import Record, stored_path
-from inlaid.quant.settings import Gate, Place, QuantizeError, Settings, TaskSource
+from inlaid.quant.settings import SHARED, WARM, Gate, Place, QuantizeError, Settings, Shortcuts, TaskSource
+from inlaid.quant.warm import StoredSolution
 
 Facts = list[dict[str, Any]]  # what solving each site cost
 
@@ -49,41 +53,83 @@ def quantize(
     with only_job(out):
         recover(out)
         check_target(out, {})
-        return _Job(Plan(base, sources, settings, place or Place()), out, gate or Gate()).run({})
+        return _Job(Plan(base, sources, settings, place or Place()), Into(out, bank_path(out)), gate or Gate()).run({})
 
 
-def add_task(out: Path, source: TaskSource, place: Place | None = None, gate: Gate | None = None) -> Record:
-    """Take one more task into a folder that `quantize` made; only that task is run for Hessians."""
-    read_record(out)  # before a lock is laid beside what is no such folder
-    with only_job(out):
-        recover(out)
-        record = Record.read(out)
+def add_task(
+    out: Path,
+    source: TaskSource,
+    place: Place | None = None,
+    gate: Gate | None = None,
+    into: Into | None = None,
+    shortcuts: Shortcuts | None = None,
+) -> Record:
+    """Take one more task into a folder that `quantize` made; only that task is run for Hessians. `into`: leave that
+    folder as it is and write the new version elsewhere.
+    """
+    with _folder(out, into) as record:
         if source.name in record.tasks:
             raise QuantizeError(f"{out} already has a task {source.name}; remove it first")
-        return _again(record, [*record.sources(), source], record.tasks, place, gate)
+        change = _Change(record, into or Into(record.out, bank_path(record.out)), shortcuts or Shortcuts())
+        return change.run([*record.sources(), source], place, gate)
 
 
-def remove_task(out: Path, name: str, place: Place | None = None, gate: Gate | None = None) -> Record:
-    """Take a task out: the rest is solved again from the bank."""
-    read_record(out)
-    with only_job(out):
-        recover(out)
-        record = Record.read(out)
+def remove_task(
+    out: Path,
+    name: str,
+    place: Place | None = None,
+    gate: Gate | None = None,
+    into: Into | None = None,
+    shortcuts: Shortcuts | None = None,
+) -> Record:
+    """Take a task out: the rest is solved again from the bank. `into` is that of `add_task`."""
+    with _folder(out, into) as record:
         if name not in record.tasks:
             raise QuantizeError(f"{out} has no task {name}; it has {', '.join(sorted(record.tasks))}")
         sources = [source for source in record.sources() if source.name != name]
         if not sources:
             raise QuantizeError(f"{name} is the only task of {out}; a base is quantized for at least one")
-        return _again(record, sources, {key: task for key, task in record.tasks.items() if key != name}, place, gate)
+        change = _Change(record, into or Into(record.out, bank_path(record.out)), shortcuts or Shortcuts())
+        return change.run(sources, place, gate)
 
 
-def _again(
-    record: Record, sources: Sequence[TaskSource], known: Mapping[str, Any], place: Place | None, gate: Gate | None
-) -> Record:
-    check_target(record.out, _inputs(record.base_path, sources))
-    plan = Plan(record.base_path, sources, record.settings, place or Place())
-    plan.check_unchanged(record)
-    return _Job(plan, record.out, gate or Gate()).run(known)
+@dataclass(frozen=True)
+class Into:
+    """The place of a new version: its folder, the bank to use, and entries of the bank that other versions need."""
+
+    folder: Path
+    bank: Path
+    keep: frozenset[str] = frozenset()
+
+
+@contextmanager
+def _folder(out: Path, into: Into | None) -> Iterator[Record]:
+    """Hold the locks of a folder and of the new version's; yields the folder's record."""
+    read_record(out)  # before a lock is laid beside what is no such folder
+    with only_job(out), only_job(into.folder) if into else nullcontext():
+        recover(out)
+        if into is not None:
+            recover(into.folder)
+        yield Record.read(out)
+
+
+@dataclass(frozen=True)
+class _Change:
+    """Another set of tasks for a folder that is there: what the job may take over from it."""
+
+    record: Record
+    into: Into
+    shortcuts: Shortcuts
+
+    def run(self, sources: Sequence[TaskSource], place: Place | None, gate: Gate | None) -> Record:
+        record, names = self.record, {source.name for source in sources}
+        check_target(self.into.folder, _inputs(record.base_path, sources))
+        plan = Plan(record.base_path, sources, record.settings, place or Place())
+        plan.check_unchanged(record)
+        if plan.settings.sequential and self.shortcuts.solve == WARM:
+            raise QuantizeError("in sequential mode every solution depends on all tasks: leave solve at exact")
+        known = {name: task for name, task in record.tasks.items() if name in names}
+        return _Job(plan, self.into, gate or Gate(), self).run(known)
 
 
 def _inputs(base: Path, sources: Sequence[TaskSource]) -> dict[str, Path]:
@@ -95,16 +141,28 @@ def _inputs(base: Path, sources: Sequence[TaskSource]) -> dict[str, Path]:
 class _Job:
     """One run of a plan into a folder."""
 
-    def __init__(self, plan: Plan, out: Path, gate: Gate) -> None:
-        self._plan, self._out, self._gate = plan, out, gate
-        self._bank = Bank(bank_path(out), plan.settings.bank_precision)
-        self._publisher = Publisher(out, plan)
+    def __init__(self, plan: Plan, into: Into, gate: Gate, change: _Change | None = None) -> None:
+        self._plan, self._into, self._gate, self._out = plan, into, gate, into.folder
+        self._bank = Bank(into.bank, plan.settings.bank_precision)
+        self._shortcuts = change.shortcuts if change else Shortcuts()
+        self._stored = None
+        if change is not None and self._shortcuts.solve == WARM:
+            self._stored = StoredSolution(change.record, self._bank, self._shortcuts.threshold)
+        variant = "" if self._shortcuts == Shortcuts() else repr(self._shortcuts)
+        self._publisher = Publisher(self._out, plan, variant)
         self._progress = Progress(plan)
-        self._loop = BlockLoop(plan, self._bank, self._progress)
+        self._loop = BlockLoop(plan, self._bank, self._progress, self._stored)
+        self._weighed: dict[str, float] = {}  # nats an answer on the full-precision base
+        self._shares: dict[str, float] = {}
 
     def run(self, known: Mapping[str, Any]) -> Record:
         """Make the folder; `known` are the records of tasks that have passed the gate before."""
         plan = self._plan
+        self._weighed = {
+            task.name: known[task.name]["weighed_full"]
+            for task in plan.tasks
+            if task.name in known and known[task.name]["bank_key"] == task.key and "weighed_full" in known[task.name]
+        }
         with plan.stopwatch.part("checking"):
             full = self._check_new([task for task in plan.tasks if task.name not in known])
         full |= {name: task["loss_full"] for name, task in known.items()}
@@ -112,10 +170,16 @@ class _Job:
         self._publisher.tidy()
         partial, facts = self._candidate()
         with plan.stopwatch.part("checking"):
-            after = self._check_quantized(partial, {name: task["loss_quantized"] for name, task in known.items()})
+            after = self._losses(plan.open(partial), [task.checked for task in plan.tasks])
+        why_worse = self._why_worse({name: task["loss_quantized"] for name, task in known.items()}, after)
+        if why_worse and not self._gate.keep:
+            self._publisher.discard()
+            raise GateError(f"{why_worse}; {self._out} is as it was (--force writes all the same)")
         record = self._publisher.publish(partial, self._record(full, after, facts))
-        self._bank.keep_only({task.key for task in plan.tasks})
+        self._bank.keep_only({task.key for task in plan.tasks} | self._into.keep)
         self._progress.end()
+        if why_worse:
+            raise GateError(f"{why_worse}; the version stays in {self._out}, unused")
         return record
 
     def _check_new(self, tasks: Sequence[Task]) -> dict[str, float]:
@@ -130,10 +194,15 @@ class _Job:
 
     def _candidate(self) -> tuple[Path, Facts]:
         """Build the version that is to take the output's place; returns it and what its sites cost."""
-        shares_T = torch.ones(len(self._plan.tasks), dtype=torch.float64) / len(self._plan.tasks)
-        if self._plan.settings.aggregation != MINIMAX_LOSS or len(self._plan.tasks) == 1:
+        tasks = self._plan.tasks
+        shares_T = torch.ones(len(tasks), dtype=torch.float64) / len(tasks)
+        if self._stored is not None:
+            shares_T = self._stored.new_shares([task.name for task in tasks])
+        if self._plan.settings.aggregation != MINIMAX_LOSS or len(tasks) == 1 or self._stored is not None:
+            self._note_shares(shares_T)
             return self._built(0, shares_T)
-        full_T = self._weighing_losses(self._plan.model)
+        full_T = self._weighing_losses(self._plan.model, self._weighed)
+        self._weighed = {task.name: float(full) for task, full in zip(tasks, full_T, strict=True)}
         best: tuple[float, Path, Facts] | None = None
         self._progress.total += self._plan.model.num_blocks * (LOSS_ROUNDS - 1)
         for number in range(LOSS_ROUNDS):
@@ -143,6 +212,7 @@ class _Job:
             if best is None or float(excess_T.max()) < best[0]:
                 beaten = best[1] if best is not None else None
                 best = float(excess_T.max()), partial, facts
+                self._note_shares(shares_T)
             if beaten is not None:  # two folders at most: a killed run solves beaten rounds again, to the same bits
                 remove_partial(beaten)
             shares_T = raised(shares_T, excess_T)
@@ -156,25 +226,26 @@ class _Job:
             self._publisher.complete(partial)
         return partial, facts
 
-    def _weighing_losses(self, model: BlockModel) -> Tensor:
-        """Return nats an answer, task by task."""
-        tasks = self._plan.tasks
-        with self._plan.stopwatch.part("checking"):
-            found = quantized_losses(model, [task.weighed for task in tasks], self._progress.say)
-        return torch.tensor([found[task.name] * task.answer_length for task in tasks], dtype=torch.float64)
+    def _note_shares(self, shares_T: Tensor) -> None:
+        self._shares = {task.name: float(share) for task, share in zip(self._plan.tasks, shares_T, strict=True)}
 
-    def _check_quantized(self, partial: Path, before: Mapping[str, float]) -> dict[str, float]:
-        """Return the losses on the new version; refuse it if an old task has lost by it."""
-        tasks = [task.checked for task in self._plan.tasks]
-        after = quantized_losses(self._plan.open(partial), tasks, self._progress.say)
+    def _weighing_losses(self, model: BlockModel, known: Mapping[str, float] = MappingProxyType({})) -> Tensor:
+        """Return nats an answer, task by task; those that are known already are not measured again."""
+        tasks, asked = self._plan.tasks, [task for task in self._plan.tasks if task.name not in known]
+        with self._plan.stopwatch.part("checking"):
+            found = self._losses(model, [task.weighed for task in asked]) if asked else {}
+        losses = dict(known) | {task.name: found[task.name] * task.answer_length for task in asked}
+        return torch.tensor([losses[task.name] for task in tasks], dtype=torch.float64)
+
+    def _losses(self, model: BlockModel, tasks: list[GateTask]) -> dict[str, float]:
+        return quantized_losses(model, tasks, self._progress.say, self._shortcuts.check == SHARED)
+
+    def _why_worse(self, before: Mapping[str, float], after: Mapping[str, float]) -> str | None:
+        """Return why the new version is refused, if an old task has lost by it."""
         worse = regressions(before, after, self._gate.tolerance)
-        if worse and not self._gate.force:
-            self._publisher.discard()
-            raise GateError(
-                f"old tasks would become worse by more than {self._gate.tolerance:g}: {'; '.join(worse)}; "
-                f"{self._out} is as it was (--force writes all the same)"
-            )
-        return after
+        if not worse or self._gate.force:
+            return None
+        return f"old tasks would become worse by more than {self._gate.tolerance:g}: {'; '.join(worse)}"
 
     def _record(self, full: Mapping[str, float], after: Mapping[str, float], facts: Facts) -> Record:
         plan, now = self._plan, datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -189,9 +260,10 @@ class _Job:
                 "loss_full": full[task.name],
                 "loss_quantized": after[task.name],
                 "checked": now,
+                **({"weighed_full": self._weighed[task.name]} if task.name in self._weighed else {}),
             }
             for task in plan.tasks
         }
         base = {"path": stored_path(plan.base, self._out), "fingerprint": plan.fingerprint}
         seconds = {part: round(spent, 4) for part, spent in sorted(plan.stopwatch.seconds.items())}
-        return Record(self._out, base, plan.settings, tasks, facts, seconds)
+        return Record(self._out, base, plan.settings, tasks, facts, seconds, shares=self._shares)

@@ -36,6 +36,7 @@ class Record:
     sites: list[dict[str, Any]]
     seconds: dict[str, float] = field(default_factory=dict)
     files: tuple[str, ...] = ()  # empty: version 1, which did not list them
+    shares: dict[str, float] = field(default_factory=dict)  # of each task in the weights of minimax-loss
 
     @classmethod
     def read(cls, out: Path) -> Record:
@@ -51,7 +52,8 @@ class Record:
             seconds, files = values.get("seconds", {}), tuple(map(str, values.get("files", ())))
             if any(Path(name).name != name for name in files):
                 raise ValueError("it names files outside of its folder")
-            record = cls(out, values["base"], settings, values["tasks"], values["sites"], seconds, files)
+            shares = {str(name): float(share) for name, share in values.get("shares", {}).items()}
+            record = cls(out, values["base"], settings, values["tasks"], values["sites"], seconds, files, shares)
             return record if version == VERSION else record._translated()
         except (FileNotFoundError, NotADirectoryError) as error:
             raise QuantizeError(f"{out} has no {RECORD}: only folders made by `inlaid quantize` have tasks") from error
@@ -67,6 +69,10 @@ class Record:
     def naming(self, files: Iterable[str]) -> Record:
         """Return the same record with the files of its folder."""
         return replace(self, files=tuple(files))
+
+    def even_shares(self) -> dict[str, float]:
+        """Return the shares of tasks that count the same."""
+        return {name: 1 / len(self.tasks) for name in self.tasks}
 
     @property
     def base_path(self) -> Path:

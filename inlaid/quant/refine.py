@@ -12,6 +12,8 @@ Legend: K inputs, N outputs, G groups, S inputs of one group, B inputs of one bl
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -27,8 +29,11 @@ def refine(
     rounds: int,
     block: int,
     round_block: RoundBlock,
+    rest: Callable[[], object] = lambda: None,
 ) -> None:
-    """Improve codes and scales where they are. Inputs are sorted by group; scales hold half-precision numbers."""
+    """Improve codes and scales where they are. Inputs are sorted by group; scales hold half-precision numbers. After
+    each group `rest` is called.
+    """
     size = len(weight_KN) // len(scales_GN)
     steps_KN = _steps(codes_KN, zeros_GN, size)
     errors_KN = weight_KN - steps_KN * scales_GN.repeat_interleave(size, dim=0)
@@ -57,6 +62,7 @@ def refine(
                     weight_KN[part],
                 )
                 gradient_KN.addmm_(hessian_KK[:, part], errors_KN[part] - before_BN)
+            rest()
 
 
 def _steps(codes_KN: Tensor, zeros_GN: Tensor, size: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -77,20 +77,51 @@ class Settings:
 class Place:
     """The device of a job, and its listeners.
 
-    `progress(step, done, total)` is called after every piece of work, `note(sentence)` with what was read.
+    `progress(step, done, total)` is called after every piece of work, `note(sentence)` with what was read, `rest`
+    between pieces as often as possible (it may sleep), `watch` once, with the seconds by part as they grow.
     """
 
     device: str = "cpu"
     offload: bool = False
     progress: Callable[[str, int, int], None] = lambda step, done, total: None
     note: Callable[[str], None] = lambda sentence: None
+    rest: Callable[[], object] | None = None
+    watch: Callable[[Mapping[str, float]], object] = lambda seconds: None
+
+
+EXACT, WARM, SHARED = "exact", "warm", "shared"
+
+
+@dataclass(frozen=True)
+class Shortcuts:
+    """Approximations that adding or removing a task may use; by default none.
+
+    solve "warm"     start from the stored solution: a site whose aggregated Hessian has moved by less than `threshold`
+                     keeps it, others improve its codes and steps under the new Hessian. Tasks keep their stored shares
+                     of the weights, and nothing is solved more than once
+    check "shared"   the gate runs sequences of several tasks in one forward pass, each row with its own adapter; sums
+                     are added in another order, so losses may differ in their last digits
+    """
+
+    solve: str = EXACT
+    check: str = EXACT
+    threshold: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.solve not in (EXACT, WARM):
+            raise QuantizeError(f"solve {self.solve!r} is not one of {EXACT}, {WARM}")
+        if self.check not in (EXACT, SHARED):
+            raise QuantizeError(f"check {self.check!r} is not one of {EXACT}, {SHARED}")
+        if not self.threshold >= 0:
+            raise QuantizeError(f"threshold is {self.threshold}: give a share of the Hessian's norm, 0 or more")
 
 
 @dataclass(frozen=True)
 class Gate:
     """The strictness of the accuracy gate: how much worse an old task may get, in nats per token of the answer; `force`
-    writes all the same.
+    writes all the same, `keep` leaves a refused version in its folder.
     """
 
     tolerance: float = 0.02
     force: bool = False
+    keep: bool = False

@@ -12,6 +12,7 @@ Legend: K inputs, N outputs, G groups, B inputs of one block.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import gcd
 
@@ -53,8 +54,10 @@ class Solution:
         return from_codes(self.codes_KN, self.zeros_GN, self.scales_GN, self.g_idx_K, grid.group_size, grid.bits)
 
 
-def solve(weight_KN: Tensor, hessian_KK: Tensor, grid: Grid) -> Solution:
-    """Quantize a weight so that tr(dW H dWᵀ) is small. Computes in the weight's dtype, factorizes in float64."""
+def solve(weight_KN: Tensor, hessian_KK: Tensor, grid: Grid, rest: Callable[[], object] = lambda: None) -> Solution:
+    """Quantize a weight so that tr(dW H dWᵀ) is small. Computes in the weight's dtype, factorizes in float64. `rest` is
+    called between blocks.
+    """
     _check(weight_KN, hessian_KK, grid)
     order_K = _order(weight_KN, hessian_KK.diagonal(), grid)
     work_KN = weight_KN[order_K]
@@ -73,21 +76,46 @@ def solve(weight_KN: Tensor, hessian_KK: Tensor, grid: Grid) -> Solution:
         spread_BB = spread_KK[start:stop, start:stop]
         errors_BN = round_block(target_BN, spread_BB, scale_BN, zero_BN, codes_KN[start:stop], target_BN)
         work_KN[stop:].addmm_(spread_KK[start:stop, stop:].T, errors_BN, alpha=-1)
+        rest()
 
     scales_GN, zeros_GN = torch.stack(groups.scales), torch.stack(groups.zeros)
     by_group_K = torch.argsort(groups.group_of_step_K, stable=True)  # static groups are scattered over the order
     order_K, codes_KN = order_K[by_group_K], codes_KN[by_group_K]
     seen_KK = seen_KK[by_group_K][:, by_group_K].to(work_KN.dtype)
     seen_KK.diagonal().add_(damping * seen_KK.diagonal().mean())
-    refine(weight_KN[order_K], seen_KK, codes_KN, scales_GN, zeros_GN, grid.refine, block, round_block)
+    refine(weight_KN[order_K], seen_KK, codes_KN, scales_GN, zeros_GN, grid.refine, block, round_block, rest)
 
     in_place_K = torch.argsort(order_K)
     g_idx_K = groups.group_of_step_K[by_group_K][in_place_K].to(torch.int32)
     unrated = Solution(
         codes_KN[in_place_K], scales_GN.half(), zeros_GN.to(torch.uint8), g_idx_K, loss=0.0, damping=damping
     )
-    loss = reconstruction_error(weight_KN, unrated.weight_KN(weight_KN.dtype), hessian_KK)
-    return replace(unrated, loss=float(loss))
+    return rated(unrated, weight_KN, hessian_KK)
+
+
+def improve(
+    stored: Solution, weight_KN: Tensor, hessian_KK: Tensor, grid: Grid, rest: Callable[[], object] = lambda: None
+) -> Solution:
+    """Improve a solution that was made for another Hessian: its zero points and groups stay, steps and codes are
+    refined for `hessian_KK`. Neither makes the damped error larger, so the result is at least as good as `stored`.
+    """
+    _check(weight_KN, hessian_KK, grid)
+    order_K = torch.argsort(stored.g_idx_K, stable=True).long()
+    seen_KK = _seen(hessian_KK[order_K][:, order_K]).to(weight_KN.dtype)
+    seen_KK.diagonal().add_(grid.damping * seen_KK.diagonal().mean())
+    codes_KN, scales_GN = stored.codes_KN[order_K].clone(), stored.scales_GN.to(weight_KN.dtype)
+    zeros_GN, block = stored.zeros_GN.to(weight_KN.dtype), _block_size(grid)
+    round_block = rounder(weight_KN[:block], grid.max_code, grid.refine * len(weight_KN) // block)
+    refine(weight_KN[order_K], seen_KK, codes_KN, scales_GN, zeros_GN, grid.refine, block, round_block, rest)
+    in_place_K = torch.argsort(order_K)
+    better = replace(stored, codes_KN=codes_KN[in_place_K], scales_GN=scales_GN.half(), damping=grid.damping)
+    return rated(better, weight_KN, hessian_KK)
+
+
+def rated(solution: Solution, weight_KN: Tensor, hessian_KK: Tensor) -> Solution:
+    """Return a solution with its loss under a Hessian."""
+    loss = reconstruction_error(weight_KN, solution.weight_KN(weight_KN.dtype), hessian_KK)
+    return replace(solution, loss=float(loss))
 
 
 def round_to_nearest(weight_KN: Tensor, grid: Grid) -> Solution:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,10 +14,18 @@ class Stopwatch:
     innermost.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, pause: Callable[[], object] | None = None) -> None:
+        """Count from zero; `pause` is what `rest` calls."""
         self.seconds: dict[str, float] = {}
         self._device, self._since = device, 0.0
         self._open: list[str] = []
+        self._pause = pause
+
+    def rest(self) -> None:
+        """Let the job rest between two pieces of work, where its share of the device is bounded."""
+        if self._pause is not None:
+            with self.part("resting"):
+                self._pause()
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:

@@ -1,0 +1,87 @@
+"""The gate's question asked of several tasks in one forward pass: each row of a batch computes with its task's adapter.
+
+The base's products, most of the work, are then few and large, and sequences of like length share a batch whatever their
+task. Sums are added in another order than task by task, so losses may differ in their last digits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from inlaid.adapters.adapter import Adapter
+from inlaid.quant import calibration
+from inlaid.quant.adapter import attached_to_rows
+from inlaid.quant.blocks import BlockModel, Stream
+
+MAX_TOKENS = 8192  # of one batch, padding included
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of one task in a batch."""
+
+    task: int
+    rows: slice
+
+
+class SharedPass:
+    """The sequences of several tasks on their way through the blocks."""
+
+    def __init__(
+        self, model: BlockModel, adapters: Sequence[Adapter | None], sequences: Sequence[Sequence[calibration.Sequence]]
+    ) -> None:
+        self._model, self._adapters = model, adapters
+        self._parts = _parts(sequences)
+        batches = [calibration.padded([sequence for _, sequence in part]) for part in self._parts]
+        self._streams: list[Stream] = model.start(batches)
+        self.losses = [math.nan] * len(adapters)
+
+    @torch.no_grad()
+    def advance(self, block: nn.Module, index: int) -> None:
+        """Move all sequences past a loaded block."""
+        for part, stream in zip(self._parts, self._streams, strict=True):
+            rows = [(each.rows, self._adapters[each.task]) for each in _rows_of(part)]
+            with attached_to_rows(rows, block, self._model.prefix(index)):
+                stream.hidden_BSD = self._model.run(block, index, stream)
+
+    def finish(self) -> None:
+        """Set each task's loss, in nats a token of its answers; only inside `model.head()`."""
+        total, count = torch.zeros(len(self._adapters), dtype=torch.float64), torch.zeros(len(self._adapters))
+        for part, stream in zip(self._parts, self._streams, strict=True):
+            wanted_BS = stream.batch.answer_BS[:, 1:].to(self._model.device)
+            hidden_TD = stream.hidden_BSD[:, :-1][wanted_BS.to(stream.hidden_BSD.device)]
+            targets_T = stream.batch.ids_BS.to(self._model.device)[:, 1:][wanted_BS]
+            losses_T = nn.functional.cross_entropy(self._model.logits(hidden_TD).float(), targets_T, reduction="none")
+            task_B = torch.tensor([task for task, _ in part])
+            task_T = task_B[:, None].expand(wanted_BS.shape)[wanted_BS.cpu()]
+            total.index_add_(0, task_T, losses_T.double().cpu())
+            count.index_add_(0, task_T, torch.ones(len(task_T)))
+        self.losses = (total / count.clamp(min=1)).tolist()
+        self._streams = []
+
+
+Part = list[tuple[int, calibration.Sequence]]  # task and sequence of each row, by task
+
+
+def _parts(sequences: Sequence[Sequence[calibration.Sequence]]) -> list[Part]:
+    """Divide all tasks' sequences into batches of like length."""
+    rows = [(task, sequence) for task, own in enumerate(sequences) for sequence in own]
+    rows.sort(key=lambda row: (len(row[1].ids), row[0]))
+    parts: list[Part] = []
+    for row in rows:
+        if not parts or len(row[1].ids) * (len(parts[-1]) + 1) > MAX_TOKENS:
+            parts.append([])
+        parts[-1].append(row)
+    return [sorted(part, key=lambda row: row[0]) for part in parts]
+
+
+def _rows_of(part: Part) -> list[_Rows]:
+    tasks = [task for task, _ in part]
+    return [
+        _Rows(task, slice(tasks.index(task), tasks.index(task) + tasks.count(task))) for task in dict.fromkeys(tasks)
+    ]
