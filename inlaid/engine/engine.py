@@ -47,6 +47,7 @@ class Engine:
         self.idle = True  # the last step neither gave the runner work nor took any from it
         self._make_grammar = make_grammar
         self._pending: tuple[Batch, Any] | None = None
+        self._settled: list[Output] = []  # outputs of a step that was collected early
         self._num_steps = 0
         self._num_tokens = 0
 
@@ -76,7 +77,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self._pending is not None or self.scheduler.has_work
+        return self._pending is not None or bool(self._settled) or self.scheduler.has_work
 
     def step(self) -> list[Output]:
         """Take one turn of the loop and return its outputs.
@@ -84,6 +85,9 @@ class Engine:
         If there is nothing to compute (adapters still loading, say), `idle` is set, so that the caller can pause
         instead of spinning.
         """
+        if self._settled:
+            outputs, self._settled = self._settled, []
+            return outputs
         batch = self.scheduler.schedule(self.clock())
         current = failure = None
         if batch is not None:
@@ -98,6 +102,13 @@ class Engine:
         if failure is not None:
             outputs += self._recover(*failure)
         return outputs + self.scheduler.take_outputs()
+
+    def settle(self) -> None:
+        """Collect the step in flight, if there is one: nothing runs on the device then. Its outputs come with the next
+        step."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._settled += self._collect(*pending)
 
     def _collect(self, batch: Batch, ticket: Any) -> list[Output]:
         try:

@@ -45,6 +45,10 @@ class PrefixCache:
         progress.prefilled = False  # what it computed since is not published either
         self._pool.withdraw(progress.request.blocks)
 
+    def settle(self, progress: Progress) -> None:
+        """Let a request name its blocks by the base version of now, whatever is served later."""
+        self._extend_keys(progress)
+
     def forget(self, progress: Progress) -> None:
         """Drop the names of a request's blocks, as the base version they belong to is no longer served."""
         progress.root, progress.block_keys = b"", []

@@ -80,6 +80,7 @@ class Scheduler:
         self.decodes = Decodes(self.state, self.endings)
         self.delivery = Delivery(self.state, self.endings)
         self.admission = self.admission_type(self.state, self.decodes, self.endings)
+        self.admitting = True  # False while running requests drain: none starts
         self._num_added = 0
         self.set_policy(self.policy)
 
@@ -170,14 +171,25 @@ class Scheduler:
         """Make a running request wait again; it keeps its outputs and computes its KV anew."""
         self.endings.preempt(self.state.running[request_id])
 
-    def set_base_version(self, version: str) -> None:
-        """Make new KV with other base weights from now on. The running requests are preempted, as KV of the old base is
-        never continued with the new one; they keep their outputs."""
+    def begun(self) -> frozenset[str]:
+        """Return the ids of requests that run, or have output from an earlier run."""
+        progress = self.state.progress.items()
+        return frozenset(i for i, p in progress if p.request.status is Status.RUNNING or p.request.num_outputs)
+
+    def set_base_version(self, version: str, staying: Collection[str] = ()) -> None:
+        """Make new KV with other base weights from now on. Requests that stay go on with the old weights and their KV,
+        and name their blocks by the old version. Other running requests are preempted, as KV of the old base is never
+        continued with the new one; they keep their outputs."""
+        for request_id, progress in self.state.progress.items():
+            if request_id in staying:
+                self.state.prefix.settle(progress)
         self.state.prefix.base_version = version
-        for progress in list(self.state.running.values()):
-            self.endings.preempt(progress)
-        for progress in self.state.progress.values():
-            self.state.prefix.forget(progress)
+        for request_id, progress in list(self.state.running.items()):
+            if request_id not in staying:
+                self.endings.preempt(progress)
+        for request_id, progress in self.state.progress.items():
+            if request_id not in staying:
+                self.state.prefix.forget(progress)
 
     # A step.
 
@@ -185,14 +197,16 @@ class Scheduler:
         """Return the next step's batch, or None if nothing can be computed now."""
         self.view.now = now
         self.ledger.note(now)
-        self.admission.free_a_seat()
+        if self.admitting:
+            self.admission.free_a_seat()
         preemptions = self.num_preemptions
         singles, prefills, budget = self.decodes.schedule()
-        self.admission.recall()
-        if self.num_preemptions == preemptions:
-            for work in self.admission.admit(budget):
-                (singles if work.num_tokens == 1 else prefills).append(work)
-        self.admission.fetch()
+        if self.admitting:
+            self.admission.recall()
+            if self.num_preemptions == preemptions:
+                for work in self.admission.admit(budget):
+                    (singles if work.num_tokens == 1 else prefills).append(work)
+            self.admission.fetch()
         if not singles and not prefills:
             return None
         return Batch(self.state.steps.begin(now), (*singles, *prefills), self.endings.take_released())

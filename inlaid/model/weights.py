@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
@@ -114,6 +114,15 @@ def load(
     spent = time.monotonic() - began
     log.info("start-up: weights %.1f s, of them %.1f waiting for the file", spent, loader.waited)
     return model
+
+
+def load_blocks(
+    checkpoint: Checkpoint, spec: ModelSpec, kernels: Kernels, device: torch.device, dtype: torch.dtype
+) -> Iterator[Block]:
+    """Yield a checkpoint's blocks one by one, without the rest of the model. Nothing is read ahead."""
+    loader = _Loader(checkpoint, spec, kernels, device, dtype)
+    for layer in range(spec.num_layers):
+        yield loader.block(layer)
 
 
 class _Loader:

@@ -15,7 +15,8 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,6 +84,7 @@ class CudaRunner:
     ) -> None:
         """Compile, make the KV cache, capture. `settle` returns when no other thread uses the device any more."""
         self.model, self.device, self.dtype = model, device, dtype
+        self._captured = model  # the model that the graphs replay
         self.adapters, self.arriving = adapters, arriving
         self.block_size = config.cache.block_size
         max_rows = config.scheduler.max_num_seqs
@@ -174,11 +176,22 @@ class CudaRunner:
         void = not_finite(ticket.works, made, ticket.prompt_logprobs)
         return StepResult(sampled, ticket.prompt_logprobs, void)
 
+    @contextmanager
+    def on(self, model: Transformer) -> Iterator[None]:
+        """Compute with another model of the same shape, kernel by kernel, while the body runs. Graphs hold the
+        addresses of the runner's own model."""
+        own, self.model, self.step.model = self.model, model, model
+        try:
+            yield
+        finally:
+            self.model = self.step.model = own
+
     def _compute(self, step: StagedStep, stage: int) -> Ticket:
         """Replay the step's graph, or run it kernel by kernel where it has none or wants more than tokens."""
         arriving = self._arriving_in(step)
         wants_prompt = any(w.request.params.prompt_logprobs is not None for w in step.prompts + step.singles)
-        graph = None if arriving is not None or wants_prompt else self.graphs.find(step.layout, step.adapters)
+        eager = arriving is not None or wants_prompt or self.model is not self._captured
+        graph = None if eager else self.graphs.find(step.layout, step.adapters)
         prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
         if graph is not None:
             graph.replay()

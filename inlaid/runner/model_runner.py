@@ -4,7 +4,8 @@ It runs on a CPU or any torch device, one step at a time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -60,6 +61,15 @@ class ModelRunner:
 
     def collect(self, ticket: StepResult) -> StepResult:
         return ticket
+
+    @contextmanager
+    def on(self, model: Transformer) -> Iterator[None]:
+        """Compute with another model of the same shape while the body runs."""
+        own, self.model = self.model, model
+        try:
+            yield
+        finally:
+            self.model = own
 
     def _run(self, works: Sequence[Work]) -> StepResult:
         step, model, memory = self.context(works), self.model, self._workspace

@@ -11,10 +11,12 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
+from inlaid.adapters.gate import check
 from inlaid.config import EngineConfig
 from inlaid.worker.messages import AdapterInfo
 
 if TYPE_CHECKING:
+    from inlaid.adapters.adapter import Adapter
     from inlaid.worker.loading import LoadedModel
 
 _READERS = 8  # adapters read side by side
@@ -41,12 +43,16 @@ class Adapters(Protocol):
 class LoraAdapters:
     """The adapters of a loaded model."""
 
-    def __init__(self, config: EngineConfig, model: LoadedModel, read: Callable[[str], Any]) -> None:
+    def __init__(
+        self, config: EngineConfig, model: LoadedModel, read: Callable[[str], Any], read_ungated: Callable[[str], Any]
+    ) -> None:
         self._config = config.adapters
         self._model = model
-        self.read = read
+        self._gated_for = model.base_version  # the base that `read` asks the gate about, until it changes
+        self.read, self.read_ungated = read, read_ungated
 
     def install(self, name: str, adapter: Any, in_place: bool, seconds: float, pinned: bool | None = None) -> None:
+        self._check_gated(adapter)
         store = self._model.adapters
         if pinned is None and store.identity(name) is None:
             pinned = name in self._config.pin_adapter
@@ -55,6 +61,11 @@ class LoraAdapters:
         else:
             identity = store.add(name, adapter, bool(pinned))
         store.counts(identity).read_seconds = seconds
+
+    def _check_gated(self, adapter: Adapter) -> None:
+        """Ask the accuracy gate again where the base has changed since the adapter was read."""
+        if self._config.require_eval and self._model.base_version != self._gated_for:
+            check(self._config.require_eval, self._model.base_version, adapter.identity, self._config.max_drop)
 
     def remove(self, name: str) -> int:
         return self._model.adapters.remove(name)

@@ -20,6 +20,7 @@ from inlaid.worker.checks import check_settings
 from inlaid.worker.messages import ModelInfo
 
 if TYPE_CHECKING:
+    from inlaid.worker.bases import Bases
     from inlaid.worker.loading import LoadedModel
 
 log = logging.getLogger("inlaid.engine")
@@ -38,6 +39,7 @@ class Loaded:
     compile_grammar: Callable[[Grammar], object] | None = (
         None  # and keep it for Engine.add; may take seconds, on a thread
     )
+    bases: Bases | None = None  # how another base comes; None: it cannot
 
 
 def build_engine(config: EngineConfig, adapters: Mapping[str, str], *, strict: bool = True) -> Loaded:
@@ -45,7 +47,8 @@ def build_engine(config: EngineConfig, adapters: Mapping[str, str], *, strict: b
     out and named."""
     began = time.monotonic()
     check_settings(config, adapters.values() if strict else ())
-    from inlaid.worker.loading import adapter_reader, load_model, open_model
+    from inlaid.worker.bases import Bases
+    from inlaid.worker.loading import adapter_reader, load_model, open_model, ungated_reader
 
     _leave_a_core_to_http()
     imported = time.monotonic()
@@ -66,8 +69,9 @@ def build_engine(config: EngineConfig, adapters: Mapping[str, str], *, strict: b
             make_grammar=model.grammars,
             pool=model.runner.pool,
         )
-        directory = LoraAdapters(config, model, read)
-        loaded = Loaded(engine, _describe(config, model), directory, compile_grammar=model.grammars)
+        directory = LoraAdapters(config, model, read, ungated_reader(config.adapters, opened))
+        bases = Bases(config, model, engine, directory)
+        loaded = Loaded(engine, _describe(config, model), directory, compile_grammar=model.grammars, bases=bases)
         install(loaded, readers, strict)
     spent = process_age() - (time.monotonic() - began), imported - began, made - imported, time.monotonic() - made
     log.info("start-up: process %.1f s, imports %.1f s, model %.1f s, adapters %.1f s", *spent)

@@ -1,5 +1,5 @@
 """The calls that the server makes of the engine process. Most are answered at once by a method of Queries; loading an
-adapter and waiting until one has gone are answered when that is done.
+adapter, waiting until one has gone, and switching to another base (switch.py) are answered when that is done.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from inlaid.worker import messages
 from inlaid.worker.build import Loaded
 from inlaid.worker.messages import AdapterInfo
 from inlaid.worker.profiling import Profiler
+from inlaid.worker.switch import SWITCH_CALLS, Switch
 from inlaid.worker.threads import Threads
 
 log = logging.getLogger("inlaid.engine")
@@ -81,6 +82,7 @@ class Calls:
         self._send = send
         self._loading: dict[_LoadKey, list[messages.Call]] = {}  # who waits for which adapter
         self._unloading: list[messages.Call] = []  # who waits for the last request on removed weights
+        self._switch = None if loaded.bases is None else Switch(loaded.engine, loaded.bases, threads, self._answer)
 
     def receive(self, call: messages.Call) -> None:
         """Answer a call, now or when it is done."""
@@ -89,8 +91,16 @@ class Calls:
         elif call.name == "until_unloaded":
             self._unloading.append(call)
             self.report_unloaded()
+        elif call.name in SWITCH_CALLS and self._switch is not None:
+            self._switch.receive(call)
         else:
             self._answer(call, partial(self._query, call))
+
+    def between_steps(self) -> None:
+        """Do what waits for the end of a step: switch bases, and answer those who wait for requests to end."""
+        if self._switch is not None:
+            self._switch.between_steps()
+        self.report_unloaded()
 
     def report_unloaded(self) -> None:
         """Answer those who wait for weights on which nothing runs any more."""

@@ -67,6 +67,7 @@ class EngineClient:
         self._keeper: asyncio.Task[None] | None = None
         self._closing = False
         self._numbers = itertools.count(1)
+        self._staged: tuple[str, dict[str, str]] = ("", {})  # folder and adapters of the base that is staged
         self._querying = asyncio.Lock()
         self._num_queries = 0  # for all adapters, begun
         self._last_query = 0  # the last that was answered, and what it found
@@ -189,6 +190,29 @@ class EngineClient:
         except EngineDead:
             pass  # and the requests with it
         return 0
+
+    async def stage_base(self, folder: str, version: str, where: str, adapters: Mapping[str, str], rest: float) -> Any:
+        """Bring another base into the engine's memory, with adapters that come with it; nothing that is served changes.
+        Refused says why it cannot be served."""
+        arguments = {"folder": folder, "version": version, "where": where, "adapters": dict(adapters), "rest": rest}
+        staged = await self.call("stage_base", **arguments)
+        self._staged = (folder, dict(adapters))
+        return staged
+
+    async def switch_base(self, version: str, rule: str) -> dict[str, Any]:
+        """Serve the staged base from the next step on, in later lives of the process too."""
+        outcome: dict[str, Any] = await self.call("switch_base", version=version, rule=rule)
+        folder, adapters = self._staged
+        self.config = replace(self.config, model=folder)
+        if self.model is not None:
+            self.model = msgspec.structs.replace(self.model, folder=folder, base_version=version)
+        self._paths = {**adapters, **self._paths}
+        await self.list_adapters()
+        return outcome
+
+    async def unstage_base(self) -> None:
+        """Forget what is staged."""
+        await self.call("unstage_base")
 
     async def list_adapters(self) -> list[AdapterInfo]:
         """Return all adapters. Coalesce concurrent calls into one engine query: those that come while it runs share the

@@ -42,6 +42,24 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+class ServedBase:
+    """The base that is served now: its folder, and its version once that is hashed."""
+
+    def __init__(self, folder: Path, version: Future[str]) -> None:
+        self.folder = folder
+        self._version = version
+
+    @property
+    def version(self) -> str:
+        return self._version.result()
+
+    def change(self, folder: Path, version: str) -> None:
+        """Serve another base from now on."""
+        known: Future[str] = Future()
+        known.set_result(version)
+        self.folder, self._version = folder, known
+
+
 @dataclass(frozen=True)
 class OpenedModel:
     """A model's folder before its weights are read; reading adapters needs no more."""
@@ -51,7 +69,7 @@ class OpenedModel:
     spec: ModelSpec
     device: torch.device
     dtype: torch.dtype
-    version: Future[str]  # hashing takes seconds where it is not known yet: beside the loading
+    base: ServedBase  # hashing takes seconds where its version is not known yet: beside the loading
 
 
 @dataclass(frozen=True)
@@ -60,12 +78,19 @@ class LoadedModel:
 
     runner: ModelRunner | CudaRunner
     spec: ModelSpec
-    folder: Path
-    base_version: str
+    base: ServedBase
     dtype: torch.dtype
     max_model_len: int
     adapters: AdapterStore
     grammars: GrammarFactory
+
+    @property
+    def folder(self) -> Path:
+        return self.base.folder
+
+    @property
+    def base_version(self) -> str:
+        return self.base.version
 
     @property
     def num_blocks(self) -> int:
@@ -94,20 +119,28 @@ def open_model(config: EngineConfig) -> OpenedModel:
     spec = read_spec(folder)
     checkpoint = Checkpoint(folder, device if device.type == "cuda" else None)
     version = ThreadPoolExecutor(1, "hash-weights").submit(base_version, checkpoint)
-    return OpenedModel(folder, checkpoint, spec, device, compute_dtype(config.dtype, spec, device), version)
+    base = ServedBase(folder, version)
+    return OpenedModel(folder, checkpoint, spec, device, compute_dtype(config.dtype, spec, device), base)
 
 
 def adapter_reader(config: AdapterConfig, opened: OpenedModel) -> Callable[[str], Adapter]:
     """Return a function that reads an adapter for this model; several threads may call it."""
 
+    ungated = ungated_reader(config, opened)
+
     def read(path: str) -> Adapter:
-        pin = opened.device.type == "cuda"
-        adapter = read_adapter(path, opened.spec, opened.dtype, config.max_lora_rank, pin=pin)
+        adapter = ungated(path)
         if config.require_eval:
-            check(config.require_eval, opened.version.result(), adapter.identity, config.max_drop)
+            check(config.require_eval, opened.base.version, adapter.identity, config.max_drop)
         return adapter
 
     return read
+
+
+def ungated_reader(config: AdapterConfig, opened: OpenedModel) -> Callable[[str], Adapter]:
+    """Return a function that reads an adapter for this model and does not ask the accuracy gate."""
+    pin = opened.device.type == "cuda"
+    return partial(read_adapter, spec=opened.spec, dtype=opened.dtype, max_rank=config.max_lora_rank, pin=pin)
 
 
 def load_model(
@@ -142,8 +175,7 @@ def load_model(
     return LoadedModel(
         runner=runner,
         spec=spec,
-        folder=opened.folder,
-        base_version=opened.version.result(),
+        base=opened.base,
         dtype=dtype,
         max_model_len=max_model_len,
         adapters=adapters,

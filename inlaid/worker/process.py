@@ -109,7 +109,7 @@ class EngineProcess:
             outputs = engine.step()
             if outputs:
                 self._send(messages.Outputs(outputs=outputs))
-            self._calls.report_unloaded()
+            self._calls.between_steps()
             if engine.num_failures_in_a_row >= _MAX_FAILURES and (fault := engine.probe()) is not None:
                 text = f"{_MAX_FAILURES} steps in a row failed, and then one of a single token ({fault}); see the log"
                 self._send(messages.Fatal(message=text))

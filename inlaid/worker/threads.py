@@ -16,11 +16,13 @@ Then = Callable[[Future[Any]], None]
 
 
 class Threads:
-    """A thread that reads adapters and two that compile grammars. `woken` becomes readable when something is done."""
+    """A thread that reads adapters, two that compile grammars, and one that stages another base. `woken` becomes
+    readable when something is done."""
 
     def __init__(self) -> None:
         self._readers = ThreadPoolExecutor(1, "adapter-reader")
         self._compilers = ThreadPoolExecutor(NUM_COMPILERS, "grammar-compiler")
+        self._stager = ThreadPoolExecutor(1, "base-stager")
         self._done: deque[Callable[[], None]] = deque()
         self.woken, self._wake = os.pipe()
         os.set_blocking(self.woken, False)
@@ -32,6 +34,10 @@ class Threads:
     def compile(self, work: Work, then: Then) -> None:
         """Compile a grammar, then do something with it on the loop's thread."""
         self._submit(self._compilers, work, then)
+
+    def stage(self, work: Work, then: Then) -> None:
+        """Bring another base into memory, then do something with it on the loop's thread."""
+        self._submit(self._stager, work, then)
 
     def finish(self) -> None:
         """Do what follows from finished work; the loop calls this when `woken` is readable."""
