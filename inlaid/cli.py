@@ -14,11 +14,12 @@ import json
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from inlaid import __version__
-from inlaid.config import AdapterConfig, CacheConfig, ConfigError, EngineConfig, SchedulerConfig, ServerConfig
+from inlaid.config import AdapterConfig, CacheConfig, ConfigError, EngineConfig, SchedulerConfig, ServerConfig, TaskConfig
 from inlaid.flags import Parser, add_config_arguments, config_from, size
 from inlaid.worker import logs
 
@@ -192,7 +193,8 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--enable-lora", action="store_true", help="accepted as vLLM has it; adapters always work")
     _add_model_arguments(parser)
-    add_config_arguments(parser, ServerConfig)
+    for config in (ServerConfig, TaskConfig):
+        add_config_arguments(parser, config)
     parser.set_defaults(run=run_serve)
 
 
@@ -201,10 +203,10 @@ def run_serve(args: argparse.Namespace) -> int:
 
     model, adapters = model_and_adapters(args.model, parse_adapters(args.adapter))
     args.pin_adapter = pinned_adapters(args, adapters)
-    config = config_from(args, ServerConfig)
+    config = config_from(args, ServerConfig, tasks=config_from(args, TaskConfig))
     logs.configure(level=config.log_level, form=config.log_format)
     if not args.model and not config.served_model_name:
-        config = config_from(args, ServerConfig, served_model_name="demo")
+        config = replace(config, served_model_name="demo")
     print(f"Loading {model} and {len(adapters)} adapters …", file=sys.stderr, flush=True)
     return run_loop(serve(config, engine_config(args, model), adapters, announce))
 

@@ -202,6 +202,36 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class TaskConfig:
+    """Adding tasks to the base while it serves."""
+
+    online_tasks: str = option(
+        "", "the bank of the base (FOLDER.bank, beside a folder made by inlaid quantize): tasks are added while serving"
+    )
+    task_gpu_share: float = option(
+        0.1, "share of the device's time that quantizing may take; on a CPU, of the time of a core"
+    )
+    task_device: str = option("auto", "where quantizing runs; auto: where the model runs", ("auto", "cpu", "cuda"))
+    task_threads: int = option(1, "threads of the quantizing process")
+    task_memory_gib: float = option(0.0, "most host memory of the quantizing process, in GiB; 0: any")
+    task_gpu_memory_gib: float = option(0.0, "most GPU memory of the quantizing process, in GiB; 0: any")
+    task_tolerance: float = option(
+        0.02, "largest loss that an old task may gain by a new base, in nats a token; else it is not served"
+    )
+    on_base_switch: str = option(
+        "finish",
+        "requests in flight when the base is switched: finish (on the old base) or recompute (their KV on the new one)",
+        ("finish", "recompute"),
+    )
+    base_switch_memory: str = option(
+        "auto",
+        "where the new base waits: device (both fit there), host (it is copied in while nothing runs), auto: by room",
+        ("auto", "device", "host"),
+    )
+    keep_versions: int = option(4, "versions of the base that are kept on disk; the one before can be rolled back to")
+
+
+@dataclass(frozen=True)
 class ServerConfig:
     """The HTTP side: addresses, keys, limits, safety."""
 
@@ -300,3 +330,4 @@ class ServerConfig:
         True, "log a line for each request: answers, changes and errors at info, probes and look-ups at debug"
     )
     log_prompts: bool = option(False, "have the access log hold the beginning of each prompt")
+    tasks: TaskConfig = field(default_factory=TaskConfig)

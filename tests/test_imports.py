@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from inlaid.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig, ServerConfig
+from inlaid.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig, ServerConfig, TaskConfig
 from tests import laws
 
 if sys.version_info >= (3, 11):
@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": set(),
     "workload": set(),
     "sim": {"engine", "report", "workload", "adapters.eviction", "adapters.modes"},
-    "server": {"engine", "text", "worker", "adapters", "program"},
+    "server": {"engine", "text", "worker", "adapters", "program", "quant.online_jobs", "quant.online_versions"},
 }
 MAY_USE = {
     "inlaid": set[str](),
@@ -91,7 +91,9 @@ def test_every_extra_has_an_importer_and_every_optional_package_one_file_in_a_ho
     assert laws.spread_packages(ROOT, packages, *HOUSES) == []
 
 
-@pytest.mark.parametrize("config", [SchedulerConfig, CacheConfig, AdapterConfig, EngineConfig, ServerConfig])
+@pytest.mark.parametrize(
+    "config", [SchedulerConfig, CacheConfig, AdapterConfig, EngineConfig, ServerConfig, TaskConfig]
+)
 def test_every_option_is_read_and_every_choice_is_known_to_its_reader(config: type) -> None:
     """The default may be what is left when no other choice is meant, so its word need not occur."""
     words = laws.words(ROOT, {"inlaid/config.py"}, "inlaid")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from inlaid.server import admin, info, manners, native
+from inlaid.server import admin, info, manners, native, tasks
 from inlaid.server.chat import chat_completions
 from inlaid.server.completions import completions
 from inlaid.server.messages import count_tokens, create_message
@@ -25,6 +25,7 @@ from inlaid.server.protocol.info import (
 from inlaid.server.protocol.openai import Completion, CompletionBody
 from inlaid.server.protocol.responses import DeletedResponse, Response, ResponseBody, ResponseEvent
 from inlaid.server.protocol.sglang import Generation, LoadResult, ModelSummary, NativeBody, ServerInfo
+from inlaid.server.protocol.tasks import AddTaskBody, BaseCard, TaskCard, TaskList
 from inlaid.server.responses import create_response, delete_response, get_response
 from inlaid.server.route import Guard, Route
 
@@ -114,6 +115,13 @@ ROUTES = (
         UnloadAdapterBody,
         (LoadResult,),
     ),
+    Route("GET", "/v1/tasks", tasks.list_tasks, Guard.ADMIN, answers=(TaskList,)),
+    Route("POST", "/v1/tasks", tasks.add_task, Guard.ADMIN, AddTaskBody, (TaskCard,)),
+    Route("GET", "/v1/tasks/{name}", tasks.get_task, Guard.ADMIN, answers=(TaskCard,)),
+    Route("DELETE", "/v1/tasks/{name}", tasks.delete_task, Guard.ADMIN, answers=(TaskCard,)),
+    Route("POST", "/v1/tasks/{name}/switch", tasks.switch_task, Guard.ADMIN, answers=(TaskCard,)),
+    Route("GET", "/v1/base", tasks.get_base, Guard.ADMIN, answers=(BaseCard,)),
+    Route("POST", "/v1/base/rollback", tasks.rollback, Guard.ADMIN, answers=(BaseCard,)),
     Route("GET", "/v1/scheduler", admin.get_scheduler, Guard.OPERATOR, answers=(dict[str, Any],)),
     Route("PUT", "/v1/scheduler", admin.put_scheduler, Guard.ADMIN, SchedulerBody, (dict[str, Any],)),
     Route(

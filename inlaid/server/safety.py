@@ -167,6 +167,17 @@ class AllowedFolders:
                 return folder
         raise outside
 
+    def file(self, path: str, param: str) -> Path:
+        """Return the real file that a client's path names. Forbidden when it is outside the roots, or not there."""
+        for root in self.roots if "\0" not in path and ".." not in Path(path).parts else ():
+            try:
+                found = (root / path).resolve(strict=True)
+            except (OSError, RuntimeError):
+                continue
+            if found.is_relative_to(root) and found.is_file():
+                return found
+        raise Forbidden(f"{param} must be a file inside one of the server's --lora-root folders", param)
+
 
 def os_entries(folder: Path) -> list[Path]:
     """List the files of a folder; OSError when it is none."""
@@ -182,6 +193,8 @@ def _root(root: str) -> Path:
 
 def check_config(config: ServerConfig, keys: Keys) -> None:
     """Refuse to start with loading at run time open to everybody or from everywhere."""
+    if config.tasks.online_tasks and not keys.has_admin:
+        raise ConfigError("--online-tasks needs --admin-key, apart from the inference keys")
     if not config.allow_runtime_lora:
         return
     if not keys.has_admin:

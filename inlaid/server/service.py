@@ -13,6 +13,7 @@ from inlaid.server.connections import Connections, most_connections
 from inlaid.server.metrics import Metrics
 from inlaid.server.names import ModelNames
 from inlaid.server.offload import Offload, Shared
+from inlaid.server.online import OnlineTasks
 from inlaid.server.resolver import Resolver
 from inlaid.server.safety import AllowedFolders, Keys
 from inlaid.server.state import ServerState
@@ -48,6 +49,7 @@ class Service:
     metrics_page: Shared[bytes] = field(init=False)
     resolver: Resolver | None = None
     watchers: Sequence[Watcher] = ()
+    online: OnlineTasks | None = None
     background: Background = field(default_factory=Background)
     responses: StoredResponses = field(init=False)
     ignored_fields: set[str] = field(default_factory=set)  # that were logged: once each

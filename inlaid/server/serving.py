@@ -12,6 +12,7 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from typing import Any
 from aiohttp import web
 
 from inlaid.config import ConfigError, EngineConfig, ServerConfig, check
+from inlaid.quant.online_versions import Versions
 from inlaid.server.app import http_log, make_app
 from inlaid.server.cors import check_origins
 from inlaid.server.metrics import Metrics
 from inlaid.server.names import ModelNames
+from inlaid.server.online import OnlineTasks, adapters_of, open_versions
 from inlaid.server.resolver import make_resolver
 from inlaid.server.safety import AllowedFolders, Keys, check_config, warn_of_risks
 from inlaid.server.service import Service
@@ -61,6 +64,12 @@ async def make_service(
     for name in adapters:
         if (why := names.why_not(name)) is not None:
             raise ConfigError(f"no adapter can be called {name!r}: {why}; rename it, or the base (--served-model-name)")
+    versions = None
+    first_model = engine_config.model
+    if config.tasks.online_tasks:
+        versions = open_versions(config.tasks, first_model)
+        engine_config = replace(engine_config, model=versions.current.folder)
+        adapters = {**adapters_of(config.tasks, versions), **adapters}
     state = ServerState(config.state, adapters)
     engine = EngineClient(
         engine_config,
@@ -74,6 +83,7 @@ async def make_service(
     resolver = make_resolver(config, engine, names, engine_config.adapters.max_cpu_loras)
     watchers = [Watcher(Path(folder).expanduser(), engine, names) for folder in config.lora_watch]
     model, tokenizer = await _start(engine, config.chat_template)
+    online = None if versions is None else await _online(config, versions, engine, model)
     await _restore(engine, state, names, folders)
     return Service(
         config=config,
@@ -92,10 +102,11 @@ async def make_service(
         resolver=resolver,
         watchers=watchers,
         names=names,
-        model_path=engine_config.model,
-        public_path=model_name if Path(engine_config.model).is_dir() else engine_config.model,
+        model_path=first_model,
+        public_path=model_name if Path(first_model).is_dir() else first_model,
         started=int(time.time()),
         state=state,
+        online=online,
     )
 
 
@@ -115,6 +126,16 @@ async def _restore(engine: EngineClient, state: ServerState, names: ModelNames, 
     except BaseException:
         await engine.close()
         raise
+
+
+async def _online(config: ServerConfig, versions: Versions, engine: EngineClient, model: ModelInfo) -> OnlineTasks:
+    """Return what adds tasks while serving, once it is sure which version of the base is served."""
+    try:
+        versions.check_served(model.base_version)
+        return OnlineTasks(config.tasks, versions, engine, "cpu" if model.device == "cpu" else "cuda")
+    except (ValueError, OSError) as error:
+        await engine.close()
+        raise ConfigError(f"--online-tasks: {error}") from error
 
 
 async def _start(engine: EngineClient, template_file: str | None) -> tuple[ModelInfo, Tokenizer]:
@@ -236,6 +257,8 @@ async def serve(
     )
     for number, watcher in enumerate(service.watchers, 1):
         service.background.start(f"lora-watch {number}", partial(watcher.run, config.lora_watch_interval))
+    if service.online is not None:
+        service.background.start("online-tasks", service.online.run)
     gc.collect()
     gc.freeze()  # what is there now stays: looking through it held up the event loop in the middle of large bodies
     host, port = listener.getsockname()[:2]
