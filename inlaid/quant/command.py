@@ -18,13 +18,14 @@ import torch
 from tqdm import tqdm
 
 from inlaid.checkpoint import BITS
+from inlaid.quant import remote
 from inlaid.quant.aggregate import AGGREGATIONS, LOSS_ROUNDS, MINIMAX_LOSS
 from inlaid.quant.bank import PRECISIONS, bank_path
 from inlaid.quant.calibration import CalibrationSettings
 from inlaid.quant.grid import Grid
 from inlaid.quant.quantize import add_task, quantize, remove_task
 from inlaid.quant.record import Record
-from inlaid.quant.settings import DTYPES, Gate, Place, Settings, TaskSource
+from inlaid.quant.settings import DTYPES, EXACT, SHARED, WARM, Gate, Place, Settings, Shortcuts, TaskSource
 
 Progress = Callable[[str, int, int], None]
 
@@ -142,32 +143,71 @@ def _grid(args: argparse.Namespace) -> Grid:
 
 def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verbs of `inlaid task`."""
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", help="add, remove or list")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", help="add, remove or list; with --server switch and rollback too")
     add = verbs.add_parser("add", help="take one more task into a quantized base; only its own data are run")
-    add.add_argument("folder", type=Path, help="made by `inlaid quantize`")
+    add.add_argument("folder", type=Path, nargs="?", help="made by `inlaid quantize`; not with --server")
     add.add_argument("task", metavar="NAME=ADAPTER:DATA", help="name, PEFT folder and .jsonl file of the task")
     remove = verbs.add_parser("remove", help="take a task out; the others are solved again from the bank")
-    remove.add_argument("folder", type=Path, help="made by `inlaid quantize`")
+    remove.add_argument("folder", type=Path, nargs="?", help="made by `inlaid quantize`; not with --server")
     remove.add_argument("name", help="name of the task")
     listing = verbs.add_parser("list", help="tasks, hashes, losses and when they were last checked")
-    listing.add_argument("folder", type=Path, help="made by `inlaid quantize`")
+    listing.add_argument("folder", type=Path, nargs="?", help="made by `inlaid quantize`; not with --server")
     listing.add_argument("--json", action="store_true", help="the whole record as JSON")
+    switch = verbs.add_parser("switch", help="with --server: serve the version that a job has made")
+    switch.add_argument("name", help="name of the task")
+    rollback = verbs.add_parser("rollback", help="with --server: serve the version before again")
     _add_place_arguments(add)
     _add_place_arguments(remove)
+    _add_shortcut_arguments(add)
+    _add_shortcut_arguments(remove)
+    add.add_argument("--no-switch", action="store_true", help="with --server: leave the old base serving")
+    for verb in (add, remove, listing, switch, rollback):
+        verb.add_argument("--server", metavar="URL", help="a server with --online-tasks does it, while it serves")
+        verb.add_argument("--admin-key", help="with --server: its admin key; also from INLAID_ADMIN_KEY")
 
 
 def run_task(args: argparse.Namespace) -> int:
     """Run `inlaid task`; returns the exit status."""
+    if (args.server is None) == (getattr(args, "folder", None) is None):
+        print("inlaid: give a folder made by `inlaid quantize`, or the --server that is to do it", file=sys.stderr)
+        return 2
+    if args.server is not None:
+        return _attempt(lambda progress: remote.run(args, progress))
     if args.verb == "list":
         return _attempt(lambda progress: Record.read(args.folder), as_json=args.json)
 
     def job(progress: Progress) -> Record:
         place, gate = _place(args, progress), Gate(args.tolerance, args.force)
+        shortcuts = Shortcuts(args.solve, args.check, args.threshold)
         if args.verb == "add":
-            return add_task(args.folder, TaskSource.parse(args.task), place, gate)
-        return remove_task(args.folder, args.name, place, gate)
+            return add_task(args.folder, TaskSource.parse(args.task), place, gate, shortcuts=shortcuts)
+        return remove_task(args.folder, args.name, place, gate, shortcuts=shortcuts)
 
     return _attempt(job)
+
+
+def _add_shortcut_arguments(parser: argparse.ArgumentParser) -> None:
+    shortcuts = Shortcuts()
+    parser.add_argument(
+        "--solve",
+        choices=(EXACT, WARM),
+        default=shortcuts.solve,
+        help="exact (default): the bits of quantizing for all tasks at once; warm: start from the stored solution, "
+        "which is quicker and not the same bits",
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=shortcuts.threshold,
+        help="with warm: sites whose Hessian has moved by a smaller share of its norm stay as they are",
+    )
+    parser.add_argument(
+        "--check",
+        choices=(EXACT, SHARED),
+        default=shortcuts.check,
+        help="exact (default): each task in forward passes of its own; shared: several in one, losses differ in their "
+        "last digits",
+    )
 
 
 def _add_place_arguments(parser: argparse.ArgumentParser) -> None:
@@ -218,8 +258,8 @@ class _Bar:
             self._bar.close()
 
 
-def _attempt(job: Callable[[Progress], Record], as_json: bool = False) -> int:
-    """Run a job and print its record, or the reason why it failed, in one sentence."""
+def _attempt(job: Callable[[Progress], Record | str], as_json: bool = False) -> int:
+    """Run a job and print its record or its words, or the reason why it failed, in one sentence."""
     bar = _Bar()
     try:
         record = job(bar.show)
@@ -230,7 +270,10 @@ def _attempt(job: Callable[[Progress], Record], as_json: bool = False) -> int:
         print(f"inlaid: {error}{hint}", file=sys.stderr)
         return 1 if bar.begun else 2
     bar.close()
-    print(json.dumps(record.values(), indent=1) if as_json else _table(record))
+    if isinstance(record, str):
+        print(record)
+    else:
+        print(json.dumps(record.values(), indent=1) if as_json else _table(record))
     return 0
 
 

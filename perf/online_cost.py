@@ -1,0 +1,122 @@
+"""Cost of the demo's twelfth task by every way to add it: processor seconds by part, and the peak of memory.
+
+The full job quantizes for all twelve; the others start from eleven: offline as it is (same bits as the full job), and
+with the shortcuts that `inlaid.quant.settings.Shortcuts` describes. Each job runs in a process of its own with one
+thread. Parts are processor seconds, as other work on the machine would count in wall time.
+
+    python -m perf.online_cost --out FILE                                     last line of output: JSON
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from inlaid.checkpoint import Checkpoint
+from inlaid.quant import stopwatch
+from inlaid.quant.bank import bank_path
+from inlaid.quant.quantize import Into, add_task, quantize
+from inlaid.quant.record import Record
+from inlaid.quant.settings import Gate, Settings, Shortcuts
+from inlaid.report.provenance import provenance
+from perf.quant_cost import DEMO, demo_tasks
+
+WAYS = MappingProxyType(
+    {
+        "exact": Shortcuts(),
+        "exact, shared checks": Shortcuts(check="shared"),
+        "warm, shared checks": Shortcuts("warm", "shared"),
+        "warm, shared checks, threshold 0": Shortcuts("warm", "shared", 0.0),
+    }
+)
+
+
+def job(way: str, folder: Path) -> dict[str, Any]:
+    """Run one job in this process; returns its seconds by part, losses and memory."""
+    stopwatch.time = SimpleNamespace(perf_counter=time.process_time)  # type: ignore[attr-defined]
+    begun, sources = time.process_time(), demo_tasks()
+    if way in ("full", "eleven"):
+        out = folder / way
+        record = quantize(DEMO / "base", sources if way == "full" else sources[:-1], Settings(), out)
+    else:
+        eleven, out = folder / "eleven", folder / way.replace(", ", "-").replace(" ", "-")
+        bank = folder / f"{out.name}.bank"
+        shutil.copytree(bank_path(eleven), bank)
+        record = add_task(eleven, sources[-1], None, Gate(force=True), Into(out, bank), WAYS[way])
+    moved = [site["moved"] for site in record.sites if "moved" in site]
+    return {
+        "seconds": time.process_time() - begun,
+        "parts": record.seconds,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "losses": {name: task["loss_quantized"] for name, task in record.tasks.items()},
+        "full_losses": {name: task["loss_full"] for name, task in record.tasks.items()},
+        "sites_kept": sum(share < WAYS[way].threshold for share in moved) if moved else 0,
+        "sites": len(record.sites),
+        "largest_move": max(moved, default=None),
+        "version": Checkpoint(out).fingerprint(),
+    }
+
+
+def in_process(way: str, folder: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "perf.online_cost", "--way", way, "--folder", str(folder)]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """Run every way, one after the other."""
+    jobs: dict[str, Any] = {}
+    for way in tqdm(("eleven", *WAYS, "full"), desc="adding a task", file=sys.stderr):
+        jobs[way] = in_process(way, folder)
+        print(way, json.dumps(jobs[way]["parts"]), file=sys.stderr, flush=True)
+    before = Record.read(folder / "eleven")
+    worst = {
+        way: max(found["losses"][name] - task["loss_quantized"] for name, task in before.tasks.items())
+        for way, found in jobs.items()
+        if way != "eleven"
+    }
+    return {
+        "jobs": jobs,
+        "worst_old_task": worst,
+        "same_bits": jobs["exact"]["version"] == jobs["full"]["version"],
+        "provenance": provenance(seed=Settings().calibration.seed)
+        | {"torch": torch.__version__, "threads": 1, "load_average": os.getloadavg()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help="file to write")
+    parser.add_argument("--way", help="used by the run itself, with the next")
+    parser.add_argument("--folder", type=Path, help="where the bases lie; default: a temporary folder")
+    args = parser.parse_args()
+    if args.way:
+        print(json.dumps(job(args.way, args.folder)))
+        return
+    if args.out is None:
+        parser.error("--out says where the figures go")
+    with tempfile.TemporaryDirectory() as name:
+        found = measure(args.folder or Path(name))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
