@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from inlaid import __version__
-from inlaid.config import AdapterConfig, CacheConfig, ConfigError, EngineConfig, SchedulerConfig, ServerConfig, TaskConfig
+from inlaid.config import (
+    AdapterConfig,
+    CacheConfig,
+    ConfigError,
+    EngineConfig,
+    SchedulerConfig,
+    ServerConfig,
+    TaskConfig,
+)
 from inlaid.flags import Parser, add_config_arguments, config_from, size
 from inlaid.worker import logs
 

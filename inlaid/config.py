@@ -209,14 +209,14 @@ class TaskConfig:
         "", "the bank of the base (FOLDER.bank, beside a folder made by inlaid quantize): tasks are added while serving"
     )
     task_gpu_share: float = option(
-        0.1, "share of the device's time that quantizing may take; on a CPU, of the time of a core"
+        0.1, "share of the device's time that quantizing may take; on a CPU, of the time of a core", least=0.001, most=1
     )
     task_device: str = option("auto", "where quantizing runs; auto: where the model runs", ("auto", "cpu", "cuda"))
-    task_threads: int = option(1, "threads of the quantizing process")
-    task_memory_gib: float = option(0.0, "most host memory of the quantizing process, in GiB; 0: any")
-    task_gpu_memory_gib: float = option(0.0, "most GPU memory of the quantizing process, in GiB; 0: any")
+    task_threads: int = option(1, "threads of the quantizing process", least=1)
+    task_memory_gib: float = option(0.0, "most host memory of the quantizing process, in GiB; 0: any", least=0)
+    task_gpu_memory_gib: float = option(0.0, "most GPU memory of the quantizing process, in GiB; 0: any", least=0)
     task_tolerance: float = option(
-        0.02, "largest loss that an old task may gain by a new base, in nats a token; else it is not served"
+        0.02, "largest loss that an old task may gain by a new base, in nats a token; else it is not served", least=0
     )
     on_base_switch: str = option(
         "finish",
@@ -228,7 +228,9 @@ class TaskConfig:
         "where the new base waits: device (both fit there), host (it is copied in while nothing runs), auto: by room",
         ("auto", "device", "host"),
     )
-    keep_versions: int = option(4, "versions of the base that are kept on disk; the one before can be rolled back to")
+    keep_versions: int = option(
+        4, "versions of the base that are kept on disk; the one before can be rolled back to", least=2
+    )
 
 
 @dataclass(frozen=True)

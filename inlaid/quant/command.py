@@ -143,7 +143,9 @@ def _grid(args: argparse.Namespace) -> Grid:
 
 def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verbs of `inlaid task`."""
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", help="add, remove or list; with --server switch and rollback too")
+    verbs = parser.add_subparsers(
+        dest="verb", required=True, metavar="VERB", help="add, remove or list; with --server switch and rollback too"
+    )
     add = verbs.add_parser("add", help="take one more task into a quantized base; only its own data are run")
     add.add_argument("folder", type=Path, nargs="?", help="made by `inlaid quantize`; not with --server")
     add.add_argument("task", metavar="NAME=ADAPTER:DATA", help="name, PEFT folder and .jsonl file of the task")

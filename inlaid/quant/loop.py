@@ -54,7 +54,7 @@ class BlockLoop:
     """
 
     def __init__(self, plan: Plan, bank: Bank, progress: Progress, stored: StoredSolution | None = None) -> None:
-        """With `stored` each site starts from that solution."""
+        """Solve every site anew, or, with `stored`, from that solution."""
         self._plan, self._bank, self._progress, self._stored = plan, bank, progress, stored
         self._model, self._settings, self._stopwatch = plan.model, plan.settings, plan.stopwatch
 

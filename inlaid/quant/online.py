@@ -56,7 +56,7 @@ class Reporter:
     def write(self) -> None:
         self.report.seconds = {part: round(spent, 3) for part, spent in sorted(self._seconds.items())}
         self.report.memory.peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
+        if self.report.memory.gpu_expected:
             self.report.memory.gpu_peak = torch.cuda.max_memory_allocated()
         write_report(self._file, self.report)
         self._written = time.monotonic()

@@ -9,6 +9,7 @@ hash is known, so a half-written one is never served. The list needs no torch: t
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -53,18 +54,28 @@ class Versions:
         """Read the list, or begin one with the folder `first`."""
         self.folder = bank / "versions"
         self._file = self.folder / LIST
-        first = first.resolve()
-        if self._file.exists():
-            self._list = _read(self._file)
-            if Path(self._list.versions[0].folder) != first:
-                raise VersionError(
-                    f"{self._file} lists versions of {self._list.versions[0].folder}, not of {first}: start the server "
-                    f"with that folder, or give another --online-tasks folder"
-                )
-        else:
-            tasks = tasks_of(first)
-            zero = Version(number=0, folder=str(first), base_version="", tasks=tasks, created=_now())
-            self._list = _List(format=FORMAT, current=0, next=1, versions=[zero])
+        self._lock = _locked(self.folder)
+        try:
+            self._list = self._opened(first.resolve())
+        except BaseException:
+            self.close()
+            raise
+
+    def _opened(self, first: Path) -> _List:
+        if not self._file.exists():
+            zero = Version(number=0, folder=str(first), base_version="", tasks=tasks_of(first), created=_now())
+            return _List(format=FORMAT, current=0, next=1, versions=[zero])
+        found = _read(self._file)
+        if Path(found.versions[0].folder) != first:
+            raise VersionError(
+                f"{self._file} lists versions of {found.versions[0].folder}, not of {first}: start the server "
+                "with that folder, or give another --online-tasks folder"
+            )
+        return found
+
+    def close(self) -> None:
+        """Let another server use the bank."""
+        os.close(self._lock)
 
     @property
     def current(self) -> Version:
@@ -181,6 +192,18 @@ def bank_keys_of(folder: Path) -> set[str]:
         return {str(task["bank_key"]) for task in json.loads((folder / "inlaid.json").read_text())["tasks"].values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return set()
+
+
+def _locked(folder: Path) -> int:
+    """Lock a bank against a second server."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise VersionError(f"{folder.parent} is in use by another server; stop that one first") from None
+    return descriptor
 
 
 def _read(file: Path) -> _List:

@@ -7,6 +7,7 @@ here each is touched once at most, and tasks keep their stored shares of the wei
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -60,10 +61,11 @@ class StoredSolution:
 
     def _moved(self, index: int, site: str, hessian_KK: Tensor) -> float:
         """Return |A - B| / |A| of the aggregated Hessians before and now, both divided by their trace."""
+        device = hessian_KK.device
         try:
             before = [
-                TaskHessian(lambda entry=entry: entry.read(index, site, hessian_KK.device), entry.tokens(index), share)
-                for entry, share in ((entry, self.shares[name]) for name, entry in self._entries.items())
+                TaskHessian(partial(entry.read, index, site, device), entry.tokens(index), self.shares[name])
+                for name, entry in self._entries.items()
             ]
             before_KK = self._combined(before)
         except BankError:  # the bank has lost what the stored version was solved for
@@ -82,5 +84,6 @@ class StoredSolution:
         zeros_GN = torch.cat([unpack(linear.qzeros, linear.bits, dim=1) for linear in linears], dim=1)
         scales_GN = torch.cat([linear.scales for linear in linears], dim=1)
         g_idx_K = linears[0].g_idx
-        parts = (tensor.to(device) for tensor in (codes_KN, scales_GN, zeros_GN, g_idx_K))
-        return Solution(*parts, loss=0.0, damping=0.0)
+        return Solution(
+            codes_KN.to(device), scales_GN.to(device), zeros_GN.to(device), g_idx_K.to(device), loss=0.0, damping=0.0
+        )

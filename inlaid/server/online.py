@@ -333,12 +333,6 @@ async def run_quantizer(order_file: Path, environment: Mapping[str, str]) -> int
 
 def open_versions(config: TaskConfig, model: str) -> Versions:
     """Read the list of versions before anything is loaded. ConfigError says why it cannot be used."""
-    if not 0 < config.task_gpu_share <= 1:
-        raise ConfigError(f"task_gpu_share is {config.task_gpu_share}: give a share above 0, up to 1")
-    if config.keep_versions < 2:
-        raise ConfigError(
-            f"keep_versions is {config.keep_versions}: keep at least 2, the one served and the one before"
-        )
     if not Path(model).is_dir():
         raise ConfigError(f"--online-tasks needs a local folder made by `inlaid quantize`, not {model!r}")
     try:

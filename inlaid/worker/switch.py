@@ -78,7 +78,7 @@ class Switch:
         def take(done: Future[StagedBase]) -> dict[str, Any]:
             staged = done.result()
             if number != self._staging:
-                return _refuse("another base has been staged meanwhile, or this one was called off")
+                raise _refusal("another base has been staged meanwhile, or this one was called off")
             self._staged = staged
             return {"where": staged.where, "seconds": staged.seconds}
 
@@ -144,5 +144,9 @@ def _outcome(began: float, stopped: float, staying: int) -> dict[str, Any]:
     return {"seconds": now - began, "pause": now - stopped, "staying": staying}
 
 
-def _refuse(message: str, kind: RefusalKind = RefusalKind.INVALID) -> Any:
-    raise Refused(Refusal(message, kind))
+def _refusal(message: str, kind: RefusalKind = RefusalKind.INVALID) -> Refused:
+    return Refused(Refusal(message, kind))
+
+
+def _refuse(message: str, kind: RefusalKind = RefusalKind.INVALID) -> None:
+    raise _refusal(message, kind)
