@@ -39,7 +39,8 @@ _TAIL = 32  # tokens at the end of a prompt that may open the reasoning
 async def chat_request(service: Service, body: ChatBody, headers: Mapping[str, str], size: int) -> ClientRequest:
     """Prepare a chat completion, whose body has `size` bytes."""
     adapter, model = await target(service, body)
-    return await prepared(service, adapter, size, partial(_chat, service, body, headers, adapter, model))
+    prepare = partial(_chat, service, body, headers, adapter, model)
+    return await prepared(service, adapter, size, prepare, is_chat=True)
 
 
 def _chat(

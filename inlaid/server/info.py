@@ -105,7 +105,8 @@ async def tokenize(request: web.Request, body: TokenizeBody) -> web.Response:
     """Return the token ids of a text, or of a conversation through the chat template."""
     service = request.app[SERVICE]
     service.resolve(body.model)
-    return await service.offload.run(len(await request.read()), _tokens, service, body)
+    run = service.offload.run if body.messages is None else service.offload.run_chat
+    return await run(len(await request.read()), _tokens, service, body)
 
 
 def _tokens(service: Service, body: TokenizeBody) -> web.Response:

@@ -21,12 +21,19 @@ class Offload:
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(_THREADS, "long-text")
+        self._chats = ThreadPoolExecutor(1, "short-chat")
 
     async def run(self, size: int, work: Callable[..., _Made], *arguments: Any, **more: Any) -> _Made:
         """Do work on something of this size."""
         if size <= _SHORT:
             return work(*arguments, **more)
         return await self.run_on_thread(partial(work, *arguments, **more))
+
+    async def run_chat(self, size: int, work: Callable[..., _Made], *arguments: Any, **more: Any) -> _Made:
+        """Do work on a conversation of this size. It waits for the process of the chat template, so it is never done at
+        once; short ones do not wait behind long ones."""
+        threads = self._chats if size <= _SHORT else self._threads
+        return await asyncio.get_running_loop().run_in_executor(threads, partial(work, *arguments, **more))
 
     async def run_on_thread(self, work: Callable[[], _Made]) -> _Made:
         """Do work that is long whatever it is about."""

@@ -151,11 +151,12 @@ def _completion(
 
 
 async def prepared(
-    service: Service, adapter: str | None, size: int, prepare: Callable[[], ClientRequest]
+    service: Service, adapter: str | None, size: int, prepare: Callable[[], ClientRequest], is_chat: bool = False
 ) -> ClientRequest:
     """Prepare a request whose body has `size` bytes, and count it if it is refused."""
+    run = service.offload.run_chat if is_chat else service.offload.run
     try:
-        return await service.offload.run(size, prepare)
+        return await run(size, prepare)
     except Refused as error:
         service.metrics.refuse(adapter, refused(error.refusal).status)
         raise

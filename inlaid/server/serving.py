@@ -85,13 +85,15 @@ async def make_service(
     model, tokenizer = await _start(engine, config.chat_template)
     online = None if versions is None else await _online(config, versions, engine, model)
     await _restore(engine, state, names, folders)
+    max_model_len = min(model.max_model_len, (model.num_blocks - 1) * model.block_size)
+    tokenizer.template.confine(max_model_len * tokenizer.max_token_bytes)
     return Service(
         config=config,
         engine=engine,
         encoder=RequestEncoder(
             tokenizer,
             model.vocab_size,
-            min(model.max_model_len, (model.num_blocks - 1) * model.block_size),
+            max_model_len,
             config.max_prompts,
             engine_config.scheduler.max_num_seqs,
         ),
@@ -272,6 +274,7 @@ async def serve(
     accepting.close()
     await runner.cleanup()
     await service.engine.close()
+    service.tokenizer.template.close()
     service.state.close()
     return status
 

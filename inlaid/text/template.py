@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from inlaid.engine.refusal import Refusal, Refused
+from inlaid.text.confined import Confined
 from inlaid.text.nesting import check_depth
 
 RESERVED = ("messages", "conversation", "tools", "chat_template", "tokenize", "return_tensors", "return_dict")
@@ -22,6 +23,7 @@ class ChatTemplate:
 
     def __init__(self, model: Any, replacement: str | None = None) -> None:
         self._model = model  # a tokenizer of transformers
+        self._confined: Confined | None = None
         if replacement is not None:
             model.chat_template = replacement
 
@@ -36,6 +38,17 @@ class ChatTemplate:
         """Tell whether there is a template at all."""
         return self._model.chat_template is not None
 
+    def confine(self, max_chars: int) -> None:
+        """Write conversations out in a process with bounds on time and memory from now on, as a server must."""
+        if self.exists:
+            special = {name: str(token) for name, token in self._model.special_tokens_map.items()}
+            self._confined = Confined(self._model.chat_template, special, max_chars)
+
+    def close(self) -> None:
+        """End the processes of `confine`."""
+        if self._confined is not None:
+            self._confined.close()
+
     def render(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None, options: Mapping[str, Any] | None = None
     ) -> str:
@@ -44,13 +57,11 @@ class ChatTemplate:
 
         if not self.exists:
             raise _refused("the model has no chat template; give one with --chat-template, or use completions")
+        told = {"add_generation_prompt": True, **(options or {})}
         try:
-            text = self._model.apply_chat_template(
-                list(messages),
-                tools=tools or None,
-                tokenize=False,
-                **{"add_generation_prompt": True, **(options or {})},
-            )
+            if self._confined is not None:
+                return self._confined.render(messages, tools or None, told)
+            text = self._model.apply_chat_template(list(messages), tools=tools or None, tokenize=False, **told)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
             raise _refused(f"the chat template refuses these messages: {error}") from error
         return str(text)

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,9 +76,13 @@ class Live:
             time.sleep(0.05)
 
     def children(self) -> list[int]:
-        """Return the processes that the server has started: the engine."""
-        text = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        return [int(number) for number in text.split()]
+        """Return the engine processes that the server has started."""
+        found = []
+        for number in map(int, Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()):
+            with suppress(OSError):  # it has ended meanwhile
+                if b"inlaid.worker.process" in Path(f"/proc/{number}/cmdline").read_bytes():
+                    found.append(number)
+        return found
 
 
 @contextmanager
