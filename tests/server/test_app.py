@@ -24,6 +24,7 @@ from inlaid.server.names import ModelNames
 from inlaid.server.safety import AllowedFolders, Keys
 from inlaid.server.service import SERVICE, Service
 from inlaid.text.encoder import RequestEncoder
+from inlaid.text.tools.answer import ModelForms
 from inlaid.worker.client import EngineClient
 from tests.worker.fake_engine import ENVIRONMENT, FACTORY
 
@@ -101,6 +102,7 @@ async def over_fake_engine(
         config=config or ServerConfig(),
         engine=engine,
         encoder=RequestEncoder(cast(Any, None), 50, 900),
+        forms=ModelForms.of("", "auto", "auto"),
         metrics=Metrics("base", 10),
         keys=Keys((), None),
         folders=AllowedFolders([]),
