@@ -1,0 +1,62 @@
+"""The long forms of the chaos suite: `python -m tests.chaos.run KIND`, each until its time or its count is over. What
+it found is written to a file with its provenance; the exit status is 1 if anything is not as `docs/trust.md` promises.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from inlaid.files import write_atomically
+from inlaid.report.provenance import provenance
+from tests.chaos.attackers import Rates
+from tests.chaos.mix import Mix, flags
+from tests.server.live import serving
+
+
+def mix(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    """Run everything beside ordinary traffic; return what happened, and True if all of it was as promised."""
+    rates = Rates(mutants_per_second=args.rate, attack_pause=1.0, change_pause=0.5)
+    return _mixed(args, rates)
+
+
+def mutated(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    """Send mutated requests as fast as they are answered, beside one ordinary client."""
+    return _mixed(args, Rates(askers=1, mutants=4, attack_pause=0.0, change_pause=0.0))
+
+
+def _mixed(args: argparse.Namespace, rates: Rates) -> tuple[dict[str, Any], bool]:
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder, serving(*flags(Path(folder))) as server:
+        found = asyncio.run(Mix(server, Path(folder), args.seed, rates).run(args.seconds, args.count))
+        found["last lines of the log"] = [line.rstrip() for line in server.log[-20:]]
+    faults = found["answers of 500 and more that are not stated"] + found["wrong answers"]
+    return found, not faults and found["held after"] == found["held before"]
+
+
+def main() -> int:
+    """Run one kind and write what it found."""
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos.run", description=__doc__)
+    parser.add_argument("kind", choices=sorted(KINDS))
+    parser.add_argument("--seconds", type=float, default=3600.0, help="end after so many seconds (default: an hour)")
+    parser.add_argument("--count", type=int, default=0, help="end after so many requests, kills, changes or folders")
+    parser.add_argument("--rate", type=float, default=10.0, help="mutated requests a second in the mix")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="file for what was found, with its provenance")
+    args = parser.parse_args()
+    found, good = KINDS[args.kind](args)
+    text = json.dumps({"provenance": provenance(args.seed), "as promised": good, **found}, indent=1)
+    if args.out is not None:
+        write_atomically(args.out, text.encode() + b"\n")
+    print(text)
+    return 0 if good else 1
+
+
+KINDS = {"mix": mix, "mutated": mutated}
+
+if __name__ == "__main__":
+    sys.exit(main())
