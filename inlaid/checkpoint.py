@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from inlaid.files import hash_file, write_atomically
+from inlaid.files import hash_file, read_bounded, write_atomically
 from inlaid.tensorfiles import CheckpointError, Stages, header_of
 
 BITS = (2, 3, 4, 8)
@@ -329,10 +329,10 @@ def quantization_config(
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(read_bounded(path))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist; give the folder of a Hugging Face model") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")

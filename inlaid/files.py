@@ -7,14 +7,17 @@ import ctypes
 import hashlib
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 PIECE = 256 << 20  # bytes of a file that are hashed by one thread
 HASHERS = 8
+MAX_JSON_BYTES = 64 << 20  # of a config or an index
 
 
 def hash_file(path: Path, on_bytes: Callable[[int], object] = lambda count: None) -> str:
@@ -72,6 +75,22 @@ def replace_folder(new: Path, path: Path) -> None:
     else:
         os.rename(new, path)
         sync_directory(path.parent)
+
+
+def open_unblocked(path: Path) -> BinaryIO:
+    """Open a file for reading. A pipe that nobody writes to seems empty, instead of holding up the reader for ever."""
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+
+
+def read_bounded(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
+    """Read a whole file of at most so many bytes. ValueError: it has more, or is no regular file."""
+    with open_unblocked(path) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError(f"{path} is not a regular file")
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"{path} has more than {most} bytes")
+    return data
 
 
 def sync_folder(folder: Path) -> None:

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from inlaid.files import atomic_file
+from inlaid.files import atomic_file, open_unblocked
 
 MAX_HEADER_BYTES = 100_000_000
 _DTYPES = MappingProxyType({
@@ -37,7 +37,7 @@ class CheckpointError(ValueError):
 def header_of(file: Path) -> dict[str, Any]:
     """Read a safetensors header and check it against the file's length. CheckpointError: the file is cut or missing."""
     try:
-        with file.open("rb") as handle:
+        with open_unblocked(file) as handle:
             length = int.from_bytes(handle.read(8), "little")
             if not 2 <= length <= min(MAX_HEADER_BYTES, file.stat().st_size - 8):
                 raise CheckpointError(f"{file} is cut short or is not a safetensors file; fetch it again")

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from inlaid.files import read_bounded
 from inlaid.kernels.backend import MODULES
 from inlaid.layers.rotary import ROPE_KINDS, RopeSpec
 
@@ -74,7 +75,11 @@ def read_spec(folder: Path) -> ModelSpec:
     """Return the spec of a model folder; end-of-sequence ids come from generation_config.json too."""
     config = _read_json(folder / "config.json")
     generation = folder / "generation_config.json"
-    return spec_from_config(config, _read_json(generation) if generation.exists() else {})
+    more = _read_json(generation) if generation.exists() else {}
+    try:
+        return spec_from_config(config, more)
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{folder}: {error}") from None
 
 
 def spec_from_config(config: dict[str, Any], generation: dict[str, Any] | None = None) -> ModelSpec:
@@ -235,10 +240,10 @@ def _require(config: dict[str, Any], *keys: str) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_bounded(path).decode())
     except FileNotFoundError:
         raise UnsupportedModel(f"{path} does not exist: this is not a Hugging Face model folder") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UnsupportedModel(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise UnsupportedModel(f"{path} does not hold an object")

@@ -156,7 +156,7 @@ async def _start(engine: EngineClient, template_file: str | None) -> tuple[Model
         raise ConfigError(str(error)) from error
     except (OSError, ValueError) as error:
         await engine.close()
-        raise ConfigError(f"the tokenizer of {folder} cannot be read: {error}") from error
+        raise ConfigError(str(error)) from error
     except BaseException:
         await engine.close()
         raise

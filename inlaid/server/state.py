@@ -10,7 +10,6 @@ import asyncio
 import fcntl
 import logging
 import os
-import stat
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -18,13 +17,12 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from inlaid.config import ConfigError
-from inlaid.files import write_atomically
+from inlaid.files import read_bounded, write_atomically
 from inlaid.server.errors import ApiError, NotKept
 
 log = logging.getLogger(__name__)
 
 _VERSION = 1
-_MAX_BYTES = 64 << 20
 _T = TypeVar("_T")
 
 
@@ -144,21 +142,18 @@ def _locked(path: Path) -> int:
 
 def _read(path: Path) -> Kept:
     """Read a state file. ConfigError: it is none, is damaged, or is of a later version."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise ConfigError(f"--state {path} is not a regular file")
-    if status.st_size > _MAX_BYTES:
-        raise ConfigError(f"--state {path} has {status.st_size} bytes; no state file is that large")
     advice = "give another file, or remove this one to start with the command line's settings"
     try:
-        found = msgspec.json.decode(path.read_bytes())
+        found = msgspec.json.decode(read_bounded(path))
         if not isinstance(found, dict) or found.get("kind") != Kept().kind:
             raise ConfigError(f"--state {path} is not a state file of inlaid; {advice}")
         if found.get("version") != _VERSION:
             version = found.get("version")
             raise ConfigError(f"--state {path} has version {version!r}, this inlaid reads {_VERSION}; {advice}")
         return msgspec.convert(found, Kept)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except ConfigError:
+        raise
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ConfigError(f"--state {path} is damaged: {error}; {advice}") from error
 
 

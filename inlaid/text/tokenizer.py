@@ -12,6 +12,7 @@ from typing import Any
 
 from inlaid.text.template import ChatTemplate
 
+_MAX_JSON_BYTES = 512 << 20
 BROKEN = "\ufffd"  # what a decoder writes for bytes that are no character (yet)
 
 
@@ -19,7 +20,10 @@ class Tokenizer:
     """A model's tokenizer and chat template. Its methods only read, and may run in threads."""
 
     def __init__(self, folder: str | Path, chat_template: str | None = None) -> None:
-        model = _read(Path(folder))
+        try:
+            model = _read(Path(folder))
+        except Exception as error:  # its readers raise anything where a file is not what they expect
+            raise ValueError(f"the tokenizer of {folder} cannot be read: {type(error).__name__}: {error}") from error
         self._fast: Any = model.backend_tokenizer
         self._fast.no_padding()
         self._fast.no_truncation()
@@ -70,6 +74,9 @@ class Tokenizer:
 def _read(folder: Path) -> Any:
     """Read the tokenizer as transformers does. Where the folder says that its tokenizer.json is all there is to know,
     use the generic class, which spares the server importing torch."""
+    for file in folder.glob("*.json"):  # transformers would read a pipe, or terabytes
+        if not file.is_file() or file.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"{file} is not a regular file of at most {_MAX_JSON_BYTES} bytes")
     from transformers.utils import logging
 
     quieten: Any = logging.set_verbosity_error

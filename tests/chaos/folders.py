@@ -30,7 +30,7 @@ def spoil(source: Path, folder: Path, draw: random.Random) -> str:
         names.append(way.__name__)
         try:
             way(folder, draw)
-        except (OSError, ValueError, KeyError, IndexError, TypeError):
+        except (OSError, ValueError, KeyError, IndexError, TypeError, StopIteration):
             names[-1] += " (not possible after the one before)"
     return ", ".join(names)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -15,8 +16,13 @@ from typing import Any
 from inlaid.files import write_atomically
 from inlaid.report.provenance import provenance
 from tests.chaos.attackers import Rates
+from tests.chaos.kills import Kills
+from tests.chaos.loads import Loads
 from tests.chaos.mix import Mix, flags
-from tests.server.live import serving
+from tests.chaos.quantizer import QuantizerKills
+from tests.chaos.reading import adapter_reader, read_base, read_spoilt
+from tests.quant.tiny import write_base
+from tests.server.live import DEMO, serving
 
 
 def mix(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
@@ -38,6 +44,41 @@ def _mixed(args: argparse.Namespace, rates: Rates) -> tuple[dict[str, Any], bool
     return found, not faults and found["held after"] == found["held before"]
 
 
+def kills(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    """Kill engine and server at random while changes and answers are asked for."""
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        killed = Kills(Path(folder), args.seed)
+        killed.run(args.count or 1000, args.seconds)
+    return {**killed.counts, "faults": killed.faults}, not killed.faults
+
+
+def quantizer(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    """Kill the quantizer at random."""
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        killed = QuantizerKills(Path(folder), args.seed)
+        killed.run(args.count or 1000, args.seconds)
+    return {**killed.counts, "faults": killed.faults}, not killed.faults
+
+
+def loads(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    """Load, swap, unload and ask adapters at random."""
+    found = Loads(args.seed).run(args.count or 100_000, args.seconds)
+    return found, not found["faults"]
+
+
+def folders(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    """Read hostile folders: of ten, nine adapters and a base."""
+    count = args.count or 10_000
+    with tempfile.TemporaryDirectory(prefix="chaos-") as scratch:
+        os.environ["XDG_CACHE_HOME"] = scratch
+        sources = DEMO / "adapters" / "to_velar", write_base(Path(scratch) / "base")
+        readers = adapter_reader(DEMO / "base"), read_base
+        first = args.seed * 1_000_000
+        seeds = range(first, first + count * 9 // 10), range(first, first + count // 10)
+        adapters, bases = (read_spoilt(r, s, Path(scratch), n) for r, s, n in zip(readers, sources, seeds))
+    return {"adapters": adapters, "bases": bases}, not adapters["faults"] and not bases["faults"]
+
+
 def main() -> int:
     """Run one kind and write what it found."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.run", description=__doc__)
@@ -56,7 +97,7 @@ def main() -> int:
     return 0 if good else 1
 
 
-KINDS = {"mix": mix, "mutated": mutated}
+KINDS = {"mix": mix, "mutated": mutated, "kills": kills, "quantizer": quantizer, "loads": loads, "folders": folders}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,12 @@
+"""Adapters loaded, swapped, unloaded and asked at random: no wrong token, not a byte left."""
+
+from __future__ import annotations
+
+from tests.chaos.loads import Loads
+
+
+def test_adapters_that_come_and_go_leave_no_wrong_token_and_no_byte() -> None:
+    found = Loads(seed=1).run(changes=150, seconds=120.0)
+    assert found["faults"] == []
+    assert found["answers"] > 0
+    assert set(found["left"].values()) == {0}
