@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from inlaid import __version__
 from inlaid.files import hash_file, read_bounded, write_atomically
 from inlaid.tensorfiles import CheckpointError, Stages, header_of
 
@@ -324,6 +325,9 @@ def quantization_config(
         "true_sequential": False,
         "lm_head": False,
         "checkpoint_format": zero_format,
+        # Who made it, and then whose way of packing zero points this is: without the second GPTQModel refuses
+        # asymmetric checkpoints, as writers before its release 0.9 lost a zero point of 0.
+        "meta": {"quantizer": [f"inlaid:{__version__}", "gptqmodel:0.9.0"]},
     }
 
 

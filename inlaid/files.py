@@ -107,8 +107,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """Give a temporary name to write a file under; the file takes the place of `path` when the body ends without an
     exception. A kill leaves the old file or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.touch()
+    mode = temporary.stat().st_mode & 0o777  # as the umask has it, whatever a library that writes here prefers
     try:
         yield temporary
+        temporary.chmod(mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

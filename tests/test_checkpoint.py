@@ -36,8 +36,8 @@ from inlaid.checkpoint import (
     to_tensors,
     unpack,
 )
-from inlaid.files import atomic_folder, hash_file
-from inlaid.tensorfiles import Stages, tensors_in
+from inlaid.files import atomic_folder, hash_file, write_atomically
+from inlaid.tensorfiles import Stages, tensors_in, write_tensors
 
 CPU = torch.device("cpu")
 
@@ -417,3 +417,19 @@ def test_words_of_one_code_are_told_from_others(bits: int) -> None:
         assert not holds_only(pack(codes, bits, dim=1), value ^ 1, bits)
         codes[2, 37] ^= 1
         assert not holds_only(pack(codes, bits, dim=1), value, bits)
+
+
+def test_files_have_the_modes_of_the_umask(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "tensors", {"a": torch.zeros(2)}, {})
+    write_atomically(tmp_path / "text", b"x")
+    (tmp_path / "plain").write_bytes(b"x")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert len(set(modes.values())) == 1, modes
+
+
+def test_the_quantizer_is_named_as_gptqmodel_asks_for() -> None:
+    """It loads asymmetric checkpoints only of writers that keep a zero point of 0, which it knows by this entry."""
+    made = quantization_config(QuantSpec(bits=4, group_size=32, symmetric=False, act_order=False), 0.01, False)
+    producers = dict(entry.split(":") for entry in made["meta"]["quantizer"])
+    assert list(producers) == ["inlaid", "gptqmodel"]
+    assert tuple(map(int, producers["gptqmodel"].split("."))) >= (0, 9)

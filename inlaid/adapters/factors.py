@@ -25,9 +25,15 @@ _FACTOR = re.compile(
     r"(?:(?:base_model|model)\.)*layers\.(?P<layer>\d{1,6})\.(?P<block>self_attn|mlp)\.(?P<module>\w+)"
     r"\.lora_(?P<factor>[AB])(?:\.[^.]+)?\.weight"
 )
+_SAVED_WHOLE = (
+    "which PEFT saves beside an adapter when the vocabulary was resized or save_embedding_layers is set; if it was not "
+    "trained, save the adapter again with save_embedding_layers=False. Served are adapters of linear layers only"
+)
 _FOREIGN = (
     ("lora_magnitude_vector", "DoRA is not supported"),
     ("modules_to_save", "modules_to_save is not supported"),
+    ("embed_tokens.weight", f"it is the whole embedding, {_SAVED_WHOLE}"),
+    ("lm_head.weight", f"it is the whole output head, {_SAVED_WHOLE}"),
     ("lora_embedding", "adapters of the embedding are not supported"),
     ("embed_tokens", "adapters of the embedding are not supported"),
     ("lm_head", "adapters of the output head are not supported"),

@@ -95,11 +95,19 @@ def _read(folder: Path, spec: ModelSpec, dtype: torch.dtype, max_rank: int, allo
     check_targets(config, targeted, set(factors), paths)
     _check_ranks(config, factors, max_rank)
     scales = {site: config.scale_of(paths[site], a.shape[0]) for site, (a, _) in factors.items()}
-    if not allow_noop and all(scales[site] == 0 or not b.any() for site, (_, b) in factors.items()):
-        raise AdapterError("every B is zero, so it changes nothing; it looks untrained")
+    if not allow_noop:
+        _refuse_without_effect(factors, scales)
     adapter = lay_out(_identity(config_bytes, weight_bytes), str(folder), factors, scales, dtype, pin)
     check_values(adapter.flat, factors, scales, dtype)
     return adapter
+
+
+def _refuse_without_effect(factors: Factors, scales: Mapping[int, float]) -> None:
+    """Refuse an adapter that changes nothing, and say which of its parts is zero."""
+    if all(scale == 0 for scale in scales.values()):
+        raise AdapterError("lora_alpha is 0, so it changes nothing; set the lora_alpha that it was trained with")
+    if all(scales[site] == 0 or not b.any() for site, (_, b) in factors.items()):
+        raise AdapterError("every B is zero, so it changes nothing; it looks untrained")
 
 
 def _check_files(folder: Path) -> list[tuple[int, int, int]]:

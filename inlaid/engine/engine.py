@@ -23,6 +23,7 @@ from inlaid.engine.refusal import Refusal, Refused
 from inlaid.engine.request import Batch, FinishReason, Grammar, NewRequest, Output, Request, Runner, StepResult
 from inlaid.engine.residency import AdapterDirectory, NoAdapters
 from inlaid.engine.scheduler import Scheduler
+from inlaid.engine.sizes import StepSizes
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class Engine:
         self._settled: list[Output] = []  # outputs of a step that was collected early
         self._num_steps = 0
         self._num_tokens = 0
+        self._sizes = StepSizes()
 
     def add(self, new: NewRequest) -> Request:
         """Queue a request, or raise Refused."""
@@ -130,6 +132,7 @@ class Engine:
         self.num_failures_in_a_row = 0
         self._num_steps += 1
         self._num_tokens += batch.num_tokens
+        self._sizes.add(batch.num_tokens)
         return self.scheduler.commit(batch, result, self.clock())
 
     def _discard(self, ticket: Any) -> None:
@@ -202,6 +205,7 @@ class Engine:
             "preemptions": scheduler.num_preemptions,
             "steps": self._num_steps,
             "step_tokens": self._num_tokens,
+            **self._sizes.stats(),
             "failures": self.num_failures,
             "prompt_tokens": ledger.num_prompt_tokens,
             "cached_tokens": ledger.num_cached_tokens,

@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from types import MappingProxyType
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from inlaid.engine.request import NewRequest
+from inlaid.server.mirrors import EngineFigures, Renamed
 from inlaid.text.stream import Piece
 from inlaid.worker.messages import AdapterInfo, ModelInfo
 
@@ -79,6 +80,15 @@ class Metrics:
         self.output_length = self._histogram("request_generation_tokens", "Tokens made per request", _TOKENS)
         self.asked_length = self._histogram("request_params_max_tokens", "max_tokens per request", _TOKENS)
         self._engine = _EngineGauges(self.registry, model_name, max_adapters)
+        self._figures = EngineFigures(model_name, _ENGINE)
+        self.registry.register(self._figures)
+        ProcessCollector(registry=self.registry)
+        others = {
+            "vllm:time_per_output_token_seconds": self.between,
+            "vllm:request_max_num_generation_tokens": self.output_length,
+            "vllm:gpu_cache_usage_perc": self._engine.kv_usage,
+        }
+        self.registry.register(Renamed(others))
 
     def _counter(self, name: str, help: str) -> Counter:
         return Counter(f"vllm:{name}", help, _LABELS, registry=self.registry)
@@ -113,6 +123,8 @@ class Metrics:
         self, stats: dict[str, float] | None, adapters: list[AdapterInfo], model: ModelInfo | None, num_restarts: int
     ) -> bytes:
         """Return the page, with the engine's own figures of this moment (None: it is not there)."""
+        if stats is not None and model is not None:
+            self._figures.set(stats, model)
         self._engine.set(stats, adapters, model, num_restarts)
         return generate_latest(self.registry)
 
@@ -218,7 +230,7 @@ class _EngineGauges:
             key: Counter(f"vllm:{name}", help, self._labels, registry=registry) for key, name, help in _COUNTERS
         }
         self._seen: dict[str, float] = {}
-        self._kv_usage = self._gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1")
+        self.kv_usage = self._gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1")
         self._kv_blocks = self._gauge("inlaid:kv_blocks_used", "KV blocks in use")
         self._kv_lent = self._gauge("inlaid:kv_blocks_lent", "KV blocks that adapters have borrowed")
         self._up = self._gauge("inlaid:engine_up", "1 when the engine process serves")
@@ -264,7 +276,7 @@ class _EngineGauges:
             gauge.labels(*labels).set(stats[key])
         for key, counter in self._counters.items():
             counter.labels(*labels).inc(self._growth(key, stats[key]))
-        self._kv_usage.labels(*labels).set(stats["kv_blocks_used"] / max(1, stats["kv_blocks"]))
+        self.kv_usage.labels(*labels).set(stats["kv_blocks_used"] / max(1, stats["kv_blocks"]))
         self._kv_blocks.labels(*labels).set(stats["kv_blocks_used"])
         self._kv_lent.labels(*labels).set(stats["kv_blocks_lent"])
         self._set_adapters(adapters, model)
