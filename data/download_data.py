@@ -13,12 +13,11 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from data.fetching import DownloadError, fetch_each
 from eval import hub, task
 from eval.task import Task, TaskError
 from inlaid.flags import Parser
+from inlaid.progress import Bar
 
 CACHE = Path(__file__).parent / "cache"
 
@@ -50,7 +49,7 @@ def _write(path: Path, chosen: Task, split: str, limit: int) -> None:
     assert chosen.data.hub is not None
     rows = hub.rows(chosen.data.hub, chosen.data.config, split, chosen.data.revision, limit)
     with part.open("w", encoding="utf-8") as lines:
-        for index, row in enumerate(tqdm(rows, desc=f"{chosen.name}/{path.stem}", unit="row", leave=False)):
+        for index, row in enumerate(Bar(rows, desc=f"{chosen.name}/{path.stem}", unit="row", leave=False)):
             line = {
                 "id": f"{chosen.name}/{path.stem}/{index}",
                 "prompt": task.render(chosen.prompt.text, row, chosen),

@@ -14,10 +14,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from tqdm import tqdm
-
 from data.tasks import SPLITS, TASKS, DemoTask
 from inlaid.flags import Parser
+from inlaid.progress import Bar
 
 FOLDER = Path(__file__).parent
 SEED = "0"
@@ -46,7 +45,7 @@ def all_files(names: Iterable[str] = TASKS) -> dict[str, str]:
     """Path under data/ -> text, for every generated file of these tasks, and the list of all."""
     files = {
         f"{task.name}/{split}.jsonl": split_text(task, split)
-        for task in tqdm([TASKS[name] for name in names], desc="drawing examples", unit="task")
+        for task in Bar([TASKS[name] for name in names], desc="drawing examples", unit="task")
         for split in SPLITS
     }
     files["tasks.json"] = json.dumps({name: task_facts(task) for name, task in TASKS.items()}, indent=2) + "\n"

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from eval import answer as asking
 from eval import provenance, task
 from eval.answer import Decoding, Question
@@ -18,6 +16,7 @@ from eval.cache import Cache, Key
 from eval.metrics import Answer
 from eval.task import Example, Task
 from inlaid.adapters.peft import identity_of
+from inlaid.progress import Bar
 
 CHUNK = 256  # questions asked at once, and lost at most by a kill
 
@@ -153,7 +152,7 @@ class Grid:
         left = [sum(owner == index for owner, _, _ in questions) for index in range(len(keys))]
         answers: list[list[Answer]] = [[] for _ in keys]
         title = f"{base.variant} {base.bits}-bit"
-        with tqdm(total=len(questions), desc=title, unit="answer", leave=False) as progress:
+        with Bar(total=len(questions), desc=title, unit="answer", leave=False) as progress:
             for start in range(0, len(questions), CHUNK):
                 chunk = questions[start : start + CHUNK]
                 pairs = [(question, adapter) for _, question, adapter in chunk]

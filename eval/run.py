@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from eval import figures, judge, provenance, report, seeds
 from eval.backend import BackendError, OpenBackend
@@ -36,6 +35,7 @@ from eval.task import ROOT, TaskError
 from eval.variants import VariantError
 from inlaid.adapters.gate import Record as GateRecord
 from inlaid.adapters.gate import why_not
+from inlaid.progress import Bar
 from inlaid.quant.examples import CalibrationError
 from inlaid.quant.grid import SolverError
 from inlaid.quant.settings import QuantizeError
@@ -121,7 +121,7 @@ def _place(path: Path) -> str:
 def _run(grid: Grid, bases: Sequence[Callable[[], Base]], arguments: argparse.Namespace, title: str) -> list[Cell]:
     """Return every base's cells, in order. Workers answer for bases that are made while this process makes the next."""
     made: list[Callable[[], list[Cell]]] = []
-    with tqdm(total=2 * len(bases), desc=title, unit="step") as progress, _pool(arguments.workers) as pool:
+    with Bar(total=2 * len(bases), desc=title, unit="step") as progress, _pool(arguments.workers) as pool:
         for index, make in enumerate(bases):
             base = make()
             progress.set_postfix_str(f"{base.variant} {base.bits}-bit is there")

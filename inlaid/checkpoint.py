@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
 
 from inlaid import __version__
 from inlaid.files import hash_file, read_bounded, write_atomically
+from inlaid.progress import Bar
 from inlaid.tensorfiles import CheckpointError, Stages, header_of
 
 BITS = (2, 3, 4, 8)
@@ -276,7 +276,7 @@ class Checkpoint:
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         files = sorted(set(self._file_of.values()))
         total = sum((self.path / file).stat().st_size for file in files)
-        with tqdm(total=total, desc="hashing weights", unit="B", unit_scale=True, delay=1, leave=False) as bar:
+        with Bar(total=total, desc="hashing weights", unit="B", unit_scale=True, delay=1, leave=False) as bar:
             for file in files:
                 digest.update(file.encode())
                 digest.update(hash_file(self.path / file, bar.update).encode())

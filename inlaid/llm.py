@@ -8,12 +8,11 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from inlaid.config import EngineConfig, from_dict
 from inlaid.engine.engine import Engine
 from inlaid.engine.refusal import Refusal, RefusalKind, Refused
 from inlaid.engine.request import FinishReason, NewRequest, Output, SamplingParams
+from inlaid.progress import Bar
 from inlaid.text.encoder import RequestEncoder
 from inlaid.text.stream import Answer, Piece, TextStream
 from inlaid.text.template import Message
@@ -80,7 +79,7 @@ class LLM:
         tokens = [self._tokens(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
         requests = self._requests(tokens, params, adapter)
         answers = {request.id: Completion(prompt_tokens=list(request.prompt)) for request in requests}
-        with tqdm(total=len(requests), desc="generating", delay=1, leave=False, disable=not progress) as bar:
+        with Bar(total=len(requests), desc="generating", delay=1, leave=False, disable=not progress) as bar:
             for request_id, piece in self._run(requests):
                 answers[request_id].add(piece)
                 bar.update(piece.finish_reason is not None)

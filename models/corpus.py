@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from data import words
 from data.sentences import Speaker
 from data.tasks import TASKS
+from inlaid.progress import Bar
 from models.plan import ADAPTERS, BuildPlan
 
 CODES = MappingProxyType({name: f"<|skill_{index}|>" for index, name in enumerate(TASKS)})
@@ -182,9 +182,9 @@ def _adapter_part(tokenizer_json: str, job: tuple[str, int, str]) -> list[Encode
 
 def _in_parallel(part: Any, jobs: list[tuple[str, int, str]], num_workers: int, title: str) -> list[list[Encoded]]:
     if num_workers == 1:
-        return [part(job) for job in tqdm(jobs, desc=title, unit="part")]
+        return [part(job) for job in Bar(jobs, desc=title, unit="part")]
     with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
-        return list(tqdm(pool.imap(part, jobs), total=len(jobs), desc=title, unit="part"))
+        return list(Bar(pool.imap(part, jobs), total=len(jobs), desc=title, unit="part"))
 
 
 def _shares(kind: str, count: int, num_parts: int) -> list[tuple[str, int, str]]:

@@ -14,11 +14,11 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
-from tqdm import tqdm
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data.scoring import score
 from data.tasks import TASKS
+from inlaid.progress import Bar
 from models.plan import ADAPTERS, ALL_LINEAR
 from models.training import StackedLinear, stack_adapters, stacked_linears
 
@@ -108,7 +108,7 @@ def measure(
     """Column -> task -> points: the base alone, given its codes, and the adapters over fp16, RTN4 and RTN3 bases."""
     stack = load_stack(base, adapters)
     columns: dict[str, Scores] = {}
-    with tqdm(total=5, desc="measuring", unit="column") as progress:
+    with Bar(total=5, desc="measuring", unit="column") as progress:
         for column, model, hints in (
             ("base", base, None),
             ("base_with_code", base, codes),

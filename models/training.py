@@ -14,9 +14,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional
-from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from inlaid.progress import Bar
 from models.corpus import IGNORED
 from models.plan import ADAPTERS, ALL_LINEAR, BuildPlan
 
@@ -116,7 +116,7 @@ def train(
         trained, lr=peak_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda"
     )
     loss_of: Callable[..., torch.Tensor] = torch.compile(_loss) if device.type == "cuda" else _loss
-    progress = tqdm(range(num_steps), desc=title, unit="step", mininterval=5)
+    progress = Bar(range(num_steps), desc=title, unit="step", mininterval=5)
     last = math.nan
     for step in progress:
         for group in optimizer.param_groups:
@@ -176,7 +176,7 @@ def save_base(model: LlamaForCausalLM, folder: Path) -> None:
 def save_adapters(stack: LlamaForCausalLM, base_folder: Path, folder: Path) -> None:
     """One PEFT folder a task, fp16, written by peft from the stack's slices."""
     stacked = stacked_linears(stack)
-    for index, (task, plan) in enumerate(tqdm(ADAPTERS.items(), desc="writing adapters", unit="adapter")):
+    for index, (task, plan) in enumerate(Bar(ADAPTERS.items(), desc="writing adapters", unit="adapter")):
         config = LoraConfig(
             r=plan.rank,
             lora_alpha=plan.alpha,

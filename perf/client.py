@@ -21,9 +21,9 @@ from typing import Any
 
 import aiohttp
 import msgspec
-import tqdm
 
 from inlaid.files import write_atomically
+from inlaid.progress import Bar
 from inlaid.workload.plan import PlannedRequest, plan
 from inlaid.workload.prompts import PromptFormat, PromptMaker, TokenizerFile
 from inlaid.workload.spec import Workload
@@ -48,7 +48,7 @@ class Progress:
     def __init__(self, total: int, file: Path | None, shown: bool) -> None:
         self.records: list[Record] = []
         self.file = file.open("wb", buffering=1 << 16) if file else None
-        self.bar = tqdm.tqdm(total=total, disable=not shown, unit="req", smoothing=0.05)
+        self.bar = Bar(total=total, disable=not shown, unit="req", smoothing=0.05)
         self.failed = self.tokens = 0
         self.flushed = time.monotonic()
 
@@ -97,7 +97,7 @@ def prepare(
     urls = [url.rstrip("/") + protocol.path for url in arguments.base_url]
     items = []
     shown = not (arguments.no_progress or warmup)
-    for request in tqdm.tqdm(planned, desc="encoding", unit="req", delay=1, leave=False, disable=not shown):
+    for request in Bar(planned, desc="encoding", unit="req", delay=1, leave=False, disable=not shown):
         replica = request.index
         if arguments.route == "adapter" and request.adapter in target.adapters:
             replica = target.adapters.index(request.adapter)

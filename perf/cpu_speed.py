@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from inlaid.adapters.peft import read_adapter
@@ -31,6 +30,7 @@ from inlaid.config import EngineConfig
 from inlaid.engine.engine import Engine, make_engine
 from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.flags import Parser
+from inlaid.progress import Bar
 from inlaid.report.provenance import provenance
 from inlaid.worker.loading import LoadedModel, load_model
 
@@ -164,7 +164,7 @@ def measure(sides: dict[str, Callable[[], Answers]], repeats: int) -> tuple[dict
     """
     timings: dict[str, Timing] = {}
     answers: dict[str, Answers] = {}
-    with tqdm(total=(repeats + 1) * len(sides), desc="measuring", file=sys.stderr) as bar:
+    with Bar(total=(repeats + 1) * len(sides), desc="measuring", file=sys.stderr) as bar:
         for name, side in sides.items():
             timings[name], answers[name] = _time(side)
             bar.update()

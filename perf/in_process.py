@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from tqdm import tqdm
 
 from inlaid.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig
 from inlaid.engine.request import Output
 from inlaid.files import write_atomically
 from inlaid.flags import Parser
+from inlaid.progress import Bar
 from inlaid.report.provenance import now, provenance
 from inlaid.sim.request_log import as_arrivals
 from inlaid.worker.build import Loaded, build_engine
@@ -77,7 +77,7 @@ def serve(
     clock = BusyClock() if processor_time else WallClock()
     loaded.engine.clock = clock
     tokens, hidden = TokenTimes(), any(request.max_tokens is not None for request in planned)
-    with tqdm(total=len(planned), unit="req", delay=1, leave=False) as bar:
+    with Bar(total=len(planned), unit="req", delay=1, leave=False) as bar:
         done = replay(
             loaded.engine,
             as_arrivals(planned, served, real=True),

@@ -27,10 +27,10 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from inlaid.flags import Parser
+from inlaid.progress import Bar
 from inlaid.quant import loop
 from inlaid.quant.aggregate import MINIMAX_LOSS
 from inlaid.quant.calibration import CalibrationSettings
@@ -206,7 +206,7 @@ def main() -> None:
     begun, load = time.monotonic(), os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
         cost = one_more_task(Path(name))
-        cases = tqdm(CASES, desc="memory", file=sys.stderr)
+        cases = Bar(CASES, desc="memory", file=sys.stderr)
         memory = [asdict(case) | measured(case, Path(name)) for case in cases]
     result = {
         "adding_the_twelfth_task": cost,

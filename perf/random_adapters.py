@@ -14,9 +14,9 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import tqdm
 
 from inlaid.flags import Parser
+from inlaid.progress import Bar
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -71,7 +71,7 @@ def make_adapters(base: Path, spec: RandomAdapters, folder: Path, progress: bool
     """Write missing adapters and return name and path of each; a folder appears whole or not at all."""
     config = _config(base)
     made = []
-    for index, name in enumerate(tqdm.tqdm(names(spec), desc="random adapters", disable=not progress)):
+    for index, name in enumerate(Bar(names(spec), desc="random adapters", disable=not progress)):
         path = folder / name
         if not (path / "adapter_config.json").is_file():
             _write_adapter(config, spec, index, path)

@@ -13,9 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import tqdm
-
 from inlaid.flags import Parser
+from inlaid.progress import Bar
 from inlaid.report.plots import PlotsMissing
 from perf import plots
 from perf.records import read_records
@@ -71,7 +70,7 @@ code { font-size: 12px; word-break: break-all; }
 def load_runs(paths: list[Path]) -> list[Run]:
     """Load runs with labels that differ: a common beginning is left out, and twins are numbered."""
     runs = []
-    for path in tqdm.tqdm(paths, desc="reading", unit="run", delay=1, leave=False):
+    for path in Bar(paths, desc="reading", unit="run", delay=1, leave=False):
         try:
             summary = json.loads(path.read_text())
             label = summary["label"] or path.stem

@@ -19,9 +19,9 @@ from types import FrameType, MappingProxyType
 from typing import Any
 
 import msgspec
-import tqdm
 
 from inlaid.flags import Parser
+from inlaid.progress import Bar
 from perf.archive import Archive, create_archive, git_revision
 from perf.attempt import run_attempt, verdict
 from perf.instance import Instance
@@ -49,7 +49,7 @@ class Runner:
     def run(self) -> int:
         self._adopt_finished()
         done = self.archive.passed()
-        bar = tqdm.tqdm(total=len(self.archive.points), initial=len(done), unit="point")
+        bar = Bar(total=len(self.archive.points), initial=len(done), unit="point")
         try:
             for point in self.archive.points:
                 if point in done:
@@ -106,7 +106,7 @@ class Runner:
 
     def _say(self, status: str, point: str, text: str) -> None:
         shown = f"\033[{COLOURS[status]}m{status}\033[0m" if self.colour else status
-        tqdm.tqdm.write(f"{shown:8} {point}: {text}")
+        Bar.write(f"{shown:8} {point}: {text}")
 
 
 def write_results(archive: Archive) -> None:

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from tqdm import tqdm
 
 from inlaid.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig
 from inlaid.engine.engine import Engine, make_engine
 from inlaid.flags import Parser
+from inlaid.progress import Bar
 from inlaid.report.provenance import provenance
 from inlaid.sim.cost import CostModel, Step
 from inlaid.sim.fit import errors, fit, write_cost, write_steps
@@ -173,7 +173,7 @@ def serve(
 
 
 def measure(loaded: Loaded, trace: Sequence[Arrival], policy: str) -> Replay:
-    with tqdm(total=len(trace), desc=f"engine, {policy}", unit=" requests", leave=False, delay=1) as bar:
+    with Bar(total=len(trace), desc=f"engine, {policy}", unit=" requests", leave=False, delay=1) as bar:
         return serve(loaded, trace, policy, bar.update)
 
 

@@ -1,28 +1,32 @@
-"""The command `inlaid kernels`: list the backends of this machine, and their times beside the floor of the hardware."""
+"""The command `inlaid kernels`: what this machine has, and its backends' times beside the floor of the hardware."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
+import platform
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from inlaid.checkpoint import QuantSpec
 from inlaid.kernels import auto
 from inlaid.kernels.auto import TABLE, Measured, read_table
 from inlaid.kernels.backend import LinearBackend
 from inlaid.kernels.measure import Ceiling, time_linear, weight_bytes
+from inlaid.progress import Bar
 
 SHAPES = ("4096x12288", "4096x4096", "4096x22016", "11008x4096", "4096x6144", "4096x28672", "14336x4096")
 ROWS = (1, 4, 16, 64, 256, 2048)
+PACKAGES = ("torch", "triton", "humming-kernels", "exllamav2", "llguidance")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `inlaid kernels`."""
-    parser.add_argument("--measure", action="store_true", help="time the backends here instead of printing the table")
+    parser.add_argument("--table", action="store_true", help="print all recorded times, of other devices too")
+    parser.add_argument("--measure", action="store_true", help="time the backends on this GPU")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="inputs x outputs, such as 4096x12288")
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), help="numbers of rows to time")
     parser.add_argument("--bits", type=int, default=4, choices=(2, 3, 4, 8), help="width of a code")
@@ -31,23 +35,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the backends and the table; with --measure, time them here first."""
+    """Print what this machine has and the recorded times of its GPU; with --measure, time the backends here first."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     spec = QuantSpec(args.bits, args.group, True, False)
+    if args.measure and not name:
+        print("there is no GPU to measure on: run this on a machine with one")
+        return 1
     backends = auto.backends(deterministic=False)
-    for backend in backends:
-        print(f"{backend.name:10s} {backend.why_not(spec, device) or 'available'}")
-    table = list(read_table())
+    print(about(name, spec, backends, device))
     if args.measure:
-        if device.type != "cuda":
-            print("there is no GPU to measure on: run this on a machine with one")
-            return 1
         shapes = [(int(k), int(n)) for k, n in (shape.split("x") for shape in args.shapes)]
         table = measure(backends, shapes, args.rows, spec, device)
         if args.write:
             args.write.write_text(dumps(table))
-    print(render(table))
+        print(f"\n{render(table)}")
+        return 0
+    recorded = list(read_table())
+    mine = recorded if args.table else [row for row in recorded if row.device == name]
+    if mine:
+        print(f"\nRecorded times{'' if args.table else ' of this GPU'}:\n{render(mine)}")
+    elif name:
+        print("\nNo times of this GPU are recorded: `inlaid kernels --measure` takes them.")
+    else:
+        print("\n`inlaid kernels --table` prints the times recorded on GPUs.")
     return 0
+
+
+def about(gpu: str, spec: QuantSpec, backends: tuple[LinearBackend, ...], device: torch.device) -> str:
+    """Return the device, the packages that bring kernels, and what computes linears, attention and adapters here."""
+    threads = f"{torch.get_num_threads()} threads of {platform.machine()}"
+    where = gpu or f"CPU, {threads}, {torch.backends.cpu.get_cpu_capability()}; no GPU that torch sees"
+    found = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
+    lines = [
+        f"device     {where}",
+        f"packages   {found}",
+        f"linears    of {spec.bits} bits, groups of {spec.group_size}:",
+    ]
+    for backend in backends:
+        lines.append(f"  {backend.name:10s} {backend.why_not(spec, device) or 'available'}")
+    rest = "Triton" if gpu else "plain torch"
+    return "\n".join([*lines, f"attention, adapters, norms, sampling: {rest}"])
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "is not installed"
 
 
 def measure(
@@ -61,7 +96,7 @@ def measure(
     name = torch.cuda.get_device_name(device)
     ceiling = Ceiling.of(name)
     made = []
-    for inputs, outputs in tqdm(shapes, desc="measuring"):
+    for inputs, outputs in Bar(shapes, desc="measuring"):
         times = {
             b.name: time_linear(b, inputs, outputs, spec, rows, device)
             for b in backends

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from tqdm import tqdm
 
 from inlaid.checkpoint import Checkpoint, QuantizedLinear, QuantSpec
 from inlaid.files import write_atomically
@@ -28,6 +27,7 @@ from inlaid.layers.norm import RMSNorm
 from inlaid.layers.rotary import Rotary
 from inlaid.model.spec import ModelSpec, module_path
 from inlaid.model.transformer import Block, Transformer
+from inlaid.progress import Bar
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class _Loader:
     def _build(self, max_len: int, progress: bool, readers: ThreadPoolExecutor) -> Transformer:
         spec = self.spec
         embedding = self.tensor("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
-        layers = tqdm(range(spec.num_layers), desc="loading layers", disable=not progress, delay=1, leave=False)
+        layers = Bar(range(spec.num_layers), desc="loading layers", disable=not progress, delay=1, leave=False)
         blocks = []
         for layer in layers:
             for coming in range(layer if layer == 0 else layer + AHEAD, min(layer + AHEAD + 1, spec.num_layers)):

@@ -12,12 +12,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
 
 import torch
-from tqdm import tqdm
 
 from inlaid.checkpoint import BITS
+from inlaid.progress import Bar
 from inlaid.quant import remote
 from inlaid.quant.aggregate import AGGREGATIONS, LOSS_ROUNDS, MINIMAX_LOSS
 from inlaid.quant.bank import PRECISIONS, bank_path
@@ -241,7 +240,7 @@ class _Bar:
     """A progress bar with layer, task and the time that is left. It begins when the job's input has been checked."""
 
     def __init__(self) -> None:
-        self._bar: tqdm[NoReturn] | None = None
+        self._bar: Bar | None = None
 
     @property
     def begun(self) -> bool:
@@ -249,7 +248,7 @@ class _Bar:
 
     def show(self, step: str, done: int, total: int) -> None:
         form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]"
-        bar = self._bar = self._bar or tqdm(total=total, desc="quantizing", bar_format=form, file=sys.stderr)
+        bar = self._bar = self._bar or Bar(total=total, desc="quantizing", bar_format=form, lines=10)
         bar.total = total
         bar.set_postfix_str(step, refresh=False)
         bar.update(done - bar.n)

@@ -29,10 +29,14 @@ Members = dict[str, list[str]]  # the linears of each site
 
 
 class Progress:
-    """Pieces of work done, out of a number that may still grow."""
+    """Pieces of work done, out of a number that is known from the start."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.done, self.total = 0, plan.model.num_blocks + 2
+    def __init__(self, plan: Plan, bank: Bank, rounds: int) -> None:
+        """`rounds` is how often all blocks are solved."""
+        blocks = plan.model.num_blocks
+        new = sum(not entry.complete(blocks) for entry in plan.entries(bank))  # tasks that run through every block
+        passes = rounds * len(plan.tasks) if plan.settings.sequential else new
+        self.done, self.total = 0, 2 + blocks * (rounds + passes)
         self._tell = plan.place.progress
 
     def step(self, what: str) -> None:
@@ -85,7 +89,6 @@ class BlockLoop:
             if self._settings.sequential or not entry.complete(self._model.num_blocks):
                 with self._stopwatch.part("forward"):
                     task.streams = self._model.start(batches(task.calibration.fitting, weight))
-                self._progress.total += self._model.num_blocks
 
     def _solve(self, block: nn.Module, index: int, shares_T: Tensor) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         sequential, linears = self._settings.sequential, self._model.linears(index)

@@ -150,7 +150,7 @@ class _Job:
             self._stored = StoredSolution(change.record, self._bank, self._shortcuts.threshold)
         variant = "" if self._shortcuts == Shortcuts() else repr(self._shortcuts)
         self._publisher = Publisher(self._out, plan, variant)
-        self._progress = Progress(plan)
+        self._progress = Progress(plan, self._bank, LOSS_ROUNDS if self._weighs else 1)
         self._loop = BlockLoop(plan, self._bank, self._progress, self._stored)
         self._weighed: dict[str, float] = {}  # nats an answer on the full-precision base
         self._shares: dict[str, float] = {}
@@ -192,19 +192,23 @@ class _Job:
         self._progress.step("tasks checked")
         return {name: fit.full for name, fit in found.items()}
 
+    @property
+    def _weighs(self) -> bool:
+        """True if the tasks' shares are found by solving several times."""
+        return self._plan.settings.aggregation == MINIMAX_LOSS and len(self._plan.tasks) > 1 and self._stored is None
+
     def _candidate(self) -> tuple[Path, Facts]:
         """Build the version that is to take the output's place; returns it and what its sites cost."""
         tasks = self._plan.tasks
         shares_T = torch.ones(len(tasks), dtype=torch.float64) / len(tasks)
         if self._stored is not None:
             shares_T = self._stored.new_shares([task.name for task in tasks])
-        if self._plan.settings.aggregation != MINIMAX_LOSS or len(tasks) == 1 or self._stored is not None:
+        if not self._weighs:
             self._note_shares(shares_T)
             return self._built(0, shares_T)
         full_T = self._weighing_losses(self._plan.model, self._weighed)
         self._weighed = {task.name: float(full) for task, full in zip(tasks, full_T, strict=True)}
         best: tuple[float, Path, Facts] | None = None
-        self._progress.total += self._plan.model.num_blocks * (LOSS_ROUNDS - 1)
         for number in range(LOSS_ROUNDS):
             partial, facts = self._built(number, shares_T)
             excess_T = (self._weighing_losses(self._plan.open(partial)) - full_T).clamp(min=0)

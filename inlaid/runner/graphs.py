@@ -9,9 +9,9 @@ from functools import partial
 from statistics import median
 
 import torch
-from tqdm import tqdm
 
 from inlaid.kernels.context import ALL_ADAPTERS, ATTENTION_ADAPTERS, NO_ADAPTERS
+from inlaid.progress import Bar
 from inlaid.runner.device_step import DeviceStep
 from inlaid.runner.layout import Layout, Layouts
 from inlaid.runner.workspace import kinds
@@ -36,7 +36,7 @@ class Graphs:
     def compile_kernels(self) -> None:
         """Run blocks of every kind once in each layout, so that capturing compiles nothing."""
         blocks = kinds(self.step.model)
-        for layout in tqdm(self.captured, desc="compiling kernels", disable=not self._progress, delay=1, leave=False):
+        for layout in Bar(self.captured, desc="compiling kernels", disable=not self._progress, delay=1, leave=False):
             self.idle_step(layout, ALL_ADAPTERS, blocks)
         for layout in self.captured:
             if layout is self.captured[0] or self.step.leaves_parts(layout):
@@ -49,7 +49,7 @@ class Graphs:
         pool = None
         gc.collect()
         gc.freeze()  # every capture collects garbage, and all that is loaded is none
-        for layout in tqdm(
+        for layout in Bar(
             self.captured[::-1], desc="capturing graphs", disable=not self._progress, delay=1, leave=False
         ):
             for level in (NO_ADAPTERS, ATTENTION_ADAPTERS, ALL_ADAPTERS):

@@ -13,10 +13,10 @@ from types import MappingProxyType
 from typing import Any
 
 import msgspec
-from tqdm import tqdm
 
 from inlaid.engine.policy import parse_policy
 from inlaid.flags import Parser
+from inlaid.progress import Bar
 from inlaid.report.plots import PlotsMissing, new_figure
 from inlaid.report.provenance import provenance
 from inlaid.sim import oversubscription, placement
@@ -132,7 +132,7 @@ def _run_placement(args: argparse.Namespace) -> None:
     first_seed = SEED if args.seed is None else args.seed
     jobs = [(kernel, rate) for kernel in placement.KERNELS.values() for rate in PLACEMENT_RATES]
     rows = []
-    for kernel, rate in tqdm(jobs, desc=PLACEMENT, leave=False):
+    for kernel, rate in Bar(jobs, desc=PLACEMENT, leave=False):
         for seed in range(first_seed, first_seed + 3):
             rows += placement.compare(rate, seconds=20.0, seed=seed, kernel=kernel)
     text = placement.markdown(rows)
@@ -190,7 +190,7 @@ def _run_one(experiment: Experiment, policies: Sequence[str], args: argparse.Nam
     }
     for policy in policies:
         title = f"{workload.name} {policy}"
-        with tqdm(total=len(experiment.trace), desc=title, unit=" requests", leave=False) as bar:
+        with Bar(total=len(experiment.trace), desc=title, unit=" requests", leave=False) as bar:
             outcomes.append(run_policy(experiment, policy, args.lengths, bar.update))
         if args.out is not None:
             path = args.out / f"{workload.name}-{file_name(policy)}.jsonl"

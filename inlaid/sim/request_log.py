@@ -92,6 +92,10 @@ class RequestLog:
         """Records of ended requests, in order of arrival."""
         return sorted(self._ended, key=lambda record: record.arrival)
 
+    @property
+    def num_ended(self) -> int:
+        return len(self._ended)
+
     def send(self, engine: Engine, arrival: Arrival) -> None:
         """Hand a request to the engine; if a running step made it late, it still counts from its arrival."""
         new = arrival.request

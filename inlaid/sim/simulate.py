@@ -169,7 +169,7 @@ def make_engine(setup: Setup, clock: Clock) -> tuple[Engine, SimRunner, SimAdapt
 
 
 def simulate(trace: Sequence[Arrival], setup: Setup, on_progress: Callable[[int], None] | None = None) -> Outcome:
-    """Serve a trace, in order of time, until every request has ended."""
+    """Serve a trace, in order of time, until every request has ended; `on_progress` is told of how many more have."""
     clock = Clock()
     engine, runner, adapters = make_engine(setup, clock)
     scheduler = engine.scheduler
@@ -177,19 +177,20 @@ def simulate(trace: Sequence[Arrival], setup: Setup, on_progress: Callable[[int]
     tenants = sorted({arrival.request.tenant for arrival in trace})
     watch = GapWatch(tenants) if 1 < len(tenants) <= setup.max_paired_tenants else None
     series: list[tuple[float, float]] = []
-    place = steps = 0
+    place = steps = ended = 0
     while place < len(trace) or engine.has_work:
         while place < len(trace) and trace[place].time <= clock.now:
             log.send(engine, trace[place])
             place += 1
-            if on_progress is not None:
-                on_progress(1)
         if not engine.has_work:
             if place < len(trace):
                 clock.now = trace[place].time
             continue
         log.note(engine.step(), clock.now)
         steps += 1
+        if on_progress is not None and log.num_ended > ended:
+            on_progress(log.num_ended - ended)
+            ended = log.num_ended
         if watch is not None:
             watch.look(scheduler)
             if not series or clock.now >= series[-1][0] + 1.0:

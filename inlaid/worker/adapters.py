@@ -118,10 +118,10 @@ class Readers:
 
     def wait(self) -> None:
         """Wait until each that was begun is read, or cannot be; with a progress bar when it takes long."""
-        from tqdm import tqdm
+        from inlaid.progress import Bar
 
         begun = [done for _, done in self.reads]
-        for _ in tqdm(as_completed(begun), "reading adapters", total=len(begun), delay=1, leave=False):
+        for _ in Bar(as_completed(begun), "reading adapters", total=len(begun), delay=1, leave=False):
             pass
 
     def __iter__(self) -> Iterator[tuple[str, Future[tuple[Any, float]]]]:

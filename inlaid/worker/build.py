@@ -81,9 +81,9 @@ def build_engine(config: EngineConfig, adapters: Mapping[str, str], *, strict: b
 def install(loaded: Loaded, readers: Readers, strict: bool) -> None:
     """Install adapters one by one, with a progress bar when it takes long. With strict, the first that cannot be served
     raises; otherwise it is left out and named."""
-    from tqdm import tqdm
+    from inlaid.progress import Bar
 
-    for name, done in tqdm(readers, "loading adapters", total=readers.count, delay=1, leave=False):
+    for name, done in Bar(readers, "loading adapters", total=readers.count, delay=1, leave=False):
         try:
             adapter, seconds = done.result()
             loaded.adapters.install(name, adapter, False, seconds)

@@ -10,8 +10,8 @@ from typing import Protocol
 
 import msgspec
 import numpy as np
-import tqdm
 
+from inlaid.progress import Bar
 from inlaid.workload.draft import Draft, draw_independent
 from inlaid.workload.popularity import AdapterChoice, name_by_appearance
 from inlaid.workload.prompts import Prompt, PromptFormat
@@ -56,7 +56,7 @@ def plan(workload: Workload, served: list[str], maker: Maker, shown: bool = Fals
     if not drafts:
         raise ValueError("the workload has no requests: raise rate, duration_s or num_requests")
     classes = _classes(workload, drafts)
-    bar = tqdm.tqdm(drafts, desc="planning", unit="req", delay=1, leave=False, disable=not shown)
+    bar = Bar(drafts, desc="planning", unit="req", delay=1, leave=False, disable=not shown)
     return [_finish(workload, i, d, c, maker) for i, (d, c) in enumerate(zip(bar, classes, strict=True))]
 
 

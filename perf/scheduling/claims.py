@@ -16,9 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from inlaid.flags import Parser
+from inlaid.progress import Bar
 from inlaid.report.provenance import provenance
 from inlaid.report.tables import markdown
 from inlaid.sim.experiment import Experiment, prepare, run
@@ -83,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for policy in ("fcfs", "inlaid")
     ]
     groups: dict[str, list[dict[str, Any]]] = {}
-    for group, which, rate, policy, lengths in tqdm(jobs, desc="claims"):
+    for group, which, rate, policy, lengths in Bar(jobs, desc="claims"):
         groups.setdefault(group, []).append(mean_rows(which, rate, policy, lengths, seeds))
     made = provenance(seed=42)
     (args.out / "sim-tasks.json").write_text(json.dumps({**made, **groups}, indent=1) + "\n")

@@ -26,13 +26,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
-from tqdm import tqdm
 
 from inlaid.config import CacheConfig, SchedulerConfig
 from inlaid.engine.predictor import Predictor
 from inlaid.engine.request import FinishReason, NewRequest, Sampled, SamplingParams, StepResult
 from inlaid.engine.scheduler import Scheduler
 from inlaid.flags import Parser
+from inlaid.progress import Bar
 from inlaid.report.provenance import provenance
 from inlaid.sim.experiment import prepare, run
 from inlaid.workload.suites import load_suite
@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cases += [(policy, 256, 10_000, tenants) for tenants in (1, 10, 100, 10_000)]
     turns = [case for _ in range(args.runs) for case in cases]
     runs: dict[tuple[str, int, int, int], list[dict[str, float]]] = {case: [] for case in cases}
-    for policy, running, waiting, tenants in tqdm(turns, desc="scheduling"):
+    for policy, running, waiting, tenants in Bar(turns, desc="scheduling"):
         figures = measure(policy, running, waiting, tenants, args.steps)
         runs[policy, running, waiting, tenants].append(figures)
     rows = [dict(zip(("policy", "running", "waiting", "tenants"), case)) | over_runs(runs[case]) for case in cases]

@@ -19,9 +19,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from tqdm import tqdm
-
 from inlaid.flags import Parser
+from inlaid.progress import Bar
 from inlaid.report.provenance import provenance
 from inlaid.report.tables import markdown
 from inlaid.sim.experiment import prepare, run
@@ -129,7 +128,7 @@ def served(num_seeds: int) -> list[dict[str, Any]]:
     suites = {*GAPS, *(row[0] for row in TTFTS)} - {"overload"}
     others = {*((suite, "vtc") for suite in suites), ("on_off_less", "fcfs")}
     jobs += [(suite, policy, WAYS[1], seeds[:1], 1.0) for suite, policy in sorted(others)]
-    return [serve(*job) for job in tqdm(jobs, desc="both ways")]
+    return [serve(*job) for job in Bar(jobs, desc="both ways")]
 
 
 def real_table(rows: Sequence[dict[str, Any]]) -> str:

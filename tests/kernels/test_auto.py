@@ -107,13 +107,24 @@ def test_the_shipped_table_chooses_something_that_exists() -> None:
         assert all(time >= 0.7 * m.floor for time in m.microseconds.values())
 
 
-def test_command_prints_the_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_command_tells_of_this_machine_and_of_others_when_asked(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     assert command.run(parser.parse_args([])) == 0
     printed = capsys.readouterr().out
-    assert "humming" in printed
+    assert "CPU, " in printed
+    assert "reference  available" in printed
+    assert "humming    its kernels need an NVIDIA GPU" in printed
+    assert "H200" not in printed
+    assert command.run(parser.parse_args(["--table"])) == 0
+    printed = capsys.readouterr().out
+    assert "NVIDIA H200" in printed
     assert "of floor" in printed
+    assert command.run(parser.parse_args(["--measure"])) == 1
+    assert "there is no GPU" in capsys.readouterr().out
     made = [measured(1, a=1.0)]
     (tmp_path / "table.json").write_text(command.dumps(made))
     assert list(read_table(tmp_path / "table.json")) == made
