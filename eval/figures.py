@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from inlaid.report.plots import new_figure, save
+from inlaid.report.plots import colours, legend, new_figure, save
 
 if TYPE_CHECKING:
     from inlaid.report.plots import Figure
@@ -24,7 +24,7 @@ def draw(stem: Path, records: Sequence[Row], summary: Sequence[Row]) -> list[Pat
 
 
 def _heat_map(stem: Path, records: Sequence[Row]) -> Path | None:
-    """Draw the drop by task (columns) and base (rows); colours end at 20 points so that 4 bits still shows."""
+    """Draw the drop by task (columns) and base (rows), in colours by its logarithm so that 4 bits still shows."""
     dropped = [r for r in records if r["drop"] is not None and r["variant"] != "fp16"]
     if not dropped:
         return None
@@ -35,14 +35,17 @@ def _heat_map(stem: Path, records: Sequence[Row]) -> Path | None:
     for record in dropped:
         drops[bases.index((record["variant"], record["bits"])), tasks.index(record["task"])] = record["drop"]
     figure, ((axes,),) = new_figure((2.5 + 0.75 * len(tasks), 1.6 + 0.32 * len(bases)))
-    image = axes.imshow(drops, cmap="Reds", vmin=0, vmax=20, aspect="auto")
+    largest = max(10.0, float(np.nanmax(drops)))
+    shade = np.log2(1 + np.clip(drops, 0, None))  # a drop below zero is a gain: white
+    image = axes.imshow(shade, cmap="Reds", vmin=0, vmax=1.15 * np.log2(1 + largest), aspect="auto")
     axes.set_xticks(range(len(tasks)), tasks, rotation=40, ha="right")
     axes.set_yticks(range(len(bases)), [f"{variant} {bits}-bit" for variant, bits in bases])
     for (row, column), drop in np.ndenumerate(drops):
-        axes.text(
-            column, row, f"{drop:.1f}", ha="center", va="center", fontsize=7, color="white" if drop > 12 else "black"
-        )
-    figure.colorbar(image, label="points lost", extend="max")
+        colour = "white" if shade[row, column] > 0.65 * np.log2(1 + largest) else "black"
+        axes.text(column, row, f"{drop:.1f}", ha="center", va="center", fontsize=7, color=colour)
+    bar = figure.colorbar(image, label="points lost")
+    ticks = [tick for tick in (0, 1, 3, 10, 30, 100) if tick <= largest]
+    bar.set_ticks([np.log2(1 + tick) for tick in ticks], labels=[str(tick) for tick in ticks])
     axes.set_title("Points lost against full precision")
     return _save(figure, stem, "heat-map")
 
@@ -53,10 +56,13 @@ def _worst(stem: Path, summary: Sequence[Row]) -> Path | None:
     widths = sorted({row["bits"] for row in rows})
     if len(widths) < 2:
         return None
-    figure, ((axes,),) = new_figure((6, 4))
-    for variant in dict.fromkeys(row["variant"] for row in rows):
+    figure, ((axes,),) = new_figure((6, 4.4))
+    colour = colours(row["variant"] for row in rows)
+    for place, variant in enumerate(colour):
         points = sorted((row["bits"], row["worst_drop"]) for row in rows if row["variant"] == variant)
-        axes.plot(*zip(*points), marker="o", label=variant)
+        beside = 0.03 * (place - (len(colour) - 1) / 2)  # equal values stand side by side
+        widths_shown, drops = [bits + beside for bits, _ in points], [drop for _, drop in points]
+        axes.plot(widths_shown, drops, marker="o", label=variant, color=colour[variant])
     axes.set_xticks(widths)
     axes.invert_xaxis()
     axes.set(xlabel="bits", ylabel="points lost by the worst task", title="The worst task")
@@ -64,7 +70,7 @@ def _worst(stem: Path, summary: Sequence[Row]) -> Path | None:
     axes.set_yticks([0, 1, 10, 100], ["0", "1", "10", "100"])
     axes.set_ylim(-0.2, 130)
     axes.grid(alpha=0.3)
-    axes.legend()
+    legend(figure, [axes])
     return _save(figure, stem, "worst-task")
 
 
@@ -77,17 +83,17 @@ def _radar(stem: Path, records: Sequence[Row]) -> Path | None:
         return None
     angles = np.linspace(0, 2 * np.pi, len(names), endpoint=False)
     figure, panels = new_figure((4.2 * len(widths), 4.6), columns=len(widths), polar=True)
+    colour = colours(r["variant"] for r in records if r["variant"] != "fp16")
     for axes, bits in zip(panels[0], widths):
-        for variant in dict.fromkeys(r["variant"] for r in records if r["variant"] != "fp16"):
+        for variant in colour:
             found = _text_metrics([r for r in records if (r["variant"], r["bits"]) == (variant, bits)])
             if found:
                 shares = [100 * found[name] / full[name] for name in names]
-                axes.plot(np.append(angles, angles[0]), [*shares, shares[0]], label=variant)
+                axes.plot(np.append(angles, angles[0]), [*shares, shares[0]], label=variant, color=colour[variant])
         axes.set_xticks(angles, names)
         axes.set_ylim(0, 105)
         axes.set_title(f"{bits} bits, % of full precision")
-    lines, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside lower center", ncols=len(labels))
+    legend(figure, panels[0], columns=8)
     return _save(figure, stem, "radar")
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import tqdm
-
-from inlaid.report.plots import COLOURS, new_figure, png
+from inlaid.progress import Bar
+from inlaid.report.plots import COLOURS, colours, compare, is_wide, legend, new_figure, png
 from perf import series
 from perf.series import Points, Run
 
@@ -24,13 +23,13 @@ def draw_all(runs: list[Run]) -> dict[str, bytes]:
     since = "seconds since the start"
     makers: dict[str, Callable[[], bytes | None]] = {
         "Rate": lambda: _panels(shown, _rate_panels(width), since),
-        "TTFT over time": lambda: _panels(shown, _percentile_panels("ttft", width), since),
-        "Inter-token latency over time": lambda: _panels(shown, _percentile_panels("itl", width), since),
-        "Distributions": lambda: _panels(shown, _distribution_panels(), "milliseconds"),
+        "TTFT over time": lambda: _panels(shown, _percentile_panels("ttft", width), since, 1),
+        "Inter-token latency over time": lambda: _panels(shown, _percentile_panels("itl", width), since, 1),
+        "Distributions": lambda: _panels(shown, _distribution_panels(), "milliseconds", 0),
         "Service by tenant": lambda: _service(shown),
         "Against rate": lambda: _against_rate(runs),
     }
-    bar = tqdm.tqdm(makers.items(), desc="drawing", unit="figure", delay=1, leave=False)
+    bar = Bar(makers.items(), desc="drawing", unit="figure", delay=1, leave=False)
     drawn = {title: make() for title, make in bar}
     return {title: image for title, image in drawn.items() if image is not None}
 
@@ -62,15 +61,18 @@ def _distribution(kind: str) -> Callable[[Run], Points]:
     return lambda run: series.distribution(run, kind)
 
 
-def _panels(runs: list[Run], panels: list[Panel], x_label: str) -> bytes:
+def _panels(runs: list[Run], panels: list[Panel], x_label: str, logs: int | None = None) -> bytes:
+    """Draw a panel for each figure of the runs. The axis `logs` (0: x, 1: y) is logarithmic if its values span much."""
     figure, axes = _figure(len(panels))
     for axis, (title, points) in zip(axes, panels, strict=True):
-        for run, colour in zip(runs, COLOURS, strict=False):
-            curve = points(run)
+        curves = [points(run) for run in runs]
+        for run, colour, curve in zip(runs, COLOURS, curves, strict=False):
             marker = "." if len(curve[0]) < 12 else ""  # a single bucket would make no line
             axis.plot(*curve, color=colour, label=run.label, linewidth=1.6, marker=marker)
         _dress(axis, title, x_label)
-    _legend(figure, axes[0])
+        if logs is not None and is_wide(value for curve in curves for value in curve[logs]):
+            (axis.set_xscale, axis.set_yscale)[logs]("log")
+    legend(figure, axes, fontsize=7, columns=2)
     return png(figure)
 
 
@@ -78,11 +80,14 @@ def _service(runs: list[Run]) -> bytes:
     """Draw a panel per run, at most four: each tenant's service since the start."""
     chosen = runs[:4]
     figure, axes = _figure(len(chosen))
-    for axis, run in zip(axes, chosen, strict=True):
-        for (tenant, points), colour in zip(series.cumulative_service(run).items(), COLOURS, strict=False):
-            axis.plot(*points, color=colour, label=tenant, linewidth=1.6)
+    served = [series.cumulative_service(run) for run in chosen]
+    colour = colours(tenant for curves in served for tenant in curves)
+    for axis, run, curves in zip(axes, chosen, served, strict=True):
+        for tenant, points in curves.items():
+            axis.plot(*points, color=colour[tenant], label=tenant, linewidth=1.6)
         _dress(axis, run.label, "seconds since the start")
-        axis.legend(fontsize=7, frameon=False)
+    compare(axes)
+    legend(figure, axes, fontsize=7, columns=8)
     axes[0].set_ylabel("input + 2 x output tokens", fontsize=8)
     return png(figure)
 
@@ -99,13 +104,16 @@ def _against_rate(runs: list[Run]) -> bytes | None:
     if not curves:
         return None
     figure, axes = _figure(len(curves))
+    colour = colours(name for named in curves.values() for name in named)
     for axis, (title, named) in zip(axes, curves.items(), strict=True):
-        for (name, points), colour in zip(named.items(), COLOURS, strict=False):
-            axis.plot(*points, color=colour, label=name, marker="o", markersize=4, linewidth=1.6)
+        for name, points in named.items():
+            axis.plot(*points, color=colour[name], label=name, marker="o", markersize=4, linewidth=1.6)
         _dress(axis, title, "requests offered a second")
         if title == "SLO attainment":
             axis.set_ylim(-0.03, 1.03)
-    _legend(figure, axes[0])
+        elif is_wide(value for _, values in named.values() for value in values):
+            axis.set_yscale("log")
+    legend(figure, axes, fontsize=7, columns=2)
     return png(figure)
 
 
@@ -121,11 +129,6 @@ def _dress(axis: Axes, title: str, x_label: str) -> None:
     axis.grid(alpha=0.25)
     axis.set_ylim(bottom=0)
     axis.spines[["top", "right"]].set_visible(False)
-
-
-def _legend(figure: Figure, axis: Axes) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(2, len(labels)), fontsize=7, frameon=False)
 
 
 def oversubscription(rows: list[dict[str, Any]], resident: dict[str, Any] | None) -> bytes:
@@ -144,5 +147,5 @@ def oversubscription(rows: list[dict[str, Any]], resident: dict[str, Any] | None
         axes.set_xscale("log", base=2)
         axes.set_ylim(bottom=0)
         axes.set(title=title, xlabel="adapters per place on the device")
-    latency.legend()
+    legend(figure, [latency])
     return png(figure, dpi=120)

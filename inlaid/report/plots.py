@@ -7,7 +7,8 @@ or `png`. There is no pyplot, hence no state between figures.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours: told apart by people who do not see red and green as different.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 DPI = 110
+WIDE = 30.0  # values whose largest is so many times their smallest go on a log axis
 
 
 class PlotsMissing(RuntimeError):
@@ -35,6 +37,38 @@ def new_figure(
     figure = figures.Figure(figsize=size, dpi=DPI, layout="constrained")
     grid: Any = figure.subplots(rows, columns, squeeze=False, subplot_kw={"polar": True} if polar else None)
     return figure, [list(row) for row in grid]
+
+
+def colours(names: Iterable[str]) -> dict[str, str]:
+    """Give each name a colour, in order, so that a name has the same one in every panel; they repeat after eight."""
+    return dict(zip(dict.fromkeys(names), itertools.cycle(COLOURS)))
+
+
+def compare(axes: Sequence[Axes], *, from_zero: bool = True) -> None:
+    """Give panels that are compared one y axis: from zero, or from the least value to the largest."""
+    lows, highs = zip(*(axis.get_ylim() for axis in axes))
+    low, high = min(lows), max(highs)
+    if from_zero:
+        low = 0.0 if all(axis.dataLim.y0 >= 0 for axis in axes) else min(low, 0.0)
+    for axis in axes:
+        axis.set_ylim(low, high)
+
+
+def is_wide(values: Iterable[float]) -> bool:
+    """Tell whether positive values span so much that a linear axis would hide the small ones."""
+    positive = [value for value in values if value > 0]
+    return bool(positive) and max(positive) > WIDE * min(positive)
+
+
+def legend(figure: Figure, axes: Iterable[Axes], fontsize: str | int = "small", columns: int = 4) -> None:
+    """Put one legend below all panels, clear of the lines: each label of the panels once."""
+    handles = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels()):
+            handles.setdefault(label, handle)
+    if handles:
+        place, count = "outside lower center", min(columns, len(handles))
+        figure.legend(list(handles.values()), list(handles), loc=place, ncols=count, fontsize=fontsize, frameon=False)
 
 
 def save(figure: Figure, path: Path, kinds: Sequence[str] = (".png",)) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from inlaid.report.plots import PlotsMissing, new_figure, png, save
+from inlaid.report.plots import PlotsMissing, colours, compare, is_wide, legend, new_figure, png, save
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,6 +30,31 @@ def test_axes_come_row_by_row() -> None:
     assert [len(row) for row in grid] == [3, 3]
     _, ((axis,),) = new_figure((3, 2), polar=True)
     assert axis.name == "polar"
+
+
+def test_compared_panels_have_one_axis_from_zero_and_one_legend_with_each_name_once() -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
+    figure, (axes,) = new_figure((6, 2), 1, 2)
+    colour = colours(["b", "a", "b"])
+    assert list(colour) == ["b", "a"]
+    assert len(set(colour.values())) == 2
+    for axis, top in zip(axes, (3.0, 30.0)):
+        for name in colour:
+            axis.plot([0, 1], [1, top], color=colour[name], label=name)
+    compare(axes)
+    assert axes[0].get_ylim() == axes[1].get_ylim()
+    assert axes[0].get_ylim()[0] == 0
+    assert axes[0].get_ylim()[1] > 30
+    legend(figure, axes)
+    (shown,) = figure.legends
+    assert [text.get_text() for text in shown.get_texts()] == ["b", "a"]
+    assert all(axis.get_legend() is None for axis in axes)
+
+
+def test_values_that_span_much_ask_for_a_logarithmic_axis() -> None:
+    assert is_wide([0.0, 1.0, 100.0])
+    assert not is_wide([0.0, 50.0, 100.0])
+    assert not is_wide([])
 
 
 def test_without_matplotlib_one_sentence_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
