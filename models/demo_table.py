@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from data.tasks import TASKS
+from inlaid.report.tables import markdown
 from models.plan import ADAPTERS, ALL_LINEAR, ATTENTION, AdapterPlan
 
 COLUMNS = ("base", "adapter", "adapter_rtn4", "adapter_rtn3")
 BEGIN, END = "<!-- table: written by build_demo -->", "<!-- end of table -->"
-HEADER = (
-    "| task | adapter | metric | base alone | base + adapter | RTN 4 bit | RTN 3 bit |\n|---|---|---|---|---|---|---|"
-)
+HEADER = ("task", "adapter", "metric", "base alone", "base + adapter", "RTN 4 bit", "RTN 3 bit")
 
 
 def shape(plan: AdapterPlan) -> str:
@@ -25,19 +24,17 @@ def shape(plan: AdapterPlan) -> str:
 def table(columns: dict[str, dict[str, float]]) -> str:
     """One row a task, then the average, then the largest drop that rounding causes."""
     rows = [
-        f"| {task} | {shape(ADAPTERS[task])} | {TASKS[task].metric} | "
-        + " | ".join(f"{columns[column][task]:.1f}" for column in COLUMNS)
-        + " |"
+        [task, shape(ADAPTERS[task]), TASKS[task].metric, *(f"{columns[column][task]:.1f}" for column in COLUMNS)]
         for task in TASKS
     ]
     means = {column: sum(columns[column].values()) / len(TASKS) for column in COLUMNS}
-    rows.append("| **average** | | | " + " | ".join(f"{means[column]:.1f}" for column in COLUMNS) + " |")
+    rows.append(["**average**", "", "", *(f"{means[column]:.1f}" for column in COLUMNS)])
     drops = {
         column: max(columns["adapter"][task] - columns[column][task] for task in TASKS)
         for column in ("adapter_rtn4", "adapter_rtn3")
     }
-    rows.append(f"| **largest drop** | | | | | {drops['adapter_rtn4']:.1f} | {drops['adapter_rtn3']:.1f} |")
-    return "\n".join([HEADER, *rows])
+    rows.append(["**largest drop**", "", "", "", "", *(f"{drop:.1f}" for drop in drops.values())])
+    return markdown(HEADER, rows, "l")
 
 
 def put(readme: Path, columns: dict[str, dict[str, float]]) -> None:

@@ -5,9 +5,10 @@ load         milliseconds to bring one adapter to the device, by rank: from page
 modes        on-demand, pipelined and cpu-assist in turn on one engine, under Poisson arrivals over 512 adapters (Zipf
              0.6, 1.0 and 1.4), and a burst of requests that each name an adapter which is not on the device
 modes-cached  the same with every adapter on the device
-cliff-mixed  8B: 256 adapters of mixed rank over places for 32, 64 at a time, against 32 adapters over the same places
-cliff-slots  8B: 32 to 1,024 adapters of rank 16 over 64 places, 64 at a time, Zipf 1.0
-cliff-resident  the same load over 1,000 adapters that are all on the device
+oversubscribed-mixed  8B: 256 adapters of mixed rank over places for 32, 64 at a time, against 32 adapters over the
+             same places
+oversubscribed-slots  8B: 32 to 1,024 adapters of rank 16 over 64 places, 64 at a time, Zipf 1.0
+all-resident  the same load over 1,000 adapters that are all on the device
 crossover    time to the first token of a lone request whose adapter is not there: rank x prompt x cores, on demand,
              pipelined and with the CPU's help; also while other copies keep the bus busy. Every mode is measured as it
              is: none waits for a whole adapter because that would be quicker (`patience` of kernels/arriving.py)
@@ -15,7 +16,7 @@ crossover    time to the first token of a lone request whose adapter is not ther
 512 adapters of rank 64 on q, k and v of a 7B are 48 GiB. On a card of 80 GB, of which an engine takes 0.85, weights,
 buffers and adapters leave 14 GiB for KV: 29,000 tokens. Requests have 285 on average and up to 1,133, and any 64 of
 them that arrive in a row need 21,300 at their longest, so that no request waits for KV.
-`python -m perf.gpu.adapters plot FOLDER` draws the cliff from a folder of results.
+`python -m perf.gpu.adapters plot FOLDER` draws what oversubscription costs from a folder of results.
 """
 
 from __future__ import annotations
@@ -183,7 +184,7 @@ def _add(report: dict[str, Any], row: dict[str, Any], keep: Keep) -> None:
     keep(report)
 
 
-def cliff_mixed(keep: Keep = nothing, size: Size = MIXED_8B) -> dict[str, Any]:
+def oversubscribed_mixed(keep: Keep = nothing, size: Size = MIXED_8B) -> dict[str, Any]:
     """Measure many adapters of mixed rank over places for few.
 
     vLLM 0.26.0 on an H200: 930 tokens a second and a mean TTFT of 3.3 s (256 over 32), 1,780 (32 over 32)."""
@@ -198,7 +199,7 @@ def cliff_mixed(keep: Keep = nothing, size: Size = MIXED_8B) -> dict[str, Any]:
     return report
 
 
-def cliff_slots(keep: Keep = nothing, size: Size = SLOTS_8B, extra: Sequence[int] = (1000,)) -> dict[str, Any]:
+def oversubscribed_slots(keep: Keep = nothing, size: Size = SLOTS_8B, extra: Sequence[int] = (1000,)) -> dict[str, Any]:
     """Measure more and more adapters over the same places."""
     loaded = start(size, ON_DEMAND, size.places, pool_for(size, size.places))
     install(loaded, size, size.adapters)
@@ -210,8 +211,8 @@ def cliff_slots(keep: Keep = nothing, size: Size = SLOTS_8B, extra: Sequence[int
     return report
 
 
-def cliff_resident(keep: Keep = nothing, size: Size = SLOTS_8B, adapters: int = 1000) -> dict[str, Any]:
-    """Measure the load of `cliff_slots` with all adapters on the device."""
+def all_resident(keep: Keep = nothing, size: Size = SLOTS_8B, adapters: int = 1000) -> dict[str, Any]:
+    """Measure the load of `oversubscribed_slots` with all adapters on the device."""
     loaded = start(size, "cached", adapters, pool_for(size, adapters))
     install(loaded, size, adapters)
     report: dict[str, Any] = {"size": vars(size), "rows": []}
@@ -289,9 +290,9 @@ STAGES: Mapping[str, Callable[[Keep], dict[str, Any]]] = MappingProxyType(
         "adapters-load": load,
         "adapters-modes": modes,
         "adapters-modes-cached": modes_cached,
-        "adapters-cliff-mixed": cliff_mixed,
-        "adapters-cliff-slots": cliff_slots,
-        "adapters-cliff-resident": cliff_resident,
+        "adapters-oversubscribed-mixed": oversubscribed_mixed,
+        "adapters-oversubscribed-slots": oversubscribed_slots,
+        "adapters-all-resident": all_resident,
         "adapters-crossover": crossover,
     }
 )
@@ -303,19 +304,19 @@ def run(stage: str, keep: Keep) -> dict[str, Any]:
 
 
 def plot(folder: Path) -> Path:
-    """Draw TTFT and throughput against adapters per place from the results of cliff-slots and cliff-resident."""
+    """Draw TTFT and throughput against adapters per place from the results of oversubscribed-slots and all-resident."""
     from perf.plots import oversubscription
 
-    rows = json.loads((folder / "adapters-cliff-slots.json").read_text())["result"]["rows"]
-    resident = folder / "adapters-cliff-resident.json"
+    rows = json.loads((folder / "adapters-oversubscribed-slots.json").read_text())["result"]["rows"]
+    resident = folder / "adapters-all-resident.json"
     best = json.loads(resident.read_text())["result"]["rows"][0] if resident.exists() else None
-    target = folder / "adapters-cliff.png"
+    target = folder / "adapters-oversubscribed.png"
     target.write_bytes(oversubscription(rows, best))
     return target
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="perf.gpu.adapters", description="Draw the cliff from a folder of results.")
+    parser = Parser(prog="perf.gpu.adapters", description="Draw what oversubscription costs from a folder of results.")
     parser.add_argument("what", choices=["plot"])
     parser.add_argument("folder", type=Path)
     print(plot(parser.parse_args(argv).folder))

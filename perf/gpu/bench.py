@@ -30,7 +30,7 @@ from perf.gpu.lanes import Lane, run_lanes, write_archive
 LIMITS: Mapping[str, float] = MappingProxyType({  # seconds of each stage
     "tests": 110, "sweep": 100, "sweep-wide": 190, "sweep-parts": 210, "variants-7b": 130, "variants-8b": 130,
     "serve-7b": 200, "serve-8b": 170, "serve-7b-arrival": 150, "serve-8b-arrival": 120,
-    "serve-7b-unified": 150, "serve-cliff-8b": 280, "serve-cliff-8b-largest": 280,
+    "serve-7b-unified": 150, "serve-oversubscribed-8b": 280, "serve-oversubscribed-8b-largest": 280,
     "determinism-7b": 170, "startwarm-7b": 60, "ranks-7b": 160, "ranks-7b-mixed": 130,
     "exllama-7b": 170, "exllama-demo": 90, "soak": 110,
     "demo": 90, "checks": 400, "checks-short": 110, "micro": 300, "offline-7b": 150, "offline-8b": 130,
@@ -38,18 +38,18 @@ LIMITS: Mapping[str, float] = MappingProxyType({  # seconds of each stage
     "starts-7b": 300, "starts-tiny": 100, "micro-decode_attention": 150,
     "sched": 240, "quant": 480,
     "adapters-load": 60, "adapters-modes": 230, "adapters-modes-cached": 120,
-    "adapters-cliff-mixed": 120, "adapters-cliff-slots": 130, "adapters-cliff-resident": 100, "adapters-crossover": 150,
-    "serve-tiny": 100, "serve-tiny-arrival": 100, "serve-cliff-tiny": 100, "ranks-tiny": 100, "variants-tiny": 100,
-    "determinism-tiny": 60, "startwarm-tiny": 60,
+    "adapters-oversubscribed-mixed": 120, "adapters-oversubscribed-slots": 130, "adapters-all-resident": 100,
+    "adapters-crossover": 150, "serve-tiny": 100, "serve-tiny-arrival": 100, "serve-oversubscribed-tiny": 100,
+    "ranks-tiny": 100, "variants-tiny": 100, "determinism-tiny": 60, "startwarm-tiny": 60,
 })  # fmt: skip
 CALLS: Mapping[str, tuple[tuple[str, ...], ...]] = MappingProxyType({  # lanes, one for each GPU; "+" joins stages
     "house": (  # two GPUs: what is compared with expected.py's figures
         ("serve-7b", "serve-8b", "demo", "determinism-7b+checks-short"),
-        ("exllama-7b", "ranks-7b-mixed", "serve-cliff-8b-largest", "tests"),
+        ("exllama-7b", "ranks-7b-mixed", "serve-oversubscribed-8b-largest", "tests"),
     ),
     "rows": (("serve-7b", "serve-8b", "startwarm-7b", "determinism-7b", "soak", "ranks-7b"),),
     "a": (
-        ("serve-7b", "serve-8b", "serve-cliff-8b-largest", "ranks-7b", "startwarm-7b"),
+        ("serve-7b", "serve-8b", "serve-oversubscribed-8b-largest", "ranks-7b", "startwarm-7b"),
         ("quant", "sweep"),
     ),
     "b": (
@@ -58,7 +58,7 @@ CALLS: Mapping[str, tuple[tuple[str, ...], ...]] = MappingProxyType({  # lanes, 
     ),
     "c": (
         ("serve-7b-arrival", "serve-8b-arrival", "variants-7b", "variants-8b"),
-        ("adapters-load", "adapters-modes-cached", "adapters-cliff-slots", "adapters-cliff-resident"),
+        ("adapters-load", "adapters-modes-cached", "adapters-oversubscribed-slots", "adapters-all-resident"),
     ),
 })  # fmt: skip
 WORKERS = "8"
@@ -112,13 +112,13 @@ def swept(rest: str, keep: Keep) -> dict[str, Any]:
 
 
 def served(rest: str, keep: Keep) -> dict[str, Any]:
-    """Run SHAPE, SHAPE-HOW (with the flags of serving.OTHERWISE), cliff-SHAPE or cliff-SHAPE-largest."""
+    """Run SHAPE, SHAPE-HOW (with the flags of serving.OTHERWISE), oversubscribed-SHAPE, or that and -largest."""
     from perf.gpu import offline, serving
 
-    shape, _, how = rest.removeprefix("cliff-").partition("-")
+    shape, _, how = rest.removeprefix("oversubscribed-").partition("-")
     rows, ranks = offline.ROWS[shape], offline.RANKS[shape]
-    if rest.startswith("cliff-"):
-        return serving.cliff(shape, ranks, keep, largest=how == "largest")
+    if rest.startswith("oversubscribed-"):
+        return serving.oversubscribed(shape, ranks, keep, largest=how == "largest")
     return serving.otherwise(how, shape, rows, ranks, keep) if how else serving.run(shape, rows, ranks, keep)
 
 
@@ -148,7 +148,7 @@ def main() -> int:
         "--lane", action="append", default=[], type=stages_of, metavar="STAGE,STAGE,…",
         help="stages one after another on a GPU of their own; STAGE+STAGE at the same time",
     )  # fmt: skip
-    parser.add_argument("--stages", nargs="+", default=[], choices=list(LIMITS))
+    parser.add_argument("--stages", nargs="+", default=[], type=stage_of, metavar="STAGE", help=f"{', '.join(LIMITS)}")
     parser.add_argument("--seconds", type=float, default=1e9, help="for all stages; what does not fit is cut short")
     parser.add_argument("--archive", action="store_true", help="all results in one file of that folder")
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
@@ -175,12 +175,17 @@ def main() -> int:
     return int(not well)
 
 
+def stage_of(text: str) -> str:
+    """Return a stage by its name, or by the one that recorded results call it by; refuse one that does not exist."""
+    name = text.replace("cliff-resident", "all-resident").replace("cliff", "oversubscribed")
+    if name not in LIMITS:
+        raise argparse.ArgumentTypeError(f"no such stage: {text}; there are {', '.join(LIMITS)}")
+    return name
+
+
 def stages_of(text: str) -> tuple[str, ...]:
-    """Return the stages of a --lane option, or refuse those that do not exist."""
-    stages = tuple(text.split(","))
-    if unknown := [name for stage in stages for name in stage.split("+") if name not in LIMITS]:
-        raise argparse.ArgumentTypeError(f"no such stage: {', '.join(unknown)}; there are {', '.join(LIMITS)}")
-    return stages
+    """Return the stages of a --lane option: names with commas between, or joined by +."""
+    return tuple("+".join(map(stage_of, stage.split("+"))) for stage in text.split(","))
 
 
 def in_process(stage: str, out: Path) -> int:

@@ -35,7 +35,7 @@ CLIENTS = 4
 PROMPT, OUTPUT = 256, 128
 MIXED = (8, 16, 40, 128)  # ranks in turn; their mean is 48
 FEW = (1, 64, 256)  # concurrencies at which sums by arrival are compared with a fixed order
-CLIFF = ((32, 64, 192), (256, 64, 512))  # (adapters, concurrency, requests) over places for 32
+OVERSUBSCRIBED = ((32, 64, 192), (256, 64, 512))  # (adapters, concurrency, requests) over places for 32
 
 
 def free_port() -> int:
@@ -278,11 +278,11 @@ def otherwise(
     return run(shape, [row for row in rows if row[1] in FEW], ranks, keep, OTHERWISE[how])
 
 
-def cliff(
+def oversubscribed(
     shape: str,
     ranks: tuple[int, ...],
     keep: Keep,
-    rows: tuple[tuple[int, int, int], ...] = CLIFF,
+    rows: tuple[tuple[int, int, int], ...] = OVERSUBSCRIBED,
     largest: bool = False,
 ) -> dict[str, Any]:
     """Measure many adapters of mixed rank over places, and bytes, for the first row's number of their mean rank.

@@ -106,20 +106,20 @@ def test_64_requests_that_arrive_in_a_row_fit_beside_512_adapters() -> None:
         assert max(sum(lengths[i : i + 64]) for i in range(len(lengths) - 63)) < 0.8 * tokens
 
 
-def test_cliffs_and_their_plot(tmp_path: Path) -> None:
-    mixed = rows(adapters.cliff_mixed(size=TINY))
+def test_oversubscription_and_its_plot(tmp_path: Path) -> None:
+    mixed = rows(adapters.oversubscribed_mixed(size=TINY))
     assert [(row["adapters"], row["requests"]) for row in mixed] == [(3, 12), (6, 12)]
     assert mixed[0]["loads"] == 0 < mixed[1]["loads"]
     size = replace(TINY, adapters=16, places=4)
-    slots, resident = adapters.cliff_slots(size=size, extra=(5,)), adapters.cliff_resident(size=size, adapters=5)
+    slots, resident = adapters.oversubscribed_slots(size=size, extra=(5,)), adapters.all_resident(size=size, adapters=5)
     assert [row["adapters"] for row in rows(slots)] == [2, 4, 8, 16, 5]
     assert [row["places"] for row in rows(resident)] == [5]
     assert headline(slots).startswith("2 4 12 ")
     for name, result in (("slots", slots), ("resident", resident)):
-        (tmp_path / f"adapters-cliff-{name}.json").write_text(json.dumps({"result": result}))
+        (tmp_path / f"adapters-oversubscribed-{name}.json").write_text(json.dumps({"result": result}))
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
     assert adapters.main(["plot", str(tmp_path)]) == 0
-    assert (tmp_path / "adapters-cliff.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "adapters-oversubscribed.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_crossover() -> None:

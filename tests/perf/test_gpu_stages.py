@@ -312,7 +312,7 @@ def test_a_tiny_model_is_served_and_its_rows_are_kept_one_by_one(on_the_cpu: Pat
 def test_more_adapters_than_places_come_and_go_while_they_are_served(on_the_cpu: Path, largest: bool) -> None:
     """Use the bytes of two adapters of rank 16: there is room for four of rank 8."""
     rows = ((2, 2, 4), (5, 2, 10))
-    found = serving.cliff("tiny", (8, 16), lambda part: None, rows, largest)
+    found = serving.oversubscribed("tiny", (8, 16), lambda part: None, rows, largest)
     assert "error" not in found, found.get("server_log")
     few, many = found["rows"]
     assert (few["adapters"], few["requests"], few["loads"], few["evictions"]) == (2, 4, 0, 0)
