@@ -13,21 +13,23 @@ from tqdm import tqdm
 log = logging.getLogger(__name__)
 
 
-class Bar(tqdm):  # type: ignore[type-arg]
+class Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
     """A tqdm whose remaining time follows from the whole run, not from the last steps, so that it does not jump.
 
     Where stderr is no terminal, nothing is redrawn: a line is printed when the bar ends, and with `lines` one for each
     further share of the total. A bar that ends within `delay` seconds says nothing.
     """
 
-    def __init__(self, iterable: Iterable[Any] | None = None, *, lines: int = 1, **options: Any) -> None:
+    def __init__(
+        self, iterable: Iterable[Any] | None = None, desc: str | None = None, *, lines: int = 1, **options: Any
+    ) -> None:
         hidden = bool(options.pop("disable", False))
         self._piped = not hidden and not (options.get("file") or sys.stderr).isatty()
         self._lines, self._told = lines, 0
         self._began, self._delay = time.monotonic(), options.get("delay", 0.0)
-        self._title, self._unit = options.get("desc") or "progress", str(options.get("unit", "")).strip()
+        self._title, self._unit = desc or "progress", str(options.get("unit", "")).strip()
         options = {"smoothing": 0.0, "dynamic_ncols": True, **options}
-        super().__init__(iterable, disable=hidden or self._piped, **options)
+        super().__init__(iterable, desc, disable=hidden or self._piped, **options)
 
     def __iter__(self) -> Iterator[Any]:
         if not self._piped:
@@ -38,7 +40,7 @@ class Bar(tqdm):  # type: ignore[type-arg]
             self.update()
         self.close()
 
-    def update(self, n: float | None = 1) -> bool | None:
+    def update(self, n: float | None = 1) -> Any:
         if not self._piped:
             return super().update(n)
         self.n += n or 0

@@ -10,8 +10,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from typing import Any, Protocol
 
-from tqdm import tqdm
-
 from inlaid.engine.refusal import Refusal, Refused
 from inlaid.engine.request import NewRequest
 from inlaid.program.call import Call
@@ -19,6 +17,7 @@ from inlaid.program.execute import Event, Job, Results, Run
 from inlaid.program.options import Limits
 from inlaid.program.plan import Plan
 from inlaid.program.values import Failure
+from inlaid.progress import Bar
 from inlaid.text.encoder import RequestEncoder
 from inlaid.text.stream import Piece
 
@@ -82,7 +81,7 @@ class LocalPlan:
     ) -> list[Results]:
         """Run the program for each of several inputs side by side. The limits are those of all together."""
         run = Run(self.plan, inputs, limits, seed)
-        with tqdm(desc="calls", delay=1, leave=False, disable=not progress) as bar, closing(self._turns(run)) as turns:
+        with Bar(desc="calls", delay=1, leave=False, disable=not progress) as bar, closing(self._turns(run)) as turns:
             for _ in turns:
                 bar.total = len(run.calls)
                 bar.update(run.num_ended - bar.n)

@@ -62,13 +62,20 @@ def is_wide(values: Iterable[float]) -> bool:
 
 def legend(figure: Figure, axes: Iterable[Axes], fontsize: str | int = "small", columns: int = 4) -> None:
     """Put one legend below all panels, clear of the lines: each label of the panels once."""
-    handles = {}
+    handles: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels()):
             handles.setdefault(label, handle)
     if handles:
-        place, count = "outside lower center", min(columns, len(handles))
-        figure.legend(list(handles.values()), list(handles), loc=place, ncols=count, fontsize=fontsize, frameon=False)
+        count = min(columns, len(handles))
+        figure.legend(
+            list(handles.values()),
+            list(handles),
+            loc="outside lower center",
+            ncols=count,
+            fontsize=fontsize,
+            frameon=False,
+        )
 
 
 def save(figure: Figure, path: Path, kinds: Sequence[str] = (".png",)) -> None:

@@ -42,9 +42,9 @@ def draw_suite(path: Path, title: str, outcomes: Sequence[Outcome], duration: fl
     if is_wide([*largest, *([] if bound is None else [bound])]):
         for axis in axes[2]:
             axis.set_yscale("symlog", linthresh=max(1.0, min(filter(None, largest))))
-    for row, label in zip(axes, ROWS):
-        row[0].set_ylabel(label)
-        compare(row)
+    for panels, label in zip(axes, ROWS):
+        panels[0].set_ylabel(label)
+        compare(panels)
     legend(figure, (axis for row in axes for axis in row), columns=2 * count + 2)
     figure.suptitle(title)
     save(figure, path, KINDS)
