@@ -23,9 +23,9 @@ from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from inlaid.checkpoint import Checkpoint
+from inlaid.progress import Bar
 from inlaid.quant import stopwatch
 from inlaid.quant.bank import bank_path
 from inlaid.quant.quantize import Into, add_task, quantize
@@ -82,7 +82,7 @@ def in_process(way: str, folder: Path) -> dict[str, Any]:
 def measure(folder: Path) -> dict[str, Any]:
     """Run every way, one after the other."""
     jobs: dict[str, Any] = {}
-    for way in tqdm(("eleven", *WAYS, "full"), desc="adding a task", file=sys.stderr):
+    for way in Bar(("eleven", *WAYS, "full"), desc="adding a task", file=sys.stderr):
         jobs[way] = in_process(way, folder)
         print(way, json.dumps(jobs[way]["parts"]), file=sys.stderr, flush=True)
     before = Record.read(folder / "eleven")

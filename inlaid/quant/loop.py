@@ -32,7 +32,7 @@ class Progress:
     """Pieces of work done, out of a number that is known from the start."""
 
     def __init__(self, plan: Plan, bank: Bank, rounds: int) -> None:
-        """`rounds` is how often all blocks are solved."""
+        """Count the work of solving all blocks `rounds` times."""
         blocks = plan.model.num_blocks
         new = sum(not entry.complete(blocks) for entry in plan.entries(bank))  # tasks that run through every block
         passes = rounds * len(plan.tasks) if plan.settings.sequential else new
