@@ -18,7 +18,10 @@ from inlaid.server.errors import ErrorBody, ErrorResponse
 log = logging.getLogger(__name__)
 
 _RESERVE = 64  # descriptors that connections leave
-_LEAST = 16  # connections, however few descriptors there are
+_LEAST = 16  # connections, and those that may come at once, however few descriptors there are
+_MOST_AT_ONCE = (
+    1024  # connections that wait to be accepted; they are accepted before one that is closed leaves its place
+)
 _WANTED = 65_536  # descriptors, if the machine allows
 
 _ERROR = ErrorResponse(ErrorBody("all connections are in use; try again", "server_error", code="no_connection"))
@@ -28,8 +31,9 @@ class Connections:
     """The open connections. When there are too many, an idle one is closed for the next; if none is idle, the next is
     answered 503."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, at_once: int = _MOST_AT_ONCE) -> None:
         self._most = most
+        self.at_once = at_once  # for the queue of those that wait to be accepted
         self._busy: set[asyncio.Protocol] = set()
 
     @contextmanager
@@ -53,7 +57,7 @@ class Connections:
     def _close_idle(self, server: web.Server) -> bool:
         """Close the oldest idle connection; False if all are busy."""
         for handler in server.connections:
-            if handler not in self._busy:
+            if handler not in self._busy and handler.transport is not None:  # None: it is being closed
                 handler.force_close()
                 return True
         return False
@@ -73,9 +77,9 @@ class _Full(asyncio.Protocol):
         transport.close()
 
 
-def most_connections() -> int:
-    """Raise this process's limit of descriptors as far as the machine allows, and return how many connections it
-    leaves room for."""
+def most_connections() -> tuple[int, int]:
+    """Raise this process's limit of descriptors as far as the machine allows. Return how many connections it leaves
+    room for, and how many may come at once."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _WANTED if hard == resource.RLIM_INFINITY else min(_WANTED, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -85,4 +89,5 @@ def most_connections() -> int:
         except (ValueError, OSError) as error:
             log.warning("only %d file descriptors are allowed: %s", soft, error)
     descriptors = _WANTED if soft == resource.RLIM_INFINITY else soft
-    return max(_LEAST, descriptors - _RESERVE)
+    at_once = max(_LEAST, min(_MOST_AT_ONCE, descriptors // 8))
+    return max(_LEAST, descriptors - _RESERVE - at_once), at_once

@@ -35,8 +35,8 @@ from inlaid.worker.client import EngineClient
 from inlaid.worker.errors import EngineDead
 from inlaid.worker.messages import AdapterInfo
 
-_SILENCE = 5.0  # seconds without a heartbeat after which the engine is not asked
-_PATIENCE = 30.0  # seconds that the engine may take to answer, or to make a token
+_SILENCE = 5.0  # seconds without an answer after which the engine is not asked, or not waited for
+_PATIENCE = 30.0  # seconds that the engine may take to make a token
 _Asked = TypeVar("_Asked")
 
 
@@ -96,7 +96,7 @@ async def _ask(engine: EngineClient, ask: Callable[[], Awaitable[_Asked]]) -> _A
     if engine.seconds_silent > _SILENCE:
         return None
     try:
-        return await asyncio.wait_for(ask(), _PATIENCE)
+        return await asyncio.wait_for(ask(), _SILENCE)
     except (EngineDead, asyncio.TimeoutError):
         return None
 

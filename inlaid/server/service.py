@@ -44,7 +44,7 @@ class Service:
     public_path: str  # the same for clients that may not see paths: a hub id as it is, else the model's name
     started: int  # Unix seconds
     state: ServerState = field(default_factory=lambda: ServerState(""))
-    connections: Connections = field(default_factory=lambda: Connections(most_connections()))
+    connections: Connections = field(default_factory=lambda: Connections(*most_connections()))
     offload: Offload = field(default_factory=Offload)
     metrics_page: Shared[bytes] = field(init=False)
     resolver: Resolver | None = None

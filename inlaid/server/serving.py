@@ -255,7 +255,7 @@ async def serve(
     accept = service.connections.bounded(runner.server)
     patience = None if encryption is None else _HANDSHAKE_SECONDS
     accepting = await asyncio.get_running_loop().create_server(
-        accept, sock=listener, backlog=1024, ssl=encryption, ssl_handshake_timeout=patience
+        accept, sock=listener, backlog=service.connections.at_once, ssl=encryption, ssl_handshake_timeout=patience
     )
     for number, watcher in enumerate(service.watchers, 1):
         service.background.start(f"lora-watch {number}", partial(watcher.run, config.lora_watch_interval))

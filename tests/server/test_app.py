@@ -158,6 +158,8 @@ def test_health_tells_of_an_engine_that_does_not_answer_and_of_background_tasks(
                 await asyncio.sleep(0.05)
             assert answer.status == 503
             assert "has not answered" in (await answer.json())["error"]["message"]
+            for path in ("/metrics", "/v1/models"):  # without what only the engine knows, and not after half a minute
+                assert (await asyncio.wait_for(client.get(path), 20)).status == 200
             os.kill(engine.process_id, signal.SIGCONT)
             while (await client.get("/health")).status != 200:
                 await asyncio.sleep(0.05)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,6 +101,37 @@ def test_a_killed_engine_fails_what_is_in_flight_and_comes_back(server: Live) ->
     assert server.ask("GET", "/health").json["restarts"] == 1
     assert server.ask("POST", "/v1/completions", {"model": "to_velar", "prompt": "a"}).status == 200
     assert server.metric("inlaid:engine_restarts") == 1
+
+
+def test_with_few_descriptors_idle_connections_make_room_and_the_engine_comes_back() -> None:
+    with ExitStack() as open_, serving(max_descriptors=100) as server:
+        short = {**LONG, "max_tokens": 5, "temperature": 0, "stream": False}
+        before = server.ask("POST", "/v1/completions", short).json["choices"]
+        for number in range(150):
+            open_.enter_context(socket.create_connection(server.address, timeout=60))
+            if number % 30 == 0:
+                assert server.ask("GET", "/health").status == 200
+        [engine] = server.children()
+        os.kill(engine, signal.SIGKILL)
+        while (health := server.ask("GET", "/health")).status != 200 or health.json["restarts"] != 1:
+            time.sleep(0.05)
+        assert server.ask("POST", "/v1/completions", short).json["choices"] == before
+
+
+@pytest.mark.parametrize(
+    "body", [gzip.compress(bytes(256 << 20), 9), gzip.compress(b"") * 50_000], ids=["large", "many members"]
+)
+def test_a_gzip_bomb_is_refused_before_it_is_large(server: Live, body: bytes) -> None:
+    status = Path(f"/proc/{server.process.pid}/status")
+
+    def peak() -> int:
+        return int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0])
+
+    before = peak()
+    answer = server.ask("POST", "/v1/completions", headers={"Content-Encoding": "gzip"}, raw=body)
+    assert answer.status in (400, 413)
+    assert peak() < before + (64 << 10)
+    assert server.ask("GET", "/health").status == 200
 
 
 def test_who_can_no_longer_be_served_in_time_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -263,6 +264,34 @@ def test_requests_that_fail_alone_are_no_failing_engine() -> None:
 
             await until(back)
             assert await tokens(engine, NewRequest(id="again", prompt=[5])) == generate([5], None, 16)
+
+    asyncio.run(main())
+
+
+def test_a_machine_without_descriptors_is_no_engine_that_fails_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        given_up: list[str] = []
+        async with running(give_up=given_up.append) as engine:
+            num_refused, opened, pause = 0, Link.open, asyncio.sleep
+
+            async def without_descriptors(link: Link, *arguments: Any) -> asyncio.StreamReader:
+                nonlocal num_refused
+                num_refused += 1
+                if num_refused <= 8:
+                    raise OSError(errno.EMFILE, "Too many open files")
+                return await opened(link, *arguments)
+
+            monkeypatch.setattr(Link, "open", without_descriptors)
+            monkeypatch.setattr(asyncio, "sleep", lambda seconds: pause(min(seconds, 0.01)))
+            assert engine.process_id is not None
+            os.kill(engine.process_id, signal.SIGKILL)
+
+            async def back() -> bool:
+                return num_refused == 9 and engine.ready
+
+            await until(back)
+            assert not given_up
+            assert await tokens(engine, NewRequest(id="a", prompt=[5])) == generate([5], None, 16)
 
     asyncio.run(main())
 
