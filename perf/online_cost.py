@@ -1,6 +1,6 @@
-"""Cost of the demo's twelfth task by every way to add it: processor seconds by part, and the peak of memory.
+"""Cost of the demo's last task by every way to add it: processor seconds by part, and the peak of memory.
 
-The full job quantizes for all twelve; the others start from eleven: offline as it is (same bits as the full job), and
+The full job quantizes for all tasks; the others start from all but one: offline as it is (bits of the full job), and
 with the shortcuts that `inlaid.quant.settings.Shortcuts` describes. Each job runs in a process of its own with one
 thread. Parts are processor seconds, as other work on the machine would count in wall time.
 
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
@@ -28,12 +29,14 @@ from inlaid.checkpoint import Checkpoint
 from inlaid.progress import Bar
 from inlaid.quant import stopwatch
 from inlaid.quant.bank import bank_path
+from inlaid.quant.calibration import CalibrationSettings
 from inlaid.quant.quantize import Into, add_task, quantize
 from inlaid.quant.record import Record
 from inlaid.quant.settings import Gate, Settings, Shortcuts
 from inlaid.report.provenance import provenance
 from perf.quant_cost import DEMO, demo_tasks
 
+ANYWAY = Gate(force=True)
 WAYS = MappingProxyType(
     {
         "exact": Shortcuts(),
@@ -44,18 +47,19 @@ WAYS = MappingProxyType(
 )
 
 
-def job(way: str, folder: Path) -> dict[str, Any]:
+def job(way: str, folder: Path, tokens: int, tasks: int) -> dict[str, Any]:
     """Run one job in this process; returns its seconds by part, losses and memory."""
     vars(stopwatch)["time"] = SimpleNamespace(perf_counter=time.process_time)  # its seconds are the processor's
-    begun, sources = time.process_time(), demo_tasks()
-    if way in ("full", "eleven"):
+    begun, sources = time.process_time(), demo_tasks()[:tasks]
+    if way in ("full", "before"):
         out = folder / way
-        record = quantize(DEMO / "base", sources if way == "full" else sources[:-1], Settings(), out)
+        settings = Settings(calibration=CalibrationSettings(tokens))
+        record = quantize(DEMO / "base", sources if way == "full" else sources[:-1], settings, out, None, ANYWAY)
     else:
-        eleven, out = folder / "eleven", folder / way.replace(", ", "-").replace(" ", "-")
+        start, out = folder / "before", folder / way.replace(", ", "-").replace(" ", "-")
         bank = folder / f"{out.name}.bank"
-        shutil.copytree(bank_path(eleven), bank)
-        record = add_task(eleven, sources[-1], None, Gate(force=True), Into(out, bank), WAYS[way])
+        shutil.copytree(bank_path(start), bank)
+        record = add_task(start, sources[-1], None, ANYWAY, Into(out, bank), WAYS[way])
     moved = [site["moved"] for site in record.sites if "moved" in site]
     return {
         "seconds": time.process_time() - begun,
@@ -70,8 +74,9 @@ def job(way: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def in_process(way: str, folder: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "perf.online_cost", "--way", way, "--folder", str(folder)]
+def in_process(way: str, folder: Path, tokens: int, tasks: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", "perf.online_cost", "--way", way, "--folder", str(folder), "--tokens", str(tokens)]
+    command += ["--tasks", str(tasks)]
     done = subprocess.run(
         command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -79,24 +84,33 @@ def in_process(way: str, folder: Path) -> dict[str, Any]:
     return found
 
 
-def measure(folder: Path) -> dict[str, Any]:
-    """Run every way, one after the other."""
+def measure(folder: Path, tokens: int, tasks: int, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Run every way, one after the other; `keep` gets what there is so far."""
     jobs: dict[str, Any] = {}
-    for way in Bar(("eleven", *WAYS, "full"), desc="adding a task", file=sys.stderr):
-        jobs[way] = in_process(way, folder)
-        print(way, json.dumps(jobs[way]["parts"]), file=sys.stderr, flush=True)
-    before = Record.read(folder / "eleven")
-    worst = {
-        way: max(found["losses"][name] - task["loss_quantized"] for name, task in before.tasks.items())
-        for way, found in jobs.items()
-        if way != "eleven"
-    }
+    for way in Bar(("before", *WAYS, "full"), desc="adding a task", file=sys.stderr):
+        jobs[way] = in_process(way, folder, tokens, tasks)
+        keep(found := _compared(folder, jobs, tokens, tasks))
+    return found
+
+
+def _compared(folder: Path, jobs: dict[str, Any], tokens: int, tasks: int) -> dict[str, Any]:
+    """Return the figures with the most that an old task has lost by each way, and whether the bits are the same."""
+    before = Record.read(folder / "before").tasks
     return {
         "jobs": jobs,
-        "worst_old_task": worst,
-        "same_bits": jobs["exact"]["version"] == jobs["full"]["version"],
+        "worst_old_task": {
+            way: max(found["losses"][name] - task["loss_quantized"] for name, task in before.items())
+            for way, found in jobs.items()
+        },
+        "same_bits": "full" in jobs and jobs["exact"]["version"] == jobs["full"]["version"],
         "provenance": provenance(seed=Settings().calibration.seed)
-        | {"torch": torch.__version__, "threads": 1, "load_average": os.getloadavg()},
+        | {
+            "torch": torch.__version__,
+            "threads": 1,
+            "tokens_per_task": tokens,
+            "tasks": tasks,
+            "load_average": os.getloadavg(),
+        },
     }
 
 
@@ -105,17 +119,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file to write")
     parser.add_argument("--way", help="used by the run itself, with the next")
     parser.add_argument("--folder", type=Path, help="where the bases lie; default: a temporary folder")
+    parser.add_argument(
+        "--tokens", type=int, default=CalibrationSettings().max_tokens, help="calibration tokens of each task"
+    )
+    parser.add_argument("--tasks", type=int, default=len(demo_tasks()), help="tasks in all")
     args = parser.parse_args()
     if args.way:
-        print(json.dumps(job(args.way, args.folder)))
+        print(json.dumps(job(args.way, args.folder, args.tokens, args.tasks)))
         return
     if args.out is None:
         parser.error("--out says where the figures go")
-    with tempfile.TemporaryDirectory() as name:
-        found = measure(args.folder or Path(name))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found))
+
+    def keep(found: dict[str, Any]) -> None:
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+
+    with tempfile.TemporaryDirectory() as name:
+        print(json.dumps(measure(args.folder or Path(name), args.tokens, args.tasks, keep)))
 
 
 if __name__ == "__main__":

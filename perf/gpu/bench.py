@@ -36,7 +36,7 @@ LIMITS: Mapping[str, float] = MappingProxyType({  # seconds of each stage
     "demo": 90, "checks": 400, "checks-short": 110, "micro": 300, "offline-7b": 150, "offline-8b": 130,
     "micro-decode_attention-pending": 90, "micro-ordered": 120,
     "starts-7b": 300, "starts-tiny": 100, "micro-decode_attention": 150,
-    "sched": 240, "quant": 480,
+    "sched": 240, "quant": 480, "online-7b": 590, "online-8b": 590, "online-tiny": 200,
     "adapters-load": 60, "adapters-modes": 230, "adapters-modes-cached": 120,
     "adapters-oversubscribed-mixed": 120, "adapters-oversubscribed-slots": 130, "adapters-all-resident": 100,
     "adapters-crossover": 150, "serve-tiny": 100, "serve-tiny-arrival": 100, "serve-oversubscribed-tiny": 100,
@@ -77,7 +77,7 @@ def origin() -> dict[str, Any]:
 
 def run_stage(name: str, out: Path, keep: Keep) -> dict[str, Any]:
     """Run a stage in this process and return its result; `keep` writes what there is so far."""
-    from perf.gpu import adapters, checks, demo, micro, offline, quant_speed, sched, serving, soak, starts
+    from perf.gpu import adapters, checks, demo, micro, offline, online, quant_speed, sched, serving, soak, starts
 
     kind, _, rest = name.partition("-")
     stages: dict[str, Callable[[], dict[str, Any]]] = {
@@ -91,6 +91,7 @@ def run_stage(name: str, out: Path, keep: Keep) -> dict[str, Any]:
         "quant": lambda: quant_speed.measure(quant_speed.options().parse_args([]), keep),
         "adapters": lambda: adapters.run(name, keep),
         "offline": lambda: offline.run(rest, keep),
+        "online": lambda: online.run(rest, keep),
         "determinism": lambda: offline.determinism(rest, keep),
         "variants": lambda: offline.variants(rest, keep),
         "serve": lambda: served(rest, keep),

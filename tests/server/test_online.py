@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from inlaid.quant import command
 from inlaid.quant.calibration import CalibrationSettings
 from inlaid.quant.grid import Grid
 from inlaid.quant.quantize import add_task, quantize
@@ -79,12 +81,11 @@ class Load:
             self.answers.append((name, answer(self.live, name), began, time.time()))
 
 
-def until(live: Live, name: str, *states: str) -> dict:
-    """Wait until a task's job is in one of these states; the test's own timeout ends what never comes."""
-    while (card := live.admin("GET", f"/v1/tasks/{name}").json)["state"] not in states:
-        assert card["state"] not in ("failed", "refused"), card
-        time.sleep(0.1)
-    return card
+def task(live: Live, *words: str) -> int:
+    """Run `inlaid task … --server`."""
+    parser = argparse.ArgumentParser()
+    command.add_task_arguments(parser)
+    return command.run_task(parser.parse_args([*words, "--server", live.url, "--admin-key", ADMIN_KEY]))
 
 
 def quantizer(live: Live) -> int | None:
@@ -98,7 +99,9 @@ def quantizer(live: Live) -> int | None:
     return None
 
 
-def test_a_task_is_added_under_load_and_rolled_back(live: Live, world: World) -> None:
+def test_a_task_is_added_under_load_and_rolled_back(
+    live: Live, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(world.out, world.root / "offline")
     shutil.copytree(world.root / "out.bank", world.root / "offline.bank")
     names = ["a", "b", "base"]
@@ -107,12 +110,17 @@ def test_a_task_is_added_under_load_and_rolled_back(live: Live, world: World) ->
     clients = [threading.Thread(target=load.run, args=(name,)) for name in names]
     for client in clients:
         client.start()
-    order = {"name": "c", "adapter": "c", "data": "c.jsonl", "force": True}
-    assert live.admin("POST", "/v1/tasks", order).json["state"] == "queued"
+    adding = threading.Thread(target=task, args=(live, "add", f"c=c:{world.root / 'c.jsonl'}", "--force"))
+    adding.start()
     while (process := quantizer(live)) is None:
         time.sleep(0.05)
     os.kill(process, signal.SIGKILL)  # it is started again, and goes on
-    card = until(live, "c", "serving")
+    adding.join()
+    shown = capsys.readouterr()
+    assert "task c: serving; version 1" in shown.out
+    assert "new" in shown.out
+    assert "100%" in shown.err  # of the progress bar
+    card = live.admin("GET", "/v1/tasks/c").json
     asked = len(load.answers)
     while len(load.answers) < asked + 6:
         time.sleep(0.05)
@@ -143,10 +151,13 @@ def test_a_task_is_added_under_load_and_rolled_back(live: Live, world: World) ->
     base = live.admin("POST", "/v1/base/rollback").json
     assert base["current"] == 0
     assert {name: answer(live, name) for name in names} == old
-    refused = live.admin("POST", "/v1/base/rollback")
-    assert refused.status == 409
-    assert "there is none before" in refused.json["error"]["message"]
-    assert live.admin("POST", "/v1/tasks/c/switch").status == 200
+    capsys.readouterr()
+    assert task(live, "rollback") == 2
+    assert "there is none before" in capsys.readouterr().err
+    assert task(live, "switch", "c") == 0
+    assert "task c: serving" in capsys.readouterr().out
+    assert task(live, "list") == 0
+    assert "job add c: serving" in capsys.readouterr().out
     assert {name: answer(live, name) for name in names} == {name: new[name] for name in names}
 
 

@@ -66,10 +66,10 @@ class NowThreads:
 class Bench:
     """An engine with requests in flight, and its switch."""
 
-    def __init__(self, folder: Path, adapter: Path, **adapters: Any) -> None:
+    def __init__(self, folder: Path, adapter: Path, device: str = "cpu", **adapters: Any) -> None:
         config = EngineConfig(
             model=str(folder),
-            device="cpu",
+            device=device,
             cache=CacheConfig(block_size=4, num_blocks=200),
             adapters=AdapterConfig(max_loras=4, **adapters),
         )
@@ -242,3 +242,35 @@ def test_contents_are_exchanged_and_addresses_kept(world: World) -> None:
     exchange_contents(*blocks)
     for block, held in zip(blocks, reversed(before), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(tensors_of(block), held, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("where", ["device", "host"])
+@pytest.mark.parametrize("rule", ["finish", "recompute"])
+def test_captured_graphs_compute_with_the_new_base(world: World, where: str, rule: str) -> None:
+    fresh = {}
+    for folder in (world.one, world.two):
+        alone = Bench(folder, world.adapter, "cuda")
+        alone.begin("x")
+        alone.step()
+        fresh[folder] = alone.all("x")
+    assert fresh[world.one] != fresh[world.two]
+    bench = Bench(world.one, world.adapter, "cuda")
+    runner: Any = bench.engine.runner
+    assert len(runner.graphs) > 0
+    addresses = [t.data_ptr() for block in runner.model.blocks for t in tensors_of(block)]
+    for number, folder in enumerate((world.two, world.one)):
+        bench.begin(f"during{number}-")
+        bench.step(4)
+        assert bench.stage(folder, where)["where"] == where
+        bench.call("switch_base", version=Checkpoint(folder).fingerprint(), rule=rule)
+        bench.step()
+        assert bench.engine.runner is runner
+        eager = runner.num_eager_steps
+        bench.begin(f"after{number}-")
+        bench.step()
+        assert bench.all(f"after{number}-") == fresh[folder]
+        assert runner.num_eager_steps == eager  # all of them were replayed
+    assert [t.data_ptr() for block in runner.model.blocks for t in tensors_of(block)] == addresses
+    bench.engine.scheduler.check_whole()
