@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
@@ -84,10 +84,14 @@ def in_process(way: str, folder: Path, tokens: int, tasks: int) -> dict[str, Any
     return found
 
 
-def measure(folder: Path, tokens: int, tasks: int, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Run every way, one after the other; `keep` gets what there is so far."""
+def measure(
+    folder: Path, tokens: int, tasks: int, ways: Sequence[str], keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Run these ways, one after the other, from a base that is made unless it is there; `keep` gets what there is."""
     jobs: dict[str, Any] = {}
-    for way in Bar(("before", *WAYS, "full"), desc="adding a task", file=sys.stderr):
+    if not (folder / "before" / "inlaid.json").exists():
+        in_process("before", folder, tokens, tasks)
+    for way in Bar(ways, desc="adding a task", file=sys.stderr):
         jobs[way] = in_process(way, folder, tokens, tasks)
         keep(found := _compared(folder, jobs, tokens, tasks))
     return found
@@ -102,7 +106,7 @@ def _compared(folder: Path, jobs: dict[str, Any], tokens: int, tasks: int) -> di
             way: max(found["losses"][name] - task["loss_quantized"] for name, task in before.items())
             for way, found in jobs.items()
         },
-        "same_bits": "full" in jobs and jobs["exact"]["version"] == jobs["full"]["version"],
+        "same_bits": jobs["exact"]["version"] == jobs["full"]["version"] if {"exact", "full"} <= jobs.keys() else None,
         "provenance": provenance(seed=Settings().calibration.seed)
         | {
             "torch": torch.__version__,
@@ -122,6 +126,7 @@ def main() -> None:
     parser.add_argument(
         "--tokens", type=int, default=CalibrationSettings().max_tokens, help="calibration tokens of each task"
     )
+    parser.add_argument("--ways", nargs="+", default=[*WAYS, "full"], choices=[*WAYS, "full"], help="what is measured")
     parser.add_argument("--tasks", type=int, default=len(demo_tasks()), help="tasks in all")
     args = parser.parse_args()
     if args.way:
@@ -135,7 +140,7 @@ def main() -> None:
         args.out.write_text(json.dumps(found, indent=1) + "\n")
 
     with tempfile.TemporaryDirectory() as name:
-        print(json.dumps(measure(args.folder or Path(name), args.tokens, args.tasks, keep)))
+        print(json.dumps(measure(args.folder or Path(name), args.tokens, args.tasks, args.ways, keep)))
 
 
 if __name__ == "__main__":

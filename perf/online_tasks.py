@@ -1,7 +1,7 @@
 """A task is added to a server under load: tokens per second and p99 inter-token latency over time, the job's stages
 marked, the dip and the pause of the switch.
 
-The demo, quantized for eleven tasks, serves closed-loop clients on eleven adapters; then the twelfth task is ordered.
+The demo, quantized for all tasks but one, serves closed-loop clients on their adapters; then the last task is ordered.
 The dip compares the time before the order with the time from the order to the switch. `perf/gpu/online.py` does so on
 a GPU. `perf.online_cost` has the cost of the job by itself; its file is taken into the report.
 
@@ -24,6 +24,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from inlaid.quant.calibration import CalibrationSettings
+from inlaid.quant.grid import Grid
+from inlaid.quant.quantize import quantize
+from inlaid.quant.settings import Gate, Settings, TaskSource
 from inlaid.report.plots import COLOURS, new_figure, save
 from inlaid.report.provenance import provenance
 from perf.gpu.serving import free_port, stop, wait_ready
@@ -241,8 +245,7 @@ def cost_table(cost: dict[str, Any], summary: dict[str, Any]) -> list[str]:
         "| job | forward, Hessians | aggregate, quantize | checks | rest | total | peak, MiB | worst old task, nats |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    jobs = {**{way: job for way, job in cost["jobs"].items() if way != "before"}}
-    for way, job in jobs.items():
+    for way, job in cost["jobs"].items():
         label = "full job" if way == "full" else f"one more, offline, {way}"
         lines.append(_row(label, job["parts"], job["seconds"], job["peak_mib"], cost["worst_old_task"][way]))
     own = summary["job"]
@@ -266,23 +269,19 @@ def _row(label: str, parts: dict[str, float], total: float, peak: float, worst: 
     return f"| {label} | {' | '.join(f'{figure:.1f}' for figure in figures)} | {peak:.0f} | {worst:+.4f} |"
 
 
-def prepare(folder: Path, tokens: int) -> Path:
-    """Quantize the demo for eleven tasks, quickly: this base is to be replaced, not judged."""
-    from inlaid.quant.calibration import CalibrationSettings
-    from inlaid.quant.grid import Grid
-    from inlaid.quant.quantize import quantize
-    from inlaid.quant.settings import Gate, Settings
-
+def prepare(folder: Path, tokens: int, tasks: Sequence[TaskSource]) -> Path:
+    """Quantize the demo for these tasks, quickly: this base is to be replaced, not judged."""
     settings = Settings(Grid(refine=1), CalibrationSettings(tokens), "mean")
-    quantize(DEMO / "base", demo_tasks()[:-1], settings, folder / "served", None, Gate(force=True))
+    quantize(DEMO / "base", tasks, settings, folder / "served", None, Gate(force=True))
     return folder / "served"
 
 
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Prepare, serve, add, and return everything measured."""
-    served, (*_, last) = prepare(folder, args.tokens), demo_tasks()
+    tasks = demo_tasks()[: args.tasks]
+    served, last = prepare(folder, args.tokens, tasks[:-1]), tasks[-1]
     port = free_port()
-    adapters = [f"{task.name}={task.adapter}" for task in demo_tasks()[:-1]]
+    adapters = [f"{task.name}={task.adapter}" for task in tasks[:-1]]
     command = [
         sys.executable, "-m", "inlaid", "serve", str(served), "--port", str(port), "--admin-key", KEY,
         "--lora-root", str(Path.cwd()), "--allow-runtime-lora", "--online-tasks", f"{served}.bank",
@@ -292,10 +291,8 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         wait_ready(server, port, 300)
-        lines = [
-            json.loads(line)["prompt"] for task in demo_tasks() for line in task.data.read_text().splitlines()[:20]
-        ]
-        load = Load(args.clients, [task.name for task in demo_tasks()[:-1]], lines, 48)
+        lines = [json.loads(line)["prompt"] for task in tasks for line in task.data.read_text().splitlines()[:20]]
+        load = Load(args.clients, [task.name for task in tasks[:-1]], lines, 48)
         order = {
             "name": last.name, "adapter": str(last.adapter.resolve()), "data": str(last.data.resolve()),
             "solve": args.solve, "check": args.check,
@@ -310,7 +307,13 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "share": args.share,
         "load": asdict(load) | {"prompts": len(lines)},
         "provenance": provenance()
-        | {"load_average": os.getloadavg(), "tokens_per_task": args.tokens, "solve": args.solve, "check": args.check},
+        | {
+            "load_average": os.getloadavg(),
+            "tokens_per_task": args.tokens,
+            "tasks": args.tasks,
+            "solve": args.solve,
+            "check": args.check,
+        },
     }
 
 
@@ -325,6 +328,7 @@ def main() -> None:
     parser.add_argument("--check", default="exact", help="how tasks are checked")
     parser.add_argument("--clients", type=int, default=8, help="requests in flight")
     parser.add_argument("--tokens", type=int, default=2000, help="calibration tokens of each task")
+    parser.add_argument("--tasks", type=int, default=len(demo_tasks()), help="tasks in all")
     parser.add_argument("--before", type=float, default=30.0, help="seconds before the order")
     parser.add_argument("--after", type=float, default=30.0, help="seconds after the switch")
     parser.add_argument("--bucket", type=float, default=2.0, help="seconds of a point of the figure")

@@ -49,8 +49,8 @@ def test_the_report_names_windows_switch_and_cost() -> None:
     }
     job = {"parts": {"solving": 5.0, "checking": 2.0, "forward": 1.0}, "seconds": 10.0, "peak_mib": 900.0}
     cost = {
-        "jobs": {"before": job, "exact": job, "full": job},
-        "worst_old_task": {"before": 0.0, "exact": 0.1, "full": 0.1},
+        "jobs": {"exact": job, "full": job},
+        "worst_old_task": {"exact": 0.1, "full": 0.1},
     }
     page = table(result, cost)
     assert "Throughput while the job ran: -" in page
