@@ -1,4 +1,4 @@
-"""Cases of parametrized tests whose every combination takes long in Triton's interpreter."""
+"""Cases of parametrized tests of which all together take long on a CPU."""
 
 from __future__ import annotations
 

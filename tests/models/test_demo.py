@@ -20,6 +20,7 @@ from models.corpus import UNLEARNED
 from models.demo_table import table
 from models.measure import answers
 from models.plan import ADAPTERS
+from tests.cases import spread
 
 SAMPLE = 4
 
@@ -49,7 +50,7 @@ def test_every_weight_is_fp16() -> None:
             assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", spread(((task,) for task in TASKS), every=4))
 def test_the_adapter_brings_the_task_and_the_base_alone_does_not(task: str) -> None:
     rows = generate.load(task, "eval")[:SAMPLE]
     messages = [[{"role": "user", "content": row["prompt"]}] for row in rows]

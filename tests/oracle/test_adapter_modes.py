@@ -17,6 +17,7 @@ from inlaid.adapters.store import AdapterStore
 from inlaid.config import ConfigError
 from inlaid.engine.request import FinishReason
 from inlaid.kernels.assist import Assistant
+from tests.cases import spread
 from tests.oracle.oracle import Judge, add_adapter, ask, load_engine, prompts, serve
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,7 +153,7 @@ def test_a_host_budget_for_four_of_twelve_adapters(judge: Judge) -> None:
     assert store.host_bytes <= 4 * 2**20
 
 
-@pytest.mark.parametrize("mode", ["on-demand", "pipelined", "cpu-assist"])
+@pytest.mark.parametrize("mode", spread((("pipelined",), ("on-demand",), ("cpu-assist",)), every=3))
 def test_tokens_are_the_same_in_unified_memory(judge: Judge, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     """Adapters have room for one and borrow from KV, which takes its blocks back for many prompts at once."""
     given_back: list[int] = []

@@ -141,6 +141,7 @@ def test_poison_is_refused_and_nothing_changes(quantized: Path, kind: str) -> No
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
 
+@pytest.mark.long
 def test_a_task_that_hurts_the_old_is_refused_with_the_numbers_unless_forced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -184,7 +184,7 @@ quantize(Path(base), sources, chosen, Path(out), Place(progress=progress), Gate(
     ("sequential", "aggregation", "at"),
     [
         (False, "mean", "layer 1, task b"),
-        (True, "mean", "layer 2, task a"),
+        pytest.param(True, "mean", "layer 2, task a", marks=pytest.mark.long),
         (False, "minimax-loss", "layer 1 solved, 15"),
     ],
 )

@@ -15,8 +15,13 @@ from inlaid.workload.suites import load_suite
 RESULTS = Path(__file__).parents[2] / "perf" / "results"
 
 
+LONG = pytest.mark.long
+
+
 @pytest.mark.parametrize("policy", ["fcfs", "vtc"])
-@pytest.mark.parametrize("suite", ["overload", "on_off_overload", "poisson_short_long"])
+@pytest.mark.parametrize(
+    "suite", ["overload", *(pytest.param(suite, marks=LONG) for suite in ("on_off_overload", "poisson_short_long"))]
+)
 def test_a_suite_goes_as_recorded(suite: str, policy: str) -> None:
     recorded = json.loads((RESULTS / f"sim-{suite}.json").read_text())
     (then,) = (row for row in recorded["rows"] if row["policy"] == policy)
