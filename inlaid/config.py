@@ -279,6 +279,10 @@ class ServerConfig:
         False, "allow loading and unloading adapters while serving", section="Adapters that come and go while serving"
     )
     lora_root: tuple[str, ...] = option((), "folders that adapters may be loaded from at run time")
+    lora_upload_root: str = option(
+        "", "folder for adapters that arrive in the body of a request, with --allow-runtime-lora; empty: none may"
+    )
+    max_upload_mib: float = option(1024.0, "largest weights of such an adapter, in MiB")
     lora_watch: tuple[str, ...] = option(
         (),
         "folder whose sub-folders are served as adapters: loaded when complete, swapped when changed, unloaded when "

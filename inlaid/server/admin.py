@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -45,26 +46,26 @@ async def list_adapters(request: web.Request) -> web.Response:
 
 async def load_adapter(request: web.Request, body: LoadAdapterBody) -> web.Response:
     """Load an adapter from one of the allowed folders."""
-    await _finish(request, _load(request, body))
+    await finish(request, _load(request, body))
     return web.Response(text=f"Success: LoRA adapter '{body.lora_name}' added successfully")
 
 
 async def unload_adapter(request: web.Request, body: UnloadAdapterBody) -> web.Response:
     """Forget an adapter and answer when the requests that run on it have finished."""
-    in_flight = await _finish(request, _unload(request, body))
+    in_flight = await finish(request, _unload(request, body))
     more = f"; {in_flight} requests still run on it, and its memory goes with the last" if in_flight else ""
     return web.Response(text=f"Success: LoRA adapter '{body.lora_name}' removed successfully{more}")
 
 
 async def load_adapter_sglang(request: web.Request, body: LoadAdapterBody) -> web.Response:
     """Load an adapter; SGLang's path and answer."""
-    await _finish(request, _load(request, body))
+    await finish(request, _load(request, body))
     return answer(LoadResult(loaded_adapters=_paths(request.app[SERVICE])))
 
 
 async def unload_adapter_sglang(request: web.Request, body: UnloadAdapterBody) -> web.Response:
     """Forget an adapter; SGLang's path and answer."""
-    await _finish(request, _unload(request, body))
+    await finish(request, _unload(request, body))
     return answer(LoadResult(loaded_adapters=_paths(request.app[SERVICE])))
 
 
@@ -83,7 +84,7 @@ async def put_scheduler(request: web.Request, body: SchedulerBody) -> web.Respon
         kind = service.engine.config.scheduler.tenant
         if kind != "adapter" or service.resolver is None:  # a resolver may still find an adapter of any name
             check_tenants(kind, service.keys, service.engine.adapters, changes[name], name)
-    return answer(await _finish(request, _set_scheduler(request, changes)))
+    return answer(await finish(request, _set_scheduler(request, changes)))
 
 
 async def fairness(request: web.Request) -> web.Response:
@@ -95,7 +96,8 @@ async def fairness(request: web.Request) -> web.Response:
         raise BadRequest(str(error), "window") from error
 
 
-async def _finish(request: web.Request, change: Awaitable[_T]) -> _T:
+async def finish(request: web.Request, change: Awaitable[_T]) -> _T:
+    """Carry a change through, even if the client that asked for it leaves."""
     return await request.app[SERVICE].state.finish(change)
 
 
@@ -121,13 +123,16 @@ def _check_on(service: Service) -> None:
 
 
 async def _load(request: web.Request, body: LoadAdapterBody) -> None:
+    _check_on(request.app[SERVICE])
+    folder = request.app[SERVICE].folders.resolve(body.lora_path)
+    await load_folder(request, body.lora_name, folder, bool(body.load_inplace), body.pinned)
+
+
+async def load_folder(request: web.Request, name: str, folder: Path, in_place: bool, pinned: bool | None) -> None:
+    """Load an adapter from a folder that adapters may come from, and keep that it was loaded."""
     service = request.app[SERVICE]
-    _check_on(service)
-    name = body.lora_name
     if (why := service.names.why_not(name)) is not None:
         raise BadRequest(f"{name!r} cannot be an adapter's name: {why}", "lora_name")
-    folder = service.folders.resolve(body.lora_path)
-    in_place = bool(body.load_inplace)
     loaded = Conflict(f"adapter {name!r} is loaded already; unload it first or set load_inplace", "lora_name")
     if name in service.engine.adapters and not in_place:
         raise loaded
@@ -135,7 +140,7 @@ async def _load(request: web.Request, body: LoadAdapterBody) -> None:
         raise TooMany(f"{service.num_loads} adapters are being loaded already", retry_after=5)
     service.num_loads += 1
     try:
-        info = await service.engine.load_adapter(name, str(folder), in_place, body.pinned)
+        info = await service.engine.load_adapter(name, str(folder), in_place, pinned)
     except ValueError as error:
         if name in service.engine.adapters and not in_place:  # another one was first
             raise loaded from error

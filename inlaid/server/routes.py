@@ -28,6 +28,7 @@ from inlaid.server.protocol.sglang import Generation, LoadResult, ModelSummary, 
 from inlaid.server.protocol.tasks import AddTaskBody, BaseCard, TaskCard, TaskList
 from inlaid.server.responses import create_response, delete_response, get_response
 from inlaid.server.route import Guard, Route
+from inlaid.server.uploads import load_adapter_from_tensors
 
 ROUTES = (
     Route(
@@ -99,6 +100,13 @@ ROUTES = (
     Route("GET", "/v1/adapters", admin.list_adapters, answers=(AdapterList,)),
     Route("POST", "/v1/load_lora_adapter", admin.load_adapter, Guard.ADMIN, LoadAdapterBody, text=True),
     Route("POST", "/v1/unload_lora_adapter", admin.unload_adapter, Guard.ADMIN, UnloadAdapterBody, text=True),
+    Route(
+        "POST",
+        "/v1/load_lora_adapter_from_tensors",
+        load_adapter_from_tensors,
+        Guard.ADMIN,
+        answers=(LoadResult,),
+    ),
     Route(
         "POST",
         "/load_lora_adapter",

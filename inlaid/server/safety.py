@@ -191,6 +191,18 @@ def _root(root: str) -> Path:
         raise ConfigError(f"--lora-root {root} cannot be used: {error.strerror}") from error
 
 
+def adapter_roots(config: ServerConfig) -> list[str]:
+    """Return the folders that adapters may be loaded from; the one for adapters in bodies is made if it is missing."""
+    if not config.lora_upload_root:
+        return list(config.lora_root)
+    root = Path(config.lora_upload_root).expanduser()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--lora-upload-root {root} cannot be used: {error.strerror}") from error
+    return [*config.lora_root, str(root)]
+
+
 def check_config(config: ServerConfig, keys: Keys) -> None:
     """Refuse to start with loading at run time open to everybody or from everywhere."""
     if config.tasks.online_tasks and not keys.has_admin:
@@ -199,7 +211,7 @@ def check_config(config: ServerConfig, keys: Keys) -> None:
         return
     if not keys.has_admin:
         raise ConfigError("--allow-runtime-lora needs --admin-key, apart from the inference keys")
-    if not config.lora_root:
+    if not config.lora_root and not config.lora_upload_root:
         raise ConfigError("--allow-runtime-lora needs --lora-root, the folders that adapters may be loaded from")
 
 

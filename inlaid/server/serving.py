@@ -27,7 +27,7 @@ from inlaid.server.metrics import Metrics
 from inlaid.server.names import ModelNames
 from inlaid.server.online import OnlineTasks, adapters_of, open_versions
 from inlaid.server.resolver import make_resolver
-from inlaid.server.safety import AllowedFolders, Keys, check_config, warn_of_risks
+from inlaid.server.safety import AllowedFolders, Keys, adapter_roots, check_config, warn_of_risks
 from inlaid.server.service import Service
 from inlaid.server.state import KeptAdapter, ServerState, restore
 from inlaid.server.watcher import Watcher
@@ -58,7 +58,7 @@ async def make_service(
     keys = Keys.of(config, os.environ)
     check_config(config, keys)
     warn_of_risks(config, engine_config.scheduler.policy, engine_config.scheduler.tenant, keys)
-    folders = AllowedFolders(config.lora_root)
+    folders = AllowedFolders(adapter_roots(config))
     model_name = config.served_model_name or model_display_name(engine_config.model)
     names = ModelNames(model_name, engine_config.model)
     for name in adapters:

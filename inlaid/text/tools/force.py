@@ -10,7 +10,7 @@ import msgspec
 
 from inlaid.engine.refusal import Refusal, Refused
 
-_MOST_CALLS = 16  # in one answer: a model that never ends must not be asked to go on for ever
+_MOST_CALLS = 8  # in one answer: a model that never ends must not be asked to go on for ever
 
 
 # JSON on one line, with a blank after colons and commas: calls are told apart from text by how they begin.

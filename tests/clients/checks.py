@@ -1,0 +1,42 @@
+"""Features of one client, checked one after another: each prints a line that `run.py` reads. No other package."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+URL = os.environ.get("INLAID_URL", "http://127.0.0.1:8000")
+QUESTION = "What is the weather in Oslo?"
+
+
+def _loop() -> asyncio.AbstractEventLoop:
+    """Return the one loop of this process: clients keep connections that belong to it."""
+    try:
+        return asyncio.get_event_loop_policy().get_event_loop()
+    except RuntimeError:
+        made = asyncio.new_event_loop()
+        asyncio.set_event_loop(made)
+        return made
+
+
+def feature(name: str) -> Callable[[Callable[[], Any]], None]:
+    """Run the decorated function now, and say whether it went through."""
+
+    def check(function: Callable[[], Any]) -> None:
+        try:
+            made = function()
+            if inspect.isawaitable(made):
+                _loop().run_until_complete(made)
+        except Exception as error:  # noqa: BLE001 - whatever a client raises is what users would see
+            traceback.print_exc(file=sys.stderr)
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            print(f"{name}\tno\t{said}", flush=True)
+        else:
+            print(f"{name}\tyes\t", flush=True)
+
+    return check
