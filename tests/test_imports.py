@@ -80,6 +80,15 @@ def test_host_parts_never_reach_torch(part: str) -> None:
     assert [way for path in paths for way in laws.reaching(ROOT, path)] == []
 
 
+@pytest.mark.parametrize("part", ["cli", "llm", "worker", "server", "program", "quant", "sim"])
+def test_what_a_cpu_runs_never_reaches_triton(part: str) -> None:
+    """A machine without a GPU has no Triton, and CI has it, so only this shows that the server starts there."""
+    paths = [ROOT / "inlaid" / f"{part}.py"] if part in ("cli", "llm") else laws.sources(ROOT / "inlaid", part)
+    found = [way for path in paths for way in laws.reaching(ROOT, path, "triton")]
+    found += laws.reaching(ROOT, ROOT / "inlaid" / "kernels" / "command.py", "triton")
+    assert found == []
+
+
 def test_no_module_holds_mutable_state() -> None:
     paths = laws.sources(ROOT, *HOUSES)
     assert [place for path in paths for place in laws.mutable_state(ROOT, path)] == []

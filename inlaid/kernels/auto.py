@@ -5,6 +5,7 @@ start-up.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 from collections import Counter
@@ -20,7 +21,6 @@ from inlaid.kernels.backend import GemmInParts, LinearBackend, Parts
 from inlaid.kernels.cpu import ReferenceLinear
 from inlaid.kernels.exllama import ExllamaLinear
 from inlaid.kernels.humming import HummingLinear
-from inlaid.kernels.linear_triton import TritonLinear
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,16 @@ class AutoPacked:
 def backends(deterministic: bool = True) -> tuple[LinearBackend, ...]:
     """Return all backends, the fastest first; with `deterministic`, those whose sums are added in a fixed order."""
     by_arrival = () if deterministic else (ExllamaLinear(),)
-    return (HummingLinear(ordered=deterministic), *by_arrival, TritonLinear(), ReferenceLinear())
+    return (HummingLinear(ordered=deterministic), *by_arrival, *_own(), ReferenceLinear())
+
+
+def _own() -> tuple[LinearBackend, ...]:
+    """Return the kernel of this repository, where Triton is installed: it comes with torch's CUDA builds alone."""
+    if importlib.util.find_spec("triton") is None:
+        return ()
+    from inlaid.kernels.linear_triton import TritonLinear
+
+    return (TritonLinear(),)
 
 
 class AutoLinear:

@@ -17,11 +17,30 @@ from inlaid.layers.attention import Attention
 from inlaid.layers.linear import Linear
 from inlaid.layers.norm import RMSNorm
 from inlaid.model.transformer import Block, Transformer
-from inlaid.runner.workspace import kind
 
 
 class OtherFormat(ValueError):
     """The new base cannot take the place of the old one; the message says at which layer they differ."""
+
+
+def kinds(model: Transformer) -> list[int]:
+    """Return blocks that need between them every kernel that the model needs: the first of each kind, and the last."""
+    firsts: dict[Any, int] = {}
+    for index, block in enumerate(model.blocks):
+        firsts.setdefault(kind(block), index)
+    return sorted({*firsts.values(), len(model.blocks) - 1})
+
+
+def kind(part: Any) -> Any:
+    """Return what decides which kernels a part of the model needs: types, shapes and settings, not values."""
+    if isinstance(part, torch.Tensor):
+        return part.dtype, tuple(part.shape), part.stride()
+    if isinstance(part, (tuple, list)):
+        return tuple(map(kind, part))
+    if isinstance(part, (Block, Attention, Linear, RMSNorm)) or is_dataclass(part):
+        names = [name for name in sorted(vars(part)) if name not in ("kernels", "lora", "site")]
+        return type(part), tuple(kind(getattr(part, name)) for name in names)
+    return part if isinstance(part, (int, float, str, type(None))) else type(part)
 
 
 def check_same(model: Transformer, layer: int, block: Block) -> None:

@@ -12,9 +12,9 @@ import torch
 
 from inlaid.kernels.context import ALL_ADAPTERS, ATTENTION_ADAPTERS, NO_ADAPTERS
 from inlaid.progress import Bar
+from inlaid.runner.base_weights import kinds
 from inlaid.runner.device_step import DeviceStep
 from inlaid.runner.layout import Layout, Layouts
-from inlaid.runner.workspace import kinds
 
 
 class Graphs:

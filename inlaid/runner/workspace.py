@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import is_dataclass
 from math import prod
-from typing import Any
 
 import torch
 
 from inlaid.kernels import attention_triton, lora_triton
-from inlaid.layers.attention import Attention
-from inlaid.layers.linear import PARTS_ROWS, Linear
-from inlaid.layers.norm import RMSNorm
+from inlaid.layers.linear import PARTS_ROWS
 from inlaid.model.transformer import Block, Transformer
+from inlaid.runner.base_weights import kinds
 
 MOST_VIEWS = 4096  # of steps that no graph replays
 
@@ -80,26 +77,6 @@ def fixed_memory(
         "shrunk": (_shrunk_size(max_tokens, max_rank), torch.float32),
     }
     return FixedMemory({name: (size, dtype) for name, size in sizes.items()} | others, device)
-
-
-def kinds(model: Transformer) -> list[int]:
-    """Return blocks that need between them every kernel that the model needs: the first of each kind, and the last."""
-    firsts: dict[Any, int] = {}
-    for index, block in enumerate(model.blocks):
-        firsts.setdefault(kind(block), index)
-    return sorted({*firsts.values(), len(model.blocks) - 1})
-
-
-def kind(part: Any) -> Any:
-    """Return what decides which kernels a part of the model needs: types, shapes and settings, not values."""
-    if isinstance(part, torch.Tensor):
-        return part.dtype, tuple(part.shape), part.stride()
-    if isinstance(part, (tuple, list)):
-        return tuple(map(kind, part))
-    if isinstance(part, (Block, Attention, Linear, RMSNorm)) or is_dataclass(part):
-        names = [name for name in sorted(vars(part)) if name not in ("kernels", "lora", "site")]
-        return type(part), tuple(kind(getattr(part, name)) for name in names)
-    return part if isinstance(part, (int, float, str, type(None))) else type(part)
 
 
 def _most_parts(model: Transformer, max_tokens: int) -> int:

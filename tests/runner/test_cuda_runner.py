@@ -32,11 +32,11 @@ from inlaid.layers import linear
 from inlaid.model.spec import read_spec
 from inlaid.model.transformer import Transformer
 from inlaid.model.weights import load
+from inlaid.runner.base_weights import kind, kinds
 from inlaid.runner.cuda_kernels import cuda_kernels
 from inlaid.runner.cuda_runner import CudaRunner
 from inlaid.runner.graphs import Graphs
 from inlaid.runner.model_runner import ModelRunner
-from inlaid.runner.workspace import kind, kinds
 from tests.adapters.fake_lane import FakeFerry, FakeLane
 from tests.oracle.oracle import (
     Answer,
