@@ -14,7 +14,7 @@ from inlaid.server.access import NOTES, add_warnings, logged, note_error, note_r
 from inlaid.server.cors import allow_origins
 from inlaid.server.decoding import BodyDecoder, warning
 from inlaid.server.errors import BrokenBody, TooSlow, Unavailable, no_such_path, reported, response, undecodable
-from inlaid.server.openapi import document, plain_path
+from inlaid.server.openapi import Facts, document, plain_path
 from inlaid.server.route import Guard, Route
 from inlaid.server.routes import ROUTES
 from inlaid.server.service import SERVICE, Service
@@ -36,7 +36,7 @@ def make_app(service: Service) -> web.Application:
         app.router.add_route(route.method, route.path, handler)
         if route.method == "GET":
             app.router.add_route("HEAD", route.path, handler)
-    description = msgspec.json.encode(document(ROUTES))
+    description = msgspec.json.encode(document(ROUTES, _facts(service)))
 
     async def openapi(request: web.Request) -> web.Response:
         return web.Response(body=description, content_type="application/json")
@@ -46,6 +46,18 @@ def make_app(service: Service) -> web.Application:
     if service.config.allowed_origins:
         allow_origins(app, service.config.allowed_origins)
     return app
+
+
+def _facts(service: Service) -> Facts:
+    """Return what the API's description must know of this server."""
+    keyed = bool(service.keys.tenants)
+    guarded = {Guard.INFERENCE: keyed, Guard.OPERATOR: keyed or service.keys.has_admin, Guard.ADMIN: True}
+    return Facts(
+        service.encoder.vocab_size,
+        service.config.max_prompts,
+        frozenset(guard for guard, needed in guarded.items() if needed),
+        service.config.strict_requests,
+    )
 
 
 def _served(route: Route, strict: bool) -> Handler:

@@ -4,6 +4,7 @@ answer is read.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -164,10 +165,19 @@ def chat_tokens(
     options: dict[str, Any],
     add_special_tokens: bool = False,
 ) -> list[int]:
-    """Return the tokens of a conversation."""
+    """Return the tokens of a conversation. It waits for the process of the chat template, so it runs on a thread."""
+    assert not _on_event_loop(), "a template is waited for on the event loop: use offload.run_chat"
     service.encoder.check_messages(len(messages))
     plain_tools = None if tools is None else [msgspec.to_builtins(tool) for tool in tools]
     return service.encoder.conversation([_plain(one) for one in messages], plain_tools, options, add_special_tokens)
+
+
+def _on_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _plain(message: Message) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
 async def reset_prefix_cache(request: web.Request) -> web.Response:
     """Forget every prompt in the prefix cache; vLLM's name for /flush_cache."""
     await request.app[SERVICE].engine.call("flush_cache")
-    return web.Response()
+    return web.Response(text="done\n")
 
 
 async def start_profile(request: web.Request) -> web.Response:

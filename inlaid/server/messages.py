@@ -65,7 +65,7 @@ async def count_tokens(request: web.Request, body: CountBody) -> web.Response:
     service = request.app[SERVICE]
     chat = chat_body(body)
     service.resolve(body.model)
-    return await service.offload.run(len(await request.read()), _counted, service, chat)
+    return await service.offload.run_chat(len(await request.read()), _counted, service, chat)
 
 
 def _counted(service: Service, chat: ChatBody) -> web.Response:

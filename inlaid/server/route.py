@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +27,8 @@ class Route:
     guard: Guard = Guard.INFERENCE
     body: type[Any] | None = None
     answers: tuple[Any, ...] = ()  # types: whole, and each event of a stream
-    text: bool = False  # the answer is plain text
-    query: tuple[tuple[str, str], ...] = ()  # name and JSON type
+    text: str = ""  # the media type of an answer that is text
+    query: tuple[tuple[str, Mapping[str, Any]], ...] = ()  # name and JSON schema
     answering: bool = False  # makes tokens: waited for when the server drains
 
     @property

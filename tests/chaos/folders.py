@@ -30,17 +30,24 @@ def spoil(source: Path, folder: Path, draw: random.Random) -> str:
         names.append(way.__name__)
         try:
             way(folder, draw)
-        except (OSError, ValueError, KeyError, IndexError, TypeError, StopIteration):
+        except Exception:  # noqa: BLE001 - the way before has left nothing that this one can spoil
             names[-1] += " (not possible after the one before)"
     return ", ".join(names)
 
 
 def _config(folder: Path) -> Path:
-    return next(folder / name for name in ("adapter_config.json", "config.json") if (folder / name).exists())
+    return _small(next(folder / name for name in ("adapter_config.json", "config.json") if (folder / name).exists()))
 
 
 def _weights(folder: Path) -> Path:
-    return next(folder.glob("*.safetensors"))
+    return _small(next(folder.glob("*.safetensors")))
+
+
+def _small(file: Path) -> Path:
+    """Return a file that can be read. ValueError: an earlier way has made it huge, or no file."""
+    if not file.is_file() or file.stat().st_size >= _SPARSE:
+        raise ValueError(f"{file} cannot be spoilt again")
+    return file
 
 
 # The config.

@@ -9,10 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -20,8 +17,9 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+from tests.chaos.fake_server import ended, started
 from tests.engine.fake_runner import generate
-from tests.server.live import ADMIN_KEY, ROOT, Answer, Live
+from tests.server.live import ADMIN_KEY, Answer, Live
 
 _NAMES = ("a", "b", "c", "d")
 _TENANTS = ("x", "y", "z")
@@ -44,7 +42,7 @@ class Kills:
 
     def run(self, kills: int, seconds: float) -> None:
         """Kill so many times, or for so many seconds."""
-        ends, server = time.monotonic() + seconds, self._start()
+        ends, server = time.monotonic() + seconds, started(self._state, self._root)
         try:
             while self.counts["kills"] < kills and time.monotonic() < ends:
                 killer = threading.Timer(self._draw.uniform(0.0, 0.3), self._kill, [server, self._draw.random() < 0.3])
@@ -53,24 +51,11 @@ class Kills:
                     self._act(server)
                 killer.join()
                 if server.process.poll() is not None:
-                    server.process.stdout.close()  # type: ignore[union-attr]
-                    server = self._start()
+                    ended(server)
+                    server = started(self._state, self._root)
                 self._check(server, self._settings(server))
         finally:
-            server.process.kill()
-            server.process.wait()
-            server.process.stdout.close()  # type: ignore[union-attr]
-
-    def _start(self) -> Live:
-        command = [sys.executable, "-m", "tests.chaos.fake_server", str(self._state), str(self._root)]
-        process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        found = re.search(r"at:  (http://\S+)/v1 ", line)
-        assert found, f"the server did not come up: {line}"
-        return Live(process, found.group(1))
+            ended(server)
 
     def _kill(self, server: Live, whole: bool) -> None:
         children = server.children() if server.process.poll() is None else []

@@ -15,13 +15,10 @@ from typing import Any
 
 from inlaid.files import write_atomically
 from inlaid.report.provenance import provenance
-from tests.chaos.attackers import Rates
+from tests.chaos.attackers import Rates, attack
+from tests.chaos.fake_server import ended, started
 from tests.chaos.kills import Kills
-from tests.chaos.loads import Loads
 from tests.chaos.mix import Mix, flags
-from tests.chaos.quantizer import QuantizerKills
-from tests.chaos.reading import adapter_reader, read_base, read_spoilt
-from tests.quant.tiny import write_base
 from tests.server.live import DEMO, serving
 
 
@@ -32,8 +29,30 @@ def mix(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
 
 
 def mutated(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
-    """Send mutated requests as fast as they are answered, beside one ordinary client."""
-    return _mixed(args, Rates(askers=1, mutants=4, attack_pause=0.0, change_pause=0.0))
+    """Send mutated requests as fast as a server without a model answers them."""
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        root = Path(folder) / "root"
+        for name in ("maths", "code"):
+            (root / name).mkdir(parents=True)
+        server = started(Path(folder) / "state.json", root)
+        try:
+            assert (
+                server.admin("POST", "/v1/load_lora_adapter", {"lora_name": "maths", "lora_path": "maths"}).status
+                == 200
+            )
+            rates = Rates(mutants=4, attack_pause=0.0)
+            tally = attack(server.url, server.address, root, args.seed, rates, args.seconds, args.count or 1_000_000)
+            restarts = server.ask("GET", "/health").json["restarts"]
+        finally:
+            ended(server)
+    found = {
+        "mutated requests": tally.num_mutants,
+        "statuses": {str(status): count for status, count in sorted(tally.statuses.items())},
+        "answers of 500 and more that are not stated": tally.faults[:50],
+        "slowest requests": [f"{seconds:.2f} s {what}" for seconds, what in tally.slowest],
+        "engine restarts": restarts,
+    }
+    return found, not tally.faults and not restarts
 
 
 def _mixed(args: argparse.Namespace, rates: Rates) -> tuple[dict[str, Any], bool]:
@@ -54,6 +73,8 @@ def kills(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
 
 def quantizer(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     """Kill the quantizer at random."""
+    from tests.chaos.quantizer import QuantizerKills  # imports torch, which the other kinds do without
+
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         killed = QuantizerKills(Path(folder), args.seed)
         killed.run(args.count or 1000, args.seconds)
@@ -62,12 +83,17 @@ def quantizer(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
 
 def loads(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     """Load, swap, unload and ask adapters at random."""
+    from tests.chaos.loads import Loads
+
     found = Loads(args.seed).run(args.count or 100_000, args.seconds)
     return found, not found["faults"]
 
 
 def folders(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     """Read hostile folders: of ten, nine adapters and a base."""
+    from tests.chaos.reading import adapter_reader, read_base, read_spoilt
+    from tests.quant.tiny import write_base
+
     count = args.count or 10_000
     with tempfile.TemporaryDirectory(prefix="chaos-") as scratch:
         os.environ["XDG_CACHE_HOME"] = scratch

@@ -1,0 +1,78 @@
+"""schemathesis over /openapi.json with all of its checks: what the document allows is accepted, what it forbids is
+refused, and every answer has the form that it gives. `LISTED` holds what a schema cannot say: relations between fields,
+the context's length, the chat template's own rules, and features that are named and refused.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+
+from tests.server.live import ADMIN_KEY, DEMO, Live, serving
+
+LISTED = re.compile(
+    "give either|exclude each other|must equal n|is above max_tokens|unknown fields|not supported|not served|is empty|"
+    "read text only|unknown role|the chat template refuses|0 only with|must be a text, a list|the vocabulary has|"
+    "context|has no name|cannot bring|half a character|did you mean"
+)
+ADMIN = {"Authorization": f"Bearer {ADMIN_KEY}"}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """Run a server with a short context, so that answers without a limit are short too."""
+    flags = [str(DEMO / "base"), "--served-model-name", "demo", "--max-model-len", "64", "--max-prompts", "4"]
+    runtime = ["--allow-runtime-lora", "--admin-key", ADMIN_KEY, "--lora-root", str(tmp_path_factory.mktemp("root"))]
+    with serving(*flags, *runtime, "--log-level", "error", "--adapter-timeout", "1") as live:
+        yield live
+
+
+@pytest.mark.filterwarnings("ignore")  # of schemathesis and what it stands on
+def test_the_api_is_what_its_description_says(small: Live, long: bool, tmp_path: Path) -> None:
+    schemathesis: Any = importlib.import_module("schemathesis")
+    failures: Any = importlib.import_module("schemathesis.core.failures")
+    schema = schemathesis.openapi.from_url(f"{small.url}/openapi.json")
+    found: list[str] = []
+    settings = hypothesis.settings(
+        max_examples=100 if long else 1,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    num_answers = 0
+    for result in schema.get_all_operations():
+        operation = result.ok()
+        if "profile" in operation.path:
+            continue  # profiling slows every later answer down
+        for mode in schemathesis.GenerationMode:
+
+            @settings
+            @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
+            def check(case: Any) -> None:
+                nonlocal num_answers
+                response = case.call(headers=ADMIN)
+                num_answers += 1
+                try:
+                    case.validate_response(response)
+                except failures.FailureGroup as error:
+                    for reason in error.exceptions:
+                        rejected = type(reason).__name__ == "RejectedPositiveData" and response.status_code == 400
+                        if not (rejected and LISTED.search(response.text)):
+                            found.append(
+                                f"{case.method} {case.path}: {reason}\n{response.text[:500]}\n{case.body!r:.1000}"
+                            )
+
+            with suppress(hypothesis.errors.Unsatisfiable):  # nothing about this operation can be wrong
+                check()
+    if found:
+        pytest.fail("\n\n".join(found), pytrace=False)
+    assert num_answers > 40
