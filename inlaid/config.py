@@ -304,6 +304,10 @@ class ServerConfig:
     )
     body_timeout: float = option(60.0, "seconds that a client may take to send a request's body; 0: any", least=0)
     max_prompts: int = option(256, "most prompts times n in one request", least=1)
+    max_program_calls: int = option(256, "most calls of one program (/v1/programs)", least=1)
+    max_program_tokens: int = option(
+        262_144, "most tokens of all prompts and answers of one program; 0: any number", least=0
+    )
     request_timeout: float = option(0.0, "seconds after which a request is aborted; 0: never", least=0)
     stream_timeout: float = option(
         60.0, "seconds that a client may leave a stream unread before it is disconnected; 0: any", least=0

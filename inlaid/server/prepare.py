@@ -84,7 +84,7 @@ class ClientRequest:
         return self.texts[index // self.num_answers]
 
 
-async def _find(service: Service, model: str, param: str = "model") -> str | None:
+async def find(service: Service, model: str, param: str = "model") -> str | None:
     """Resolve a name, after the resolver, if there is one, has looked for an adapter that is not known yet."""
     resolver = service.resolver
     try:
@@ -102,10 +102,10 @@ async def _find(service: Service, model: str, param: str = "model") -> str | Non
 async def target(service: Service, body: GenerateBody) -> tuple[str | None, str]:
     """Return the adapter, and its name as the client writes it: in `model`, or as SGLang's clients do in `lora_path`,
     beside `model` or alone."""
-    adapter = await _find(service, body.model)
+    adapter = await find(service, body.model)
     if not body.lora_path:
         return adapter, body.model or service.names.base
-    named = await _find(service, body.lora_path, "lora_path")
+    named = await find(service, body.lora_path, "lora_path")
     if named is None:
         raise BadRequest(f"lora_path is {body.lora_path!r}, the base; leave it out, or name an adapter", "lora_path")
     if adapter not in (None, named):
@@ -198,7 +198,7 @@ def engine_requests(
         num_answers,
         adapter=adapter,
         tenant=safety.tenant(service.engine.config.scheduler.tenant, service.keys, headers, body.user, adapter),
-        priority=_priority(body),
+        priority=priority_of(body.priority),
         deadline=_deadline(body),
         cache_salt=body.cache_salt or "",
     )
@@ -221,8 +221,9 @@ def client_request(
     return ClientRequest(name, int(time.time()), model, requests, num_answers, texts, hint=hint)
 
 
-def _priority(body: GenerateBody) -> int:
-    priority = body.priority or 0
+def priority_of(given: int | None) -> int:
+    """Return a priority that the engine takes."""
+    priority = given or 0
     if abs(priority) > 2**31:
         raise BadRequest(f"priority is {priority}; it must be within 32 bits", "priority")
     return priority

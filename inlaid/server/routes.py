@@ -8,6 +8,7 @@ from inlaid.server import admin, info, manners, native, tasks
 from inlaid.server.chat import chat_completions
 from inlaid.server.completions import completions
 from inlaid.server.messages import count_tokens, create_message
+from inlaid.server.programs import programs
 from inlaid.server.protocol.admin import AdapterList, LoadAdapterBody, SchedulerBody, UnloadAdapterBody
 from inlaid.server.protocol.anthropic import CountBody, InputTokens, MadeMessage, MessageEvent, MessagesBody
 from inlaid.server.protocol.chat import ChatBody, ChatChunk, ChatCompletion
@@ -23,6 +24,7 @@ from inlaid.server.protocol.info import (
     Version,
 )
 from inlaid.server.protocol.openai import Completion, CompletionBody
+from inlaid.server.protocol.programs import ProgramAnswer, ProgramBody, ProgramEvent
 from inlaid.server.protocol.responses import DeletedResponse, Response, ResponseBody, ResponseEvent
 from inlaid.server.protocol.sglang import Generation, LoadResult, ModelSummary, NativeBody, ServerInfo
 from inlaid.server.protocol.tasks import AddTaskBody, BaseCard, TaskCard, TaskList
@@ -76,6 +78,14 @@ ROUTES = (
     Route("POST", "/v1/messages/count_tokens", count_tokens, body=CountBody, answers=(InputTokens,)),
     Route("POST", "/v1/embeddings", manners.embeddings),
     Route("POST", "/v1/moderations", manners.moderations),
+    Route(
+        "POST",
+        "/v1/programs",
+        programs,
+        body=ProgramBody,
+        answers=(ProgramAnswer, ProgramEvent),
+        answering=True,
+    ),
     Route("GET", "/v1/models", info.models, answers=(ModelList,)),
     Route("GET", "/v1/models/{name:.+}", info.model, answers=(ModelCard,)),
     Route("POST", "/tokenize", info.tokenize, body=TokenizeBody, answers=(Tokens,)),
