@@ -1,0 +1,295 @@
+"""Prompt programs against the same calls over HTTP, and what each of their short-cuts is worth.
+
+    python -m perf.programs.versus                     # the bundled demo on a CPU -> perf/results/programs-cpu.json
+    python -m perf.gpu.bench --out DIR --stages programs-8b
+
+Why it matters: agents and judges are chains of calls over several adapters. One after another, a chain waits for each
+call; a thread pool over HTTP shares batches, but neither prefixes that are being computed nor equal calls.
+
+Chains of draft, verdict and revision (chains.py) over 64 inputs, with random adapters: distinct (one for each input),
+uniform (draws from the square root of as many), identical (one), of one rank or of mixed ranks. The KV cache is emptied
+before each run. The ways take turns in `--repeats` rounds, and the median counts. Before the rounds each way runs once.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from inlaid.config import AdapterConfig, EngineConfig
+from inlaid.engine.request import SamplingParams
+from inlaid.files import write_atomically
+from inlaid.flags import Parser
+from inlaid.llm import LLM
+from inlaid.program import Options
+from inlaid.report.plots import COLOURS, new_figure, save
+from inlaid.report.provenance import gpu, now, provenance
+from inlaid.report.tables import markdown
+from perf.process import child_environment, free_port
+from perf.programs.chains import (
+    KINDS,
+    Chains,
+    Words,
+    as_program_by_http,
+    by_pool,
+    in_sequence,
+    make_chains,
+    plain_words,
+)
+from perf.random_adapters import RandomAdapters, make_adapters
+from perf.target import wait_until_ready
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "models" / "demo" / "base"
+RESULTS = ROOT / "perf" / "results"
+INPUTS = 64
+SEQUENTIAL = 8  # chains that run one after another; their time counts for all
+POOLS = (8, 64)  # threads
+RANKS: Mapping[str, tuple[int, ...]] = MappingProxyType({"equal": (16,), "mixed": (8, 16, 32, 64)})
+SWITCHES = ("fuse_decode", "merge_equal", "drop_dead", "keep_kv", "share_prefixes")
+
+Way = Callable[[], tuple[float, list[str]]]
+
+
+def loads(
+    names: dict[str, list[str]], judge: str, words: Words, revised_if: str, count: int
+) -> Iterator[tuple[str, str, Chains]]:
+    """Iterate over the loads: ranks, kind, chains."""
+    for ranks, adapters in names.items():
+        for kind in KINDS:
+            yield ranks, kind, make_chains(adapters, judge, kind, count, words, revised_if)
+
+
+def rounds(ways: dict[str, Way], repeats: int) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
+    """Run each way once, then in turns; return seconds and answers."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    answers: dict[str, list[str]] = {}
+    for number in range(repeats + 1):
+        for name, way in ways.items():
+            spent, answers[name] = way()
+            if number:
+                seconds[name].append(spent)
+    return seconds, answers
+
+
+def over_http(url: str, chains: Chains) -> dict[str, Way]:
+    """Return the ways that go over HTTP."""
+    ways: dict[str, Way] = {"program by HTTP": lambda: as_program_by_http(url, chains)}
+    for threads in POOLS:
+        ways[f"pool of {threads} threads"] = lambda threads=threads: by_pool(url, chains, threads)  # type: ignore[misc]
+    ways["one after another"] = lambda: in_sequence(url, chains, min(SEQUENTIAL, len(chains.texts)))
+    return ways
+
+
+def in_process(llm: LLM, chains: Chains, options: Options) -> tuple[float, list[str]]:
+    """Run the chains as one program in this process, with an empty KV cache."""
+    empty(llm)
+    begun = time.perf_counter()
+    found = chains.program().compile(llm, options).execute(chains.inputs())
+    return time.perf_counter() - begun, [found[f"shown{number}"] for number in range(len(chains.texts))]
+
+
+def same(ours: list[str], theirs: list[str]) -> str:
+    """Say how many answers are equal."""
+    return f"{sum(a == b for a, b in zip(ours, theirs))} of {len(theirs)}"
+
+
+def empty(llm: LLM) -> None:
+    """Drop all KV."""
+    while llm.engine.has_work:
+        llm.engine.step()
+    llm.engine.scheduler.pool.clear()
+
+
+def without_each_switch(llm: LLM, chains: Chains) -> dict[str, Way]:
+    """Return the program with all short-cuts, without each of them, without all, and call by call."""
+    off = dict.fromkeys(SWITCHES, False)
+    options = {"all": Options(), **{f"without {name}": Options(**{name: False}) for name in SWITCHES}}
+    options |= {"without any": Options(**off), "one call at a time": Options(**off, max_in_flight=1)}
+    return {name: lambda chosen=chosen: in_process(llm, chains, chosen) for name, chosen in options.items()}  # type: ignore[misc]
+
+
+def overhead(llm: LLM, repeats: int, words: Words) -> dict[str, float]:
+    """Return the milliseconds that a program of one call takes beyond the same call by LLM.generate."""
+    from inlaid.program import Program
+
+    params = SamplingParams(max_tokens=1, temperature=0)
+    program = Program()
+    program.input("text")
+    program.generate("one", "{text}", params=params)
+    plan = program.compile(llm)
+    generator = random.Random(1)
+    as_program, as_call = [], []
+    for _ in range(repeats):
+        prompt = words(generator, 12)
+        for spent, run in (
+            (as_program, lambda prompt=prompt: plan.execute({"text": prompt})),
+            (as_call, lambda prompt=prompt: llm.generate(prompt, params, progress=False)),
+        ):
+            empty(llm)
+            begun = time.perf_counter()
+            run()  # type: ignore[operator]
+            spent.append(1e3 * (time.perf_counter() - begun))
+    found = {"program_ms": statistics.median(as_program), "call_ms": statistics.median(as_call)}
+    differences = [one - other for one, other in zip(as_program, as_call)]
+    return {**found, "overhead_ms": statistics.median(differences)}
+
+
+@contextmanager
+def serving(model: Path, paths: dict[str, str], flags: Sequence[str], log: Path) -> Iterator[str]:
+    """Run a server on these adapters."""
+    port = free_port()
+    command = [sys.executable, "-m", "inlaid", "serve", str(model), "--port", str(port), *flags]
+    command += ["--no-access-log", "--adapter", *(f"{name}={path}" for name, path in paths.items())]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=child_environment({}), stdout=output, stderr=subprocess.STDOUT)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until_ready([url], 240)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def measure(
+    model: Path,
+    names: dict[str, list[str]],
+    judge: str,
+    paths: dict[str, str],
+    max_rank: int,
+    settings: dict[str, Any],
+    words: Words,
+    revised_if: str,
+    repeats: int,
+    count: int,
+    folder: Path,
+    keep: Callable[[dict[str, Any]], None] = lambda part: None,
+) -> dict[str, Any]:
+    """Measure all loads: first on a server, then in this process, which then has the device for itself."""
+    all_loads = list(loads(names, judge, words, revised_if, count))
+    cells: dict[tuple[str, str], dict[str, Any]] = {}
+    result: dict[str, Any] = {"inputs": count, "calls": 3 * count, "rows": []}
+    sizes = {"max_loras": len(paths), "max_lora_rank": max_rank}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in {**settings, **sizes}.items()]
+    with serving(model, paths, flags, folder / "server.log") as url:
+        for kind_of_ranks, kind, chains in all_loads:
+            seconds, answers = rounds(over_http(url, chains), repeats)
+            row = {"ranks": kind_of_ranks, "kind": kind, "adapters": len(set(chains.adapters)), "seconds": seconds}
+            cells[kind_of_ranks, kind] = {"answers": answers}
+            result["rows"].append(row)
+            keep(result)
+            print({name: round(statistics.median(spent), 3) for name, spent in seconds.items()}, flush=True)
+    config = EngineConfig(model=str(model), adapters=AdapterConfig(**sizes), **settings)
+    llm = LLM(str(model), paths, config=config)
+    for row, (kind_of_ranks, kind, chains) in zip(result["rows"], all_loads, strict=True):
+        seconds, answers = rounds({"program in process": lambda: in_process(llm, chains, Options())}, repeats)  # noqa: B023
+        row["seconds"] |= seconds
+        row["median"] = {name: statistics.median(spent) for name, spent in row["seconds"].items()}
+        ours, served = answers["program in process"], cells[kind_of_ranks, kind]["answers"]
+        row["equal_answers"] = {name: same(ours, theirs) for name, theirs in served.items()}
+        row["times_faster"] = {
+            name: round(row["median"][name] / row["median"]["program in process"], 2) for name in row["median"]
+        }
+        keep(result)
+    ranks_of_switches, kind, chains = all_loads[-3]  # distinct, mixed ranks
+    seconds, answers = rounds(without_each_switch(llm, chains), repeats)
+    result["switches"] = {
+        "load": f"{kind}, {ranks_of_switches} ranks",
+        "seconds": seconds,
+        "equal_answers": {name: same(answers["all"], found) for name, found in answers.items()},
+        "times_slower": {
+            name: round(statistics.median(spent) / statistics.median(seconds["all"]), 3)
+            for name, spent in seconds.items()
+        },
+    }
+    result["one_call"] = overhead(llm, 30, words)
+    keep(result)
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the results as Markdown."""
+    ways = list(result["rows"][0]["median"])
+    rows = [
+        [row["kind"], row["ranks"], row["adapters"], *(f"{row['median'][way]:.2f}" for way in ways)]
+        for row in result["rows"]
+    ]
+    switches = [[name, f"{times:.2f}"] for name, times in result["switches"]["times_slower"].items()]
+    one = result["one_call"]
+    return "\n\n".join(
+        (
+            f"Seconds for {result['inputs']} chains of draft, verdict and revision:",
+            markdown(["kind", "ranks", "adapters", *ways], rows, "llr"),
+            f"Time without short-cuts, as a multiple of that with all ({result['switches']['load']}):",
+            markdown(["program", "times"], switches),
+            f"One call: {one['call_ms']:.2f} ms; as a program {one['overhead_ms']:.2f} ms more.",
+        )
+    )
+
+
+def draw(result: dict[str, Any], file: Path) -> None:
+    """Draw the seconds of each way, load by load, and what the switches are worth."""
+    figure, [[left, right]] = new_figure((12, 4.5), columns=2)
+    ways = list(result["rows"][0]["median"])
+    for index, way in enumerate(ways):
+        places = [number + 0.8 * index / len(ways) for number in range(len(result["rows"]))]
+        left.bar(
+            places, [row["median"][way] for row in result["rows"]], 0.8 / len(ways), label=way, color=COLOURS[index]
+        )
+    left.set_yscale("log")
+    left.set_ylabel("seconds")
+    left.set_xticks(
+        [number + 0.4 for number in range(len(result["rows"]))],
+        [f"{row['kind']}\n{row['ranks']} ranks" for row in result["rows"]],
+        fontsize=8,
+    )
+    left.legend(fontsize=8)
+    times = result["switches"]["times_slower"]
+    right.barh(list(times), list(times.values()), color=COLOURS[0])
+    right.invert_yaxis()
+    right.set_xlabel("time, as a multiple of that with all short-cuts")
+    save(figure, file)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="perf.programs.versus", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3, help="rounds that count")
+    parser.add_argument("--inputs", type=int, default=INPUTS, help="chains of one load")
+    parser.add_argument("--out", type=Path, default=RESULTS / "programs-cpu.json", help="file of the results")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        paths: dict[str, str] = {}
+        names: dict[str, list[str]] = {}
+        for label, ranks in RANKS.items():
+            spec = RandomAdapters(args.inputs, ranks, seed=len(names))
+            made = make_adapters(DEMO, spec, folder / label, progress=False)
+            named = {f"{label}{number}": path for number, (_, path) in enumerate(made)}
+            paths |= named
+            names[label] = list(named)
+        judge, most = names["equal"][0], max(map(max, RANKS.values()))
+        settings = {"device": "cpu"}
+        result = measure(DEMO, names, judge, paths, most, settings, plain_words, "e", args.repeats, args.inputs, folder)
+    about = {**provenance(seed=0, packages=("torch",)), "date": now(), "gpu": gpu() or "none"}
+    text = json.dumps({"provenance": about, **result}, indent=1) + "\n"
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(args.out, text.encode())
+    write_atomically(args.out.with_suffix(".md"), (table(result) + "\n").encode())
+    draw(result, args.out)
+    print(table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
