@@ -9,7 +9,6 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing, suppress
-from functools import partial
 from typing import Any
 
 from aiohttp import web
@@ -82,7 +81,7 @@ class Driver:
         count = 0
         while run.unencoded:
             call = run.unencoded.popleft()
-            if num_chars(call.words) > _SHORT:
+            if not isinstance(call.words, str) or len(call.words) > _SHORT:
                 self._start(self._encode(call))
             else:
                 run.encode(call)
@@ -114,9 +113,11 @@ class Driver:
         task.add_done_callback(self._tasks.discard)
 
     async def _encode(self, call: Call) -> None:
-        """Make a long call's tokens on a thread."""
+        """Make the tokens of a chat, which waits for its template, or of a long prompt on a thread."""
+        offload, size = self._service.offload, num_chars(call.words)
+        run = offload.run if isinstance(call.words, str) else offload.run_chat
         try:
-            made = await self._service.offload.run_on_thread(partial(encode, call, self.run.plan.target))
+            made = await run(size, encode, call, self.run.plan.target)
             await self._news.put((call, made))
         except Exception as error:  # noqa: BLE001 - the call fails with it
             await self._news.put((call, error))

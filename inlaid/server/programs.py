@@ -66,9 +66,8 @@ async def _driver(request: web.Request, service: Service, body: ProgramBody, siz
     if service.engine.model is None or not service.engine.ready:
         raise EngineDead("the engine is not ready")
     target = Target(service.encoder, service.engine.model.block_size, adapters)
-    plan = await service.offload.run(
-        size, partial(compile_program, body.nodes, tuple(body.inputs), body.outputs, target, body.options)
-    )
+    given = (body.nodes, tuple(body.inputs), body.outputs, target, body.options)
+    plan = await service.offload.run_chat(size, compile_program, *given)  # it asks the chat template for fixed texts
     limits = _limits(service, body)
     run = await service.offload.run(size, partial(Run, plan, [body.inputs], limits, body.seed))
     name = f"prog-{body.request_id or secrets.token_hex(16)}"

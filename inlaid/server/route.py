@@ -30,8 +30,9 @@ class Route:
     text: str = ""  # the media type of an answer that is text
     query: tuple[tuple[str, Mapping[str, Any]], ...] = ()  # name and JSON schema
     answering: bool = False  # makes tokens: waited for when the server drains
+    strict: bool = False  # unknown fields are refused though the body changes nothing
 
     @property
     def lenient(self) -> bool:
-        """True where an unknown field may be left out: not where a body changes the server."""
-        return self.guard is Guard.INFERENCE
+        """True where an unknown field may be left out: not where a body changes the server, or is a program."""
+        return self.guard is Guard.INFERENCE and not self.strict

@@ -85,6 +85,7 @@ ROUTES = (
         body=ProgramBody,
         answers=(ProgramAnswer, ProgramEvent),
         answering=True,
+        strict=True,
     ),
     Route("GET", "/v1/models", info.models, answers=(ModelList,)),
     Route("GET", "/v1/models/{name:.+}", info.model, answers=(ModelCard,)),

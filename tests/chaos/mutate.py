@@ -16,6 +16,22 @@ from tests.chaos.wire import Sent, request
 
 _CHAT = {"model": "maths", "messages": [{"role": "user", "content": "2+2"}], "max_tokens": 2, "temperature": 0}
 _TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+_TEXT = {"kind": "text", "name": "t", "template": "{item}"}
+_NODES = (
+    {
+        "kind": "generate",
+        "name": "draft",
+        "adapter": "maths",
+        "messages": _CHAT["messages"],
+        "params": {"max_tokens": 2},
+    },
+    {"kind": "generate", "name": "more", "prompt": "{draft} {text}", "params": {"max_tokens": 2, "temperature": 0}},
+    {"kind": "map", "name": "all", "over": "list", "result": "t", "nodes": [_TEXT]},
+    {"kind": "branch", "name": "side", "when": {"value": "more", "test": "contains", "against": "a"}, "then": "draft"},
+    {"kind": "best", "name": "best", "of": "list", "by": "all"},
+    {"kind": "join", "name": "joined", "of": "all", "separator": ","},
+)
+_PROGRAM = {"nodes": list(_NODES), "inputs": {"text": "a", "list": ["1", "2"]}, "user": "mutant"}
 _BODIES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("/v1/completions", {"model": "demo", "prompt": "hello", "max_tokens": 2, "temperature": 0}),
     ("/v1/completions", {"model": "maths", "prompt": [5, 6, 7], "max_tokens": 1, "n": 2, "logprobs": 2, "seed": 3}),
@@ -25,6 +41,8 @@ _BODIES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("/v1/chat/completions", {**_CHAT, "stream": True, "stream_options": {"include_usage": True}, "top_p": 0.5}),
     ("/v1/chat/completions", {**_CHAT, "tools": [_TOOL], "tool_choice": "auto", "logprobs": True, "top_logprobs": 1}),
     ("/v1/chat/completions", {**_CHAT, "response_format": {"type": "json_object"}, "user": "u", "priority": 1}),
+    ("/v1/programs", _PROGRAM),
+    ("/v1/programs", {**_PROGRAM, "stream": True, "options": {"fuse_decode": False, "max_in_flight": 1}, "seed": 5}),
     ("/generate", {"text": "a", "sampling_params": {"max_new_tokens": 2, "temperature": 0}, "return_logprob": True}),
     ("/generate", {"input_ids": [[5, 6], [7]], "sampling_params": {"max_new_tokens": 1, "n": 2}, "stream": True}),
     ("/tokenize", {"prompt": "hello", "add_special_tokens": True, "return_token_strs": True}),
