@@ -40,10 +40,17 @@ class Requests(Protocol):
 class Host(Protocol):
     """A model in this process: inlaid.LLM."""
 
-    encoder: RequestEncoder
-    block_size: int
-    requests: Requests
-    ids: Iterator[str]
+    @property
+    def encoder(self) -> RequestEncoder: ...
+
+    @property
+    def block_size(self) -> int: ...
+
+    @property
+    def requests(self) -> Requests: ...
+
+    @property
+    def ids(self) -> Iterator[str]: ...
 
     @property
     def adapters(self) -> Collection[str]: ...

@@ -129,7 +129,8 @@ def overhead(llm: LLM, repeats: int, words: Words) -> dict[str, float]:
     program.generate("one", "{text}", params=params)
     plan = program.compile(llm)
     generator = random.Random(1)
-    as_program, as_call = [], []
+    as_program: list[float] = []
+    as_call: list[float] = []
     for _ in range(repeats):
         prompt = words(generator, 12)
         for spent, run in (
@@ -138,7 +139,7 @@ def overhead(llm: LLM, repeats: int, words: Words) -> dict[str, float]:
         ):
             empty(llm)
             begun = time.perf_counter()
-            run()  # type: ignore[operator]
+            run()
             spent.append(1e3 * (time.perf_counter() - begun))
     found = {"program_ms": statistics.median(as_program), "call_ms": statistics.median(as_call)}
     differences = [one - other for one, other in zip(as_program, as_call)]
@@ -180,8 +181,8 @@ def measure(
     all_loads = list(loads(names, judge, words, revised_if, count))
     cells: dict[tuple[str, str], dict[str, Any]] = {}
     result: dict[str, Any] = {"inputs": count, "calls": 3 * count, "rows": []}
-    sizes = {"max_loras": len(paths), "max_lora_rank": max_rank}
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in {**settings, **sizes}.items()]
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    flags += [f"--max-loras={len(paths)}", f"--max-lora-rank={max_rank}"]
     with serving(model, paths, flags, folder / "server.log") as url:
         for kind_of_ranks, kind, chains in all_loads:
             seconds, answers = rounds(over_http(url, chains), repeats)
@@ -190,7 +191,9 @@ def measure(
             result["rows"].append(row)
             keep(result)
             print({name: round(statistics.median(spent), 3) for name, spent in seconds.items()}, flush=True)
-    config = EngineConfig(model=str(model), adapters=AdapterConfig(**sizes), **settings)
+    config = EngineConfig(
+        model=str(model), adapters=AdapterConfig(max_loras=len(paths), max_lora_rank=max_rank), **settings
+    )
     llm = LLM(str(model), paths, config=config)
     for row, (kind_of_ranks, kind, chains) in zip(result["rows"], all_loads, strict=True):
         seconds, answers = rounds({"program in process": lambda: in_process(llm, chains, Options())}, repeats)  # noqa: B023
