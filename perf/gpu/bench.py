@@ -79,8 +79,19 @@ def origin() -> dict[str, Any]:
 def run_stage(name: str, out: Path, keep: Keep) -> dict[str, Any]:
     """Run a stage in this process and return its result; `keep` writes what there is so far."""
     from perf.gpu import (
-        adapters, checks, demo, micro, offline, online, programs, quant_speed, sched, serving, soak, starts,
-    )  # fmt: skip
+        adapters,
+        checks,
+        demo,
+        micro,
+        offline,
+        online,
+        programs,
+        quant_speed,
+        sched,
+        serving,
+        soak,
+        starts,
+    )
 
     kind, _, rest = name.partition("-")
     stages: dict[str, Callable[[], dict[str, Any]]] = {
