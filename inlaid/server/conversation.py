@@ -120,8 +120,10 @@ def _grammar_and_form(
         schema = calls_schema(by_name, most)
     elif tools and asked is not None and asked.json_schema is not None:
         schema = answer_or_calls_schema(by_name, most, asked.json_schema)
+    elif asked is not None and asked.json_schema is not None:
+        return asked, AnswerForm()  # what the client asked for is the text
     else:
-        return asked, _read_as(service, body, AnswerForm(calls=None if asked else calls, names=tuple(by_name)), prompt)
+        return asked, _read_as(service, body, AnswerForm(calls=calls, names=tuple(by_name)), prompt)
     check_depth("tools", schema)
     schema["x-guidance"] = {**ONE_LINE, "lenient": not _all_strict(tools)}
     return schema_grammar("tools", schema), AnswerForm(calls=CALL_FORMS["json"], names=tuple(by_name))
@@ -135,7 +137,7 @@ def _all_strict(tools: Sequence[Tool] | None) -> bool:
 def _read_as(service: Service, body: ChatBody, form: AnswerForm, prompt: list[int]) -> AnswerForm:
     """Add the reasoning to a form, if the model writes any and the client wants it apart."""
     reasoning = service.forms.reasoning
-    if reasoning is None or body.separate_reasoning is False or constraint(body) is not None:
+    if reasoning is None or body.separate_reasoning is False:
         return form
     end = service.tokenizer.decode(prompt[-_TAIL:], skip_special_tokens=False).rstrip()
     return AnswerForm(form.calls, form.names, reasoning, end.endswith(reasoning.start))

@@ -76,6 +76,8 @@ def test_the_first_name_wins_and_the_second_block_stays_unnamed() -> None:
         (root_key("v1", "a"), root_key("v1", "b")),
         (root_key("v1", None), root_key("v1", "base")),
         (root_key("v1", None, "x"), root_key("v1", None)),
+        (root_key("v1", None, "", "x"), root_key("v1", None)),
+        (root_key("v1", None, "", "x"), root_key("v1", None, "x")),
         (root_key("v1", None, "x", ""), root_key("v1", None, "", "x")),
         (root_key("v1", "ab"), root_key("v1a", "b")),
         (name_of(b"p", [1, 2]), name_of(b"q", [1, 2])),

@@ -18,7 +18,9 @@ CHAT: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content"
 @pytest.fixture(scope="module")
 def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("profiles")
-    with serving("--strict-requests", "--admin-key", ADMIN_KEY, "--profile-dir", str(folder)) as live:
+    with serving(
+        "--strict-requests", "--reasoning-parser", "think", "--admin-key", ADMIN_KEY, "--profile-dir", str(folder)
+    ) as live:
         yield live
 
 
@@ -120,6 +122,21 @@ def test_routes_of_other_servers(server: Live) -> None:
     assert page.headers["Content-Type"].startswith("text/html")
     assert b"http" not in page.body.replace(b"<!doctype html>", b"").split(b"<script>")[1]
     assert server.admin("POST", "/start_profile").status == 403
+
+
+def test_reasoning_comes_apart_from_the_answer(strict: Live) -> None:
+    """A choice of one text stands for a model that reasons."""
+    body = {**CHAT, "max_tokens": 60, "guided_choice": ["<think>Oslo is cold.</think>It is cold."]}
+    message = strict.ask("POST", "/v1/chat/completions", body).json["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("Oslo is cold.", "It is cold.")
+    dropped = strict.ask("POST", "/v1/chat/completions", {**body, "include_reasoning": False})
+    assert "reasoning_content" not in dropped.json["choices"][0]["message"]
+    whole = strict.ask("POST", "/v1/chat/completions", {**body, "separate_reasoning": False})
+    assert whole.json["choices"][0]["message"]["content"] == body["guided_choice"][0]
+    events = strict.ask("POST", "/v1/chat/completions", {**body, "stream": True}).body.decode().split("\n\n")[:-2]
+    deltas = [json.loads(event.removeprefix("data: "))["choices"][0]["delta"] for event in events]
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Oslo is cold."
+    assert "".join(delta.get("content", "") for delta in deltas) == "It is cold."
 
 
 def test_a_profile_of_the_engine_is_a_trace(strict: Live) -> None:

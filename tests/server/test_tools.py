@@ -137,6 +137,30 @@ def test_without_a_call_the_answer_is_text(client: openai.OpenAI) -> None:
     assert none.choices[0].message == plain.choices[0].message
 
 
+def test_a_call_that_the_model_writes_by_itself_is_told_apart(client: openai.OpenAI) -> None:
+    """The demo's adapters call no tools, so a choice of one text stands for what a trained one would write."""
+    call = '[{"name": "get_weather", "arguments": {"city": "Oslo", "days": 1}}]'
+    tool: Any = {"model": "demo", "messages": ASK, "tools": [WEATHER]}
+    for text in (call, f"I look. {call}"):
+        written = {"guided_choice": [text]}
+        made = client.chat.completions.create(**tool, extra_body=written).choices[0]
+        [called] = made.message.tool_calls or []
+        assert called.type == "function"
+        assert fits(called.function.arguments)
+        assert made.finish_reason == "tool_calls"
+        assert (made.message.content or "") == text.removesuffix(call)
+        chunks = list(client.chat.completions.create(**tool, extra_body=written, stream=True))
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text.removesuffix(call)
+        deltas = [delta for chunk in chunks for delta in chunk.choices[0].delta.tool_calls or []]
+        arguments = "".join(delta.function.arguments or "" for delta in deltas if delta.function)
+        assert arguments == called.function.arguments
+        assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    unknown = call.replace("get_weather", "get_news")
+    made = client.chat.completions.create(**tool, extra_body={"guided_choice": [unknown]}).choices[0]
+    assert made.message.content == unknown
+    assert made.finish_reason == "stop"
+
+
 def test_a_schema_for_the_answer_beside_tools_leaves_both_open(client: openai.OpenAI) -> None:
     shape: Any = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
     made = client.chat.completions.create(
