@@ -82,7 +82,8 @@ async def logged(request: web.Request, handler: Handler) -> web.StreamResponse:
     finally:
         del request.app[NOTES][request.protocol]
         if request.app[SERVICE].config.access_log:
-            important = note.answering or note.guard is Guard.ADMIN or status >= 400
+            changes = note.guard is Guard.ADMIN and request.method != "GET"  # a job is looked at twice a second
+            important = note.answering or changes or status >= 400
             _write(request, note, status, logging.INFO if important else logging.DEBUG)
 
 
