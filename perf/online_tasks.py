@@ -269,17 +269,18 @@ def _row(label: str, parts: dict[str, float], total: float, peak: float, worst: 
     return f"| {label} | {' | '.join(f'{figure:.1f}' for figure in figures)} | {peak:.0f} | {worst:+.4f} |"
 
 
-def prepare(folder: Path, tokens: int, tasks: Sequence[TaskSource]) -> Path:
+def prepare(folder: Path, tokens: int, tasks: Sequence[TaskSource]) -> None:
     """Quantize the demo for these tasks, quickly: this base is to be replaced, not judged."""
     settings = Settings(Grid(refine=1), CalibrationSettings(tokens), "mean")
     quantize(DEMO / "base", tasks, settings, folder / "served", None, Gate(force=True))
-    return folder / "served"
 
 
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Prepare, serve, add, and return everything measured."""
     tasks = demo_tasks()[: args.tasks]
-    served, last = prepare(folder, args.tokens, tasks[:-1]), tasks[-1]
+    served, last = folder / "served", tasks[-1]
+    if not served.exists():
+        prepare(folder, args.tokens, tasks[:-1])
     port = free_port()
     adapters = [f"{task.name}={task.adapter}" for task in tasks[:-1]]
     command = [
@@ -321,6 +322,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="files to write, without their suffix")
     parser.add_argument("--cost", type=Path, help="result of perf.online_cost, to be shown in the report")
+    parser.add_argument(
+        "--folder", type=Path, help="where the base is made unless it is there; default: a temporary one"
+    )
     parser.add_argument("--share", type=float, default=0.1, help="--task-gpu-share of the server")
     parser.add_argument("--rule", default="finish", help="--on-base-switch of the server")
     parser.add_argument("--memory", default="auto", help="--base-switch-memory of the server")
@@ -335,7 +339,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
-        result = run(args, Path(name))
+        result = run(args, args.folder or Path(name))
     cost = json.loads(args.cost.read_text()) if args.cost else None
     args.out.with_suffix(".json").write_text(json.dumps(result | ({"cost": cost} if cost else {}), indent=1) + "\n")
     args.out.with_suffix(".md").write_text(table(result, cost))

@@ -64,29 +64,46 @@ def world(made: World, tmp_path: Path) -> World:
 
 
 class Clock:
-    """A clock that moves when work is done, and while the job sleeps."""
+    """A clock of time and of work: work takes time, and so do sleeping and waiting for a core."""
 
     def __init__(self) -> None:
-        self.now, self.slept = 0.0, 0.0
+        self.now = self.worked = self.slept = 0.0
+
+    def work(self, seconds: float, waiting: float = 0.0) -> None:
+        self.worked += seconds
+        self.now += seconds + waiting
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
         self.slept += seconds
 
+    def pace(self, share: float) -> Pace:
+        return Pace(share, CPU, lambda: self.now, lambda: self.worked, self.sleep)
+
 
 def test_the_pace_keeps_the_share_and_gathers_short_pieces() -> None:
     clock = Clock()
-    pace = Pace(0.1, CPU, lambda: clock.now, clock.sleep)
+    pace = clock.pace(0.1)
+    clock.work(100.0)
+    pace()  # what came before the first call is not rested for
+    assert clock.slept == 0
     for seconds in (1.0, 0.5, 0.001, 0.001, 0.01):
-        clock.now += seconds
+        clock.work(seconds)
         pace()
     assert clock.slept == pytest.approx(9 * 1.512)
-    whole = Pace(1.0, CPU, lambda: clock.now, clock.sleep)
-    clock.now += 5
-    whole()
-    assert whole.rested == 0
+    clock.work(1.0, waiting=7.0)  # others had the core
+    pace()
+    assert clock.slept == pytest.approx(9 * 1.512 + 2)
+    clock.work(1.0, waiting=70.0)
+    pace()
+    assert clock.slept == pytest.approx(9 * 1.512 + 2)
+    whole = clock.pace(1.0)
+    for _ in range(2):
+        clock.work(5.0)
+        whole()
+    assert clock.slept == pytest.approx(9 * 1.512 + 2)
     with pytest.raises(QuantizeError, match="above 0"):
-        Pace(0.0, CPU)
+        clock.pace(0.0)
 
 
 def order(world: World, **more: object) -> Order:
