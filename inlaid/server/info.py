@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import aclosing
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -190,9 +190,14 @@ async def metrics(request: web.Request) -> web.Response:
     return web.Response(body=page, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
+async def _stats_and_adapters(engine: EngineClient) -> tuple[Any, list[AdapterInfo]]:
+    """Ask for one after the other: of two at once, asyncio would log the second when the client leaves."""
+    return await engine.call("stats"), await engine.list_adapters()
+
+
 async def _metrics_page(service: Service) -> bytes:
     engine = service.engine
-    answered = await _ask(engine, lambda: asyncio.gather(engine.call("stats"), engine.list_adapters()))
+    answered = await _ask(engine, partial(_stats_and_adapters, engine))
     stats, adapters = answered or (None, [])
     render = partial(service.metrics.render, stats, adapters, engine.model, engine.num_restarts)
     return await service.offload.run_on_thread(render)
