@@ -60,7 +60,8 @@ def run(source: str, x: list[int]) -> Value:
         raise UnsafeProgram(f"program longer than {MAX_SOURCE_CHARS} characters")
     try:
         tree = ast.parse(source.strip(), mode="eval")
-        return _Run().value(tree.body, {"x": list(x)})
+        found: int | bool | list[int] = _Run().value(tree.body, {"x": list(x)})
+        return found
     except UnsafeProgram:
         raise
     except (

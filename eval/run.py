@@ -39,7 +39,7 @@ from inlaid.progress import Bar
 from inlaid.quant.examples import CalibrationError
 from inlaid.quant.grid import SolverError
 from inlaid.quant.settings import QuantizeError
-from inlaid.report.plots import PlotsMissing
+from inlaid.report.plots import PlotsMissing, new_figure
 from inlaid.tensorfiles import CheckpointError
 
 USER_ERRORS = (
@@ -84,6 +84,8 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     started = time.monotonic()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)  # or say at once that it cannot be
     planned = plan(arguments)
+    if arguments.figures:
+        new_figure((1.0, 1.0))  # or say now, not after the answers, that matplotlib is missing
     grid = _grid(arguments, arguments.backend, planned)
     cells = _run(grid, planned.bases, arguments, arguments.backend)
     examples = {one.task.name: one.examples for one in planned.asked}

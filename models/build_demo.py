@@ -55,7 +55,8 @@ class Build:
         return self.output / "adapters"
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        return PreTrainedTokenizerFast.from_pretrained(self.base)
+        made: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(self.base)
+        return made
 
     def model(self) -> LlamaForCausalLM:
         return on(self.device, LlamaForCausalLM.from_pretrained(self.base, dtype=torch.float32).eval())

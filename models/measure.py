@@ -32,7 +32,8 @@ def round_to_nearest(w_OI: torch.Tensor, bits: int, group: int = 128) -> torch.T
     scale = ((high - low) / (2**bits - 1)).clamp(min=1e-9)
     zero = torch.round(-low / scale)
     rounded = ((w_OGK / scale).round() + zero).clamp(0, 2**bits - 1)
-    return ((rounded - zero) * scale).reshape(w_OI.shape).to(w_OI.dtype)
+    made: torch.Tensor = ((rounded - zero) * scale).reshape(w_OI.shape).to(w_OI.dtype)
+    return made
 
 
 def rounded_copy(model: LlamaForCausalLM, bits: int) -> LlamaForCausalLM:

@@ -48,7 +48,7 @@ class Progress:
     def __init__(self, total: int, file: Path | None, shown: bool) -> None:
         self.records: list[Record] = []
         self.file = file.open("wb", buffering=1 << 16) if file else None
-        self.bar = Bar(total=total, disable=not shown, unit="req", smoothing=0.05)
+        self.bar = Bar(total=total, desc="sending", disable=not shown, unit="req")
         self.failed = self.tokens = 0
         self.flushed = time.monotonic()
 

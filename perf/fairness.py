@@ -94,7 +94,8 @@ def _until(events: tuple[Series, Series], at: Series) -> Series:
 
 def _gaps(served: list[tuple[Series, Series]], at: Series) -> Series:
     levels = np.stack([_until(events, at) for events in served])
-    return levels.max(axis=0) - levels.min(axis=0)
+    gaps: Series = levels.max(axis=0) - levels.min(axis=0)
+    return gaps
 
 
 def _difference(
@@ -106,7 +107,8 @@ def _difference(
     demand = [_window_rate(events, at, half) for events in wanted]
     most = np.stack(rates).max(axis=0)
     terms = [np.minimum(most - r, np.abs(d - r)) for r, d in zip(rates, demand, strict=True)]
-    return np.stack(terms).sum(axis=0)
+    total: Series = np.stack(terms).sum(axis=0)
+    return total
 
 
 def _window_rate(events: tuple[Series, Series], at: Series, half: float) -> Series:

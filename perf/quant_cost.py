@@ -178,7 +178,7 @@ def measured(case: Case, store: Path) -> dict[str, float]:
     if not prepared.exists():
         _process("prepare", case, prepared)
     shutil.copytree(prepared, used)
-    found = _process("measure", case, used)
+    found: dict[str, float] = _process("measure", case, used)
     shutil.rmtree(used)
     return found
 

@@ -114,4 +114,4 @@ def _share(config: Config, problem: Problem) -> float:
     _, width, depth = config["block_shape"]
     tiles, ctas = problem.row_tiles(config), config["num_ctas_per_sm"]
     busiest = schedule(config, problem, tiles).iterations * depth * width * ctas
-    return busiest * problem.sms / (tiles * problem.inputs * problem.outputs)
+    return float(busiest * problem.sms / (tiles * problem.inputs * problem.outputs))

@@ -98,7 +98,7 @@ def ask(port: int, path: str) -> Any:
 
 
 def base_name(port: int) -> str:
-    return ask(port, "/v1/models")["data"][0]["id"]
+    return str(ask(port, "/v1/models")["data"][0]["id"])
 
 
 def moves(port: int) -> dict[str, int]:

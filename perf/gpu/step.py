@@ -116,7 +116,7 @@ def time_step(runner: CudaRunner, replay: Callable[[], None], replays: int = 30)
             started = time.perf_counter()
             replay()
             times.append((time.perf_counter() - started) * 1e6)
-    return median(times[3:])
+    return float(median(times[3:]))
 
 
 def repeats(runner: CudaRunner, step: Step, replay: Callable[[], None], times: int) -> int:
