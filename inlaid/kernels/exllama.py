@@ -11,12 +11,7 @@ accumulation instead.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import importlib.util
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +19,12 @@ from pathlib import Path
 import torch
 
 from inlaid.checkpoint import QuantizedLinear, QuantSpec, shift_zeros, unpack
+from inlaid.kernels import library
 from inlaid.kernels.act_order import group_length, sequential
+from inlaid.kernels.library import CSRC, BuildError, nvcc
 
 ROW_LIMIT = 32
-SOURCE = Path(__file__).parent / "csrc" / "exllama.cu"
-
-
-class BuildError(RuntimeError):
-    """The library could not be built; the message names what is missing."""
+SOURCE = CSRC / "exllama.cu"
 
 
 def headers() -> Path | None:
@@ -43,53 +36,22 @@ def headers() -> Path | None:
     return folder if (folder / "cuda" / "q_gemm_kernel_gptq.cuh").exists() else None
 
 
-def nvcc() -> str | None:
-    """Return the CUDA compiler on the path, or in CUDA_HOME or the usual folder; None where there is none."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
-
-
-def cache_folder() -> Path:
-    """Return the folder that keeps built libraries."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "inlaid"
-
-
 def build(architecture: str) -> Path:
-    """Return the library for an architecture such as "90", from the cache unless something it is made of changed."""
-    folder, compiler = headers(), nvcc()
+    """Return the library for an architecture such as "90"."""
+    folder = headers()
     if folder is None:
         raise BuildError("exllamav2 is not installed: pip install 'exllamav2==0.3.2' (its kernels' sources are used)")
-    if compiler is None:
-        raise BuildError("nvcc was not found: install the CUDA toolkit, or set CUDA_HOME to where it is")
-    digest = hashlib.sha256(SOURCE.read_bytes())
-    for header in sorted([*folder.glob("cuda/*.cuh"), *folder.glob("cuda/quant/*.cuh"), folder / "config.h"]):
-        digest.update(header.read_bytes())
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    digest.update(f"{architecture} {version}".encode())
-    target = cache_folder() / f"exllama-{digest.hexdigest()[:16]}.so"
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        made = Path(scratch) / "exllama.so"
-        command = [
-            compiler, "-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", f"-I{folder}",
-            f"-gencode=arch=compute_{architecture},code=sm_{architecture}", str(SOURCE), "-o", str(made),
-        ]  # fmt: skip
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            raise BuildError(f"nvcc could not build {SOURCE.name}:\n{result.stderr.strip()[-2000:]}")
-        os.replace(made, target)
-    return target
+    read = sorted([*folder.glob("cuda/*.cuh"), *folder.glob("cuda/quant/*.cuh"), folder / "config.h"])
+    return library.build(nvcc(), SOURCE, [SOURCE, *read], architecture, [f"-I{folder}"])
 
 
 def load(path: Path) -> ctypes.CDLL:
     """Load the library and declare its functions."""
-    library = ctypes.CDLL(str(path))
+    loaded = ctypes.CDLL(str(path))
     pointer, whole = ctypes.c_void_p, ctypes.c_int
-    library.inlaid_exllama_gemm.argtypes = [pointer] * 5 + [whole] * 5 + [pointer] * 2
-    library.inlaid_exllama_dequantize.argtypes = [pointer] * 4 + [whole] * 3 + [pointer] * 2
-    return library
+    loaded.inlaid_exllama_gemm.argtypes = [pointer] * 5 + [whole] * 5 + [pointer] * 2
+    loaded.inlaid_exllama_dequantize.argtypes = [pointer] * 4 + [whole] * 3 + [pointer] * 2
+    return loaded
 
 
 def shuffle(qweight: torch.Tensor) -> torch.Tensor:
