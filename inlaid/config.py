@@ -195,6 +195,12 @@ class EngineConfig:
         "cannot, and serves only when named); without it a GPU may be a little faster",
     )
     attention_backend: str = option("auto", "kernel of attention", ("auto", "reference", "triton"))
+    decode_kernel: str = option(
+        "auto",
+        "steps of up to 4 decodes: as one persistent kernel (one), a kernel for each operation (layers), or as one "
+        "where that was measured faster (auto); one kernel keeps a second copy of the quantized weights",
+        ("auto", "one", "layers"),
+    )
     enforce_eager: bool = option(False, "no CUDA graphs")
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)

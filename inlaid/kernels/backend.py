@@ -20,6 +20,7 @@ import torch
 if TYPE_CHECKING:
     from inlaid.checkpoint import QuantizedLinear, QuantSpec
     from inlaid.kernels.context import StepContext
+    from inlaid.kernels.decode import DecodeKernel
     from inlaid.kernels.lora_triton import Pending
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -230,9 +231,11 @@ class HeadNorms:
 
 @dataclass(frozen=True)
 class Kernels:
-    """One choice of kernels for a model on a device; `quantized` is tried in order for each weight."""
+    """One choice of kernels for a model on a device; `quantized` is tried in order for each weight, and `decode` runs
+    all blocks of a small step where there is one."""
 
     quantized: tuple[LinearBackend, ...]
     attention: AttentionBackend
     ops: Ops
     lora: LoraBackend | None = None
+    decode: DecodeKernel | None = None

@@ -210,21 +210,25 @@ class _Loader:
                 for b, shape in zip(biases, shapes, strict=True)
             ]
             whole_bias = torch.cat(filled)
-        parts = self.parts(paths, shapes)
+        parts = self.parts(paths, shapes, site, whole_bias is not None)
         return Linear(parts, whole_bias, site, self.kernels.lora, reader)
 
-    def parts(self, paths: list[str], shapes: list[tuple[int, int]]) -> list[tuple[Gemm, object]]:
+    def parts(
+        self, paths: list[str], shapes: list[tuple[int, int]], site: Site, bias: bool
+    ) -> list[tuple[Gemm, object]]:
         quantized = [path in self.checkpoint.linears for path in paths]
         if not any(quantized):
             weights = [self.tensor(f"{path}.weight", shape) for path, shape in zip(paths, shapes, strict=True)]
             return [(DENSE, DENSE.pack(torch.cat(weights)))]
         if not all(quantized):
-            groups = [self.parts([path], [shape]) for path, shape in zip(paths, shapes, strict=True)]
+            groups = [self.parts([path], [shape], site, bias) for path, shape in zip(paths, shapes, strict=True)]
             return [part for group in groups for part in group]
         read = self.ahead.pop(paths[0], None)
         began = time.monotonic()
         weights_q = self.quantized_siblings(paths, shapes) if read is None else read.result()
         self.waited += time.monotonic() - began
+        if self.kernels.decode is not None:
+            self.kernels.decode.keep(site, weights_q, bias)
         return [self.prepare(weight) for weight in weights_q]
 
     def quantized_siblings(self, paths: list[str], shapes: list[tuple[int, int]]) -> list[QuantizedLinear]:

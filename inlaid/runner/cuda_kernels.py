@@ -18,10 +18,13 @@ from inlaid.kernels.fused_triton import TritonOps
 from inlaid.kernels.humming import HummingLinear
 from inlaid.kernels.linear_triton import TritonLinear
 from inlaid.kernels.lora_triton import TritonLora
+from inlaid.model.spec import ModelSpec
+from inlaid.runner.decode import make_decode
 
 
-def cuda_kernels(config: EngineConfig, pages: AdapterPages) -> Kernels:
-    """Return the kernels that the configuration names, or refuse with what would serve."""
+def cuda_kernels(config: EngineConfig, pages: AdapterPages, spec: ModelSpec | None = None) -> Kernels:
+    """Return the kernels that the configuration names, or refuse with what would serve. Without `spec` there is no
+    kernel of whole steps, which is made for one model."""
     if pages.pool.dtype not in (torch.float16, torch.bfloat16):
         raise ConfigError(f"a GPU computes in float16 or bfloat16 here, not {pages.pool.dtype}: choose another dtype")
     if config.attention_backend not in ("auto", "triton"):
@@ -36,7 +39,8 @@ def cuda_kernels(config: EngineConfig, pages: AdapterPages) -> Kernels:
     backend = linears[config.linear_backend]()
     lora = TritonLora(pages, config.adapters.max_lora_rank)
     Thread(target=_precompute_triton_key, daemon=True).start()
-    return Kernels((backend,), TritonAttention(), TritonOps(), lora)
+    decode = None if spec is None else make_decode(config, spec, pages)
+    return Kernels((backend,), TritonAttention(), TritonOps(), lora, decode)
 
 
 def _precompute_triton_key() -> None:

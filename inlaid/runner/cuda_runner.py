@@ -34,6 +34,7 @@ from inlaid.kernels.backend import MODULES
 from inlaid.kernels.context import ALL_ADAPTERS, ATTENTION_ADAPTERS, NO_ADAPTERS
 from inlaid.layers import sampler
 from inlaid.model.transformer import KVCache, Transformer, new_cache
+from inlaid.runner.decode import finish_decode
 from inlaid.runner.device_step import DeviceStep
 from inlaid.runner.graphs import Graphs
 from inlaid.runner.layout import ALIGNMENT, Layouts
@@ -113,7 +114,8 @@ class CudaRunner:
     def _start(self, config: EngineConfig, max_model_len: int, settle: Callable[[], object]) -> None:
         """Compile everything on a cache of two blocks, give the KV what memory is left, capture the graphs."""
         begin = time.monotonic()
-        self.step.cache = new_cache(self.model.spec, 2, self.block_size, self.device, self.dtype)
+        self.step.decode = finish_decode(self.model, config, max_model_len)
+        self.step.set_cache(new_cache(self.model.spec, 2, self.block_size, self.device, self.dtype))
         with torch.inference_mode():
             self.graphs.compile_kernels()
             compiled = time.monotonic()
@@ -123,7 +125,7 @@ class CudaRunner:
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
             self.num_blocks, self.cache, self.stride, self.pool = self._make_cache(config, max_model_len)
-            self.step.cache = self.cache
+            self.step.set_cache(self.cache)
             self.graphs.capture()
             if self.arriving is not None and len(self.graphs):
                 self.arriving.patience = self.graphs.seconds_without_graph()
@@ -214,7 +216,7 @@ class CudaRunner:
     ) -> dict[str, list[TokenLogprobs]]:
         """Run the step kernel by kernel; return the log probabilities of prompts where they are wanted."""
         context = self.step.context(step.layout, step.adapters, arriving)
-        last = self.model.forward(context, self.step.cache, self.step.workspace)
+        last = self.step.forward(step.layout, context)
         self.step.sample(step.layout, context, last)
         if not wants_prompt:
             return {}

@@ -11,10 +11,13 @@ import torch
 
 from inlaid.kernels import lora_triton
 from inlaid.kernels.arriving import Arriving
+from inlaid.kernels.backend import Product
 from inlaid.kernels.context import OnDevice, StepContext
+from inlaid.kernels.decode import DecodeKernel
 from inlaid.kernels.sample_triton import Sampler
 from inlaid.layers.linear import PARTS_ROWS
 from inlaid.model.transformer import KVCache, LastSum, Transformer
+from inlaid.runner.decode import surroundings
 from inlaid.runner.layout import Layout
 from inlaid.runner.workspace import fixed_memory
 
@@ -44,6 +47,13 @@ class DeviceStep:
         self.workspace = fixed_memory(model, max_tokens, max_rows, max_blocks, max_rank, device, dtype)
         self.sampler = Sampler(max_rows, model.spec.vocab_size, device)
         self.cache: KVCache = []
+        self.decode: DecodeKernel | None = None  # the kernel of small steps; set before the cache
+
+    def set_cache(self, cache: KVCache) -> None:
+        """Compute on this cache from now on. Graphs captured before keep theirs."""
+        self.cache = cache
+        if self.decode is not None:
+            self.decode.bind(surroundings(self.model), cache)
 
     def context(self, layout: Layout, adapters: int, arriving: Arriving | None = None) -> StepContext:
         """Return the step that lies in `meta`, with adapters up to this level."""
@@ -77,7 +87,25 @@ class DeviceStep:
     def run(self, layout: Layout, adapters: int, blocks: Sequence[int] | None = None) -> None:
         """Compute the step in `meta` and sample; or with these blocks only, to compile kernels."""
         step = self.context(layout, adapters)
-        self.sample(layout, step, self.model.forward(step, self.cache, self.workspace, blocks))
+        if blocks is None:
+            last = self.forward(layout, step)
+        else:
+            last = self.model.forward(step, self.cache, self.workspace, blocks)
+        self.sample(layout, step, last)
+
+    def forward(self, layout: Layout, step: StepContext) -> LastSum:
+        """Run all blocks, as one kernel where there is one for such a step."""
+        if self.decode is None or not self.in_one_kernel(layout) or step.arriving is not None:
+            return self.model.forward(step, self.cache, self.workspace)
+        product, residual = (
+            self.workspace.take(name, layout.tokens, self.model.spec.hidden_size) for name in ("norm", "residual")
+        )
+        self.decode.run(step, product, residual)
+        return LastSum(Product(product), residual)
+
+    def in_one_kernel(self, layout: Layout) -> bool:
+        """Return whether steps of this layout are one kernel."""
+        return self.decode is not None and layout.prefills == 0 and layout.decodes in self.decode.rows
 
     def sample(self, layout: Layout, step: StepContext, last: LastSum) -> None:
         """Compute the logits of the wanted rows and sample their tokens into `sampled` and `newest`."""

@@ -43,6 +43,8 @@ class Graphs:
                 # Kernels that add no adapter, where few rows had them all adding.
                 self.idle_step(layout, NO_ADAPTERS, blocks)
                 self.idle_step(layout, ATTENTION_ADAPTERS, blocks)
+            if self.step.in_one_kernel(layout):
+                self.idle_step(layout, ALL_ADAPTERS)
 
     def capture(self) -> None:
         """Capture every layout at every level, the largest first, in one memory pool."""

@@ -155,7 +155,7 @@ def load_model(
     device, spec, dtype = opened.device, opened.spec, opened.dtype
     max_model_len = choose_max_len(config.max_model_len, spec)
     adapters = make_store(config.adapters, spec, device, dtype, config.cache.unified_memory)
-    kernels = choose_kernels(config, device, adapters.pages)
+    kernels = choose_kernels(config, device, adapters.pages, spec)
     arriving = make_arriving(config, spec, adapters, device, dtype)
     model = load(opened.checkpoint, spec, kernels, device, dtype, max_model_len, progress)
     if device.type == "cuda":
@@ -245,15 +245,17 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def choose_kernels(config: EngineConfig, device: torch.device, pages: AdapterPages) -> Kernels:
+def choose_kernels(config: EngineConfig, device: torch.device, pages: AdapterPages, spec: ModelSpec) -> Kernels:
     """Return the kernels that the configuration names; on a CPU there is one choice."""
     if device.type == "cuda":
         from inlaid.runner.cuda_kernels import cuda_kernels
 
-        return cuda_kernels(config, pages)
+        return cuda_kernels(config, pages, spec)
     for setting in (config.linear_backend, config.attention_backend):
         if setting not in ("auto", "reference"):
             raise ConfigError(f"backend {setting!r} is not available on {device.type}; use auto or reference")
+    if config.decode_kernel == "one":
+        raise ConfigError("decode kernel 'one' needs an NVIDIA GPU; use auto or layers")
     return cpu_kernels(pages)
 
 

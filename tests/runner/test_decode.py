@@ -1,0 +1,103 @@
+"""The steps that the persistent decode kernel runs, and what is said when it cannot. Its values are tested in
+tests/kernels/test_decode.py."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed: pip install triton")
+
+from inlaid.config import ConfigError, EngineConfig
+from inlaid.kernels import library
+from inlaid.kernels.backend import AdapterPages
+from inlaid.kernels.decode import DecodeKernel, DecodeShape
+from inlaid.model.spec import spec_from_config
+from inlaid.runner import decode
+from inlaid.runner.device_step import DeviceStep
+from inlaid.runner.layout import Layouts
+from inlaid.worker.loading import choose_kernels
+
+LLAMA = {
+    "model_type": "llama", "vocab_size": 100, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 1,
+    "num_attention_heads": 32,
+}  # fmt: skip
+PAGES = AdapterPages(torch.zeros(1).half(), torch.zeros(1, 7, 3), torch.zeros(1, 7), [0])
+
+
+class FakeKernel:
+    """A kernel that notes the steps it runs."""
+
+    rows = (1, 2, 4)
+
+    def __init__(self) -> None:
+        self.ran: list[int] = []
+
+    def run(self, step: Any, product_TD: torch.Tensor, residual_TD: torch.Tensor) -> None:
+        self.ran.append(product_TD.shape[0])
+
+
+@pytest.fixture
+def step() -> Any:
+    """Return a device step whose transformer counts its forward passes."""
+    made: Any = object.__new__(DeviceStep)
+    made.layers = 0
+
+    def forward(*args: Any) -> None:
+        made.layers += 1
+
+    made.model = SimpleNamespace(spec=SimpleNamespace(hidden_size=8), forward=forward)
+    made.workspace = SimpleNamespace(take=lambda name, *shape: torch.zeros(*shape))
+    made.cache, made.decode = [], FakeKernel()
+    return made
+
+
+def test_small_steps_of_decodes_are_one_kernel(step: Any) -> None:
+    layouts, context = Layouts(64, 8, 4), SimpleNamespace(arriving=None)
+    for count in (1, 2, 4, 8):
+        step.forward(layouts.decodes(count), context)
+    step.forward(layouts.prompts(64), context)
+    assert step.decode.ran == [1, 2, 4]
+    assert step.layers == 2
+
+
+def test_steps_run_by_layers_without_a_kernel_or_with_adapters_on_their_way(step: Any) -> None:
+    layout = Layouts(64, 8, 4).decodes(1)
+    step.forward(layout, SimpleNamespace(arriving=object()))
+    step.decode = None
+    step.forward(layout, SimpleNamespace(arriving=None))
+    assert step.layers == 2
+
+
+def test_a_model_that_is_refused_falls_to_layers_or_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(library, "nvcc", lambda: None)
+    caplog.set_level("INFO")
+    spec = spec_from_config(LLAMA)
+    kernel = DecodeKernel(DecodeShape(4096, 11008, 32, 32, 1, 16, 132, 16), 128, PAGES)
+    model: Any = SimpleNamespace(kernels=SimpleNamespace(decode=kernel), spec=spec)
+    assert decode.finish_decode(model, EngineConfig(), 100) is None
+    assert "does not serve this model: nvcc" in caplog.text
+    with pytest.raises(ConfigError, match=r"does not serve this model: nvcc.*use auto or layers"):
+        decode.finish_decode(model, EngineConfig(decode_kernel="one"), 100)
+
+
+def test_windows_shorter_than_the_context_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "nvcc", lambda: "nvcc")
+    spec = spec_from_config({**LLAMA, "model_type": "mistral", "sliding_window": 64})
+    kernel = DecodeKernel(DecodeShape(4096, 11008, 32, 32, 1, 16, 132, 16), 128, PAGES)
+    model: Any = SimpleNamespace(kernels=SimpleNamespace(decode=kernel), spec=spec)
+    with pytest.raises(ConfigError, match="reads whole contexts, not windows"):
+        decode.finish_decode(model, EngineConfig(decode_kernel="one"), 100)
+
+
+def test_on_a_cpu_there_is_none() -> None:
+    spec = spec_from_config(LLAMA)
+    assert decode.make_decode(EngineConfig(), spec, PAGES) is None
+    assert choose_kernels(EngineConfig(), torch.device("cpu"), PAGES, spec).decode is None
+    with pytest.raises(ConfigError, match="needs an NVIDIA GPU"):
+        choose_kernels(EngineConfig(decode_kernel="one"), torch.device("cpu"), PAGES, spec)
