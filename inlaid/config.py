@@ -198,7 +198,8 @@ class EngineConfig:
     decode_kernel: str = option(
         "auto",
         "steps of up to 4 decodes: as one persistent kernel (one), a kernel for each operation (layers), or as one "
-        "where that was measured faster (auto); one kernel keeps a second copy of the quantized weights",
+        "where that was measured faster and linear_backend is auto (auto); one kernel keeps a second copy of the "
+        "quantized weights",
         ("auto", "one", "layers"),
     )
     enforce_eager: bool = option(False, "no CUDA graphs")

@@ -24,6 +24,9 @@ def make_decode(config: EngineConfig, spec: ModelSpec, pages: AdapterPages) -> D
     if config.decode_kernel == "auto" and name not in MEASURED:
         log.info("decode steps: a kernel for each operation, as one kernel was not measured on %s", name)
         return None
+    if config.decode_kernel == "auto" and config.linear_backend != "auto":
+        log.info("decode steps: a kernel for each operation, as --linear-backend names %s", config.linear_backend)
+        return None
     shape = DecodeShape(
         hidden=spec.hidden_size,
         mlp=spec.intermediate_size,

@@ -13,7 +13,6 @@ from inlaid.kernels import library
 from inlaid.kernels.backend import MODULES, AdapterPages, LayerCache, Site
 from inlaid.kernels.context import ALL_ADAPTERS, NO_ADAPTERS, OnDevice, StepContext
 from inlaid.kernels.decode import DecodeKernel, DecodeShape, Surroundings, pack_units, unit_rows
-from inlaid.kernels.lora_triton import Segments
 
 CPU = torch.device("cpu")
 
@@ -193,6 +192,8 @@ def random_model(shape: DecodeShape, symmetric: bool, device: torch.device) -> M
 
 
 def make_step(model: Model, positions: Sequence[int], slots: Sequence[int]) -> StepContext:
+    from inlaid.kernels.lora_triton import Segments
+
     device, rows = model.tables.device, len(positions)
 
     def integers(*values: int) -> torch.Tensor:

@@ -146,7 +146,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stages that write what they were given and when they ran."""
     program = (
         "import json, sys, time; from pathlib import Path; out, stage = sys.argv[1:]; begin = time.monotonic();"
-        "time.sleep(0.5); figures = {'serve-7b': {'rows': [{'adapters': 0, 'concurrency': 1, 'ms_per_token': 2.0}]}};"
+        "time.sleep(0.5); figures = {'serve-7b': {'rows': [{'adapters': 0, 'concurrency': 1, 'ms_per_token': 1.0}]}};"
         "from perf.gpu import bench;"
         "found = figures.get(stage, {}) | {'ran': [begin, time.monotonic()]};"
         "bench.write(Path(out, stage + '.json'), {'result': found})"
@@ -181,7 +181,7 @@ def test_the_call_house_measures_rows_alone_and_first(
     ]
     assert max(begin for begin, _ in together) < min(end for _, end in together)
     table = (tmp_path / "house.md").read_text()
-    assert "7B none@1, ms a token                        2.00       2.35  1.175" in table
+    assert "7B none@1, ms a token                        1.00       1.30  1.300" in table
     assert f"1 of {len(expected.read())} figures as recorded or near it" in table
     assert "7B 32@1, ms a token (not measured)" in capsys.readouterr().out
 

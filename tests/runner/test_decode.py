@@ -86,6 +86,20 @@ def test_a_model_that_is_refused_falls_to_layers_or_is_an_error(
         decode.finish_decode(model, EngineConfig(decode_kernel="one"), 100)
 
 
+def test_a_linear_backend_that_is_named_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that was measured, and only there, auto means one kernel, unless linears have a backend by name."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    pages: Any = SimpleNamespace(pool=SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16))
+    spec = spec_from_config(LLAMA)
+    assert decode.make_decode(EngineConfig(), spec, pages) is not None
+    assert decode.make_decode(EngineConfig(linear_backend="exllama"), spec, pages) is None
+    assert decode.make_decode(EngineConfig(linear_backend="exllama", decode_kernel="one"), spec, pages) is not None
+    assert decode.make_decode(EngineConfig(decode_kernel="layers"), spec, pages) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    assert decode.make_decode(EngineConfig(), spec, pages) is None
+
+
 def test_windows_shorter_than_the_context_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "nvcc", lambda: "nvcc")
     spec = spec_from_config({**LLAMA, "model_type": "mistral", "sliding_window": 64})
