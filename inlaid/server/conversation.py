@@ -86,14 +86,17 @@ def chosen_tools(body: ChatBody) -> tuple[list[Tool] | None, bool, int]:
         return (None if choice == "none" else body.tools), False, most
     if not tools:
         raise BadRequest("tool_choice demands a call, and there are no tools", "tool_choice")
+    one = 1 if body.parallel_tool_calls is not True else 0  # a model that is unsure would add calls for ever
     if choice == "required":
-        return tools, True, most
+        return tools, True, one
     assert isinstance(choice, ToolChoice)
     wanted, forced = _named(choice)
     if unknown := sorted(set(wanted) - set(names)):
         raise BadRequest(f"tool_choice names {', '.join(unknown)}; the tools are {', '.join(names)}", "tool_choice")
     allowed = [tool for tool in tools if tool.function.name in wanted]
-    return allowed, forced, 1 if choice.type == "function" else most
+    if choice.type == "function":
+        return allowed, forced, 1
+    return allowed, forced, one if forced else most
 
 
 def _named(choice: ToolChoice) -> tuple[list[str], bool]:

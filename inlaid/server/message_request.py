@@ -28,13 +28,12 @@ def chat_body(body: CountBody) -> ChatBody:
     """Return the chat request that asks for the same."""
     messages = [Message(role="system", content=_text(body.system, "system"))] if body.system else []
     messages += [made for message in body.messages for made in _messages(message)]
-    choice = body.tool_choice
     chat = ChatBody(
         model=body.model,
         messages=messages,
         tools=None if body.tools is None else [_tool(tool) for tool in body.tools],
         tool_choice=_choice(body),
-        parallel_tool_calls=False if choice is not None and choice.disable_parallel_tool_use else None,
+        parallel_tool_calls=_parallel(body),
         response_format=_format(body),
         reasoning_effort=None if body.output_config is None else body.output_config.effort,
     )
@@ -103,6 +102,11 @@ def _tool(tool: MessageTool) -> Tool:
         name=tool.name, description=tool.description, parameters=tool.input_schema, strict=tool.strict
     )
     return Tool(type="function", function=function)
+
+
+def _parallel(body: CountBody) -> bool | None:
+    disabled = None if body.tool_choice is None else body.tool_choice.disable_parallel_tool_use
+    return None if disabled is None else not disabled
 
 
 def _choice(body: CountBody) -> ToolChoice | Literal["none", "auto", "required"] | None:

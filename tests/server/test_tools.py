@@ -77,7 +77,7 @@ def test_a_forced_call_fits_its_schema(client: openai.OpenAI, choice: Any) -> No
         "temperature": 1.0,
         "seed": 3,
     }
-    made = client.chat.completions.create(**asked, parallel_tool_calls=False)
+    made = client.chat.completions.create(**asked)
     [call] = made.choices[0].message.tool_calls or []
     assert call.type == "function"
     assert call.function.name == "get_weather"
@@ -85,7 +85,7 @@ def test_a_forced_call_fits_its_schema(client: openai.OpenAI, choice: Any) -> No
     assert call.id.startswith("call_")
     assert made.choices[0].finish_reason == "tool_calls"
     assert made.choices[0].message.content is None
-    chunks = list(client.chat.completions.create(**asked, parallel_tool_calls=False, stream=True))
+    chunks = list(client.chat.completions.create(**asked, stream=True))
     deltas = [delta for chunk in chunks for delta in chunk.choices[0].delta.tool_calls or []]
     assert len(deltas) > 2
     assert deltas[0].id
@@ -114,7 +114,13 @@ def test_several_calls_have_numbers_and_ids_of_their_own(client: openai.OpenAI) 
     seen = set()
     for seed in range(6):
         made = client.chat.completions.create(
-            model="demo", messages=ASK, tools=[WEATHER], tool_choice="required", temperature=1.5, seed=seed
+            model="demo",
+            messages=ASK,
+            tools=[WEATHER],
+            tool_choice="required",
+            parallel_tool_calls=True,
+            temperature=1.5,
+            seed=seed,
         )
         calls = made.choices[0].message.tool_calls or []
         assert all(call.type == "function" and fits(call.function.arguments) for call in calls)
