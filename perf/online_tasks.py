@@ -232,6 +232,9 @@ def table(result: dict[str, Any], cost: dict[str, Any] | None) -> str:
         f"{switch.get('staying', 0)} requests finished on the old base; longest gap between two tokens within two "
         f"seconds of it {summary['longest_gap_at_the_switch_ms']:.0f} ms.",
     ]
+    load, cores = result["provenance"].get("load_average", (0.0,))[0], result["provenance"].get("cores", 1)
+    if load > cores:
+        lines += ["", f"The machine was busy (load average {load:.0f} on {cores} cores): the dip is within its noise."]
     if cost is not None:
         lines += ["", *cost_table(cost, summary)]
     return "\n".join(lines) + "\n"
@@ -310,6 +313,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "provenance": provenance()
         | {
             "load_average": os.getloadavg(),
+            "cores": os.cpu_count(),
             "tokens_per_task": args.tokens,
             "tasks": args.tasks,
             "solve": args.solve,
