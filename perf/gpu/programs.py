@@ -11,6 +11,7 @@ from perf.gpu import ROOT, Keep
 from perf.gpu.offline import DEVICE
 from perf.gpu.random_model import config, spec_of, write_adapters
 from perf.gpu.serving import files
+from perf.programs.chains import KINDS
 from perf.programs.versus import INPUTS, RANKS, measure
 
 REPEATS = 3
@@ -34,7 +35,7 @@ def run(shape: str, keep: Keep, count: int = INPUTS) -> dict[str, Any]:
     most = max(map(max, RANKS.values()))
     judge = names["equal"][0]
     _free_device()
-    found = measure(model, names, judge, paths, most, settings, words, "7", REPEATS, count, ROOT, keep)
+    found = measure(model, names, judge, paths, most, settings, words, "7", KINDS, REPEATS, count, ROOT, keep)
     return {"shape": shape, **found}
 
 

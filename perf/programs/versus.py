@@ -14,6 +14,7 @@ before each run. The ways take turns in `--repeats` rounds, and the median count
 from __future__ import annotations
 
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -56,30 +58,70 @@ INPUTS = 64
 SEQUENTIAL = 8  # chains that run one after another; their time counts for all
 POOLS = (8, 64)  # threads
 RANKS: Mapping[str, tuple[int, ...]] = MappingProxyType({"equal": (16,), "mixed": (8, 16, 32, 64)})
+OURS = "program in process"
 SWITCHES = ("fuse_decode", "merge_equal", "drop_dead", "keep_kv", "share_prefixes")
 
-Way = Callable[[], tuple[float, list[str]]]
+Way = Callable[[], tuple[float, list[str]]]  # seconds and answers
+Clock = Callable[[], float]
 
 
 def loads(
-    names: dict[str, list[str]], judge: str, words: Words, revised_if: str, count: int
+    names: dict[str, list[str]], judge: str, kinds: Sequence[str], words: Words, revised_if: str, count: int
 ) -> Iterator[tuple[str, str, Chains]]:
     """Iterate over the loads: ranks, kind, chains."""
     for ranks, adapters in names.items():
-        for kind in KINDS:
+        for kind in kinds:
             yield ranks, kind, make_chains(adapters, judge, kind, count, words, revised_if)
 
 
-def rounds(ways: dict[str, Way], repeats: int) -> tuple[dict[str, list[float]], dict[str, list[str]]]:
-    """Run each way once, then in turns; return seconds and answers."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    answers: dict[str, list[str]] = {}
-    for number in range(repeats + 1):
-        for name, way in ways.items():
-            spent, answers[name] = way()
-            if number:
-                seconds[name].append(spent)
-    return seconds, answers
+class Rounds:
+    """Each way's seconds, by the clock and in processor time of the engine's process, and its last answers.
+
+    Processor time counts on a machine that others use too: an engine on one core cannot be quicker.
+    """
+
+    def __init__(self, ways: dict[str, Way], repeats: int, clock: Clock, total: int) -> None:
+        """Run each way once, then in turns. A way that answers fewer than `total` inputs counts as many times."""
+        self.seconds: dict[str, list[float]] = {name: [] for name in ways}
+        self.processor: dict[str, list[float]] = {name: [] for name in ways}
+        self.answers: dict[str, list[str]] = {}
+        for number in range(repeats + 1):
+            for name, way in ways.items():
+                before = clock()
+                spent, answers = way()
+                processor, scale = clock() - before, total / len(answers)
+                self.answers[name] = answers
+                if number or not repeats:
+                    self.seconds[name].append(scale * spent)
+                    self.processor[name].append(scale * processor)
+
+    def row(self) -> dict[str, Any]:
+        """Return the figures with their medians."""
+        return {
+            "seconds": self.seconds,
+            "processor_seconds": self.processor,
+            "median": medians(self.seconds),
+            "processor_median": medians(self.processor),
+        }
+
+
+def medians(values: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(each) for name, each in values.items()}
+
+
+def engine_clock(server: int) -> Clock:
+    """Return a clock of the processor seconds of a server's engine process."""
+    children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
+    ticks = os.sysconf("SC_CLK_TCK")
+
+    def read() -> float:
+        total = 0
+        for child in children:
+            fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+            total += int(fields[11]) + int(fields[12])
+        return total / ticks
+
+    return read
 
 
 def over_http(url: str, chains: Chains) -> dict[str, Way]:
@@ -119,7 +161,7 @@ def without_each_switch(llm: LLM, chains: Chains) -> dict[str, Way]:
     return {name: lambda chosen=chosen: in_process(llm, chains, chosen) for name, chosen in options.items()}  # type: ignore[misc]
 
 
-def overhead(llm: LLM, repeats: int, words: Words) -> dict[str, float]:
+def overhead(llm: LLM, repeats: int, words: Words, clock: Clock) -> dict[str, float]:
     """Return the milliseconds that a program of one call takes beyond the same call by LLM.generate."""
     from inlaid.program import Program
 
@@ -138,17 +180,17 @@ def overhead(llm: LLM, repeats: int, words: Words) -> dict[str, float]:
             (as_call, lambda prompt=prompt: llm.generate(prompt, params, progress=False)),
         ):
             empty(llm)
-            begun = time.perf_counter()
+            begun = clock()
             run()
-            spent.append(1e3 * (time.perf_counter() - begun))
+            spent.append(1e3 * (clock() - begun))
     found = {"program_ms": statistics.median(as_program), "call_ms": statistics.median(as_call)}
     differences = [one - other for one, other in zip(as_program, as_call)]
     return {**found, "overhead_ms": statistics.median(differences)}
 
 
 @contextmanager
-def serving(model: Path, paths: dict[str, str], flags: Sequence[str], log: Path) -> Iterator[str]:
-    """Run a server on these adapters."""
+def serving(model: Path, paths: dict[str, str], flags: Sequence[str], log: Path) -> Iterator[tuple[str, Clock]]:
+    """Run a server on these adapters; yield its address and the clock of its engine."""
     port = free_port()
     command = [sys.executable, "-m", "inlaid", "serve", str(model), "--port", str(port), *flags]
     command += ["--no-access-log", "--adapter", *(f"{name}={path}" for name, path in paths.items())]
@@ -157,7 +199,7 @@ def serving(model: Path, paths: dict[str, str], flags: Sequence[str], log: Path)
     try:
         url = f"http://127.0.0.1:{port}"
         wait_until_ready([url], 240)
-        yield url
+        yield url, engine_clock(process.pid)
     finally:
         process.terminate()
         process.wait()
@@ -172,68 +214,72 @@ def measure(
     settings: dict[str, Any],
     words: Words,
     revised_if: str,
+    kinds: Sequence[str],
     repeats: int,
     count: int,
     folder: Path,
     keep: Callable[[dict[str, Any]], None] = lambda part: None,
 ) -> dict[str, Any]:
     """Measure all loads: first on a server, then in this process, which then has the device for itself."""
-    all_loads = list(loads(names, judge, words, revised_if, count))
-    cells: dict[tuple[str, str], dict[str, Any]] = {}
+    all_loads = list(loads(names, judge, kinds, words, revised_if, count))
+    served: list[dict[str, list[str]]] = []
     result: dict[str, Any] = {"inputs": count, "calls": 3 * count, "rows": []}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     flags += [f"--max-loras={len(paths)}", f"--max-lora-rank={max_rank}"]
-    with serving(model, paths, flags, folder / "server.log") as url:
-        for kind_of_ranks, kind, chains in all_loads:
-            seconds, answers = rounds(over_http(url, chains), repeats)
-            row = {"ranks": kind_of_ranks, "kind": kind, "adapters": len(set(chains.adapters)), "seconds": seconds}
-            cells[kind_of_ranks, kind] = {"answers": answers}
+    with serving(model, paths, flags, folder / "server.log") as (url, clock):
+        for label, kind, chains in all_loads:
+            found = Rounds(over_http(url, chains), repeats, clock, count)
+            row = {"ranks": label, "kind": kind, "adapters": len(set(chains.adapters)), **found.row()}
+            served.append(found.answers)
             result["rows"].append(row)
             keep(result)
-            print({name: round(statistics.median(spent), 3) for name, spent in seconds.items()}, flush=True)
+            print({name: round(spent, 3) for name, spent in row["median"].items()}, flush=True)
     config = EngineConfig(
         model=str(model), adapters=AdapterConfig(max_loras=len(paths), max_lora_rank=max_rank), **settings
     )
     llm = LLM(str(model), paths, config=config)
-    for row, (kind_of_ranks, kind, chains) in zip(result["rows"], all_loads, strict=True):
-        seconds, answers = rounds({"program in process": lambda: in_process(llm, chains, Options())}, repeats)  # noqa: B023
-        row["seconds"] |= seconds
-        row["median"] = {name: statistics.median(spent) for name, spent in row["seconds"].items()}
-        ours, served = answers["program in process"], cells[kind_of_ranks, kind]["answers"]
-        row["equal_answers"] = {name: same(ours, theirs) for name, theirs in served.items()}
-        row["times_faster"] = {
-            name: round(row["median"][name] / row["median"]["program in process"], 2) for name in row["median"]
-        }
+    for row, answers, (_, _, chains) in zip(result["rows"], served, all_loads, strict=True):
+        here: dict[str, Way] = {OURS: partial(in_process, llm, chains, Options())}
+        found = Rounds(here, repeats, time.process_time, count)
+        for name, values in found.row().items():
+            row[name] |= values
+        row["equal_answers"] = {name: same(found.answers[OURS], theirs) for name, theirs in answers.items()}
+        row["times_faster"] = ratios(row["median"])
+        row["times_faster_in_processor_time"] = ratios(row["processor_median"])
         keep(result)
-    ranks_of_switches, kind, chains = all_loads[-3]  # distinct, mixed ranks
-    seconds, answers = rounds(without_each_switch(llm, chains), repeats)
+    label, kind, chains = all_loads[-1]
+    on_gpu = settings["device"] == "cuda"
+    found = Rounds(without_each_switch(llm, chains), repeats, time.process_time, count)
     result["switches"] = {
-        "load": f"{kind}, {ranks_of_switches} ranks",
-        "seconds": seconds,
-        "equal_answers": {name: same(answers["all"], found) for name, found in answers.items()},
-        "times_slower": {
-            name: round(statistics.median(spent) / statistics.median(seconds["all"]), 3)
-            for name, spent in seconds.items()
-        },
+        "load": f"{kind}, {label} ranks",
+        **found.row(),
+        "equal_answers": {name: same(found.answers["all"], theirs) for name, theirs in found.answers.items()},
+        "times_slower": ratios(medians(found.seconds if on_gpu else found.processor), "all"),
     }
-    result["one_call"] = overhead(llm, 30, words)
+    result["one_call"] = overhead(llm, 30, words, time.perf_counter if on_gpu else time.process_time)
     keep(result)
     return result
+
+
+def ratios(values: dict[str, float], to: str = OURS) -> dict[str, float]:
+    """Return each value over one of them."""
+    return {name: round(value / values[to], 3) for name, value in values.items()}
 
 
 def table(result: dict[str, Any]) -> str:
     """Return the results as Markdown."""
     ways = list(result["rows"][0]["median"])
     rows = [
-        [row["kind"], row["ranks"], row["adapters"], *(f"{row['median'][way]:.2f}" for way in ways)]
+        [row["kind"], row["ranks"], row["adapters"], part, *(f"{row[key][way]:.2f}" for way in ways)]
         for row in result["rows"]
+        for part, key in (("clock", "median"), ("engine's processor", "processor_median"))
     ]
     switches = [[name, f"{times:.2f}"] for name, times in result["switches"]["times_slower"].items()]
     one = result["one_call"]
     return "\n\n".join(
         (
             f"Seconds for {result['inputs']} chains of draft, verdict and revision:",
-            markdown(["kind", "ranks", "adapters", *ways], rows, "llr"),
+            markdown(["kind", "ranks", "adapters", "seconds", *ways], rows, "llrlr"),
             f"Time without short-cuts, as a multiple of that with all ({result['switches']['load']}):",
             markdown(["program", "times"], switches),
             f"One call: {one['call_ms']:.2f} ms; as a program {one['overhead_ms']:.2f} ms more.",
@@ -268,6 +314,8 @@ def draw(result: dict[str, Any], file: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="perf.programs.versus", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3, help="rounds that count")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="how adapters are spread")
+    parser.add_argument("--ranks", nargs="+", choices=list(RANKS), default=list(RANKS), help="equal or mixed ranks")
     parser.add_argument("--inputs", type=int, default=INPUTS, help="chains of one load")
     parser.add_argument("--out", type=Path, default=RESULTS / "programs-cpu.json", help="file of the results")
     args = parser.parse_args(argv)
@@ -275,15 +323,17 @@ def main(argv: list[str] | None = None) -> int:
         folder = Path(name)
         paths: dict[str, str] = {}
         names: dict[str, list[str]] = {}
-        for label, ranks in RANKS.items():
+        for label, ranks in ((label, RANKS[label]) for label in args.ranks):
             spec = RandomAdapters(args.inputs, ranks, seed=len(names))
             made = make_adapters(DEMO, spec, folder / label, progress=False)
             named = {f"{label}{number}": path for number, (_, path) in enumerate(made)}
             paths |= named
             names[label] = list(named)
-        judge, most = names["equal"][0], max(map(max, RANKS.values()))
+        judge, most = next(iter(names.values()))[0], max(map(max, RANKS.values()))
         settings = {"device": "cpu"}
-        result = measure(DEMO, names, judge, paths, most, settings, plain_words, "e", args.repeats, args.inputs, folder)
+        result = measure(
+            DEMO, names, judge, paths, most, settings, plain_words, "e", args.kinds, args.repeats, args.inputs, folder
+        )
     about = {**provenance(seed=0, packages=("torch",)), "date": now(), "gpu": gpu() or "none"}
     text = json.dumps({"provenance": about, **result}, indent=1) + "\n"
     args.out.parent.mkdir(parents=True, exist_ok=True)
