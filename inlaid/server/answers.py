@@ -21,6 +21,7 @@ from inlaid.text.tokenizer import Tokenizer
 
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity
 _QUEUED_PIECES = 256
+_LOGPROB_BYTES = 32  # of one as JSON, about
 
 
 async def pieces(service: Service, client: ClientRequest, index: int) -> AsyncGenerator[Piece, None]:
@@ -92,6 +93,12 @@ async def gather(service: Service, client: ClientRequest) -> list[Answer]:
             answers[index].add(piece)
             budget.spend(piece)
     return answers
+
+
+def num_bytes(complete: Sequence[Answer]) -> int:
+    """Estimate the size of answers as JSON, from their log probabilities, which are nearly all of a large one."""
+    items = (item for one in complete for item in (*(one.prompt_logprobs or ()), *(one.logprobs or ())))
+    return _LOGPROB_BYTES * sum(1 + len(item.top) for item in items if item is not None)
 
 
 class LogprobBudget:

@@ -13,7 +13,16 @@ from aiohttp.http_exceptions import HttpProcessingError
 from inlaid.server.access import NOTES, add_warnings, logged, note_error, note_route, warn_client
 from inlaid.server.cors import allow_origins
 from inlaid.server.decoding import BodyDecoder, warning
-from inlaid.server.errors import BrokenBody, TooSlow, Unavailable, no_such_path, reported, response, undecodable
+from inlaid.server.errors import (
+    BadRequest,
+    BrokenBody,
+    TooSlow,
+    Unavailable,
+    no_such_path,
+    reported,
+    response,
+    undecodable,
+)
 from inlaid.server.openapi import Facts, document, plain_path
 from inlaid.server.route import Guard, Route
 from inlaid.server.routes import ROUTES
@@ -21,6 +30,7 @@ from inlaid.server.service import SERVICE, Service
 
 log = logging.getLogger(__name__)
 
+_MAX_FIELDS = 100_000  # of a body, beside one for each token of the context
 _MAX_LOGGED = 1000  # unknown fields; later ones are told to the client alone
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -85,6 +95,7 @@ async def _call(route: Route, decoder: BodyDecoder | None, request: web.Request)
     if decoder is None:
         return await route.handler(request)
     data = await _body(request)
+    _check_fields(request.app[SERVICE], data)
     try:
         body, ignored = await request.app[SERVICE].offload.run(len(data), decoder.decode, data)
     except msgspec.DecodeError as error:
@@ -92,6 +103,13 @@ async def _call(route: Route, decoder: BodyDecoder | None, request: web.Request)
     if ignored:
         _report_ignored(request, route, ignored)
     return await route.handler(request, body)
+
+
+def _check_fields(service: Service, data: bytes) -> None:
+    """Refuse a body of very many fields before it is decoded: making objects of them holds the interpreter's lock."""
+    most = _MAX_FIELDS + service.encoder.max_model_len
+    if (count := data.count(b":")) > most:
+        raise BadRequest(f"the body has {count} fields, or colons in its texts; at most {most} are read")
 
 
 def _report_ignored(request: web.Request, route: Route, ignored: list[str]) -> None:

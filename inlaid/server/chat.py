@@ -44,6 +44,10 @@ async def chat_completions(request: web.Request, body: ChatBody) -> web.StreamRe
     if body.stream:
         return await send(request, _events(service, body, client), service.config.stream_timeout)
     complete = await answers.gather(service, client)
+    return await service.offload.run(answers.num_bytes(complete), _answer, service, body, client, complete)
+
+
+def _answer(service: Service, body: ChatBody, client: ClientRequest, complete: Sequence[Answer]) -> web.Response:
     listed = complete[0].prompt_logprobs
     return answer(
         ChatCompletion(

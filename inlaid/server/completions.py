@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 import msgspec
@@ -38,6 +38,12 @@ async def completions(request: web.Request, body: CompletionBody) -> web.StreamR
     if body.stream:
         return await send(request, _completion_events(service, body, client), service.config.stream_timeout)
     complete = await answers.gather(service, client)
+    return await service.offload.run(answers.num_bytes(complete), _completion_answer, service, body, client, complete)
+
+
+def _completion_answer(
+    service: Service, body: CompletionBody, client: ClientRequest, complete: Sequence[Answer]
+) -> web.Response:
     choices = [_completion_choice(service, body, client, index, whole) for index, whole in enumerate(complete)]
     usage = answers.usage(client, complete)
     return answer(Completion(id=client.id, created=client.created, model=client.model, choices=choices, usage=usage))

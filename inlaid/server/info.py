@@ -37,6 +37,7 @@ from inlaid.worker.messages import AdapterInfo
 
 _SILENCE = 5.0  # seconds without an answer after which the engine is not asked, or not waited for
 _PATIENCE = 30.0  # seconds that the engine may take to make a token
+_MAX_IDS = 131_072  # for /detokenize, whose library holds the interpreter's lock
 _Asked = TypeVar("_Asked")
 
 
@@ -126,6 +127,8 @@ async def detokenize(request: web.Request, body: DetokenizeBody) -> web.Response
     """Return the text of token ids, special tokens included."""
     service = request.app[SERVICE]
     service.resolve(body.model)
+    if len(body.tokens) > (most := max(_MAX_IDS, service.encoder.max_model_len)):
+        raise BadRequest(f"tokens has {len(body.tokens)} entries; at most {most} are turned into text", "tokens")
     return await service.offload.run(len(await request.read()), _text, service, body.tokens)
 
 

@@ -122,3 +122,13 @@ def test_each_adapters_place_and_history(server: Live) -> None:
     assert f'\ninlaid:lora_adapter_hits_total{{adapter_name="code"}} {float(code["hits"])}\n' in page
     assert '\ninlaid:lora_adapter_loads_total{adapter_name="code"} 1.0\n' in page
     assert 'vllm:lora_adapter_load_seconds{adapter_name="code",level="gpu"}' in page
+
+
+def test_ids_without_end_and_fields_without_end_are_refused_before_they_are_made_objects(server: Live) -> None:
+    many = server.ask("POST", "/detokenize", raw=b'{"tokens": [' + b"5," * 140_000 + b"5]}")
+    assert (many.status, many.json["error"]["param"]) == (400, "tokens")
+    assert "at most 131072 are turned into text" in many.json["error"]["message"]
+    body = b'{"prompt": "a", "logit_bias": {' + b'"5":1,' * 102_000 + b'"5":1}}'
+    answer = server.ask("POST", "/v1/completions", raw=body)
+    assert answer.status == 400
+    assert "102003 fields, or colons in its texts; at most 101024 are read" in answer.json["error"]["message"]
