@@ -44,6 +44,9 @@ from inlaid.worker.messages import ModelInfo
 log = logging.getLogger(__name__)
 
 _HANDSHAKE_SECONDS = 10.0  # that a client may take to agree on encryption; it counts as no connection yet
+_LINGERING_SECONDS = (
+    1.0  # in which the rest of a refused body is read, and inflated, so that its sender sees the answer
+)
 _IDLE_SECONDS = 75.0  # that a connection without a request stays open, its headers half sent included
 
 
@@ -249,6 +252,7 @@ async def serve(
         logger=http_log(),
         shutdown_timeout=1.0,
         keepalive_timeout=_IDLE_SECONDS,
+        lingering_time=_LINGERING_SECONDS,
     )
     await runner.setup()
     assert runner.server is not None
