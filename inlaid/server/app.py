@@ -129,6 +129,10 @@ async def _body(request: web.Request) -> bytes:
         return await asyncio.wait_for(request.read(), seconds or None)
     except asyncio.TimeoutError:
         raise TooSlow(f"the request body did not arrive within {seconds:g} s (--body-timeout)") from None
+    except web.HTTPRequestEntityTooLarge:
+        if "Content-Encoding" in request.headers:  # the rest would be inflated, to be thrown away
+            request.content.set_exception(web.RequestPayloadError("the body is too large"))
+        raise
     except web.RequestPayloadError as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise BrokenBody(f"the request body cannot be read: {reason}") from error
