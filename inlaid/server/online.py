@@ -16,12 +16,13 @@ import os
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
 
-from inlaid.config import ConfigError, TaskConfig
+from inlaid.config import ConfigError, EngineConfig, TaskConfig
 from inlaid.engine.refusal import Refused
 from inlaid.quant.online_jobs import Jobs, Order, Report
 from inlaid.quant.online_versions import Version, VersionError, Versions, bank_keys_of
@@ -339,6 +340,13 @@ def open_versions(config: TaskConfig, model: str) -> Versions:
         return Versions(Path(config.online_tasks), Path(model))
     except (VersionError, OSError, msgspec.MsgspecError) as error:
         raise ConfigError(f"--online-tasks: {error}") from error
+
+
+def with_changing_base(config: EngineConfig) -> EngineConfig:
+    """Return the settings of an engine whose base will be replaced: no kernel may keep a copy of its weights."""
+    if config.decode_kernel == "one":
+        raise ConfigError("--decode-kernel one keeps a copy of the weights, which --online-tasks replaces; use layers")
+    return replace(config, decode_kernel="layers")
 
 
 def adapters_of(config: TaskConfig, versions: Versions) -> dict[str, str]:

@@ -25,7 +25,7 @@ from inlaid.server.app import http_log, make_app
 from inlaid.server.cors import check_origins
 from inlaid.server.metrics import Metrics
 from inlaid.server.names import ModelNames
-from inlaid.server.online import OnlineTasks, adapters_of, open_versions
+from inlaid.server.online import OnlineTasks, adapters_of, open_versions, with_changing_base
 from inlaid.server.resolver import make_resolver
 from inlaid.server.safety import AllowedFolders, Keys, adapter_roots, check_config, warn_of_risks
 from inlaid.server.service import Service
@@ -71,7 +71,7 @@ async def make_service(
     first_model = engine_config.model
     if config.tasks.online_tasks:
         versions = open_versions(config.tasks, first_model)
-        engine_config = replace(engine_config, model=versions.current.folder)
+        engine_config = replace(with_changing_base(engine_config), model=versions.current.folder)
         adapters = {**adapters_of(config.tasks, versions), **adapters}
     state = ServerState(config.state, adapters)
     engine = EngineClient(

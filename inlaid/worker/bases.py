@@ -136,7 +136,10 @@ class Bases:
         return ON_DEVICE if free > _SPARE * need else ON_HOST
 
     def _check(self, checkpoint: Checkpoint, version: str) -> None:
-        """Refuse files that are not what was checked, another model, and another part than the linears changed."""
+        """Refuse files that are not what was checked, another model, and another part than the linears changed; and all
+        where a kernel keeps a copy of the weights, which would go on computing with the old ones."""
+        if self._model.runner.model.kernels.decode is not None:
+            raise BaseError("the decode kernel keeps a copy of the base's weights; start with --decode-kernel layers")
         found = checkpoint.fingerprint()
         if found != version:
             raise BaseError(

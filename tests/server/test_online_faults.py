@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from inlaid.config import ConfigError, TaskConfig
+from inlaid.config import ConfigError, EngineConfig, TaskConfig
 from inlaid.engine.refusal import Refusal, Refused
 from inlaid.quant.online_jobs import Order, Report, read_order, write_report
 from inlaid.quant.online_versions import Version, VersionError, Versions
 from inlaid.server.errors import Conflict, NotFound, Unavailable
-from inlaid.server.online import OnlineTasks, adapters_of, open_versions
+from inlaid.server.online import OnlineTasks, adapters_of, open_versions, with_changing_base
 from inlaid.worker.errors import EngineDead
 
 Outcome = Callable[[Order], Report | int]
@@ -332,6 +332,12 @@ def test_old_versions_go_but_never_those_that_are_needed(tmp_path: Path) -> None
             bench.versions[2]
 
     run(story())
+
+
+def test_no_kernel_keeps_a_copy_of_a_base_that_will_change() -> None:
+    assert with_changing_base(EngineConfig()).decode_kernel == "layers"
+    with pytest.raises(ConfigError, match="use layers"):
+        with_changing_base(EngineConfig(decode_kernel="one"))
 
 
 def test_a_list_of_another_base_a_broken_one_and_changed_files_are_refused_at_the_start(tmp_path: Path) -> None:

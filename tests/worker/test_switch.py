@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ from inlaid.checkpoint import Checkpoint
 from inlaid.config import AdapterConfig, CacheConfig, EngineConfig
 from inlaid.engine.refusal import Refused
 from inlaid.engine.request import NewRequest, SamplingParams
+from inlaid.kernels.decode import DecodeKernel
 from inlaid.quant.calibration import CalibrationSettings
 from inlaid.quant.grid import Grid
 from inlaid.quant.quantize import quantize
 from inlaid.quant.settings import Gate, Settings, TaskSource
 from inlaid.runner.base_weights import exchange_contents, tensors_of
 from inlaid.worker import messages
+from inlaid.worker.bases import BaseError
 from inlaid.worker.build import Loaded, build_engine
 from inlaid.worker.switch import Switch
 from tests.quant.tiny import write_adapter, write_base, write_data
@@ -213,6 +215,14 @@ def test_a_base_that_is_not_whole_or_not_ours_is_refused_and_the_old_one_serves(
     bench.begin("x")
     bench.step()
     assert bench.all("x") == plain["one"]
+
+
+def test_a_kernel_with_a_copy_of_the_weights_keeps_the_base_from_being_changed(world: World) -> None:
+    bench = Bench(world.one, world.adapter)
+    model = bench.engine.runner.model
+    model.kernels = replace(model.kernels, decode=DecodeKernel.__new__(DecodeKernel))
+    with pytest.raises(BaseError, match="start with --decode-kernel layers"):
+        bench.loaded.bases.stage(str(world.two), Checkpoint(world.two).fingerprint(), "device", {}, 0.0)
 
 
 def test_adapters_without_a_record_for_the_new_base_keep_it_from_being_served(world: World, tmp_path: Path) -> None:
