@@ -215,13 +215,11 @@ def test_a_stop_is_named_and_kept_on_request(server: Live) -> None:
         ({"sampling_params": {"n": 17}}, 400, "n"),
         ({"sampling_params": {"n": 0}}, 400, "n"),
         ({"sampling_params": {"stop_regex": "a"}}, 400, "stop_regex"),
-        ({"sampling_params": {"custom_params": {}}}, 400, "custom_params"),
         ({"text": ["a"] * 9, "sampling_params": {"n": 2}}, 400, "n"),
         ({"text": ["a", "b"], "sampling_params": [{"n": 2}, {"n": 1}]}, 400, "n"),
         ({"return_logprob": True, "top_logprobs_num": 101}, 400, "top_logprobs_num"),
         ({"return_logprob": True, "logprob_start_len": 500}, 400, "logprob_start_len"),
         ({"return_logprob": True, "logprob_start_len": -2}, 400, "logprob_start_len"),
-        ({"session_params": {}}, 400, "session_params"),
         ({"return_routed_experts": True}, 400, "return_routed_experts"),
         ({"image_data": "http://x"}, 400, "image_data"),
     ],
@@ -232,6 +230,13 @@ def test_what_cannot_be_done_is_refused_by_its_name(
     got, named, message = refused(server, **changes)
     assert (got, named) == (status, param)
     assert "max_tokens" not in message
+
+
+@pytest.mark.parametrize("body", [{"sampling_params": {"custom_params": {}}}, {"session_params": {}}])
+def test_fields_that_mean_nothing_here_are_ignored_and_named(server: Live, body: dict[str, Any]) -> None:
+    answer = server.ask("POST", "/generate", bench(stream=False) | body)
+    assert answer.status == 200
+    assert ("custom_params" if "sampling_params" in body else "session_params") in answer.headers["Warning"]
 
 
 def test_a_constraint_that_cannot_be_followed_is_refused_or_ends_the_stream(server: Live) -> None:
