@@ -60,7 +60,8 @@ class Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
         spent = time.monotonic() - self._began
         of = f" of {self.total:,}" if self.total and self.n != self.total else ""
         rest = f", about {spent * (self.total - self.n) / self.n:.0f} s left" if left and self.total else ""
-        line = f"{self._title}: {self.n:,}{of}{self._unit and ' ' + self._unit}, {spent:.1f} s{rest}"
+        now = f", {self.postfix}" if left and getattr(self, "postfix", None) else ""
+        line = f"{self._title}: {self.n:,}{of}{self._unit and ' ' + self._unit}{now}, {spent:.1f} s{rest}"
         if log.hasHandlers():  # in the form of the log, which may be JSON
             log.info("%s", line)
         else:

@@ -65,11 +65,11 @@ class Chains:
 
 def make_chains(adapters: Sequence[str], judge: str, kind: str, count: int, words: Words, revised_if: str) -> Chains:
     """Draw a load: each input's adapter by `kind`, and texts of 12 words behind instructions of 120."""
-    generator = random.Random(0)
+    generator, few = random.Random(0), min(len(adapters), math.ceil(math.sqrt(count)))
     chosen = {
         "distinct": [adapters[number % len(adapters)] for number in range(count)],
         "identical": [adapters[0]] * count,
-        "uniform": [adapters[generator.randrange(math.ceil(math.sqrt(count)))] for _ in range(count)],
+        "uniform": [adapters[generator.randrange(few)] for _ in range(count)],
     }[kind]
     texts = [words(generator, 12) for _ in range(count)]
     for number in range(REPEATED):

@@ -226,7 +226,7 @@ def test_a_second_signal_ends_at_once_and_takes_the_engine_along() -> None:
     [
         (["--port", "PORT"], "is in use"),
         (["--allow-runtime-lora"], "--admin-key"),
-        (["--port", "99999"], "cannot listen"),
+        (["--port", "99999"], "--port 99999: give a number from 0 to 65535"),
     ],
 )
 def test_what_cannot_be_started_is_said_in_one_line(server: Live, flags: list[str], sentence: str) -> None:
