@@ -32,9 +32,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+def without_the_clone() -> dict[str, str]:
+    """Return the environment less PYTHONPATH: the clone's inlaid.egg-info there would count as an installed inlaid."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
 def pip(*arguments: str, python: Path | None = None) -> None:
     chosen = [] if python is None else ["--python", str(python)]
-    subprocess.run([sys.executable, "-m", "pip", *chosen, "--quiet", *arguments], check=True, timeout=1800)
+    command = [sys.executable, "-m", "pip", *chosen, "--quiet", *arguments]
+    subprocess.run(command, check=True, timeout=1800, env=without_the_clone())
 
 
 def test_the_wheel_holds_the_demo_and_every_file_of_the_package(wheel: Path) -> None:
@@ -57,7 +63,7 @@ def test_an_installed_wheel_serves_the_demo_and_answers(wheel: Path, tmp_path: P
     if not long:
         (mine,) = home.glob("lib/python*/site-packages")
         (mine / "borrowed.pth").write_text("\n".join(site.getsitepackages()))  # the clone's own .pth is not read there
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = without_the_clone()
     where = "import inlaid; print(inlaid.__file__)"
     found = subprocess.check_output([python, "-c", where], text=True, cwd=tmp_path, env=environment)
     assert Path(found.strip()).is_relative_to(home)
