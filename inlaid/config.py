@@ -196,10 +196,9 @@ class EngineConfig:
     )
     attention_backend: str = option("auto", "kernel of attention", ("auto", "reference", "triton"))
     decode_kernel: str = option(
-        "auto",
-        "steps of up to 4 decodes: as one persistent kernel (one), a kernel for each operation (layers), or as one "
-        "where that was measured faster and linear_backend is auto (auto); one kernel keeps a second copy of the "
-        "quantized weights",
+        "layers",  # until the checks that README's Limits name have run with one kernel
+        "steps of up to 4 decodes: a kernel for each operation (layers), one persistent kernel (one), or one where it "
+        "was measured faster and linear_backend is auto (auto); one kernel keeps a second copy of the quantized weights",
         ("auto", "one", "layers"),
     )
     enforce_eager: bool = option(False, "no CUDA graphs")

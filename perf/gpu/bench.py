@@ -30,7 +30,8 @@ from perf.gpu.lanes import Lane, run_lanes, write_archive
 LIMITS: Mapping[str, float] = MappingProxyType({  # seconds of each stage
     "tests": 110, "sweep": 100, "sweep-wide": 190, "sweep-parts": 210, "variants-7b": 130, "variants-8b": 130,
     "serve-7b": 200, "serve-8b": 170, "serve-7b-arrival": 150, "serve-8b-arrival": 120,
-    "serve-7b-unified": 150, "serve-oversubscribed-8b": 280, "serve-oversubscribed-8b-largest": 280,
+    "serve-7b-unified": 150, "serve-7b-one": 150, "serve-8b-one": 120,
+    "serve-oversubscribed-8b": 280, "serve-oversubscribed-8b-largest": 280,
     "determinism-7b": 170, "startwarm-7b": 60, "ranks-7b": 160, "ranks-7b-mixed": 130,
     "exllama-7b": 170, "exllama-demo": 90, "soak": 110,
     "demo": 90, "checks": 400, "checks-short": 110, "micro": 300, "offline-7b": 150, "offline-8b": 130,

@@ -267,14 +267,14 @@ def run(
 
 
 OTHERWISE: Mapping[str, tuple[str, ...]] = MappingProxyType(  # ends of stages' names, and their flags
-    {"arrival": ("--no-deterministic",), "unified": ("--unified-memory",)}
+    {"arrival": ("--no-deterministic",), "unified": ("--unified-memory",), "one": ("--decode-kernel", "one")}
 )
 
 
 def otherwise(
     how: str, shape: str, rows: Sequence[tuple[int, int, int]], ranks: tuple[int, ...], keep: Keep
 ) -> dict[str, Any]:
-    """Measure rows with a flag: kernels that may add in any order, or adapters and KV in one memory."""
+    """Measure rows with a flag: kernels that may add in any order, one memory for adapters and KV, one kernel."""
     return run(shape, [row for row in rows if row[1] in FEW], ranks, keep, OTHERWISE[how])
 
 
