@@ -36,7 +36,7 @@ GOAL_MS = 100.0
 FLAGS = ("--max-body-mib", "8", "--max-num-seqs", "64")
 STREAM = (
     b'{"model": "to_velar", "prompt": [5, 6, 7], "max_tokens": 900, "ignore_eos": true, "temperature": 0, '
-    b'"stream": true}'
+    b'"stream": true, "return_token_ids": true}'  # an event for each token, also for those without text
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 
@@ -11,12 +10,11 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from inlaid.server.access import NOTES, add_warnings, logged, note_error, note_route, warn_client
+from inlaid.server.bodies import read_body
 from inlaid.server.cors import allow_origins
 from inlaid.server.decoding import BodyDecoder, warning
 from inlaid.server.errors import (
     BadRequest,
-    BrokenBody,
-    TooSlow,
     Unavailable,
     no_such_path,
     reported,
@@ -94,7 +92,7 @@ def _served(route: Route, strict: bool) -> Handler:
 async def _call(route: Route, decoder: BodyDecoder | None, request: web.Request) -> web.StreamResponse:
     if decoder is None:
         return await route.handler(request)
-    data = await _body(request)
+    data = await read_body(request, request.app[SERVICE].config.body_timeout)
     _check_fields(request.app[SERVICE], data)
     try:
         body, ignored = await request.app[SERVICE].offload.run(len(data), decoder.decode, data)
@@ -120,22 +118,6 @@ def _report_ignored(request: web.Request, route: Route, ignored: list[str]) -> N
     if fresh and len(logged) < _MAX_LOGGED:
         logged.update(f"{route.path} {name}" for name in fresh)
         log.warning("%s: unknown fields are ignored: %s", route.path, ascii(", ".join(fresh)[:1000]))
-
-
-async def _body(request: web.Request) -> bytes:
-    """Read the whole body. A client that sends it too slowly must not hold a connection for ever."""
-    seconds = request.app[SERVICE].config.body_timeout
-    try:
-        return await asyncio.wait_for(request.read(), seconds or None)
-    except asyncio.TimeoutError:
-        raise TooSlow(f"the request body did not arrive within {seconds:g} s (--body-timeout)") from None
-    except web.HTTPRequestEntityTooLarge:
-        if "Content-Encoding" in request.headers:  # the rest would be inflated, to be thrown away
-            request.content.set_exception(web.RequestPayloadError("the body is too large"))
-        raise
-    except web.RequestPayloadError as error:
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise BrokenBody(f"the request body cannot be read: {reason}") from error
 
 
 def _check_key(service: Service, guard: Guard, headers: Mapping[str, str]) -> None:

@@ -12,6 +12,7 @@ from inlaid.engine.request import TokenLogprobs
 from inlaid.server import answers
 from inlaid.server.access import note_client
 from inlaid.server.answers import TokenCounter
+from inlaid.server.bodies import body_size
 from inlaid.server.completions import answer, running_usage, wants_usage
 from inlaid.server.conversation import chat_request
 from inlaid.server.prepare import ClientRequest
@@ -40,7 +41,7 @@ from inlaid.text.tools.events import Arguments, Call, Event, Reasoning, Text
 async def chat_completions(request: web.Request, body: ChatBody) -> web.StreamResponse:
     """Answer a conversation, written out by the model's chat template."""
     service = request.app[SERVICE]
-    client = note_client(request, await chat_request(service, body, request.headers, len(await request.read())))
+    client = note_client(request, await chat_request(service, body, request.headers, body_size(request)))
     if body.stream:
         return await send(request, _events(service, body, client), service.config.stream_timeout)
     complete = await answers.gather(service, client)

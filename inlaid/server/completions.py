@@ -12,6 +12,7 @@ from inlaid.engine.request import FinishReason, TokenLogprobs
 from inlaid.server import answers
 from inlaid.server.access import note_client
 from inlaid.server.answers import CompletionLogprobsWriter, TokenCounter
+from inlaid.server.bodies import body_size
 from inlaid.server.prepare import ClientRequest, completion_request
 from inlaid.server.protocol.openai import (
     Completion,
@@ -34,7 +35,7 @@ def answer(value: object) -> web.Response:
 async def completions(request: web.Request, body: CompletionBody) -> web.StreamResponse:
     """Complete prompts, given as text or token ids."""
     service = request.app[SERVICE]
-    client = note_client(request, await completion_request(service, body, request.headers, len(await request.read())))
+    client = note_client(request, await completion_request(service, body, request.headers, body_size(request)))
     if body.stream:
         return await send(request, _completion_events(service, body, client), service.config.stream_timeout)
     complete = await answers.gather(service, client)

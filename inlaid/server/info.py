@@ -15,6 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from inlaid import __version__
 from inlaid.engine.request import NewRequest, SamplingParams
+from inlaid.server.bodies import body_size
 from inlaid.server.completions import answer
 from inlaid.server.conversation import chat_tokens, template_options
 from inlaid.server.errors import BadRequest, NotFound, Unavailable
@@ -31,13 +32,14 @@ from inlaid.server.protocol.info import (
 )
 from inlaid.server.protocol.sglang import ModelSummary
 from inlaid.server.service import SERVICE, Service
+from inlaid.text.tokenizer import TooManyTokens
 from inlaid.worker.client import EngineClient
 from inlaid.worker.errors import EngineDead
 from inlaid.worker.messages import AdapterInfo
 
 _SILENCE = 5.0  # seconds without an answer after which the engine is not asked, or not waited for
 _PATIENCE = 30.0  # seconds that the engine may take to make a token
-_MAX_IDS = 131_072  # for /detokenize, whose library holds the interpreter's lock
+_MAX_IDS = 131_072  # for /tokenize and /detokenize: longer lists hold the interpreter's lock
 _Asked = TypeVar("_Asked")
 
 
@@ -107,7 +109,7 @@ async def tokenize(request: web.Request, body: TokenizeBody) -> web.Response:
     service = request.app[SERVICE]
     service.resolve(body.model)
     run = service.offload.run if body.messages is None else service.offload.run_chat
-    return await run(len(await request.read()), _tokens, service, body)
+    return await run(body_size(request), _tokens, service, body)
 
 
 def _tokens(service: Service, body: TokenizeBody) -> web.Response:
@@ -117,19 +119,31 @@ def _tokens(service: Service, body: TokenizeBody) -> web.Response:
         tokens = chat_tokens(service, body.messages, body.tools, template_options(body), bool(body.add_special_tokens))
     else:
         special = True if body.add_special_tokens is None else body.add_special_tokens
-        tokens = service.tokenizer.encode(body.prompt or "", special)
+        tokens = _encoded(service, body.prompt or "", special)
     texts = [service.tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
     most = service.encoder.max_model_len
     return answer(Tokens(count=len(tokens), max_model_len=most, tokens=tokens, token_strs=texts))
+
+
+def _encoded(service: Service, text: str, special: bool) -> list[int]:
+    most = _most_ids(service)
+    try:
+        return service.tokenizer.encode(text, special, most)
+    except TooManyTokens as error:
+        raise BadRequest(f"prompt has {error} tokens; at most {most} are listed", "prompt") from None
+
+
+def _most_ids(service: Service) -> int:
+    return max(_MAX_IDS, service.encoder.max_model_len)
 
 
 async def detokenize(request: web.Request, body: DetokenizeBody) -> web.Response:
     """Return the text of token ids, special tokens included."""
     service = request.app[SERVICE]
     service.resolve(body.model)
-    if len(body.tokens) > (most := max(_MAX_IDS, service.encoder.max_model_len)):
+    if len(body.tokens) > (most := _most_ids(service)):
         raise BadRequest(f"tokens has {len(body.tokens)} entries; at most {most} are turned into text", "tokens")
-    return await service.offload.run(len(await request.read()), _text, service, body.tokens)
+    return await service.offload.run(body_size(request), _text, service, body.tokens)
 
 
 def _text(service: Service, tokens: list[int]) -> web.Response:

@@ -11,12 +11,13 @@ import msgspec
 from aiohttp import web
 
 from inlaid.engine.request import FinishReason
-from inlaid.server.access import note_client, note_error
+from inlaid.server.access import note_client
 from inlaid.server.answers import TokenCounter
 from inlaid.server.blocks import Block, Blocks, Change, Kind, read_blocks
+from inlaid.server.bodies import body_size
 from inlaid.server.completions import answer
 from inlaid.server.conversation import chat_request, chat_tokens, chosen_tools, template_options
-from inlaid.server.errors import reported
+from inlaid.server.errors import ApiError
 from inlaid.server.message_request import chat_body
 from inlaid.server.prepare import ClientRequest
 from inlaid.server.protocol.anthropic import (
@@ -50,10 +51,10 @@ async def create_message(request: web.Request, body: MessagesBody) -> web.Stream
     """Answer a conversation in Anthropic's form."""
     service = request.app[SERVICE]
     chat = chat_body(body)
-    client = note_client(request, await chat_request(service, chat, request.headers, len(await request.read())))
+    client = note_client(request, await chat_request(service, chat, request.headers, body_size(request)))
     making = _Making(request, client)
     if body.stream:
-        return await send(request, making.events(), service.config.stream_timeout, done=b"")
+        return await send(request, making.events(), service.config.stream_timeout, b"", _failed)
     async with aclosing(making.read()) as arriving:
         async for _ in arriving:
             pass
@@ -65,7 +66,7 @@ async def count_tokens(request: web.Request, body: CountBody) -> web.Response:
     service = request.app[SERVICE]
     chat = chat_body(body)
     service.resolve(body.model)
-    return await service.offload.run_chat(len(await request.read()), _counted, service, chat)
+    return await service.offload.run_chat(body_size(request), _counted, service, chat)
 
 
 def _counted(service: Service, chat: ChatBody) -> web.Response:
@@ -93,25 +94,18 @@ class _Making:
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Yield the events of a stream. The first goes out with the first token, so that a refusal is a status."""
         begun = False
-        try:
-            async with aclosing(self.read()) as arriving:
-                async for _, changes in arriving:
-                    if not begun:
-                        begun = True
-                        yield _event("message_start", message=self.message(finished=False))
-                    for change in changes:
-                        for made in _changed(*change):
-                            yield made
-            reason, sequence = self._stopped()
-            delta = {"stop_reason": reason, "stop_sequence": sequence}
-            yield _event("message_delta", delta=delta, usage=self._usage())
-            yield _event("message_stop")
-        except Exception as error:
-            if not begun:
-                raise
-            known = reported(error, "a stream")
-            note_error(self._request, known.message)
-            yield named_event("error", known.anthropic_body)
+        async with aclosing(self.read()) as arriving:
+            async for _, changes in arriving:
+                if not begun:
+                    begun = True
+                    yield _event("message_start", message=self.message(finished=False))
+                for change in changes:
+                    for made in _changed(*change):
+                        yield made
+        reason, sequence = self._stopped()
+        delta = {"stop_reason": reason, "stop_sequence": sequence}
+        yield _event("message_delta", delta=delta, usage=self._usage())
+        yield _event("message_stop")
 
     def message(self, finished: bool) -> MadeMessage:
         """Return the message, whole or as it begins."""
@@ -175,3 +169,7 @@ def _changed(what: str, block: Block, text: str) -> Iterator[bytes]:
 
 def _event(kind: str, **fields: Any) -> bytes:
     return named_event(kind, MessageEvent(type=kind, **fields))
+
+
+def _failed(error: ApiError) -> bytes:
+    return named_event("error", error.anthropic_body)

@@ -24,6 +24,7 @@ from inlaid.engine.request import FinishReason, TokenLogprobs
 from inlaid.server import answers
 from inlaid.server.access import note_client
 from inlaid.server.answers import LogprobBudget
+from inlaid.server.bodies import body_size
 from inlaid.server.completions import answer
 from inlaid.server.errors import ApiError, BadRequest, refused
 from inlaid.server.prepare import ClientRequest, completion_request
@@ -74,7 +75,7 @@ async def generate(request: web.Request, body: NativeBody) -> web.StreamResponse
     service, started = request.app[SERVICE], time.monotonic()
     items, several = _items(body)
     field = "text" if body.input_ids is None else "input_ids"
-    size = len(await request.read())
+    size = body_size(request)
     client = note_client(request, await _client_request(service, items, request.headers, field, size))
     several = several or client.num_answers > 1
     names = _names(body, len(client.requests), several)

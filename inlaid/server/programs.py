@@ -24,6 +24,7 @@ from inlaid.program.options import Limits
 from inlaid.program.target import Target
 from inlaid.program.values import Failure, failure_in
 from inlaid.server import safety
+from inlaid.server.bodies import body_size
 from inlaid.server.completions import answer
 from inlaid.server.errors import ErrorBody, refused
 from inlaid.server.prepare import ClientRequest, find, priority_of
@@ -41,7 +42,7 @@ _VALUES_PER_CALL = 16  # values that a program may compute for each call that it
 async def programs(request: web.Request, body: ProgramBody) -> web.StreamResponse:
     """Run a program: a graph of calls with adapters."""
     service = request.app[SERVICE]
-    driver = await _driver(request, service, body, len(await request.read()))
+    driver = await _driver(request, service, body, body_size(request))
     if body.stream:
         return await send(request, _events(driver), service.config.stream_timeout)
     async with aclosing(driver.turns()) as turns:

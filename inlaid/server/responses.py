@@ -13,12 +13,13 @@ import msgspec
 from aiohttp import web
 
 from inlaid.engine.request import FinishReason
-from inlaid.server.access import note_client, note_error
+from inlaid.server.access import note_client
 from inlaid.server.answers import TokenCounter, chat_logprobs
 from inlaid.server.blocks import Block, Blocks, Change, Kind, read_blocks
+from inlaid.server.bodies import body_size
 from inlaid.server.completions import answer
 from inlaid.server.conversation import chat_request
-from inlaid.server.errors import reported
+from inlaid.server.errors import ApiError
 from inlaid.server.prepare import ClientRequest
 from inlaid.server.protocol.chat import ChatLogprob
 from inlaid.server.protocol.responses import (
@@ -58,11 +59,11 @@ async def create_response(request: web.Request, body: ResponseBody) -> web.Strea
     """Answer a conversation of items, with calls of functions and reasoning as items of their own."""
     service = request.app[SERVICE]
     items = conversation(body, service.responses, _owner(request))
-    size = len(await request.read()) + 64 * len(items)
+    size = body_size(request) + 64 * len(items)
     client = note_client(request, await chat_request(service, chat_body(body, items), request.headers, size))
     making = _Making(request, body, client, items)
     if body.stream:
-        return await send(request, making.events(), service.config.stream_timeout, done=b"")
+        return await send(request, making.events(), service.config.stream_timeout, b"", making.failed)
     async with aclosing(making.read()) as arriving:
         async for _ in arriving:
             pass
@@ -119,26 +120,23 @@ class _Making:
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Yield the events of a stream. The first goes out with the first token, so that a refusal is a status."""
         begun = False
-        try:
-            async with aclosing(self.read()) as arriving:
-                async for _, changes in arriving:
-                    if not begun:
-                        begun = True
-                        yield self._event("response.created", response=self._response("in_progress"))
-                        yield self._event("response.in_progress", response=self._response("in_progress"))
-                    for change in changes:
-                        for made in self._changed(*change):
-                            yield made
-            whole = self.close()
-            yield self._event(f"response.{whole.status}", response=whole)
-        except Exception as error:
-            if not begun:
-                raise
-            known = reported(error, "a stream")
-            note_error(self._request, known.message)
-            failed = self._response("failed")
-            failed.error = ResponseError(code=known.code or known.kind, message=known.message)
-            yield self._event("response.failed", response=failed)
+        async with aclosing(self.read()) as arriving:
+            async for _, changes in arriving:
+                if not begun:
+                    begun = True
+                    yield self._event("response.created", response=self._response("in_progress"))
+                    yield self._event("response.in_progress", response=self._response("in_progress"))
+                for change in changes:
+                    for made in self._changed(*change):
+                        yield made
+        whole = self.close()
+        yield self._event(f"response.{whole.status}", response=whole)
+
+    def failed(self, error: ApiError) -> bytes:
+        """Return the event that ends a stream which has failed."""
+        response = self._response("failed")
+        response.error = ResponseError(code=error.code or error.kind, message=error.message)
+        return self._event("response.failed", response=response)
 
     def _response(self, status: Any) -> Response:
         body, finished = self._body, status != "in_progress"

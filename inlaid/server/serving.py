@@ -11,7 +11,7 @@ import signal
 import socket
 import ssl
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -63,10 +63,7 @@ async def make_service(
     warn_of_risks(config, engine_config.scheduler.policy, engine_config.scheduler.tenant, keys)
     folders = AllowedFolders(adapter_roots(config))
     model_name = config.served_model_name or model_display_name(engine_config.model)
-    names = ModelNames(model_name, engine_config.model)
-    for name in adapters:
-        if (why := names.why_not(name)) is not None:
-            raise ConfigError(f"no adapter can be called {name!r}: {why}; rename it, or the base (--served-model-name)")
+    names = _names(model_name, engine_config.model, adapters)
     versions = None
     first_model = engine_config.model
     if config.tasks.online_tasks:
@@ -113,6 +110,14 @@ async def make_service(
         state=state,
         online=online,
     )
+
+
+def _names(model_name: str, model: str, adapters: Iterable[str]) -> ModelNames:
+    names = ModelNames(model_name, model)
+    for name in adapters:
+        if (why := names.why_not(name)) is not None:
+            raise ConfigError(f"no adapter can be called {name!r}: {why}; rename it, or the base (--served-model-name)")
+    return names
 
 
 async def _restore(engine: EngineClient, state: ServerState, names: ModelNames, folders: AllowedFolders) -> None:
@@ -245,15 +250,7 @@ async def serve(
     finally:
         if service_ready.cancelled() or service_ready.exception() is not None:
             listener.close()
-    runner = web.AppRunner(
-        make_app(service),
-        handler_cancellation=True,
-        access_log=None,
-        logger=http_log(),
-        shutdown_timeout=1.0,
-        keepalive_timeout=_IDLE_SECONDS,
-        lingering_time=_LINGERING_SECONDS,
-    )
+    runner = _app_runner(service)
     await runner.setup()
     assert runner.server is not None
     accept = service.connections.bounded(runner.server)
@@ -261,10 +258,7 @@ async def serve(
     accepting = await asyncio.get_running_loop().create_server(
         accept, sock=listener, backlog=service.connections.at_once, ssl=encryption, ssl_handshake_timeout=patience
     )
-    for number, watcher in enumerate(service.watchers, 1):
-        service.background.start(f"lora-watch {number}", partial(watcher.run, config.lora_watch_interval))
-    if service.online is not None:
-        service.background.start("online-tasks", service.online.run)
+    _start_background(service)
     gc.collect()
     gc.freeze()  # what is there now stays: looking through it held up the event loop in the middle of large bodies
     host, port = listener.getsockname()[:2]
@@ -281,6 +275,25 @@ async def serve(
     service.tokenizer.template.close()
     service.state.close()
     return status
+
+
+def _app_runner(service: Service) -> web.AppRunner:
+    return web.AppRunner(
+        make_app(service),
+        handler_cancellation=True,
+        access_log=None,
+        logger=http_log(),
+        shutdown_timeout=1.0,
+        keepalive_timeout=_IDLE_SECONDS,
+        lingering_time=_LINGERING_SECONDS,
+    )
+
+
+def _start_background(service: Service) -> None:
+    for number, watcher in enumerate(service.watchers, 1):
+        service.background.start(f"lora-watch {number}", partial(watcher.run, service.config.lora_watch_interval))
+    if service.online is not None:
+        service.background.start("online-tasks", service.online.run)
 
 
 def _on_signals(stop: asyncio.Future[int], starting: asyncio.Future[Service]) -> None:

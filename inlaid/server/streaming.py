@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, suppress
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +16,7 @@ import msgspec
 from aiohttp import web
 
 from inlaid.server.access import note_error
-from inlaid.server.errors import reported
+from inlaid.server.errors import ApiError, reported
 
 log = logging.getLogger(__name__)
 
@@ -38,16 +38,26 @@ def named_event(name: str, value: Any) -> bytes:
     return b"event: " + name.encode() + b"\n" + event(value)
 
 
+def failure(error: ApiError) -> bytes:
+    """Return the event that ends a stream which has failed."""
+    return event(error.body)
+
+
 async def send(
-    request: web.Request, events: AsyncGenerator[bytes, None], patience: float = 0.0, done: bytes = DONE
+    request: web.Request,
+    events: AsyncGenerator[bytes, None],
+    patience: float = 0.0,
+    done: bytes = DONE,
+    failed: Callable[[ApiError], bytes] = failure,
 ) -> web.StreamResponse:
-    """Write events until they end, and then `done`. A client that reads slowly slows this down; one that goes cancels
-    it; one that lets a write wait longer than `patience` seconds (0: any) is disconnected."""
+    """Write events until they end or fail, and then `done`; `failed` makes the event of a failure. A client that reads
+    slowly slows this down; one that goes cancels it; one that lets a write wait longer than `patience` seconds (0: any)
+    is disconnected."""
     async with aclosing(events):
         first = await anext(events)
         response = web.StreamResponse(headers=_HEADERS)
         await response.prepare(request)
-        async with aclosing(_to_the_end(request, events, done)) as rest:
+        async with aclosing(_to_the_end(request, events, done, failed)) as rest:
             with (
                 suppress(OSError),
                 _Watch(request.transport, patience) as watch,
@@ -92,7 +102,7 @@ class _Watch:
 
 
 async def _to_the_end(
-    request: web.Request, events: AsyncGenerator[bytes, None], done: bytes
+    request: web.Request, events: AsyncGenerator[bytes, None], done: bytes, failed: Callable[[ApiError], bytes]
 ) -> AsyncGenerator[bytes, None]:
     """Yield the events, an event with the error if they fail, and the mark of the end."""
     try:
@@ -101,5 +111,5 @@ async def _to_the_end(
     except Exception as error:  # noqa: BLE001 - what is not known is logged
         known = reported(error, "a stream")
         note_error(request, known.message)
-        yield event(known.body)
+        yield failed(known)
     yield done

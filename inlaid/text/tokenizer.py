@@ -16,6 +16,10 @@ _MAX_JSON_BYTES = 512 << 20
 BROKEN = "\ufffd"  # what a decoder writes for bytes that are no character (yet)
 
 
+class TooManyTokens(ValueError):
+    """A text has more tokens than its caller takes; the argument is their number."""
+
+
 class Tokenizer:
     """A model's tokenizer and chat template. Its methods only read, and may run in threads."""
 
@@ -36,10 +40,12 @@ class Tokenizer:
         added = self._fast.get_added_tokens_decoder().values()
         self._special = frozenset(token.content for token in added if token.special)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, most: int | None = None) -> list[int]:
         """Return the token ids of a text. Other threads go on meanwhile, however long it is: without the offsets of
-        tokens nothing long is done under the interpreter's lock."""
+        tokens nothing long is done under the interpreter's lock. TooManyTokens: it has more than `most`."""
         [encoding] = self._fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        if most is not None and len(encoding) > most:
+            raise TooManyTokens(len(encoding))
         ids: list[int] = encoding.ids
         return ids
 

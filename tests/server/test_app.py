@@ -19,6 +19,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from inlaid.config import EngineConfig, ServerConfig
 from inlaid.server import app
 from inlaid.server.access import NOTES, logged
+from inlaid.server.bodies import read_body
 from inlaid.server.metrics import Metrics
 from inlaid.server.names import ModelNames
 from inlaid.server.safety import AllowedFolders, Keys
@@ -40,7 +41,7 @@ async def _answer_to(sent: bytes, config: ServerConfig, end: bytes) -> bytes:
     stub.config = config
 
     async def read(request: web.Request) -> web.Response:
-        answer = web.Response(text=str(len(await app._body(request))))
+        answer = web.Response(text=str(len(await read_body(request, config.body_timeout))))
         answer.force_close()
         return answer
 

@@ -128,6 +128,9 @@ def test_ids_without_end_and_fields_without_end_are_refused_before_they_are_made
     many = server.ask("POST", "/detokenize", raw=b'{"tokens": [' + b"5," * 140_000 + b"5]}")
     assert (many.status, many.json["error"]["param"]) == (400, "tokens")
     assert "at most 131072 are turned into text" in many.json["error"]["message"]
+    long = server.ask("POST", "/tokenize", {"prompt": "ab cd " * 70_000})
+    assert (long.status, long.json["error"]["param"]) == (400, "prompt")
+    assert long.json["error"]["message"].endswith("tokens; at most 131072 are listed")
     body = b'{"prompt": "a", "logit_bias": {' + b'"5":1,' * 102_000 + b'"5":1}}'
     answer = server.ask("POST", "/v1/completions", raw=body)
     assert answer.status == 400
