@@ -198,7 +198,7 @@ class EngineConfig:
     decode_kernel: str = option(
         "layers",  # until the checks that README's Limits name have run with one kernel
         "steps of up to 4 decodes: a kernel for each operation (layers), one persistent kernel (one), or one where it "
-        "was measured faster and linear_backend is auto (auto); one kernel keeps a second copy of the quantized weights",
+        "was measured faster and linear_backend is auto (auto); one kernel keeps a second copy of the weights",
         ("auto", "one", "layers"),
     )
     enforce_eager: bool = option(False, "no CUDA graphs")
