@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -95,6 +96,8 @@ class _Attackers:
                 await asyncio.sleep(0.1)
                 continue
             self.tally.num_mutants += 1
+            if self.tally.num_mutants % 10_000 == 0:
+                print(f"{self.tally.num_mutants} mutated requests, {self.tally.faults}", file=sys.stderr, flush=True)
             self.tally.note(reply.status, f"{sent.raw[:2000]!r}: {reply.body[:300]!r}", reply.seconds)
             await asyncio.sleep(pause)
 

@@ -9,6 +9,7 @@ import gzip
 import json
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from inlaid.server.routes import ROUTES
@@ -96,10 +97,13 @@ class Mutator:
         if draw.random() < 0.1:
             return self._finished("GET", draw.choice(self._queries), headers, b"")
         path, body = draw.choice(self._bodies)
-        value = copy.deepcopy(body)
-        for _ in range(draw.choice((0, 1, 1, 1, 2, 3, 5))):
-            value = self._changed(value)
-        data = json.dumps(value).encode()
+        data = b""
+        while not data:
+            value = copy.deepcopy(body)
+            for _ in range(draw.choice((0, 1, 1, 1, 2, 3, 5))):
+                value = self._changed(value)
+            with suppress(RecursionError):  # nested more deeply than json writes it
+                data = json.dumps(value).encode()
         if draw.random() < 0.15:
             data = draw.choice(_BYTES)(draw, data)
         if self._long_body and draw.random() < 0.0005:

@@ -40,7 +40,7 @@ def mutated(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
                 server.admin("POST", "/v1/load_lora_adapter", {"lora_name": "maths", "lora_path": "maths"}).status
                 == 200
             )
-            rates = Rates(mutants=4, attack_pause=0.0)
+            rates = Rates(mutants=12, attack_pause=0.0)
             tally = attack(server.url, server.address, root, args.seed, rates, args.seconds, args.count or 1_000_000)
             restarts = server.ask("GET", "/health").json["restarts"]
         finally:

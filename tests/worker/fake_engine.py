@@ -65,6 +65,7 @@ class _Adapters:
         self._directory.names = tuple(self._paths)
 
     def remove(self, name: str) -> int:
+        self.describe(name)
         del self._paths[name]
         self._directory.names = tuple(self._paths)
         return 0
