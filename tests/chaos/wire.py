@@ -6,7 +6,7 @@ import asyncio
 import time
 from dataclasses import dataclass
 
-_LONGEST = 300.0  # seconds to wait for an answer
+_LONGEST = 1800.0  # seconds to wait for an answer: others may leave the server next to no time
 
 
 @dataclass(frozen=True)
