@@ -76,6 +76,12 @@ class SchedulerConfig:
         "if that is more",
     )
     max_num_batched_tokens: int = option(2048, "most tokens in one step; longer prompts are prefilled in chunks")
+    max_step_ms: int = option(
+        0,
+        "most milliseconds of a step that makes tokens of answers: prompts get as many of its tokens as fit by the "
+        "steps before; 0: 80 on a CPU, no limit on a GPU",
+        least=0,
+    )
     max_num_waiting: int = option(4096, "most requests waiting; more are refused with 429")
     enable_chunked_prefill: bool = option(True, "split prompts that exceed the token budget over several steps")
     max_tasks_per_step: int = option(0, "most distinct adapters in one step; 0: no limit")

@@ -25,6 +25,8 @@ class Decodes:
         if state.num_preemptions != preemptions:
             singles = self._still_running(singles)
         budget = state.config.max_num_batched_tokens - len(singles)
+        if state.config.enable_chunked_prefill:
+            budget = state.step_time.bound(budget, len(singles))
         prefills: list[Work] = []
         for progress in unfinished:
             if progress.request.status is Status.RUNNING and budget > 0:

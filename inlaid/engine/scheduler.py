@@ -27,6 +27,7 @@ from inlaid.engine.refusal import Refusal, RefusalKind, Refused
 from inlaid.engine.request import Batch, FinishReason, NewRequest, Output, Request, Status, StepResult, Work
 from inlaid.engine.residency import AdapterDirectory
 from inlaid.engine.state import State
+from inlaid.engine.step_time import StepTime
 from inlaid.engine.steps import Steps
 from inlaid.engine.waiting import WaitingQueue
 from inlaid.engine.working_set import WorkingSet
@@ -69,6 +70,7 @@ class Scheduler:
             pool=self.pool,
             prefix=PrefixCache(cache, self.pool, base_version),
             steps=Steps(self.pool, adapters),
+            step_time=StepTime(config.max_step_ms / 1000),
             ledger=self.ledger,
             limits=self.limits,
             working_set=working_set,
@@ -239,6 +241,7 @@ class Scheduler:
 
     def _end_step(self, batch: Batch, now: float) -> None:
         seconds = self.state.steps.end(batch.step, now)
+        self.state.step_time.note(batch.works, seconds)
         pace = self.view.seconds_per_step
         self.view.seconds_per_step = seconds if pace == 0 else 0.9 * pace + 0.1 * seconds
 

@@ -13,6 +13,7 @@ from inlaid.engine.prefix import PrefixCache
 from inlaid.engine.progress import Progress
 from inlaid.engine.request import Request
 from inlaid.engine.residency import AdapterDirectory
+from inlaid.engine.step_time import StepTime
 from inlaid.engine.steps import Steps
 from inlaid.engine.waiting import WaitingQueue
 from inlaid.engine.working_set import WorkingSet
@@ -27,6 +28,7 @@ class State:
     pool: BlockPool
     prefix: PrefixCache
     steps: Steps
+    step_time: StepTime
     ledger: Ledger
     limits: QueueLimits
     working_set: WorkingSet

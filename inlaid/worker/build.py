@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("inlaid.engine")
 
+_CPU_STEP_MS = 80
 _AHEAD = 16  # adapters read and not yet taken at start-up, where host memory does not hold them all
 
 
@@ -58,7 +59,7 @@ def build_engine(config: EngineConfig, adapters: Mapping[str, str], *, strict: b
         model = load_model(config, opened=opened, settle=readers.wait)
         made = time.monotonic()
         engine = make_engine(
-            config,
+            _with_step_time(config, model),
             model.runner,
             time.monotonic,
             num_blocks=model.num_blocks,
@@ -76,6 +77,13 @@ def build_engine(config: EngineConfig, adapters: Mapping[str, str], *, strict: b
     spent = process_age() - (time.monotonic() - began), imported - began, made - imported, time.monotonic() - made
     log.info("start-up: process %.1f s, imports %.1f s, model %.1f s, adapters %.1f s", *spent)
     return loaded
+
+
+def _with_step_time(config: EngineConfig, model: LoadedModel) -> EngineConfig:
+    """Bound the time of steps on a CPU, where a step of as many tokens as allowed takes seconds."""
+    if config.scheduler.max_step_ms or model.runner.device.type != "cpu":
+        return config
+    return replace(config, scheduler=replace(config.scheduler, max_step_ms=_CPU_STEP_MS))
 
 
 def install(loaded: Loaded, readers: Readers, strict: bool) -> None:
