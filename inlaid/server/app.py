@@ -142,11 +142,17 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     except ConnectionError:
         raise  # the client has left: nobody reads an answer, and aiohttp ends the connection
     except Exception as error:  # noqa: BLE001 - a defect is logged
-        known = reported(error, f"{request.method} {request.path}")
-        if isinstance(error, web.HTTPNotFound):
-            known = no_such_path(request.path, {plain_path(route) for route in ROUTES})
-        note_error(request, known.message)
-        return response(known, for_anthropic=request.path.startswith("/v1/messages"))
+        return _answer(request, error)
+
+
+def _answer(request: web.Request, error: Exception) -> web.Response:
+    """Return the answer to an error. A name for it in the frame that caught it would be a cycle, and keep the body of
+    its request, and whatever was made of that, until garbage is collected on the event loop."""
+    known = reported(error, f"{request.method} {request.path}")
+    if isinstance(error, web.HTTPNotFound):
+        known = no_such_path(request.path, {plain_path(route) for route in ROUTES})
+    note_error(request, known.message)
+    return response(known, for_anthropic=request.path.startswith("/v1/messages"))
 
 
 def http_log() -> logging.Logger:

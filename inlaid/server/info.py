@@ -127,6 +127,8 @@ def _tokens(service: Service, body: TokenizeBody) -> web.Response:
 
 def _encoded(service: Service, text: str, special: bool) -> list[int]:
     most = _most_ids(service)
+    if len(text) > most * service.tokenizer.max_token_bytes:
+        raise BadRequest(f"prompt has {len(text)} characters; at most {most} tokens are listed", "prompt")
     try:
         return service.tokenizer.encode(text, special, most)
     except TooManyTokens as error:

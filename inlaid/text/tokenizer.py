@@ -44,8 +44,9 @@ class Tokenizer:
         """Return the token ids of a text. Other threads go on meanwhile, however long it is: without the offsets of
         tokens nothing long is done under the interpreter's lock. TooManyTokens: it has more than `most`."""
         [encoding] = self._fast.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        if most is not None and len(encoding) > most:
-            raise TooManyTokens(len(encoding))
+        if most is not None and (count := len(encoding)) > most:
+            del encoding  # the error's traceback would keep it
+            raise TooManyTokens(count)
         ids: list[int] = encoding.ids
         return ids
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-import msgspec
+from types import SimpleNamespace
+from typing import Any
 
+import msgspec
+import pytest
+
+from inlaid.server import info
+from inlaid.server.errors import BadRequest
 from inlaid.server.metrics import OTHER, Metrics
 from inlaid.server.openapi import plain_path
 from inlaid.server.routes import ROUTES
@@ -122,6 +128,13 @@ def test_each_adapters_place_and_history(server: Live) -> None:
     assert f'\ninlaid:lora_adapter_hits_total{{adapter_name="code"}} {float(code["hits"])}\n' in page
     assert '\ninlaid:lora_adapter_loads_total{adapter_name="code"} 1.0\n' in page
     assert 'vllm:lora_adapter_load_seconds{adapter_name="code",level="gpu"}' in page
+
+
+def test_a_text_of_more_characters_than_its_tokens_can_hold_is_refused_unread() -> None:
+    encoder, tokenizer = SimpleNamespace(max_model_len=1024), SimpleNamespace(max_token_bytes=3)  # that cannot encode
+    service: Any = SimpleNamespace(encoder=encoder, tokenizer=tokenizer)
+    with pytest.raises(BadRequest, match="prompt has 393217 characters; at most 131072 tokens are listed"):
+        info._encoded(service, "a" * (3 * 131_072 + 1), False)
 
 
 def test_ids_without_end_and_fields_without_end_are_refused_before_they_are_made_objects(server: Live) -> None:
