@@ -78,7 +78,7 @@ run_tests() {
     local types failed=0
     "$python" -m mypy & # on one core beside the tests' start; its errors fail the run at the end
     types=$!
-    "$python" -m pytest -n 2 --dist loadfile -q || failed=$?
+    "$python" -m pytest -n 3 --dist loadfile --no-loadscope-reorder -q || failed=$?
     wait "$types" || failed=$?
     return "$failed"
 }

@@ -143,8 +143,11 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
         return
     threads = max(1, (os.cpu_count() or 1) // (workers + 1))
     torch.set_num_threads(threads)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker, initargs=(threads,)) as pool:
+    forked = multiprocessing.get_context("forkserver")
+    forked.set_forkserver_preload(
+        ["eval.engine", "eval.seeds", "eval.variants"]
+    )  # imports take seconds: once, not in each worker
+    with ProcessPoolExecutor(workers, mp_context=forked, initializer=_start_worker, initargs=(threads,)) as pool:
         try:
             yield pool
         except BaseException:

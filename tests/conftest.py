@@ -25,8 +25,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also the long form of tests that have a short one")
 
 
+HEAVY = ("perf", "eval", "quant", "runner", "oracle", "console", "cluster", "chaos", "server")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what is marked long, unless the run is."""
+    """Put heavy folders first, so that no worker is left alone with one, and skip what is marked long unless the run
+    is."""
+
+    def weight(item: pytest.Item) -> int:
+        folder = item.path.parent.name
+        return HEAVY.index(folder) if folder in HEAVY else len(HEAVY)
+
+    items.sort(key=weight)
     if not config.getoption("--long"):
         for item in items:
             if item.get_closest_marker("long"):

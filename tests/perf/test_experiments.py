@@ -23,6 +23,11 @@ from perf.template import instantiate
 FOLDER = ROOT / "perf" / "experiments"
 FULL = sorted(path.stem for path in FOLDER.glob("*.toml") if not path.stem.startswith("demo-"))
 DEMOS = sorted(path.stem for path in FOLDER.glob("demo-*.toml"))
+SERVED = [  # ten seconds each; every template's flags are read by the test of instances
+    pytest.param(name, marks=() if name in ("demo-vtc", "demo-scaling") else pytest.mark.long)
+    for name in DEMOS
+    if name != "demo-grid"
+]
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +77,7 @@ def test_vtcs_suites_are_those_of_the_simulator_on_servers_of_their_size() -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in DEMOS if name != "demo-grid"])
+@pytest.mark.parametrize("name", SERVED)
 def test_a_demo_runs_on_the_real_server(name: str, tmp_path: Path, long: bool) -> None:
     """Every point passes, every request is answered with the tokens asked for, and a report is made.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -181,7 +182,7 @@ def test_the_call_house_measures_rows_alone_and_first(
     ]
     assert max(begin for begin, _ in together) < min(end for _, end in together)
     table = (tmp_path / "house.md").read_text()
-    assert "7B none@1, ms a token                        1.00       1.30  1.300" in table
+    assert re.search(r"7B none@1, ms a token +1\.00 +2\.35 +2\.350", table)
     assert f"1 of {len(expected.read())} figures as recorded or near it" in table
     assert "7B 32@1, ms a token (not measured)" in capsys.readouterr().out
 
@@ -227,5 +228,5 @@ def test_the_unit_tests_of_a_gpu_are_counted_as_they_end(tmp_path: Path, monkeyp
 
 def test_tests_that_cannot_start_are_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "TEST_PATHS", (str(tmp_path / "nowhere"),))
-    monkeypatch.setattr(bench, "WORKERS", "1")
+    monkeypatch.setattr(bench, "WORKERS", "0")
     assert bench.kernel_tests(lambda part: None)["failed"]

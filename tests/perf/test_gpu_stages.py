@@ -308,7 +308,7 @@ def test_a_tiny_model_is_served_and_its_rows_are_kept_one_by_one(on_the_cpu: Pat
     assert any("weights" in line for line in found["start_up"])
 
 
-@pytest.mark.parametrize("largest", [False, True])
+@pytest.mark.parametrize("largest", [pytest.param(False, marks=pytest.mark.long), True])
 def test_more_adapters_than_places_come_and_go_while_they_are_served(on_the_cpu: Path, largest: bool) -> None:
     """Use the bytes of two adapters of rank 16: there is room for four of rank 8."""
     rows = ((2, 2, 4), (5, 2, 10))
@@ -322,12 +322,14 @@ def test_more_adapters_than_places_come_and_go_while_they_are_served(on_the_cpu:
     assert found["places"] == (5 if largest else 2)
 
 
-def test_sums_by_arrival_are_rows_of_their_own(on_the_cpu: Path) -> None:
-    found = serving.otherwise("arrival", "tiny", [(0, 1, 1), (1, 16, 2)], (16,), lambda part: None)
-    assert found["more"] == ["--no-deterministic"]
-    assert [(row["adapters"], row["concurrency"]) for row in found["rows"]] == [(0, 1)]
+@pytest.mark.parametrize("how", serving.OTHERWISE)
+def test_a_flag_is_measured_on_rows_of_few_streams(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "run", lambda *given: {"given": given})
+    found = serving.otherwise(how, "tiny", [(0, 1, 1), (1, 16, 2)], (16,), print)
+    assert found["given"] == ("tiny", [(0, 1, 1)], (16,), print, serving.OTHERWISE[how])
 
 
+@pytest.mark.long  # another start of the server above
 def test_a_start_with_the_caches_that_are_there(on_the_cpu: Path) -> None:
     (start,) = serving.start_warm("tiny", lambda part: None)["starts"]
     assert start["caches"] == "as they are"

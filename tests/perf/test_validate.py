@@ -165,11 +165,11 @@ def test_a_model_fitted_to_some_traffic_foretells_other() -> None:
 
 @pytest.mark.slow
 def test_the_same_trace_on_engine_and_simulator_agrees(loaded: Loaded) -> None:
-    plan = Plan(policies=("fcfs",), loads=(0.7,), seconds=4.0, rounds=2)
+    plan = Plan(policies=("fcfs",), loads=(0.7,), seconds=2.0, rounds=1)
     seen = []
     for _ in range(ATTEMPTS):
         (row,) = validate(loaded, plan).rows
-        assert row["engine"]["requests"] == row["simulator"]["requests"] > 20
+        assert row["engine"]["requests"] == row["simulator"]["requests"] > 10
         off = {
             "throughput": row["throughput_error"],
             "ttft": row["ttft_error"],

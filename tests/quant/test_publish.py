@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from inlaid.quant.grid import Grid
 from inlaid.quant.quantize import add_task, quantize, remove_task
 from inlaid.quant.record import RECORD, Record
 from inlaid.quant.settings import Gate, Place, QuantizeError, Settings, TaskSource
+from tests.quant import killed
 from tests.quant.tiny import write_adapter, write_base, write_data
 
 ANYWAY = Gate(force=True)
@@ -140,33 +139,6 @@ def test_foreign_files_are_never_lost(tmp_path: Path, base: Path) -> None:
     assert set(Record.read(out).files) == set(os.listdir(out))
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from inlaid.quant import publish
-from inlaid.quant.quantize import add_task
-from inlaid.quant.settings import Gate, TaskSource
-out, task, owner, name, when, at = sys.argv[1:]
-target = publish if owner == "publish" else Path
-real, calls = getattr(target, name), [0]
-def killing(*args, **more):
-    calls[0] += 1
-    if when == "before" and calls[0] == int(at):
-        os.kill(os.getpid(), signal.SIGKILL)
-    made = real(*args, **more)
-    if when == "after" and calls[0] == int(at):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return made
-def armed(*args, **more):
-    setattr(target, name, killing)
-    return sync(*args, **more)
-sync, publish.sync_folder = publish.sync_folder, armed  # called when the new version is whole
-if (owner, name) == ("publish", "sync_folder"):
-    publish.sync_folder, real = killing, sync
-add_task(Path(out), TaskSource.parse(task), gate=Gate(force=True))
-"""
-
-
 @pytest.mark.parametrize(
     ("owner", "name", "when", "at"),
     [
@@ -184,9 +156,7 @@ def test_a_kill_while_publishing_leaves_a_whole_version(
     quantize(base, [one], SETTINGS, out, gate=ANYWAY)
     old = content(out)
     task = f"{two.name}={two.adapter}:{two.data}"
-    command = [sys.executable, "-c", KILLED, str(out), task, owner, name, when, str(at)]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.getcwd()}, capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert killed.exit_code(killed.publish_until, out, task, owner, name, when, at) == -signal.SIGKILL
     record = Record.read(out)
     assert set(record.files) == set(os.listdir(out))
     if sorted(record.tasks) == ["a"]:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import signal
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from inlaid.quant.grid import Grid
 from inlaid.quant.quantize import add_task, quantize, remove_task
 from inlaid.quant.record import Record
 from inlaid.quant.settings import Gate, Place, QuantizeError, Settings, TaskSource
+from tests.quant import killed
 from tests.quant.tiny import FAMILIES, write_adapter, write_base, write_data
 
 ANYWAY = Gate(force=True)  # random models fit nothing; the gate has tests of its own
@@ -165,21 +163,6 @@ def test_siblings_share_an_input_order(tmp_path: Path, world: World) -> None:
             assert fused.spec.act_order
 
 
-KILLED = """
-import json, os, signal, sys
-from pathlib import Path
-from inlaid.quant.quantize import quantize
-from inlaid.quant.settings import Gate, Place, Settings, TaskSource
-base, out, at, settings, *tasks = sys.argv[1:]
-def progress(step, done, total):
-    if at in f"{step}, {done}":
-        os.kill(os.getpid(), signal.SIGKILL)
-sources = [TaskSource.parse(task) for task in tasks]
-chosen = Settings.from_record(json.loads(settings))
-quantize(Path(base), sources, chosen, Path(out), Place(progress=progress), Gate(force=True))
-"""
-
-
 @pytest.mark.parametrize(
     ("sequential", "aggregation", "at"),
     [
@@ -199,9 +182,7 @@ def test_a_killed_run_leaves_the_old_and_resumes(
     old = weights(out)
     tasks = [f"{task.name}={task.adapter}:{task.data}" for task in world.pick("a", "b")]
     written = json.dumps(Record(out, {}, settings, {}, []).values()["settings"])
-    command = [sys.executable, "-c", KILLED, str(world.base), str(out), at, written, *tasks]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": os.getcwd()}, capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert killed.exit_code(killed.quantize_until, world.base, out, at, written, tasks) == -signal.SIGKILL
     assert weights(out) == old
     assert "c" in Record.read(out).tasks
 

@@ -3,6 +3,7 @@ tests/kernels/test_decode.py."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,12 +93,13 @@ def test_a_linear_backend_that_is_named_is_used(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
     pages: Any = SimpleNamespace(pool=SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16))
     spec = spec_from_config(LLAMA)
-    assert decode.make_decode(EngineConfig(), spec, pages) is not None
-    assert decode.make_decode(EngineConfig(linear_backend="exllama"), spec, pages) is None
+    auto = EngineConfig(decode_kernel="auto")
+    assert decode.make_decode(auto, spec, pages) is not None
+    assert decode.make_decode(replace(auto, linear_backend="exllama"), spec, pages) is None
     assert decode.make_decode(EngineConfig(linear_backend="exllama", decode_kernel="one"), spec, pages) is not None
-    assert decode.make_decode(EngineConfig(decode_kernel="layers"), spec, pages) is None
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     assert decode.make_decode(EngineConfig(), spec, pages) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    assert decode.make_decode(auto, spec, pages) is None
 
 
 def test_windows_shorter_than_the_context_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
