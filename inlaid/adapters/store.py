@@ -168,6 +168,10 @@ class AdapterStore:
         """Name the fastest tier that holds all of it: "device", "host" or "disk"."""
         return self._residency.tier(self._held(identity))
 
+    def on_device(self) -> list[str]:
+        """List the identities of the adapters that are on the device."""
+        return [held.identity for held in self._device.held]
+
     def on_host(self, identity: str) -> bool:
         """Say whether host memory holds it, be it on the device or not."""
         return self._held(identity).flat is not None

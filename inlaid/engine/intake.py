@@ -67,6 +67,8 @@ def most_tokens(new: NewRequest, max_model_len: int, pool: BlockPool, config: Sc
             f"{max_model_len - 1} at most"
         )
     limit = min(len(new.prompt) + params.max_tokens, max_model_len)
+    if len(new.prompt) + len(new.made) >= limit and new.made:
+        raise _invalid(f"the answer has {len(new.made)} tokens already, all that it may have")
     blocks = -(-max(limit - 1, len(new.prompt)) // pool.block_size)
     if blocks > pool.guaranteed:
         raise _invalid(
@@ -102,7 +104,7 @@ def make_request(
         deadline=new.deadline,
         cache_salt=new.cache_salt,
         true_output_len=new.true_output_len,
-        tokens=list(new.prompt),
+        tokens=[*new.prompt, *new.made],
         order=order,
         limit=limit,
         stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids),

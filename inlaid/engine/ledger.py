@@ -178,6 +178,11 @@ class Ledger:
         account.charged += cost
         account.virtual += cost / account.weight
 
+    def charge_elsewhere(self, tenant: str, amount: float) -> None:
+        """Charge service that another replica delivered: to the counter alone, as this engine delivered nothing."""
+        account = self.account(tenant)
+        account.virtual += amount / account.weight
+
     def refund_outputs(self, account: Account, num_prompt: int, first: int, last: int, prepaid: int = 0) -> None:
         """Take back output tokens number `first` to `last`: they came after the answer had ended. Those up to number
         `prepaid` were charged ahead; `settle` gives that back."""

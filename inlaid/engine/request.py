@@ -79,6 +79,7 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True):
     deadline: float | None = None  # absolute, on the engine's clock, for slack-aware policies
     cache_salt: str = ""  # requests with another salt share no prefix with this one
     true_output_len: int | None = None  # experiments only: what an oracle predictor may see
+    made: list[int] = []  # the answer's first tokens, which another engine has made and charged; this one goes on
 
 
 class Status(enum.Enum):

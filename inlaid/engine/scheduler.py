@@ -24,7 +24,17 @@ from inlaid.engine.policy import Inlaid, Lengths, MaxTokens, Policy, Rpm, View, 
 from inlaid.engine.prefix import PrefixCache
 from inlaid.engine.progress import Progress
 from inlaid.engine.refusal import Refusal, RefusalKind, Refused
-from inlaid.engine.request import Batch, FinishReason, NewRequest, Output, Request, Status, StepResult, Work
+from inlaid.engine.request import (
+    Batch,
+    FinishReason,
+    NewRequest,
+    Output,
+    Request,
+    Status,
+    StepResult,
+    TokenLogprobs,
+    Work,
+)
 from inlaid.engine.residency import AdapterDirectory
 from inlaid.engine.state import State
 from inlaid.engine.step_time import StepTime
@@ -143,7 +153,9 @@ class Scheduler:
         self._num_added += 1
         request = make_request(new, identity, account, limit, now, self._num_added, self.eos_ids)
         scored = new.params.prompt_logprobs is not None
-        state.progress[request.id] = Progress(request, prompt_logprobs=[None] if scored else None)
+        charged = len(new.prompt) if new.made else 0
+        prompt_logprobs: list[TokenLogprobs | None] | None = [None] if scored else None
+        state.progress[request.id] = Progress(request, prompt_logprobs, charged)
         self.limits.note_accepted(new.tenant, now, None if rpm is None else rpm.window)
         account.num_requests += 1
         self.ledger.enter_queue(account)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from functools import partial
 from itertools import islice
@@ -38,6 +38,10 @@ class Adapters(Protocol):
     def describe(self, name: str) -> AdapterInfo: ...
 
     def list(self) -> list[AdapterInfo]: ...
+
+    def on_device(self) -> Sequence[str]:
+        """List the identities of the adapters that are on the device."""
+        ...
 
 
 class LoraAdapters:
@@ -72,6 +76,9 @@ class LoraAdapters:
 
     def leaving(self, identity: str) -> int:
         return self._model.adapters.leaving(identity)
+
+    def on_device(self) -> Sequence[str]:
+        return self._model.adapters.on_device()
 
     def list(self) -> list[AdapterInfo]:
         return [self.describe(name) for name in self._model.adapters.names()]

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from inlaid.engine.refusal import Refusal, RefusalKind, Refused
+from inlaid.engine.remote import RemoteCharges
 from inlaid.worker import messages
 from inlaid.worker.build import Loaded
 from inlaid.worker.messages import AdapterInfo
@@ -40,6 +41,7 @@ class Queries:
     def __init__(self, loaded: Loaded) -> None:
         self._loaded = loaded
         self._profiler = Profiler()
+        self._remote = RemoteCharges(loaded.engine.scheduler.ledger)
 
     def stats(self) -> dict[str, float]:
         return self._loaded.engine.stats()
@@ -67,6 +69,9 @@ class Queries:
 
     def set_scheduler(self, changes: dict[str, Any]) -> dict[str, Any]:
         return self._loaded.engine.set_scheduler(changes)
+
+    def charge_elsewhere(self, front: str, sums: dict[str, float]) -> None:
+        self._remote.take(front, sums)
 
     def fairness(self, window: float = 60.0) -> dict[str, Any]:
         return self._loaded.engine.fairness(window)

@@ -23,6 +23,7 @@ from inlaid.engine.request import FinishReason, NewRequest, Output
 from inlaid.worker import logs, messages
 from inlaid.worker.errors import EngineDead, exception_of
 from inlaid.worker.inbox import Inbox
+from inlaid.worker.interface import ReplicaState
 from inlaid.worker.link import READ_SIZE, Link
 from inlaid.worker.messages import AdapterInfo, ModelInfo
 
@@ -48,6 +49,7 @@ class EngineClient:
         give_up: Callable[[str], None] = lambda reason: None,
         factory: str = FACTORY,
         environment: Mapping[str, str] | None = None,
+        report_load: bool = False,
     ) -> None:
         self.config = config
         self.adapters: dict[str, AdapterInfo] = {}  # by name, as last heard
@@ -60,6 +62,7 @@ class EngineClient:
         self._on_death = on_death
         self._timeout = timeout  # seconds without an answer after which the process is taken for dead; 0: never
         self._give_up = give_up
+        self._report_load = report_load
         self._factory = factory
         self._environment = {"PYTHONPATH": _import_path(), **(environment or {})}
         self._link: Link | None = None
@@ -82,6 +85,11 @@ class EngineClient:
     def seconds_silent(self) -> float:
         """The seconds that the process has owed an answer to the last heartbeat."""
         return 0.0 if self._asked_at is None else time.monotonic() - self._asked_at
+
+    @property
+    def load(self) -> messages.ReplicaLoad | None:
+        """The engine's state as its answers last told, if they were asked to."""
+        return None if self._link is None else self._link.load
 
     @property
     def process_id(self) -> int | None:
@@ -230,6 +238,15 @@ class EngineClient:
         """Return one adapter. Refused: there is none of that name."""
         return msgspec.convert(await self.call("adapter", name=name), AdapterInfo)
 
+    @property
+    def replica_states(self) -> dict[str, str]:
+        """Return no replicas: this is one engine."""
+        return {}
+
+    async def replicas(self) -> list[ReplicaState]:
+        """Return no replicas: this is one engine."""
+        return []
+
     async def close(self) -> None:
         """End the process; requests in flight fail."""
         self._closing = True
@@ -300,6 +317,7 @@ class EngineClient:
             scheduler=self._scheduler,
             accepted=self._accepted.export(time.monotonic()),
             window=self._accepted.longest_window,
+            report_load=self._report_load,
         )
         framing = messages.Framing(messages.Event)
         watch = asyncio.create_task(self._watch(link))

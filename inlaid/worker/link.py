@@ -27,6 +27,7 @@ class Link:
         self.inboxes: dict[str, Inbox] = {}
         self.calls: dict[int, asyncio.Future[Any]] = {}
         self.fatal: str | None = None
+        self.load: messages.ReplicaLoad | None = None  # as last heard
         self._submitting = asyncio.Lock()
 
     @property
@@ -79,7 +80,8 @@ class Link:
     def receive(self, event: messages.Event) -> None:
         """Hand an event to whoever waits for it."""
         match event:
-            case messages.Outputs(outputs=outputs):
+            case messages.Outputs(outputs=outputs, load=load):
+                self.load = load or self.load
                 for output in outputs:
                     if (inbox := self.inboxes.get(output.id)) is not None:
                         inbox.put(output)

@@ -40,6 +40,7 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     hits: int = 0  # requests that found it on the device and did not have to wait for it
     copy_seconds: float = 0.0  # from host memory to the device, the last time; 0: never yet
     pinned: bool = False  # whether it stays on the device
+    replicas: dict[str, str] = {}  # its tier on each replica, where there are several
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,6 +58,16 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     eos_ids: tuple[int, ...] = ()
 
 
+class ReplicaLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """The state of an engine, which comes with its answers."""
+
+    running: int
+    waiting: int
+    free_blocks: int
+    blocks: int
+    on_device: list[str]  # identities of adapters
+
+
 # From the server.
 
 
@@ -71,6 +82,7 @@ class Start(Message, frozen=True, kw_only=True):
     scheduler: dict[str, Any] = {}  # settings, as control.change takes them
     accepted: dict[str, list[float]] = {}  # when requests of rate-limited tenants were accepted, in monotonic seconds
     window: float = 0.0  # the longest in which they count
+    report_load: bool = False  # with outputs, for a placement over several engines
 
 
 class Add(Message, frozen=True, kw_only=True):
@@ -112,6 +124,7 @@ class Outputs(Message, frozen=True, kw_only=True):
     """Outputs of one step. A request that is not taken has an output too, with FinishReason.ERROR and a refusal."""
 
     outputs: list[Output]
+    load: ReplicaLoad | None = None  # a few times a second, if asked for at the start
 
 
 class Accepted(Message, frozen=True, kw_only=True):

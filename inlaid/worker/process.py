@@ -7,6 +7,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import logging
+import math
 import os
 import select
 import signal
@@ -32,6 +33,7 @@ log = logging.getLogger("inlaid.engine")
 _PAUSE = 0.001  # seconds between looks at what is loading, when there is nothing to compute
 _MAX_FAILURES = 8  # steps that fail in a row before the process looks whether the device still works
 _READ_SIZE = 1 << 20
+_REPORT_SECONDS = 0.1  # between two reports of the load
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _GRACE = 3.0  # seconds from the other end's closing to the end of this process, whatever it is doing
 
@@ -58,7 +60,8 @@ class EngineProcess:
         except Exception as error:  # noqa: BLE001 - a defect is logged
             self._send(messages.Fatal(message=_why_not_started(error)))
             return 1
-        self._engine = loaded.engine
+        self._loaded, self._engine = loaded, loaded.engine
+        self._report_at = 0.0 if start.report_load else math.inf
         self._calls = Calls(loaded, self._threads, self._send)
         if loaded.compile_grammar is not None:
             self._compilations = Compilations(loaded.compile_grammar, self._threads, self._add)
@@ -108,12 +111,27 @@ class EngineProcess:
                 continue
             outputs = engine.step()
             if outputs:
-                self._send(messages.Outputs(outputs=outputs))
+                self._send(messages.Outputs(outputs=outputs, load=self._load()))
             self._calls.between_steps()
             if engine.num_failures_in_a_row >= _MAX_FAILURES and (fault := engine.probe()) is not None:
                 text = f"{_MAX_FAILURES} steps in a row failed, and then one of a single token ({fault}); see the log"
                 self._send(messages.Fatal(message=text))
                 return 1
+
+    def _load(self) -> messages.ReplicaLoad | None:
+        """Return the engine's state, if it is wanted and was not told just now."""
+        now = time.monotonic()
+        if now < self._report_at:
+            return None
+        self._report_at = now + _REPORT_SECONDS
+        scheduler = self._engine.scheduler
+        return messages.ReplicaLoad(
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            free_blocks=scheduler.pool.num_available,
+            blocks=scheduler.pool.capacity,
+            on_device=list(self._loaded.adapters.on_device()),
+        )
 
     def _receive(self, pause: float | None) -> bool:
         """Obey what has come; wait for something for `pause` seconds (None: as long as it takes). False: closed."""

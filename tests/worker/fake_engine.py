@@ -73,6 +73,9 @@ class _Adapters:
     def leaving(self, identity: str) -> int:
         return 0
 
+    def on_device(self) -> tuple[str, ...]:
+        return tuple(self._paths)
+
     def list(self) -> list[AdapterInfo]:
         return [self.describe(name) for name in self._paths]
 
