@@ -41,6 +41,7 @@ _PARTS = (
     ("quantize", "inlaid.quant.entry", "add_quantize_arguments", "run_quantize", "quantize a base for several tasks"),
     ("task", "inlaid.quant.entry", "add_task_arguments", "run_task", "add, remove or list the tasks of a base"),
     ("kernels", "inlaid.kernels.command", "add_arguments", "run", "which kernels this machine has, and their times"),
+    ("cluster", "inlaid.cluster.command", "add_arguments", "run", "serve a model on many replicas"),
     ("sim", "inlaid.sim.command", "add_arguments", "run", "run a workload on the simulated engine"),
 )
 
@@ -91,7 +92,7 @@ def _parser(command: str | None) -> Parser:
     parser.add_argument("--version", action="version", version=f"inlaid {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, add, help in (
-        ("serve", _add_serve, "serve a model and its adapters"),
+        ("serve", add_serve_arguments, "serve a model and its adapters"),
         ("generate", _add_generate, "answer one prompt, or chat in the terminal"),
     ):
         # Short, as argparse prints the usage before an error, and a list of all flags would hide the error.
@@ -188,7 +189,8 @@ def model_and_adapters(model: str, given: dict[str, str]) -> tuple[str, dict[str
 # serve
 
 
-def _add_serve(parser: argparse.ArgumentParser) -> None:
+def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `inlaid serve`."""
     parser.add_argument(
         "--adapter",
         "--lora-modules",

@@ -45,7 +45,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "quant": {"adapters.adapter", "adapters.gate", "adapters.peft", "model.spec"},
     "report": set(),
     "workload": set(),
-    "sim": {"engine", "report", "workload", "adapters.eviction", "adapters.modes"},
+    "sim": {
+        "engine",
+        "report",
+        "workload",
+        "adapters.eviction",
+        "adapters.modes",
+        "cluster.view",
+        "cluster.placement",
+        "cluster.planner",
+        "cluster.shares",
+    },
+    "cluster": {"engine", "worker", "text", "server", "cli"},
     "server": {"engine", "text", "worker", "adapters", "program", "quant.online_jobs", "quant.online_versions"},
 }
 MAY_USE = {
@@ -56,6 +67,7 @@ MAY_USE = {
     "perf": {"inlaid"},
 }
 WITHOUT_TORCH = ("engine", "program", "sim", "report", "workload")
+PURE = ("view", "placement", "planner", "shares")  # of the cluster: they run in the simulator
 
 # What the package of an extra is called when it is imported, where that is not its own name.
 MODULES = {"humming-kernels": "humming", "rouge-score": "rouge_score"}
@@ -78,6 +90,12 @@ def test_imports_point_one_way_and_every_part_is_named() -> None:
 def test_host_parts_never_reach_torch(part: str) -> None:
     paths = laws.sources(ROOT / "inlaid", part)
     assert [way for path in paths for way in laws.reaching(ROOT, path)] == []
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_placement_and_planner_never_reach_torch_or_ray(name: str) -> None:
+    path = ROOT / "inlaid" / "cluster" / f"{name}.py"
+    assert [way for package in ("torch", "ray") for way in laws.reaching(ROOT, path, package)] == []
 
 
 @pytest.mark.parametrize("part", ["cli", "llm", "worker", "server", "program", "quant", "sim"])

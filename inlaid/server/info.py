@@ -33,8 +33,8 @@ from inlaid.server.protocol.info import (
 from inlaid.server.protocol.sglang import ModelSummary
 from inlaid.server.service import SERVICE, Service
 from inlaid.text.tokenizer import TooManyTokens
-from inlaid.worker.client import EngineClient
 from inlaid.worker.errors import EngineDead
+from inlaid.worker.interface import ReplicaState, ServingEngine
 from inlaid.worker.messages import AdapterInfo
 
 _SILENCE = 5.0  # seconds without an answer after which the engine is not asked, or not waited for
@@ -94,7 +94,7 @@ async def model(request: web.Request) -> web.Response:
     return answer(*_adapter_cards(request, [now or known], now is not None))
 
 
-async def _ask(engine: EngineClient, ask: Callable[[], Awaitable[_Asked]]) -> _Asked | None:
+async def _ask(engine: ServingEngine, ask: Callable[[], Awaitable[_Asked]]) -> _Asked | None:
     """Return the engine process's answer; None: it is not there, or busy for too long."""
     if engine.seconds_silent > _SILENCE:
         return None
@@ -162,7 +162,8 @@ async def health(request: web.Request) -> web.Response:
     if most and engine.seconds_silent > most:
         raise EngineDead(f"the engine has not answered for {engine.seconds_silent:.0f} s (--health-timeout {most:g})")
     background = service.background.states or msgspec.UNSET
-    return answer(Health(status="ok", restarts=engine.num_restarts, background=background))
+    states = engine.replica_states or msgspec.UNSET
+    return answer(Health(status="ok", restarts=engine.num_restarts, replicas=states, background=background))
 
 
 async def ready(request: web.Request) -> web.Response:
@@ -209,14 +210,14 @@ async def metrics(request: web.Request) -> web.Response:
     return web.Response(body=page, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
-async def _stats_and_adapters(engine: EngineClient) -> tuple[Any, list[AdapterInfo]]:
+async def _figures(engine: ServingEngine) -> tuple[Any, list[AdapterInfo], list[ReplicaState]]:
     """Ask for one after the other: of two at once, asyncio would log the second when the client leaves."""
-    return await engine.call("stats"), await engine.list_adapters()
+    return await engine.call("stats"), await engine.list_adapters(), await engine.replicas()
 
 
 async def _metrics_page(service: Service) -> bytes:
     engine = service.engine
-    answered = await _ask(engine, partial(_stats_and_adapters, engine))
-    stats, adapters = answered or (None, [])
-    render = partial(service.metrics.render, stats, adapters, engine.model, engine.num_restarts)
+    answered = await _ask(engine, partial(_figures, engine))
+    stats, adapters, replicas = answered or (None, [], [])
+    render = partial(service.metrics.render, stats, adapters, engine.model, engine.num_restarts, replicas)
     return await service.offload.run_on_thread(render)

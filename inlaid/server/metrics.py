@@ -5,7 +5,7 @@ per application. The routes meter each answer; gauges are read from the engine w
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from types import MappingProxyType
 
@@ -13,7 +13,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 from inlaid.engine.request import NewRequest
 from inlaid.server.mirrors import EngineFigures, Renamed
+from inlaid.server.replica_figures import ReplicaFigures
 from inlaid.text.stream import Piece
+from inlaid.worker.interface import ReplicaState
 from inlaid.worker.messages import AdapterInfo, ModelInfo
 
 OTHER = "other"  # adapters beyond the cap share this label
@@ -82,6 +84,8 @@ class Metrics:
         self._engine = _EngineGauges(self.registry, model_name, max_adapters)
         self._figures = EngineFigures(model_name, _ENGINE)
         self.registry.register(self._figures)
+        self._replicas = ReplicaFigures()
+        self.registry.register(self._replicas)
         ProcessCollector(registry=self.registry)
         others = {
             "vllm:time_per_output_token_seconds": self.between,
@@ -120,9 +124,16 @@ class Metrics:
         return self._meters[label]
 
     def render(
-        self, stats: dict[str, float] | None, adapters: list[AdapterInfo], model: ModelInfo | None, num_restarts: int
+        self,
+        stats: dict[str, float] | None,
+        adapters: list[AdapterInfo],
+        model: ModelInfo | None,
+        num_restarts: int,
+        replicas: Sequence[ReplicaState] = (),
     ) -> bytes:
-        """Return the page, with the engine's own figures of this moment (None: it is not there)."""
+        """Return the page, with the engine's own figures of this moment (None: it is not there); of several replicas
+        they are sums, beside those of each."""
+        self._replicas.set(replicas)
         if stats is not None and model is not None:
             self._figures.set(stats, model)
         self._engine.set(stats, adapters, model, num_restarts)

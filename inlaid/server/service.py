@@ -22,7 +22,7 @@ from inlaid.server.watcher import Watcher
 from inlaid.text.encoder import RequestEncoder
 from inlaid.text.tokenizer import Tokenizer
 from inlaid.text.tools.answer import ModelForms
-from inlaid.worker.client import EngineClient
+from inlaid.worker.interface import ServingEngine
 
 _MIN_BODY_BYTES = 2 * 2**20
 _BODY_BYTES_PER_TOKEN = 64
@@ -33,7 +33,7 @@ class Service:
     """One server: its configuration, its parts, and the counts of what is under way."""
 
     config: ServerConfig
-    engine: EngineClient
+    engine: ServingEngine
     encoder: RequestEncoder
     forms: ModelForms
     metrics: Metrics

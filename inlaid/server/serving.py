@@ -39,6 +39,7 @@ from inlaid.worker.build import process_age
 from inlaid.worker.checks import check_settings
 from inlaid.worker.client import EngineClient
 from inlaid.worker.errors import EngineDead
+from inlaid.worker.interface import ServingEngine
 from inlaid.worker.messages import ModelInfo
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ async def make_service(
     engine_config: EngineConfig,
     adapters: Mapping[str, str],
     give_up: Callable[[str], None],
+    make_engine: Callable[..., ServingEngine] = EngineClient,
     **engine_options: Any,
 ) -> Service:
     """Make the parts of a server and start its engine. ConfigError says why it cannot."""
@@ -71,7 +73,7 @@ async def make_service(
         engine_config = replace(with_changing_base(engine_config), model=versions.current.folder)
         adapters = {**adapters_of(config.tasks, versions), **adapters}
     state = ServerState(config.state, adapters)
-    engine = EngineClient(
+    engine = make_engine(
         engine_config,
         state.starting_adapters(adapters),
         on_death=config.on_engine_death,
@@ -120,7 +122,7 @@ def _names(model_name: str, model: str, adapters: Iterable[str]) -> ModelNames:
     return names
 
 
-async def _restore(engine: EngineClient, state: ServerState, names: ModelNames, folders: AllowedFolders) -> None:
+async def _restore(engine: ServingEngine, state: ServerState, names: ModelNames, folders: AllowedFolders) -> None:
     """Change the started engine as it was changed over the API before, by the rules that hold now."""
 
     async def load(name: str, adapter: KeptAdapter) -> None:
@@ -138,7 +140,7 @@ async def _restore(engine: EngineClient, state: ServerState, names: ModelNames, 
         raise
 
 
-async def _online(config: ServerConfig, versions: Versions, engine: EngineClient, model: ModelInfo) -> OnlineTasks:
+async def _online(config: ServerConfig, versions: Versions, engine: ServingEngine, model: ModelInfo) -> OnlineTasks:
     """Return what adds tasks while serving, once it is sure which version of the base is served."""
     try:
         versions.check_served(model.base_version)
@@ -148,7 +150,7 @@ async def _online(config: ServerConfig, versions: Versions, engine: EngineClient
         raise ConfigError(f"--online-tasks: {error}") from error
 
 
-async def _start(engine: EngineClient, template_file: str | None) -> tuple[ModelInfo, Tokenizer]:
+async def _start(engine: ServingEngine, template_file: str | None) -> tuple[ModelInfo, Tokenizer]:
     """Start the engine and, where the model is a folder, read its tokenizer meanwhile: importing its reader takes
     seconds."""
     template = None if template_file is None else _read_template(template_file)

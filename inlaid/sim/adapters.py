@@ -5,7 +5,7 @@ are still coming. The modes and the rule of eviction are the store's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from inlaid.adapters.eviction import Claim, Eviction, in_order
@@ -67,6 +67,11 @@ class SimAdapters:
         self._has_begun = False  # a load, since next_ready was last asked
         for name in resident:
             self._settle(name)
+
+    @property
+    def resident(self) -> Collection[str]:
+        """Adapters that have a place on the device."""
+        return self._resident.keys()
 
     def resolve(self, name: str) -> str:
         adapter = self._adapter(name)

@@ -19,7 +19,7 @@ from inlaid.flags import Parser
 from inlaid.progress import Bar
 from inlaid.report.plots import PlotsMissing, new_figure
 from inlaid.report.provenance import provenance
-from inlaid.sim import oversubscription, placement
+from inlaid.sim import cluster_sweep, oversubscription, placement
 from inlaid.sim.experiment import Experiment, bound, prepare, table
 from inlaid.sim.experiment import run as run_policy
 from inlaid.sim.plot import draw_bars, draw_lines, draw_suite
@@ -35,7 +35,7 @@ from inlaid.workload.traces import Trace
 REAL = "real"
 PLACEMENT = "placement"  # many replicas: not a workload under policies, so not among the suites
 OVERSUBSCRIPTION = "oversubscription"  # many numbers of adapters, likewise
-SWEEPS = (PLACEMENT, OVERSUBSCRIPTION)
+SWEEPS = (PLACEMENT, OVERSUBSCRIPTION, cluster_sweep.NAME)
 FORMER_NAMES = MappingProxyType({"cliff": OVERSUBSCRIPTION})  # results recorded earlier name their commands so
 PLACEMENT_RATES = (150.0, 200.0, 250.0, 300.0, 340.0)
 SEED = 42
@@ -87,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
         _run_placement(args)
     if OVERSUBSCRIPTION in names:
         _run_oversubscription(args)
+    if cluster_sweep.NAME in names:
+        _run_cluster(args)
     return 0
 
 
@@ -145,6 +147,28 @@ def _run_placement(args: argparse.Namespace) -> None:
             bars = placement.attainments([row for row in rows if row["kernel"] == kernel])
             title = f"share within {1e3 * placement.SLO:g} ms per token, {kernel} kernels"
             draw_bars(args.out / f"{PLACEMENT}-{kernel}", title, "SLO attainment", bars)
+
+
+def _run_cluster(args: argparse.Namespace) -> None:
+    """Simulate replicas of the real engine under every placement."""
+    first_seed = SEED if args.seed is None else args.seed
+    machine = args.machine or cluster_sweep.MACHINE
+    jobs = [(zipf, rate) for zipf in cluster_sweep.ZIPFS for rate in cluster_sweep.RATES]
+    rows = []
+    for zipf, rate in Bar(jobs, desc=cluster_sweep.NAME, leave=False):
+        for seed in range(first_seed, first_seed + cluster_sweep.SEEDS):
+            rows += cluster_sweep.compare(machine, rate, zipf, seed)
+    text = cluster_sweep.markdown(rows)
+    print(f"\n{cluster_sweep.NAME}: {cluster_sweep.ABOUT}\n\n{text}")
+    if args.out is None:
+        return
+    manifest = {**provenance(first_seed), "machine": machine}
+    _write_sweep(args.out, cluster_sweep.NAME, f"On {machine}: {cluster_sweep.ABOUT}", manifest, rows, text)
+    if args.figures:
+        for key, label in (("ttft_p99_ms", "p99 time to first token, ms"), ("loads", "adapter loads")):
+            title = f"{label}: 8 replicas, 1,000 adapters, {machine}"
+            name = f"{cluster_sweep.NAME}-{key.partition('_')[0]}"
+            draw_bars(args.out / name, title, label, cluster_sweep.bars(rows, key))
 
 
 def split_policies(text: str) -> list[str]:

@@ -25,7 +25,7 @@ class ReplicaState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ServingEngine(Protocol):
-    """What the server's routes ask of an engine. The methods are described in `EngineClient`."""
+    """The engine to the server's routes. The methods are described in `EngineClient`."""
 
     config: EngineConfig
     adapters: dict[str, AdapterInfo]

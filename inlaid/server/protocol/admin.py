@@ -48,6 +48,7 @@ class AdapterState(Payload, kw_only=True):
     hits: int
     copy_seconds: float
     pinned: bool
+    replicas: dict[str, str]  # its tier on each replica of a cluster
 
 
 class AdapterCard(AdapterState, kw_only=True):

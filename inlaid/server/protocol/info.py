@@ -61,6 +61,7 @@ class Detokenized(Payload, kw_only=True):
 class Health(Payload, kw_only=True):
     status: str
     restarts: int = 0
+    replicas: dict[str, str] | msgspec.UnsetType = msgspec.UNSET  # of a cluster, and their states
     background: dict[str, str] | msgspec.UnsetType = msgspec.UNSET  # the server's own tasks, and their states
 
 
