@@ -13,7 +13,7 @@ _ORIGIN = re.compile(r"https?://[^/?#@\s]+")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-_METHODS = "GET, POST, PUT, OPTIONS"
+METHODS = "GET, HEAD, POST, PUT, DELETE, OPTIONS"
 _SECONDS = "600"  # that a browser may keep the answer to a preflight request
 
 
@@ -38,7 +38,7 @@ def allow_origins(app: web.Application, origins: Sequence[str]) -> None:
             return await handler(request)
         answer = web.Response(status=204)
         if allows(request) is not None:
-            answer.headers["Access-Control-Allow-Methods"] = _METHODS
+            answer.headers["Access-Control-Allow-Methods"] = METHODS
             answer.headers["Access-Control-Allow-Headers"] = request.headers.get("Access-Control-Request-Headers", "*")
             answer.headers["Access-Control-Max-Age"] = _SECONDS
         return answer

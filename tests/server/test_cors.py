@@ -9,7 +9,8 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from inlaid.config import ConfigError
-from inlaid.server.cors import allow_origins, check_origins
+from inlaid.server.cors import METHODS, allow_origins, check_origins
+from inlaid.server.routes import ROUTES
 
 PREFLIGHT = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
 
@@ -25,6 +26,10 @@ async def _ask(origin: str, method: str, headers: dict[str, str]) -> tuple[int, 
         answer = await client.request(method, "/", headers={"Origin": origin, **headers})
         allowed = answer.headers.get("Access-Control-Allow-Origin")
         return answer.status, allowed, answer.headers.get("Access-Control-Allow-Headers")
+
+
+def test_a_browser_may_use_the_method_of_every_route() -> None:
+    assert {route.method for route in ROUTES} <= set(METHODS.split(", "))
 
 
 def test_an_allowed_origin_may_ask_first_and_then_call() -> None:
