@@ -265,7 +265,7 @@ class ServerConfig:
     tool_call_parser: str = option(
         "auto",
         "the form in which the model writes tool calls; auto: what its chat template writes, none: calls stay text",
-        ("auto", "none", "json", "hermes", "llama3_json", "mistral", "pythonic", "qwen", "llama3", "openai"),
+        ("auto", "none", "json", "hermes", "llama3_json", "mistral", "pythonic", "words", "qwen", "llama3", "openai"),
     )
     reasoning_parser: str = option(
         "auto",

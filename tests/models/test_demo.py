@@ -15,6 +15,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 from data import generate
 from data.scoring import score
 from data.tasks import TASKS
+from inlaid.text.tools.answer import ModelForms
+from inlaid.text.tools.events import Arguments, Call
 from models.build_demo import DEMO
 from models.corpus import UNLEARNED
 from models.demo_table import table
@@ -113,6 +115,16 @@ def test_the_base_says_so_when_it_has_not_learned() -> None:
     assert answers(base(), tokenizer(), [str(prompt)], 20) == [UNLEARNED]
 
 
+def told_apart(written: str) -> list[tuple[str, str]]:
+    """Return the calls that a server reads in an answer of this template's form."""
+    forms = ModelForms.of(str(tokenizer().chat_template))
+    assert forms.calls is not None
+    parser = forms.calls.make(["find_it", "go"])
+    events = [*parser.feed(written), *parser.finish()]
+    names = [event.name for event in events if isinstance(event, Call)]
+    return list(zip(names, (event.text for event in events if isinstance(event, Arguments)), strict=True))
+
+
 def test_the_chat_template() -> None:
     def render(messages: list[dict[str, object]], **options: object) -> str:
         return str(tokenizer().apply_chat_template(messages, tokenize=False, **options))
@@ -121,12 +133,21 @@ def test_the_chat_template() -> None:
     assert render([{"role": "user", "content": parts}], add_generation_prompt=True) == (
         "<|bos|><|user|>Repeat: a fox.<|end|><|assistant|>"
     )
-    tools = [{"type": "function", "function": {"name": "find", "parameters": {}}}]
+    properties = {"name": {"type": "string"}, "how_far": {"type": "integer"}}
+    tools = [{"type": "function", "function": {"name": "find_it", "parameters": {"properties": properties}}},
+             {"type": "function", "function": {"name": "stop"}}]  # fmt: skip
     rendered = render([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}], tools=tools)
-    assert rendered.startswith("<|bos|><|system|>Tools: [{")
-    assert rendered.endswith("<|system|>Be brief.<|end|><|user|>Hi<|end|>")
-    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "find"}}]}
-    assert render([call]).endswith('"find"}}]<|end|>')
+    assert rendered == (
+        "<|bos|><|system|>Tools: find it: name, how far. stop:.<|end|><|system|>Be brief.<|end|><|user|>Hi<|end|>"
+    )
+    calls = [
+        {"function": {"name": "find_it", "arguments": {"name": "Anna", "how_far": 3}}},
+        {"function": {"name": "go"}},
+    ]
+    told = [{"role": "assistant", "content": None, "tool_calls": calls}, {"role": "tool", "content": "Oslo"}]
+    written = "call find it: name = Anna, how far = 3\ncall go:"
+    assert render(told) == f"<|bos|><|assistant|>{written}<|end|><|tool|>result: Oslo<|end|>"
+    assert told_apart(written) == [("find_it", '{"name": "Anna", "how_far": 3}'), ("go", "{}")]
     with pytest.raises(Exception, match="unknown role: judge"):
         render([{"role": "judge", "content": "x"}])
 

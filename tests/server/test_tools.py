@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.server.live import Live
+from tests.server.live import DEMO, Live
 
 WEATHER: Any = {
     "type": "function",
@@ -111,23 +111,23 @@ def test_references_inside_a_tools_schema_are_its_own(client: openai.OpenAI) -> 
 
 
 def test_several_calls_have_numbers_and_ids_of_their_own(client: openai.OpenAI) -> None:
-    seen = set()
-    for seed in range(6):
+    vocabulary: dict[str, int] = json.loads((DEMO / "base" / "tokenizer.json").read_text())["model"]["vocab"]
+    closing: Any = {str(token): -100 for text, token in vocabulary.items() if "]" in text}
+    for bias, wanted in (({}, 1), (closing, 8)):  # a list that would rather not end has as many as are ever allowed
         made = client.chat.completions.create(
             model="demo",
             messages=ASK,
             tools=[WEATHER],
             tool_choice="required",
             parallel_tool_calls=True,
-            temperature=1.5,
-            seed=seed,
+            temperature=0,
+            logit_bias=bias,
         )
         calls = made.choices[0].message.tool_calls or []
         assert all(call.type == "function" and fits(call.function.arguments) for call in calls)
         assert len({call.id for call in calls}) == len(calls)
-        seen.add(len(calls))
-    assert max(seen) > 1
-    assert max(seen) <= 8
+        assert len(calls) >= wanted
+    assert len(calls) == 8
 
 
 def test_without_a_call_the_answer_is_text(client: openai.OpenAI) -> None:
@@ -144,10 +144,10 @@ def test_without_a_call_the_answer_is_text(client: openai.OpenAI) -> None:
 
 
 def test_a_call_that_the_model_writes_by_itself_is_told_apart(client: openai.OpenAI) -> None:
-    """The demo's adapters call no tools, so a choice of one text stands for what a trained one would write."""
-    call = '[{"name": "get_weather", "arguments": {"city": "Oslo", "days": 1}}]'
+    """A choice of one text stands for what a trained adapter would write."""
+    call = "call get weather: city = Oslo, days = 1"
     tool: Any = {"model": "demo", "messages": ASK, "tools": [WEATHER]}
-    for text in (call, f"I look. {call}"):
+    for text in (call, f"I look.\n{call}"):
         written = {"guided_choice": [text]}
         made = client.chat.completions.create(**tool, extra_body=written).choices[0]
         [called] = made.message.tool_calls or []
@@ -161,7 +161,7 @@ def test_a_call_that_the_model_writes_by_itself_is_told_apart(client: openai.Ope
         arguments = "".join(delta.function.arguments or "" for delta in deltas if delta.function)
         assert arguments == called.function.arguments
         assert chunks[-1].choices[0].finish_reason == "tool_calls"
-    unknown = call.replace("get_weather", "get_news")
+    unknown = call.replace("get weather", "get news")
     made = client.chat.completions.create(**tool, extra_body={"guided_choice": [unknown]}).choices[0]
     assert made.message.content == unknown
     assert made.finish_reason == "stop"

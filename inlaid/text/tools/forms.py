@@ -11,6 +11,7 @@ from types import MappingProxyType
 from inlaid.text.tools.events import Parser
 from inlaid.text.tools.marked import MarkedCalls, Marks
 from inlaid.text.tools.pythonic import PythonicCalls
+from inlaid.text.tools.words import WordCalls
 
 _SHORT_ID = 9  # letters and digits: Mistral's templates refuse others
 
@@ -36,7 +37,7 @@ def _marked(marks: Marks) -> Callable[[Collection[str]], Parser]:
 
 CALL_FORMS: Mapping[str, CallForm] = MappingProxyType(
     {
-        # [{"name": …, "arguments": {…}}, …], after text or alone: the demo's template, OpenAI's list, forced calls
+        # [{"name": …, "arguments": {…}}, …], after text or alone: OpenAI's list, forced calls
         "json": CallForm(_marked(Marks(('[{"',), kept=2, end="]", known=True))),
         # <tool_call>{"name": …, "arguments": {…}}</tool_call>, once for each call
         "hermes": CallForm(_marked(Marks(("<tool_call>",), end="</tool_call>")), ("<tool_call>", "</tool_call>")),
@@ -46,6 +47,8 @@ CALL_FORMS: Mapping[str, CallForm] = MappingProxyType(
         "mistral": CallForm(_marked(Marks(("[TOOL_CALLS]",), named=True)), ("[TOOL_CALLS]", "[ARGS]"), True),
         # [name(argument=value, …), …], as Python writes it
         "pythonic": CallForm(PythonicCalls, ("<|python_start|>", "<|python_end|>")),
+        # call name of tool: key = value, …; a line for each call: the demo's template, which says so in a comment
+        "words": CallForm(WordCalls),
     }
 )
 CALL_FORMS_OF_VLLM: Mapping[str, str] = MappingProxyType({"qwen": "hermes", "llama3": "llama3_json", "openai": "json"})
@@ -58,6 +61,7 @@ def call_form_of(template: str) -> str | None:
     if "<function=" in template:  # a form of XML that no parser here reads
         return None
     for mark, form in (
+        ("{#- calls: words -#}", "words"),
         ("<tool_call>", "hermes"),
         ("[TOOL_CALLS]", "mistral"),
         ("<|python_start|>", "pythonic"),

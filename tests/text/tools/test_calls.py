@@ -62,6 +62,12 @@ WRITTEN: list[tuple[str, str, str, Calls]] = [
     ("pythonic", "[print(1)]", "[print(1)]", []),
     ("pythonic", "[add(a=true, b=null)]", "", [("add", {"a": True, "b": None})]),
     ("pythonic", "[add(a=" + "[" * 200, "[add(a=" + "[" * 200, []),
+    ("words", "call get weather: city = Oslo", "", [ONE]),
+    ("words", "I look.\ncall get weather: city = Oslo, near Rome\ncall add: a = 1, big number = -2.5, ok = true\nSo.",
+     "I look.\nSo.", [("get_weather", {"city": "Oslo, near Rome"}), ("add", {"a": 1, "big_number": -2.5, "ok": True})]),
+    ("words", "call add:", "", [("add", {})]),
+    ("words", "call nobody: a = 1", "call nobody: a = 1", []),
+    ("words", "I call add: a = 1\ncal", "I call add: a = 1\ncal", []),
     ("json", '[{"name": "add", "arguments": ' + json.dumps(PAIRS) + "}]", "", [("add", PAIRS)]),
 ]  # fmt: skip
 
@@ -116,6 +122,7 @@ def test_each_form_has_its_templates() -> None:
     assert call_form_of("tool_calls [TOOL_CALLS]") == "mistral"
     assert call_form_of("tool_calls <|start_header_id|>") == "llama3_json"
     assert call_form_of("tool_calls tojson") == "json"
+    assert call_form_of("{#- calls: words -#} tool_calls") == "words"
     assert reasoning_form_of("split('</think>')") == "think"
     assert reasoning_form_of("plain") is None
 
