@@ -26,6 +26,7 @@ from inlaid.config import (
     EngineConfig,
     SchedulerConfig,
     ServerConfig,
+    SpeculationConfig,
     TaskConfig,
 )
 from inlaid.flags import Parser, add_config_arguments, config_from, size
@@ -124,13 +125,14 @@ def engine_config(args: argparse.Namespace, model: str) -> EngineConfig:
         scheduler=config_from(args, SchedulerConfig),
         cache=config_from(args, CacheConfig),
         adapters=config_from(args, AdapterConfig),
+        speculation=config_from(args, SpeculationConfig),
     )
     return config
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", default="", help="a Hugging Face folder or hub id; none: the bundled demo")
-    for config in (EngineConfig, SchedulerConfig, CacheConfig, AdapterConfig):
+    for config in (EngineConfig, SchedulerConfig, CacheConfig, AdapterConfig, SpeculationConfig):
         add_config_arguments(parser, config)
 
 

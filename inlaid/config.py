@@ -180,6 +180,38 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True)
+class SpeculationConfig:
+    """Several tokens a step: guesses at what comes next, which the model checks."""
+
+    speculation: str = option(
+        "off",  # until docs/speculation.md has figures of an H200
+        "where guesses at the next tokens come from: ngram (the request's own text), suffix (and finished answers of "
+        "its adapter); the model checks each, so answers stay as they are",
+        ("off", "ngram", "suffix"),
+        section="Speculation: several tokens a step",
+    )
+    num_speculative_tokens: int = option(8, "most guesses for a request in a step", least=1, most=64)
+    speculation_length: str = option(
+        "auto", "guesses in a step: as many as pay (auto), or as many as there are (fixed)", ("auto", "fixed")
+    )
+    speculation_scope: str = option(
+        "tenant",
+        "with suffix, whose finished answers a request's guesses may come from: nobody's (request), those of its "
+        "tenant, or everybody's (adapter); always of the same adapter and cache_salt",
+        ("request", "tenant", "adapter"),
+    )
+    speculation_memory_mib: float = option(
+        64.0, "with suffix, host memory for finished answers, in MiB; the oldest are dropped first", least=1
+    )
+    no_speculation_tenant: tuple[str, ...] = option(
+        (), "tenant whose requests get no guesses and whose answers are not kept for any, may be repeated"
+    )
+    speculative_config: str = option(
+        "", "vLLM's JSON form of these settings: method (ngram or suffix) and num_speculative_tokens"
+    )
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """Everything the step loop needs."""
 
@@ -211,6 +243,7 @@ class EngineConfig:
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     adapters: AdapterConfig = field(default_factory=AdapterConfig)
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
 
 
 @dataclass(frozen=True)

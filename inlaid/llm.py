@@ -205,7 +205,7 @@ def _config(model: str, settings: Mapping[str, Any]) -> EngineConfig:
     """Return the configuration of settings, of which nested ones may be dicts."""
     plain = {"model": model, **settings}
     defaults = EngineConfig()
-    for name in ("scheduler", "cache", "adapters"):
+    for name in ("scheduler", "cache", "adapters", "speculation"):
         if isinstance(plain.get(name), dict):
             plain[name] = from_dict(type(getattr(defaults, name)), plain[name])
     return from_dict(EngineConfig, plain)

@@ -12,9 +12,16 @@ from typing import get_type_hints
 import pytest
 
 from inlaid import cli, flags
-from inlaid.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig, ServerConfig
+from inlaid.config import (
+    AdapterConfig,
+    CacheConfig,
+    EngineConfig,
+    SchedulerConfig,
+    ServerConfig,
+    SpeculationConfig,
+)
 
-CONFIGS = [EngineConfig, SchedulerConfig, CacheConfig, AdapterConfig, ServerConfig]
+CONFIGS = [EngineConfig, SchedulerConfig, CacheConfig, AdapterConfig, SpeculationConfig, ServerConfig]
 
 
 def parse(*arguments: str) -> argparse.Namespace:

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from inlaid.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig, ServerConfig, TaskConfig
+from inlaid.config import (
+    AdapterConfig,
+    CacheConfig,
+    EngineConfig,
+    SchedulerConfig,
+    ServerConfig,
+    SpeculationConfig,
+    TaskConfig,
+)
 from tests import laws
 
 if sys.version_info >= (3, 11):
@@ -120,7 +128,8 @@ def test_every_extra_has_an_importer_and_every_optional_package_one_file_in_a_ho
 
 
 @pytest.mark.parametrize(
-    "config", [SchedulerConfig, CacheConfig, AdapterConfig, EngineConfig, ServerConfig, TaskConfig]
+    "config",
+    [SchedulerConfig, CacheConfig, AdapterConfig, SpeculationConfig, EngineConfig, ServerConfig, TaskConfig],
 )
 def test_every_option_is_read_and_every_choice_is_known_to_its_reader(config: type) -> None:
     """The default may be what is left when no other choice is meant, so its word need not occur."""

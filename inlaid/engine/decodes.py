@@ -5,6 +5,7 @@ from __future__ import annotations
 from inlaid.engine.endings import Endings
 from inlaid.engine.progress import Progress
 from inlaid.engine.request import Status, Work
+from inlaid.engine.speculation import Speculation
 from inlaid.engine.state import State
 
 
@@ -37,6 +38,7 @@ class Decodes:
 
     def _decode(self) -> tuple[list[Work], list[Progress]]:
         """Return one token's work for each decode, and the requests whose prompts are not computed yet."""
+        speculation = self._state.speculation
         block_size = self._state.pool.block_size
         singles: list[Work] = []
         unfinished: list[Progress] = []
@@ -48,6 +50,8 @@ class Decodes:
                 continue
             request = progress.request
             known, limit, must_see = len(request.tokens), request.limit, request.must_see
+            if speculation is not None:
+                must_see = must_see or progress.drafted or speculation.wants(request)
             if start + 1 < known or progress.num_charged < len(request.prompt):
                 unfinished.append(progress)
                 continue
@@ -60,6 +64,35 @@ class Decodes:
             if not must_see:
                 progress.decode_until = min(len(request.blocks) * block_size, limit - 2)
         return singles, unfinished
+
+    def draft(self, speculation: Speculation, singles: list[Work], budget: int) -> tuple[list[Work], list[Work]]:
+        """Return the decodes without a draft, and those that have one now: `budget` guesses at most, none of which
+        takes a block that a decode of the next step may need."""
+        drafts = speculation.choose(singles, budget)
+        if not drafts:
+            return singles, []
+        rest: list[Work] = []
+        drafted: list[Work] = []
+        for work in singles:
+            draft = drafts.get(work.request.id)
+            count = 0 if draft is None else self._room(work, len(draft.tokens))
+            if draft is None or not count:
+                rest.append(work)
+                continue
+            tokens = draft.tokens[:count]
+            drafted.append(Work(work.request, work.start, 1 + count, True, draft=tokens))
+            speculation.submitted(work.request, draft)
+            progress = self._state.progress[work.request.id]
+            progress.drafted, progress.decode_until = True, 0
+        return rest, drafted
+
+    def _room(self, work: Work, count: int) -> int:
+        """Return how many of `count` guesses have a place in KV, after taking the blocks that are free for them."""
+        state, blocks = self._state, work.request.blocks
+        last = work.start + count
+        while len(blocks) * state.pool.block_size <= last and state.pool.num_available > len(state.running):
+            blocks.append(state.pool.take())
+        return min(count, len(blocks) * state.pool.block_size - 1 - work.start)
 
     def _still_running(self, works: list[Work]) -> list[Work]:
         """Leave out the requests that were preempted after they had been given their share of this step."""

@@ -46,6 +46,8 @@ class Delivery:
         request, end = work.request, work.start + work.num_tokens
         if progress.prompt_logprobs is not None:
             _gather(progress.prompt_logprobs, work, result)
+        if work.draft and token is not None:
+            return [self._accept_draft(progress, work, token, now)]
         if request.status is Status.RUNNING:
             self._state.prefix.publish(progress, work.start, end)
             progress.prefilled = progress.prefilled or work.samples
@@ -55,6 +57,23 @@ class Delivery:
             self._endings.close(progress, FinishReason.LENGTH)
             return [_first_output(progress, [], None, FinishReason.LENGTH)]
         return []
+
+    def _accept_draft(self, progress: Progress, work: Work, sampled: Sampled, now: float) -> Output:
+        """Add the tokens of a work with a draft, up to the one that ends the request. The KV behind the last guess that
+        was right is never read: its positions are computed again. No block with such a position is published."""
+        request, speculation = progress.request, self._state.speculation
+        if speculation is not None:
+            speculation.note_accepted(work, len(sampled.following))
+        made = [self._accept(progress, sampled, now)]
+        for one in sampled.following:
+            if made[-1].finish_reason is not None:
+                break
+            made.append(self._accept(progress, one, now))
+        progress.drafted = False
+        if request.status is Status.RUNNING:
+            progress.num_computed = work.start + len(made)
+            self._state.prefix.publish(progress, work.start, progress.num_computed)
+        return made[0] if len(made) == 1 else _merged(made)
 
     def _accept(self, progress: Progress, sampled: Sampled, now: float) -> Output:
         """Add a token to its request, and end the request if that was the last."""
@@ -78,6 +97,23 @@ class Delivery:
         if first or (reason and progress.prompt_logprobs is not None):
             return _first_output(progress, [token], logprobs, reason, stop_token)
         return Output(id=request.id, tokens=[token], logprobs=logprobs, finish_reason=reason, stop_token=stop_token)
+
+
+def _merged(made: Sequence[Output]) -> Output:
+    """Return the outputs of one step for one request as one: what comes once is in the first or in the last."""
+    first, last = made[0], made[-1]
+    logprobs = [one for output in made for one in output.logprobs or ()]
+    return Output(
+        id=first.id,
+        tokens=[token for output in made for token in output.tokens],
+        logprobs=None if first.logprobs is None else logprobs,
+        prompt_logprobs=first.prompt_logprobs or last.prompt_logprobs,
+        finish_reason=last.finish_reason,
+        stop_token=last.stop_token,
+        num_cached=first.num_cached,
+        queue_time=first.queue_time,
+        refusal=last.refusal,
+    )
 
 
 def _end_of(request: Request, token: int) -> FinishReason | None:

@@ -54,7 +54,7 @@ class Endings:
         self._leave_running(progress)
         progress.num_pending = progress.num_inflight
         progress.num_computed = progress.decode_until = 0
-        progress.prefilled = False
+        progress.prefilled = progress.drafted = False
         request.status = Status.WAITING
         state.ledger.enter_queue(request.account, lift=False)
         state.enqueue(request)
@@ -127,6 +127,8 @@ class Endings:
         if request.adapter is not None:
             state.adapters.release(request.adapter)
         state.view.lengths.observe(request)
+        if state.speculation is not None:
+            state.speculation.end(request)
 
     def _leave_waiting(self, progress: Progress) -> None:
         state = self._state

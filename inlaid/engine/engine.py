@@ -24,6 +24,7 @@ from inlaid.engine.request import Batch, FinishReason, Grammar, NewRequest, Outp
 from inlaid.engine.residency import AdapterDirectory, NoAdapters
 from inlaid.engine.scheduler import Scheduler
 from inlaid.engine.sizes import StepSizes
+from inlaid.engine.speculation import make_speculation
 
 log = logging.getLogger(__name__)
 
@@ -210,6 +211,7 @@ class Engine:
             "prompt_tokens": ledger.num_prompt_tokens,
             "cached_tokens": ledger.num_cached_tokens,
             "output_tokens": ledger.num_output_tokens,
+            **({} if scheduler.state.speculation is None else scheduler.state.speculation.stats()),
         }
 
     def describe_scheduler(self) -> dict[str, Any]:
@@ -252,6 +254,7 @@ def make_engine(
         base_version=base_version,
         max_adapter_wait=config.adapters.adapter_timeout,
         pool=pool,
+        speculation=make_speculation(config.speculation),
     )
     return Engine(scheduler, runner, clock, make_grammar)
 

@@ -105,6 +105,7 @@ def make_request(
         cache_salt=new.cache_salt,
         true_output_len=new.true_output_len,
         tokens=[*new.prompt, *new.made],
+        speculation=new.speculation,
         order=order,
         limit=limit,
         stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids),

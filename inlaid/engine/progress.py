@@ -12,7 +12,8 @@ from inlaid.engine.request import Request, TokenLogprobs
 class Progress:
     """One request's progress, from its arrival to its end.
 
-    Invariants: num_computed <= len(request.tokens) + num_inflight; request.blocks cover [0, num_computed) at least.
+    Invariants: num_computed <= len(request.tokens) + num_inflight, where a draft in flight counts for its first token;
+    request.blocks cover [0, num_computed) at least.
     """
 
     request: Request
@@ -28,6 +29,7 @@ class Progress:
     # While it runs.
     num_computed: int = 0  # tokens whose KV is written or being written by a submitted step
     decode_until: int = 0  # below this position each step decodes one token, with nothing to check first
+    drafted: bool = False  # a step in flight has a draft of it: how many guesses are right is not known yet
     num_reserved: int = 0  # blocks that its admission counted on, those to come included
     prefilled: bool = False  # since it runs, everything before its newest token has been computed
     num_pending: int = 0  # tokens that steps in flight still bring it after a preemption

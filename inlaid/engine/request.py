@@ -9,6 +9,7 @@ What is made for every token (Work, Sampled, Output) is a struct outside the gar
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -80,6 +81,7 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str = ""  # requests with another salt share no prefix with this one
     true_output_len: int | None = None  # experiments only: what an oracle predictor may see
     made: list[int] = []  # the answer's first tokens, which another engine has made and charged; this one goes on
+    speculation: bool = True  # False: no drafts for it, and none from its answer
 
 
 class Status(enum.Enum):
@@ -108,6 +110,7 @@ class Request:
     deadline: float | None = None
     cache_salt: str = ""
     true_output_len: int | None = None
+    speculation: bool = True
     tokens: list[int] = field(default_factory=list)  # starts as a copy of prompt
     blocks: list[int] = field(default_factory=list)
     num_preemptions: int = 0
@@ -147,6 +150,9 @@ class Work(msgspec.Struct, frozen=True, gc=False):
     With overlap, the token at position len(request.tokens) may be the one sampled on the device by the step
     before; the runner takes it from there. `samples`: the last position yields a new token. `plain`: a decode in the
     middle of an answer, of which the scheduler looks at nothing but the token.
+
+    With a `draft` the work is a decode of 1 + len(draft) tokens: the newest one, which the host knows, and guesses at
+    those to come. Each position yields the token after it, which counts as long as the guesses before it were right.
     """
 
     request: Request
@@ -154,10 +160,11 @@ class Work(msgspec.Struct, frozen=True, gc=False):
     num_tokens: int
     samples: bool
     plain: bool = False
+    draft: tuple[int, ...] = ()
 
     @property
     def is_decode(self) -> bool:
-        return self.num_tokens == 1 and self.start >= self.request.num_prompt
+        return self.num_tokens == 1 + len(self.draft) and self.start >= self.request.num_prompt
 
 
 @dataclass(frozen=True)
@@ -183,10 +190,24 @@ class TokenLogprobs(msgspec.Struct, frozen=True, gc=False):
 
 
 class Sampled(msgspec.Struct, frozen=True, gc=False):
-    """One sampled token, for one Work with `samples`, in the batch's order; it means nothing in `not_finite`."""
+    """The token of one Work with `samples`, in the batch's order, and those that `following` it a draft brought. They
+    mean nothing in `not_finite`."""
 
     token: int
     logprobs: TokenLogprobs | None = None
+    following: tuple[Sampled, ...] = ()
+
+
+def accept(work: Work, sampled: Sequence[Sampled]) -> Sampled:
+    """Return what a work with a draft has brought, given the token sampled at each of its positions: the first, and
+    those behind guesses that were right. A token that is none (its logits are not finite) ends them: the next step
+    computes it again, and tells."""
+    following = []
+    for guess, one, after in zip(work.draft, sampled, sampled[1:]):
+        if one.token != guess or after.token < 0:
+            break
+        following.append(after)
+    return Sampled(sampled[0].token, sampled[0].logprobs, tuple(following))
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from inlaid.engine.request import (
     Work,
 )
 from inlaid.engine.residency import AdapterDirectory
+from inlaid.engine.speculation import Speculation
 from inlaid.engine.state import State
 from inlaid.engine.step_time import StepTime
 from inlaid.engine.steps import Steps
@@ -61,6 +62,7 @@ class Scheduler:
         base_version: str = "",
         max_adapter_wait: float = math.inf,
         pool: BlockPool | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         check_config(config)
         self.config = config
@@ -86,6 +88,7 @@ class Scheduler:
             working_set=working_set,
             view=self.view,
             waiting=WaitingQueue(parse_policy(config.policy), self.view),
+            speculation=speculation,
         )
         self.view.running = self.state.running
         self.endings = Endings(self.state)
@@ -223,12 +226,23 @@ class Scheduler:
             self.admission.fetch()
         if not singles and not prefills:
             return None
+        if self.state.speculation is not None and singles:
+            singles, prefills = self._with_drafts(self.state.speculation, singles, prefills)
         return Batch(self.state.steps.begin(now), (*singles, *prefills), self.endings.take_released())
+
+    def _with_drafts(
+        self, speculation: Speculation, singles: list[Work], prefills: list[Work]
+    ) -> tuple[list[Work], list[Work]]:
+        """Give decodes drafts from what the step's works leave of its tokens; works with one are longer ones."""
+        budget = self.config.max_num_batched_tokens - len(singles) - sum(work.num_tokens for work in prefills)
+        singles, drafted = self.decodes.draft(speculation, singles, budget)
+        return singles, drafted + prefills
 
     def commit(self, batch: Batch, result: StepResult, now: float) -> list[Output]:
         """Take a step's tokens; finish what is finished; free what only this step could still write."""
+        before = self.ledger.num_output_tokens
         outputs = self.take_outputs() + self.delivery.deliver(batch.works, result, now)
-        self._end_step(batch, now)
+        self._end_step(batch, now, self.ledger.num_output_tokens - before)
         return outputs
 
     def still_running(self, batch: Batch) -> list[Work]:
@@ -251,9 +265,12 @@ class Scheduler:
         again = [self.endings.end_not_finite(progress) for progress in found]
         return any(again)
 
-    def _end_step(self, batch: Batch, now: float) -> None:
+    def _end_step(self, batch: Batch, now: float, num_made: int) -> None:
         seconds = self.state.steps.end(batch.step, now)
         self.state.step_time.note(batch.works, seconds)
+        if self.state.speculation is not None:
+            self.state.speculation.note_step(batch, self.state.steps.busy_seconds)
+            seconds /= max(1.0, num_made / max(1, len(batch.works)))  # policies count in steps of one token
         pace = self.view.seconds_per_step
         self.view.seconds_per_step = seconds if pace == 0 else 0.9 * pace + 0.1 * seconds
 

@@ -13,6 +13,7 @@ from inlaid.engine.prefix import PrefixCache
 from inlaid.engine.progress import Progress
 from inlaid.engine.request import Request
 from inlaid.engine.residency import AdapterDirectory
+from inlaid.engine.speculation import Speculation
 from inlaid.engine.step_time import StepTime
 from inlaid.engine.steps import Steps
 from inlaid.engine.waiting import WaitingQueue
@@ -34,6 +35,7 @@ class State:
     working_set: WorkingSet
     view: View
     waiting: WaitingQueue
+    speculation: Speculation | None = None  # None: every decode is one token
     progress: dict[str, Progress] = field(default_factory=dict)  # of every request that has not ended, by id
     running: dict[str, Progress] = field(default_factory=dict)
     num_reserved: int = 0  # blocks that the running requests were admitted on

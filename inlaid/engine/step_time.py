@@ -21,7 +21,7 @@ class StepTime:
 
     def note(self, works: Sequence[Work], seconds: float) -> None:
         """Learn from a step that is over, if it had prompts."""
-        if sum(work.num_tokens for work in works if work.num_tokens > 1) < _FEWEST:
+        if sum(work.num_tokens for work in works if work.num_tokens > 1 and not work.draft) < _FEWEST:
             return
         now = seconds / sum(work.num_tokens for work in works)
         self._per_token = (self._per_token + now) / 2 if self._per_token else now

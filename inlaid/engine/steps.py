@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from inlaid.engine.kv_cache import BlockPool
 from inlaid.engine.residency import AdapterDirectory
 
+MAX_GAP = 0.01  # seconds between two steps; after longer ones the engine was idle
+
 
 @dataclass(frozen=True)
 class _Deferred:
@@ -30,6 +32,9 @@ class Steps:
         self._last = 0
         self._in_flight: deque[tuple[int, float]] = deque()  # number, and when it was made
         self._ended_at = 0.0
+        self.busy_seconds = (
+            0.0  # of the step that ended last, and of the host before it if that kept the device waiting
+        )
         self._deferred: list[_Deferred] = []
 
     @property
@@ -52,6 +57,7 @@ class Steps:
         made = next(when for number, when in self._in_flight if number == step)
         self._in_flight.remove((step, made))
         seconds = now - max(made, self._ended_at)
+        self.busy_seconds = now - (self._ended_at if made - self._ended_at < MAX_GAP else made)
         self._ended_at = now
         oldest = self._in_flight[0][0] if self._in_flight else self._last + 1
         over = [held for held in self._deferred if held.step < oldest]

@@ -18,7 +18,7 @@ from inlaid.kernels.context import ALL_ADAPTERS, NO_ADAPTERS, OnHost, StepContex
 from inlaid.kernels.workspace import FreshMemory
 from inlaid.layers import sampler
 from inlaid.model.transformer import Transformer, new_cache
-from inlaid.runner.sampling import SamplingState, not_finite, to_sampled
+from inlaid.runner.sampling import SamplingState, folded, lines, not_finite, to_sampled
 from inlaid.runner.unified import Unified
 
 
@@ -77,9 +77,12 @@ class ModelRunner:
         sampling = [work for work in works if work.samples]
         sampled: list[Sampled] = []
         if sampling:
+            each = lines(sampling)
             logits_SV = model.logits(model.hidden(last, memory, step.logit_rows_L), memory).float()
-            tokens_S, logprobs = sampler.sample(logits_SV, self.sampling.batch(sampling))
-            sampled = to_sampled(sampling, tokens_S, logprobs)
+            tokens_S, logprobs = sampler.sample(logits_SV, self.sampling.batch(each))
+            sampled = to_sampled(each, tokens_S, logprobs)
+            if each is not sampling:
+                sampled = folded(sampling, sampled)
         prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
         if any(work.request.params.prompt_logprobs is not None for work in works):
             prompt_logprobs = self.sampling.prompt_logprobs(model, works, model.hidden(last, memory))
@@ -95,6 +98,7 @@ class ModelRunner:
             num_blocks = -(-length // size)
             table[row, :num_blocks] = np.array(work.request.blocks[:num_blocks]) * self.stride
             ids += work.request.tokens[work.start : length]
+            ids += work.draft
         query_lens = tuple(work.num_tokens for work in works)
         starts = np.zeros(len(works) + 1, dtype=np.int32)
         np.cumsum(query_lens, out=starts[1:])
@@ -103,7 +107,12 @@ class ModelRunner:
         positions = np.arange(len(ids)) - starts[rows] + first[rows]
         slots = tuple(self._slot(work.request) for work in works)
         num_decodes = next((row for row, n in enumerate(query_lens) if n > 1), len(works))
-        ends = [starts[row + 1] - 1 for row, work in enumerate(works) if work.samples]
+        ends = [
+            starts[row + 1] - 1 - back
+            for row, work in enumerate(works)
+            if work.samples
+            for back in range(len(work.draft), -1, -1)
+        ]
         return StepContext(
             ids_T=self._tensor(np.array(ids, dtype=np.int64)),
             positions_T=self._tensor(positions),

@@ -13,7 +13,7 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
-from inlaid.engine.request import Request, Sampled, SamplingParams, TokenLogprobs, Work
+from inlaid.engine.request import Request, Sampled, SamplingParams, TokenLogprobs, Work, accept
 from inlaid.kernels.workspace import FreshMemory
 from inlaid.layers import sampler
 from inlaid.layers.sampler import NOT_FINITE, SamplingBatch, seed_key
@@ -64,7 +64,9 @@ class SamplingState:
             request, params = work.request, work.request.params
             coordinates += [(row, token, value) for token, value in params.logit_bias.items()]
             if params.bad_words:
-                coordinates += [(row, token, _BAN) for token in completing(request.outputs, params.bad_words)]
+                coordinates += [
+                    (row, token, _BAN) for token in completing([*request.outputs, *work.draft], params.bad_words)
+                ]
             num_outputs = work.start + work.num_tokens - request.num_prompt
             if num_outputs < params.min_tokens and request.grammar is None:
                 ends = request.stop_ids | frozenset(params.stop_token_ids)
@@ -86,7 +88,7 @@ class SamplingState:
         for row in rows:
             request = works[row].request
             if request.grammar is not None:
-                bits.append(request.grammar.mask(request.outputs))
+                bits.append(request.grammar.mask(request.outputs, len(works[row].draft)))
             else:
                 bits.append(token_bits(request.params.allowed_token_ids, self.vocab_size))
         return sampler.GrammarMask(self._tensor(np.array(rows)), self._tensor(np.stack(bits)))
@@ -95,7 +97,7 @@ class SamplingState:
         rows = [row for row, work in enumerate(works) if is_penalized(work.request.params)]
         if not rows:
             return None
-        counts = [self._counts_of(works[row].request, unseen) for row in rows]
+        counts = [self._counts_of(works[row], unseen) for row in rows]
         params = [works[row].request.params for row in rows]
         return sampler.Penalties(
             rows=self._tensor(np.array(rows)),
@@ -106,15 +108,17 @@ class SamplingState:
             prompt_seen_PV=torch.stack([count.prompt_V for count in counts]),
         )
 
-    def _counts_of(self, request: Request, unseen: Mapping[str, int]) -> TokenCounts:
-        """Return the request's counts, brought up to its outputs and its unseen token."""
+    def _counts_of(self, work: Work, unseen: Mapping[str, int]) -> TokenCounts:
+        """Return the request's counts, brought up to its outputs and its unseen token; with the work's guesses, but
+        those in a copy."""
+        request = work.request
         if request.id not in self.counts:
             self.counts[request.id] = TokenCounts.of(request.prompt, self.vocab_size, self.device)
         counts = self.counts[request.id]
         counts.add(request.tokens[request.num_prompt + counts.num_added :])
         if request.id in unseen and counts.num_added == request.num_outputs:
             counts.add([unseen[request.id]])
-        return counts
+        return counts.with_guesses(work.draft) if work.draft else counts
 
     def _noise(self, works: Sequence[Work], rows: list[int]) -> sampler.Noise:
         chosen = [works[row] for row in rows]
@@ -198,6 +202,34 @@ class TokenCounts:
             index = torch.tensor(tokens, device=self.outputs_V.device)
             self.outputs_V.index_add_(0, index, torch.ones(len(tokens), device=self.outputs_V.device))
             self.num_added += len(tokens)
+
+    def with_guesses(self, draft: Sequence[int]) -> TokenCounts:
+        """Return a copy that counts these tokens too."""
+        copy = TokenCounts(self.prompt_V, self.outputs_V.clone(), self.num_added)
+        copy.add(list(draft))
+        return copy
+
+
+def lines(works: Sequence[Work]) -> Sequence[Work]:
+    """Return a work for each token that these sample: a work with a draft samples at each of its positions, as if it
+    ended there, with the guesses before that position for its draft."""
+    if not any(work.draft for work in works):
+        return works
+    return [
+        Work(work.request, work.start, work.num_tokens - len(work.draft) + place, True, draft=work.draft[:place])
+        for work in works
+        for place in range(len(work.draft) + 1)
+    ]
+
+
+def folded(works: Sequence[Work], sampled: Sequence[Sampled]) -> list[Sampled]:
+    """Return what each work has brought, given what was sampled for each of its `lines`."""
+    made, at = [], 0
+    for work in works:
+        count = 1 + len(work.draft)
+        made.append(accept(work, sampled[at : at + count]) if work.draft else sampled[at])
+        at += count
+    return made
 
 
 def is_penalized(params: SamplingParams) -> bool:

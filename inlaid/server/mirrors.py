@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
-from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from inlaid.engine.sizes import STEP_SIZES
 from inlaid.worker.messages import ModelInfo
+
+_SPECULATION = (
+    ("spec_drafts", "num_drafts", "Drafts that steps checked"),
+    ("spec_draft_tokens", "num_draft_tokens", "Guesses in drafts"),
+    ("spec_accepted_tokens", "num_accepted_tokens", "Guesses that were right"),
+)
 
 
 class Renamed(Collector):
@@ -28,7 +35,7 @@ class Renamed(Collector):
 
 
 class EngineFigures(Collector):
-    """The engine's histogram of steps, and its configuration, as they were when the engine was last asked."""
+    """The engine's histogram of steps, its speculation and its configuration, as they were when it was last asked."""
 
     def __init__(self, model_name: str, engine: str) -> None:
         self._labels = (model_name, engine)
@@ -47,6 +54,7 @@ class EngineFigures(Collector):
         if self._stats:
             steps.add_metric(self._labels, _buckets(self._stats), self._stats["step_tokens"])
         yield steps
+        yield from self._speculation()
         if self._model is not None:
             facts = {
                 "block_size": str(self._model.block_size),
@@ -58,6 +66,31 @@ class EngineFigures(Collector):
             info = GaugeMetricFamily("vllm:cache_config_info", "The KV cache; the value is 1", labels=list(facts))
             info.add_metric(list(facts.values()), 1)
             yield info
+
+    def _speculation(self) -> Iterable[Metric]:
+        """Yield the counters of drafts, where drafts are made."""
+        stats, labels = self._stats, ["model_name", "engine"]
+        if "spec_drafts" not in stats:
+            return
+        for key, name, help in _SPECULATION:
+            total = CounterMetricFamily(f"vllm:spec_decode_{name}", help, labels=labels)
+            total.add_metric(self._labels, stats[key])
+            yield total
+        places = CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Guesses that were right, by place",
+            labels=[*labels, "position"],
+        )
+        for place in itertools.takewhile(lambda at: f"spec_accepted_at_{at}" in stats, itertools.count()):
+            places.add_metric((*self._labels, str(place)), stats[f"spec_accepted_at_{place}"])
+        yield places
+        for key, name, help in _SPECULATION:
+            each = CounterMetricFamily(f"inlaid:spec_decode_{name}", f"{help}, by adapter", labels=[*labels, "adapter"])
+            for given, value in stats.items():
+                prefix, by, adapter = given.partition(" of ")
+                if by and prefix == key:
+                    each.add_metric((*self._labels, adapter), value)
+            yield each
 
 
 def _buckets(stats: Mapping[str, float]) -> Sequence[tuple[str, float]]:

@@ -201,6 +201,7 @@ def engine_requests(
         priority=priority_of(body.priority),
         deadline=_deadline(body),
         cache_salt=body.cache_salt or "",
+        speculation=body.speculation is not False,
     )
 
 

@@ -118,6 +118,7 @@ class RequestEncoder:
         priority: int = 0,
         deadline: float | None = None,
         cache_salt: str = "",
+        speculation: bool = True,
     ) -> list[NewRequest]:
         """Return the engine's requests for n answers to each prompt, prompt by prompt."""
         self.check_count(n, len(prompts))
@@ -136,6 +137,7 @@ class RequestEncoder:
                 priority=priority,
                 deadline=deadline,
                 cache_salt=cache_salt,
+                speculation=speculation,
             )
             for prompt in prompts
             for one in sampling

@@ -33,19 +33,55 @@ class GrammarState:
         self._known_words, self._num_words = _words(known_tokens), _words(vocab_size)
         self._end_bits = end_bits
         self.fault: str | None = None  # why the grammar could not go on: its output is not what was asked for
+        self._drafted: dict[int, np.ndarray] = {}  # masks behind the guesses of a draft, by how many come before
 
-    def mask(self, outputs: Sequence[int]) -> np.ndarray:
+    def mask(self, outputs: Sequence[int], num_guesses: int = 0) -> np.ndarray:
         """Return, as int32 bits, the tokens that may follow these outputs; when the text is complete, only the end. A
-        grammar that outgrows the library's limits ends its own output there, with a fault, and no other request's."""
-        for token in outputs[self._num_consumed :]:
-            self._matcher.consume_token(token)
-            self._num_consumed += 1
-        bits = np.zeros(self._known_words, dtype=np.int32)
-        self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
+        grammar that outgrows the library's limits ends its own output there, with a fault, and no other request's. With
+        `num_guesses`, the mask behind so many guesses of the draft that `prepare` has seen last."""
+        if num_guesses:
+            return self._drafted[num_guesses]
+        self._consume(outputs)
+        bits = self._bits()
         if self._matcher.is_error():
             reason = self._matcher.get_error().partition("\n")[0]  # what follows is the library's whole state
             self.fault = f"the constraint cannot be followed after {len(outputs)} tokens: {reason}"
             return self._end_bits
+        return bits
+
+    def forced(self, outputs: Sequence[int]) -> list[int]:
+        """Return the tokens that spell what must follow these outputs."""
+        self._consume(outputs)
+        return [] if self._matcher.is_error() else list(self._matcher.compute_ff_tokens())
+
+    def prepare(self, outputs: Sequence[int], draft: Sequence[int]) -> int:
+        """Return how many guesses at the tokens after these outputs the grammar allows, and keep the masks behind them.
+        On a copy of the matcher: what a wrong guess would lead to, even an error, is no state of the answer."""
+        self._consume(outputs)
+        self._drafted.clear()
+        if self._matcher.is_error() or self._matcher.validate_tokens(list(draft[:1])) < 1:
+            return 0
+        own, self._matcher = self._matcher, self._matcher.deep_copy()
+        try:
+            for place, guess in enumerate(draft, 1):
+                if self._matcher.validate_tokens([guess]) < 1 or not self._matcher.consume_token(guess):
+                    return place - 1
+                bits = self._bits()
+                if self._matcher.is_error():
+                    return place - 1
+                self._drafted[place] = bits
+        finally:
+            self._matcher = own
+        return len(draft)
+
+    def _consume(self, outputs: Sequence[int]) -> None:
+        for token in outputs[self._num_consumed :]:
+            self._matcher.consume_token(token)
+            self._num_consumed += 1
+
+    def _bits(self) -> np.ndarray:
+        bits = np.zeros(self._known_words, dtype=np.int32)
+        self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
         return bits[: self._num_words]
 
     @property

@@ -10,6 +10,7 @@ from inlaid.engine.engine import Engine
 from inlaid.engine.policy import Lengths
 from inlaid.engine.request import FinishReason, NewRequest, Output, SamplingParams
 from inlaid.engine.scheduler import Scheduler
+from inlaid.engine.speculation import Speculation
 from tests.engine.fake_runner import EOS, FakeAdapters, FakeRunner, generate
 
 ADAPTERS = ("a", "b", "c", "d")
@@ -28,6 +29,7 @@ class Bench:
         cache: dict[str, Any] | None = None,
         lengths: Lengths | None = None,
         max_adapter_wait: float = math.inf,
+        speculation: Speculation | None = None,
         **config: Any,
     ) -> None:
         self.time = 0.0
@@ -43,6 +45,7 @@ class Bench:
             eos_ids=(EOS,),
             lengths=lengths,
             max_adapter_wait=max_adapter_wait,
+            speculation=speculation,
         )
         self.engine = Engine(self.scheduler, self.runner, lambda: self.time)
         self.tokens: dict[str, list[int]] = {}
@@ -54,6 +57,7 @@ class Bench:
         priority = params.pop("priority", 0)
         deadline = params.pop("deadline", None)
         true_output_len = params.pop("true_output_len", None)
+        may_speculate = params.pop("speculation", True)
         new = NewRequest(
             id=id,
             prompt=prompt,
@@ -63,6 +67,7 @@ class Bench:
             priority=priority,
             deadline=deadline,
             true_output_len=true_output_len,
+            speculation=may_speculate,
         )
         self.engine.add(new)
         self.wanted[id] = new

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from inlaid.engine.request import Batch, Request, Sampled, StepResult, TokenLogprobs
+from inlaid.engine.request import Batch, Request, Sampled, StepResult, TokenLogprobs, Work, accept
 
 EOS = 7
 VOCABULARY = 50
@@ -71,10 +71,11 @@ class FakeRunner:
         self.void.update({name: self.void[name] - 1 for name in void})
         result = StepResult([], not_finite=void)
         for work in batch.works:
-            contexts = self._write(work.request, work.start, work.num_tokens)
+            contexts = self._write(work)
             if work.samples:
-                self.last[work.request.id] = next_token(contexts[-1])
-                result.sampled.append(Sampled(self.last[work.request.id]))
+                made = [Sampled(next_token(context)) for context in contexts[-1 - len(work.draft) :]]
+                result.sampled.append(accept(work, made) if work.draft else made[0])
+                self.last[work.request.id] = made[0].token
             if work.request.params.prompt_logprobs is not None:
                 known = work.request.prompt[work.start + 1 : work.start + work.num_tokens + 1]
                 result.prompt_logprobs[work.request.id] = [TokenLogprobs(t, -1.0, 1, []) for t in known]
@@ -107,14 +108,15 @@ class FakeRunner:
         if batch.step not in self.fail_submit:
             self.in_flight[batch.step] = writes
 
-    def _write(self, request: Request, start: int, count: int) -> list[int]:
+    def _write(self, work: Work) -> list[int]:
+        request, start, count = work.request, work.start, work.num_tokens
+        tokens = [*request.tokens, *work.draft]
         contexts = []
         context = root(request.adapter) if start == 0 else self._read(request, start - 1)
         for position in range(start):
             self._read(request, position)
         for position in range(start, start + count):
-            known = position < len(request.tokens)
-            context = chain(context, request.tokens[position] if known else self.last[request.id])
+            context = chain(context, tokens[position] if position < len(tokens) else self.last[request.id])
             block = request.blocks[position // self.block_size]
             assert block != 0
             self.kv[block, position % self.block_size] = context

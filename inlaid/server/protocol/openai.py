@@ -109,6 +109,7 @@ class GenerateBody(Body, frozen=True, kw_only=True):
     request_id: str | None = None
     rid: str | None = None  # SGLang's request_id
     cache_salt: Annotated[str, Meta(description="apart from other salts, no prefix is shared")] | None = None
+    speculation: Annotated[bool, Meta(description="false: no guesses, and none from this answer")] | None = None
     deadline: Annotated[float, Meta(description="seconds from now to have the answer in")] | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
