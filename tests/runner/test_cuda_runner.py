@@ -21,7 +21,7 @@ from inlaid.adapters.store import AdapterStore
 from inlaid.checkpoint import Checkpoint
 from inlaid.config import AdapterConfig, CacheConfig, ConfigError, EngineConfig, SchedulerConfig
 from inlaid.engine.engine import Engine, make_engine
-from inlaid.engine.request import NewRequest
+from inlaid.engine.request import FinishReason, NewRequest
 from inlaid.kernels import attention_triton, fused_triton, lora_triton
 from inlaid.kernels.arriving import Arriving
 from inlaid.kernels.assist import Assistant, CudaFerry, Profile
@@ -54,6 +54,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZE = (8, 6) if torch.cuda.is_available() else (4, 3)  # requests, tokens
 MANY_STEPS = pytest.mark.skipif(DEVICE.type == "cpu", reason="takes minutes in Triton's interpreter; runs on a GPU")
 LONGEST = 30 if torch.cuda.is_available() else 16
+POISON = 100  # a token that only one test has
 NEAR_TIE = 0.03  # in half precision two tokens this close may change places
 
 
@@ -249,6 +250,28 @@ def test_what_the_kernels_do_not_sample(bench: Bench) -> None:
     assert answers["words"].tokens[2] != said[2]
     assert set(answers["few"].tokens) <= {12, 13, 14}
     assert serve(host, [few])["few"].tokens == answers["few"].tokens
+
+
+def test_a_row_that_is_not_finite_ends_alone(bench: Bench) -> None:
+    """A token whose embedding is not finite stands for an overflow. The step behind it, which goes on with a token that
+    there is not, is computed again without it."""
+    engine, runner = bench.engine()
+    runner.model.embedding.weight_VD[POISON] = float("nan")
+    good = ask("good", [5, 6, 7], None, max_tokens=3, logprobs=None)
+    engine.add(ask("bad", [8, POISON, 9], None, max_tokens=3, logprobs=None))
+    engine.add(good)
+    answer, ended = Answer([], [], [], 0), []
+    while engine.has_work:
+        for output in engine.step():
+            if output.id == "good":
+                answer.tokens += output.tokens
+            else:
+                ended.append(output)
+    assert [(output.tokens, output.finish_reason) for output in ended] == [([], FinishReason.ERROR)]
+    assert ended[0].refusal is not None
+    assert "not finite" in ended[0].refusal.message
+    bench.check(good, answer)
+    engine.scheduler.check_whole()
 
 
 @MANY_STEPS
