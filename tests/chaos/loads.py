@@ -4,11 +4,14 @@ left at the end.
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import load_file, save_file
 
 from inlaid.config import AdapterConfig, CacheConfig, EngineConfig
 from inlaid.engine.request import NewRequest, SamplingParams
@@ -16,15 +19,18 @@ from inlaid.worker.build import Loaded, build_engine
 from tests.server.live import DEMO
 
 _PROMPTS = ([5, 6, 7], [9] * 20, list(range(30, 60)))
-_SLOTS = 3  # fewer than names, so that adapters are evicted too
+_NAMES, _SLOTS = 16, 3  # fewer slots than names, so that adapters are evicted too
+_LAYERS = (0, 1)  # those that the adapters keep: reading all takes five times longer
+_ASKED = 0.01  # share of changes before a question
 
 
 class Loads:
     """One engine, and what each name stands for."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int) -> None:
         self._draw = random.Random(seed)
-        self._folders = sorted(path for path in (DEMO / "adapters").iterdir() if path.is_dir())[:6]
+        sources = sorted(path for path in (DEMO / "adapters").iterdir() if path.is_dir())[:6]
+        self._folders = [_cut(source, folder / source.name) for source in sources]
         config = EngineConfig(
             model=str(DEMO / "base"), device="cpu", max_model_len=128,
             cache=CacheConfig(num_blocks=60), adapters=AdapterConfig(max_loras=_SLOTS),
@@ -35,6 +41,8 @@ class Loads:
         self.counts: Counter[str] = Counter()
         self.faults: list[str] = []
         self._expected = self._answers_alone()
+        answers = {tuple(self._expected[path, number]) for path, number in self._expected}
+        assert len(answers) > 2 * len(_PROMPTS), "the adapters' answers are too much alike to tell them apart"
         self._resident = resident_mib()
 
     def run(self, changes: int, seconds: float) -> dict[str, Any]:
@@ -42,7 +50,7 @@ class Loads:
         ends = time.monotonic() + seconds
         while self.counts["changes"] < changes and time.monotonic() < ends:
             self._change()
-            if self._draw.random() < 0.05:
+            if self._draw.random() < _ASKED:
                 self._ask()
         for name in list(self._names):
             self._unload(name)
@@ -63,7 +71,7 @@ class Loads:
         }
 
     def _change(self) -> None:
-        name = f"n{self._draw.randrange(8)}"
+        name = f"n{self._draw.randrange(_NAMES)}"
         kind = self._draw.random()
         if name in self._names and kind < 0.4:
             self._unload(name)
@@ -122,6 +130,18 @@ class Loads:
                 found[path, number] = tokens
         self._loaded.adapters.remove("alone")
         return found
+
+
+def _cut(source: Path, folder: Path) -> Path:
+    """Write the adapter with a few layers alone, and a scale by which they matter."""
+    folder.mkdir()
+    config = json.loads((source / "adapter_config.json").read_text())
+    config |= {"layers_to_transform": list(_LAYERS), "lora_alpha": 8 * config["lora_alpha"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    weights = load_file(source / "adapter_model.safetensors")
+    kept = {name: weight for name, weight in weights.items() if any(f".layers.{n}." in name for n in _LAYERS)}
+    save_file(kept, folder / "adapter_model.safetensors")
+    return folder
 
 
 def resident_mib() -> float:

@@ -85,7 +85,8 @@ def loads(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     """Load, swap, unload and ask adapters at random."""
     from tests.chaos.loads import Loads
 
-    found = Loads(args.seed).run(args.count or 100_000, args.seconds)
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        found = Loads(Path(folder), args.seed).run(args.count or 100_000, args.seconds)
     return found, not found["faults"]
 
 
