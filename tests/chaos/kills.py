@@ -17,7 +17,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from tests.chaos.fake_server import ended, started
+from tests.chaos.fake_server import Nursery, ended
 from tests.engine.fake_runner import generate
 from tests.server.live import ADMIN_KEY, Answer, Live
 
@@ -42,7 +42,8 @@ class Kills:
 
     def run(self, kills: int, seconds: float) -> None:
         """Kill so many times, or for so many seconds."""
-        ends, server = time.monotonic() + seconds, started(self._state, self._root)
+        ends, nursery = time.monotonic() + seconds, Nursery()
+        server = nursery.started(self._state, self._root)
         try:
             while self.counts["kills"] < kills and time.monotonic() < ends:
                 killer = threading.Timer(self._draw.uniform(0.0, 0.3), self._kill, [server, self._draw.random() < 0.3])
@@ -52,10 +53,11 @@ class Kills:
                 killer.join()
                 if server.process.poll() is not None:
                     ended(server)
-                    server = started(self._state, self._root)
+                    server = nursery.started(self._state, self._root)
                 self._check(server, self._settings(server))
         finally:
             ended(server)
+            nursery.close()
 
     def _kill(self, server: Live, whole: bool) -> None:
         children = server.children() if server.process.poll() is None else []
@@ -76,7 +78,7 @@ class Kills:
             if answer is not None and answer.status == 200:
                 return dict(answer.json)
             assert server.process.poll() is None, "the server ended by itself"
-            time.sleep(0.02)
+            time.sleep(0.05)
 
     # What is asked meanwhile.
 

@@ -16,7 +16,7 @@ from typing import Any
 from inlaid.files import write_atomically
 from inlaid.report.provenance import provenance
 from tests.chaos.attackers import Rates, attack
-from tests.chaos.fake_server import ended, started
+from tests.chaos.fake_server import Nursery, ended
 from tests.chaos.kills import Kills
 from tests.chaos.mix import Mix, flags
 from tests.server.live import DEMO, serving
@@ -34,7 +34,8 @@ def mutated(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
         root = Path(folder) / "root"
         for name in ("maths", "code"):
             (root / name).mkdir(parents=True)
-        server = started(Path(folder) / "state.json", root)
+        nursery = Nursery()
+        server = nursery.started(Path(folder) / "state.json", root)
         try:
             assert (
                 server.admin("POST", "/v1/load_lora_adapter", {"lora_name": "maths", "lora_path": "maths"}).status
@@ -45,6 +46,7 @@ def mutated(args: argparse.Namespace) -> tuple[dict[str, Any], bool]:
             restarts = server.ask("GET", "/health").json["restarts"]
         finally:
             ended(server)
+            nursery.close()
     found = {
         "mutated requests": tally.num_mutants,
         "statuses": {str(status): count for status, count in sorted(tally.statuses.items())},
