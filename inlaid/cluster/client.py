@@ -382,9 +382,19 @@ class ClusterClient:
         """Describe the replicas."""
         return await self.fleet.states()
 
-    async def drain(self, name: str, patience: float = _DRAIN) -> None:
-        """Remove a replica when its requests have ended."""
-        await self.fleet.remove(name, patience)
+    async def add_replica(self) -> str:
+        """Start one more replica and return its name."""
+        return (await self.fleet.add()).name
+
+    async def drain_replica(self, name: str) -> None:
+        """Let a replica's requests end, then remove it. Those that take too long go on elsewhere."""
+        serving = {replica.name for replica in self.fleet.serving}
+        if name not in self.fleet.replicas:
+            known = ", ".join(self.fleet.replicas)
+            raise Refused(Refusal(f"no replica is called {name!r}; there are: {known}", RefusalKind.NOT_FOUND))
+        if serving <= {name}:
+            raise Refused(Refusal(f"{name} is the only replica that serves: add one first"))
+        await self.fleet.remove(name, _DRAIN)
 
     async def close(self) -> None:
         """End all replicas; requests in flight fail."""

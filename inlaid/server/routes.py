@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from inlaid.server import admin, info, manners, native, tasks
+from inlaid.server import admin, info, manners, native, replicas, tasks
 from inlaid.server.chat import chat_completions
 from inlaid.server.completions import completions
 from inlaid.server.messages import count_tokens, create_message
 from inlaid.server.programs import programs
-from inlaid.server.protocol.admin import AdapterList, LoadAdapterBody, SchedulerBody, UnloadAdapterBody
+from inlaid.server.protocol.admin import AdapterList, LoadAdapterBody, ReplicaList, SchedulerBody, UnloadAdapterBody
 from inlaid.server.protocol.anthropic import CountBody, InputTokens, MadeMessage, MessageEvent, MessagesBody
 from inlaid.server.protocol.chat import ChatBody, ChatChunk, ChatCompletion
 from inlaid.server.protocol.info import (
@@ -141,6 +141,9 @@ ROUTES = (
     Route("POST", "/v1/tasks/{name}/switch", tasks.switch_task, Guard.ADMIN, answers=(TaskCard,)),
     Route("GET", "/v1/base", tasks.get_base, Guard.ADMIN, answers=(BaseCard,)),
     Route("POST", "/v1/base/rollback", tasks.rollback, Guard.ADMIN, answers=(BaseCard,)),
+    Route("GET", "/v1/replicas", replicas.list_replicas, Guard.OPERATOR, answers=(ReplicaList,)),
+    Route("POST", "/v1/replicas", replicas.add_replica, Guard.ADMIN, answers=(ReplicaList,)),
+    Route("DELETE", "/v1/replicas/{name}", replicas.drain_replica, Guard.ADMIN, answers=(ReplicaList,)),
     Route("GET", "/v1/scheduler", admin.get_scheduler, Guard.OPERATOR, answers=(dict[str, Any],)),
     Route("PUT", "/v1/scheduler", admin.put_scheduler, Guard.ADMIN, SchedulerBody, (dict[str, Any],)),
     Route(

@@ -33,6 +33,7 @@ FACTORY = "inlaid.worker.build:build_engine"
 _HEARTBEAT = 1.0  # seconds between an answer and the next question
 _LONGEST_PAUSE = 30.0  # seconds between two starts
 _MAX_STARTS = 5  # that fail in a row, before the engine is given up
+_ONE_ENGINE = "this server is one engine; start it with `inlaid cluster` to have replicas"
 _UNKNOWN_FAILURE = Refusal("the request failed in the engine", RefusalKind.FAULT)
 
 
@@ -246,6 +247,14 @@ class EngineClient:
     async def replicas(self) -> list[ReplicaState]:
         """Return no replicas: this is one engine."""
         return []
+
+    async def add_replica(self) -> str:
+        """Refuse: this is one engine."""
+        raise Refused(Refusal(_ONE_ENGINE))
+
+    async def drain_replica(self, name: str) -> None:
+        """Refuse: this is one engine."""
+        raise Refused(Refusal(_ONE_ENGINE))
 
     async def close(self) -> None:
         """End the process; requests in flight fail."""

@@ -75,7 +75,7 @@ def test_answers_are_those_of_one_engine_while_replicas_are_killed_drained_and_a
             asked += [asyncio.create_task(answer(client, request(n))) for n in range(12, 20)]
             added = await client.fleet.add()
             await until(lambda: first.state == "serving" and first.lives == 1)
-            await client.drain(second.name)
+            await client.drain_replica(second.name)
             assert set(client.fleet.replicas) == {first.name, added.name}
             assert await asyncio.gather(*asked) == [generate([n, 7], None, 60, ()) for n in range(20)]
             assert client.num_moved > 0

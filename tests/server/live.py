@@ -87,12 +87,15 @@ class Live:
 
 @contextmanager
 def serving(
-    *arguments: str, environment: dict[str, str] | None = None, max_descriptors: int | None = None
+    *arguments: str,
+    command: str = "serve",
+    environment: dict[str, str] | None = None,
+    max_descriptors: int | None = None,
 ) -> Iterator[Live]:
     """Run a server with these flags; it is stopped at the end, however the test went."""
     limit = () if max_descriptors is None else ("bash", "-c", f'ulimit -n {max_descriptors}; exec "$@"', "bash")
     process = subprocess.Popen(
-        [*limit, sys.executable, "-m", "inlaid", "serve", "--port", "0", *LIMITS, *arguments],
+        [*limit, sys.executable, "-m", "inlaid", command, "--port", "0", *LIMITS, *arguments],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
         stdout=subprocess.PIPE,

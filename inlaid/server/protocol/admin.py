@@ -31,6 +31,20 @@ class SchedulerBody(Body, frozen=True, kw_only=True):
     max_num_waiting: int | None = None
 
 
+class ReplicaCard(Payload, kw_only=True):
+    """A replica of a cluster; the fields are ReplicaState's."""
+
+    name: str
+    state: str
+    requests: int
+    restarts: int
+    stats: dict[str, float]
+
+
+class ReplicaList(Payload, kw_only=True):
+    replicas: list[ReplicaCard]
+
+
 class AdapterState(Payload, kw_only=True):
     """An adapter's residency and history; the fields are AdapterInfo's."""
 
