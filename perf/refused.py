@@ -11,8 +11,8 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 ONE_NODE = "servers of one machine are started here"
-NO_SPLIT = "prefill and decode are not split over replicas"
-NO_SCALING = "one server is started a point; scaling is `inlaid cluster`'s"
+NO_SPLIT = "one server is started a point; `python -m perf.autoscale` runs templates with numbers of replicas"
+NO_SCALING = "one server is started a point; `python -m perf.autoscale` runs templates that scale"
 NO_RDMA = "weights do not move over RDMA"
 
 REASONS: Mapping[str, str] = MappingProxyType(
@@ -41,7 +41,7 @@ FEATURE_FLAGS = (
     "ngrok", "impl_sllm", "impl_blitz", "impl_live", "impl_live_pro", "impl_fast", "impl_fast_pro", "cache_replace",
     "cache_all_hit", "mutate", "motiv", "mock_transfer", "unidirect", "optimized_tanz",
 )  # fmt: skip
-FEATURE_REASON = "a build flag of BlitzScale's router"
+FEATURE_REASON = "a build flag of BlitzScale's router; `python -m perf.autoscale` knows what it selects"
 
 
 class Selected(Protocol):

@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from inlaid import cli
 
@@ -49,3 +50,18 @@ def test_the_unit_starts_a_server_and_systemd_reads_it(tmp_path: Path) -> None:
         unit.write_text(text.replace("/opt/inlaid/bin/inlaid", "/bin/true"))
         done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_kuberay_manifest_is_whole_and_its_front_takes_its_flags() -> None:
+    cluster, front, service = yaml.safe_load_all((ROOT / "deploy" / "kuberay.yaml").read_text())
+    assert [each["kind"] for each in (cluster, front, service)] == ["RayCluster", "Deployment", "Service"]
+    group = cluster["spec"]["workerGroupSpecs"][0]
+    assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    (container,) = front["spec"]["template"]["spec"]["containers"]
+    _, command, *arguments = shlex.split(container["args"][0].partition("exec ")[2])
+    args = cli.parse([command, *arguments])
+    assert args.replicas == (group["minReplicas"], group["maxReplicas"])
+    assert args.ray_address == "auto"
+    assert service["spec"]["selector"] == front["spec"]["template"]["metadata"]["labels"]
+    mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert {f"/{args.model.split('/')[1]}"} == mounts

@@ -53,11 +53,17 @@ class SimReplica:
         self.remote = RemoteCharges(self.engine.scheduler.ledger)
         self.view = ReplicaView(name, seats, setup.slots)
         self.active = False  # a step of it is among the events
+        self._pace = 1.0
+
+    def set_pace(self, factor: float) -> None:
+        """Let steps take `factor` times as long from now on."""
+        self._pace = factor
 
     def step(self, now: float) -> tuple[float, list[Output]]:
         """Make a step, and return when it is over and what it brings."""
-        self.clock.now = max(self.clock.now, now)
+        self.clock.now = began = max(self.clock.now, now)
         outputs = self.engine.step()
+        self.clock.now += (self._pace - 1.0) * (self.clock.now - began)
         if self.engine.idle and not outputs:
             self.clock.now = max(self.clock.now + 1e-6, min(self.adapters.next_ready(), self.clock.now + 0.1))
         return self.clock.now, outputs
@@ -87,7 +93,6 @@ class ClusterSim:
         *,
         share_service: bool = True,
         until: float = float("inf"),
-        on_event: Callable[[ClusterSim, float], None] | None = None,
     ) -> None:
         self.seats = int(setup.scheduler.get("max_num_seqs", 256))
         self.setup = replace(setup, scheduler={**setup.scheduler, "max_num_seqs": self.seats})
@@ -100,10 +105,10 @@ class ClusterSim:
         self._share_service = share_service
         self._until = until
         self._shares = Shares()
-        self._on_event = on_event
         self._numbers = itertools.count()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._mean_output = 128.0
+        self._held: dict[str, int] = {}
         self._asks: dict[str, tuple[NewRequest, str]] = {}
         for _ in range(num_replicas):
             self.add_replica()
@@ -114,6 +119,11 @@ class ClusterSim:
         made = self.replicas[name] = SimReplica(name, self.setup, self.seats)
         made.clock.now = self.now
         return made
+
+    @property
+    def held_tokens(self) -> int:
+        """Prompt tokens of requests that no replica has been given yet."""
+        return sum(self._held.values())
 
     def at(self, when: float, do: Callable[[], None]) -> None:
         """Do something at a time."""
@@ -126,8 +136,6 @@ class ClusterSim:
         while self._events and self.now < self._until:
             self.now, _, do = heapq.heappop(self._events)
             do()
-            if self._on_event is not None:
-                self._on_event(self, self.now)
         replicas = [*self.closed, *self.replicas.values()]
         return ClusterOutcome(
             records=self.log.records,
@@ -150,8 +158,10 @@ class ClusterSim:
         ask = self.ask(arrival.request)
         name = self.placement.choose(ask, views, self.now) if views else None
         if name is None:
+            self._held[ask.id] = ask.prompt
             self.at(self.now + ASK_AGAIN, lambda: self._place(arrival))
             return
+        self._held.pop(ask.id, None)
         chosen = self.replicas[name]
         chosen.clock.now = max(chosen.clock.now, self.now) if not chosen.active else chosen.clock.now
         self.log.send(chosen.engine, arrival)

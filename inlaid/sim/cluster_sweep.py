@@ -34,24 +34,32 @@ TTFT, TPOT = 1.0, 0.1
 OBJECTIVE = 0.8 * TPOT  # what placement aims at: prefills come on top of decode steps
 
 
-def workload(rate: float, zipf: float, seed: int, adapters: int = 1000) -> Workload:
+def workload(
+    rate: float,
+    zipf: float,
+    seed: int,
+    adapters: int = 1000,
+    calm: float = CALM,
+    high: float = HIGH,
+    after: float = AFTER,
+) -> Workload:
     """Return a stream at a rate, and a second one that brings it to five times that for a while."""
     kind: dict[str, Any] = {
         "adapters": AdapterChoice("zipf", alpha=zipf),
         "input": Lengths("lognormal", median=256.0, sigma=0.6, low=8, high=2000),
         "output": Lengths("lognormal", median=128.0, sigma=0.6, low=2, high=1000),
     }
-    calm = Stream(arrival=Arrivals("poisson", rate), duration_s=CALM + HIGH + AFTER, **kind)
-    burst = Stream(arrival=Arrivals("poisson", rate * (BURST - 1)), start_s=CALM, duration_s=HIGH, **kind)
-    return Workload([calm, burst], seed, adapters=AdapterSet(count=adapters, ranks=(8, 16, 32, 64)))
+    always = Stream(arrival=Arrivals("poisson", rate), duration_s=calm + high + after, **kind)
+    burst = Stream(arrival=Arrivals("poisson", rate * (BURST - 1)), start_s=calm, duration_s=high, **kind)
+    return Workload([always, burst], seed, adapters=AdapterSet(count=adapters, ranks=(8, 16, 32, 64)))
 
 
-def setup_of(machine: str, drawn: Workload) -> Setup:
+def setup_of(machine: str, drawn: Workload, slots: int = 64) -> Setup:
     """Return one replica of the sweep."""
     return Setup(
         cost=load_cost(machine),
         num_tokens=60_000,
-        slots=64,
+        slots=slots,
         ranks=drawn.adapter_ranks,
         lengths="none",
         scheduler={"max_num_seqs": 64},

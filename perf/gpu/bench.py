@@ -42,6 +42,7 @@ LIMITS: Mapping[str, float] = MappingProxyType({  # seconds of each stage
     "adapters-oversubscribed-mixed": 120, "adapters-oversubscribed-slots": 130, "adapters-all-resident": 100,
     "adapters-crossover": 150, "serve-tiny": 100, "serve-tiny-arrival": 100, "serve-oversubscribed-tiny": 100,
     "ranks-tiny": 100, "variants-tiny": 100, "determinism-tiny": 60, "startwarm-tiny": 60,
+    "cluster-8b": 420, "cluster-tiny": 200,
     "programs-7b": 300, "programs-8b": 300, "programs-tiny": 100,
 })  # fmt: skip
 CALLS: Mapping[str, tuple[tuple[str, ...], ...]] = MappingProxyType({  # lanes, one for each GPU; "+" joins stages
@@ -82,6 +83,7 @@ def run_stage(name: str, out: Path, keep: Keep) -> dict[str, Any]:
     from perf.gpu import (
         adapters,
         checks,
+        cluster,
         demo,
         micro,
         offline,
@@ -112,6 +114,7 @@ def run_stage(name: str, out: Path, keep: Keep) -> dict[str, Any]:
         "serve": lambda: served(rest, keep),
         "ranks": lambda: serving.ranks(rest.removesuffix("-mixed"), keep, uniform=not rest.endswith("-mixed")),
         "starts": lambda: starts.run(rest, keep),
+        "cluster": lambda: cluster.run(rest, keep),
         "programs": lambda: programs.run(rest, keep),
         "startwarm": lambda: serving.start_warm(rest, keep),
         "exllama": lambda: demo.run("exllama") if rest == "demo" else serving.on_backend(rest, "exllama", keep),

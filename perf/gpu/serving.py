@@ -51,20 +51,21 @@ def start_server(
     max_rank: int,
     log: Path,
     more: tuple[str, ...] = (),
+    command: str = "serve",
 ) -> subprocess.Popen[bytes]:
-    command = [
-        sys.executable, "-m", "inlaid", "serve", str(model), "--port", str(port), *DEVICE,
+    argv = [
+        sys.executable, "-m", "inlaid", command, str(model), "--port", str(port), *DEVICE,
         "--max-num-seqs", "256", "--max-num-batched-tokens", "2048", "--gpu-memory-utilization", "0.8",
         "--no-enable-prefix-caching", "--max-loras", str(max(1, len(adapters))), "--max-lora-rank", str(max_rank),
         *more,
     ]  # fmt: skip
     if adapters:
-        command += ["--adapter", *(f"{name}={path}" for name, path in adapters.items())]
+        argv += ["--adapter", *(f"{name}={path}" for name, path in adapters.items())]
     import torch  # not above: the clients do without
 
     torch.cuda.empty_cache()  # this process made the files on the GPU; the server needs its memory
     with log.open("wb") as output:
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        return subprocess.Popen(argv, stdout=output, stderr=subprocess.STDOUT)
 
 
 def stop(server: subprocess.Popen[bytes]) -> None:

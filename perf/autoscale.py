@@ -1,0 +1,217 @@
+"""`python -m perf.autoscale TEMPLATE.toml --out DIR`: BlitzScale's templates with their scaling, on the simulator.
+
+The template's [router] bounds and a model's figures make the planner; a feature's flags choose where a new replica's
+weights come from; the dataset is a trace in Azure's format. Each point gets a JSON file and a figure of four panels:
+request rate, replicas over time, TTFT and time between tokens, GPU-seconds. Keys without a meaning here are told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from inlaid.cluster.placement import make_placement
+from inlaid.cluster.planner import BoundsPlanner, Planner, Router, SloPlanner
+from inlaid.engine.request import NewRequest, SamplingParams
+from inlaid.flags import Parser
+from inlaid.report.plots import legend, new_figure, save
+from inlaid.report.provenance import provenance
+from inlaid.sim.cluster import ClusterOutcome, prices_of
+from inlaid.sim.cost import load_cost
+from inlaid.sim.request_log import Arrival
+from inlaid.sim.scaling import Machine, Scaled, Start, parse_feature
+from inlaid.sim.simulate import Setup
+from inlaid.workload.toml import load_toml
+from inlaid.workload.traces import Trace, TraceRow, read_trace, repeat_rows
+
+WINDOW = 5.0  # seconds of a point in the figures
+TTFT, TBT = 1.0, 0.1  # the objective, in seconds
+BLOCK = 16  # tokens
+WITHOUT_MEANING = MappingProxyType(
+    {
+        "server.ibv_rate": "weights do not move over RDMA here",
+        "server.inter_node": "the simulator has no nodes",
+        "server.config": "the simulator has no nodes",
+        "router.mock_transfer_millis": "KV does not move between replicas that both prefill and decode",
+    }
+)
+
+
+def router_of(data: Mapping[str, Any], model: Mapping[str, Any]) -> Router:
+    """Return the scaling keys of [router] and of a model; an unknown one is refused by name."""
+    section = {key: value for key, value in data.get("router", {}).items() if key != "port"}
+    figures = ("tokens_prefilled_per_sec", "tokens_transferred_per_sec", "num_available_blocks")
+    section |= {key: model[key] for key in figures if key in model}
+    try:
+        return msgspec.convert(section, Router, strict=False)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"[router]: {error}") from error
+
+
+def arrivals(dataset: Mapping[str, Any], most: int) -> list[Arrival]:
+    """Read a dataset's trace, again and again until its time_in_secs."""
+    spec = Trace(dataset["dataset_path"], max_input=most // 2, max_output=most // 4)
+    read = read_trace(spec)
+    seconds = dataset.get("time_in_secs")
+    last = max(row.at or 0.0 for row in read)
+    if seconds is not None:
+        read = [row for row in read if (row.at or 0.0) < seconds] if seconds <= last else _looped(read, seconds, last)
+    return [_arrival(number, row) for number, row in enumerate(read)]
+
+
+def _looped(read: list[TraceRow], seconds: float, last: float) -> list[TraceRow]:
+    return repeat_rows(read, seconds, None, last)
+
+
+def _arrival(number: int, row: TraceRow) -> Arrival:
+    output = max(1, row.output_length or 1)
+    params = SamplingParams(max_tokens=output, ignore_eos=True, temperature=0.0, seed=0)
+    prompt = [1] * max(1, row.input_length or 1)
+    return Arrival(
+        row.at or 0.0, NewRequest(id=str(number), prompt=prompt, params=params, true_output_len=output, tenant="all")
+    )
+
+
+def simulate(
+    trace: list[Arrival], router: Router, start: Start, machine: str, planner: str
+) -> tuple[Scaled, ClusterOutcome]:
+    """Serve a trace on as many replicas as the planner says."""
+    cost = load_cost(machine)
+    setup = Setup(
+        cost=cost,
+        num_tokens=router.num_available_blocks * BLOCK,
+        lengths="none",
+        scheduler={"max_num_seqs": 128},
+        max_paired_tenants=0,
+    )
+    prices = prices_of(cost)
+    made: Planner = BoundsPlanner(router)
+    if planner == "slo":
+        made = SloPlanner(router.least, router.most, prices, TTFT, TBT, hold=5.0)
+    scaled = Scaled(trace, setup, make_placement("predicted", prices), made, router, start, Machine())
+    return scaled, scaled.run()
+
+
+def summarize(scaled: Scaled, outcome: ClusterOutcome) -> dict[str, Any]:
+    """Return a point's figures and its lines over time."""
+    records = [record for record in outcome.records if record.first_token is not None and record.finish is not None]
+    first = np.array([record.ttft for record in records])
+    between = np.array([(r.finish - r.first_token) / max(1, r.output_len - 1) for r in records])  # type: ignore[operator]
+    times = np.array([record.arrival for record in records])
+    lines = []
+    for left in np.arange(0.0, times.max() + WINDOW, WINDOW):
+        inside = (times >= left) & (times < left + WINDOW)
+        if inside.any():
+            shown = [float(np.percentile(values[inside], q)) for values in (first, between) for q in (50, 99)]
+            lines.append([float(left), float(inside.sum() / WINDOW), *(round(1e3 * value, 2) for value in shown)])
+    return {
+        "requests": len(outcome.records),
+        "lost": len(outcome.records) - len(records),
+        "ttft_p50_ms": round(1e3 * float(np.percentile(first, 50)), 1),
+        "ttft_p99_ms": round(1e3 * float(np.percentile(first, 99)), 1),
+        "tbt_p99_ms": round(1e3 * float(np.percentile(between, 99)), 1),
+        "attainment": round(float(np.mean((first <= TTFT) & (between <= TBT))), 4),
+        "gpu_seconds": round(outcome.replica_seconds, 1),
+        "most_replicas": max(point[2] for point in scaled.timeline.points),
+        "over_time": {"columns": ["s", "rate", "ttft_p50", "ttft_p99", "tbt_p50", "tbt_p99"], "rows": lines},
+        "replicas": {"columns": ["s", "wanted", "there", "serving"], "rows": scaled.timeline.points[::4]},
+    }
+
+
+def draw(path: Path, title: str, rows: Mapping[str, dict[str, Any]]) -> None:
+    """Draw the four panels, a colour for each feature."""
+    figure, ((rate, replicas), (times, used)) = new_figure((11, 7), 2, 2)
+    for number, (name, row) in enumerate(rows.items()):
+        colour = f"C{number}"
+        lines, there = np.array(row["over_time"]["rows"]), np.array(row["replicas"]["rows"])
+        if not number:
+            rate.plot(lines[:, 0], lines[:, 1], color="black", label="requests a second")
+        replicas.step(there[:, 0], there[:, 1], color=colour, linestyle=":", label=f"{name}: needed")
+        replicas.step(there[:, 0], there[:, 3], color=colour, label=f"{name}: serving")
+        times.plot(lines[:, 0], lines[:, 3], color=colour, label=f"{name}: TTFT p99")
+        times.plot(lines[:, 0], lines[:, 2], color=colour, linestyle="--", label=f"{name}: TTFT p50")
+        times.plot(lines[:, 0], lines[:, 5], color=colour, linestyle=":", label=f"{name}: between tokens p99")
+        spent = np.cumsum(there[:, 2] * np.diff(there[:, 0], prepend=0.0))
+        used.plot(there[:, 0], spent, color=colour, label=f"{name}: {row['gpu_seconds']:.0f} GPU-seconds")
+    rate.set_ylabel("requests/s")
+    replicas.set_ylabel("replicas")
+    times.set_ylabel("ms")
+    times.set_yscale("log")
+    used.set_ylabel("GPU-seconds")
+    for axis in (rate, replicas, times, used):
+        axis.set_xlabel("s")
+    figure.suptitle(title)
+    legend(figure, (replicas, times, used), columns=3)
+    save(figure, path)
+
+
+def run(data: Mapping[str, Any], machine: str, planner: str, out: Path) -> dict[str, Any]:
+    """Run all selected points; return their rows by name."""
+    selection, told = data["selection"], dict[str, str]()
+    found: dict[str, Any] = {}
+    for model_name in selection["models"]:
+        model = data["models"][model_name]
+        if model.get("tp_size", 1) != 1:
+            raise ValueError(f"models.{model_name}.tp_size is {model['tp_size']}: a model runs on one GPU here so far")
+        router = router_of(data, model)
+        for dataset_name in selection["datasets"]:
+            trace = arrivals(data["datasets"][dataset_name], router.num_available_blocks * BLOCK)
+            rows: dict[str, dict[str, Any]] = {}
+            for feature in selection.get("features", [""]):
+                if feature and feature not in data.get("features", {}):
+                    raise ValueError(f"[features] has no {feature!r}; it has {', '.join(data.get('features', {}))}")
+                start, without = parse_feature(data["features"][feature] if feature else "")
+                told |= {f"features.{feature}.{flag}": reason for flag, reason in without.items()}
+                scaled, outcome = simulate(trace, router, start, machine, planner)
+                rows[feature] = {"start": msgspec.structs.asdict(_Start(start.source, start.live, start.mock))}
+                rows[feature] |= summarize(scaled, outcome)
+                shown = {key: rows[feature][key] for key in ("ttft_p99_ms", "attainment", "gpu_seconds")}
+                print(f"{model_name} {dataset_name} {feature}: {shown}", flush=True)
+            name = f"{model_name}-{dataset_name}"
+            draw(out / f"autoscale-{name}-{planner}", f"{name}: {planner} planner on simulated {machine}", rows)
+            found[name] = rows
+    told |= {key: reason for key, reason in WITHOUT_MEANING.items() if key.partition(".")[2] in data.get("router", {})}
+    told |= {key: reason for key, reason in WITHOUT_MEANING.items() if key.partition(".")[2] in data.get("server", {})}
+    return {"points": found, "without_meaning_here": told}
+
+
+class _Start(msgspec.Struct):
+    weights_from: str
+    serves_while_loading: bool
+    mocked: bool
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(prog="perf.autoscale", description="Run a BlitzScale template's scaling on the simulator.")
+    parser.add_argument("template", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="folder for JSON and figures")
+    parser.add_argument("--machine", default="h100", help="a machine of the simulator")
+    parser.add_argument("--features", default="", help="comma-separated; default: those that the template selects")
+    parser.add_argument("--planner", choices=("bounds", "slo"), default="bounds", help="the template's bounds, or ours")
+    arguments: argparse.Namespace = parser.parse_args(argv)
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        data = load_toml(arguments.template)
+        if arguments.features:
+            data["selection"]["features"] = arguments.features.split(",")
+        found = run(data, arguments.machine, arguments.planner, arguments.out)
+    except (ValueError, OSError, KeyError) as error:
+        print(f"perf.autoscale: {arguments.template}: {error}", file=sys.stderr)
+        return 2
+    manifest = {**provenance(0), "machine": arguments.machine, "planner": arguments.planner, **found}
+    path = arguments.out / f"autoscale-{arguments.planner}.json"
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n")
+    for key, reason in found["without_meaning_here"].items():
+        print(f"without a meaning here: {key}: {reason}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
