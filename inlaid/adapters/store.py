@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ from inlaid.adapters.pages import Lender, PagePool
 from inlaid.adapters.registry import Registry
 from inlaid.adapters.residency import Residency
 from inlaid.kernels.assist import Factors
-from inlaid.kernels.backend import AdapterPages
+from inlaid.kernels.backend import MODULES, AdapterPages
 from inlaid.model.spec import ModelSpec
 
 
@@ -93,6 +94,13 @@ class AdapterStore:
         self._keep(name, old, keep)
         return old.identity
 
+    def pin_name(self, name: str, keep: bool) -> None:
+        """Let a name keep its adapter on the device, or no longer."""
+        held = self._registry.named(name)
+        if keep and not held.kept:
+            self._check_pins(name, held, held.num_elements, None)
+        self._keep(name, held, keep)
+
     def remove(self, name: str) -> int:
         """Forget a name at once. Returns how many requests still run on it; its memory goes with the last."""
         held = self._registry.unbind(name)
@@ -153,6 +161,16 @@ class AdapterStore:
     def sites(self, identity: str) -> tuple[int, ...]:
         """Return the sites that it adapts."""
         return tuple(entry.site for entry in self._held(identity).entries)
+
+    def parts(self, identity: str) -> dict[str, dict[str, Any]]:
+        """Return what it changes: for each module, of all that the base has, its layers, ranks and scales."""
+        found: dict[str, dict[str, Any]] = {module: {"layers": [], "ranks": [], "scales": []} for module in MODULES}
+        for entry in self._held(identity).entries:
+            part = found[MODULES[entry.site % len(MODULES)]]
+            part["layers"].append(entry.site // len(MODULES))
+            part["ranks"].append(entry.rank)
+            part["scales"].append(entry.scale)
+        return found
 
     def nbytes(self, identity: str) -> int:
         """Return the bytes of its weights, on the host as on the device."""
@@ -314,10 +332,13 @@ class AdapterStore:
         return [] if self.mode == CACHED else [held for held in self._registry.held.values() if held.kept - {name}]
 
     def _check_kept(self, name: str, adapter: Adapter, going: Held | None) -> None:
+        self._check_pins(name, self._registry.held.get(adapter.identity), adapter.flat.numel(), going)
+
+    def _check_pins(self, name: str, itself: Held | None, num_elements: int, going: Held | None) -> None:
         """Refuse to keep so many that some other adapter would never find a place."""
         if self.mode == CACHED:
             return
-        itself, places = self._registry.held.get(adapter.identity), self._device.slots
+        places = self._device.slots
         kept = [held for held in self._kept_by_others(name) if held is not itself]
         if len(kept) + 1 >= places:
             raise AdapterError(
@@ -325,7 +346,7 @@ class AdapterStore:
                 "the others; unload one, or raise --max-loras"
             )
         others = [held.num_elements for held in self._registry.held.values() if held not in (*kept, going, itself)]
-        if sum(held.num_elements for held in kept) + adapter.flat.numel() + max(others, default=0) > self.floor:
+        if sum(held.num_elements for held in kept) + num_elements + max(others, default=0) > self.floor:
             raise AdapterError(
                 f"adapter {name!r} cannot be pinned: with the {len(kept)} that are, it would leave too few bytes for "
                 "the others; unload one, or raise --adapter-memory-gib"

@@ -15,6 +15,7 @@ from typing import Any
 
 from inlaid.config import EngineConfig, SchedulerConfig
 from inlaid.engine.control import change, describe, fairness
+from inlaid.engine.explain import queue, service_history
 from inlaid.engine.kv_cache import SCRATCH, BlockPool
 from inlaid.engine.policy import Lengths, MaxTokens
 from inlaid.engine.predictor import Predictor
@@ -205,6 +206,7 @@ class Engine:
             "adapters_running": scheduler.active_adapters,
             "preemptions": scheduler.num_preemptions,
             "steps": self._num_steps,
+            "step_seconds": scheduler.step_log.seconds,
             "step_tokens": self._num_tokens,
             **self._sizes.stats(),
             "failures": self.num_failures,
@@ -227,6 +229,14 @@ class Engine:
     def fairness(self, window: float = 60.0) -> dict[str, Any]:
         """Answer GET /v1/fairness: each tenant's service in the last `window` seconds, and the tenants that wait."""
         return fairness(self.scheduler, window, self.clock())
+
+    def queue(self, most: int = 20) -> list[dict[str, Any]]:
+        """Return the first requests that wait, in the policy's order, each with the reason why it stands there."""
+        return queue(self.scheduler, most, self.clock())
+
+    def service_history(self, seconds: float, pace: float) -> dict[str, Any]:
+        """Return the service of each tenant in the last `seconds`, summed over pieces of `pace` seconds."""
+        return service_history(self.scheduler, seconds, pace, self.clock())
 
 
 def make_engine(

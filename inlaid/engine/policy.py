@@ -89,6 +89,10 @@ class Policy:
     def verdict(self, request: Request, view: View) -> str:
         return GO
 
+    def reason(self, before: Request, after: Request, view: View) -> str:
+        """Say why one request goes before another, for people."""
+        return f"came {after.arrival - before.arrival:.1f} s earlier"
+
 
 @dataclass(frozen=True)
 class Priority(Policy):
@@ -98,6 +102,11 @@ class Priority(Policy):
 
     def rank(self, request: Request, view: View) -> Rank:
         return (request.priority, request.arrival)
+
+    def reason(self, before: Request, after: Request, view: View) -> str:
+        if before.priority == after.priority:
+            return super().reason(before, after, view)
+        return f"has priority {before.priority}, this one {after.priority}"
 
 
 @dataclass(frozen=True)
@@ -110,6 +119,11 @@ class Srtf(Policy):
 
     def rank(self, request: Request, view: View) -> Rank:
         return (view.lengths.remaining(request) + self.ageing * request.arrival,)
+
+    def reason(self, before: Request, after: Request, view: View) -> str:
+        first, second = view.lengths.remaining(before), view.lengths.remaining(after)
+        earlier = (after.arrival - before.arrival) * self.ageing
+        return f"is predicted {first:.0f} tokens, this one {second:.0f}; its wait is worth {earlier:.0f} more"
 
 
 @dataclass(frozen=True)
@@ -132,6 +146,11 @@ class Inlaid(Srtf):
 
     def key(self, group: Hashable, rank: Rank, view: View) -> Rank:
         return (rank[0] - self.grouping, *rank[1:]) if group in view.active else rank
+
+    def reason(self, before: Request, after: Request, view: View) -> str:
+        text = super().reason(before, after, view)
+        ahead = before.adapter in view.active and after.adapter not in view.active
+        return f"{text}; its adapter is in the batch ({self.grouping:g} tokens)" if ahead else text
 
 
 @dataclass(frozen=True)
@@ -161,6 +180,11 @@ class Vtc(Policy):
         account = view.ledger.account(str(group))
         return (account.counter, account.order, *rank)
 
+    def reason(self, before: Request, after: Request, view: View) -> str:
+        if before.account is after.account:
+            return super().reason(before, after, view)
+        return f"its tenant's counter is {before.account.counter:.0f}, this one's {after.account.counter:.0f}"
+
     def prepay(self, request: Request, view: View) -> int:
         if self.predict == "predicted":
             return max(1, round(view.lengths.remaining(request)))
@@ -183,6 +207,13 @@ class Lcf(Policy):
         account = view.ledger.account(str(group))
         return (account.service / account.weight, account.order, *rank)
 
+    def reason(self, before: Request, after: Request, view: View) -> str:
+        first, second = before.account, after.account
+        if first is second:
+            return super().reason(before, after, view)
+        served, other = first.service / first.weight, second.service / second.weight
+        return f"its tenant was served {served:.0f} over weight, this one's {other:.0f}"
+
 
 @dataclass(frozen=True)
 class Drr(Policy):
@@ -199,6 +230,12 @@ class Drr(Policy):
     def key(self, group: Hashable, rank: Rank, view: View) -> Rank:
         account = view.ledger.account(str(group))
         return (account.counter // self.quantum, account.order, *rank)
+
+    def reason(self, before: Request, after: Request, view: View) -> str:
+        first, second = (request.account.counter // self.quantum for request in (before, after))
+        if before.account is after.account:
+            return super().reason(before, after, view)
+        return f"its tenant is in turn {first:.0f}, this one's in turn {second:.0f}"
 
 
 @dataclass(frozen=True)
@@ -236,6 +273,14 @@ class Slo(Policy):
     def verdict(self, request: Request, view: View) -> str:
         in_time = view.now + view.seconds_left(request) <= self._deadline(request)
         return GO if in_time or request.late else self.late
+
+    def reason(self, before: Request, after: Request, view: View) -> str:
+        if before.late != after.late:
+            return "can still meet its deadline, this one cannot"
+        first, second = (self._deadline(r) - view.seconds_left(r) - view.now for r in (before, after))
+        if first == second:
+            return super().reason(before, after, view)
+        return f"must start within {first:.1f} s, this one within {second:.1f} s"
 
     def _deadline(self, request: Request) -> float:
         if request.deadline is not None:

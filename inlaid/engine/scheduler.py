@@ -38,6 +38,7 @@ from inlaid.engine.request import (
 from inlaid.engine.residency import AdapterDirectory
 from inlaid.engine.speculation import Speculation
 from inlaid.engine.state import State
+from inlaid.engine.step_log import StepLog
 from inlaid.engine.step_time import StepTime
 from inlaid.engine.steps import Steps
 from inlaid.engine.waiting import WaitingQueue
@@ -95,6 +96,7 @@ class Scheduler:
         self.decodes = Decodes(self.state, self.endings)
         self.delivery = Delivery(self.state, self.endings)
         self.admission = self.admission_type(self.state, self.decodes, self.endings)
+        self.step_log = StepLog(adapters.rank)
         self.admitting = True  # False while running requests drain: none starts
         self._num_added = 0
         self.set_policy(self.policy)
@@ -266,7 +268,9 @@ class Scheduler:
         return any(again)
 
     def _end_step(self, batch: Batch, now: float, num_made: int) -> None:
+        load = self.step_log.measure(batch)
         seconds = self.state.steps.end(batch.step, now)
+        self.step_log.note(load, seconds)
         self.state.step_time.note(batch.works, seconds)
         if self.state.speculation is not None:
             self.state.speculation.note_step(batch, self.state.steps.busy_seconds)

@@ -11,51 +11,10 @@ from pathlib import Path
 
 import msgspec
 
-from inlaid.engine.request import Batch
+from inlaid.engine.step_log import Load as Load
+from inlaid.engine.step_log import Step as Step
 
 MACHINES = Path(__file__).parent / "machines"
-
-
-class Load(msgspec.Struct, frozen=True):
-    """Load of a step: the regressors of the model. Attention reads a prompt's keys for each of its tokens."""
-
-    prefill_tokens: int = 0
-    prefills: int = 0
-    decodes: int = 0
-    prompt_context: int = 0  # prompt tokens that decodes attend to
-    output_context: int = 0  # output tokens that decodes attend to
-    prefill_attention: int = 0  # pairs of tokens
-    adapters: int = 0
-    adapter_rows: int = 0  # requests with an adapter
-    ranks: int = 0
-
-    @classmethod
-    def of(cls, batch: Batch, ranks: dict[str, int]) -> Load:
-        """Measure the load of a batch, given the ranks of its adapters."""
-        tokens = prefills = attention = decodes = prompts = outputs = rows = 0
-        adapters: set[str] = set()
-        for work in batch.works:
-            request = work.request
-            if work.is_decode:
-                decodes += 1
-                prompts += len(request.prompt)
-                outputs += work.start - len(request.prompt) + 1
-            else:
-                prefills += 1
-                tokens += work.num_tokens
-                attention += work.num_tokens * (2 * work.start + work.num_tokens) // 2
-            if request.adapter is not None:
-                rows += 1
-                adapters.add(request.adapter)
-        ranks_sum = sum(ranks.get(adapter, 0) for adapter in adapters)
-        return cls(tokens, prefills, decodes, prompts, outputs, attention, len(adapters), rows, ranks_sum)
-
-
-class Step(msgspec.Struct, frozen=True):
-    """A measured step: its load, and its wall time from the end of the step before, host work included."""
-
-    seconds: float
-    load: Load
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ TERMS = ("step", *Load.__struct_fields__)
 Array = npt.NDArray[np.float64]
 
 
+LEAST = 50  # steps that a fit needs
 FLOORS = 24  # values tried for the least that a step with prompts takes
 
 
@@ -35,8 +36,8 @@ def fit(steps: Sequence[Step], name: str, source: str, load_base: float = 0.0, l
     predict sums that are too small. The floor of a step with prompts is the value, of those tried, that explains the
     steps best.
     """
-    if len(steps) < 50:
-        raise ValueError(f"{len(steps)} steps are too few to fit {len(TERMS)} terms; record at least 50")
+    if len(steps) < LEAST:
+        raise ValueError(f"{len(steps)} steps are too few to fit {len(TERMS)} terms; record at least {LEAST}")
     rows = np.array([[1.0, *msgspec.structs.astuple(step.load)] for step in steps])
     seconds = np.array([step.seconds for step in steps])
     first = rows @ _solve(rows, seconds, np.ones(len(rows)))
@@ -50,6 +51,30 @@ def fit(steps: Sequence[Step], name: str, source: str, load_base: float = 0.0, l
     )
     terms = {term: float(value) for term, value in zip(TERMS, coefficients)}
     return CostModel(name=name, source=source, prompt_floor=floor, load_base=load_base, load_rank=load_rank, **terms)
+
+
+def fit_quickly(steps: Sequence[Step], name: str) -> CostModel:
+    """Fit a model to steps within milliseconds: no floor, weights by the mean, and terms that would be negative are
+    left out one after the other instead of being bounded together."""
+    if len(steps) < LEAST:
+        raise ValueError(f"{len(steps)} steps are too few to fit {len(TERMS)} terms; {LEAST} are needed")
+    rows = np.array([[1.0, *msgspec.structs.astuple(step.load)] for step in steps])
+    seconds = np.array([step.seconds for step in steps])
+    usual = min(float(np.quantile(seconds, 0.98)), 20 * float(np.median(seconds)))
+    rows, seconds = (
+        rows[seconds <= usual],
+        seconds[seconds <= usual],
+    )  # a step that was held up says nothing of its load
+    terms = [place for place in range(len(TERMS)) if rows[:, place].any()]
+    coefficients = np.zeros(len(TERMS))
+    while terms:
+        scale = rows[:, terms].max(axis=0)
+        found = np.linalg.lstsq(rows[:, terms] / scale, seconds, rcond=None)[0] / scale
+        if (found >= 0).all():
+            coefficients[terms] = found
+            break
+        terms.pop(int(np.argmin(found * scale)))
+    return CostModel(name=name, source="fitted to steps", **{t: float(c) for t, c in zip(TERMS, coefficients)})
 
 
 def _above(

@@ -43,6 +43,14 @@ class Adapters(Protocol):
         """List the identities of the adapters that are on the device."""
         ...
 
+    def parts(self, name: str) -> dict[str, dict[str, Any]]:
+        """Return what an adapter changes: for each module its layers, ranks and scales."""
+        ...
+
+    def pin(self, name: str, pinned: bool) -> AdapterInfo:
+        """Keep an adapter on the device from when it is there, or no longer."""
+        ...
+
 
 class LoraAdapters:
     """The adapters of a loaded model."""
@@ -106,6 +114,14 @@ class LoraAdapters:
             copy_seconds=counts.seconds,
             pinned=store.kept(name),
         )
+
+    def parts(self, name: str) -> dict[str, dict[str, Any]]:
+        store = self._model.adapters
+        return store.parts(self.describe(name).identity)
+
+    def pin(self, name: str, pinned: bool) -> AdapterInfo:
+        self._model.adapters.pin_name(name, pinned)
+        return self.describe(name)
 
 
 class Readers:

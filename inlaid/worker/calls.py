@@ -13,6 +13,7 @@ from typing import Any
 
 from inlaid.engine.refusal import Refusal, RefusalKind, Refused
 from inlaid.engine.remote import RemoteCharges
+from inlaid.engine.step_log import Step
 from inlaid.worker import messages
 from inlaid.worker.build import Loaded
 from inlaid.worker.messages import AdapterInfo
@@ -75,6 +76,21 @@ class Queries:
 
     def fairness(self, window: float = 60.0) -> dict[str, Any]:
         return self._loaded.engine.fairness(window)
+
+    def queue(self, most: int = 20) -> list[dict[str, Any]]:
+        return self._loaded.engine.queue(most)
+
+    def service_history(self, seconds: float, pace: float) -> dict[str, Any]:
+        return self._loaded.engine.service_history(seconds, pace)
+
+    def steps(self) -> list[Step]:
+        return self._loaded.engine.scheduler.step_log.list()
+
+    def adapter_parts(self, name: str) -> dict[str, dict[str, Any]]:
+        return self._loaded.adapters.parts(name)
+
+    def pin_adapter(self, name: str, pinned: bool) -> AdapterInfo:
+        return self._loaded.adapters.pin(name, pinned)
 
 
 class Calls:

@@ -173,6 +173,13 @@ class EngineClient:
         log.info("adapter is served", extra=logs.fields(adapter=name, path=path, identity=info.identity[:12]))
         return info
 
+    async def pin_adapter(self, name: str, pinned: bool) -> AdapterInfo:
+        """Keep an adapter on the device from when it is there, or no longer."""
+        info = msgspec.convert(await self.call("pin_adapter", name=name, pinned=pinned), AdapterInfo)
+        self.adapters[name] = info
+        self._remember_pin(name, info.pinned)
+        return info
+
     def _remember_pin(self, name: str, pinned: bool) -> None:
         """Change what the next life of the process pins."""
         others = tuple(other for other in self.config.adapters.pin_adapter if other != name)
