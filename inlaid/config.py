@@ -320,6 +320,7 @@ class ServerConfig:
     allowed_origins: tuple[str, ...] = option(
         (), "origin whose pages may call the API from a browser (https://host, or *), may be repeated"
     )
+    console: bool = option(True, "serve the console, a page to see and steer the server, at /")
     allow_runtime_lora: bool = option(
         False, "allow loading and unloading adapters while serving", section="Adapters that come and go while serving"
     )

@@ -53,6 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "quant": {"adapters.adapter", "adapters.gate", "adapters.peft", "model.spec"},
     "report": set(),
     "workload": set(),
+    "console": {"engine", "sim"},
     "sim": {
         "engine",
         "report",
@@ -65,7 +66,16 @@ MAY_IMPORT: dict[str, set[str]] = {
         "cluster.shares",
     },
     "cluster": {"engine", "worker", "text", "server", "cli"},
-    "server": {"engine", "text", "worker", "adapters", "program", "quant.online_jobs", "quant.online_versions"},
+    "server": {
+        "engine",
+        "text",
+        "worker",
+        "adapters",
+        "program",
+        "console",
+        "quant.online_jobs",
+        "quant.online_versions",
+    },
 }
 MAY_USE = {
     "inlaid": set[str](),
@@ -74,7 +84,7 @@ MAY_USE = {
     "models": {"inlaid", "data"},
     "perf": {"inlaid"},
 }
-WITHOUT_TORCH = ("engine", "program", "sim", "report", "workload")
+WITHOUT_TORCH = ("engine", "program", "sim", "report", "workload", "console")
 PURE = ("view", "placement", "planner", "shares")  # of the cluster: they run in the simulator
 
 # What the package of an extra is called when it is imported, where that is not its own name.

@@ -21,7 +21,7 @@ import msgspec
 
 from inlaid.cluster.fleet import Fleet, MakeReplica, Replica
 from inlaid.cluster.front_limits import FrontLimits
-from inlaid.cluster.merge import add_stats, merge_adapter, merge_adapters, merge_fairness
+from inlaid.cluster.merge import MERGED, merge_adapter, merge_adapters
 from inlaid.cluster.placement import Placement
 from inlaid.cluster.scaler import Scaler
 from inlaid.cluster.shares import Shares
@@ -268,10 +268,8 @@ class ClusterClient:
         if method == "scheduler":
             return await self.fleet.first().engine.call(method)
         answers = await self.fleet.ask_all(lambda replica: replica.engine.call(method, **arguments))
-        if method == "stats":
-            return add_stats(answers)
-        if method == "fairness":
-            return merge_fairness(answers)
+        if method in MERGED:
+            return MERGED[method](answers)
         if method in _ON_ALL:
             return answers[0]
         raise Refused(Refusal(f"{method!r} is not known of a cluster"))
@@ -317,6 +315,16 @@ class ClusterClient:
             self._remember_pin(name, info.pinned)
             self.adapters[name] = info
             return info
+
+    async def pin_adapter(self, name: str, pinned: bool) -> AdapterInfo:
+        """Keep an adapter on the device of all replicas, or no longer."""
+        async with self.fleet.changing:
+            await self.fleet.change_all(
+                lambda replica: replica.engine.pin_adapter(name, pinned),
+                lambda replica, done: replica.engine.pin_adapter(name, not pinned),
+            )
+            self._remember_pin(name, pinned)
+        return await self.describe_adapter(name)
 
     async def unload_adapter(self, name: str) -> int:
         """Forget an adapter on all replicas, and return how many requests still run on it."""

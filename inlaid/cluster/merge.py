@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -70,3 +71,31 @@ def merge_fairness(views: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "running": sum(view["running"] for view in views),
         "tenants": tenants,
     }
+
+
+def merge_queues(queues: Sequence[Sequence[Mapping[str, Any]]]) -> list[Mapping[str, Any]]:
+    """Join the fronts of the queues: those that have waited longest first."""
+    return sorted((each for queue in queues for each in queue), key=lambda each: -each["waited"])
+
+
+def merge_histories(histories: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Add up each tenant's service, piece by piece."""
+    tenants: dict[str, list[float]] = {}
+    for history in histories:
+        for name, row in history["tenants"].items():
+            known = tenants.get(name, [0.0] * len(row))
+            tenants[name] = [a + b for a, b in zip(known, row, strict=True)]
+    return {**histories[0], "tenants": tenants}
+
+
+# How the answers to a question are joined, by its name.
+MERGED: Mapping[str, Callable[[Sequence[Any]], Any]] = MappingProxyType(
+    {
+        "stats": add_stats,
+        "fairness": merge_fairness,
+        "queue": merge_queues,
+        "service_history": merge_histories,
+        "steps": lambda answers: [step for answer in answers for step in answer],
+        "adapter_parts": lambda answers: answers[0],
+    }
+)

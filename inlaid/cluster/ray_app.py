@@ -249,6 +249,10 @@ class RayReplica:
         self.adapters[name] = msgspec.convert(value, AdapterInfo)
         return self.adapters[name]
 
+    async def pin_adapter(self, name: str, pinned: bool) -> AdapterInfo:
+        self.adapters[name] = msgspec.convert(await self._do("pin_adapter", name=name, pinned=pinned), AdapterInfo)
+        return self.adapters[name]
+
     async def unload_adapter(self, name: str) -> int:
         in_flight = int(await self._do("unload_adapter", name=name))
         self.adapters.pop(name, None)

@@ -21,6 +21,7 @@ from inlaid.server.protocol.admin import (
     SchedulerBody,
     UnloadAdapterBody,
 )
+from inlaid.server.protocol.console import ChangeAdapterBody, ChangedAdapter
 from inlaid.server.protocol.sglang import LoadResult
 from inlaid.server.safety import check_tenants
 from inlaid.server.service import SERVICE, Service
@@ -67,6 +68,11 @@ async def unload_adapter_sglang(request: web.Request, body: UnloadAdapterBody) -
     """Forget an adapter; SGLang's path and answer."""
     await finish(request, _unload(request, body))
     return answer(LoadResult(loaded_adapters=_paths(request.app[SERVICE])))
+
+
+async def change_adapter(request: web.Request, body: ChangeAdapterBody) -> web.Response:
+    """Pin an adapter to the device, let it go, or drain it: then it takes no new requests."""
+    return answer(await finish(request, _change(request, body)))
 
 
 async def get_scheduler(request: web.Request) -> web.Response:
@@ -151,6 +157,26 @@ async def load_folder(request: web.Request, name: str, folder: Path, in_place: b
     await service.state.note_loaded(name, str(folder), info.pinned)
 
 
+async def _change(request: web.Request, body: ChangeAdapterBody) -> ChangedAdapter:
+    service, name = request.app[SERVICE], body.lora_name
+    if name not in service.engine.adapters:
+        raise NotFound(f"adapter {name!r} is not loaded", "lora_name", "model_not_found")
+    draining = service.draining_adapters
+    if body.pinned is None:
+        info = await service.engine.describe_adapter(name)
+    else:
+        try:
+            info = await service.engine.pin_adapter(name, body.pinned)
+        except ValueError as error:
+            raise BadRequest(str(error), "pinned") from error
+    if body.draining is not None:
+        (draining.add if body.draining else draining.discard)(name)
+    log.info("an adapter is changed", extra=logs.fields(by=_who(request), **msgspec.structs.asdict(body)))
+    if body.pinned is not None and name in service.state.kept.loaded:  # others are named by the command line
+        await service.state.note_loaded(name, info.path, info.pinned)
+    return ChangedAdapter(lora_name=name, pinned=info.pinned, draining=name in draining, requests=info.requests)
+
+
 async def _unload(request: web.Request, body: UnloadAdapterBody) -> int:
     """Wait for the requests of an adapter as long as one may wait for it; return how many there still are."""
     service, name = request.app[SERVICE], body.lora_name
@@ -165,6 +191,7 @@ async def _unload(request: web.Request, body: UnloadAdapterBody) -> int:
             raise NotFound(str(error), "lora_name", "model_not_found") from error
         raise BadRequest(str(error), "lora_name") from error
     log.info("an adapter is unloaded", extra=logs.fields(by=_who(request), adapter=name))
+    service.draining_adapters.discard(name)
     await service.state.note_unloaded(name)
     if in_flight and known is not None:
         in_flight = await service.engine.until_unloaded(known, in_flight)

@@ -9,8 +9,10 @@ import msgspec
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from inlaid.config import ServerConfig
 from inlaid.server.access import NOTES, add_warnings, logged, note_error, note_route, warn_client
 from inlaid.server.bodies import read_body
+from inlaid.server.console import CONSOLE_ROUTES, add_console
 from inlaid.server.cors import allow_origins
 from inlaid.server.decoding import BodyDecoder, warning
 from inlaid.server.errors import (
@@ -39,7 +41,7 @@ def make_app(service: Service) -> web.Application:
     app = web.Application(client_max_size=service.max_body_bytes, middlewares=[_busy, logged, _errors])
     app[SERVICE] = service
     app[NOTES] = {}
-    for route in ROUTES:
+    for route in routes_of(service.config):
         handler = _served(route, service.config.strict_requests)
         app.router.add_route(route.method, route.path, handler)
         if route.method == "GET":
@@ -51,9 +53,16 @@ def make_app(service: Service) -> web.Application:
 
     app.router.add_get("/openapi.json", openapi)
     app.on_response_prepare.append(add_warnings)
+    if service.config.console:
+        add_console(app, service)
     if service.config.allowed_origins:
         allow_origins(app, service.config.allowed_origins)
     return app
+
+
+def routes_of(config: ServerConfig) -> tuple[Route, ...]:
+    """Return the routes that a server of this configuration answers; those of the console are no part of the API."""
+    return (*ROUTES, *(CONSOLE_ROUTES if config.console else ()))
 
 
 def _facts(service: Service) -> Facts:

@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
+from inlaid.console.traffic import Flight, Traffic
 from inlaid.engine.request import NewRequest
 from inlaid.server.mirrors import EngineFigures, Renamed
 from inlaid.server.replica_figures import ReplicaFigures
@@ -51,6 +52,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._model = model_name
         self._max_adapters = max_adapters
+        self.traffic = Traffic()
         self._labelled: set[str] = set()
         self._meters: dict[str, _Series] = {}
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of answered requests")
@@ -111,7 +113,7 @@ class Metrics:
 
     def meter(self, request: NewRequest) -> Meter:
         """Return the meter of a new request."""
-        return Meter(self._series(request.adapter), request)
+        return Meter(self._series(request.adapter), request, self.traffic)
 
     def refuse(self, adapter: str | None, status: int) -> None:
         """Count a request that was refused before it had a meter."""
@@ -174,10 +176,11 @@ class _Series:
 class Meter:
     """The times and tokens of one request. `close` counts it, however it ended."""
 
-    def __init__(self, series: _Series, request: NewRequest) -> None:
+    def __init__(self, series: _Series, request: NewRequest, traffic: Traffic) -> None:
         self._series = series
         self._request = request
         self._arrival = self._last = time.monotonic()
+        self._flight: Flight = traffic.begin(request, self._arrival)
         self._first: float | None = None
         self._queue = 0.0
         self._num_tokens = 0
@@ -197,11 +200,13 @@ class Meter:
             self._first = now
             self._queue = piece.queue_time or 0.0
             series.first.observe(now - self._arrival)
+            self._flight.first(now - self._arrival, len(piece.tokens))
             series.queue.observe(self._queue)
             series.prompt_tokens.inc(len(self._request.prompt))
             series.cached_tokens.inc(piece.num_cached)
         else:
             series.between.observe(now - self._last)
+            self._flight.between(now - self._last, len(piece.tokens))
         series.generation_tokens.inc(len(piece.tokens))
         self._num_tokens += len(piece.tokens)
         self._last = now
@@ -210,6 +215,7 @@ class Meter:
 
     def close(self) -> None:
         """Record the whole request."""
+        self._flight.end(self._reason, self._num_tokens, self._last)
         if self._refused:
             return
         series = self._series

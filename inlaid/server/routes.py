@@ -12,6 +12,7 @@ from inlaid.server.programs import programs
 from inlaid.server.protocol.admin import AdapterList, LoadAdapterBody, ReplicaList, SchedulerBody, UnloadAdapterBody
 from inlaid.server.protocol.anthropic import CountBody, InputTokens, MadeMessage, MessageEvent, MessagesBody
 from inlaid.server.protocol.chat import ChatBody, ChatChunk, ChatCompletion
+from inlaid.server.protocol.console import ChangeAdapterBody, ChangedAdapter
 from inlaid.server.protocol.info import (
     DetokenizeBody,
     Detokenized,
@@ -111,6 +112,7 @@ ROUTES = (
     Route("GET", "/v1/adapters", admin.list_adapters, answers=(AdapterList,)),
     Route("POST", "/v1/load_lora_adapter", admin.load_adapter, Guard.ADMIN, LoadAdapterBody, text="text/plain"),
     Route("POST", "/v1/unload_lora_adapter", admin.unload_adapter, Guard.ADMIN, UnloadAdapterBody, text="text/plain"),
+    Route("POST", "/v1/change_lora_adapter", admin.change_adapter, Guard.ADMIN, ChangeAdapterBody, (ChangedAdapter,)),
     Route(
         "POST",
         "/v1/load_lora_adapter_from_tensors",

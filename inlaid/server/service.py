@@ -10,6 +10,7 @@ from aiohttp import web
 from inlaid.config import ServerConfig
 from inlaid.server.background import Background
 from inlaid.server.connections import Connections, most_connections
+from inlaid.server.errors import Unavailable
 from inlaid.server.metrics import Metrics
 from inlaid.server.names import ModelNames
 from inlaid.server.offload import Offload, Shared
@@ -55,6 +56,7 @@ class Service:
     ignored_fields: set[str] = field(default_factory=set)  # that were logged: once each
     draining: bool = False
     num_in_flight: int = 0  # requests for answers
+    draining_adapters: set[str] = field(default_factory=set)  # that take no new requests
     num_loads: int = 0  # adapters being loaded, or waiting for that
 
     def __post_init__(self) -> None:
@@ -74,7 +76,10 @@ class Service:
 
     def resolve(self, model: str, param: str = "model") -> str | None:
         """Return the adapter that a name stands for; None is the base."""
-        return self.names.resolve(model, self.engine.adapters, param)
+        adapter = self.names.resolve(model, self.engine.adapters, param)
+        if adapter in self.draining_adapters:
+            raise Unavailable(f"adapter {adapter!r} is drained and takes no new requests", retry_after=5)
+        return adapter
 
     def root(self, headers: Mapping[str, str]) -> str:
         """Return the path of the base, as far as a client may see it."""

@@ -20,8 +20,8 @@ async def list_tasks(request: web.Request) -> web.Response:
     """List the tasks of the base with their losses, and the jobs."""
     online = _online(request)
     current = online.versions.current
-    jobs = [_card(online, order) for order in online.orders.values()]
-    return answer(TaskList(version=current.number, tasks=losses_of(Path(current.folder)), jobs=jobs))
+    tasks = losses_of(Path(current.folder))
+    return answer(TaskList(version=current.number, tasks=tasks, jobs=task_cards(online)))
 
 
 async def get_task(request: web.Request) -> web.Response:
@@ -73,14 +73,14 @@ async def switch_task(request: web.Request) -> web.Response:
 
 async def get_base(request: web.Request) -> web.Response:
     """List the versions of the base that are kept."""
-    return answer(_base(_online(request)))
+    return answer(base_card(_online(request)))
 
 
 async def rollback(request: web.Request) -> web.Response:
     """Serve the version of the base before the present one."""
     online = _online(request)
     await online.rollback()
-    return answer(_base(online))
+    return answer(base_card(online))
 
 
 def _online(request: web.Request) -> OnlineTasks:
@@ -108,7 +108,13 @@ def _data(service: Service, online: OnlineTasks, body: AddTaskBody) -> str:
     return str(online.jobs.write_data(body.name, lines + b"\n").resolve())
 
 
-def _base(online: OnlineTasks) -> BaseCard:
+def task_cards(online: OnlineTasks) -> list[TaskCard]:
+    """Describe all jobs, oldest first."""
+    return [_card(online, order) for order in online.orders.values()]
+
+
+def base_card(online: OnlineTasks) -> BaseCard:
+    """Describe the versions of the base."""
     cards = [
         VersionCard(
             number=version.number,

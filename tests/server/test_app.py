@@ -179,7 +179,7 @@ def test_health_tells_of_an_engine_that_does_not_answer_and_of_background_tasks(
         ):
             service.background.start("a task", asyncio.Event().wait)
             health = await (await client.get("/health")).json()
-            assert health == {"status": "ok", "restarts": 0, "background": {"a task": "running"}}
+            assert health == {"status": "ok", "restarts": 0, "background": {"a task": "running", "console": "running"}}
             assert engine.process_id is not None
             os.kill(engine.process_id, signal.SIGSTOP)
             while (answer := await client.get("/health")).status == 200:

@@ -1,0 +1,309 @@
+"""Gather the state of the console once a second for all pages: from the engine, from the meters and from the tasks.
+
+While no page is open, only the engine's counts are read each second, and the adapters every half minute. Lists that
+take the engine long are asked for less often: at most 2% of its time goes into them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from inlaid import __version__
+from inlaid.adapters.gate import GateError, read, why_not
+from inlaid.console.feed import Feed, Level
+from inlaid.console.history import LoadHistory, ResidencyHistory
+from inlaid.console.split import split
+from inlaid.console.state import Section, State
+from inlaid.engine.step_log import Step
+from inlaid.server.service import Service
+from inlaid.server.tasks import base_card, task_cards
+from inlaid.worker.errors import EngineDead
+from inlaid.worker.messages import AdapterInfo
+
+log = logging.getLogger(__name__)
+
+_TICK = 1.0
+_PATIENCE = 5.0  # seconds that the engine may take to answer
+_MOST_TIME = 0.02  # share of the engine's time that one kind of question may take
+_UNWATCHED = 30.0  # seconds between two looks at the adapters while no page is open
+_HISTORY = 900.0  # seconds of service per tenant that a page begins with
+_HISTORY_PACE = 5.0
+ADAPTER_COLUMNS = (
+    *("tier", "rank", "bytes", "held", "hits", "loads", "evictions", "reads", "load_seconds", "copy_seconds"),
+    *("pinned", "draining", "identity"),
+    *("queue", "running", "requests", "tokens", "last_used", "attainment"),
+    *("ttft_p50", "ttft_p99", "itl_p50", "itl_p99"),
+)
+
+
+class _Paced:
+    """An answer of the engine that is asked for anew as often as its cost allows."""
+
+    def __init__(self, ask: Callable[[], Awaitable[Any]], least: float) -> None:
+        self._ask, self._least = ask, least
+        self._next = 0.0
+        self.value: Any = None
+        self.fresh = False
+
+    async def get(self) -> Any:
+        """Return the answer, asked for now if that is due."""
+        began = time.monotonic()
+        self.fresh = began >= self._next
+        if self.fresh:
+            self.value = await asyncio.wait_for(self._ask(), _PATIENCE)
+            ended = time.monotonic()
+            self._next = began + max(self._least, (ended - began) / _MOST_TIME) - _TICK / 2
+        return self.value
+
+
+class ConsoleState:
+    """The state of one server's console."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        engine = service.engine
+        self.feed = Feed()
+        self._load, self._residency = LoadHistory(), ResidencyHistory()
+        self._adapters = _Paced(engine.list_adapters, _TICK)
+        self._fairness = _Paced(lambda: engine.call("fairness", window=60.0), _TICK)
+        self._queue = _Paced(lambda: engine.call("queue", most=20), _TICK)
+        self._steps = _Paced(lambda: engine.call("steps"), 10.0)
+        self._service_history = _Paced(
+            lambda: engine.call("service_history", seconds=_HISTORY, pace=_HISTORY_PACE), _HISTORY_PACE
+        )
+        self._split: Section = {}
+        self._last: tuple[float, dict[str, float], int, int] | None = None
+        self._listed_at = 0.0
+        self._loads: dict[str, int] = {}
+        self.cold_starts: dict[str, dict[str, float]] = {}
+        self._accuracy: tuple[str, Section] | None = None
+
+    async def run(self) -> None:
+        """Publish a state each second until cancelled."""
+        try:
+            due = time.monotonic()
+            while True:
+                await self._tick()
+                due = max(due + _TICK, time.monotonic() + _TICK / 10)
+                await asyncio.sleep(due - time.monotonic())
+        finally:
+            self.feed.close()
+
+    async def _tick(self) -> None:
+        service = self._service
+        service.metrics.traffic.roll()
+        engine, up = service.engine, True
+        try:
+            point = self._point(await asyncio.wait_for(engine.call("stats"), _PATIENCE))
+            self._load.add(point)
+            await self._look_at_adapters()
+        except (EngineDead, asyncio.TimeoutError) as error:
+            point, up = {"t": round(time.time(), 1)}, False
+            log.debug("the console has no figures: %s", error)
+        if self.feed.num_viewers:
+            self.feed.publish(await self._state(point, up), self._load.columns())
+
+    def _point(self, stats: dict[str, float]) -> dict[str, float | None]:
+        """Return the load since the point before."""
+        traffic = self._service.metrics.traffic
+        now = time.monotonic()
+        then, before, requests, tokens = self._last or (now - _TICK, stats, traffic.num_requests, traffic.num_tokens)
+        if stats["steps"] < before["steps"]:
+            before = dict.fromkeys(stats, 0.0)  # the engine process is a new one
+        self._last = (now, stats, traffic.num_requests, traffic.num_tokens)
+        passed = max(1e-3, now - then)
+        steps = stats["steps"] - before["steps"]
+        seconds = stats["step_seconds"] - before["step_seconds"]
+        blocks = max(1, stats["kv_blocks"])
+        ttft, itl = traffic.first.percentiles(), traffic.between.percentiles()
+        return {
+            "t": round(time.time(), 1),
+            "requests": round((traffic.num_requests - requests) / passed, 2),
+            "tokens": round((traffic.num_tokens - tokens) / passed, 1),
+            "running": stats["running"],
+            "waiting": stats["waiting"],
+            "ttft_p50": ttft[0],
+            "ttft_p99": ttft[1],
+            "itl_p50": itl[0],
+            "itl_p99": itl[1],
+            "kv_used": round(stats["kv_blocks_used"] / blocks, 4),
+            "kv_cached": round(stats["kv_blocks_cached"] / blocks, 4),
+            "preemptions": round((stats["preemptions"] - before["preemptions"]) / passed, 2),
+            "busy": round(min(1.0, seconds / passed / max(1, len(self._service.engine.replica_states))), 3),
+            "step": float(f"{seconds / steps:.3g}") if steps else None,
+            "on_device": sum(info.tier == "device" for info in self._service.engine.adapters.values()),
+        }
+
+    async def _look_at_adapters(self) -> None:
+        """Note where the adapters are; seldom, while no page is open."""
+        now = time.monotonic()
+        if not self.feed.num_viewers and now - self._listed_at < _UNWATCHED:
+            return
+        self._listed_at = now
+        listed: list[AdapterInfo] = await self._adapters.get()
+        if not self._adapters.fresh:
+            return
+        self._residency.note(
+            time.time(), ((info.name, info.tier == "device", info.loads, info.evictions) for info in listed)
+        )
+        traffic = self._service.metrics.traffic
+        traffic.forget(info.name for info in listed)
+        for info in listed:
+            one = traffic.by_adapter.get(info.name)
+            if one is None:
+                continue
+            if info.loads > self._loads.get(info.name, 0) and one.slowest:
+                read = info.load_seconds if info.reads or info.loads == 1 else 0.0
+                self.cold_starts[info.name] = {"read": read, "copy": info.copy_seconds, "ttft": one.slowest}
+            one.slowest = 0.0
+        self._loads = {info.name: info.loads for info in listed}
+        self.cold_starts = {name: cold for name, cold in self.cold_starts.items() if name in self._loads}
+
+    async def _state(self, point: dict[str, float | None], up: bool) -> State:
+        """Return all sections that somebody who looks may see."""
+        service = self._service
+        state: State = {"load": dict(point), "server": self._server(up)}
+        highest = max(self.feed.levels, default=Level.READER)
+        if not up:
+            return state
+        listed: list[AdapterInfo] = await self._adapters.get()
+        state["adapters"] = self._rows(listed)
+        state["residency"] = {**self._residency.minutes()}
+        state["thrashing"] = dict(self._residency.thrashing())
+        try:
+            if highest >= Level.OPERATOR:
+                await self._fair(state)
+            steps = await self._steps.get()
+            if self._steps.fresh:
+                self._split = split(msgspec.convert(steps, list[Step]))
+        except (EngineDead, asyncio.TimeoutError, ValueError) as error:
+            log.debug("the console lacks some figures: %s", error)
+        state["step"] = self._split
+        state["accuracy"] = await self._accuracy_of(listed)
+        if highest >= Level.ADMIN:
+            state["paths"] = {info.name: info.path for info in listed}
+            if service.online is not None:
+                state["tasks"] = {card.name: msgspec.to_builtins(card) for card in task_cards(service.online)}
+                state["base"] = msgspec.to_builtins(base_card(service.online))
+        return state
+
+    async def _fair(self, state: State) -> None:
+        engine = self._service.engine
+        fairness = dict(await self._fairness.get())
+        state["tenants"] = fairness.pop("tenants")
+        state["fairness"] = {**fairness, "queue": await self._queue.get()}
+        state["scheduler"] = await engine.call("scheduler")
+        history = await self._service_history.get()
+        state["service"] = {"pace": history["pace"], **{f"/{name}": row for name, row in history["tenants"].items()}}
+
+    def _server(self, up: bool) -> Section:
+        service, model = self._service, self._service.engine.model
+        assert model is not None
+        return {
+            "up": up,
+            "why": None if up else service.engine.last_death or "the engine process does not answer",
+            "restarts": service.engine.num_restarts,
+            "replicas": service.engine.replica_states,
+            "version": __version__,
+            "model": service.names.base,
+            "base_version": model.base_version,
+            "device": model.device,
+            "dtype": model.dtype,
+            "max_model_len": model.max_model_len,
+            "kv_blocks": model.num_blocks,
+            "block_size": model.block_size,
+            "max_loras": model.max_loras,
+            "started": service.started,
+            "chat": service.tokenizer.template.exists,
+            "tenant": service.engine.config.scheduler.tenant,
+            "runtime_lora": service.config.allow_runtime_lora,
+            "online_tasks": service.online is not None,
+            "has_admin": service.keys.has_admin,
+            "draining": service.draining,
+            "columns": ADAPTER_COLUMNS,
+        }
+
+    def _rows(self, listed: Iterable[AdapterInfo]) -> Section:
+        """Return a row for the base, under an empty name, and for each adapter."""
+        traffic, draining = self._service.metrics.traffic, self._service.draining_adapters
+        base = ("device", 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0, False, False, "", *traffic.of(None).row())
+        rows: Section = {"": base}
+        for info in listed:
+            rows[info.name] = (
+                *(info.tier, info.rank, info.bytes, info.requests, info.hits, info.loads, info.evictions, info.reads),
+                *(_short(info.load_seconds), _short(info.copy_seconds), info.pinned, info.name in draining),
+                info.identity[:12],
+                *traffic.of(info.name).row(),
+            )
+        return rows
+
+    async def _accuracy_of(self, listed: Iterable[AdapterInfo]) -> Section:
+        """Return the accuracy records of the base that is served, read anew when it or the adapters change."""
+        service, model = self._service, self._service.engine.model
+        assert model is not None
+        key = f"{model.base_version} {sorted(info.identity for info in listed)}"
+        if self._accuracy is None or self._accuracy[0] != key:
+            config = service.engine.config.adapters
+            names = {info.identity: info.name for info in listed}
+            section = await asyncio.to_thread(
+                accuracy, Path(model.folder), config.require_eval, model.base_version, config.max_drop, names
+            )
+            self._accuracy = key, section
+        return self._accuracy[1]
+
+
+def _short(seconds: float) -> float:
+    return float(f"{seconds:.3g}")
+
+
+def accuracy(folder: Path, report: str, base_version: str, max_drop: float, names: Mapping[str, str]) -> Section:
+    """Return the quantizer's record of a base, and the records of the accuracy gate for it.
+
+    The first is `inlaid.json` of a folder that `inlaid quantize` wrote, the second the report of --require-eval.
+    """
+    found: Section = {"tasks": {}, "settings": {}, "date": None, "records": [], "fault": None}
+    file = folder / "inlaid.json"
+    try:
+        values = json.loads(file.read_bytes())
+        found["settings"] = {k: v for k, v in values["settings"].items() if isinstance(v, (str, int, float, bool))}
+        found["tasks"] = {
+            str(name): {
+                "adapter": names.get(str(task.get("adapter_hash", "")), ""),
+                "full": task.get("loss_full"),
+                "quantized": task.get("loss_quantized"),
+            }
+            for name, task in values["tasks"].items()
+        }
+        found["date"] = round(file.stat().st_mtime)
+    except FileNotFoundError:
+        pass  # not made by `inlaid quantize`
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        found["fault"] = f"inlaid.json cannot be read: {type(error).__name__}"
+    if report:
+        try:
+            date = round(Path(report).stat().st_mtime)
+            found["records"] = [
+                {
+                    "adapter": names.get(record.adapter_identity, record.adapter),
+                    "task": record.task,
+                    "metric": record.metric,
+                    "score": record.score,
+                    "reference": record.reference,
+                    "drop": record.drop,
+                    "why": why_not(record, max_drop),
+                    "date": date,
+                }
+                for record in read(report)
+                if record.base_version == base_version
+            ]
+        except (OSError, GateError) as error:
+            found["fault"] = str(error) if isinstance(error, GateError) else "the report of --require-eval is gone"
+    return found
