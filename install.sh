@@ -67,12 +67,22 @@ use() {
     fi
 }
 
+# browser: have the browser that tests/console drives. Debian's own; nothing is fetched from other hosts.
+browser() {
+    command -v chromium >/dev/null && return
+    [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || die "the tests need chromium; install it: apt-get install chromium"
+    say "Installing chromium"
+    { apt-get update && apt-get install --yes --no-install-recommends chromium fonts-dejavu-core; } >/dev/null ||
+        die "apt-get could not install chromium, which the tests of the console need"
+}
+
 run_tests() {
     local threads=${OMP_NUM_THREADS:-1}
     export OMP_NUM_THREADS=$threads PYTHONDONTWRITEBYTECODE=${PYTHONDONTWRITEBYTECODE:-}
     if (($#)); then
         exec "$python" -m pytest "$@"
     fi
+    browser
     "$python" -m ruff check .
     "$python" -m ruff format --check .
     local types failed=0

@@ -1,0 +1,228 @@
+"""The console in a real browser: every panel with 1,000 adapters under load, and what a hostile name or a restart does.
+
+One server and one browser serve all tests here; `fake_server.py` is a real server over an engine without a model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import pytest
+
+from tests.console.conftest import API_KEY, NUM_ADAPTERS, FakeServer
+from tests.console.fake_server import HOSTILE, PROTO, TENANTS
+from tests.server.live import ADMIN_KEY
+
+AXE = Path(__file__).with_name("axe.min.js").read_text()
+PANELS = ("chat", "adapters", "residency", "fairness", "accuracy", "load")
+MESSAGE = "What do you see?"
+TIMEOUT = 60_000  # milliseconds; nothing here judges speed
+
+
+@pytest.fixture
+def open_page(browser: Any, fake: FakeServer) -> Iterator[Callable[..., Any]]:
+    """Return a function that opens a page with a key. Afterwards nothing may have gone wrong, left the host or run."""
+    contexts: list[Any] = []
+    pages: list[Any] = []
+    faults: list[str] = []
+    hosts: set[str] = set()
+
+    def opened(panel: str = "load", key: str = ADMIN_KEY, **options: Any) -> Any:
+        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
+        contexts.append(context)
+        context.set_default_timeout(TIMEOUT)
+        page = context.new_page()
+        pages.append(page)
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("console", lambda said: faults.append(said.text) if "Security Policy" in said.text else None)
+        page.on("request", lambda request: hosts.add(urlsplit(request.url).netloc))
+        if key:
+            page.add_init_script(
+                f"sessionStorage.getItem('inlaid.key') ?? sessionStorage.setItem('inlaid.key', {key!r})"
+            )
+        page.goto(f"{fake.url}/#/{panel}")
+        if key in (ADMIN_KEY, API_KEY):
+            page.wait_for_selector(".status.live")
+        return page
+
+    yield opened
+    hacked = [page.evaluate("window.hacked") for page in pages]
+    for context in contexts:
+        context.close()
+    assert faults == []
+    assert hosts == {f"127.0.0.1:{fake.port}"}
+    assert set(hacked) == {None}
+
+
+def show(page: Any, panel: str) -> None:
+    """Go to a panel, as a click on its link does."""
+    page.evaluate("panel => { location.hash = '#/' + panel }", panel)
+    current = "panel => document.querySelector('nav a[aria-current]').hash === '#/' + panel.split('/')[0]"
+    page.wait_for_function(current, arg=panel)
+
+
+def serious(page: Any) -> list[str]:
+    """Return what axe finds that keeps people from using the page."""
+    page.evaluate(AXE)
+    tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]
+    found = page.evaluate("tags => axe.run({ runOnly: tags })", tags)
+    return [
+        f"{each['id']}: {node['html'][:200]}"
+        for each in found["violations"]
+        if each["impact"] in ("serious", "critical")
+        for node in each["nodes"]
+    ]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_panel_can_be_used_by_all_and_shows_figures(open_page: Callable[..., Any], scheme: str) -> None:
+    page = open_page(color_scheme=scheme)
+    for panel in (*PANELS, "adapters/adapter-0000"):
+        show(page, panel)
+        page.wait_for_selector("main h1:visible")
+        assert serious(page) == [], panel
+    show(page, "load")
+    page.wait_for_function("() => !document.querySelector('.facts dd').textContent.startsWith('0 ')")
+    assert page.locator("canvas").count() >= 9
+
+
+def test_a_thousand_adapters_scroll_sort_and_filter(open_page: Callable[..., Any]) -> None:
+    page = open_page("adapters")
+    table = page.get_by_role("region", name="Adapters")
+    page.wait_for_selector(f"table[aria-rowcount='{NUM_ADAPTERS + 1}']")
+    assert table.locator("tbody tr:not(.pad)").count() < 60
+    table.get_by_role("button", name="Adapter", exact=True).click()
+    table.evaluate("box => { box.scrollTop = box.scrollHeight }")
+    page.get_by_role("link", name="adapter-0997").wait_for()
+    page.get_by_label("Filter by name").fill("-0123")
+    page.wait_for_selector("table[aria-rowcount='2']")
+    page.get_by_label("Filter by name").fill("<IMG")
+    page.get_by_role("link", name=HOSTILE).click()
+    assert page.get_by_role("heading", level=1).text_content() == HOSTILE
+    page.get_by_text("k_proj").wait_for()  # it is not changed
+    show(page, f"adapters/{quote(PROTO)}")
+    page.get_by_text("k_proj").wait_for()
+
+
+def test_a_phone_shows_every_panel_within_its_width(open_page: Callable[..., Any]) -> None:
+    page = open_page(viewport={"width": 375, "height": 720})
+    for panel in (*PANELS, "adapters/adapter-0000"):
+        show(page, panel)
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), panel
+
+
+def test_chat_in_three_columns_and_its_copies(open_page: Callable[..., Any]) -> None:
+    page = open_page("chat")
+    add = page.get_by_role("button", name="Add a column")
+    add.click()
+    add.click()
+    assert add.is_disabled()
+    for number, model in enumerate(("demo", "adapter-0001", HOSTILE), 1):
+        page.get_by_label(f"Column {number}", exact=True).get_by_label("Model").fill(model)
+    page.get_by_text("Settings").click()
+    page.get_by_label("Seed").fill("7")
+    page.get_by_label("Most tokens").fill("40")
+    page.get_by_label("Message").fill(MESSAGE)
+    page.get_by_label("Message").press("Control+Enter")
+    for number in (1, 2, 3):
+        column = page.get_by_label(f"Column {number}", exact=True)
+        column.get_by_text("ended by length").wait_for()
+        assert "<script>window.hacked=2</script>" in column.locator(".message.assistant").inner_text()
+        assert "tokens per s" in column.inner_text()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    copied = []
+    for kind in ("curl", "Python"):
+        page.get_by_label("Column 2", exact=True).get_by_role("button", name=f"Copy as {kind}").click()
+        page.get_by_text(f"Copied as {kind}.").wait_for()
+        copied.append(page.evaluate("navigator.clipboard.readText()"))
+    curl, python = copied
+    compile(python, "copied", "exec")
+    assert all('"seed": 7' in text or '"seed":7' in text or "seed=7" in text for text in copied)
+    assert all(ADMIN_KEY not in text and "adapter-0001" in text for text in copied)
+    assert curl.startswith("curl ")
+    assert page.evaluate("Object.values(localStorage).join().includes('admin-secret')") is False
+    assert ADMIN_KEY not in page.url
+    page.reload()
+    page.get_by_label("Earlier conversations").select_option(label=MESSAGE)
+    page.get_by_label("Column 3", exact=True).get_by_text(MESSAGE).wait_for()
+
+
+def test_pin_drain_and_unload_an_adapter(open_page: Callable[..., Any], fake: FakeServer) -> None:
+    page = open_page("adapters/adapter-0900")
+    page.get_by_role("button", name="Pin to the device").click()
+    page.get_by_role("button", name="Unpin").wait_for()
+    page.get_by_role("button", name="Drain").click()
+    page.get_by_role("button", name="Take requests again").wait_for()
+    refused = page.evaluate(
+        "key => fetch('/v1/completions', {method: 'POST', headers: {Authorization: 'Bearer ' + key},"
+        " body: JSON.stringify({model: 'adapter-0900', prompt: [5]})}).then(r => r.status)",
+        ADMIN_KEY,
+    )
+    assert refused == 503
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Unload").click()
+    page.get_by_text("No adapter of this name is loaded.").wait_for()
+
+
+def test_a_policy_is_tried_and_then_applied(open_page: Callable[..., Any]) -> None:
+    page = open_page("fairness")
+    page.get_by_role("cell", name=TENANTS[2], exact=True).first.wait_for()
+    page.get_by_label("Policy").select_option("vtc")
+    page.get_by_label("Weights").fill("alpha=2")
+    page.get_by_label("Minutes to replay").fill("0.5")
+    ask = page.get_by_role("button", name="What if?")
+    for _ in range(40):  # until enough steps are measured
+        ask.click()
+        said = page.locator("[role=status]", has_text="Replayed.").or_(page.locator("p.bad[role=status]"))
+        said.wait_for()
+        if "Replayed" in said.inner_text():
+            break
+        page.wait_for_timeout(500)
+    table = page.get_by_role("region", name="What if", exact=True)
+    assert table.get_by_role("cell", name="in force").count() == table.get_by_role("cell", name="vtc").count() == 1
+    page.get_by_role("button", name="Apply").click()
+    page.get_by_text("The scheduler is changed").wait_for()
+    page.wait_for_function("() => document.querySelector('.facts dd').textContent === 'vtc'")
+    page.get_by_role("region", name="Queue").get_by_text("its tenant's counter is").first.wait_for()
+
+
+def test_a_key_is_asked_for_and_decides_what_is_shown(open_page: Callable[..., Any]) -> None:
+    page = open_page(key="")
+    page.get_by_role("heading", name="This server asks for a key").wait_for()
+    assert serious(page) == []
+    page.get_by_role("textbox", name="Key").fill("wrong")
+    page.get_by_role("button", name="Use it").click()
+    page.get_by_text("This key is not valid here.").wait_for()
+    page.get_by_role("textbox", name="Key").fill(API_KEY)
+    page.get_by_role("button", name="Use it").click()
+    page.wait_for_selector(".status.live")
+    show(page, "fairness")
+    page.get_by_text("Figures of tenants need the admin key").wait_for()
+    show(page, "adapters/adapter-0001")
+    page.get_by_text("Read-only: changes need the admin key").wait_for()
+    assert page.get_by_role("button", name="Pin to the device").is_disabled()
+    assert "/secret/" not in page.content()
+    assert json.dumps(page.evaluate("Object.values(localStorage)")).count("secret") == 0
+    page.get_by_role("button", name="Key:").click()
+    page.get_by_role("textbox", name="Key").fill(ADMIN_KEY)
+    page.get_by_role("button", name="Use it").click()
+    page.get_by_text("/secret/adapter-0001").wait_for()
+
+
+def test_a_restarted_server_is_found_again_and_nothing_typed_is_lost(
+    open_page: Callable[..., Any], fake: FakeServer
+) -> None:
+    page = open_page("chat")
+    page.get_by_label("Message").fill("half a thought")
+    fake.stop()
+    page.get_by_text("Connection lost, trying again").wait_for()
+    page.get_by_text("what you typed is kept").wait_for()
+    fake.start()
+    page.get_by_text("Connected again").wait_for()
+    assert page.get_by_label("Message").input_value() == "half a thought"
+    show(page, "adapters")
+    page.wait_for_selector(f"table[aria-rowcount='{NUM_ADAPTERS + 1}']")
