@@ -61,7 +61,7 @@ class Row(msgspec.Struct):
 
     request: str
     bytes: int
-    statuses: list[int] = []
+    statuses: list[int] = []  # each once
     seconds: float = 0.0
     health: Silence = msgspec.field(default_factory=Silence)
     stream: Silence = msgspec.field(default_factory=Silence)
@@ -188,7 +188,8 @@ def measure(server: Server, name: str, path: str, body: bytes | None, headers: d
     time.sleep(0.5)
     began = time.monotonic()
     for _ in range(runs):
-        row.statuses.append(server.send(path, body, headers))
+        if (status := server.send(path, body, headers)) not in row.statuses:
+            row.statuses.append(status)
     row.seconds = (time.monotonic() - began) / runs
     time.sleep(0.2)
     over.set()
