@@ -81,6 +81,8 @@ def _bound(name: str, field: dict[str, Any], facts: Facts) -> None:
             form["maximum"] = most
         elif kind == "integer" and name in ("n", "best_of"):
             form.update(minimum=1, maximum=facts.max_answers)
+        elif kind == "integer" and name == "truncate_prompt_tokens":
+            form["minimum"] = 1
         elif kind == "number" and name == "deadline":
             form["exclusiveMinimum"] = 0
         elif kind == "array" and name in _TOKENS and form["items"].get("type") == "integer":
@@ -102,7 +104,8 @@ def _tokens(facts: Facts) -> dict[str, Any]:
 def _write_prompts(components: dict[str, Any], facts: Facts) -> None:
     """Write the forms of prompts, which are decoded by hand."""
     tokens = _tokens(facts)
-    several = [{"type": "array", "items": form, "minItems": 1} for form in ({"type": "string", "minLength": 1}, tokens)]
+    bounds = {"minItems": 1, "maxItems": facts.max_answers}
+    several = [{"type": "array", "items": form, **bounds} for form in ({"type": "string", "minLength": 1}, tokens)]
     prompt = components["CompletionBody"]["properties"]["prompt"]
     prompt["anyOf"] = [{"type": "string", "minLength": 1}, tokens, *several]
     components["NativeBody"]["properties"]["input_ids"]["anyOf"] = [tokens, several[1], {"type": "null"}]

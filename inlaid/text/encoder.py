@@ -54,15 +54,16 @@ class RequestEncoder:
             return [self.text(given, add_special_tokens)]
         if not given:
             raise _refused("prompt is an empty list", "prompt")
-        if _are_ids(given):
-            return [self.tokens(given)]
+        if (ids := _as_ids(given)) is not None:
+            return [self.tokens(ids)]
         if self.max_answers and len(given) > self.max_answers:
             raise _refused(f"{len(given)} prompts; at most {self.max_answers} in one request", "prompt")
         if all(isinstance(item, str) for item in given):
             return [self.text(item, add_special_tokens) for item in given]
-        if all(isinstance(item, list) and _are_ids(item) for item in given):
-            return [self.tokens(item) for item in given]
-        raise _refused(_FORMS, "prompt")
+        several = [_as_ids(item) if isinstance(item, list) else None for item in given]
+        if None in several:
+            raise _refused(_FORMS, "prompt")
+        return [self.tokens(item) for item in several if item is not None]
 
     def conversation(
         self,
@@ -197,8 +198,12 @@ def check_template_options(options: dict[str, Any]) -> None:
             raise _refused(f"chat_template_kwargs must not have {name!r}", "chat_template_kwargs")
 
 
-def _are_ids(items: Sequence[Any]) -> bool:
-    return all(type(item) is int for item in items)
+def _as_ids(items: list[Any]) -> list[int] | None:
+    """Return a list of whole numbers, None if it holds anything else. 5.0 is whole, as JSON does not tell it from 5."""
+    if all(type(item) is int for item in items):
+        return items
+    whole = all(type(item) is int or (type(item) is float and item.is_integer()) for item in items)
+    return [int(item) for item in items] if whole else None
 
 
 def _refused(message: str, param: str) -> Refused:

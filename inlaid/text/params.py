@@ -33,7 +33,7 @@ RANGES: Mapping[str, tuple[float, float]] = MappingProxyType(
         "min_p": (0, 1),
         "presence_penalty": (-2, 2),
         "frequency_penalty": (-2, 2),
-        "repetition_penalty": (0, 100),
+        "repetition_penalty": (0.01, 100),  # logits are divided by it, and stay finite
         "max_tokens": (0, 2**31 - 1),
         "min_tokens": (0, 2**31 - 1),
         "logprobs": (0, MAX_LOGPROBS),
@@ -41,7 +41,7 @@ RANGES: Mapping[str, tuple[float, float]] = MappingProxyType(
         "seed": (-(2**63), 2**63 - 1),
     }
 )
-POSITIVE = ("top_p", "repetition_penalty")  # zero is not allowed
+POSITIVE = ("top_p",)  # zero is not allowed
 
 
 def check(params: SamplingParams, vocab_size: int) -> None:

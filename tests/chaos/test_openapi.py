@@ -20,7 +20,8 @@ from tests.server.live import ADMIN_KEY, DEMO, Live, serving
 LISTED = re.compile(
     "give either|exclude each other|must equal n|is above max_tokens|unknown fields|not supported|not served|is empty|"
     "read text only|unknown role|the chat template refuses|0 only with|must be a text, a list|the vocabulary has|"
-    "context|has no name|cannot bring|half a character|did you mean|is not a reference|is not a name"
+    "context|with max_model_len|tokens can hold|cannot be false|"
+    "has no name|cannot bring|half a character|did you mean|is not a reference|is not a name"
 )
 ADMIN = {"Authorization": f"Bearer {ADMIN_KEY}"}
 

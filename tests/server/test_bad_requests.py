@@ -58,7 +58,7 @@ RANGES: dict[str, list[Any]] = {
     "min_p": [-0.01, 1.01],
     "presence_penalty": [-2.1, 2.1, 1e30],
     "frequency_penalty": [-2.1, 2.1],
-    "repetition_penalty": [0, -1, 1e10],
+    "repetition_penalty": [0, -1, 1e10, 5e-324],
     "deadline": [0, -1, 1e9],
 }
 PROMPTS: list[Any] = [[], [[]], [-1], [1024], [10**18], [1, "a"], ["a", 1], [[1], "a"], [[[1]]], [True], [1.5], {}, 5,

@@ -32,6 +32,7 @@ def test_prompts_come_in_four_forms() -> None:
     assert ENCODER.prompts(["the sea", "the sea"]) == [text, text]
     assert ENCODER.prompts([5, 6]) == [[5, 6]]
     assert ENCODER.prompts([[5], [6]]) == [[5], [6]]
+    assert repr(ENCODER.prompts([[5.0, 6], [6.0]])) == repr([[5, 6], [6]])
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,7 @@ def test_prompts_come_in_four_forms() -> None:
         ([], "empty list"),
         ([1, "a"], "must be a text"),
         ([True], "must be a text"),
+        ([5.5], "must be a text"),
         ([VOCABULARY], "token 1024"),
         ([[-1]], "token -1"),
         (["a"] * 5, "at most 4"),
