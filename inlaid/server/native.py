@@ -40,6 +40,7 @@ from inlaid.server.protocol.sglang import (
 )
 from inlaid.server.service import SERVICE, Service
 from inlaid.server.streaming import event, send
+from inlaid.text.encoder import as_ids
 from inlaid.text.stream import Piece
 from inlaid.text.tokenizer import Tokenizer
 
@@ -145,10 +146,12 @@ def _items(body: NativeBody) -> tuple[list[_Item], bool]:
     given: Any = body.text if body.input_ids is None else body.input_ids
     if given == []:
         raise BadRequest("the list of prompts is empty", "text" if body.input_ids is None else "input_ids")
-    several = isinstance(given, list) and not isinstance(given[0], int)
+    several = isinstance(given, list) and isinstance(given[0], (str, list))
     prompts: list[Any] = given if several else [given]
-    if body.text is None and not all(isinstance(one, list) and all(type(t) is int for t in one) for one in prompts):
-        raise BadRequest("input_ids must be a list of token ids, or a list of such lists", "input_ids")
+    if body.text is None:
+        prompts = [as_ids(one) if isinstance(one, list) else None for one in prompts]
+        if None in prompts:
+            raise BadRequest("input_ids must be a list of token ids, or a list of such lists", "input_ids")
 
     def each(name: str) -> list[Any]:
         value = getattr(body, name)

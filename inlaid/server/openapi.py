@@ -93,7 +93,7 @@ def _bound(name: str, field: dict[str, Any], facts: Facts) -> None:
             form.update(maxItems=MAX_STOPS)
             form["items"].update(minLength=1, maxLength=MAX_STOP_CHARS)
         elif name == "logit_bias" and kind == "object":
-            form["propertyNames"] = {"pattern": "^[0-9]+$"}
+            form["propertyNames"] = {"pattern": "^(0|[1-9][0-9]{0,8})$"}
             form["additionalProperties"].update(minimum=-100, maximum=100)
 
 

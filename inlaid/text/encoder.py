@@ -54,13 +54,13 @@ class RequestEncoder:
             return [self.text(given, add_special_tokens)]
         if not given:
             raise _refused("prompt is an empty list", "prompt")
-        if (ids := _as_ids(given)) is not None:
+        if (ids := as_ids(given)) is not None:
             return [self.tokens(ids)]
         if self.max_answers and len(given) > self.max_answers:
             raise _refused(f"{len(given)} prompts; at most {self.max_answers} in one request", "prompt")
         if all(isinstance(item, str) for item in given):
             return [self.text(item, add_special_tokens) for item in given]
-        several = [_as_ids(item) if isinstance(item, list) else None for item in given]
+        several = [as_ids(item) if isinstance(item, list) else None for item in given]
         if None in several:
             raise _refused(_FORMS, "prompt")
         return [self.tokens(item) for item in several if item is not None]
@@ -198,7 +198,7 @@ def check_template_options(options: dict[str, Any]) -> None:
             raise _refused(f"chat_template_kwargs must not have {name!r}", "chat_template_kwargs")
 
 
-def _as_ids(items: list[Any]) -> list[int] | None:
+def as_ids(items: list[Any]) -> list[int] | None:
     """Return a list of whole numbers, None if it holds anything else. 5.0 is whole, as JSON does not tell it from 5."""
     if all(type(item) is int for item in items):
         return items

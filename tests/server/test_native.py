@@ -102,6 +102,11 @@ def test_a_batch_has_an_adapter_and_wishes_for_each(server: Live) -> None:
     assert len(ask(server, text=["x"])) == 1
 
 
+def test_whole_numbers_with_a_point_are_token_ids(server: Live) -> None:
+    assert ask(server, text=None, input_ids=[5.0, 6])["text"] == ask(server, text=None, input_ids=[5, 6])["text"]
+    assert len(ask(server, text=None, input_ids=[[5.0], [6]])) == 2
+
+
 def test_n_answers_a_prompt_each_with_its_index(server: Live) -> None:
     sampling = {"max_new_tokens": 5, "n": 2, "sampling_seed": 7, "ignore_eos": True}
     whole = ask(server, text=["The sea", "Tom has"], sampling_params=sampling)
