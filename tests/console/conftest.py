@@ -72,9 +72,9 @@ class FakeServer:
             self.process.stdout.close()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Start a browser that may reach this machine only."""
+    """Start a browser. While it is open this thread has a running event loop, so it ends with the module."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -84,7 +84,7 @@ def browser() -> Iterator[Any]:
         started.close()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def fake() -> Iterator[FakeServer]:
     runtime = ("--allow-runtime-lora", "--lora-root", str(DEMO / "adapters"))
     flags = ("--admin-key", ADMIN_KEY, "--api-key", API_KEY, *runtime, "--log-level", "error")

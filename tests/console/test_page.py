@@ -15,7 +15,7 @@ import pytest
 
 from tests.console.conftest import API_KEY, NUM_ADAPTERS, FakeServer
 from tests.console.fake_server import HOSTILE, PROTO, TENANTS
-from tests.server.live import ADMIN_KEY
+from tests.server.live import ADMIN_KEY, serving
 
 AXE = Path(__file__).with_name("axe.min.js").read_text()
 PANELS = ("chat", "adapters", "residency", "fairness", "accuracy", "load")
@@ -226,3 +226,31 @@ def test_a_restarted_server_is_found_again_and_nothing_typed_is_lost(
     assert page.get_by_label("Message").input_value() == "half a thought"
     show(page, "adapters")
     page.wait_for_selector(f"table[aria-rowcount='{NUM_ADAPTERS + 1}']")
+
+
+def test_the_demos_server_shows_and_steers_its_real_adapters(browser: Any) -> None:
+    """The same page over a real model: an answer of the base and an adapter, its modules, a pin."""
+    flags = ("--admin-key", ADMIN_KEY, "--max-num-seqs", "4")
+    with serving(*flags) as live:
+        page = browser.new_page()
+        page.set_default_timeout(TIMEOUT)
+        page.add_init_script(f"sessionStorage.setItem('inlaid.key', {ADMIN_KEY!r})")
+        page.goto(f"{live.url}/#/chat?model=to_velar")
+        page.get_by_role("button", name="Add a column").click()
+        page.get_by_text("Settings").click()
+        page.get_by_label("Show log probabilities").check()
+        page.get_by_label("Temperature").fill("0")
+        page.get_by_label("Message").fill("the small chair")
+        page.get_by_role("button", name="Send to all 2").click()
+        texts = []
+        for number in (1, 2):
+            column = page.get_by_label(f"Column {number}", exact=True)
+            column.get_by_text("ended by").wait_for()
+            texts.append(column.locator(".message.assistant").inner_text())
+            assert column.locator(".token").count() > 2
+        assert texts[0] != texts[1]
+        show(page, "adapters/to_velar")
+        page.get_by_role("cell", name="q_proj").wait_for()
+        page.get_by_role("button", name="Pin to the device").click()
+        page.get_by_role("button", name="Unpin").wait_for()
+        page.close()

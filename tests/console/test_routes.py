@@ -5,12 +5,14 @@ from __future__ import annotations
 import http.client
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from inlaid.config import ServerConfig
 from inlaid.server.app import routes_of
+from inlaid.server.console_state import accuracy
 from tests.server.live import ADMIN_KEY, DEMO, Live, serving
 
 ADMIN = {"Authorization": f"Bearer {ADMIN_KEY}"}
@@ -89,3 +91,20 @@ def test_changes_need_the_admin_key(server: Live) -> None:
 def test_the_console_can_be_left_out() -> None:
     assert "/" in {route.path for route in routes_of(ServerConfig())}
     assert not [route for route in routes_of(ServerConfig(console=False)) if route.path in ("/", "/console/events")]
+
+
+def test_the_record_of_a_quantized_base_is_told(tmp_path: Path) -> None:
+    task = {"adapter_hash": "abc", "loss_full": 0.5, "loss_quantized": 0.6, "checked": "2026-11-30T08:00:00+00:00"}
+    record = {"settings": {"grid": {"bits": 4}, "dtype": "float32"}, "tasks": {"maths": task}}
+    (tmp_path / "inlaid.json").write_text(json.dumps(record))
+    found = accuracy(tmp_path, "", "version", 1.0, {"abc": "served"})
+    assert found["settings"] == {"bits": 4, "dtype": "float32"}
+    assert found["tasks"]["maths"]["adapter"] == "served"
+    report = tmp_path / "report.json"
+    scored = {"adapter_identity": "abc", "adapter": "x", "task": "t", "metric": "bleu", "score": 1.0, "drop": 3.0}
+    report.write_text(json.dumps({"records": [{"base_version": "version", **scored}]}))
+    (row,) = accuracy(tmp_path, str(report), "version", 1.0, {"abc": "served"})["records"]
+    assert row["adapter"] == "served"
+    assert "drops 3.00 points" in row["why"]
+    (tmp_path / "inlaid.json").write_text("{")
+    assert accuracy(tmp_path, "", "version", 1.0, {})["fault"] == "inlaid.json cannot be read: JSONDecodeError"
