@@ -264,6 +264,14 @@ def _short(seconds: float) -> float:
     return float(f"{seconds:.3g}")
 
 
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings that lie in groups as one list."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= _flat(value) if isinstance(value, dict) else {name: value}
+    return found
+
+
 def accuracy(folder: Path, report: str, base_version: str, max_drop: float, names: Mapping[str, str]) -> Section:
     """Return the quantizer's record of a base, and the records of the accuracy gate for it.
 
@@ -273,12 +281,13 @@ def accuracy(folder: Path, report: str, base_version: str, max_drop: float, name
     file = folder / "inlaid.json"
     try:
         values = json.loads(file.read_bytes())
-        found["settings"] = {k: v for k, v in values["settings"].items() if isinstance(v, (str, int, float, bool))}
+        found["settings"] = _flat(values["settings"])
         found["tasks"] = {
             str(name): {
                 "adapter": names.get(str(task.get("adapter_hash", "")), ""),
                 "full": task.get("loss_full"),
                 "quantized": task.get("loss_quantized"),
+                "checked": task.get("checked"),
             }
             for name, task in values["tasks"].items()
         }
