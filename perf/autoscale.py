@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,14 +18,14 @@ import msgspec
 import numpy as np
 
 from inlaid.cluster.placement import make_placement
-from inlaid.cluster.planner import BoundsPlanner, Planner, Router, SloPlanner
+from inlaid.cluster.planner import BoundsPlanner, Planner, Router, SloPlanner, router_of
 from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.flags import Parser
 from inlaid.report.plots import legend, new_figure, save
 from inlaid.report.provenance import provenance
 from inlaid.sim.cluster import ClusterOutcome, prices_of
 from inlaid.sim.cost import load_cost
-from inlaid.sim.request_log import Arrival
+from inlaid.sim.request_log import Arrival, RequestRecord
 from inlaid.sim.scaling import Machine, Scaled, Start, parse_feature
 from inlaid.sim.simulate import Setup
 from inlaid.workload.toml import load_toml
@@ -34,6 +34,7 @@ from inlaid.workload.traces import Trace, TraceRow, read_trace, repeat_rows
 WINDOW = 5.0  # seconds of a point in the figures
 TTFT, TBT = 1.0, 0.1  # the objective, in seconds
 BLOCK = 16  # tokens
+Point = tuple[float, int, int, int]  # seconds, replicas wanted, there, serving
 WITHOUT_MEANING = MappingProxyType(
     {
         "server.ibv_rate": "weights do not move over RDMA here",
@@ -42,17 +43,6 @@ WITHOUT_MEANING = MappingProxyType(
         "router.mock_transfer_millis": "KV does not move between replicas that both prefill and decode",
     }
 )
-
-
-def router_of(data: Mapping[str, Any], model: Mapping[str, Any]) -> Router:
-    """Return the scaling keys of [router] and of a model; an unknown one is refused by name."""
-    section = {key: value for key, value in data.get("router", {}).items() if key != "port"}
-    figures = ("tokens_prefilled_per_sec", "tokens_transferred_per_sec", "num_available_blocks")
-    section |= {key: model[key] for key in figures if key in model}
-    try:
-        return msgspec.convert(section, Router, strict=False)
-    except msgspec.ValidationError as error:
-        raise ValueError(f"[router]: {error}") from error
 
 
 def arrivals(dataset: Mapping[str, Any], most: int) -> list[Arrival]:
@@ -99,9 +89,9 @@ def simulate(
     return scaled, scaled.run()
 
 
-def summarize(scaled: Scaled, outcome: ClusterOutcome) -> dict[str, Any]:
+def summarize(all_records: Sequence[RequestRecord], points: Sequence[Point], gpu_seconds: float) -> dict[str, Any]:
     """Return a point's figures and its lines over time."""
-    records = [record for record in outcome.records if record.first_token is not None and record.finish is not None]
+    records = [record for record in all_records if record.first_token is not None and record.finish is not None]
     first = np.array([record.ttft for record in records])
     between = np.array([(r.finish - r.first_token) / max(1, r.output_len - 1) for r in records])  # type: ignore[operator]
     times = np.array([record.arrival for record in records])
@@ -112,16 +102,16 @@ def summarize(scaled: Scaled, outcome: ClusterOutcome) -> dict[str, Any]:
             shown = [float(np.percentile(values[inside], q)) for values in (first, between) for q in (50, 99)]
             lines.append([float(left), float(inside.sum() / WINDOW), *(round(1e3 * value, 2) for value in shown)])
     return {
-        "requests": len(outcome.records),
-        "lost": len(outcome.records) - len(records),
+        "requests": len(all_records),
+        "lost": len(all_records) - len(records),
         "ttft_p50_ms": round(1e3 * float(np.percentile(first, 50)), 1),
         "ttft_p99_ms": round(1e3 * float(np.percentile(first, 99)), 1),
         "tbt_p99_ms": round(1e3 * float(np.percentile(between, 99)), 1),
         "attainment": round(float(np.mean((first <= TTFT) & (between <= TBT))), 4),
-        "gpu_seconds": round(outcome.replica_seconds, 1),
-        "most_replicas": max(point[2] for point in scaled.timeline.points),
+        "gpu_seconds": round(gpu_seconds, 1),
+        "most_replicas": max(point[2] for point in points),
         "over_time": {"columns": ["s", "rate", "ttft_p50", "ttft_p99", "tbt_p50", "tbt_p99"], "rows": lines},
-        "replicas": {"columns": ["s", "wanted", "there", "serving"], "rows": scaled.timeline.points[::4]},
+        "replicas": {"columns": ["s", "wanted", "there", "serving"], "rows": points[::4]},
     }
 
 
@@ -160,7 +150,7 @@ def run(data: Mapping[str, Any], machine: str, planner: str, out: Path) -> dict[
         model = data["models"][model_name]
         if model.get("tp_size", 1) != 1:
             raise ValueError(f"models.{model_name}.tp_size is {model['tp_size']}: a model runs on one GPU here so far")
-        router = router_of(data, model)
+        router = router_of(data.get("router", {}), model)
         for dataset_name in selection["datasets"]:
             trace = arrivals(data["datasets"][dataset_name], router.num_available_blocks * BLOCK)
             rows: dict[str, dict[str, Any]] = {}
@@ -171,7 +161,7 @@ def run(data: Mapping[str, Any], machine: str, planner: str, out: Path) -> dict[
                 told |= {f"features.{feature}.{flag}": reason for flag, reason in without.items()}
                 scaled, outcome = simulate(trace, router, start, machine, planner)
                 rows[feature] = {"start": msgspec.structs.asdict(_Start(start.source, start.live, start.mock))}
-                rows[feature] |= summarize(scaled, outcome)
+                rows[feature] |= summarize(outcome.records, scaled.timeline.points, outcome.replica_seconds)
                 shown = {key: rows[feature][key] for key in ("ttft_p99_ms", "attainment", "gpu_seconds")}
                 print(f"{model_name} {dataset_name} {feature}: {shown}", flush=True)
             name = f"{model_name}-{dataset_name}"

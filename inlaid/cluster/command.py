@@ -24,13 +24,14 @@ from inlaid import cli
 from inlaid.cluster.client import ClusterClient, Failover
 from inlaid.cluster.fleet import MakeReplica
 from inlaid.cluster.placement import PLACEMENTS, make_placement
-from inlaid.cluster.planner import SloPlanner
+from inlaid.cluster.planner import BoundsPlanner, Router, SloPlanner, router_of
 from inlaid.cluster.scaler import Scaler
 from inlaid.cluster.view import Prices
 from inlaid.config import ConfigError, EngineConfig, ServerConfig, TaskConfig
 from inlaid.flags import config_from
 from inlaid.worker import logs
 from inlaid.worker.client import EngineClient
+from inlaid.workload.toml import load_toml
 
 _PLACEMENT = "predicted"
 
@@ -63,6 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ttft-slo", type=float, default=1.0, metavar="S", help="seconds to the first token, to scale by"
     )
     parser.add_argument("--tpot-slo", type=float, default=0.1, metavar="S", help="seconds for each token after it")
+    parser.add_argument(
+        "--router", type=Path, metavar="FILE.toml", help="scale by the bounds of a template's [router] instead"
+    )
     parser.usage = "inlaid cluster [MODEL | status] [OPTIONS]  (inlaid cluster --help lists them)"
 
 
@@ -109,6 +113,9 @@ def make_client(
 ) -> ClusterClient:
     """Make the cluster's client in the place of one engine's."""
     least, most = args.replicas
+    if args.router is not None:
+        bounds = read_router(args.router)
+        least = bounds.least
     if args.ray_address:
         from inlaid.cluster.ray_app import ray_replicas
 
@@ -124,9 +131,21 @@ def make_client(
         failover=Failover(args.on_replica_death == "resume"),
         give_up=give_up,
     )
-    if most > least:
+    if args.router is not None:
+        client.scaler = Scaler(BoundsPlanner(bounds), client.fleet)
+    elif most > least:
         client.scaler = Scaler(SloPlanner(least, most, ttft=args.ttft_slo, tpot=args.tpot_slo), client.fleet)
     return client
+
+
+def read_router(path: Path) -> Router:
+    """Read the bounds of a template, with the figures of the first model that it selects."""
+    try:
+        data = load_toml(path)
+        selected = data.get("selection", {}).get("models", [])
+        return router_of(data.get("router", {}), data["models"][selected[0]] if selected else {})
+    except (ValueError, OSError, KeyError) as error:
+        raise ConfigError(f"--router {path}: {error}") from error
 
 
 def local_replicas(

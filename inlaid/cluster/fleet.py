@@ -38,6 +38,10 @@ class ReplicaEngine(ServingEngine, Protocol):
 MakeReplica = Callable[[str, EngineConfig, Mapping[str, str], Callable[[str], None]], ReplicaEngine]
 
 
+class OtherBase(EngineDead):
+    """A replica serves another base than the others."""
+
+
 @dataclass(eq=False)
 class Replica:
     """One replica, and its state: starting, serving, draining or down."""
@@ -199,6 +203,11 @@ class Fleet:
         try:
             await self._bring_up_to_date(replica)
             log.warning("%s serves again", replica.name)
+        except OtherBase as error:  # it was down when the others switched: one that starts now has their configuration
+            log.warning("%s is replaced: %s", replica.name, error)
+            self.replicas.pop(replica.name, None)
+            await replica.engine.close()
+            await self.add()
         except (EngineError, Refused, OSError) as error:
             log.error("%s is not what the others are: %s", replica.name, error)
             await asyncio.sleep(1.0)
@@ -220,7 +229,7 @@ class Fleet:
             if self.model is None:
                 self.model = model
             elif model.base_version != self.model.base_version:
-                raise EngineDead(
+                raise OtherBase(
                     f"{replica.name} serves base {model.base_version[:12]}, the others {self.model.base_version[:12]}: "
                     "give all machines the same files"
                 )

@@ -10,9 +10,11 @@ where prefill and decode are apart (`split_wanted`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
+
+import msgspec
 
 from inlaid.cluster.view import Prices, ReplicaView
 
@@ -65,6 +67,20 @@ class Router:
     def most(self) -> int:
         """The most replicas that do both."""
         return max(self.max_prefill_num, self.max_decode_num)
+
+
+def router_of(section: Mapping[str, Any], model: Mapping[str, Any]) -> Router:
+    """Read the scaling keys of a template's [router] and of a model; an unknown one is refused by name."""
+    known = {each.name for each in fields(Router)}
+    unknown = sorted(set(section) - known - {"port"})
+    if unknown:
+        raise ValueError(f"[router] has no key {unknown[0]!r}; known: port, {', '.join(sorted(known))}")
+    values = {key: value for key, value in section.items() if key != "port"}
+    values |= {key: value for key, value in model.items() if key in known}
+    try:
+        return msgspec.convert(values, Router, strict=False)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"[router]: {error}") from error
 
 
 class Planner(Protocol):
@@ -158,10 +174,11 @@ class SloPlanner:
 
     def wanted(self, load: Load, views: Sequence[ReplicaView], now: float) -> int:
         count = load.replicas
-        late = sum(map(self._is_late, views))
+        share = len(views) / max(1, count)  # of the work that a replica keeps when those that start serve too
+        late = sum(self._is_late(view, share) for view in views)
         if late:
             self._idle_since = None
-            return min(self.most, max(self.least, count + math.ceil(late * count / max(1, len(views)) / 2)))
+            return min(self.most, max(self.least, count + math.ceil(late / 2)))
         if count > self.least and self._fits_on(views, count - 1):
             self._idle_since = now if self._idle_since is None else self._idle_since
             if now - self._idle_since >= self.hold:
@@ -177,7 +194,7 @@ class SloPlanner:
         rows = view.size * factor + 1
         first = prices.prefill_seconds(round(view.waiting_tokens * factor), round(view.num_waiting * factor) + 1)
         step = prices.step_seconds(min(rows, view.seats), len(view.adapters), view.ranks, view.context * factor)
-        return first > self.ttft or step > self.tpot or rows > view.seats
+        return first > self.ttft / 2 or step > self.tpot or rows > view.seats  # half: more comes while a replica starts
 
     def _fits_on(self, views: Sequence[ReplicaView], count: int) -> bool:
         if not views or count < 1:

@@ -167,20 +167,7 @@ def test_adapters_and_settings_change_on_all_replicas_or_on_none(tmp_path: Path)
     run(main)
 
 
-def test_rates_are_counted_once_over_all_replicas() -> None:
-    async def main() -> None:
-        async with cluster(2) as client:
-            await client.set_scheduler({"limits": {"t": {"requests_per_minute": 3}}})
-            short = SamplingParams(max_tokens=2, temperature=0.0)
-            for number in range(3):
-                await answer(client, NewRequest(id=str(number), prompt=[5], params=short, tenant="t"))
-            with pytest.raises(Refused, match="3 requests per 60 s"):
-                await answer(client, NewRequest(id="3", prompt=[5], params=short, tenant="t"))
-
-    run(main)
-
-
-def test_a_tenant_is_charged_everywhere_for_what_it_was_served_anywhere() -> None:
+def test_service_and_rates_are_counted_once_over_all_replicas() -> None:
     async def main() -> None:
         async with cluster(2, config=EngineConfig(model="fake", scheduler=SchedulerConfig(policy="vtc"))) as client:
             shorter = SamplingParams(max_tokens=30, ignore_eos=True, temperature=0.0)
@@ -195,7 +182,25 @@ def test_a_tenant_is_charged_everywhere_for_what_it_was_served_anywhere() -> Non
             totals = [(await each.engine.call("fairness"))["tenants"]["t"] for each in client.fleet.serving]
             assert sum(total["service_total"] for total in totals) == whole
             assert max(total["counter"] for total in totals) == whole, "the last one's replica knew of all before"
+            await client.set_scheduler({"limits": {"u": {"requests_per_minute": 3}}})
+            for number in range(3):
+                await answer(client, NewRequest(id=f"u{number}", prompt=[5], params=shorter, tenant="u"))
+            with pytest.raises(Refused, match="3 requests per 60 s"):
+                await answer(client, NewRequest(id="u3", prompt=[5], params=shorter, tenant="u"))
             merged = (await client.call("fairness"))["tenants"]["t"]
             assert (merged["service_total"], merged["counter"]) == (whole, whole)
+
+    run(main)
+
+
+def test_a_replica_of_another_base_is_replaced_when_it_comes_back() -> None:
+    async def main() -> None:
+        async with cluster(2) as client:
+            first, _ = client.fleet.replicas.values()
+            assert client.model is not None
+            first.engine._factory = "tests.worker.fake_engine:build_other"  # type: ignore[attr-defined]
+            os.kill(first.engine.process_id, signal.SIGKILL)  # type: ignore[attr-defined]
+            await until(lambda: first.name not in client.fleet.replicas and len(client.fleet.serving) == 2)
+            assert await answer(client, request(1)) == generate([1, 7], None, 60, ())
 
     run(main)

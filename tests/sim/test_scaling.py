@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from inlaid.cluster.planner import Router
+from inlaid.cluster.planner import Router, router_of
 from inlaid.sim.scaling import Start, parse_feature
 from perf import autoscale, azure_like
 
@@ -29,9 +29,11 @@ def test_features_select_where_weights_come_from_and_say_what_they_do_not_select
 
 def test_the_template_says_what_it_says_in_blitzscale() -> None:
     data = autoscale.load_toml(TEMPLATE)
-    router = autoscale.router_of(data, data["models"]["llama3_8b"])
+    router = router_of(data["router"], data["models"]["llama3_8b"])
     assert (router.least, router.most, router.num_available_blocks) == (1, 13, 30_000)
     assert (router.prefill_upper_bound, router.decode_lower_bound) == (0.8, 0.75)
+    with pytest.raises(ValueError, match="has no key 'prefil_lower_bound'"):
+        router_of({"prefil_lower_bound": 0.5}, {})
     with pytest.raises(ValueError, match=r"qwen_72b.tp_size is 8"):
         autoscale.run({**data, "selection": {"models": ["qwen_72b"], "datasets": []}}, "a10g", "bounds", Path())
 
@@ -42,7 +44,7 @@ def test_a_burst_brings_replicas_that_go_again_and_nothing_is_lost(tmp_path: Pat
     found = {}
     for name, feature in (("mock", "mock_load"), ("disk", "impl_sllm")):
         scaled, outcome = autoscale.simulate(trace, ROUTER, parse_feature(feature)[0], "a10g", "bounds")
-        found[name] = autoscale.summarize(scaled, outcome)
+        found[name] = autoscale.summarize(outcome.records, scaled.timeline.points, outcome.replica_seconds)
         assert found[name]["lost"] == 0
         assert 1 < found[name]["most_replicas"] <= 5, "one that drains may stand beside four"
         assert scaled.timeline.points[-1][1] < found[name]["most_replicas"]

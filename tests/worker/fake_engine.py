@@ -8,8 +8,11 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from inlaid.config import EngineConfig
 from inlaid.engine.engine import Engine, make_engine
@@ -129,3 +132,9 @@ def build(config: EngineConfig, adapters: Mapping[str, str], *, strict: bool = T
     with Readers(adapters, loaded.adapters.read) as readers:
         install(loaded, readers, strict)
     return loaded
+
+
+def build_other(config: EngineConfig, adapters: Mapping[str, str], *, strict: bool = True) -> Loaded:
+    """Build an engine that serves another base."""
+    loaded = build(config, adapters, strict=strict)
+    return replace(loaded, model=msgspec.structs.replace(loaded.model, base_version="other"))
