@@ -8,6 +8,7 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -118,6 +119,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="file for what was found, with its provenance")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # servers are ended on the way
     found, good = KINDS[args.kind](args)
     text = json.dumps({"provenance": provenance(args.seed), "as promised": good, **found}, indent=1)
     if args.out is not None:

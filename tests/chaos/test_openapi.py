@@ -1,6 +1,7 @@
 """schemathesis over /openapi.json with all of its checks: what the document allows is accepted, what it forbids is
 refused, and every answer has the form that it gives. `LISTED` holds what a schema cannot say: relations between fields,
-the context's length, the chat template's own rules, and features that are named and refused.
+the context's length, the chat template's own rules, and features that are named and refused. The long form needs more
+time than a test has: `pytest --long --timeout 7200 tests/chaos/test_openapi.py`.
 """
 
 from __future__ import annotations
