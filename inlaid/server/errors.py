@@ -31,6 +31,7 @@ import msgspec
 from aiohttp import web
 
 from inlaid.engine.refusal import Refusal, RefusalKind, Refused
+from inlaid.text.confined import TemplateStuck
 from inlaid.worker.errors import EngineDead, EngineError, RequestTimeout
 
 log = logging.getLogger(__name__)
@@ -184,6 +185,8 @@ def translate(error: Exception) -> ApiError | None:
             return TimedOut(str(error))
         case EngineDead():
             return Unavailable(str(error), code="engine_unavailable", retry_after=5)
+        case TemplateStuck():
+            return Unavailable(str(error), code="template_unavailable", retry_after=5)
         case EngineError():
             return Fault(str(error))
         case web.HTTPRequestEntityTooLarge():

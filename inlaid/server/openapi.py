@@ -15,7 +15,7 @@ import msgspec
 from inlaid import __version__
 from inlaid.server.errors import ErrorResponse
 from inlaid.server.route import Guard, Route
-from inlaid.text.params import MAX_STOP_CHARS, MAX_STOPS, POSITIVE, RANGES
+from inlaid.text.params import MAX_PRIORITY, MAX_STOP_CHARS, MAX_STOPS, POSITIVE, RANGES
 
 _REF = "#/components/schemas/{name}"
 _SAME: Mapping[str, str] = MappingProxyType(  # fields that are checked under another name
@@ -28,6 +28,7 @@ _SAME: Mapping[str, str] = MappingProxyType(  # fields that are checked under an
         "top_logprobs_num": "logprobs",
     }
 )
+_STOPS = frozenset({"stop", "stop_sequences"})
 _TOKENS = frozenset({"tokens", "stop_token_ids", "allowed_token_ids"})  # lists of token ids
 
 
@@ -83,13 +84,15 @@ def _bound(name: str, field: dict[str, Any], facts: Facts) -> None:
             form.update(minimum=1, maximum=facts.max_answers)
         elif kind == "integer" and name == "truncate_prompt_tokens":
             form["minimum"] = 1
+        elif kind == "integer" and name == "priority":
+            form.update(minimum=-MAX_PRIORITY, maximum=MAX_PRIORITY)
         elif kind == "number" and name == "deadline":
             form["exclusiveMinimum"] = 0
         elif kind == "array" and name in _TOKENS and form["items"].get("type") == "integer":
             form["items"].update(minimum=0, maximum=facts.vocab_size - 1)
-        elif name == "stop" and kind == "string":
+        elif name in _STOPS and kind == "string":
             form.update(minLength=1, maxLength=MAX_STOP_CHARS)
-        elif name == "stop" and kind == "array":
+        elif name in _STOPS and kind == "array":
             form.update(maxItems=MAX_STOPS)
             form["items"].update(minLength=1, maxLength=MAX_STOP_CHARS)
         elif name == "logit_bias" and kind == "object":

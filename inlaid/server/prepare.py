@@ -20,6 +20,7 @@ from inlaid.server.protocol.openai import CompletionBody, GenerateBody
 from inlaid.server.service import Service
 from inlaid.text.encoder import last_tokens
 from inlaid.text.nesting import check_depth
+from inlaid.text.params import MAX_PRIORITY
 from inlaid.text.stream import Piece
 from inlaid.text.tools.answer import AnswerForm
 
@@ -225,7 +226,7 @@ def client_request(
 def priority_of(given: int | None) -> int:
     """Return a priority that the engine takes."""
     priority = given or 0
-    if abs(priority) > 2**31:
+    if abs(priority) > MAX_PRIORITY:
         raise BadRequest(f"priority is {priority}; it must be within 32 bits", "priority")
     return priority
 

@@ -27,12 +27,16 @@ import msgspec
 MAX_SECONDS = 1.0  # of CPU time for one conversation
 MAX_BYTES = 512 << 20  # of memory beyond what an idle process has
 _MAX_REASON = 500  # characters of an error
-_PATIENCE = 60.0  # seconds until a process that says nothing is ended; the kernel ends it by CPU time before
+_PATIENCE = 600.0  # seconds until a process that says nothing is ended: on a busy machine its imports take minutes
 _MOST = 3  # processes, as many as threads that ask
 
 
 class TemplateError(ValueError):
     """The template does not write the conversation out; the message says why."""
+
+
+class TemplateStuck(Exception):
+    """The process has neither answered nor used up its CPU time: the machine is at fault, and not the conversation."""
 
 
 class Confined:
@@ -57,7 +61,7 @@ class Confined:
     def render(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, options: Mapping[str, Any]
     ) -> str:
-        """Return the text of a conversation, or raise TemplateError."""
+        """Return the text of a conversation, or raise TemplateError or TemplateStuck."""
         try:
             asked = msgspec.msgpack.encode((messages, tools, options))
         except OverflowError:
@@ -65,6 +69,12 @@ class Confined:
         process = self._take()
         try:
             text = process.render(asked)
+        except TimeoutError:
+            process.close()
+            process = _Process(self._setting)
+            raise TemplateStuck(
+                f"the process of the chat template has not answered within {_PATIENCE:g} s; try again"
+            ) from None
         except (EOFError, OSError) as error:
             process.close()  # one that is closed fails like this again, if no other can be started now
             process = _Process(self._setting)

@@ -22,6 +22,7 @@ MAX_BIASES = 2048
 MAX_BAD_WORDS = 1024  # each word has up to two spellings
 MAX_BAD_WORD_CHARS = 65_536  # of all bad words together
 MAX_GRAMMAR_CHARS = 200_000
+MAX_PRIORITY = 2**31  # either way
 _HOW = "x-guidance"  # where a schema says how its JSON is written
 
 # name: (least, most); both allowed

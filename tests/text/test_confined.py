@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from inlaid.text.confined import Confined, TemplateError
+from inlaid.server.errors import reported
+from inlaid.text.confined import Confined, TemplateError, TemplateStuck
 from inlaid.text.tokenizer import Tokenizer
 from tests.text.test_template import DEMO
 
@@ -47,6 +50,20 @@ def test_a_template_that_takes_too_much_is_refused(confined: Confined, kind: str
     with pytest.raises(TemplateError) as refused:
         confined.render(CHAT, None, {"kind": kind})
     assert str(refused.value).startswith(REASONS[kind])
+    assert confined.render(CHAT, None, {}) == "hello!"
+
+
+def test_a_process_without_time_is_no_fault_of_the_conversation(
+    confined: Confined, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert confined.render(CHAT, None, {}) == "hello!"
+    [process] = confined._idle.queue
+    monkeypatch.setattr("inlaid.text.confined._PATIENCE", 0.1)
+    os.kill(process._process.pid, signal.SIGSTOP)
+    with pytest.raises(TemplateStuck, match=r"has not answered within 0\.1 s; try again") as stuck:
+        confined.render(CHAT, None, {})
+    assert reported(stuck.value, "").status == 503
+    monkeypatch.undo()
     assert confined.render(CHAT, None, {}) == "hello!"
 
 
