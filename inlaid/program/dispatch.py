@@ -80,7 +80,7 @@ class Dispatch:
         return sent, over
 
     def _may_go(self, call: Call) -> bool:
-        if self._options.max_in_flight and len(self._in_flight) >= self._options.max_in_flight:
+        if 0 < self._options.max_in_flight <= len(self._in_flight):
             return False
         return self._adapter in (None, (call.adapter,)) and not self._waits_for_prefix(call)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -13,7 +16,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     drop_dead: bool = True  # only what the outputs need is computed, and of a branch the side that is taken
     keep_kv: bool = True  # a continuation starts from the KV of the call that it continues
     share_prefixes: bool = True  # a call waits while another of its adapter computes their common prefix
-    max_in_flight: int = 0  # most calls at a time; 0: any number; 1: one after another
+    max_in_flight: Annotated[int, Meta(ge=0)] = 0  # most calls at a time; 0: any number; 1: one after another
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):

@@ -78,7 +78,7 @@ def _bound(name: str, field: dict[str, Any], facts: Facts) -> None:
         kind, checked = form.get("type"), _SAME.get(name, name)
         if kind in ("integer", "number") and checked in RANGES:
             least, most = RANGES[checked]
-            form["exclusiveMinimum" if checked in POSITIVE else "minimum"] = least
+            form["exclusiveMinimum" if checked in POSITIVE else "minimum"] = max(least, form.get("minimum", least))
             form["maximum"] = most
         elif kind == "integer" and name in ("n", "best_of"):
             form.update(minimum=1, maximum=facts.max_answers)

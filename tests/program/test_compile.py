@@ -12,6 +12,7 @@ import pytest
 
 from inlaid.program import Condition, Program, ProgramError, compile_program
 from inlaid.program.nodes import AnyNode, Map, Text
+from inlaid.program.options import Options
 from inlaid.program.target import Target
 from inlaid.program.template import parse_template
 from tests.program.fake_host import BLOCK, FakeHost
@@ -134,6 +135,12 @@ def test_the_json_form_is_the_program() -> None:
     program.function("f", len, "text")
     with pytest.raises(ProgramError, match="no JSON form"):
         program.to_json()
+
+
+def test_fewer_calls_at_a_time_than_none_are_refused() -> None:
+    """A program of -1 calls at a time made none, and never ended."""
+    with pytest.raises(msgspec.ValidationError, match=r">= 0 - at `\$.max_in_flight`"):
+        msgspec.json.decode(b'{"max_in_flight": -1}', type=Options)
 
 
 def test_templates_have_holes_and_braces() -> None:
