@@ -224,8 +224,9 @@ class EngineConfig:
     seed: int = option(0, "seed of the draws for requests that bring none")
     linear_backend: str = option(
         "auto",
-        "kernel of the quantized linears",
-        ("auto", "reference", "exllama", "humming", "triton"),
+        "kernel of the quantized linears; on a CPU packed, which is built by the C compiler at first use, or "
+        "reference, which dequantizes the weights at load",
+        ("auto", "reference", "packed", "exllama", "humming", "triton"),
     )
     deterministic: bool = option(
         True,

@@ -4,6 +4,7 @@ residency decides where each adapter is; these functions write it down, and list
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,11 +21,18 @@ def empty_pages(
 ) -> AdapterPages:
     """Return a pool and tables without any adapter."""
     return AdapterPages(
-        pool=torch.zeros(pool_elements, dtype=dtype, device=device),
+        pool=_zeros(pool_elements, dtype, device),
         table=torch.zeros(slots, spec.num_sites, 3, dtype=torch.int64, device=device),
         scale=torch.zeros(slots, spec.num_sites, dtype=torch.float32, device=device),
         versions=[0] * slots,
     )
+
+
+def _zeros(elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return zeros. On a CPU each page of them takes memory when it is first written: most pools are never full."""
+    if device.type != "cpu" or not elements:
+        return torch.zeros(elements, dtype=dtype, device=device)
+    return torch.frombuffer(mmap.mmap(-1, elements * dtype.itemsize), dtype=dtype)
 
 
 def default_pool_elements(spec: ModelSpec, max_resident: int, rank: int = 16) -> int:

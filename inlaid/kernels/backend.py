@@ -127,6 +127,16 @@ class GemmInParts(Protocol):
         """Write the parts into [`most`, T, N]."""
 
 
+class HeadLinear(Gemm, Protocol):
+    """The product with the output head's weight."""
+
+    def keeps(self, stored: torch.dtype) -> bool:
+        """Return whether weights are read as they are stored, not in the compute type."""
+
+    def pack(self, weight_NK: torch.Tensor) -> Any:
+        """Lay a weight out, once, at load."""
+
+
 class Packed(Protocol):
     """A weight in the layout of its backend."""
 
@@ -231,11 +241,12 @@ class HeadNorms:
 
 @dataclass(frozen=True)
 class Kernels:
-    """One choice of kernels for a model on a device; `quantized` is tried in order for each weight, and `decode` runs
-    all blocks of a small step where there is one."""
+    """One choice of kernels for a model on a device; `quantized` is tried in order for each weight, `head` (else the
+    compute type's product) makes the logits, and `decode` runs all blocks of a small step where there is one."""
 
     quantized: tuple[LinearBackend, ...]
     attention: AttentionBackend
     ops: Ops
     lora: LoraBackend | None = None
     decode: DecodeKernel | None = None
+    head: HeadLinear | None = None

@@ -16,6 +16,7 @@ from inlaid.kernels import auto
 from inlaid.kernels.auto import TABLE, Measured, read_table
 from inlaid.kernels.backend import LinearBackend
 from inlaid.kernels.measure import Ceiling, time_linear, weight_bytes
+from inlaid.kernels.packed import PackedLinear
 from inlaid.progress import Bar
 
 SHAPES = ("4096x12288", "4096x4096", "4096x22016", "11008x4096", "4096x6144", "4096x28672", "14336x4096")
@@ -42,7 +43,9 @@ def run(args: argparse.Namespace) -> int:
     if args.measure and not name:
         print("there is no GPU to measure on: run this on a machine with one")
         return 1
-    backends = auto.backends(deterministic=False)
+    backends: tuple[LinearBackend, ...] = auto.backends(deterministic=False)
+    if not name:
+        backends = (PackedLinear(), *backends)
     print(about(name, spec, backends, device))
     if args.measure:
         shapes = [(int(k), int(n)) for k, n in (shape.split("x") for shape in args.shapes)]

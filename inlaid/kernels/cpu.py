@@ -40,6 +40,10 @@ class DenseLinear:
 
     name = "dense"
 
+    def keeps(self, stored: torch.dtype) -> bool:
+        """Return whether weights are read as they are stored, not in the compute type."""
+        return False
+
     def pack(self, weight_NK: torch.Tensor) -> DensePacked:
         """Return the weight as [K, N]: a CPU reads it a third faster for one row. A GPU shares tied weights."""
         return DensePacked(weight_NK.t().contiguous() if weight_NK.device.type == "cpu" else weight_NK.t())
@@ -72,7 +76,7 @@ class CpuOps:
     def embed_norm(
         self, step: StepContext, table_VD: torch.Tensor, weight_D: torch.Tensor, eps: float, workspace: Workspace
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        residual_TD = F.embedding(step.ids_T, table_VD)
+        residual_TD = F.embedding(step.ids_T, table_VD).to(weight_D.dtype)
         return residual_TD, rms_norm(residual_TD, weight_D, eps)
 
     def add_norm(

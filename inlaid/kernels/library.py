@@ -1,4 +1,4 @@
-"""Libraries built by nvcc at first use, kept under the user's cache by a hash of everything that they are made of.
+"""Libraries built by nvcc or the C compiler at first use, kept in the user's cache by a hash of all they are made of.
 
 A library has a C interface and is loaded by ctypes; neither torch nor Python is compiled in.
 """
@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+NO_C_COMPILER = "no C compiler was found: install one (on Debian: apt install gcc), or name it in CC"
 CSRC = Path(__file__).parent / "csrc"
 
 
@@ -32,28 +34,55 @@ def cache_folder() -> Path:
 
 
 def build(compiler: str | None, source: Path, read: Iterable[Path], target: str, flags: Sequence[str]) -> Path:
-    """Return the library of a source, from the cache unless something it is made of changed.
-
-    `read`: every file that the compiler reads. `target`: architecture such as "90"."""
+    """Return the library of a CUDA source. `read`: every file that the compiler reads. `target`: architecture such as
+    "90"."""
     if compiler is None:
         raise BuildError("nvcc was not found: install the CUDA toolkit, or set CUDA_HOME to where it is")
+    command = [
+        compiler, "-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-split-compile=0", *flags,
+        f"-gencode=arch=compute_{target},code=sm_{target}",
+    ]  # fmt: skip
+    return _built(command, source, read, target)
+
+
+def c_compiler() -> str | None:
+    """Return the C compiler: CC, cc, gcc or clang; None where there is none."""
+    return shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
+
+
+def build_for_cpu(source: Path) -> Path:
+    """Return the library of a C source, for this machine's processor."""
+    if (compiler := c_compiler()) is None:
+        raise BuildError(NO_C_COMPILER)
+    command = [compiler, "-O3", "-std=gnu11", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+    return _built(command, source, [source], _processor())
+
+
+def _processor() -> str:
+    """Return what says which instructions there are: a cache may be shared by machines that differ."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    return platform.machine() + next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def _built(command: Sequence[str], source: Path, read: Iterable[Path], target: str) -> Path:
+    """Return the library that a compiler makes of a source, from the cache unless something it is made of changed."""
     digest = hashlib.sha256()
     for file in read:
         digest.update(file.read_bytes())
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    digest.update(f"{target} {version} {flags}".encode())
+    version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=True).stdout
+    digest.update(f"{target} {version} {command[1:]}".encode())
     library = cache_folder() / f"{source.stem}-{digest.hexdigest()[:16]}.so"
     if library.exists():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         made = Path(scratch) / library.name
-        command = [
-            compiler, "-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", "-split-compile=0", *flags,
-            f"-gencode=arch=compute_{target},code=sm_{target}", str(source), "-o", str(made),
-        ]  # fmt: skip
-        result = subprocess.run(command, capture_output=True, text=True)
+        result = subprocess.run([*command, str(source), "-o", str(made)], capture_output=True, text=True)
         if result.returncode:
-            raise BuildError(f"nvcc could not build {source.name}:\n{result.stderr.strip()[-2000:]}")
+            name = Path(command[0]).name
+            raise BuildError(f"{name} could not build {source.name}:\n{result.stderr.strip()[-2000:]}")
         os.replace(made, library)
     return library

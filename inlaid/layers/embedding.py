@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from inlaid.kernels.backend import Ops, Workspace
+from inlaid.kernels.backend import HeadLinear, Ops, Workspace
 from inlaid.kernels.context import StepContext
 from inlaid.kernels.cpu import DENSE
 from inlaid.layers.norm import RMSNorm
@@ -25,10 +25,11 @@ class Embedding:
 class Head:
     """Hidden states to logits in the compute type."""
 
-    def __init__(self, weight_VD: torch.Tensor) -> None:
-        self.packed = DENSE.pack(weight_VD)
+    def __init__(self, weight_VD: torch.Tensor, linear: HeadLinear = DENSE) -> None:
+        self.linear = linear
+        self.packed = linear.pack(weight_VD)
 
     def __call__(self, hidden_LD: torch.Tensor, workspace: Workspace) -> torch.Tensor:
         logits_LV = workspace.take("logits", hidden_LD.shape[0], self.packed.out_features)
-        DENSE.gemm(hidden_LD, self.packed, logits_LV)
+        self.linear.gemm(hidden_LD, self.packed, logits_LV)
         return logits_LV

@@ -18,7 +18,7 @@ import torch
 
 from inlaid.checkpoint import Checkpoint, QuantizedLinear, QuantSpec
 from inlaid.files import write_atomically
-from inlaid.kernels.backend import MODULES, Gemm, HeadNorms, Kernels, LinearBackend, Site
+from inlaid.kernels.backend import MODULES, Gemm, HeadLinear, HeadNorms, Kernels, LinearBackend, Site
 from inlaid.kernels.cpu import DENSE
 from inlaid.layers.attention import Attention
 from inlaid.layers.embedding import Embedding, Head
@@ -150,7 +150,8 @@ class _Loader:
 
     def _build(self, max_len: int, progress: bool, readers: ThreadPoolExecutor) -> Transformer:
         spec = self.spec
-        embedding = self.tensor("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
+        linear = self.kernels.head or DENSE
+        embedding = self.tensor("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size), linear)
         layers = Bar(range(spec.num_layers), desc="loading layers", disable=not progress, delay=1, leave=False)
         blocks = []
         for layer in layers:
@@ -162,14 +163,15 @@ class _Loader:
             self.unused.discard("lm_head.weight")
             head = embedding
         else:
-            head = self.tensor("lm_head.weight", (spec.vocab_size, spec.hidden_size))
+            head = self.tensor("lm_head.weight", (spec.vocab_size, spec.hidden_size), linear)
         if self.unused:
             raise WeightError(
                 f"{self.checkpoint.path}: {len(self.unused)} tensors fit nowhere in a {spec.architecture} model: "
                 f"{_some(sorted(self.unused))}"
             )
         rotary = Rotary(spec.rope, spec.head_dim, max_len, self.device, self.dtype)
-        return Transformer(spec, self.kernels, Embedding(embedding, self.kernels.ops), blocks, norm, Head(head), rotary)
+        embedded, logits = Embedding(embedding, self.kernels.ops), Head(head, linear)
+        return Transformer(spec, self.kernels, embedded, blocks, norm, logits, rotary)
 
     def read_ahead(self, layer: int, readers: ThreadPoolExecutor) -> None:
         """Read a layer's quantized linears into memory, siblings fused, while earlier layers are repacked."""
@@ -266,7 +268,8 @@ class _Loader:
     def norm(self, name: str, width: int) -> RMSNorm:
         return RMSNorm(self.tensor(name, (width,)), self.spec.norm_eps, self.kernels.ops)
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    def tensor(self, name: str, shape: tuple[int, ...], reader: HeadLinear = DENSE) -> torch.Tensor:
+        """Return a tensor in the compute type, or as it is stored if its reader keeps it so."""
         if name not in self.checkpoint:
             raise WeightError(f"{self.checkpoint.path}: the tensor {name} is missing")
         self.unused.discard(name)
@@ -275,7 +278,7 @@ class _Loader:
             raise WeightError(f"{self.checkpoint.path}: {name} is {tuple(tensor.shape)}, the config says {shape}")
         if not tensor.is_floating_point():
             raise WeightError(f"{self.checkpoint.path}: {name} is {tensor.dtype}, not a floating-point type")
-        return tensor.to(device=self.device, dtype=self.dtype)
+        return tensor.to(device=self.device, dtype=tensor.dtype if reader.keeps(tensor.dtype) else self.dtype)
 
 
 def fuse(weights: Sequence[QuantizedLinear]) -> QuantizedLinear | None:

@@ -29,6 +29,8 @@ def cuda_kernels(config: EngineConfig, pages: AdapterPages, spec: ModelSpec | No
         raise ConfigError(f"a GPU computes in float16 or bfloat16 here, not {pages.pool.dtype}: choose another dtype")
     if config.attention_backend not in ("auto", "triton"):
         raise ConfigError(f"attention backend {config.attention_backend!r} is for a CPU; use auto or triton on a GPU")
+    if config.linear_backend == "packed":
+        raise ConfigError("linear backend 'packed' is for a CPU; use auto on a GPU")
     linears: dict[str, Callable[[], LinearBackend]] = {
         "auto": lambda: AutoLinear(backends(config.deterministic)),
         "humming": lambda: HummingLinear(ordered=config.deterministic),

@@ -29,6 +29,8 @@ from inlaid.kernels.arriving import Arriving
 from inlaid.kernels.assist import Assistant, CudaFerry, NoFerry, Profile, cuda_copy_seconds, measure
 from inlaid.kernels.backend import MODULES, AdapterPages, Kernels
 from inlaid.kernels.cpu import cpu_kernels
+from inlaid.kernels.library import BuildError
+from inlaid.kernels.packed import packed_kernels
 from inlaid.model.spec import ModelSpec, read_spec
 from inlaid.model.weights import base_version, compute_dtype, fetch, load
 from inlaid.runner.memory import count_blocks
@@ -251,11 +253,25 @@ def choose_kernels(config: EngineConfig, device: torch.device, pages: AdapterPag
         from inlaid.runner.cuda_kernels import cuda_kernels
 
         return cuda_kernels(config, pages, spec)
-    for setting in (config.linear_backend, config.attention_backend):
-        if setting not in ("auto", "reference"):
-            raise ConfigError(f"backend {setting!r} is not available on {device.type}; use auto or reference")
+    if config.attention_backend not in ("auto", "reference"):
+        name = config.attention_backend
+        raise ConfigError(f"attention backend {name!r} is not available on {device.type}; use auto or reference")
+    if config.linear_backend not in ("auto", "reference", "packed"):
+        name = config.linear_backend
+        raise ConfigError(f"linear backend {name!r} is not available on {device.type}; use auto, packed or reference")
     if config.decode_kernel == "one":
         raise ConfigError("decode kernel 'one' needs an NVIDIA GPU; use auto or layers")
+    packed = config.linear_backend == "packed"
+    if compute_dtype(config.dtype, spec, device) != torch.float32:
+        if packed:
+            raise ConfigError("linear backend 'packed' computes in float32; use --dtype float32, or another backend")
+    elif packed or (spec.quantized and config.linear_backend == "auto"):
+        try:
+            return packed_kernels(pages)
+        except BuildError as error:
+            if packed:
+                raise ConfigError(f"linear backend 'packed': {error}") from None
+            log.warning("weights are dequantized, which takes eight times the memory and is slower: %s", error)
     return cpu_kernels(pages)
 
 
