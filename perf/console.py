@@ -60,7 +60,8 @@ def load(address: str, models: Sequence[str], headers: Sequence[dict[str, str]],
         count = number
         while not over.wait(pause):
             count += 1
-            body = {"model": models[count * (1 + number) % len(models)], "prompt": "the small chair", "max_tokens": 16}
+            body: dict[str, Any] = {"model": models[count * (1 + number) % len(models)], "prompt": "the small chair"}
+            body |= {"max_tokens": 16, "deadline": 2.0}
             sent = {"Content-Type": "application/json", **headers[number]}
             request = urllib.request.Request(f"{address}/v1/completions", json.dumps(body).encode(), sent)
             with urllib.request.urlopen(request, timeout=120) as answer:

@@ -59,12 +59,12 @@ def what_if(page: Any) -> None:
     page.get_by_text("Replayed.").wait_for(timeout=120_000)
 
 
-def pictures(out: Path, model: str, seconds: float) -> None:
+def pictures(out: Path, model: str, more: Sequence[str], seconds: float) -> None:
     """Serve, ask for a while and take all pictures."""
     from playwright.sync_api import sync_playwright
 
     folders = sorted((ROOT / "models" / "demo" / "adapters").iterdir())
-    adapters = [f"{folder.name}={folder}" for folder in folders]
+    adapters = [f"{folder.name}={folder.relative_to(ROOT)}" for folder in folders]  # no path of this machine
     memory = ["--max-model-len", "512", "--num-blocks", "200", "--max-loras", "6", "--max-num-seqs", "3"]
     policy = ["--policy", "vtc", "--tenant", "header", "--admin-key", ADMIN, "--allow-runtime-lora"]
     root = ["--lora-root", str(folders[0].parent)]
@@ -72,7 +72,7 @@ def pictures(out: Path, model: str, seconds: float) -> None:
     out.mkdir(parents=True, exist_ok=True)
     named = [model] if model else []
     with (
-        serving([*named, *memory, *policy, *root, "--adapter", *adapters]) as (address, _),
+        serving([*named, *memory, *policy, *root, "--adapter", *adapters, *more]) as (address, _),
         load(address, [folder.name for folder in folders], headers, pause=0.05),
         sync_playwright() as playwright,
     ):
@@ -100,9 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/img"), help="folder for the pictures")
     parser.add_argument("--model", default="", help="the base to serve, made of the demo; none: the demo")
+    parser.add_argument("--adapter", nargs="*", default=[], metavar="NAME=PATH", help="further adapters")
     parser.add_argument("--seconds", type=float, default=90.0, help="of load before the first picture")
     args = parser.parse_args(arguments)
-    pictures(args.out, args.model, args.seconds)
+    pictures(args.out, args.model, args.adapter, args.seconds)
     return 0
 
 

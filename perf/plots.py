@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from inlaid.progress import Bar
+from inlaid.report.page import Chart
 from inlaid.report.plots import COLOURS, colours, compare, is_wide, legend, new_figure, png
 from perf import series
 from perf.series import Points, Run
@@ -32,6 +33,22 @@ def draw_all(runs: list[Run]) -> dict[str, bytes]:
     bar = Bar(makers.items(), desc="drawing", unit="figure", delay=1, leave=False)
     drawn = {title: make() for title, make in bar}
     return {title: image for title, image in drawn.items() if image is not None}
+
+
+def charts(runs: list[Run]) -> list[Chart]:
+    """Return the series over time as charts of an HTML page, a curve for each run."""
+    shown = runs[:MAX_CURVES]
+    width = series.bucket_width(max(run.duration for run in shown))
+    panels = [(title, "", points) for title, points in _rate_panels(width)]
+    for kind, name in (("ttft", "Time to first token"), ("itl", "Time between tokens")):
+        panels += [
+            (f"{name}, {title.removesuffix(' (ms)')}", "ms", points)
+            for title, points in _percentile_panels(kind, width)
+        ]
+    return [
+        Chart(title[0].upper() + title[1:], unit, [(run.label, *points(run)) for run in shown])
+        for title, unit, points in panels
+    ]
 
 
 Panel = tuple[str, Callable[[Run], Points]]

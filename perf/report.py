@@ -15,6 +15,8 @@ from typing import Any
 
 from inlaid.flags import Parser
 from inlaid.progress import Bar
+from inlaid.report.page import page as whole_page
+from inlaid.report.page import place_of
 from inlaid.report.plots import PlotsMissing
 from perf import plots
 from perf.records import read_records
@@ -46,25 +48,6 @@ PLAIN: tuple[tuple[str, str], ...] = (
     ("offered (req/s)", "offered_rate"),
     ("generator late p99 (ms)", "lateness_ms.p99"),
 )
-
-STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1180px; padding: 1.5rem; color: #1c2530; }
-h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .6rem; }
-p.note { color: #5a6572; margin: .2rem 0 1rem; }
-.scroll { overflow-x: auto; border: 1px solid #dde3ea; border-radius: 8px; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 13px; }
-th, td { padding: .35rem .7rem; text-align: right; white-space: nowrap; border-top: 1px solid #edf1f5; }
-thead th { background: #f5f7fa; border-top: 0; text-align: right; font-weight: 600; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
-thead th:first-child { background: #f5f7fa; }
-.better { color: #00704f; } .worse { color: #b34700; } .ratio { font-size: 12px; margin-left: .35rem; }
-.warning { background: #fff4e5; border-left: 4px solid #e69f00; padding: .5rem .8rem; border-radius: 4px; }
-figure { margin: 0 0 1.5rem; } figcaption { font-weight: 600; margin-bottom: .3rem; }
-img { max-width: 100%; height: auto; } summary { cursor: pointer; font-weight: 600; margin: .6rem 0; }
-@media (max-width: 600px) { td:first-child { white-space: normal; min-width: 7rem; } }
-code { font-size: 12px; word-break: break-all; }
-"""
 
 
 def load_runs(paths: list[Path]) -> list[Run]:
@@ -125,8 +108,8 @@ def _ratio(value: float | None, base: float | None, more_is_better: bool) -> str
     if value is None or not base:
         return ""
     ratio = value / base
-    kind = "" if abs(ratio - 1) < 0.02 else "better" if (ratio > 1) == more_is_better else "worse"
-    return f'<span class="ratio {kind}">&times;{ratio:.2f}</span>'
+    kind = "muted" if abs(ratio - 1) < 0.02 else "good" if (ratio > 1) == more_is_better else "bad"
+    return f'<small class="{kind}">&times;{ratio:.2f}</small>'
 
 
 def _number(value: float | None) -> str:
@@ -144,7 +127,7 @@ def _number(value: float | None) -> str:
 def _table(head: list[str], rows: list[list[str]]) -> str:
     titles = "".join(f"<th>{html.escape(title)}</th>" for title in head)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="table"><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def group_table(run: Run, kind: str) -> str:
@@ -152,14 +135,14 @@ def group_table(run: Run, kind: str) -> str:
     groups = sorted(run.summary[kind].items(), key=lambda item: -item[1]["total_output_tokens"])
     present = [column for column in _GROUP_COLUMNS if any(column in figures for _, figures in groups)]
     rows = [[html.escape(name), *(_number(figures.get(c)) for c in present)] for name, figures in groups[:MAX_ROWS]]
-    left = f'<p class="note">and {len(groups) - MAX_ROWS} more</p>' if len(groups) > MAX_ROWS else ""
+    left = f'<p class="muted">and {len(groups) - MAX_ROWS} more</p>' if len(groups) > MAX_ROWS else ""
     return _table([kind.removeprefix("per_"), *(c.replace("_", " ") for c in present)], rows) + left
 
 
 def run_details(run: Run) -> str:
     parts = [f"<summary>{html.escape(run.label)}</summary>"]
     statuses = ", ".join(f"{count} {status}" for status, count in run.summary["statuses"].items())
-    parts.append(f'<p class="note">{html.escape(statuses)}; {html.escape(run.summary["date"])}</p>')
+    parts.append(f'<p class="muted">{html.escape(statuses)}; {html.escape(run.summary["date"])}</p>')
     parts += [f"<h3>{title}</h3>{group_table(run, kind)}" for title, kind in _GROUPS]
     if run.summary.get("slo"):
         by_class = run.summary["slo"]["by_class"].items()
@@ -195,19 +178,21 @@ def warnings(runs: list[Run]) -> list[str]:
 def page(runs: list[Run], images: dict[str, bytes], note: str = "") -> str:
     title = "Performance report"
     drawn = "".join(
-        f'<figure><figcaption>{html.escape(name)}</figcaption><img alt="{html.escape(name)}" '
+        f'<figure class="card"><figcaption><h2>{html.escape(name)}</h2></figcaption><img alt="{html.escape(name)}" '
         f'src="data:image/png;base64,{base64.b64encode(png).decode()}"></figure>'
         for name, png in images.items()
     )
-    notes = "".join(f'<p class="warning">{html.escape(text)}</p>' for text in [*warnings(runs), *filter(None, [note])])
-    base = f"Ratios are to the first run, {html.escape(runs[0].label)}." if len(runs) > 1 else ""
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>'
-        f'<h1>{title}</h1><p class="note">{len(runs)} run{"s" * (len(runs) > 1)}. {base}</p>{notes}'
-        f"{comparison_table(runs)}<h2>Figures</h2>{drawn or '<p class=note>none</p>'}"
-        f"<h2>Runs</h2>{''.join(map(run_details, runs))}</body></html>\n"
+    notes = "".join(
+        f'<p class="card warn">{html.escape(text)}</p>' for text in [*warnings(runs), *filter(None, [note])]
     )
+    base = f"Ratios are to the first run, {html.escape(runs[0].label)}." if len(runs) > 1 else ""
+    charts = plots.charts(runs)
+    body = (
+        f'<h1>{title}</h1><p class="muted">{len(runs)} run{"s" * (len(runs) > 1)}. {base}</p>{notes}'
+        f'{comparison_table(runs)}<h2>Over time</h2><div class="grid">{"".join(map(place_of, charts))}</div>'
+        f"<h2>Figures</h2>{drawn or '<p class=muted>none</p>'}<h2>Runs</h2>{''.join(map(run_details, runs))}"
+    )
+    return whole_page(title, body, charts)
 
 
 def draw(runs: list[Run]) -> tuple[dict[str, bytes], str]:

@@ -70,7 +70,7 @@ class ResidencyHistory:
 
     def minutes(self) -> dict[str, dict[str, int]]:
         """Return, by Unix minute, the adapters that were on the device and how often each was loaded anew in it."""
-        return {str(minute): present for minute, present in self._minutes}
+        return {str(minute): dict(present) for minute, present in self._minutes}  # copies: states are compared
 
     def thrashing(self) -> dict[str, int]:
         """Return the adapters that were loaded again and again in the last minutes, and how often."""

@@ -101,3 +101,6 @@ def test_histories_are_bounded_and_tell_who_thrashes() -> None:
     assert len(residency.minutes()) == 60
     assert {name for present in residency.minutes().values() for name in present} == {"calm", "busy"}
     assert residency.thrashing().keys() == {"busy"}
+    before = residency.minutes()
+    residency.note(7180, [("busy", True, 1000, 1000)])
+    assert difference({"residency": before}, {"residency": residency.minutes()}).keys() == {"residency"}

@@ -65,9 +65,9 @@ def test_ratios_are_to_the_first_run_and_coloured_by_what_is_better(tmp_path: Pa
     found = dict(zip(head, cells(page, "half"), strict=False))
     assert found["mean TTFT (ms)"].endswith("&times;0.50")
     assert found["mean ITL (ms)"].endswith("&times;0.50")
-    assert re.search(r'<span class="ratio better">&times;0\.50</span>', page)
+    assert re.search(r'<small class="good">&times;0\.50</small>', page)
     back = report(tmp_path, tmp_path / "half.json", tmp_path / "base.json")
-    assert re.search(r'<span class="ratio worse">&times;2\.00</span>', back)
+    assert re.search(r'<small class="bad">&times;2\.00</small>', back)
 
 
 @pytest.mark.usefixtures("_undrawn")
@@ -143,6 +143,7 @@ def test_a_real_browser_shows_it_whole(tmp_path: Path, width: int) -> None:
             "images": await page.ask("[...document.images].map(i => [i.alt, i.naturalWidth, i.clientWidth])"),
             "title": await page.ask("document.querySelector('h1').innerText"),
             "rows": await page.ask("document.querySelectorAll('table')[0].tBodies[0].rows.length"),
+            "charts": await page.ask("document.querySelectorAll('.plot canvas').length"),
             "overflow": await page.ask("document.documentElement.scrollWidth - window.innerWidth"),
             "ink": await page.ask(INK),
             "closed": await page.ask("document.querySelector('details').open"),
@@ -162,6 +163,7 @@ def test_a_real_browser_shows_it_whole(tmp_path: Path, width: int) -> None:
     assert all(natural > 800 and 300 < shown <= width for _, natural, shown in seen["images"])
     assert (seen["title"], seen["rows"], seen["errors"]) == ("Performance report", 6, [])
     assert [request for request in seen["requests"] if not request.startswith("data:")] == [url]
+    assert seen["charts"] == 7
     assert seen["overflow"] <= 0
     assert min(seen["ink"]) > 0.005
     assert (seen["closed"], seen["opened"]) == (False, True)

@@ -12,8 +12,8 @@ const TASKS = [
   { key: "full", label: "Loss unquantized", show: (row) => format.number(row.full, 5) },
   { key: "quantized", label: "Loss on this base", show: (row) => format.number(row.quantized, 5) },
   { key: "more", label: "Gained, nats a token", show: (row) => format.number(row.more, 3) },
-  { key: "checked", label: "Checked", show: (row) => (row.checked ? String(row.checked).slice(0, 16).replace("T", " ") + " UTC" : "–") },
   { key: "part", label: "Gained, part", show: (row) => format.share(row.part) },
+  { key: "checked", label: "Checked", show: (row) => (row.checked ? String(row.checked).slice(0, 16).replace("T", " ") + " UTC" : "–") },
 ];
 
 const RECORDS = [

@@ -1,5 +1,6 @@
 // What several panels are made of: tables that draw only the rows in sight, charts, facts, and forms that report.
 import { html, useEffect, useLayoutEffect, useMemo, useRef, useState } from "./vendor/preact.mjs";
+import { draw } from "./chart.js";
 import * as format from "./format.js";
 
 const ROW = 32; // pixels, as in style.css
@@ -59,9 +60,6 @@ export function Table({ label, columns, rows, first, descending = true, empty = 
   </div>`;
 }
 
-const WHOLE = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 1e6, 1e7];
-const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-
 // series: {label, values, show}; all share the times x and one unit.
 export function Chart({ title, x, series, show = format.number, max, least = 1, note }) {
   const box = useRef(null);
@@ -70,28 +68,9 @@ export function Chart({ title, x, series, show = format.number, max, least = 1, 
   const names = series.map((each) => each.label).join("|");
   const theme = document.documentElement.dataset.theme || "";
   useEffect(() => {
-    const axis = { stroke: colour("--soft"), grid: { stroke: colour("--grid"), width: 1 }, ticks: { stroke: colour("--grid") }, font: "12px system-ui, sans-serif" };
-    const made = new window.uPlot(
-      {
-        width: box.current.clientWidth || 400,
-        height: 170,
-        cursor: { y: false, points: { size: 6 } },
-        legend: { show: false },
-        scales: { y: { range: (_, low, high) => [0, max ?? Math.max(least, (high || 0) * 1.08)] } },
-        axes: [{ ...axis, space: 80, values: (_, ticks, at, space, step) => ticks.map((tick) => format.clock(tick, step < 60)) }, { ...axis, size: 68, incrs: show === format.count ? WHOLE : undefined, values: (_, ticks) => ticks.map((tick) => show(tick)) }],
-        series: [{}, ...series.map((each, place) => ({ label: each.label, stroke: colour(`--c${place % 6}`), width: 1.6, points: { show: false }, spanGaps: false }))],
-        hooks: { setCursor: [(self) => setAt(self.cursor.idx)] },
-      },
-      [x, ...series.map((each) => each.values)],
-      box.current,
-    );
+    const made = draw(box.current, { x, series, show, max, least, whole: show === format.count, tick: format.clock, onCursor: setAt });
     plot.current = made;
-    const observer = new ResizeObserver(() => box.current && made.setSize({ width: box.current.clientWidth, height: 170 }));
-    observer.observe(box.current);
-    return () => {
-      observer.disconnect();
-      made.destroy();
-    };
+    return () => made.end();
   }, [names, theme]);
   useEffect(() => {
     if (plot.current) plot.current.setData([x, ...series.map((each) => each.values)]);
@@ -110,7 +89,7 @@ export function Chart({ title, x, series, show = format.number, max, least = 1, 
   </figure>`;
 }
 
-export const Facts = ({ items }) => html`<dl class="facts">${items.map(
+export const Facts = ({ items }) => items.length > 0 && html`<dl class="facts">${items.map(
   ([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${value}</dd></div>`,
 )}</dl>`;
 

@@ -20,7 +20,7 @@ export function Outcome({ outcome }) {
   const rows = outcome.rows.map((row, at) => ({ id: at, ...row }));
   const tenants = [...new Set(rows.flatMap((row) => Object.keys(row.tenants)))].slice(0, 30);
   const perTenant = tenants.map((name) => ({ id: name, name, values: rows.map((row) => row.tenants[name] || {}) }));
-  const columns = [{ key: "name", label: "Tenant", text: true, fixed: true }, ...rows.map((row, at) => ({ key: `t${at}`, label: `TTFT mean, ${row.label}`, fixed: true, show: (tenant) => format.seconds(tenant.values[at].mean_ttft) }))];
+  const columns = [{ key: "name", label: "Tenant", text: true, fixed: true, show: (tenant) => tenant.name || "(none)" }, ...rows.map((row, at) => ({ key: `t${at}`, label: `TTFT mean, ${row.label}`, fixed: true, show: (tenant) => format.seconds(tenant.values[at].mean_ttft) }))];
   return html`<p>Replayed ${format.count(outcome.requests)} requests of ${format.seconds(outcome.seconds)} in the simulator. Its step times are fitted to steps measured here, and explain ${format.share(Math.max(0, outcome.r_squared))} of their differences: compare the rows with each other.</p>
     <${Table} label="What if" columns=${COLUMNS} rows=${rows} />
     ${tenants.length > 1 && html`<p></p><${Table} label="What if, by tenant" columns=${columns} rows=${perTenant} />`}`;
