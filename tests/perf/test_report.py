@@ -87,7 +87,7 @@ def test_labels_leave_out_what_all_have_in_common_and_twins_are_numbered(tmp_pat
 @pytest.mark.usefixtures("_undrawn")
 def test_labels_are_escaped(tmp_path: Path) -> None:
     page = report(tmp_path, written(tmp_path, "<script>alert(1)<", 10))
-    assert "<script>" not in page
+    assert "<script>alert" not in page
     assert "&lt;script&gt;" in page
 
 

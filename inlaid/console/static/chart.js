@@ -14,7 +14,7 @@ export function draw(box, { x, series, show, tick, max, least = 1, whole = false
       height: HEIGHT,
       cursor: { y: false, points: { size: 6 } },
       legend: { show: false },
-      scales: { x: { time: tick.length > 1, range: (_, low, high) => (low === high ? [low - 60, high + 60] : [low, high]) }, y: { range: (_, low, high) => [0, max ?? Math.max(least, (high || 0) * 1.08)] } },
+      scales: { x: { time: tick.length > 1, range: (self, low, high) => (self.data[0].length < 2 ? [low - 300, low + 300] : [low, high]) }, y: { range: (_, low, high) => [0, max ?? Math.max(least, (high || 0) * 1.08)] } },
       axes: [
         { ...axis, space: 80, size: 34, values: (_, ticks, at, space, step) => ticks.map((each) => tick(each, step < 60)) },
         { ...axis, size: 68, incrs: whole ? WHOLE : undefined, values: (_, ticks) => ticks.map((each) => show(each)) },
