@@ -22,7 +22,8 @@ LISTED = re.compile(
     "give either|exclude each other|must equal n|is above max_tokens|unknown fields|not supported|not served|is empty|"
     "read text only|unknown role|the chat template refuses|0 only with|must be a text, a list|the vocabulary has|"
     "context|with max_model_len|tokens can hold|cannot be false|"
-    "entries for|within the prompt|not valid JSON|the grammar is|same name|has no role|there are no tools|got `float`|"
+    "entries for|within the prompt|not valid JSON|the grammar is|same name|has no role|there are no tools|"
+    "got `float`|one engine|"
     "has no name|cannot bring|half a character|did you mean|is not a reference|is not a name"
 )
 ADMIN = {"Authorization": f"Bearer {ADMIN_KEY}"}
