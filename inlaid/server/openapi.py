@@ -13,6 +13,8 @@ from typing import Any
 import msgspec
 
 from inlaid import __version__
+from inlaid.engine.ledger import MAX_WEIGHT, MIN_WEIGHT
+from inlaid.engine.limits import MAX_LIMIT
 from inlaid.server.errors import ErrorResponse
 from inlaid.server.route import Guard, Route
 from inlaid.text.params import MAX_PRIORITY, MAX_STOP_CHARS, MAX_STOPS, POSITIVE, RANGES
@@ -86,6 +88,10 @@ def _bound(name: str, field: dict[str, Any], facts: Facts) -> None:
             form["minimum"] = 1
         elif kind == "integer" and name == "priority":
             form.update(minimum=-MAX_PRIORITY, maximum=MAX_PRIORITY)
+        elif kind == "integer" and name == "max_num_waiting":
+            form.update(minimum=1, maximum=MAX_LIMIT)
+        elif kind == "object" and name == "weights":
+            form["additionalProperties"].update(minimum=MIN_WEIGHT, maximum=MAX_WEIGHT)
         elif kind == "number" and name == "deadline":
             form["exclusiveMinimum"] = 0
         elif kind == "array" and name in _TOKENS and form["items"].get("type") == "integer":

@@ -23,7 +23,7 @@ LISTED = re.compile(
     "read text only|unknown role|the chat template refuses|0 only with|must be a text, a list|the vocabulary has|"
     "context|with max_model_len|tokens can hold|cannot be false|"
     "entries for|within the prompt|not valid JSON|the grammar is|same name|has no role|there are no tools|"
-    "got `float`|one engine|"
+    "got `float`|one engine|unknown policy|limits: |"
     "has no name|cannot bring|half a character|did you mean|is not a reference|is not a name"
 )
 ADMIN = {"Authorization": f"Bearer {ADMIN_KEY}"}
@@ -69,7 +69,10 @@ def test_the_api_is_what_its_description_says(small: Live, long: bool, tmp_path:
                     case.validate_response(response)
                 except failures.FailureGroup as error:
                     for reason in error.exceptions:
-                        rejected = type(reason).__name__ == "RejectedPositiveData" and response.status_code == 400
+                        kind = type(reason).__name__
+                        if kind == "AcceptedNegativeData" and "(was Authorization)" in str(reason):
+                            continue  # the header that it leaves out is the one that `call` adds
+                        rejected = kind == "RejectedPositiveData" and response.status_code == 400
                         if not (rejected and LISTED.search(response.text)):
                             found.append(
                                 f"{case.method} {case.path}: {reason}\n{response.text[:500]}\n{case.body!r:.1000}"
