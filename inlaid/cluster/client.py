@@ -14,22 +14,22 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 
+from inlaid.cluster.changes import load_adapter, remember_pin, set_scheduler, switch_base
 from inlaid.cluster.fleet import Fleet, MakeReplica, Replica
 from inlaid.cluster.front_limits import FrontLimits
 from inlaid.cluster.merge import MERGED, merge_adapter, merge_adapters
-from inlaid.cluster.placement import Placement
+from inlaid.cluster.placement import Placement, Predicted
 from inlaid.cluster.scaler import Scaler
 from inlaid.cluster.shares import Shares
 from inlaid.cluster.view import Ask, prefix_keys
 from inlaid.config import EngineConfig
 from inlaid.engine.intake import make_cost
 from inlaid.engine.refusal import Refusal, RefusalKind, Refused
-from inlaid.engine.request import NewRequest, Output
+from inlaid.engine.request import NewRequest, Output, SamplingParams
 from inlaid.worker.errors import EngineDead, EngineError, RequestTimeout
 from inlaid.worker.interface import ReplicaState
 from inlaid.worker.messages import AdapterInfo, ModelInfo
@@ -44,13 +44,6 @@ _DRAIN = 30.0  # seconds that a replica's requests have to finish before it is r
 _ON_ALL = frozenset({"flush_cache", "start_profile", "stop_profile", "set_scheduler"})
 
 
-@dataclass(frozen=True)
-class Failover:
-    """The fate of a stream whose replica dies: it goes on elsewhere, or ends with an error."""
-
-    resume: bool = True
-
-
 class ClusterClient:
     """All replicas, as one engine."""
 
@@ -62,7 +55,7 @@ class ClusterClient:
         make: MakeReplica,
         placement: Placement,
         count: int,
-        failover: Failover = Failover(),
+        resume: bool = True,
         give_up: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self.fleet = Fleet(config, adapters or {}, make, give_up)
@@ -71,7 +64,7 @@ class ClusterClient:
         self.num_moved = 0  # requests that another replica took over
         self._placement = placement
         self._count = count
-        self._failover = failover
+        self._resume = resume  # a stream whose replica dies goes on elsewhere, or ends with an error
         self._shares = Shares()
         self._limits = FrontLimits(config.scheduler.policy)
         self._cost = make_cost(config.scheduler)
@@ -82,6 +75,7 @@ class ClusterClient:
         self._closing = False
         self._teller: asyncio.Task[None] | None = None
         self.fleet.on_restart = self._shares.restart
+        self.fleet.warm = self._warm
 
     @property
     def config(self) -> EngineConfig:
@@ -164,7 +158,7 @@ class ClusterClient:
             raise error
         if life >= _MAX_LIVES:
             raise EngineDead(f"{life} replicas died while they computed this request; the last: {error}") from error
-        if made and not self._failover.resume:
+        if made and not self._resume:
             raise EngineDead(f"{replica.name} died after {len(made)} tokens of this answer: {error}") from error
 
     async def _place(self, request: NewRequest, made: list[int], deadline: float | None) -> Replica:
@@ -255,6 +249,20 @@ class ClusterClient:
                     with suppress(EngineError):  # it is told all again when it is back
                         await self._tell(replica)
 
+    async def _warm(self, replica: Replica) -> None:
+        """Bring the adapters to a new replica's device that will be asked for there, before it takes requests."""
+        if not isinstance(self._placement, Predicted):
+            return
+        names = {info.identity: info.name for info in self.adapters.values()}
+        views = [*(other.view for other in self.fleet.serving), replica.view]
+        hot = self._placement.hot(replica.view, views, self.config.adapters.max_loras // 2)
+        for name in filter(None, map(names.get, hot)):
+            params = SamplingParams(max_tokens=1, temperature=0.0)
+            one = NewRequest(id=f"warm-{secrets.token_hex(8)}", prompt=[0], params=params, adapter=name)
+            async with aclosing(replica.engine.generate(one)) as outputs:
+                async for _ in outputs:
+                    pass
+
     def stop(self, request_id: str, num_tokens: int) -> None:
         """End a request whose answer is whole, wherever it is."""
         replica = self._at.get(request_id)
@@ -277,13 +285,7 @@ class ClusterClient:
     async def set_scheduler(self, changes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Change settings of all replicas' schedulers, or of none."""
         async with self.fleet.changing:
-            before = await self.fleet.first().engine.call("scheduler")
-            undo = {name: before[name] for name in {*changes, *(("policy", "options") if "policy" in changes else ())}}
-            described, changed = await self.fleet.change_all(
-                lambda replica: replica.engine.set_scheduler(changes),
-                lambda replica, done: replica.engine.set_scheduler(undo),
-            )
-            self.fleet.scheduler = changed
+            described, changed = await set_scheduler(self.fleet, changes)
             self._limits.change(described)
             return described, changed
 
@@ -292,28 +294,7 @@ class ClusterClient:
     ) -> AdapterInfo:
         """Serve an adapter on all replicas, or on none. All must read the same weights."""
         async with self.fleet.changing:
-            before = self.fleet.paths.get(name)
-
-            async def undo(replica: Replica, done: AdapterInfo) -> None:
-                if before is None:
-                    await replica.engine.unload_adapter(name)
-                else:
-                    await replica.engine.load_adapter(name, before, True)
-
-            infos: list[AdapterInfo] = []
-
-            async def load(replica: Replica) -> AdapterInfo:
-                info = await replica.engine.load_adapter(name, path, in_place, pinned)
-                infos.append(info)
-                if info.identity != infos[0].identity:
-                    await undo(replica, info)
-                    raise Refused(Refusal(f"{path} holds other weights on {replica.name}: give all machines the same"))
-                return info
-
-            info: AdapterInfo = await self.fleet.change_all(load, undo)
-            self.fleet.paths[name] = path
-            self._remember_pin(name, info.pinned)
-            self.adapters[name] = info
+            info = self.adapters[name] = await load_adapter(self.fleet, name, path, in_place, pinned)
             return info
 
     async def pin_adapter(self, name: str, pinned: bool) -> AdapterInfo:
@@ -323,7 +304,7 @@ class ClusterClient:
                 lambda replica: replica.engine.pin_adapter(name, pinned),
                 lambda replica, done: replica.engine.pin_adapter(name, not pinned),
             )
-            self._remember_pin(name, pinned)
+            remember_pin(self.fleet, name, pinned)
         return await self.describe_adapter(name)
 
     async def unload_adapter(self, name: str) -> int:
@@ -333,7 +314,7 @@ class ClusterClient:
                 raise Refused(Refusal(f"adapter {name!r} is not loaded", RefusalKind.NOT_FOUND))
             self.fleet.paths.pop(name)
             self.adapters.pop(name, None)
-            self._remember_pin(name, False)
+            remember_pin(self.fleet, name, False)
             return sum(await self.fleet.ask_all(lambda replica: replica.engine.unload_adapter(name)))
 
     async def until_unloaded(self, adapter: AdapterInfo, in_flight: int) -> int:
@@ -350,14 +331,10 @@ class ClusterClient:
             )
 
     async def switch_base(self, version: str, rule: str) -> dict[str, Any]:
-        """Serve the staged base on all replicas. One that cannot is closed to requests until it serves it too."""
+        """Serve the staged base on all replicas."""
         async with self.fleet.changing:
-            outcomes = await self.fleet.ask_all(lambda replica: replica.engine.switch_base(version, rule))
-            first = self.fleet.first().engine
-            self.fleet.config, self.fleet.model = replace(self.config, model=first.config.model), first.model
-            self.fleet.paths = {**{info.name: info.path for info in first.adapters.values()}, **self.fleet.paths}
+            outcome = await switch_base(self.fleet, version, rule)
         await self.list_adapters()
-        outcome: dict[str, Any] = outcomes[0]
         return outcome
 
     async def unstage_base(self) -> None:
@@ -419,8 +396,3 @@ class ClusterClient:
         self._closing = True
         for replica in self.fleet.replicas.values():
             replica.engine.kill()
-
-    def _remember_pin(self, name: str, pinned: bool) -> None:
-        others = tuple(other for other in self.config.adapters.pin_adapter if other != name)
-        adapters = replace(self.config.adapters, pin_adapter=(*others, name) if pinned else others)
-        self.fleet.config = replace(self.config, adapters=adapters)

@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from inlaid import cli
-from inlaid.cluster.client import ClusterClient, Failover
+from inlaid.cluster.client import ClusterClient
 from inlaid.cluster.fleet import MakeReplica
 from inlaid.cluster.placement import PLACEMENTS, make_placement
 from inlaid.cluster.planner import BoundsPlanner, Router, SloPlanner, router_of
@@ -128,7 +128,7 @@ def make_client(
         make=make,
         placement=make_placement(args.placement, Prices()),
         count=least,
-        failover=Failover(args.on_replica_death == "resume"),
+        resume=args.on_replica_death == "resume",
         give_up=give_up,
     )
     if args.router is not None:
@@ -157,7 +157,7 @@ def local_replicas(
     def make(
         name: str, config: EngineConfig, adapters: Mapping[str, str], give_up: Callable[[str], None]
     ) -> EngineClient:
-        own = dict(environment or {})
+        own = {**(environment or {}), logs.NAME: name}
         if devices:
             own["CUDA_VISIBLE_DEVICES"] = devices[next(numbers) % len(devices)]
         return EngineClient(

@@ -68,6 +68,7 @@ class Fleet:
         self.changing = asyncio.Lock()  # held while adapters, settings or the base change
         self.changed = asyncio.Event()  # set when a replica may have opened
         self.on_restart: Callable[[str], None] = lambda name: None
+        self.warm: Callable[[Replica], Awaitable[None]] | None = None  # before a replica opens
         self.last_death: str | None = None
         self._make = make
         self._give_up = give_up
@@ -233,6 +234,9 @@ class Fleet:
                     f"{replica.name} serves base {model.base_version[:12]}, the others {self.model.base_version[:12]}: "
                     "give all machines the same files"
                 )
+            if self.warm is not None:
+                with suppress(Refused, EngineError):  # it opens cold
+                    await self.warm(replica)
             replica.lives = engine.num_restarts
             replica.state, replica.view.is_open = "serving", True
         self.changed.set()

@@ -7,6 +7,7 @@ Pure: the simulator and the cluster's client run the same objects.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -166,6 +167,12 @@ class Predicted:
         gain = self.seconds(at_home, ask) - self.seconds(abroad, ask)
         price = 0.0 if abroad.has(ask.adapter) else self.spill * self.prices.load_seconds(ask.rank)
         return abroad.name if gain > price + self.patience * max(self.prices.step, self.prices.floor) else at_home.name
+
+    def hot(self, view: ReplicaView, views: Sequence[ReplicaView], most: int) -> list[str]:
+        """List the adapters in demand whose set this replica belongs to, the busiest first."""
+        busiest = sorted(self._demand, key=lambda name: -self._demand[name].rate)
+        mine = (name for name in busiest if view in in_order(name, views)[: self._demand[name].spread])
+        return list(itertools.islice(mine, most))
 
     def seconds(self, view: ReplicaView, ask: Ask) -> float:
         """Predict the seconds from now to the whole answer on a replica. Where its steps would be longer than the

@@ -19,6 +19,7 @@ LEVELS = MappingProxyType(
     {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 )
 _LEVEL, _FORM = "INLAID_LOG_LEVEL", "INLAID_LOG_FORMAT"
+NAME = "INLAID_LOG_NAME"  # by which a child process calls itself in its lines
 _FIELDS = "inlaid_fields"
 
 
@@ -95,5 +96,5 @@ def environment(level: str, form: str) -> dict[str, str]:
 
 
 def configure_child(process: str) -> None:
-    """Log as the parent process has said."""
-    configure(process, os.environ.get(_LEVEL, "info"), os.environ.get(_FORM, "text"))
+    """Log as the parent process has said, under the name that it has given, if any."""
+    configure(os.environ.get(NAME, process), os.environ.get(_LEVEL, "info"), os.environ.get(_FORM, "text"))

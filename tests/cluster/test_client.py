@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from inlaid.cluster.client import ClusterClient, Failover
+from inlaid.cluster.client import ClusterClient
 from inlaid.cluster.command import local_replicas
-from inlaid.cluster.placement import LeastLoaded
+from inlaid.cluster.placement import LeastLoaded, Predicted, in_order
 from inlaid.cluster.view import Prices
 from inlaid.config import EngineConfig, SchedulerConfig
 from inlaid.engine.refusal import Refused
@@ -31,7 +31,8 @@ PARAMS = SamplingParams(max_tokens=60, ignore_eos=True, temperature=0.0)
 async def cluster(count: int, adapters: dict[str, str] | None = None, **options: Any) -> AsyncIterator[ClusterClient]:
     config = options.pop("config", EngineConfig(model="fake"))
     make = local_replicas(factory=FACTORY, environment=ENVIRONMENT)
-    client = ClusterClient(config, adapters, make=make, placement=LeastLoaded(Prices()), count=count, **options)
+    placement = options.pop("placement", None) or LeastLoaded(Prices())
+    client = ClusterClient(config, adapters, make=make, placement=placement, count=count, **options)
     await client.start()
     try:
         yield client
@@ -88,7 +89,7 @@ def test_answers_are_those_of_one_engine_while_replicas_are_killed_drained_and_a
 
 def test_a_stream_goes_on_from_its_tokens_or_fails_if_told_so() -> None:
     async def main(resume: bool) -> None:
-        async with cluster(2, failover=Failover(resume)) as client:
+        async with cluster(2, resume=resume) as client:
             made: list[int] = []
             with nullcontext() if resume else pytest.raises(EngineDead, match="died after"):
                 async with aclosing(client.generate(request(1))) as outputs:
@@ -136,6 +137,22 @@ def test_a_slow_replica_is_not_a_dead_one() -> None:
                 made += output.tokens
             assert made == generate([1, 7], None, 60, ())
             assert (client.num_moved, client.num_restarts) == (0, 0)
+
+    run(main)
+
+
+def test_a_new_replica_has_the_adapters_that_are_asked_for_before_it_opens(tmp_path: Path) -> None:
+    async def main() -> None:
+        names = {f"a{n}": str(tmp_path) for n in range(6)}
+        async with cluster(1, names, placement=Predicted(Prices())) as client:
+            shorter = SamplingParams(max_tokens=2, temperature=0.0)
+            for name in names:
+                await answer(client, NewRequest(id=name, prompt=[5], params=shorter, adapter=name))
+            added = await client.fleet.add()
+            known = {info.identity: info.name for info in client.adapters.values()}
+            views = [each.view for each in client.fleet.serving]
+            mine = {known[each] for each in known if in_order(each, views)[0] is added.view}
+            assert (await added.engine.call("stats"))["prompt_tokens"] == len(mine)
 
     run(main)
 

@@ -86,6 +86,17 @@ def test_a_quiet_adapter_keeps_to_one_replica_and_a_busy_one_spreads_and_comes_b
     assert placement._demand["a"].spread == 1
 
 
+def test_a_new_replica_is_told_the_adapters_that_will_be_asked_for_there() -> None:
+    placement, there = Predicted(PRICES), views(2)
+    for number in range(60):
+        placement.choose(ask(number, f"a{number % 20}"), there, number / 10)
+    new = ReplicaView("replica-9", 8, 4)
+    hot = placement.hot(new, [*there, new], 100)
+    assert set(hot) == {f"a{n}" for n in range(20) if in_order(f"a{n}", [*there, new])[0] is new}
+    assert 0 < len(hot) < 20
+    assert placement.hot(new, [*there, new], 2) == hot[:2]
+
+
 def test_a_request_leaves_its_set_only_for_more_than_the_load_costs() -> None:
     placement, there = Predicted(PRICES, patience=0.0), views(2, seats=1000)
     home, other = in_order("a", there)
