@@ -143,6 +143,7 @@ class ClusterClient:
                             if output.finish_reason is not None:
                                 return
                 except EngineDead as error:
+                    self.fleet.suspect(replica)
                     self._check_movable(request, replica, made, life, error)
                     self.num_moved += 1
                     log.warning("request %s moves from %s with %d tokens", request.id, replica.name, len(made))

@@ -135,6 +135,11 @@ class Fleet:
         """Describe the replicas, with the figures of those that answer."""
         return list(await asyncio.gather(*(_state(replica) for replica in self.replicas.values())))
 
+    def suspect(self, replica: Replica) -> None:
+        """Send a replica nothing more until it has answered: a request has found its engine dead."""
+        if replica.state == "serving":
+            replica.state, replica.view.is_open = "down", False
+
     def first(self) -> Replica:
         """Return a replica that serves. EngineDead: none does."""
         if not self.serving:
@@ -195,13 +200,16 @@ class Fleet:
             replica.state, replica.view.is_open = "down", False
             self.last_death = f"{replica.name}: {replica.engine.last_death or 'its engine has died'}"
         if replica.state == "down" and replica.engine.ready and (replica.busy is None or replica.busy.done()):
-            replica.view.forget_caches()
-            self.on_restart(replica.name)
+            if replica.engine.num_restarts != replica.lives:
+                replica.lives = replica.engine.num_restarts
+                replica.view.forget_caches()
+                self.on_restart(replica.name)
             replica.busy = asyncio.create_task(self._return(replica))
 
     async def _return(self, replica: Replica) -> None:
         """Open a replica again whose engine is a new one."""
         try:
+            await asyncio.wait_for(replica.engine.call("stats"), _ANSWER)  # its death may not have been noticed yet
             await self._bring_up_to_date(replica)
             log.warning("%s serves again", replica.name)
         except OtherBase as error:  # it was down when the others switched: one that starts now has their configuration
@@ -209,6 +217,8 @@ class Fleet:
             self.replicas.pop(replica.name, None)
             await replica.engine.close()
             await self.add()
+        except asyncio.TimeoutError:
+            log.warning("%s does not answer yet", replica.name)
         except (EngineError, Refused, OSError) as error:
             log.error("%s is not what the others are: %s", replica.name, error)
             await asyncio.sleep(1.0)

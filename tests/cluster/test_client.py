@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ import pytest
 from inlaid.cluster.client import ClusterClient
 from inlaid.cluster.command import local_replicas
 from inlaid.cluster.placement import LeastLoaded, Predicted, in_order
-from inlaid.cluster.view import Prices
+from inlaid.cluster.view import Ask, Prices, ReplicaView
 from inlaid.config import EngineConfig, SchedulerConfig
 from inlaid.engine.refusal import Refused
-from inlaid.engine.request import NewRequest, SamplingParams
+from inlaid.engine.request import NewRequest, Output, SamplingParams
 from inlaid.worker.errors import EngineDead
 from tests.engine.fake_runner import generate
 from tests.worker.fake_engine import DEADLY, ENVIRONMENT, FACTORY
@@ -219,5 +219,26 @@ def test_a_replica_of_another_base_is_replaced_when_it_comes_back() -> None:
             os.kill(first.engine.process_id, signal.SIGKILL)  # type: ignore[attr-defined]
             await until(lambda: first.name not in client.fleet.replicas and len(client.fleet.serving) == 2)
             assert await answer(client, request(1)) == generate([1, 7], None, 60, ())
+
+    run(main)
+
+
+def test_a_death_that_was_not_noticed_yet_costs_a_request_one_move() -> None:
+    """A connection may break before its process is known to be dead; the placement would choose the replica again."""
+
+    class First:
+        def choose(self, ask: Ask, views: Sequence[ReplicaView], now: float) -> str:
+            return views[0].name
+
+    async def gone(request: NewRequest, timeout: float = 0.0) -> AsyncIterator[Output]:
+        raise EngineDead("the connection is closed")
+        yield
+
+    async def main() -> None:
+        async with cluster(2, placement=First()) as client:
+            first, _ = client.fleet.replicas.values()
+            first.engine.generate = gone  # type: ignore[method-assign,assignment]
+            assert await answer(client, request(1)) == generate([1, 7], None, 60, ())
+            assert client.num_moved == 1
 
     run(main)
