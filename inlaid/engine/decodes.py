@@ -39,6 +39,8 @@ class Decodes:
     def _decode(self) -> tuple[list[Work], list[Progress]]:
         """Return one token's work for each decode, and the requests whose prompts are not computed yet."""
         speculation = self._state.speculation
+        if speculation is not None:
+            speculation.begin(len(self._state.running))
         block_size = self._state.pool.block_size
         singles: list[Work] = []
         unfinished: list[Progress] = []

@@ -235,8 +235,10 @@ class Scheduler:
     def _with_drafts(
         self, speculation: Speculation, singles: list[Work], prefills: list[Work]
     ) -> tuple[list[Work], list[Work]]:
-        """Give decodes drafts from what the step's works leave of its tokens; works with one are longer ones."""
-        budget = self.config.max_num_batched_tokens - len(singles) - sum(work.num_tokens for work in prefills)
+        """Give decodes drafts from what the step's works leave of its tokens, of which it samples max_num_seqs at most;
+        works with one are longer ones."""
+        tokens = self.config.max_num_batched_tokens - len(singles) - sum(work.num_tokens for work in prefills)
+        budget = min(tokens, self.config.max_num_seqs - len(singles) - len(prefills))
         singles, drafted = self.decodes.draft(speculation, singles, budget)
         return singles, drafted + prefills
 

@@ -1,8 +1,8 @@
 """Speculation: which decodes of a step get a draft, and how long it is. The scheduler asks it once a step.
 
 With an overlapping runner a draft costs the overlap of its request: its newest token must be known before the draft is
-made, and how many guesses were right before the next step is made. So where drafts do not pay, looking for them pauses,
-and decodes overlap as ever.
+made, and how many guesses were right before the next step is made. So where drafts do not pay, at this number of
+decodes, looking for them pauses, and decodes overlap as ever.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from inlaid.engine.draft_lengths import Acceptance, StepCosts, choose, grade
 from inlaid.engine.drafts import LONGEST_MATCH, PhraseBook, Prompted, as_text
 from inlaid.engine.request import Batch, FinishReason, Request, Work
 
-SHORTEST_PAUSE, LONGEST_PAUSE = 4, 256  # steps without a look, after one that found nothing that pays
+SHORTEST_PAUSE, LONGEST_PAUSE = 4, 256  # steps without a look, after looks in vain
+LOOKS = 8  # over which a gain is averaged
+LEAST_GAIN = 0.02  # of tokens a second; less is within the error of what is known
 MOST_COUNTED = 16  # adapters with counts of their own
+FEWEST_TRIED = 2  # guesses of a step that shall tell what a guess costs
 LEAST_WORTH = 0.05  # a guess less likely than that is not made
 OWN, PHRASES, GRAMMAR = 0, 1, 2  # sources of drafts
 
@@ -84,6 +87,27 @@ class Counts:
     accepted: int = 0
 
 
+class _Looks:
+    """The mean gain of the last looks for drafts, and the pause after looks in vain."""
+
+    __slots__ = ("gain", "last", "pause")
+
+    def __init__(self) -> None:
+        self.gain = 10 * LEAST_GAIN
+        self.pause = 0  # steps left until the next look
+        self.last = SHORTEST_PAUSE // 2  # the last pause
+
+    def pauses_after(self, gain: float) -> bool:
+        """Take in what a look has gained, as a share of the step's tokens a second. Return True if a pause begins now,
+        each longer than the one before."""
+        self.gain += (gain - self.gain) / LOOKS
+        if self.gain >= LEAST_GAIN:
+            self.last = SHORTEST_PAUSE // 2
+            return False
+        self.pause = self.last = min(2 * self.last, LONGEST_PAUSE)
+        return True
+
+
 class Speculation:
     """Choose drafts for a step's decodes, and learn from what becomes of them."""
 
@@ -99,17 +123,17 @@ class Speculation:
         self._acceptance = Acceptance(sources=3)
         self._costs = StepCosts()
         self._made: dict[str, Draft] = {}  # in flight, by request id
-        self._pause = 0  # steps left until the next look
-        self._last_pause = SHORTEST_PAUSE // 2
+        self._looks: dict[int, _Looks] = {}  # by bit length of the number of running requests
+        self._now = _Looks()
+        self._num_right = 0  # guesses of the step that ends now
 
-    @property
-    def active(self) -> bool:
-        """True if the next step looks for drafts."""
-        return self._pause == 0
+    def begin(self, num_running: int) -> None:
+        """Begin a step of so many running requests."""
+        self._now = self._looks.setdefault(num_running.bit_length(), _Looks())
 
     def wants(self, request: Request) -> bool:
         """Return True if drafts are looked for now, and this request may have one."""
-        return self._pause == 0 and self._may(request)
+        return self._now.pause == 0 and self._may(request)
 
     def _may(self, request: Request) -> bool:
         return request.speculation and request.account.tenant not in self._without
@@ -117,8 +141,8 @@ class Speculation:
     def choose(self, singles: Sequence[Work], budget: int) -> dict[str, Draft]:
         """Return drafts for some of a step's decodes, by request id: at most `budget` guesses, as long as they pay."""
         budget = max(0, budget)
-        if self._pause:
-            self._pause -= 1
+        if self._now.pause:
+            self._now.pause -= 1
             return {}
         found: list[tuple[Request, Draft]] = []
         worths: list[list[float]] = []
@@ -132,8 +156,16 @@ class Speculation:
                     found.append((request, draft))
                     worths.append(self._worths(request, draft))
         if self._adaptive:
-            lengths = choose(worths, len(singles), *self._costs.of(len(singles)), budget)
-            self._rest(singles, found, any(lengths))
+            if not self._costs.known(len(singles)):
+                budget = min(budget, max(FEWEST_TRIED, len(singles) // 8))
+            base, slope = self._costs.of(len(singles))
+            lengths = choose(worths, len(singles), base, slope, budget)
+            if self._costs.known(len(singles)):
+                tokens = sum(sum(each[:length]) for each, length in zip(worths, lengths))
+                if self._gain(len(singles), sum(lengths), tokens) < LEAST_GAIN:
+                    lengths = [0] * len(lengths)
+                    if self._now.pauses_after(0.0):
+                        self._doubt(singles, found)
         else:
             lengths = _within([len(draft.tokens) for _, draft in found], budget)
         return {request.id: draft.first(length) for (request, draft), length in zip(found, lengths) if length}
@@ -165,11 +197,13 @@ class Speculation:
             worths.append(worth)
         return worths
 
-    def _rest(self, singles: Sequence[Work], found: Sequence[tuple[Request, Draft]], pays: bool) -> None:
-        """Pause after a look that found nothing that pays, each time longer; what it found is not believed for ever."""
-        if pays or not self._costs.known(len(singles)):
-            return
-        self._pause = self._last_pause = min(2 * self._last_pause, LONGEST_PAUSE)
+    def _gain(self, decodes: int, guesses: int, right: float) -> float:
+        """Return by what share so many right guesses raise the tokens a second of a step."""
+        base, slope = self._costs.of(decodes)
+        return (1.0 + right / decodes) * base / (base + slope * guesses) - 1.0
+
+    def _doubt(self, singles: Sequence[Work], found: Sequence[tuple[Request, Draft]]) -> None:
+        """Believe a little less in what spoke against guesses, so that in the end they are tried again."""
         self._costs.doubt(len(singles))
         for adapter in {request.adapter for request, _ in found}:
             self._acceptance.doubt(adapter)
@@ -191,8 +225,7 @@ class Speculation:
             counts.accepted += num_right
         for place in range(num_right):
             self.accepted_at[place] += 1
-        if num_right:
-            self._last_pause = SHORTEST_PAUSE // 2
+        self._num_right += num_right
 
     def _counts(self, name: str) -> Counts:
         """Return an adapter's counts; names come and go without end, so the rest of many share one."""
@@ -206,6 +239,9 @@ class Speculation:
         guesses = batch.num_tokens - len(works)
         if works and guesses == sum(len(work.draft) for work in works):
             self._costs.note(len(works), guesses, seconds)
+            if guesses and self._adaptive and self._costs.known(len(works)):
+                self._now.pauses_after(self._gain(len(works), guesses, self._num_right))
+        self._num_right = 0
 
     def end(self, request: Request) -> None:
         """Forget a request that has ended, and learn its answer if drafts may be made from it."""

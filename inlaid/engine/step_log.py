@@ -25,16 +25,18 @@ class Load(msgspec.Struct, frozen=True):
     adapters: int = 0
     adapter_rows: int = 0  # requests with an adapter
     ranks: int = 0
+    guesses: int = 0  # rows of drafts, which read no keys of their own
 
     @classmethod
     def of(cls, batch: Batch, ranks: Mapping[str, int]) -> Load:
         """Measure the load of a batch, given the ranks of its adapters."""
-        tokens = prefills = attention = decodes = prompts = outputs = rows = 0
+        tokens = prefills = attention = decodes = prompts = outputs = rows = guesses = 0
         adapters: set[str] = set()
         for work in batch.works:
             request = work.request
             if work.is_decode:
                 decodes += 1
+                guesses += len(work.draft)
                 prompts += len(request.prompt)
                 outputs += work.start - len(request.prompt) + 1
             else:
@@ -45,7 +47,7 @@ class Load(msgspec.Struct, frozen=True):
                 rows += 1
                 adapters.add(request.adapter)
         ranks_sum = sum(ranks.get(adapter, 0) for adapter in adapters)
-        return cls(tokens, prefills, decodes, prompts, outputs, attention, len(adapters), rows, ranks_sum)
+        return cls(tokens, prefills, decodes, prompts, outputs, attention, len(adapters), rows, ranks_sum, guesses)
 
 
 class Step(msgspec.Struct, frozen=True):

@@ -31,6 +31,7 @@ import triton.language as tl
 from inlaid.kernels.backend import LayerCache, Workspace
 from inlaid.kernels.early import early
 from inlaid.kernels.fused_triton import gather_tables
+from inlaid.kernels.verify_triton import verify
 
 if TYPE_CHECKING:
     from inlaid.kernels.context import StepContext
@@ -402,7 +403,17 @@ class TritonAttention:
                 q_THC[:count], *cache, tables_SB[:count], step.context_lens_S[:count], out_THC[:count], scratch, splits,
                 window or 0,
             )  # fmt: skip
-        if step.num_prefills:
+        if step.few_queries:
+            splits = num_splits(step.num_prefills, cache[0].shape[2])
+            sums = (
+                workspace.take("attention_sums", rows, heads, splits, width, dtype=torch.float32),
+                workspace.take("attention_stats", rows, heads, splits, 2, dtype=torch.float32),
+            )
+            verify(
+                q_THC, *cache, tables_SB[count:], step.context_lens_S[count:], device.starts_P1, out_THC, sums, splits,
+                step.few_queries, window or 0,
+            )  # fmt: skip
+        elif step.num_prefills:
             prefill(
                 q_THC, *cache, tables_SB[count:], step.context_lens_S[count:], device.starts_P1, device.tiles_2N,
                 out_THC, window or 0, block_m=QUERY_TILE,

@@ -25,7 +25,8 @@ class OnHost:
     query_lens: tuple[int, ...]  # tokens of each sequence in this step
     context_lens: tuple[int, ...]  # tokens of each sequence including this step's
     adapter_slots: tuple[int, ...]  # of each sequence
-    decodes_go_on: bool = False  # the decodes are those of the step before, in order, each one token further
+    decodes_go_on: bool = False  # the decodes are those of the step before, in order, each further by what it accepted
+    num_drafted: int = 0  # in a step with drafts: the first sequences, all decodes, with a draft or without
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class StepContext:
     num_decodes: int
     num_prefills: int
     adapters: int = NO_ADAPTERS  # the level
+    few_queries: int = 0  # on a GPU: the most tokens of each prefill where they are few; 0: any number
     on_host: OnHost | None = None
     on_device: OnDevice | None = None
     arriving: Arriving | None = None  # adapters of this step that are still coming; never in a captured step

@@ -1,4 +1,5 @@
-"""Attention over paged keys and values on a CPU: decodes as one padded batch, longer queries one by one.
+"""Attention over paged keys and values on a CPU: decodes as one padded batch, longer queries one by one. Decodes with
+drafts are a batch too, padded to the longest draft.
 
 Shapes: S decodes, Q queries of a prefill, H query heads, G key/value heads, C head width. Caches are [blocks, block
 size, G, C].
@@ -25,12 +26,15 @@ _MOST_KEPT = 16 << 20  # bytes per cache tensor that the decodes of the step bef
 
 @dataclass
 class _AttentionPlan:
-    """The blocks that the decodes read, each longer query's share, and masks by window.
+    """The blocks that the decodes read, each longer query's share, and masks by window. `num_tokens` are those of the
+    decodes, `spread` is where they stand if some have drafts.
 
     `gathered` holds the decodes' keys and values by cache, [S, G, decode_len, C]; `newest` is the place of the latest
     token in them. `stale` lists, as (rows, lanes), the lanes of each decode's last block behind its context: what a
     former owner left there is zeroed, since a mask multiplies, and 0 x NaN is NaN."""
 
+    num_tokens: int
+    spread: _Spread | None
     decode_blocks: torch.Tensor | None
     decode_len: int
     gathered: dict[int, torch.Tensor]
@@ -38,6 +42,31 @@ class _AttentionPlan:
     chunks: list[_Chunk]
     stale: tuple[torch.Tensor, torch.Tensor] | None = None
     decode_masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class _Spread:
+    """Decodes with drafts of unlike lengths as a batch of S sequences with Q tokens, the last one repeated.
+
+    `tokens_SQ` are rows of T, `back_SQ1` how many tokens of the sequence follow; of each row of T, `sequence_T` is its
+    sequence and `place_T` its place in S * Q."""
+
+    tokens_SQ: torch.Tensor
+    back_SQ1: torch.Tensor
+    sequence_T: torch.Tensor
+    place_T: torch.Tensor
+
+    @classmethod
+    def of(cls, query_lens: Sequence[int], device: torch.device) -> _Spread:
+        lens_S = torch.tensor(query_lens, device=device)
+        queries_Q = torch.arange(max(query_lens), device=device)
+        last_S1 = (lens_S - 1)[:, None]
+        within_SQ = torch.minimum(queries_Q[None], last_S1)
+        starts_S = lens_S.cumsum(0) - lens_S
+        sequence_T = torch.repeat_interleave(torch.arange(len(query_lens), device=device), lens_S)
+        within_T = torch.arange(sequence_T.shape[0], device=device) - starts_S[sequence_T]
+        place_T = sequence_T * queries_Q.shape[0] + within_T
+        return cls(starts_S[:, None] + within_SQ, (last_S1 - within_SQ)[:, :, None], sequence_T, place_T)
 
 
 @dataclass
@@ -63,37 +92,39 @@ class CpuAttention:
     def plan(self, step: StepContext, workspace: Workspace) -> None:
         sequences = step.on_host
         assert sequences is not None
-        decodes, size = step.num_decodes, step.block_size
+        decodes, size = sequences.num_drafted or step.num_decodes, step.block_size
         longest = max(sequences.context_lens[:decodes], default=0)
-        chunks, first = [], decodes
+        device, num_tokens = step.positions_T.device, sum(sequences.query_lens[:decodes])
+        spread = _Spread.of(sequences.query_lens[:decodes], device) if sequences.num_drafted else None
+        chunks, first = [], num_tokens
         for row in range(decodes, len(sequences.query_lens)):
             num_queries, length = sequences.query_lens[row], sequences.context_lens[row]
             chunks.append(_Chunk(first, num_queries, length, step.block_tables[row, : -(-length // size)]))
             first += num_queries
         last = self._last
         if sequences.decodes_go_on and last is not None and last.gathered and longest <= last.decode_len:
-            rows = torch.arange(decodes, device=step.positions_T.device)
-            self._last = _AttentionPlan(
-                None, last.decode_len, last.gathered, (rows, step.positions_T[:decodes]), chunks
-            )
+            rows = torch.arange(decodes, device=device) if spread is None else spread.sequence_T
+            newest = (rows, step.positions_T[:num_tokens])
+            self._last = _AttentionPlan(num_tokens, spread, None, last.decode_len, last.gathered, newest, chunks)
         else:
             num_blocks = -(-longest // size) if longest else 0
             blocks = _wider(step.block_tables[:decodes], num_blocks + _SPARE_BLOCKS) if decodes else None
             width = (num_blocks + _SPARE_BLOCKS) * size
-            stale = _behind(sequences.context_lens[:decodes], size, step.positions_T.device)
-            self._last = _AttentionPlan(blocks, width, {}, None, chunks, stale)
+            stale = _behind(sequences.context_lens[:decodes], size, device)
+            self._last = _AttentionPlan(num_tokens, spread, blocks, width, {}, None, chunks, stale)
         step.attention_plan = self._last
 
     def attend(
         self, q_THC: torch.Tensor, cache: LayerCache, window: int | None, step: StepContext, workspace: Workspace
     ) -> torch.Tensor:
         plan: _AttentionPlan = step.attention_plan
-        decodes = step.num_decodes
+        decode = self._decode if plan.spread is None else self._decode_drafts
+        count = plan.num_tokens
         if not plan.chunks:
-            return self._decode(q_THC, cache, window, step).flatten(1)
+            return decode(q_THC, cache, window, step).flatten(1)
         out_THC = q_THC.new_empty(q_THC.shape)
-        if decodes:
-            out_THC[:decodes] = self._decode(q_THC[:decodes], cache, window, step)
+        if count:
+            out_THC[:count] = decode(q_THC[:count], cache, window, step)
         for chunk in plan.chunks:
             rows = slice(chunk.first, chunk.first + chunk.num_queries)
             out_THC[rows] = _attend_chunk(q_THC[rows], cache, window, chunk)
@@ -108,10 +139,29 @@ class CpuAttention:
         if window not in plan.decode_masks:
             mask = _decode_mask(step.context_lens_S[:S], plan.decode_len, window, q_SHC.dtype)
             plan.decode_masks[window] = mask.repeat_interleave(G, dim=0).expand(-1, H // G, -1)
-        k, v = (_gathered(plan, pages, step.kv_slots_T[:S]).flatten(0, 1) for pages in cache)
+        k, v = (_gathered(plan, pages, S, step.kv_slots_T[:S]).flatten(0, 1) for pages in cache)
         q = q_SHC.reshape(S * G, H // G, C)
         scores = torch.baddbmm(plan.decode_masks[window], q, k.transpose(1, 2), alpha=C**-0.5)
         return torch.bmm(scores.softmax(dim=-1), v).view(S, H, C)
+
+    def _decode_drafts(
+        self, q_THC: torch.Tensor, cache: LayerCache, window: int | None, step: StepContext
+    ) -> torch.Tensor:
+        """Attend for decodes with drafts: as `_decode`, with Q tokens of each sequence in a group's queries."""
+        plan: _AttentionPlan = step.attention_plan
+        spread = plan.spread
+        assert spread is not None
+        (S, Q), (T, H, C), G = spread.tokens_SQ.shape, q_THC.shape, cache[0].shape[2]
+        if window not in plan.decode_masks:
+            lens_SQ1 = step.context_lens_S[:S, None, None] - spread.back_SQ1
+            mask = _decode_mask(lens_SQ1.view(S * Q), plan.decode_len, window, q_THC.dtype)
+            wide = mask.view(S, 1, Q, 1, -1).expand(S, G, Q, H // G, -1)
+            plan.decode_masks[window] = wide.reshape(S * G, Q * (H // G), -1)
+        k, v = (_gathered(plan, pages, S, step.kv_slots_T[:T]).flatten(0, 1) for pages in cache)
+        q = q_THC[spread.tokens_SQ].view(S, Q, G, H // G, C).transpose(1, 2).reshape(S * G, Q * (H // G), C)
+        scores = torch.baddbmm(plan.decode_masks[window], q, k.transpose(1, 2), alpha=C**-0.5)
+        mixed = torch.bmm(scores.softmax(dim=-1), v).view(S, G, Q, H // G, C)
+        return mixed.transpose(1, 2).reshape(S * Q, H, C)[spread.place_T]
 
 
 def _wider(table_SB: torch.Tensor, num_blocks: int) -> torch.Tensor:
@@ -130,16 +180,16 @@ def _behind(lens: Sequence[int], size: int, device: torch.device) -> tuple[torch
     return rows, lanes
 
 
-def _gathered(plan: _AttentionPlan, cache: torch.Tensor, newest_slots_S: torch.Tensor) -> torch.Tensor:
+def _gathered(plan: _AttentionPlan, cache: torch.Tensor, count: int, newest_slots: torch.Tensor) -> torch.Tensor:
     """Return the decodes' keys or values side by side: kept from the step before and extended, or read anew."""
     key = cache.data_ptr()
     if plan.newest is not None:
         kept = plan.gathered[key]
         rows, positions = plan.newest
-        kept[rows, :, positions] = cache.view(-1, *cache.shape[2:]).index_select(0, newest_slots_S)
+        kept[rows, :, positions] = cache.view(-1, *cache.shape[2:]).index_select(0, newest_slots)
         return kept
     assert plan.decode_blocks is not None
-    read = cache.index_select(0, plan.decode_blocks).view(newest_slots_S.shape[0], plan.decode_len, *cache.shape[2:])
+    read = cache.index_select(0, plan.decode_blocks).view(count, plan.decode_len, *cache.shape[2:])
     read = read.transpose(1, 2).contiguous()
     if plan.stale is not None:
         rows, lanes = plan.stale

@@ -24,14 +24,16 @@ import numpy as np
 import torch
 
 from inlaid.adapters.store import AdapterStore
-from inlaid.config import EngineConfig
+from inlaid.config import ConfigError, EngineConfig, SpeculationConfig
 from inlaid.engine.kv_cache import BlockPool
 from inlaid.engine.request import Batch, Request, StepResult, TokenLogprobs, Work
+from inlaid.engine.speculation import resolved
 from inlaid.kernels import fused_triton
 from inlaid.kernels.arriving import Arriving, rows_by_slot
 from inlaid.kernels.auto import AutoLinear
 from inlaid.kernels.backend import MODULES
 from inlaid.kernels.context import ALL_ADAPTERS, ATTENTION_ADAPTERS, NO_ADAPTERS
+from inlaid.kernels.verify_triton import MAX_QUERIES
 from inlaid.layers import sampler
 from inlaid.model.transformer import KVCache, Transformer, new_cache
 from inlaid.runner.decode import finish_decode
@@ -40,7 +42,7 @@ from inlaid.runner.graphs import Graphs
 from inlaid.runner.layout import ALIGNMENT, Layouts
 from inlaid.runner.memory import count_blocks
 from inlaid.runner.rows import Rows
-from inlaid.runner.sampling import SamplingState, is_penalized, not_finite, to_sampled
+from inlaid.runner.sampling import SamplingState, folded, is_penalized, not_finite, to_sampled
 from inlaid.runner.staging import StagedStep, Staging
 from inlaid.runner.unified import floor_blocks, unify
 
@@ -55,6 +57,7 @@ class Ticket:
     """A submitted step."""
 
     works: list[Work]  # those that sample, in the order of the device's rows
+    lines: Sequence[Work]  # a work for each token sampled
     order: list[int]  # where each of them stands among the batch's sampling works
     tokens: torch.Tensor  # pinned; valid once `done` has happened
     done: torch.cuda.Event | None
@@ -92,10 +95,13 @@ class CudaRunner:
         max_tokens = max(config.scheduler.max_num_batched_tokens, max_rows)
         max_blocks = -(-max_model_len // self.block_size)
         self._on_gpu = device.type == "cuda"
-        self.layouts = Layouts(max_tokens, max_rows, adapters.pages.table.shape[0] - 1)
+        max_queries = draft_tokens(config.speculation)
+        self.layouts = Layouts(max_tokens, max_rows, adapters.pages.table.shape[0] - 1, max_queries)
         meta_size = self.layouts.largest.size + 2 * TABLE_UPDATES
         max_rank = config.adapters.max_lora_rank
-        self.step = DeviceStep(model, max_tokens, max_rows, max_blocks, max_rank, meta_size, device, dtype)
+        self.step = DeviceStep(
+            model, max_tokens, max_rows, max_blocks, max_rank, meta_size, device, dtype, max(1, max_queries)
+        )
         self._staged = [self._pinned(meta_size) for _ in range(STAGES)]
         self._results = [self._pinned(max_rows) for _ in range(STAGES)]
         self.sampling = SamplingState(model.spec.vocab_size, device, config.seed)
@@ -171,7 +177,9 @@ class CudaRunner:
 
     def collect(self, ticket: Ticket) -> StepResult:
         ticket.wait()
-        made = to_sampled(ticket.works, ticket.tokens, ticket.logprobs)
+        made = to_sampled(ticket.lines, ticket.tokens, ticket.logprobs)
+        if ticket.lines is not ticket.works:
+            made = folded(ticket.works, made)
         sampled: list[Any] = [None] * len(made)
         for place, one in zip(ticket.order, made, strict=True):
             sampled[place] = one
@@ -200,16 +208,16 @@ class CudaRunner:
         else:
             self.num_eager_steps += 1
             prompt_logprobs = self._run_eagerly(step, arriving, wants_prompt)
-        special = any(self._is_special(work) for work in step.sampling)
-        logprobs = self._sample_specially(step.sampling) if special else None
-        count = len(step.sampling)
+        special = any(self._is_special(work) for work in step.lines)
+        logprobs = self._sample_specially(step.lines) if special else None
+        count = len(step.lines)
         tokens = self._results[stage][:count]
         tokens.copy_(self.step.sampled[:count], non_blocking=True)
         done = None
         if self._on_gpu:
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
-        return Ticket(step.sampling, step.order, tokens, done, logprobs, prompt_logprobs)
+        return Ticket(step.sampling, step.lines, step.order, tokens, done, logprobs, prompt_logprobs)
 
     def _run_eagerly(
         self, step: StagedStep, arriving: Arriving | None, wants_prompt: bool
@@ -255,7 +263,9 @@ class CudaRunner:
         batch = self.sampling.batch(works, self._unseen_tokens(works))
         tokens_S, logprobs = sampler.sample(self.step.logits(len(works)).float(), batch)
         self.step.sampled[: len(works)].copy_(tokens_S)
-        rows = torch.from_numpy(np.array([self.rows.of[work.request.id] for work in works])).to(self.device)
+        padding = self.layouts.max_rows
+        held = [padding if work.draft else self.rows.of[work.request.id] for work in works]
+        rows = torch.from_numpy(np.array(held)).to(self.device)
         self.step.newest.index_copy_(0, rows, tokens_S.clamp_min(0).to(torch.int32))  # the next step may read it
         return logprobs
 
@@ -267,7 +277,7 @@ class CudaRunner:
             return {}
         previous.wait()
         tokens = previous.tokens.tolist()
-        found = {work.request.id: max(0, token) for work, token in zip(previous.works, tokens, strict=True)}
+        found = {work.request.id: max(0, token) for work, token in zip(previous.lines, tokens, strict=True)}
         return {w.request.id: found[w.request.id] for w in works if _in_flight(w) and w.request.id in found}
 
     def _send_tables(self, step: StagedStep, host: torch.Tensor) -> None:
@@ -304,5 +314,17 @@ class CudaRunner:
         return torch.zeros(size, dtype=torch.int32, pin_memory=self._on_gpu)
 
 
+def draft_tokens(config: SpeculationConfig) -> int:
+    """Return the most tokens of a decode with its draft; 0: no drafts are made. ConfigError: more than are served."""
+    settled = resolved(config)
+    if settled.speculation == "off":
+        return 0
+    if settled.num_speculative_tokens >= MAX_QUERIES:
+        raise ConfigError(
+            f"--num-speculative-tokens {settled.num_speculative_tokens}: on a GPU give at most {MAX_QUERIES - 1}"
+        )
+    return settled.num_speculative_tokens + 1
+
+
 def _in_flight(work: Work) -> bool:
-    return work.start + work.num_tokens > len(work.request.tokens)
+    return work.start + work.num_tokens - len(work.draft) > len(work.request.tokens)

@@ -35,6 +35,7 @@ class DeviceStep:
         meta_size: int,
         device: torch.device,
         dtype: torch.dtype,
+        max_queries: int = 1,
     ) -> None:
         def integers(*shape: int) -> torch.Tensor:
             return torch.zeros(*shape, dtype=torch.int32, device=device)
@@ -44,7 +45,7 @@ class DeviceStep:
         self.tables = integers(max_rows + 1, max_blocks)  # blocks by row; the last row is for padding
         self.newest = integers(max_rows + 1)  # each row's newest token
         self.sampled = integers(max_rows)
-        self.workspace = fixed_memory(model, max_tokens, max_rows, max_blocks, max_rank, device, dtype)
+        self.workspace = fixed_memory(model, max_tokens, max_rows, max_blocks, max_rank, device, dtype, max_queries)
         self.sampler = Sampler(max_rows, model.spec.vocab_size, device)
         self.cache: KVCache = []
         self.decode: DecodeKernel | None = None  # the kernel of small steps; set before the cache
@@ -72,6 +73,7 @@ class DeviceStep:
             num_decodes=layout.decodes,
             num_prefills=layout.prefills,
             adapters=adapters,
+            few_queries=layout.queries,
             on_device=OnDevice(
                 sources_T=piece("sources"),
                 newest_R=self.newest,

@@ -77,7 +77,7 @@ class Graphs:
             torch.cuda.synchronize()
             return time.perf_counter() - begin
 
-        layout = min((one for one in self.captured if one.prefills), key=lambda one: one.tokens)
+        layout = min((one for one in self.captured if one.tiles), key=lambda one: one.tokens)
         ways = self._graphs[layout, ALL_ADAPTERS].replay, partial(self.idle_step, layout, ALL_ADAPTERS)
         self.idle_step(layout, ALL_ADAPTERS)
         whole, apart = (median(seconds(way) for _ in range(times)) for way in ways)

@@ -21,6 +21,7 @@ from inlaid.kernels.attention_triton import QUERY_TILE
 ALIGNMENT = 32  # of the pieces of meta, in elements: kernels are compiled for aligned addresses
 DECODE_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 TOKEN_BUCKETS = (64, 128, 192, 256, *range(384, 2048, 128), 2048, 3072, 4096, 6144, 8192)
+DRAFT_WIDTHS = (2, 4, 8, 16)  # tokens of each sequence in a captured step with drafts, on average
 SPARE_TILES = 128  # prompts in a captured step beyond those that fill their query tiles
 MOST_TEMPLATES = 256  # sizes that no graph has come in any number
 FLOATS = frozenset({"temperature", "top_p", "min_p"})  # pieces of float32
@@ -37,6 +38,7 @@ class Layout:
     tiles: int
     segments: int
     block_rows: int
+    queries: int = 0  # most tokens of each prefill, in a step with drafts; 0: any number
 
     @cached_property
     def pieces(self) -> dict[str, tuple[int, int]]:
@@ -88,17 +90,18 @@ class Layout:
 class Layouts:
     """The layouts of a runner with room for `max_tokens` tokens and `max_rows` sequences."""
 
-    def __init__(self, max_tokens: int, max_rows: int, num_slots: int) -> None:
-        self.max_tokens, self.max_rows = max_tokens, max_rows
+    def __init__(self, max_tokens: int, max_rows: int, num_slots: int, max_queries: int = 0) -> None:
+        """`max_queries`: most tokens of a sequence in steps with drafts; 0: there are no such steps."""
+        self.max_tokens, self.max_rows, self.max_queries = max_tokens, max_rows, max_queries
         self.num_slots = num_slots  # adapter slots, the empty one aside
         self.largest = self.exact(max_tokens, max_rows, max_rows, max_rows, max_tokens)
         self._templates: dict[Layout, np.ndarray] = {}
 
-    def exact(self, tokens: int, decodes: int, prefills: int, samples: int, tiles: int) -> Layout:
+    def exact(self, tokens: int, decodes: int, prefills: int, samples: int, tiles: int, queries: int = 0) -> Layout:
         """Return the layout of exactly these sizes."""
         block_rows = lora_triton.block_rows_for(tokens)
         segments = lora_triton.max_segments(tokens, self.num_slots, block_rows)
-        return Layout(tokens, decodes, prefills, samples, tiles, segments, block_rows)
+        return Layout(tokens, decodes, prefills, samples, tiles, segments, block_rows, queries)
 
     def decodes(self, count: int) -> Layout:
         """Return the captured layout of `count` decodes and nothing else."""
@@ -109,11 +112,40 @@ class Layouts:
         rows = min(self.max_rows, tokens)
         return self.exact(tokens, rows, rows, rows, tokens // QUERY_TILE + min(SPARE_TILES, rows))
 
+    def drafts(self, sequences: int, tokens: int) -> Layout:
+        """Return the layout of up to `sequences` decodes, with drafts or without: all are prefills of few tokens,
+        and each token may be sampled."""
+        return self.exact(tokens, 0, sequences, min(tokens, self.max_rows), 0, self.max_queries)
+
     def captured(self) -> list[Layout]:
         """Return all layouts that graphs are captured for, the smallest of each kind first."""
         decodes = [b for b in DECODE_BUCKETS if b < self.max_rows] + [self.max_rows]
         tokens = [t for t in TOKEN_BUCKETS if t < self.max_tokens] + [self.max_tokens]
-        return [self.decodes(count) for count in decodes] + [self.prompts(count) for count in tokens]
+        found = [self.decodes(count) for count in decodes] + [self.prompts(count) for count in tokens]
+        return found + [self.drafts(*sizes) for sizes in self._draft_sizes()]
+
+    def _draft_sizes(self) -> list[tuple[int, int]]:
+        """Return sequences and tokens of the captured steps with drafts: no more tokens than may be sampled."""
+        if not self.max_queries:
+            return []
+        counts = [b for b in DECODE_BUCKETS if b < self.max_rows]
+        sizes = {(s, min(s * min(w, self.max_queries), self.max_rows)) for s in counts for w in DRAFT_WIDTHS}
+        return sorted(size for size in sizes if size[0] < size[1] <= self.max_tokens)
+
+    def has_drafts_only(self, works: Sequence[Work]) -> bool:
+        """Return True for a step of decodes of which one has a draft, all within what such steps hold."""
+        return any(work.draft for work in works) and all(
+            work.num_tokens == 1 or (work.draft and work.num_tokens <= self.max_queries) for work in works
+        )
+
+    def choose_drafts(self, works: Sequence[Work], samples: int, captured: bool) -> Layout:
+        """Return the smallest captured layout that holds a step for which `has_drafts_only`, or the exact one."""
+        tokens = sum(work.num_tokens for work in works)
+        sizes = self._draft_sizes() if captured else []
+        fitting = [size for size in sizes if len(works) <= size[0] and max(tokens, samples) <= size[1]]
+        if fitting:
+            return self.drafts(*min(fitting, key=lambda size: (size[1], size[0])))
+        return self.exact(tokens, 0, len(works), samples, 0, self.max_queries)
 
     def choose(self, singles: Sequence[Work], prompts: Sequence[Work], samples: int, captured: bool) -> Layout:
         """Return the smallest captured layout that holds the step (where layouts are captured), or the exact one."""

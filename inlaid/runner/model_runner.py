@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -50,14 +51,14 @@ class ModelRunner:
         self.pool: BlockPool | None = None if unified is None else unified.pool  # where adapters share the memory
         self.sampling = SamplingState(model.spec.vocab_size, device, seed)
         self._workspace = FreshMemory(device, dtype)
-        self._decodes: list[tuple[Request, int, int]] = []  # of the step before: request, next start, preemptions
+        self._decodes: list[tuple[Request, int, int, int]] = []  # of the step before: start, tokens, preemptions
 
     def submit(self, batch: Batch) -> StepResult:
         """Compute the whole step; collect hands it out."""
         for request_id in batch.released:
             self.sampling.forget(request_id)
         with torch.inference_mode():
-            return self._run(batch.works)
+            return self._run_drafts(batch.works) if any(w.draft for w in batch.works) else self._run(batch.works)
 
     def collect(self, ticket: StepResult) -> StepResult:
         return ticket
@@ -70,6 +71,17 @@ class ModelRunner:
             yield
         finally:
             self.model = own
+
+    def _run_drafts(self, works: Sequence[Work]) -> StepResult:
+        """Run a step with drafts. Its decodes stand in the order of the step before, whoever has a draft, so that
+        attention keeps what it has gathered of them."""
+        count = _num_decodes(works)
+        places = {request.id: place for place, (request, *_) in enumerate(self._decodes)}
+        first = sorted(works[:count], key=lambda work: places.get(work.request.id, count))
+        result = self._run([*first, *works[count:]])
+        sampling = [work.request.id for work in (*first, *works[count:]) if work.samples]
+        of = dict(zip(sampling, result.sampled, strict=True))
+        return replace(result, sampled=[of[work.request.id] for work in works if work.samples])
 
     def _run(self, works: Sequence[Work]) -> StepResult:
         step, model, memory = self.context(works), self.model, self._workspace
@@ -106,7 +118,8 @@ class ModelRunner:
         first = np.fromiter((work.start for work in works), dtype=np.int64, count=len(works))
         positions = np.arange(len(ids)) - starts[rows] + first[rows]
         slots = tuple(self._slot(work.request) for work in works)
-        num_decodes = next((row for row, n in enumerate(query_lens) if n > 1), len(works))
+        num_drafted = _num_decodes(works) if any(work.draft for work in works) else 0
+        num_decodes = 0 if num_drafted else _num_decodes(works)
         ends = [
             starts[row + 1] - 1 - back
             for row, work in enumerate(works)
@@ -124,7 +137,7 @@ class ModelRunner:
             num_decodes=num_decodes,
             num_prefills=len(works) - num_decodes,
             adapters=ALL_ADAPTERS if any(slots) else NO_ADAPTERS,
-            on_host=OnHost(query_lens, tuple(lens), slots, self._decodes_go_on(works)),
+            on_host=OnHost(query_lens, tuple(lens), slots, self._decodes_go_on(works), num_drafted),
             arriving=self._arriving_in(slots, query_lens),
         )
 
@@ -142,14 +155,20 @@ class ModelRunner:
 
     def _decodes_go_on(self, works: Sequence[Work]) -> bool:
         """Remember this step's decodes; return whether they carry on those of the step before."""
-        singles = [work for work in works if work.num_tokens == 1]
-        now = [(work.request, work.start, work.request.num_preemptions) for work in singles]
-        carried_on = bool(now) and now == self._decodes
-        self._decodes = [(request, start + 1, preemptions) for request, start, preemptions in now]
-        return carried_on
+        before, decodes = self._decodes, works[: _num_decodes(works)]
+        self._decodes = [(w.request, w.start, w.num_tokens, w.request.num_preemptions) for w in decodes]
+        return bool(decodes) and len(before) == len(decodes) and all(
+            request is work.request and start < work.start <= start + count and preemptions == request.num_preemptions
+            for work, (request, start, count, preemptions) in zip(decodes, before)
+        )  # fmt: skip
 
     def _slot(self, request: Request) -> int:
         return 0 if self.adapters is None else self.adapters.slot(request.adapter)
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)
+
+
+def _num_decodes(works: Sequence[Work]) -> int:
+    """Return how many works at the front have one token, or a draft."""
+    return next((place for place, work in enumerate(works) if work.num_tokens > 1 and not work.draft), len(works))

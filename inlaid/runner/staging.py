@@ -14,6 +14,7 @@ from inlaid.kernels.attention_triton import QUERY_TILE
 from inlaid.kernels.context import NO_ADAPTERS
 from inlaid.runner.layout import Layout, Layouts
 from inlaid.runner.rows import Rows
+from inlaid.runner.sampling import lines
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,9 @@ class StagedStep:
     layout: Layout
     adapters: int  # the level
     singles: list[Work]
-    prompts: list[Work]
+    prompts: list[Work]  # and, in a step with drafts, decodes with and without
     sampling: list[Work]
+    lines: Sequence[Work]  # a work for each token that they sample, see sampling.lines
     order: list[int]  # where each of `sampling` stands among the batch's sampling works
     updates: tuple[list[int], list[int]]  # of the block tables: places and values
 
@@ -46,15 +48,24 @@ class Staging:
         order = sorted(range(num_singles), key=slots.__getitem__)
         order += sorted(range(num_singles, len(works)), key=slots.__getitem__)
         ordered = [works[i] for i in order]
+        has_drafts_only = self.layouts.max_queries > 0 and self.layouts.has_drafts_only(works)
+        if has_drafts_only:
+            num_singles = 0
         singles, prompts = ordered[:num_singles], ordered[num_singles:]
         sampling = [work for work in ordered if work.samples]
+        each = lines(sampling)
+        if has_drafts_only:
+            layout = self.layouts.choose_drafts(ordered, len(each), captured)
+        else:
+            layout = self.layouts.choose(singles, prompts, len(each), captured)
         places = {i: place for place, i in enumerate(i for i, work in enumerate(works) if work.samples)}
         return StagedStep(
-            layout=self.layouts.choose(singles, prompts, len(sampling), captured),
+            layout=layout,
             adapters=max((self.level(work.request) for work in works), default=NO_ADAPTERS),
             singles=singles,
             prompts=prompts,
             sampling=sampling,
+            lines=each,
             order=[places[i] for i in order if works[i].samples],
             updates=self.rows.table_updates(ordered, self.stride),
         )
@@ -81,9 +92,10 @@ class Staging:
                 slots += [self.slot(work.request)] * work.num_tokens
                 starts.append(len(ids))
                 tiles += [(index, at) for at in range(0, work.num_tokens, QUERY_TILE)]
-            put("starts", starts)
-            put("tiles", [sequence for sequence, _ in tiles])
-            put("tiles", [at for _, at in tiles], layout.tiles)
+            put("starts", starts + [starts[-1]] * (layout.prefills + 1 - len(starts)))
+            if layout.tiles:
+                put("tiles", [sequence for sequence, _ in tiles])
+                put("tiles", [at for _, at in tiles], layout.tiles)
         for name, values in (("ids", ids), ("sources", sources), ("positions", positions), ("slots", kv_slots)):
             put(name, values)
         if step.adapters:
@@ -110,23 +122,36 @@ class Staging:
     def _prompt_tokens(
         self, work: Work, ids: list[int], sources: list[int], positions: list[int], kv_slots: list[int]
     ) -> None:
-        """Append the tokens of a prompt's chunk."""
+        """Append the tokens of a prompt's chunk, or of a decode with or without a draft."""
         begin, end, size = work.start, work.start + work.num_tokens, self.block_size
-        ids.extend(work.request.tokens[begin:end])
-        sources.extend([-1] * (end - begin))
+        if begin < len(work.request.tokens):
+            ids.extend(work.request.tokens[begin:end])
+            ids.extend(work.draft)
+            sources.extend([-1] * (end - begin))
+        else:  # a decode whose token is still on the device
+            ids.append(0)
+            sources.append(self.rows.of[work.request.id])
         positions.extend(range(begin, end))
         blocks = np.array(work.request.blocks[begin // size : -(-end // size)], np.int64) * self.stride
         kv_slots.extend((blocks[:, None] * size + np.arange(size)).ravel()[begin % size :][: end - begin].tolist())
 
+    def _row(self, work: Work) -> int:
+        return self.rows.of[work.request.id]
+
     def _write_sampling(self, step: StagedStep, put: Callable[[str, Any], None]) -> None:
-        token_rows, at = {}, 0
+        logit_rows: list[int] = []
+        newest: list[int] = []
+        at = 0
         for work in (*step.singles, *step.prompts):
             at += work.num_tokens
-            token_rows[id(work)] = at - 1
-        rows = np.array([self.rows.of[work.request.id] for work in step.sampling])
-        put("logit_rows", [token_rows[id(work)] for work in step.sampling])
-        put("rows", rows)
-        put("drawn_at", [work.start + work.num_tokens for work in step.sampling])
+            if work.samples:
+                logit_rows += range(at - 1 - len(work.draft), at)
+                # How many guesses are right decides the newest token of a request with a draft: the host tells it.
+                newest += [self.layouts.max_rows] * (1 + len(work.draft)) if work.draft else [self._row(work)]
+        rows = np.array([self._row(work) for work in step.lines])
+        put("logit_rows", logit_rows)
+        put("rows", newest)
+        put("drawn_at", [work.start + work.num_tokens for work in step.lines])
         params = self.rows.params
         put("keys", params.keys[rows])
         put("top_k", params.top_k[rows])

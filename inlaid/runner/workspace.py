@@ -52,12 +52,17 @@ def fixed_memory(
     max_rank: int,
     device: torch.device,
     dtype: torch.dtype,
+    max_queries: int = 1,
 ) -> FixedMemory:
     """Return the buffers of a model for steps of up to `max_tokens` tokens and `max_rows` sequences of up to
-    `max_blocks` KV blocks, with adapters of up to `max_rank`."""
+    `max_blocks` KV blocks, with adapters of up to `max_rank`. Steps with drafts have up to `max_queries` tokens of
+    each."""
     spec = model.spec
     q_width, kv_width = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    splits = max(rows * attention_triton.num_splits(rows, spec.num_kv_heads) for rows in range(1, max_rows + 1))
+    splits = max(
+        min(rows * max_queries, max(rows, max_tokens)) * attention_triton.num_splits(rows, spec.num_kv_heads)
+        for rows in range(1, max_rows + 1)
+    )
     sizes = {
         "residual": max_tokens * spec.hidden_size,
         "normed": max_tokens * spec.hidden_size,

@@ -36,6 +36,7 @@ class CostModel:
     adapters: float = 0.0
     adapter_rows: float = 0.0
     ranks: float = 0.0
+    guesses: float = 0.0  # 0: as much as a decode
     load_base: float = 0.0
     load_rank: float = 0.0
     assist: float = 0.0  # of the CPU's part of an adapter, all layers, for each row and rank; 0: not known
@@ -52,6 +53,7 @@ class CostModel:
             + self.adapters * load.adapters
             + self.adapter_rows * load.adapter_rows
             + self.ranks * load.ranks
+            + (self.guesses or self.decodes) * load.guesses
         )
         return max(self.floor, seconds, self.prompt_floor if load.prefills else 0.0)
 

@@ -9,15 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from inlaid.config import CacheConfig, SchedulerConfig
+from inlaid.config import CacheConfig, SchedulerConfig, SpeculationConfig
 from inlaid.engine.engine import Engine
 from inlaid.engine.policy import Lengths, MaxTokens
 from inlaid.engine.predictor import Oracle, Predictor
-from inlaid.engine.request import Batch, Sampled, StepResult
+from inlaid.engine.request import Batch, Sampled, StepResult, Work, accept
 from inlaid.engine.scheduler import Scheduler
+from inlaid.engine.speculation import Speculation
 from inlaid.sim.adapters import SimAdapters
 from inlaid.sim.cost import CostModel, Load
 from inlaid.sim.request_log import Arrival, RequestLog, RequestRecord
+from inlaid.sim.traced import WORD, Acceptances, TracedDrafter
 
 EOS = 1
 
@@ -42,6 +44,8 @@ class Setup:
     scheduler_type: type[Scheduler] = Scheduler  # or one that does something in another way, to see what that does
     overlap: bool = False  # the host makes a step while the device computes the one before
     max_paired_tenants: int = 64  # gaps between pairs are followed up to this number of tenants
+    acceptances: Acceptances | None = None  # drafts as on a real engine, see sim/traced.py; None: no drafts
+    num_guesses: int = 8  # most in a draft
     seed: int = 0
 
 
@@ -66,7 +70,7 @@ class SimRunner:
         self._cost = setup.cost
         self._clock = clock
         self._ranks = setup.ranks
-        self._word = Sampled(0)
+        self._word = Sampled(WORD)
         self._end = Sampled(EOS)
         self._free = 0.0  # when the device has computed everything submitted
         self.busy = 0.0
@@ -85,10 +89,13 @@ class SimRunner:
         sampled = []
         for work in batch.works:
             if work.samples:
-                request = work.request
-                last = request.num_outputs + 1 == request.true_output_len
-                sampled.append(self._end if last else self._word)
+                sampled.append(accept(work, self._words(work)) if work.draft else self._words(work)[0])
         return StepResult(sampled)
+
+    def _words(self, work: Work) -> list[Sampled]:
+        """Return the token at each position of a work that yields one."""
+        first, last = work.request.num_outputs + 1, work.request.true_output_len
+        return [self._end if first + place == last else self._word for place in range(1 + len(work.draft))]
 
 
 class GapWatch:
@@ -162,10 +169,19 @@ def make_engine(setup: Setup, clock: Clock) -> tuple[Engine, SimRunner, SimAdapt
         adapters=adapters,
         eos_ids=(EOS,),
         lengths=make_lengths(setup.lengths, setup.seed),
+        speculation=make_speculation(setup),
     )
     scheduler.ledger.set_weights(setup.weights)
     runner = SimRunner(setup, clock, adapters)
     return Engine(scheduler, runner, clock), runner, adapters
+
+
+def make_speculation(setup: Setup) -> Speculation | None:
+    """Make the drafts that a setup has a trace of."""
+    if setup.acceptances is None:
+        return None
+    config = SpeculationConfig(speculation="suffix", num_speculative_tokens=setup.num_guesses)
+    return Speculation(config, TracedDrafter(setup.acceptances))
 
 
 def simulate(trace: Sequence[Arrival], setup: Setup, on_progress: Callable[[int], None] | None = None) -> Outcome:

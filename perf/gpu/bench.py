@@ -43,7 +43,7 @@ LIMITS: Mapping[str, float] = MappingProxyType({  # seconds of each stage
     "adapters-crossover": 150, "serve-tiny": 100, "serve-tiny-arrival": 100, "serve-oversubscribed-tiny": 100,
     "ranks-tiny": 100, "variants-tiny": 100, "determinism-tiny": 60, "startwarm-tiny": 60,
     "cluster-8b": 420, "cluster-tiny": 200,
-    "programs-7b": 300, "programs-8b": 300, "programs-tiny": 100,
+    "programs-7b": 300, "programs-8b": 300, "programs-tiny": 100, "speculation-7b": 240, "speculation-tiny": 100,
 })  # fmt: skip
 CALLS: Mapping[str, tuple[tuple[str, ...], ...]] = MappingProxyType({  # lanes, one for each GPU; "+" joins stages
     "house": (  # two GPUs: what is compared with expected.py's figures
@@ -93,6 +93,7 @@ def run_stage(name: str, out: Path, keep: Keep) -> dict[str, Any]:
         sched,
         serving,
         soak,
+        speculation,
         starts,
     )
 
@@ -116,6 +117,7 @@ def run_stage(name: str, out: Path, keep: Keep) -> dict[str, Any]:
         "starts": lambda: starts.run(rest, keep),
         "cluster": lambda: cluster.run(rest, keep),
         "programs": lambda: programs.run(rest, keep),
+        "speculation": lambda: speculation.run(rest, keep),
         "startwarm": lambda: serving.start_warm(rest, keep),
         "exllama": lambda: demo.run("exllama") if rest == "demo" else serving.on_backend(rest, "exllama", keep),
     }

@@ -17,6 +17,7 @@ def make_step(
     table: torch.Tensor | None = None,
     block_size: int = 4,
     decodes_go_on: bool = False,
+    num_drafted: int = 0,
 ) -> StepContext:
     """Return a step of a CPU: the adapter slot, tokens and context length of each sequence."""
     tokens = sum(query_lens)
@@ -26,7 +27,7 @@ def make_step(
     if table is not None:
         rows = torch.repeat_interleave(torch.arange(len(query_lens)), torch.tensor(query_lens))
         kv_slots = table[rows, positions // block_size].long() * block_size + positions % block_size
-    decodes = next((i for i, n in enumerate(query_lens) if n > 1), len(query_lens))
+    decodes = 0 if num_drafted else next((i for i, n in enumerate(query_lens) if n > 1), len(query_lens))
     return StepContext(
         ids_T=torch.zeros(tokens, dtype=torch.int64),
         positions_T=positions,
@@ -38,5 +39,5 @@ def make_step(
         num_decodes=decodes,
         num_prefills=len(query_lens) - decodes,
         adapters=ALL_ADAPTERS if any(slots) else NO_ADAPTERS,
-        on_host=OnHost(query_lens, lens, slots, decodes_go_on),
+        on_host=OnHost(query_lens, lens, slots, decodes_go_on, num_drafted),
     )

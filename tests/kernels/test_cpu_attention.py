@@ -88,3 +88,28 @@ def test_what_a_former_owner_left_behind_a_context_is_never_multiplied(window: i
         attention.plan(step, MEMORY)
         outputs.append(attention.attend(q, (pages[0], pages[1]), window, step, MEMORY))
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_decodes_with_drafts_equal_single_tokens_and_go_on_from_what_they_kept(window: int | None) -> None:
+    """Steps of guesses, of which some are taken back and written again, beside a prompt that changes nothing."""
+    torch.manual_seed(0)
+    table = torch.arange(1, 37, dtype=torch.int32).view(3, 12)
+    cache = (torch.randn(40, 4, 2, 8), torch.randn(40, 4, 2, 8))
+    attention, starts = CpuAttention(), [3, 9]
+    for number in range(12):
+        lens = (1 + number % 3, 1 + (number * 2) % 4)
+        context_lens = (starts[0] + lens[0], starts[1] + lens[1], 7)
+        step = make_step((0, 0, 0), (*lens, 5), context_lens, table, decodes_go_on=number > 0, num_drafted=2)
+        for pages in cache:
+            pages.view(-1, 2, 8)[step.kv_slots_T] = torch.randn(sum(lens) + 5, 2, 8)
+        q = torch.randn(sum(lens) + 5, 4, 8)
+        attention.plan(step, MEMORY)
+        got = attention.attend(q, cache, window, step, MEMORY).view(q.shape)
+        first = 0
+        for row, count in enumerate((*lens, 5)):
+            k, v = (pages[table[row].long()].flatten(0, 1)[: context_lens[row]] for pages in cache)
+            want = attend_by_hand(q[first : first + count], k, v, window)
+            torch.testing.assert_close(got[first : first + count], want, rtol=1e-5, atol=1e-5)
+            first += count
+        starts = [start + 1 + (number + row) % length for row, (start, length) in enumerate(zip(starts, lens))]

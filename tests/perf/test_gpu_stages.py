@@ -25,7 +25,19 @@ from inlaid.kernels import fused_triton
 from inlaid.kernels.measure import Ceiling
 from inlaid.layers import linear
 from inlaid.runner.layout import Layout
-from perf.gpu import candidates, demo, humming_sweep, offline, quant_speed, random_model, serving, soak, starts, step
+from perf.gpu import (
+    candidates,
+    demo,
+    humming_sweep,
+    offline,
+    quant_speed,
+    random_model,
+    serving,
+    soak,
+    speculation,
+    starts,
+    step,
+)
 from perf.gpu.headlines import headline
 from tests.runner.test_cuda_runner import Bench, few_programs
 
@@ -320,6 +332,14 @@ def test_more_adapters_than_places_come_and_go_while_they_are_served(on_the_cpu:
     assert min(many["loads"], many["evictions"]) > 0
     assert few["ttft_ms"] > 0 < many["ttft_p99_ms"]
     assert found["places"] == (5 if largest else 2)
+
+
+def test_steps_with_guesses_are_measured_beside_plain_ones(on_the_cpu: Path) -> None:
+    found = speculation.run("tiny", lambda part: None)
+    assert [row["guesses"] for row in found["rows"]] == [1, 1, 3, 3, 7, 7] * 2
+    assert all(row["equal_answers"] == row["concurrency"] for row in found["rows"])
+    assert all(row["accepted"] == 1.0 for row in found["rows"] if row["wrong"] == "none")
+    assert all(row["accepted"] < 1.0 for row in found["rows"] if row["wrong"] != "none")
 
 
 @pytest.mark.parametrize("how", serving.OTHERWISE)

@@ -19,7 +19,7 @@ from inlaid.adapters.modes import CACHED, CPU_ASSIST, MODES, PIPELINED
 from inlaid.adapters.peft import read_adapter
 from inlaid.adapters.store import AdapterStore
 from inlaid.checkpoint import Checkpoint
-from inlaid.config import AdapterConfig, CacheConfig, ConfigError, EngineConfig, SchedulerConfig
+from inlaid.config import AdapterConfig, CacheConfig, ConfigError, EngineConfig, SchedulerConfig, SpeculationConfig
 from inlaid.engine.engine import Engine, make_engine
 from inlaid.engine.request import FinishReason, NewRequest
 from inlaid.kernels import attention_triton, fused_triton, lora_triton
@@ -93,10 +93,12 @@ class Bench:
         store: AdapterStore | None = None,
         arriving: Arriving | None = None,
         cache: dict[str, Any] | None = None,
+        speculation: SpeculationConfig | None = None,
         **scheduler: Any,
     ) -> tuple[Engine, ModelRunner | CudaRunner]:
         config = EngineConfig(
             model=str(self.model),
+            speculation=speculation or SpeculationConfig(),
             cache=CacheConfig(block_size=4, num_blocks=300, **(cache or {})),
             adapters=AdapterConfig(max_loras=4, max_lora_rank=16, adapter_timeout=1e9),
             scheduler=SchedulerConfig(**{"max_num_seqs": 6, "max_num_batched_tokens": 24, **scheduler}),
