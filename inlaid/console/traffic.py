@@ -75,6 +75,9 @@ class Served(msgspec.Struct, frozen=True, gc=False):
     deadline: float | None = None  # monotonic seconds
 
 
+UNUSED = (0, 0, 0, 0, 0, None, None, None, None, None)  # the row of an adapter that nobody has asked
+
+
 class AdapterTraffic:
     """The answers of one adapter, or of the base."""
 

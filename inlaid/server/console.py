@@ -70,6 +70,8 @@ def _sent(request: web.Request, path: str) -> web.Response:
 async def events(request: web.Request) -> web.StreamResponse:
     """Stream the state of the server: the whole, and then once a second what has changed."""
     service, console = request.app[SERVICE], request.app[CONSOLE]
+    if request.method == "HEAD":
+        return web.Response(content_type="text/event-stream")
     try:
         async with aclosing(console.feed.follow(_level(service, request.headers))) as feed:
             return await send(request, feed, service.config.stream_timeout, done=b"")

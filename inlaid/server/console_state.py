@@ -22,6 +22,7 @@ from inlaid.console.feed import Feed, Level
 from inlaid.console.history import LoadHistory, ResidencyHistory
 from inlaid.console.split import split
 from inlaid.console.state import Section, State
+from inlaid.console.traffic import UNUSED
 from inlaid.engine.step_log import Step
 from inlaid.server.service import Service
 from inlaid.server.tasks import base_card, task_cards
@@ -241,7 +242,7 @@ class ConsoleState:
                 *(info.tier, info.rank, info.bytes, info.requests, info.hits, info.loads, info.evictions, info.reads),
                 *(_short(info.load_seconds), _short(info.copy_seconds), info.pinned, info.name in draining),
                 info.identity[:12],
-                *traffic.of(info.name).row(),
+                *(UNUSED if (one := traffic.by_adapter.get(info.name)) is None else one.row()),
             )
         return rows
 

@@ -52,6 +52,14 @@ def test_tables_point_at_the_weights() -> None:
     assert adapters.capacity_bytes == 4 * 1024
 
 
+def test_an_adapters_parts_are_told_by_module() -> None:
+    adapters = store()
+    parts = adapters.parts(adapters.add("a", adapter(3)))
+    assert parts["q_proj"] == {"layers": [0], "ranks": [4], "scales": [3.5]}
+    assert parts["down_proj"] == {"layers": [], "ranks": [], "scales": []}
+    assert len(parts) == 7
+
+
 def test_unknown_and_repeated_names_are_errors() -> None:
     adapters = store()
     with pytest.raises(AdapterError, match="'b' is not loaded; loaded: none"):
@@ -162,6 +170,13 @@ def test_a_pinned_adapter_stays_and_one_place_stays_free() -> None:
         adapters.add("third", adapter(9), keep=True)
     with pytest.raises(AdapterError, match="2 of 3 places are"):
         adapters.replace("a2", adapter(2), keep=True)
+    with pytest.raises(AdapterError, match="2 of 3 places are"):
+        adapters.pin_name("a2", True)
+    adapters.pin_name("a1", False)
+    adapters.pin_name("a2", True)
+    assert [adapters.kept(name) for name in ("a1", "a2")] == [False, True]
+    adapters.pin_name("a2", False)
+    adapters.pin_name("a1", True)
     adapters.check()
     swapped = adapters.replace("kept", adapter(10))
     assert adapters.kept("kept")

@@ -65,6 +65,10 @@ def test_the_stream_tells_readers_no_tenants_and_no_paths(server: Live) -> None:
     assert row["ttft_p50"] > 0
 
 
+def test_a_probe_of_the_stream_ends(server: Live) -> None:
+    assert server.ask("HEAD", "/console/events").status == 200
+
+
 def test_an_adapters_page_says_what_was_matched(server: Live) -> None:
     found = server.ask("GET", "/console/adapters/to_velar").json
     assert found["parts"]["q_proj"]["ranks"] == [4] * 6

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inlaid.console.traffic import Traffic, Window
+from inlaid.console.traffic import UNUSED, Traffic, Window
 from inlaid.engine.request import NewRequest
 
 
@@ -46,6 +46,7 @@ def test_an_answer_is_counted_from_its_arrival_to_its_end() -> None:
     flight = traffic.begin(request("a", deadline=5.0), arrival=1.0)
     one = traffic.of("a")
     assert one.row()[:4] == (1, 0, 1, 0)
+    assert len(one.row()) == len(UNUSED)
     flight.first(0.2, 1)
     flight.between(0.01, 2)
     assert one.row()[:4] == (0, 1, 1, 3)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from inlaid.sim.cost import CostModel, Load, Step, load_cost
-from inlaid.sim.fit import errors, fit, main, read_steps, write_steps
+from inlaid.sim.fit import errors, fit, fit_quickly, main, read_steps, write_steps
 
 
 def steps(model: CostModel, count: int, noise: float, seed: int = 0) -> list[Step]:
@@ -80,3 +80,19 @@ def test_files_of_steps_become_a_machine(tmp_path: Path) -> None:
     assert json.loads(out.read_text())["held_out_steps"] == 50
     path.write_text("nonsense")
     assert main([str(path), "--name", "mine", "--out", str(out)]) == 2
+
+
+def test_the_quick_fit_finds_the_model_and_survives_steps_that_were_held_up() -> None:
+    draw = random.Random(3)
+    steps = []
+    for number in range(300):
+        load = Load(decodes=draw.randint(1, 29), prompt_context=draw.randint(0, 2999), ranks=draw.randint(0, 63))
+        seconds = 0.004 + 1e-4 * load.decodes + 1e-6 * load.prompt_context + 2e-5 * load.ranks
+        steps.append(Step(1.0 if number % 100 == 7 else seconds, load))
+    found = fit_quickly(steps, "quick")
+    assert found.step == pytest.approx(0.004, rel=0.01)
+    assert found.decodes == pytest.approx(1e-4, rel=0.01)
+    assert found.ranks == pytest.approx(2e-5, rel=0.01)
+    assert found.prefills == 0.0
+    with pytest.raises(ValueError, match="50 are needed"):
+        fit_quickly(steps[:49], "few")
