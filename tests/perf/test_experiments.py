@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from functools import cache
 from pathlib import Path
 
 import msgspec
@@ -18,15 +19,13 @@ from perf.known_flags import why_not
 from perf.process import ROOT
 from perf.records import Record, read_records
 from perf.runner import main
-from perf.template import instantiate
+from perf.template import Instance, instantiate
 
 FOLDER = ROOT / "perf" / "experiments"
 FULL = sorted(path.stem for path in FOLDER.glob("*.toml") if not path.stem.startswith("demo-"))
 DEMOS = sorted(path.stem for path in FOLDER.glob("demo-*.toml"))
 SERVED = [  # ten seconds each; every template's flags are read by the test of instances
-    pytest.param(name, marks=() if name in ("demo-vtc", "demo-scaling") else pytest.mark.long)
-    for name in DEMOS
-    if name != "demo-grid"
+    pytest.param(name, marks=() if name == "demo-vtc" else pytest.mark.long) for name in DEMOS if name != "demo-grid"
 ]
 
 
@@ -42,9 +41,15 @@ def test_every_figure_has_a_template_and_a_demo_size() -> None:
     assert {f"demo-{name}" for name in FULL} < set(DEMOS)
 
 
+@cache
+def points_of(name: str) -> tuple[Instance, ...]:
+    """Return a template's points; those of vtc take two seconds."""
+    return tuple(instantiate(FOLDER / f"{name}.toml"))
+
+
 @pytest.mark.parametrize("name", [*FULL, *DEMOS])
 def test_every_template_instantiates(name: str) -> None:
-    points = instantiate(FOLDER / f"{name}.toml")
+    points = points_of(name)
     assert points
     assert not any(point.refused for point in points)
     if name.startswith("demo-"):
@@ -53,7 +58,7 @@ def test_every_template_instantiates(name: str) -> None:
 
 
 def test_vtcs_suites_have_the_artifacts_numbers_of_requests() -> None:
-    points = {p.labels["dataset"]: p for p in instantiate(FOLDER / "vtc.toml")}
+    points = {p.labels["dataset"]: p for p in points_of("vtc")}
     counts = {
         name: round(
             sum(s.arrival.rate * (points[name].workload.seconds_of(s) or 0) for s in points[name].workload.streams)
@@ -67,8 +72,8 @@ def test_vtcs_suites_have_the_artifacts_numbers_of_requests() -> None:
     }  # fmt: skip
 
 
-def test_vtcs_suites_are_those_of_the_simulator_on_servers_of_their_size() -> None:
-    for point in instantiate(FOLDER / "vtc.toml"):
+def test_vtcs_suites_are_those_of_the_simulator_on_servers_of_their_size(long: bool) -> None:
+    for point in points_of("vtc")[:: 1 if long else 3]:
         suite, own = load_suite(point.labels["dataset"]), [name for name, _ in point.server.adapters]
         sent, simulated = plan(point.workload, own, LengthsOnly()), plan(suite, [], LengthsOnly())
         assert [msgspec.structs.replace(request, adapter=None) for request in sent] == simulated
@@ -82,7 +87,7 @@ def test_a_demo_runs_on_the_real_server(name: str, tmp_path: Path, long: bool) -
     """Every point passes, every request is answered with the tokens asked for, and a report is made.
 
     The short form runs each template's first point, for two seconds; all points instantiate in the test above."""
-    unknown = next(filter(None, (why_not(point.server) for point in instantiate(FOLDER / f"{name}.toml"))), "")
+    unknown = next(filter(None, (why_not(point.server) for point in points_of(name))), "")
     if unknown:
         pytest.skip(f"this build of the server cannot run it yet: {unknown}")
     template = tmp_path / f"{name}.toml"

@@ -392,6 +392,7 @@ def test_the_same_batch_again_and_rows_without_a_server(on_the_cpu: Path) -> Non
     assert set(offline.host_share(loaded, 2, 2, spec.vocab_size)) == {"schedule", "submit", "collect", "commit"}
 
 
+@pytest.mark.long  # a step is run under other choices in a test above
 def test_variants_take_one_step_after_the_other_apart(tiny: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, _ = tiny.engine()
     monkeypatch.setattr(step, "repeats", lambda *arguments: 20)

@@ -181,7 +181,7 @@ LONG_ON_CPU = pytest.mark.long if DEVICE.type == "cpu" else pytest.mark.gpu  # t
 @pytest.mark.parametrize(
     ("mode", "patient"),
     [
-        *(pytest.param(mode, False, marks=() if mode in (PIPELINED, CPU_ASSIST) else LONG_ON_CPU) for mode in MODES),
+        *(pytest.param(mode, False, marks=() if mode == CPU_ASSIST else LONG_ON_CPU) for mode in MODES),
         pytest.param(CPU_ASSIST, True, marks=LONG_ON_CPU),
     ],
 )
