@@ -29,7 +29,7 @@ class Question:
         return {**asked, "max_tokens": self.max_tokens, "temperature": 0, "stream": True, "return_token_ids": True}
 
 
-PROMPTS = ("What is 12 + 7?", "Translate: the cat sat.", "A long story about a river", "hello", "1, 2, 3,", "Why?")
+PROMPTS = ("What is 12 + 7?", "Translate: the cat sat.", "A long story about a river", "Why?")
 
 
 def questions(models: list[str]) -> list[Question]:

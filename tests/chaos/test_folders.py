@@ -12,7 +12,7 @@ from tests.server.live import DEMO
 
 
 def test_a_spoilt_adapter_is_accepted_or_refused_by_name(tmp_path: Path) -> None:
-    found = read_spoilt(adapter_reader(DEMO / "base"), DEMO / "adapters" / "to_velar", tmp_path, range(500))
+    found = read_spoilt(adapter_reader(DEMO / "base"), DEMO / "adapters" / "to_velar", tmp_path, range(300))
     assert found["faults"] == []
     assert found["refused"] > found["accepted"] > 0
 
@@ -20,6 +20,6 @@ def test_a_spoilt_adapter_is_accepted_or_refused_by_name(tmp_path: Path) -> None
 @pytest.mark.filterwarnings("ignore")  # of transformers and torch, about files that are damaged on purpose
 def test_a_spoilt_base_is_accepted_or_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    found = read_spoilt(read_base, write_base(tmp_path / "base"), tmp_path, range(150))
+    found = read_spoilt(read_base, write_base(tmp_path / "base"), tmp_path, range(80))
     assert found["faults"] == []
     assert found["refused"] > found["accepted"] > 0

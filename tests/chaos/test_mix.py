@@ -15,7 +15,7 @@ from tests.server.live import serving
 def test_ordinary_answers_stay_what_they_are_beside_a_mix_of_everything(tmp_path: Path) -> None:
     with serving(*flags(tmp_path)) as server:
         mix = Mix(server, tmp_path, seed=1, rates=Rates(attack_pause=0.05, change_pause=0.05))
-        found = asyncio.run(mix.run(seconds=60.0, most_mutants=200))
+        found = asyncio.run(mix.run(seconds=30.0, most_mutants=150))
     assert found["wrong answers"] == []
     assert found["answers of 500 and more that are not stated"] == []
     assert found["held after"] == found["held before"]
