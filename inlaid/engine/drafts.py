@@ -94,10 +94,6 @@ class Phrases:
                         return half.text[place : place + most].partition(END)[0], length
         return "", 0
 
-    def age(self) -> None:
-        """Drop the older half, and let the younger one be it."""
-        self._old, self._young = self._young, _Half()
-
 
 class _Half:
     """Answers, and for each run of tokens the place behind the latest one."""
@@ -150,11 +146,6 @@ class PhraseBook:
         while self._num_tokens > self._max_tokens:
             _, dropped = self._phrases.popitem(last=False)
             self._num_tokens -= dropped.num_tokens
-
-    def forget(self, adapter: str) -> None:
-        """Drop the phrases of an adapter that is no longer served."""
-        for key in [key for key in self._phrases if key[0] == adapter]:
-            self._num_tokens -= self._phrases.pop(key).num_tokens
 
     def _key(self, request: Request) -> Key:
         """Return what a request must share with another to see its answers."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from inlaid.config import ConfigError, EngineConfig, check
 from inlaid.engine.intake import check_config
 from inlaid.engine.policy import parse_policy
+from inlaid.engine.speculation import resolved
 
 
 def check_settings(config: EngineConfig, adapters: Iterable[str] = ()) -> None:
@@ -20,6 +21,7 @@ def check_settings(config: EngineConfig, adapters: Iterable[str] = ()) -> None:
         parse_policy(config.scheduler.policy)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    resolved(config.speculation)
     gate = config.adapters.require_eval
     if gate and not Path(gate).is_file():
         raise ConfigError(f"--require-eval {gate}: there is no such file; `python -m eval.run` writes one")

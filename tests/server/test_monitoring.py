@@ -8,6 +8,11 @@ from pathlib import Path
 
 import yaml
 
+from inlaid.config import SpeculationConfig
+from inlaid.engine.sizes import STEP_SIZES
+from inlaid.engine.speculation import Counts, Speculation
+from inlaid.server.mirrors import EngineFigures
+from inlaid.worker.messages import ModelInfo
 from tests.server.live import ROOT, Live
 
 FOLDER = ROOT / "docs" / "monitoring"
@@ -49,6 +54,27 @@ def test_renamed_metrics_and_steps_say_what_they_should(server: Live) -> None:
     assert server.metric("vllm:iteration_tokens_total_sum") >= steps
     page = server.ask("GET", "/metrics").body.decode()
     assert re.search(r'vllm:cache_config_info\{[^}]*num_gpu_blocks="400"', page)
+
+
+def test_drafts_are_counted_under_vllms_names_and_by_adapter() -> None:
+    speculation = Speculation(SpeculationConfig(speculation="ngram", num_speculative_tokens=2))
+    speculation.total, speculation.by_adapter["maths"] = Counts(3, 6, 4), Counts(3, 6, 4)
+    speculation.accepted_at = [3, 1]
+    figures = EngineFigures("m", "0")
+    model = ModelInfo(
+        folder="", vocab_size=1, max_model_len=1, num_blocks=1, block_size=1, max_loras=1, base_version="", device="",
+        dtype="", eos_ids=(),
+    )  # fmt: skip
+    steps = {f"steps_of_{size}": 0.0 for size in STEP_SIZES} | {"steps": 0.0, "step_tokens": 0.0}
+    figures.set({**steps, **speculation.stats()}, model)
+    samples = {(one.name, *one.labels.values()): one.value for each in figures.collect() for one in each.samples}
+    assert samples["vllm:spec_decode_num_drafts_total", "m", "0"] == 3
+    assert samples["vllm:spec_decode_num_draft_tokens_total", "m", "0"] == 6
+    assert samples["vllm:spec_decode_num_accepted_tokens_total", "m", "0"] == 4
+    assert samples["vllm:spec_decode_num_accepted_tokens_per_pos_total", "m", "0", "1"] == 1
+    assert samples["inlaid:spec_decode_num_accepted_tokens_total", "m", "0", "maths"] == 4
+    figures.set(steps, model)
+    assert not any("spec_decode" in each.name for each in figures.collect()), "without speculation there is none"
 
 
 def test_the_files_beside_the_board_name_one_another() -> None:
