@@ -9,19 +9,18 @@ the slope is steep and no guess is taken.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
 
 MOST_KEYS = 4096  # adapters whose acceptance is remembered
 FORGETTING = 0.95  # weight of the past, for each guess checked: about twenty count
 PRIOR_GUESSES = 4.0
 PRIOR_CHANCE = (0.25, 0.35, 0.5, 0.65, 0.8)  # by length of match: below 2, below 4, below 8, below 16, longer
 NUM_GRADES = len(PRIOR_CHANCE)
-FADING = 0.95  # weight of the past, for each step timed
+WINDOW = 16  # steps without guesses, and with them, that are remembered
 DOUBT_COST = 0.9  # what is left of a slope after a look that found it too steep
 DOUBT_CHANCE = 0.97  # what is left of a chance's distance from its prior after a look that found it too small
-FEWEST_STEPS = 3.0  # timed, of a size, before its slope is believed
-OUTLIER = 4.0  # times the mean: the clock of a busy machine, not the step
+FEWEST_STEPS = 3  # of each kind, before a slope is believed
 
 Grade = int  # source * NUM_GRADES + class of the match
 
@@ -69,69 +68,68 @@ class Acceptance:
 
 
 class _Timing:
-    """Decayed sums over steps of one size: weight, guesses, their square, seconds, seconds times guesses."""
+    """The last steps of one size: seconds of those without guesses, and guesses and seconds of the others."""
 
-    __slots__ = ("e", "ee", "last", "n", "t", "te")
+    __slots__ = ("base", "guessed", "last", "plain", "slope", "trust")
 
     def __init__(self) -> None:
-        self.n = self.e = self.ee = self.t = self.te = 0.0
+        self.plain: deque[float] = deque(maxlen=WINDOW)
+        self.guessed: deque[tuple[int, float]] = deque(maxlen=WINDOW)
         self.last = 0  # guesses of the newest step
+        self.trust = 1.0  # share of the slope that is believed
+        self.base, self.slope = 1.0, 0.0
 
     def add(self, guesses: int, seconds: float) -> None:
         self.last = guesses
-        if self.n >= FEWEST_STEPS:
-            seconds = min(seconds, OUTLIER * self.t / self.n)
-        self.n = self.n * FADING + 1.0
-        self.e = self.e * FADING + guesses
-        self.ee = self.ee * FADING + guesses * guesses
-        self.t = self.t * FADING + seconds
-        self.te = self.te * FADING + seconds * guesses
+        if guesses:
+            self.guessed.append((guesses, seconds))
+            self.trust = 1.0
+        else:
+            self.plain.append(seconds)
+        if self.known:
+            self.base = max(1e-9, _median(self.plain))
+            self.slope = max(0.0, _median([(took - self.base) / count for count, took in self.guessed]))
 
     @property
-    def slope(self) -> float | None:
-        """Return the seconds of a guess; None: too few steps of different numbers of guesses."""
-        spread = self.n * self.ee - self.e * self.e
-        if self.n < FEWEST_STEPS or spread < 0.5 * self.n:
-            return None
-        return max(0.0, (self.n * self.te - self.t * self.e) / spread)
+    def known(self) -> bool:
+        return len(self.plain) >= FEWEST_STEPS and len(self.guessed) >= FEWEST_STEPS
+
+
+def _median(values: Iterable[float]) -> float:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2]
 
 
 class StepCosts:
-    """Seconds of a step by its decodes and guesses, learned from the steps that ran."""
+    """Seconds of a step by its decodes and guesses, learned from the steps that ran. Medians, as the clock of a busy
+    machine tells more than the step took, now and then."""
 
     def __init__(self) -> None:
         self._timings: dict[int, _Timing] = {}  # by bit length of the number of decodes
-        self._slopes: dict[int, float] = {}  # the last that was known
 
     def note(self, decodes: int, guesses: int, seconds: float) -> None:
         """Learn from a step of decodes and their guesses alone."""
-        size = decodes.bit_length()
-        timing = self._timings.setdefault(size, _Timing())
-        timing.add(guesses, seconds)
-        slope = timing.slope
-        if slope is not None:
-            self._slopes[size] = slope
+        self._timings.setdefault(decodes.bit_length(), _Timing()).add(guesses, seconds)
 
     def known(self, decodes: int) -> bool:
         """Return True if the slope of steps of so many decodes is known."""
-        return decodes.bit_length() in self._slopes
+        timing = self._timings.get(decodes.bit_length())
+        return timing is not None and timing.known
 
     def doubt(self, decodes: int) -> None:
         """Take a slope for less, as no step has confirmed it: in the end it is tried again."""
-        size = decodes.bit_length()
-        if size in self._slopes:
-            self._slopes[size] *= DOUBT_COST
+        if self.known(decodes):
+            self._timings[decodes.bit_length()].trust *= DOUBT_COST
 
     def of(self, decodes: int) -> tuple[float, float]:
         """Return base and slope of steps of so many decodes. A slope that is not known is tried: it is 0 after a step
         without guesses, and endless after a step with them, since only unlike steps tell it."""
-        size = decodes.bit_length()
-        timing, slope = self._timings.get(size), self._slopes.get(size)
+        timing = self._timings.get(decodes.bit_length())
         if timing is None:
             return 1.0, 0.0
-        if slope is None:
+        if not timing.known:
             return 1.0, math.inf if timing.last else 0.0
-        return max(1e-9, (timing.t - slope * timing.e) / timing.n), slope
+        return timing.base, timing.slope * timing.trust
 
 
 def choose(worths: Sequence[Sequence[float]], decodes: int, base: float, slope: float, most: int) -> list[int]:
