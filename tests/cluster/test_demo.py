@@ -15,6 +15,7 @@ import pytest
 
 from inlaid.engine.request import SamplingParams
 from inlaid.llm import LLM
+from tests.console.stream import first_state
 from tests.server.live import ADMIN_KEY, DEMO, Live, serving
 
 TOKENS = 24
@@ -77,6 +78,19 @@ def test_no_request_is_lost_and_answers_are_those_of_one_engine(cluster: Live) -
     states = cluster.ask("GET", "/health").json["replicas"]
     assert states == dict.fromkeys(("replica-0", "replica-2", "replica-3"), "serving")
     assert cluster.metric("inlaid:replica_restarts") == 1.0
+
+
+def test_the_console_shows_the_replicas_as_one_and_pins_on_all(cluster: Live) -> None:
+    admin = {"Authorization": f"Bearer {ADMIN_KEY}"}
+    assert cluster.admin("POST", "/v1/change_lora_adapter", {"lora_name": "code", "pinned": True}).json["pinned"]
+    state = first_state(cluster, admin)
+    assert set(state["server"]["replicas"].values()) == {"serving"}
+    row = dict(zip(state["server"]["columns"], state["adapters"]["code"], strict=True))
+    assert (row["pinned"], row["tier"]) == (True, "device")
+    assert state["fairness"]["queue"] == []
+    assert state["service"]["pace"] == 5.0
+    assert cluster.ask("GET", "/console/adapters/code").json["parts"]["q_proj"]["ranks"]
+    assert not cluster.admin("POST", "/v1/change_lora_adapter", {"lora_name": "code", "pinned": False}).json["pinned"]
 
 
 def test_the_cluster_is_seen_as_one_and_by_replica(cluster: Live) -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from inlaid.config import ServerConfig
 from inlaid.server.app import routes_of
 from inlaid.server.console_state import accuracy
+from tests.console.stream import first_state
 from tests.server.live import ADMIN_KEY, DEMO, Live, serving
 
 ADMIN = {"Authorization": f"Bearer {ADMIN_KEY}"}
@@ -22,20 +21,6 @@ ADMIN = {"Authorization": f"Bearer {ADMIN_KEY}"}
 def server() -> Iterator[Live]:
     with serving("--admin-key", ADMIN_KEY, "--tenant", "header") as live:
         yield live
-
-
-def first_state(server: Live, headers: dict[str, str]) -> dict[str, Any]:
-    """Open the stream, and return the whole state that it begins with."""
-    connection = http.client.HTTPConnection(*server.address, timeout=60)
-    connection.request("GET", "/console/events", headers=headers)
-    response = connection.getresponse()
-    assert response.status == 200
-    for line in response:
-        if line.startswith(b"data: "):
-            connection.close()
-            response.close()
-            return dict(json.loads(line[6:]))
-    raise AssertionError("the stream ended")
 
 
 def test_the_page_has_strict_headers_and_is_asked_again_by_its_tag(server: Live) -> None:
