@@ -44,6 +44,7 @@ DEMO = ROOT / "models" / "demo"
 CONCURRENCIES = (1, 4, 16, 64)
 MAX_TOKENS = 120
 GUESSES = 8
+SIMULATED = 480  # tokens of a simulated answer: ten of the demo's, so that what is learned first counts as it should
 # Median milliseconds of a step of a 7B with 32 adapters by rows, `perf/results/h200-ac6fdf2.json`, stage offline-7b.
 H200_7B: Mapping[int, float] = MappingProxyType({1: 2.713, 16: 3.699, 64: 6.756})
 H200_HOST = 0.6  # milliseconds of host work that a step with drafts no longer hides; an upper guess, not measured
@@ -195,23 +196,22 @@ def h200() -> CostModel:
 
 
 def simulated(acceptances: Acceptances, concurrency: int) -> dict[str, Any]:
-    """Serve answers of the demo's length in the simulator at a 7B's step times, with the trace's drafts and without."""
+    """Serve answers side by side in the simulator at a 7B's step times, with the trace's drafts and without."""
     tasks = sorted(acceptances.by_adapter)
-    count = max(96, 4 * concurrency)
     seconds = {}
     for name, trace in (("off", None), ("on", acceptances)):
         base = h200()
-        cost = base if trace is None else replace(base, step=base.step + H200_HOST / 1e3)
+        cost = replace(base, drafts=H200_HOST / 1e3)
         setup = Setup(
             cost, num_tokens=400_000, overlap=False, acceptances=trace, num_guesses=GUESSES,
-            scheduler={"max_num_seqs": concurrency}, ranks=dict.fromkeys(tasks, 16), resident=tuple(tasks),
+            scheduler={"max_num_seqs": 256}, ranks=dict.fromkeys(tasks, 16), resident=tuple(tasks),
         )  # fmt: skip
         arrivals = [
             Arrival(0.0, NewRequest(
-                id=str(i), prompt=[3] * 60, adapter=tasks[i % len(tasks)], true_output_len=47,
-                params=SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0),
+                id=str(i), prompt=[3] * 60, adapter=tasks[i % len(tasks)], true_output_len=SIMULATED,
+                params=SamplingParams(max_tokens=2 * SIMULATED, temperature=0.0),
             ))
-            for i in range(count)
+            for i in range(concurrency)
         ]  # fmt: skip
         seconds[name] = simulate(arrivals, setup).end
     return {"concurrency": concurrency, "times_faster": round(seconds["off"] / seconds["on"], 3)}

@@ -137,7 +137,10 @@ def choose(worths: Sequence[Sequence[float]], decodes: int, base: float, slope: 
 
     `worths` has for each draft the chances that its first, second, … guess counts, which fall along the draft.
     """
-    rows = sorted(((worth, draft) for draft, each in enumerate(worths) for worth in each), reverse=True)
+    if slope * decodes >= base:  # not even a guess that is sure pays
+        return [0] * len(worths)
+    rows = [(worth, draft) for draft, each in enumerate(worths) for worth in each]
+    rows.sort(reverse=True)
     taken, tokens, seconds = [0] * len(worths), float(decodes), base
     for worth, draft in rows[:most]:
         if worth * seconds <= slope * tokens:

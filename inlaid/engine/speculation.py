@@ -27,8 +27,7 @@ LEAST_WORTH = 0.05  # a guess less likely than that is not made
 OWN, PHRASES, GRAMMAR = 0, 1, 2  # sources of drafts
 
 
-@dataclass(frozen=True, slots=True)
-class Draft:
+class Draft(msgspec.Struct, frozen=True, gc=False):
     """Guesses at the next tokens of a request, the source they are from, and how many tokens before them agree."""
 
     tokens: tuple[int, ...]
@@ -190,8 +189,8 @@ class Speculation:
     def _worths(self, request: Request, draft: Draft) -> list[float]:
         """Return the chance of each guess that it and those before it are right, while that is likely enough."""
         chances, worth, worths = self._acceptance.chances(request.adapter), 1.0, []
-        for place in range(len(draft.tokens)):
-            worth *= chances[grade(draft.source, draft.match + place)]
+        for match in range(draft.match, draft.match + len(draft.tokens)):
+            worth *= chances[grade(draft.source, match)]
             if worth < LEAST_WORTH:
                 break
             worths.append(worth)

@@ -37,6 +37,7 @@ class CostModel:
     adapter_rows: float = 0.0
     ranks: float = 0.0
     guesses: float = 0.0  # 0: as much as a decode
+    drafts: float = 0.0  # of a step with drafts: the host's work that such a step does not overlap
     load_base: float = 0.0
     load_rank: float = 0.0
     assist: float = 0.0  # of the CPU's part of an adapter, all layers, for each row and rank; 0: not known
@@ -55,6 +56,8 @@ class CostModel:
             + self.ranks * load.ranks
             + (self.guesses or self.decodes) * load.guesses
         )
+        if load.guesses:
+            seconds += self.drafts
         return max(self.floor, seconds, self.prompt_floor if load.prefills else 0.0)
 
     def load_seconds(self, rank: int) -> float:
