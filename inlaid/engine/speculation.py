@@ -173,7 +173,7 @@ class Speculation:
         """Return the drafter's guesses up to the first that would end the request or that its grammar forbids; or the
         tokens that the grammar leaves no choice about."""
         draft = self.drafter.draft(request, most)
-        if draft is not None:
+        if draft is not None and not request.stop_ids.isdisjoint(draft.tokens):
             end = next((at for at, token in enumerate(draft.tokens) if token in request.stop_ids), len(draft.tokens))
             draft = draft.first(end) if end else None
         if request.grammar is None:
