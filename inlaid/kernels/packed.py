@@ -20,6 +20,7 @@ from inlaid.kernels import library
 from inlaid.kernels.act_order import group_length, sequential
 from inlaid.kernels.backend import AdapterPages, HeadNorms, Kernels, LayerCache, Product, Workspace
 from inlaid.kernels.cpu import CpuOps, DenseLinear, DensePacked, ReferenceLinear, cpu_kernels
+from inlaid.kernels.cpu_attention import CpuAttention
 
 if TYPE_CHECKING:
     from inlaid.kernels.context import StepContext
@@ -37,6 +38,15 @@ class _Weight(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "zeros")),
         *((name, ctypes.c_int) for name in ("bits", "inputs", "columns", "groups")),
+    )
+
+
+class _Pages(ctypes.Structure):
+    """The library's view of a layer's keys and values."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "table", "lens")),
+        *((name, ctypes.c_int) for name in ("blocks", "block_size", "groups", "width")),
     )
 
 
@@ -159,7 +169,28 @@ class HalfLinear(DenseLinear):
 def packed_kernels(pages: AdapterPages) -> Kernels:
     """Return the kernels of a CPU with quantized weights left packed. BuildError: there is no library."""
     load()
-    return replace(cpu_kernels(pages), quantized=(PackedLinear(),), head=HalfLinear(), ops=PackedOps())
+    kernels = replace(cpu_kernels(pages), quantized=(PackedLinear(),), head=HalfLinear())
+    return replace(kernels, attention=PackedAttention(), ops=PackedOps())
+
+
+class PackedAttention(CpuAttention):
+    """Decodes without drafts read the pages where they lie; everything else is as on any CPU."""
+
+    def _decode(self, q_SHC: torch.Tensor, cache: LayerCache, window: int | None, step: StepContext) -> torch.Tensor:
+        S, H, C = q_SHC.shape
+        if C % 8 or q_SHC.stride()[1:] != (C, 1):
+            return super()._decode(q_SHC, cache, window, step)
+        assert step.on_host is not None
+        longest = max(step.on_host.context_lens[:S])
+        table_SB, pointers = step.block_tables, (tensor.data_ptr() for tensor in (*cache, step.block_tables))
+        sizes = table_SB.stride(0), step.block_size, cache[0].shape[2], C
+        pages = _Pages(*pointers, step.context_lens_S.data_ptr(), *sizes)
+        out, scores = q_SHC.new_empty(S, H, C), q_SHC.new_empty(S * H * longest)
+        load().inlaid_decode_attention(
+            pages, q_SHC.data_ptr(), q_SHC.stride(0), out.data_ptr(), scores.data_ptr(), S, H, longest, window or 0,
+            C**-0.5, torch.get_num_threads(),
+        )  # fmt: skip
+        return out
 
 
 class PackedOps(CpuOps):
@@ -221,6 +252,16 @@ def load() -> ctypes.CDLL:
         "inlaid_half_gemm": [whole] + 4 * [pointer] + 4 * [whole],
         "inlaid_add_norm": 4 * [pointer] + [whole, whole, ctypes.c_float, whole],
         "inlaid_rope_store": 6 * [pointer] + 4 * [whole],
+        "inlaid_decode_attention": [
+            ctypes.POINTER(_Pages),
+            pointer,
+            ctypes.c_long,
+            pointer,
+            pointer,
+            *4 * [whole],
+            ctypes.c_float,
+            whole,
+        ],
     }
     for name, types in arguments.items():
         function = getattr(made, name)

@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
+from inlaid.kernels import library
 from inlaid.kernels.cpu_attention import CpuAttention
+from inlaid.kernels.packed import PackedAttention
 from tests.kernels.steps import MEMORY, make_step
 
 
@@ -26,21 +28,24 @@ def attend_by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: in
     return out
 
 
+@pytest.mark.parametrize("kind", [CpuAttention, PackedAttention])
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
-@pytest.mark.parametrize("heads", [(4, 2), (2, 2), (6, 1)])
-def test_attention_equals_a_loop(window: int | None, heads: tuple[int, int]) -> None:
+@pytest.mark.parametrize("heads", [(4, 2, 8), (2, 2, 48), (6, 1, 40)])
+def test_attention_equals_a_loop(kind: type[CpuAttention], window: int | None, heads: tuple[int, int, int]) -> None:
+    if kind is PackedAttention and library.c_compiler() is None:
+        pytest.skip("no C compiler here: apt install gcc")
     torch.manual_seed(0)
-    H, G = heads
+    H, G, C = heads
     query_lens, context_lens = (1, 1, 1, 5, 7, 3), (1, 9, 4, 5, 11, 8)
     blocks = iter(torch.randperm(40)[:30] + 1)
     table = torch.zeros(6, 3, dtype=torch.int32)
     for row, length in enumerate(context_lens):
         for place in range(-(-length // 4)):
             table[row, place] = next(blocks)
-    k_cache, v_cache = torch.randn(50, 4, G, 8), torch.randn(50, 4, G, 8)
-    q = torch.randn(sum(query_lens), H, 8)
+    k_cache, v_cache = torch.randn(50, 4, G, C), torch.randn(50, 4, G, C)
+    q = torch.randn(sum(query_lens), H, C)
     step = make_step((0,) * 6, query_lens, context_lens, table)
-    attention = CpuAttention()
+    attention = kind()
     attention.plan(step, MEMORY)
     got = attention.attend(q, (k_cache, v_cache), window, step, MEMORY).view(q.shape)
     first = 0

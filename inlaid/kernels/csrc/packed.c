@@ -279,3 +279,70 @@ void inlaid_rope_store(float *qkv, const float *cos, const float *sin, float *ke
         qkv += all;
     }
 }
+
+INLINE float dot(const float *a, const float *b, int width) {
+    floats sum = {0}, other = {0};
+    int at = 0;
+    for (; at + 2 * LANES <= width; at += 2 * LANES) {
+        sum += load(a + at) * load(b + at);
+        other += load(a + at + LANES) * load(b + at + LANES);
+    }
+    if (at < width) sum += load(a + at) * load(b + at);
+    sum += other;
+    return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
+}
+
+struct pages {  // as packed.py has it
+    const float *keys, *values;
+    const int32_t *table, *lens;  // [sequences][blocks], [sequences]
+    int blocks, block_size, groups, width;
+};
+
+// Sum values by their weights, some lanes of one head at a time.
+INLINE void mix(int vectors, const struct pages *p, const int32_t *table, const float *weights, int first, int len,
+                long start, float total, float *to) {
+    const long token = (long)p->groups * p->width;
+    floats sum[4] = {0};
+    for (int at = first; at < len;) {
+        const int block = at / p->block_size, end = (block + 1) * p->block_size < len ? (block + 1) * p->block_size : len;
+        const float *value = p->values + ((long)table[block] * p->block_size + at % p->block_size) * token + start;
+        for (; at < end; at++, value += token)
+            for (int vector = 0; vector < vectors; vector++) sum[vector] += weights[at] * load(value + vector * LANES);
+    }
+    for (int vector = 0; vector < vectors; vector++) store(to + vector * LANES, sum[vector] / total);
+}
+
+// Softmax(q k^T * scale) v of one newest token each; q is [sequences][stride], out [sequences][heads][width], `scores`
+// [sequences][heads][longest]. Only what the context holds is read.
+void inlaid_decode_attention(const struct pages *given, const float *q, long stride, float *out, float *scores,
+                             int sequences, int heads, int longest, int window, float scale, int threads) {
+    const struct pages p = *given;
+    const int each = heads / p.groups;
+    const long token = (long)p.groups * p.width;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (int task = 0; task < sequences * heads; task++) {
+        const int row = task / heads, head = task % heads, group = head / each;
+        const int len = p.lens[row], first = window > 0 && len > window ? len - window : 0;
+        const int32_t *table = p.table + (long)row * p.blocks;
+        const float *query = q + row * stride + (long)head * p.width;
+        float *score = scores + (long)task * longest, *to = out + (long)task * p.width;
+        float most = -INFINITY, total = 0;
+        const long start = (long)group * p.width;
+        for (int at = first; at < len;) {
+            const int block = at / p.block_size, end = (block + 1) * p.block_size < len ? (block + 1) * p.block_size : len;
+            const float *key = p.keys + ((long)table[block] * p.block_size + at % p.block_size) * token + start;
+            for (; at < end; at++, key += token) {
+                score[at] = scale * dot(query, key, p.width);
+                most = score[at] > most ? score[at] : most;
+            }
+        }
+        for (int at = first; at < len; at++) {
+            score[at] = expf(score[at] - most);
+            total += score[at];
+        }
+        int lane = 0;
+        for (; lane + 4 * LANES <= p.width; lane += 4 * LANES)
+            mix(4, &p, table, score, first, len, start + lane, total, to + lane);
+        for (; lane < p.width; lane += LANES) mix(1, &p, table, score, first, len, start + lane, total, to + lane);
+    }
+}
