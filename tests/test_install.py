@@ -25,7 +25,10 @@ def run(folder: Path, *arguments: str, **environment: str) -> subprocess.Complet
 def test_an_unknown_command_is_refused_with_the_known_ones() -> None:
     result = run(ROOT, "sevre")
     assert result.returncode == 1
-    assert "unknown command or extra 'sevre'; commands: install, serve, test; extras: cuda eval dev" in result.stderr
+    assert (
+        "unknown command or extra 'sevre'; commands: install, serve, test; extras: cuda eval cluster dev"
+        in result.stderr
+    )
 
 
 def test_extras_are_those_of_the_package_and_nothing_is_installed_into_a_named_python() -> None:
@@ -66,3 +69,13 @@ def test_a_named_python_is_used_and_nothing_is_installed(tmp_path: Path) -> None
 def test_ci_runs_the_test_command_of_the_readme() -> None:
     assert "bash install.sh test" in (ROOT / ".ci" / "run").read_text()
     assert "bash install.sh test" in (ROOT / "README.md").read_text()
+
+
+def test_the_tests_fail_where_no_browser_is_there_and_none_can_be_installed(tmp_path: Path) -> None:
+    for name in ("bash", "dirname"):
+        (tmp_path / name).symlink_to(str(shutil.which(name)))
+    (tmp_path / "id").write_text("#!/bin/sh\necho 1000\n")
+    (tmp_path / "id").chmod(0o755)
+    result = run(ROOT, "test", INLAID_PYTHON=sys.executable, PATH=str(tmp_path))
+    assert result.returncode == 1
+    assert "the tests need chromium; install it: apt-get install chromium" in result.stderr
