@@ -24,7 +24,8 @@ LISTED = re.compile(
     "context|with max_model_len|tokens can hold|cannot be false|"
     "entries for|within the prompt|not valid JSON|the grammar is|same name|has no role|there are no tools|"
     "got `float`|one engine|unknown policy|limits: |"
-    "has no name|cannot bring|half a character|did you mean|is not a reference|is not a name"
+    "has no name|has no id|needs json_schema|only one constraint|cannot bring|"
+    "half a character|did you mean|is not a reference|is not a name"
 )
 ADMIN = {"Authorization": f"Bearer {ADMIN_KEY}"}
 
