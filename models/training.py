@@ -92,7 +92,7 @@ def _loss(model: nn.Module, ids_BS: torch.Tensor, labels_BS: torch.Tensor) -> to
     return functional.cross_entropy(logits_BSV.flatten(0, 1), labels_BS[:, 1:].flatten(), ignore_index=IGNORED)
 
 
-def _rate(step: int, num_steps: int, peak: float) -> float:
+def learning_rate(step: int, num_steps: int, peak: float) -> float:
     """Linear warm-up over the first twentieth, then a cosine down to a fiftieth of the peak."""
     warmup = max(1, num_steps // 20)
     if step < warmup:
@@ -120,7 +120,7 @@ def train(
     last = math.nan
     for step in progress:
         for group in optimizer.param_groups:
-            group["lr"] = _rate(step, num_steps, peak_rate)
+            group["lr"] = learning_rate(step, num_steps, peak_rate)
         ids_BS, labels_BS = next(batches)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = loss_of(model, ids_BS, labels_BS)
