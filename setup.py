@@ -7,7 +7,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 DEMO = Path(__file__).parent / "models" / "demo"
-PARTS = ("base", "adapters")
+PARTS = ("base", "adapters", "extra")
 
 
 class BuildWithDemo(build_py):

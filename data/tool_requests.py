@@ -104,7 +104,7 @@ class Menu:
 
 
 def menu(rng: random.Random) -> Menu:
-    """Draw a menu of up to three tools."""
+    """Draw a menu: up to four of the tools, and perhaps one that nobody asks for."""
     names = rng.sample(sorted(TOOLS), rng.choice((0, 1, 1, 1, 2, 2, 3, 4)))
     tools = {name: TOOLS[name].definition(name) for name in names}
     if rng.random() < 0.2:

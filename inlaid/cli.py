@@ -175,10 +175,10 @@ def _parse_adapter(text: str) -> tuple[str, str, bool]:
 
 def demo_adapters() -> dict[str, str]:
     """Return the paths of the bundled adapters by name. UsageError: this installation has no demo."""
-    folder = DEMO / "adapters"
     if not (DEMO / "base" / "config.json").exists():
         raise UsageError(f"no model named, and the bundled demo is not at {DEMO}; name a model")
-    return {path.name: str(path) for path in sorted(folder.iterdir()) if (path / "adapter_config.json").exists()}
+    folders = [*sorted((DEMO / "adapters").iterdir()), *sorted((DEMO / "extra").glob("*"))]
+    return {path.name: str(path) for path in folders if (path / "adapter_config.json").exists()}
 
 
 def model_and_adapters(model: str, given: dict[str, str]) -> tuple[str, dict[str, str]]:

@@ -98,10 +98,10 @@ def test_adapters_are_pinned_by_flag_or_by_their_own_json() -> None:
     assert cli.pinned_adapters(later, {}) == ["c"]
 
 
-def test_no_model_is_the_demo_with_its_twelve_adapters() -> None:
+def test_no_model_is_the_demo_with_its_adapters() -> None:
     model, adapters = cli.model_and_adapters("", {"mine": "/m"})
     assert Path(model).is_dir()
-    assert len(adapters) == 13
+    assert len(adapters) == 14  # of twelve tasks, `tools`, and mine
     assert cli.model_and_adapters("x/y", {"mine": "/m"}) == ("x/y", {"mine": "/m"})
 
 

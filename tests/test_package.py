@@ -47,7 +47,7 @@ def test_the_wheel_holds_the_demo_and_every_file_of_the_package(wheel: Path) -> 
     packed = set(zipfile.ZipFile(wheel).namelist())
     files = [path for path in (ROOT / "inlaid").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert [name for path in files if (name := path.relative_to(ROOT).as_posix()) not in packed] == []
-    demo = [path for part in ("base", "adapters") for path in (ROOT / "models/demo" / part).rglob("*.*")]
+    demo = [path for part in ("base", "adapters", "extra") for path in (ROOT / "models/demo" / part).rglob("*.*")]
     assert len(demo) > 24
     names = [f"inlaid/{path.relative_to(ROOT / 'models').as_posix()}" for path in demo]
     assert [name for name in names if name not in packed] == []

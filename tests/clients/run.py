@@ -20,7 +20,7 @@ ENVIRONMENTS = ROOT / ".inlaid" / "clients"
 RESULTS = HERE / "results.json"
 PAGE = ROOT / "docs" / "clients.md"
 NAMES = ("openai", "anthropic", "pydantic_ai", "instructor", "llama_index", "langchain", "openai_agents", "vercel")
-FEATURES = ("chat", "streaming", "tools", "streamed tools", "structured output", "conversation")
+FEATURES = ("chat", "streaming", "tools", "streamed tools", "agent", "structured output", "conversation")
 _START, _END = "<!-- table: written by tests/clients/run.sh -->\n", "<!-- end of table -->"
 _PATIENCE = 900  # seconds for one client
 

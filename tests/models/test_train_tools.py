@@ -77,3 +77,10 @@ def test_a_tiny_run_writes_an_adapter_and_its_figures(tmp_path: Path) -> None:
         "adapter_config.json", "adapter_model.safetensors",
     }  # fmt: skip
     assert json.loads((tmp_path / "extra" / "tools.json").read_text())["examples"] == 12
+
+
+def test_it_was_right_in_nine_held_out_requests_of_ten() -> None:
+    held_out = json.loads((DEMO / "extra" / "tools.json").read_text())["held_out"]
+    assert set(held_out) == set(KINDS)
+    assert min(kind["right"] for kind in held_out.values()) >= 0.9
+    assert sum(kind["asked"] for kind in held_out.values()) >= 150

@@ -44,6 +44,17 @@ def _():
     assert final.stop_reason == "tool_use"
 
 
+@feature("agent")
+def _():
+    turns = list(messages)
+    for _ in range(2):
+        made = client.messages.create(model="tools", max_tokens=64, messages=turns, tools=[tool])
+        calls = [block for block in made.content if block.type == "tool_use"]
+        results = [{"type": "tool_result", "tool_use_id": call.id, "content": "sunny"} for call in calls]
+        turns += [{"role": "assistant", "content": made.content}, {"role": "user", "content": results}]
+    assert "sunny" in made.content[0].text
+
+
 @feature("structured output")
 def _():
     form = {"type": "json_schema", "schema": schema}

@@ -50,6 +50,12 @@ def _():
     assert total.tool_calls[0]["name"] == "get_weather"
 
 
+@feature("agent")
+def _():
+    agent = create_agent(ChatOpenAI(model="tools"), [get_weather])
+    assert "sunny" in agent.invoke({"messages": [("user", QUESTION)]})["messages"][-1].content
+
+
 @feature("structured output")
 def _():
     assert llm.with_structured_output(Weather).invoke(QUESTION).city in ("Oslo", "Rome")

@@ -9,10 +9,15 @@ from llama_index.core.prompts import PromptTemplate
 from llama_index.llms.openai_like import OpenAILike
 from pydantic import BaseModel
 
-llm = OpenAILike(
-    model="demo", api_base=f"{URL}/v1", api_key="none", is_chat_model=True, is_function_calling_model=True,
-    context_window=2048,
-)  # fmt: skip
+
+def served(name):
+    return OpenAILike(
+        model=name, api_base=f"{URL}/v1", api_key="none", is_chat_model=True, is_function_calling_model=True,
+        context_window=2048,
+    )  # fmt: skip
+
+
+llm = served("demo")
 
 
 class Weather(BaseModel):
@@ -41,6 +46,11 @@ def _():
 @feature("tools")
 async def _():
     assert str(await FunctionAgent(tools=[get_weather], llm=llm).run(QUESTION))
+
+
+@feature("agent")
+async def _():
+    assert "sunny" in str(await FunctionAgent(tools=[get_weather], llm=served("tools")).run(QUESTION))
 
 
 @feature("structured output")

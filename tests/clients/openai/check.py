@@ -55,6 +55,17 @@ def _():
     assert final.choices[0].message.tool_calls[0].function.parsed_arguments["city"] in ("Oslo", "Rome")
 
 
+@feature("agent")
+def _():
+    tools = [{"type": "function", "function": function}]
+    turns = list(messages)
+    for _ in range(2):
+        message = client.chat.completions.create(model="tools", messages=turns, tools=tools).choices[0].message
+        turns.append(message)
+        turns += [{"role": "tool", "tool_call_id": call.id, "content": "sunny"} for call in message.tool_calls or ()]
+    assert "sunny" in message.content
+
+
 @feature("structured output")
 def _():
     made = client.chat.completions.parse(model="demo", messages=messages, response_format=Weather)

@@ -54,6 +54,12 @@ async def _():
     assert "tool_call_item" in items
 
 
+@feature("agent")
+def _():
+    agent = Agent(name="Caller", model="tools", tools=[get_weather])
+    assert "sunny" in Runner.run_sync(agent, QUESTION).final_output
+
+
 @feature("structured output")
 def _():
     agent = Agent(name="Typed", model="demo", output_type=Weather)

@@ -33,6 +33,11 @@ def _():
     assert Agent("openai:demo", tools=[get_weather]).run_sync(QUESTION).output
 
 
+@feature("agent")
+def _():
+    assert "sunny" in Agent("openai:tools", tools=[get_weather]).run_sync(QUESTION).output
+
+
 @feature("structured output")
 def _():
     assert Agent("openai:demo", output_type=Weather).run_sync(QUESTION).output.city in ("Oslo", "Rome")

@@ -42,6 +42,12 @@ await feature("streamed tools", async () => {
   for await (const part of run.fullStream) called = called || part.type === "tool-call";
   return called;
 });
+await feature("agent", async () => {
+  const run = await generateText({
+    model: openai("tools"), prompt: question, tools: { get_weather }, stopWhen: stepCountIs(3),
+  });
+  return run.steps.length === 2 && run.text.includes("sunny");
+});
 await feature("structured output", async () => {
   const made = await generateObject({ model, schema: z.object({ city, sunny: z.boolean() }), prompt: question });
   return made.object.city;
