@@ -87,18 +87,13 @@ async def make_service(
     model, tokenizer = await _start(engine, config.chat_template)
     online = None if versions is None else await _online(config, versions, engine, model)
     await _restore(engine, state, names, folders)
+    seats = engine_config.scheduler.max_num_seqs
     max_model_len = min(model.max_model_len, (model.num_blocks - 1) * model.block_size)
     tokenizer.template.confine(max_model_len * tokenizer.max_token_bytes)
     return Service(
         config=config,
         engine=engine,
-        encoder=RequestEncoder(
-            tokenizer,
-            model.vocab_size,
-            max_model_len,
-            config.max_prompts,
-            engine_config.scheduler.max_num_seqs,
-        ),
+        encoder=RequestEncoder(tokenizer, model.vocab_size, max_model_len, config.max_prompts, seats),
         forms=ModelForms.of(tokenizer.template.source, config.tool_call_parser, config.reasoning_parser),
         metrics=Metrics(model_name, config.max_metric_adapters),
         keys=keys,
