@@ -38,8 +38,9 @@ def kind(part: Any) -> Any:
     if isinstance(part, (tuple, list)):
         return tuple(map(kind, part))
     if isinstance(part, (Block, Attention, Linear, RMSNorm)) or is_dataclass(part):
-        names = [name for name in sorted(vars(part)) if name not in ("kernels", "lora", "site")]
-        return type(part), tuple(kind(getattr(part, name)) for name in names)
+        names = sorted(field.name for field in fields(part)) if is_dataclass(part) else sorted(vars(part))
+        chosen = (name for name in names if name not in ("kernels", "lora", "site"))
+        return type(part), tuple(kind(getattr(part, name)) for name in chosen)
     return part if isinstance(part, (int, float, str, type(None))) else type(part)
 
 

@@ -242,7 +242,7 @@ def test_the_written_scripts_run_by_hand(tmp_path: Path) -> None:
         ("[datasets.short]", '[datasets.short]\ndataset_path = "/no/such.csv"', "dataset /no/such.csv does not exist"),
         ('datasets = ["short"]', 'datasets = ["short"]\nfeatures = ["fast"]', "unknown feature 'fast'"),
         ("port = 0", "port = BUSY", "is in use: stop what listens there"),
-        ("port = 0", "port = 0\nmax_prefill_num = 13", "router.max_prefill_num (prefill and decode are not split"),
+        ("port = 0", "port = 0\nmax_prefill_num = 13", "router.max_prefill_num (one server is started a point"),
         ('model_path = "tiny"', 'model_path = "./no/such/model"', "model ./no/such/model does not exist"),
         ('"a=/tmp"', '"a=/no/such"', "adapter a: /no/such does not exist"),
         ('model_path = "tiny"', 'model_path = "DEMO"\nnum_hidden_layers = 99', "the template says 99: another model?"),
