@@ -79,7 +79,7 @@ class SchedulerConfig:
     max_step_ms: int = option(
         0,
         "most milliseconds of a step that makes tokens of answers: prompts get as many of its tokens as fit by the "
-        "steps before; 0: 80 on a CPU, no limit on a GPU",
+        "steps before; 0: 50 on a CPU, no limit on a GPU",
         least=0,
     )
     max_num_waiting: int = option(4096, "most requests waiting; more are refused with 429")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("inlaid.engine")
 
-_CPU_STEP_MS = 80
+_CPU_STEP_MS = 50
 _AHEAD = 16  # adapters read and not yet taken at start-up, where host memory does not hold them all
 
 
