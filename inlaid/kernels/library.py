@@ -72,17 +72,28 @@ def _built(command: Sequence[str], source: Path, read: Iterable[Path], target: s
     digest = hashlib.sha256()
     for file in read:
         digest.update(file.read_bytes())
-    version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=True).stdout
-    digest.update(f"{target} {version} {command[1:]}".encode())
+    digest.update(f"{target} {_said_by(source, command[0], '--version')} {command[1:]}".encode())
     library = cache_folder() / f"{source.stem}-{digest.hexdigest()[:16]}.so"
     if library.exists():
         return library
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        made = Path(scratch) / library.name
-        result = subprocess.run([*command, str(source), "-o", str(made)], capture_output=True, text=True)
-        if result.returncode:
-            name = Path(command[0]).name
-            raise BuildError(f"{name} could not build {source.name}:\n{result.stderr.strip()[-2000:]}")
-        os.replace(made, library)
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+            made = Path(scratch) / library.name
+            _said_by(source, *command, str(source), "-o", str(made))
+            os.replace(made, library)
+    except OSError as error:
+        reason = f"{error.strerror}: {error.filename}"
+        raise BuildError(
+            f"{source.name} could not be built into {library.parent} ({reason}); set XDG_CACHE_HOME"
+        ) from error
     return library
+
+
+def _said_by(source: Path, *command: str) -> str:
+    """Return what a compiler printed. BuildError: it failed, or is not there."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (subprocess.CalledProcessError, OSError) as error:
+        reason = getattr(error, "stderr", "").strip()[-2000:] or str(error)
+        raise BuildError(f"{Path(command[0]).name} could not build {source.name}:\n{reason}") from error

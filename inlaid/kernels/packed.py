@@ -242,7 +242,11 @@ def tiled(rows_XN: torch.Tensor) -> torch.Tensor:
 @cache
 def load() -> ctypes.CDLL:
     """Return the library, built at first use. BuildError: there is no compiler, or it refuses."""
-    made = ctypes.CDLL(str(library.build_for_cpu(SOURCE)))
+    path = library.build_for_cpu(SOURCE)
+    try:
+        made = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise library.BuildError(f"{path} cannot be loaded ({error}); remove it, and it is built again") from error
     pointer: Any = ctypes.c_void_p
     whole: Any = ctypes.c_int
     weight: list[Any] = [ctypes.POINTER(_Weight)]

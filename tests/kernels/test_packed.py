@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from inlaid.config import ConfigError, EngineConfig
-from inlaid.kernels import library, spec
+from inlaid.kernels import library, packed, spec
 from inlaid.kernels.cpu import DenseLinear, DensePacked
 from inlaid.kernels.packed import MANY_ROWS, CodesPacked, HalfLinear, PackedLinear
+from inlaid.worker.loading import choose_kernels
 from tests.kernels.test_linear_triton import random_linear
 
-if shutil.which("cc") is None and shutil.which("gcc") is None:
+if library.c_compiler() is None:
     pytest.skip("no C compiler here: apt install gcc", allow_module_level=True)
 
 CPU = torch.device("cpu")
@@ -97,15 +99,38 @@ def test_a_head_is_read_as_it_is_stored(stored: torch.dtype, rows: int) -> None:
     assert torch.allclose(out, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("compiler", "cache", "words"),
+    [
+        ("cc", "file", "could not be built into .*Not a directory.*set XDG_CACHE_HOME"),
+        ("false", "new", "false could not build packed.c"),
+        ("true", "new", "could not be built into .*No such file"),  # it says that all is well, and makes nothing
+    ],
+)
+def test_a_library_that_cannot_be_built_is_told(
+    compiler: str, cache: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
+    monkeypatch.setenv("CC", compiler)
+    with pytest.raises(library.BuildError, match=words):
+        library.build_for_cpu(packed.SOURCE)
+
+
+def test_a_library_that_is_damaged_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "damaged.so").write_text("no library")
+    monkeypatch.setattr(library, "build_for_cpu", lambda source: tmp_path / "damaged.so")
+    packed.load.cache_clear()
+    try:
+        with pytest.raises(library.BuildError, match="remove it, and it is built again"):
+            packed.load()
+    finally:
+        packed.load.cache_clear()
+
+
 def test_without_a_compiler_weights_are_dequantized_and_that_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from types import SimpleNamespace
-    from typing import Any
-
-    from inlaid.kernels import packed
-    from inlaid.worker.loading import choose_kernels
-
     monkeypatch.setattr(library, "c_compiler", lambda: None)
     packed.load.cache_clear()
     model: Any = SimpleNamespace(quantized=True, dtype="float32")
