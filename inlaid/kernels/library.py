@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-NO_C_COMPILER = "no C compiler was found: install one (on Debian: apt install gcc), or name it in CC"
+NO_C_COMPILER = "no C compiler was found (CC, or cc, gcc, clang): install one (on Debian: apt install gcc)"
 CSRC = Path(__file__).parent / "csrc"
 
 
@@ -46,8 +46,9 @@ def build(compiler: str | None, source: Path, read: Iterable[Path], target: str,
 
 
 def c_compiler() -> str | None:
-    """Return the C compiler: CC, cc, gcc or clang; None where there is none."""
-    return shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc") or shutil.which("clang")
+    """Return the C compiler: the one that CC names, else cc, gcc or clang; None where there is none."""
+    names = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
+    return next(filter(None, map(shutil.which, names)), None)
 
 
 def build_for_cpu(source: Path) -> Path:
@@ -83,10 +84,8 @@ def _built(command: Sequence[str], source: Path, read: Iterable[Path], target: s
             _said_by(source, *command, str(source), "-o", str(made))
             os.replace(made, library)
     except OSError as error:
-        reason = f"{error.strerror}: {error.filename}"
-        raise BuildError(
-            f"{source.name} could not be built into {library.parent} ({reason}); set XDG_CACHE_HOME"
-        ) from error
+        place = f"{library.parent} ({error.strerror}: {error.filename})"
+        raise BuildError(f"{source.name} could not be built into {place}; set XDG_CACHE_HOME") from error
     return library
 
 

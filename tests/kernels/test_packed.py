@@ -103,6 +103,7 @@ def test_a_head_is_read_as_it_is_stored(stored: torch.dtype, rows: int) -> None:
     ("compiler", "cache", "words"),
     [
         ("cc", "file", "could not be built into .*Not a directory.*set XDG_CACHE_HOME"),
+        ("nosuchcompiler", "new", "no C compiler was found"),
         ("false", "new", "false could not build packed.c"),
         ("true", "new", "could not be built into .*No such file"),  # it says that all is well, and makes nothing
     ],
