@@ -30,7 +30,7 @@ from inlaid.sim.simulate import Setup, simulate
 
 _SECONDS = 60  # that a replay may take
 _MEMORY = 4 << 30
-_MAX_REQUESTS = 2000
+MOST_REQUESTS = 2000  # the last ones
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,7 +69,7 @@ class WhatIfError(ValueError):
 
 def answer(question: Question) -> Outcome:
     """Replay under each choice."""
-    served = question.served[-_MAX_REQUESTS:]
+    served = question.served
     if len(served) < 2:
         raise WhatIfError("fewer than two requests were answered in these minutes; there is nothing to replay")
     cost = fit_quickly(question.steps, "this machine")

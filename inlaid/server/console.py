@@ -132,7 +132,7 @@ async def _question(service: Service, body: WhatIfBody) -> what_if.Question:
     listed = await engine.list_adapters()
     copies = [info.copy_seconds for info in listed if info.copy_seconds]
     return what_if.Question(
-        served=service.metrics.traffic.last(60 * body.minutes, time.monotonic()),
+        served=service.metrics.traffic.last(60 * body.minutes, time.monotonic())[-what_if.MOST_REQUESTS :],
         steps=msgspec.convert(await engine.call("steps"), list[Step]),
         ranks={info.name: info.rank for info in listed},
         copy_seconds=sum(copies) / len(copies) if copies else 0.0,

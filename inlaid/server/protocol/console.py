@@ -31,7 +31,7 @@ class WhatIfBody(Body, frozen=True, kw_only=True):
     policy: Annotated[str, Meta(max_length=256)] | None = None
     weights: dict[str, float] | None = None
     slots: Annotated[list[Annotated[int, Meta(ge=1, le=100_000)]], Meta(max_length=6)] | None = None
-    kv_tokens: Annotated[list[Annotated[int, Meta(ge=64, le=1_000_000_000)]], Meta(max_length=6)] | None = None
+    kv_tokens: Annotated[list[Annotated[int, Meta(ge=64, le=20_000_000)]], Meta(max_length=6)] | None = None
 
 
 class WhatIfAnswer(Payload, kw_only=True):
