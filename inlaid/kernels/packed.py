@@ -19,7 +19,7 @@ from inlaid.checkpoint import QuantizedLinear, QuantSpec, pack, unpack
 from inlaid.kernels import library
 from inlaid.kernels.act_order import group_length, sequential
 from inlaid.kernels.backend import AdapterPages, HeadNorms, Kernels, LayerCache, Product, Workspace
-from inlaid.kernels.cpu import CpuOps, DenseLinear, DensePacked, ReferenceLinear, cpu_kernels
+from inlaid.kernels.cpu import DENSE, CpuOps, DensePacked, ReferenceLinear, cpu_kernels
 from inlaid.kernels.cpu_attention import CpuAttention
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class PackedLinear:
             here.copy_((x_TK @ some_KN)[:, : here.shape[1]])
 
 
-class HalfLinear(DenseLinear):
+class HalfLinear:
     """x @ W.T with W as it is stored, in half precision, and everything else in single precision."""
 
     name = "half"
@@ -149,14 +149,17 @@ class HalfLinear(DenseLinear):
     def keeps(self, stored: torch.dtype) -> bool:
         return stored in HALVES
 
-    def pack(self, weight_NK: torch.Tensor) -> HalfPacked | DensePacked:  # type: ignore[override]
+    def warmup(self, packed: HalfPacked | DensePacked, rows: Sequence[int]) -> None:
+        pass
+
+    def pack(self, weight_NK: torch.Tensor) -> HalfPacked | DensePacked:
         if weight_NK.dtype not in HALVES:
-            return super().pack(weight_NK)
+            return DENSE.pack(weight_NK)
         return HalfPacked(tiled(weight_NK.t()), weight_NK.shape[1], weight_NK.shape[0])
 
     def gemm(self, x_TK: torch.Tensor, packed: HalfPacked | DensePacked, out_TN: torch.Tensor) -> None:
         if isinstance(packed, DensePacked):
-            super().gemm(x_TK, packed, out_TN)
+            DENSE.gemm(x_TK, packed, out_TN)
             return
         x_TK = x_TK.contiguous()
         spare = x_TK.new_empty(len(x_TK), TILE)
