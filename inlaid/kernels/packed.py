@@ -1,5 +1,5 @@
-"""Linears of a CPU whose weights stay in 4 or 8 bits, and an output head in half precision: a step of few tokens takes
-as long as its bytes. The library is built by the C compiler at first use.
+"""The kernels of a CPU whose quantized weights stay in 4 or 8 bits, in C, built at first use: linears, an output head
+in half precision, and norms, rotation and attention of decodes, which torch takes longer to start than to compute.
 
 Products of many rows dequantize some columns at a time, so that memory stays small, and multiply them in torch.
 """
