@@ -135,6 +135,7 @@ def simulated(
     limits = {
         "max_num_seqs": old.config.max_num_seqs,
         "max_num_batched_tokens": old.config.max_num_batched_tokens,
+        "max_step_ms": old.config.max_step_ms,
         "admission_margin": old.config.admission_margin,
         "reserve": old.config.reserve,
     }
