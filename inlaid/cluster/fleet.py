@@ -102,8 +102,8 @@ class Fleet:
             await engine.start()
             await self._bring_up_to_date(replica)
         except BaseException:
-            self.replicas.pop(name, None)
-            await engine.close()
+            view.is_open = False
+            await self._end(replica)
             raise
         log.info("%s serves", name)
         return replica
@@ -115,8 +115,7 @@ class Fleet:
         replica.state, replica.view.is_open = "draining", False
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(_until_empty(replica), patience)
-        self.replicas.pop(name, None)
-        await replica.engine.close()
+        await self._end(replica)
         log.info("%s is drained", name)
 
     async def close(self) -> None:
@@ -130,6 +129,11 @@ class Fleet:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(replica.engine.close() for replica in replicas))
+
+    async def _end(self, replica: Replica) -> None:
+        """End a replica's process. It leaves the fleet last, so that `close` ends it if this is cancelled."""
+        await replica.engine.close()
+        self.replicas.pop(replica.name, None)
 
     async def states(self) -> list[ReplicaState]:
         """Describe the replicas, with the figures of those that answer."""
@@ -214,8 +218,7 @@ class Fleet:
             log.warning("%s serves again", replica.name)
         except OtherBase as error:  # it was down when the others switched: one that starts now has their configuration
             log.warning("%s is replaced: %s", replica.name, error)
-            self.replicas.pop(replica.name, None)
-            await replica.engine.close()
+            await self._end(replica)
             await self.add()
         except asyncio.TimeoutError:
             log.warning("%s does not answer yet", replica.name)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 from inlaid.cluster.client import ClusterClient
 from inlaid.cluster.command import local_replicas
+from inlaid.cluster.fleet import Fleet
 from inlaid.cluster.placement import LeastLoaded
 from inlaid.cluster.planner import Load
 from inlaid.cluster.scaler import Scaler
@@ -57,5 +60,45 @@ def test_replicas_come_and_go_as_planned_and_no_request_is_lost() -> None:
             assert max(load.replicas for load in planner.loads) == 2, "one that starts counts: none is added twice"
         finally:
             await client.close()
+
+    asyncio.run(main())
+
+
+class EndsSlowly:
+    """An engine whose end takes a moment, as a process's does."""
+
+    model = SimpleNamespace(base_version="v")
+    num_restarts = 0
+    ready = True
+
+    def __init__(self) -> None:
+        self.adapters: dict[str, Any] = {}
+        self.ending, self.ended = asyncio.Event(), False
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None:
+        self.ending.set()
+        await asyncio.sleep(0.01)
+        self.ended = True
+
+
+def test_a_replica_that_is_being_ended_when_the_cluster_closes_is_ended() -> None:
+    async def main() -> None:
+        engines: list[Any] = []
+
+        def make(*_: Any) -> Any:
+            engines.append(EndsSlowly())
+            return engines[-1]
+
+        fleet = Fleet(EngineConfig(model="fake"), {}, make, give_up=lambda reason: None)
+        for _ in range(2):
+            await fleet.add()
+        removing = asyncio.create_task(fleet.remove("replica-1", patience=1.0))
+        await engines[1].ending.wait()
+        removing.cancel()
+        await asyncio.gather(removing, return_exceptions=True)
+        await fleet.close()
+        assert all(engine.ended for engine in engines)
 
     asyncio.run(main())
