@@ -1,4 +1,4 @@
-"""Rules for every test: Triton's kernels run in its interpreter without a GPU, and no process outlives a test run.
+"""Rules for every test: Triton's kernels run in its interpreter without a GPU; nothing is left over (`leftovers.py`).
 
 Triton decides on import, so the variable is set before any test module is imported.
 """
@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
-WARDEN = Path(__file__).parents[1] / "perf" / "warden.py"
+from tests.leftovers import pytest_configure as pytest_configure
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -59,21 +56,3 @@ def _logging_as_before() -> Iterator[None]:
         if type(handler) is logging.StreamHandler and handler not in before:
             root.removeHandler(handler)
     root.setLevel(level)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Start a warden for this run (or this worker of xdist): when it ends, even by SIGKILL, its processes are killed.
-
-    Processes are found by a variable in their environment, which they inherit from here, so tests start servers as they
-    like. The warden itself does not have it.
-    """
-    mark = f"INLAID_TEST_RUN_{os.getpid()}"
-    command = [sys.executable, "-I", "-S", str(WARDEN), "--mark", f"{mark}=1"]
-    warden = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-    os.environ[mark] = "1"
-
-    def end() -> None:
-        with warden:  # closes its pipe, and waits until what is left is killed
-            pass
-
-    config.add_cleanup(end)

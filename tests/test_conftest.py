@@ -1,4 +1,4 @@
-"""A test run that is killed leaves no process behind."""
+"""A test run that is killed leaves no process behind; a test that leaves a subprocess behind is named."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import subprocess
 import sys
 import uuid
 from pathlib import Path
+
+import pytest
 
 from tests.perf.marked import wait_until_gone
 
@@ -24,13 +26,47 @@ def test_that_never_ends():
     time.sleep(600)
 """
 
+# A loop that ends before its subprocess, which something still holds. The test behind it would fail by the warning.
+OPEN = """
+import asyncio, sys
+held = []
+
+def test_leaves_one():
+    loop = asyncio.new_event_loop()
+    start = asyncio.create_subprocess_exec(sys.executable, "-c", "input()", stdin=asyncio.subprocess.PIPE)
+    held.append(loop.run_until_complete(start))
+    loop.close()
+
+def test_has_done_nothing():
+    held.pop()
+
+def test_waits():
+    async def run():
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", "pass")
+        await process.wait()
+    asyncio.run(run())
+"""
+
+PYTEST = (
+    sys.executable,
+    "-m",
+    "pytest",
+    "-p",
+    "tests.leftovers",
+    "-p",
+    "no:schemathesis",
+    "-p",
+    "no:cacheprovider",
+    "-c",
+    os.devnull,
+)
+
 
 def test_a_killed_test_run_leaves_no_process(tmp_path: Path) -> None:
     (tmp_path / "test_server.py").write_text(SERVER)
     mark = uuid.uuid4().hex
-    command = [sys.executable, "-m", "pytest", "-s", "-p", "tests.conftest", "-p", "no:cacheprovider", "-c", os.devnull]
     run = subprocess.Popen(
-        [*command, "--rootdir", str(tmp_path), str(tmp_path / "test_server.py")],
+        [*PYTEST, "-s", "--rootdir", str(tmp_path), str(tmp_path / "test_server.py")],
         env={**os.environ, "PERF_TEST_MARK": mark, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         cwd=tmp_path,
@@ -42,3 +78,18 @@ def test_a_killed_test_run_leaves_no_process(tmp_path: Path) -> None:
     run.wait()
     run.stdout.close()
     assert wait_until_gone(mark) == []
+
+
+def test_a_subprocess_that_outlives_its_loop_fails_the_test_that_left_it(tmp_path: Path) -> None:
+    (tmp_path / "test_open.py").write_text(OPEN)
+    command = [*PYTEST, "-q", "-rA", "--rootdir", str(tmp_path), str(tmp_path / "test_open.py")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    said = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True).stdout
+    assert "ERROR test_open.py::test_leaves_one - Failed: the event loop was closed" in said
+    assert "<_UnixSubprocessTransport pid=" in said
+    assert "3 passed, 1 error in" in said
+
+
+def test_both_rules_hold_in_this_run(pytestconfig: pytest.Config) -> None:
+    assert pytestconfig.pluginmanager.has_plugin("transports")
+    assert f"INLAID_TEST_RUN_{os.getpid()}" in os.environ
