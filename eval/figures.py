@@ -76,7 +76,7 @@ def _worst(stem: Path, summary: Sequence[Row]) -> Path | None:
 
 def _radar(stem: Path, records: Sequence[Row]) -> Path | None:
     """Draw six text metrics as shares of full precision, means over the tasks that have them; a panel a width."""
-    full = _text_metrics([r for r in records if r["variant"] == "fp16"])
+    full = text_metrics([r for r in records if r["variant"] == "fp16"])
     widths = sorted({r["bits"] for r in records if r["variant"] != "fp16"}, reverse=True)
     names = [name for name in RADAR if full.get(name)]
     if len(names) < 3 or not widths:
@@ -86,7 +86,7 @@ def _radar(stem: Path, records: Sequence[Row]) -> Path | None:
     colour = colours(r["variant"] for r in records if r["variant"] != "fp16")
     for axes, bits in zip(panels[0], widths):
         for variant in colour:
-            found = _text_metrics([r for r in records if (r["variant"], r["bits"]) == (variant, bits)])
+            found = text_metrics([r for r in records if (r["variant"], r["bits"]) == (variant, bits)])
             if found:
                 shares = [100 * found[name] / full[name] for name in names]
                 axes.plot(np.append(angles, angles[0]), [*shares, shares[0]], label=variant, color=colour[variant])
@@ -97,7 +97,7 @@ def _radar(stem: Path, records: Sequence[Row]) -> Path | None:
     return _save(figure, stem, "radar")
 
 
-def _text_metrics(records: Sequence[Row]) -> dict[str, float]:
+def text_metrics(records: Sequence[Row]) -> dict[str, float]:
     """Return the mean of each text metric over the tasks that have all of those that any has."""
     values: dict[str, list[float]] = {}
     for record in records:

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from eval import figures, judge, provenance, report, seeds
+from eval import figures, judge, page, provenance, report, seeds
 from eval.backend import BackendError, OpenBackend
 from eval.cache import Cache
 from eval.grid import Base, Cell, Grid
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = "" if error.filename is None else f"{error.filename}: "
         print(f"eval: {where}{error.strerror}; what is in {arguments.cache} is kept", file=sys.stderr)
         return 2
-    print(f"report: {arguments.out}.json and .md")
+    print(f"report: {arguments.out}.json, .md and .html")
     several = len(seeds.seeds_of(made["records"])) > 1
     for row in made["summary"]:
         worst = "" if row["worst_drop"] is None else f", worst {row['worst_task']} {row['worst_drop']:.2f}"
@@ -111,6 +111,7 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     shown = seeds.merged(found)
     drawn = figures.draw(arguments.out, shown, judge.summary(shown)) if arguments.figures else []
     report.write_markdown(arguments.out.with_name(arguments.out.name + ".md"), made, drawn)
+    page.write_page(arguments.out.with_name(arguments.out.name + ".html"), made)
     return made
 
 

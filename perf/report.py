@@ -15,8 +15,8 @@ from typing import Any
 
 from inlaid.flags import Parser
 from inlaid.progress import Bar
+from inlaid.report.page import charts_of, table
 from inlaid.report.page import page as whole_page
-from inlaid.report.page import place_of
 from inlaid.report.plots import PlotsMissing
 from perf import plots
 from perf.records import read_records
@@ -101,7 +101,7 @@ def comparison_table(runs: list[Run]) -> str:
             value, base = figure_of(run.summary, key), figure_of(runs[0].summary, key)
             cells.append(_number(value) + ("" if run is runs[0] else _ratio(value, base, more_is_better)))
         rows.append([html.escape(run.label), *cells])
-    return _table(["run", *head], rows)
+    return table("Runs", ["run", *head], rows)
 
 
 def _ratio(value: float | None, base: float | None, more_is_better: bool) -> str:
@@ -124,19 +124,14 @@ def _number(value: float | None) -> str:
     )
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    titles = "".join(f"<th>{html.escape(title)}</th>" for title in head)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="table"><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
 def group_table(run: Run, kind: str) -> str:
     """Format figures per adapter or per tenant, the busiest first, at most MAX_ROWS of them."""
     groups = sorted(run.summary[kind].items(), key=lambda item: -item[1]["total_output_tokens"])
     present = [column for column in _GROUP_COLUMNS if any(column in figures for _, figures in groups)]
     rows = [[html.escape(name), *(_number(figures.get(c)) for c in present)] for name, figures in groups[:MAX_ROWS]]
     left = f'<p class="muted">and {len(groups) - MAX_ROWS} more</p>' if len(groups) > MAX_ROWS else ""
-    return _table([kind.removeprefix("per_"), *(c.replace("_", " ") for c in present)], rows) + left
+    group = kind.removeprefix("per_")
+    return table(f"{run.label} by {group}", [group, *(c.replace("_", " ") for c in present)], rows) + left
 
 
 def run_details(run: Run) -> str:
@@ -147,7 +142,7 @@ def run_details(run: Run) -> str:
     if run.summary.get("slo"):
         by_class = run.summary["slo"]["by_class"].items()
         rows = [[html.escape(n), *(_number(c[k]) for k in _SLO_COLUMNS)] for n, c in by_class]
-        parts.append("<h3>Objectives by class</h3>" + _table(["class", *_SLO_COLUMNS], rows))
+        parts.append("<h3>Objectives by class</h3>" + table(f"{run.label} by class", ["class", *_SLO_COLUMNS], rows))
     parts.append(f"<p><code>{html.escape(' '.join(run.summary['command']))}</code></p>")
     return f"<details>{''.join(parts)}</details>"
 
@@ -189,7 +184,7 @@ def page(runs: list[Run], images: dict[str, bytes], note: str = "") -> str:
     charts = plots.charts(runs)
     body = (
         f'<h1>{title}</h1><p class="muted">{len(runs)} run{"s" * (len(runs) > 1)}. {base}</p>{notes}'
-        f'{comparison_table(runs)}<h2>Over time</h2><div class="grid">{"".join(map(place_of, charts))}</div>'
+        f"{comparison_table(runs)}<h2>Over time</h2>{charts_of(charts)}"
         f"<h2>Figures</h2>{drawn or '<p class=muted>none</p>'}<h2>Runs</h2>{''.join(map(run_details, runs))}"
     )
     return whole_page(title, body, charts)

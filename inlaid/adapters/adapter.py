@@ -58,6 +58,7 @@ class Adapter:
     path: str
     flat: torch.Tensor
     entries: tuple[AdapterEntry, ...]
+    check_seconds: float = 0.0  # of reading it: what was not spent on its files
 
     @property
     def rank(self) -> int:

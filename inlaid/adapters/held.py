@@ -35,6 +35,7 @@ class Counts:
     evictions: int = 0  # from the device, to make room
     hits: int = 0  # requests that found it on the device and did not have to wait for it
     read_seconds: float = 0.0  # disk to host, the last time
+    check_seconds: float = 0.0  # of these, checking and laying out
     seconds: float = 0.0  # host to device, the last time
 
 

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -74,6 +75,7 @@ class HostMemory:
         held.counts.reads += 1
         try:
             adapter, held.counts.read_seconds = reading.result()
+            held.counts.check_seconds = adapter.check_seconds
             held.flat, held.reading, held.fetched = adapter.flat, None, now
         except (ValueError, OSError, MemoryError) as error:
             log.error("adapter %s could not be read again: %s", printable(held.path), printable(str(error)))
@@ -118,7 +120,7 @@ def _read_same(read: Read, path: str, identity: str, pin: bool) -> tuple[Adapter
             f"adapter {path}: it has changed on disk since it was loaded, and its old weights are gone from memory; "
             "load it again (load_inplace)"
         )
-    adapter = Adapter(identity, path, _pinned(adapter.flat), adapter.entries) if pin else adapter
+    adapter = replace(adapter, flat=_pinned(adapter.flat)) if pin else adapter
     return adapter, time.monotonic() - started
 
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import stat
+import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -82,13 +84,16 @@ def _identity(config: bytes, weights: memoryview) -> str:
 
 
 def _read(folder: Path, spec: ModelSpec, dtype: torch.dtype, max_rank: int, allow_noop: bool, pin: bool) -> Adapter:
+    began = time.perf_counter()
     before = _check_files(folder)
     config_bytes = _read_config(folder)
     config = parse_config(config_bytes)
     paths = {site: site_path(site) for site in range(spec.num_sites)}
     targeted = {site for site, site_name in paths.items() if config.is_target(site_name)}
     ranks = {site: config.rank_of(paths[site]) for site in targeted}
+    opened = time.perf_counter()
     weight_bytes = _read_weights(folder, _max_tensor_bytes(spec, ranks, max_rank), _max_header_bytes(spec))
+    in_file = time.perf_counter() - opened
     if _check_files(folder) != before:
         raise AdapterError("its files changed while they were read; load it when they are at rest")
     factors = pair(parse_weights(weight_bytes), spec)
@@ -99,7 +104,7 @@ def _read(folder: Path, spec: ModelSpec, dtype: torch.dtype, max_rank: int, allo
         _refuse_without_effect(factors, scales)
     adapter = lay_out(_identity(config_bytes, weight_bytes), str(folder), factors, scales, dtype, pin)
     check_values(adapter.flat, factors, scales, dtype)
-    return adapter
+    return replace(adapter, check_seconds=time.perf_counter() - began - in_file)
 
 
 def _refuse_without_effect(factors: Factors, scales: Mapping[int, float]) -> None:

@@ -45,6 +45,7 @@ def merge_adapter(group: Mapping[str, AdapterInfo]) -> AdapterInfo:
         evictions=sum(info.evictions for info in infos),
         hits=sum(info.hits for info in infos),
         load_seconds=max(info.load_seconds for info in infos),
+        check_seconds=max(info.check_seconds for info in infos),
         copy_seconds=max(info.copy_seconds for info in infos),
         pinned=all(info.pinned for info in infos),
         replicas={replica: info.tier for replica, info in group.items()},
@@ -96,6 +97,8 @@ MERGED: Mapping[str, Callable[[Sequence[Any]], Any]] = MappingProxyType(
         "queue": merge_queues,
         "service_history": merge_histories,
         "steps": lambda answers: [step for answer in answers for step in answer],
+        "step_split": add_stats,
+        "step_floor": lambda answers: answers[0],
         "adapter_parts": lambda answers: answers[0],
     }
 )

@@ -1,8 +1,13 @@
-"""Split the time of a step into base, adapters and attention, by a fit to steps that were measured."""
+"""Split the time of a step into base, adapters, attention and the host's part.
+
+Where the runner has a clock around its kernels (on a CPU) the parts are measured. Elsewhere they are a fit to whole
+steps: what is inside a captured graph cannot be told from outside.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,11 +22,50 @@ _PARTS = (
 )
 
 
-def split(steps: Sequence[Step]) -> dict[str, Any]:
-    """Return the seconds of the mean step by part, the fastest step as its floor, and how well the fit explains the
-    steps; without enough steps, only their number."""
+_KEPT = 30  # seconds that a measured split is of
+
+
+class MeasuredSplit:
+    """The parts of the steps of the last seconds, as differences of sums that the engine counts up."""
+
+    def __init__(self) -> None:
+        self._points: deque[tuple[Mapping[str, float], float, float]] = deque(maxlen=_KEPT)
+
+    def add(self, sums: Mapping[str, float], steps: float, seconds: float) -> None:
+        """Note the sums of the steps that were measured, and the number and seconds of all steps."""
+        if self._points and steps < self._points[-1][1]:
+            self._points.clear()  # the engine process is a new one
+        self._points.append((sums, steps, seconds))
+
+    def mean(self) -> dict[str, Any] | None:
+        """Return the seconds of the mean step by part; None: no step was measured in these seconds."""
+        if not self._points:
+            return None
+        (first, steps_then, seconds_then), (last, steps, seconds) = self._points[0], self._points[-1]
+        count = last["steps"] - first["steps"]
+        if not count:
+            return None
+        found = {part: (last[part] - first[part]) / count for part in ("seconds", "adapters", "attention")}
+        mean = max(found["seconds"], (seconds - seconds_then) / (steps - steps_then))
+        parts = {
+            "base": found["seconds"] - found["adapters"] - found["attention"],
+            "adapters": found["adapters"],
+            "attention": found["attention"],
+            "host": mean - found["seconds"],
+            "mean": mean,
+        }
+        return {"how": "measured", "steps": int(count), **{part: _short(value) for part, value in parts.items()}}
+
+
+def _short(seconds: float) -> float:
+    return float(f"{seconds:.4g}")
+
+
+def fitted(steps: Sequence[Step]) -> dict[str, Any]:
+    """Return the seconds of the mean step by part, and how well the fit explains the steps; without enough steps, only
+    their number."""
     if len(steps) < LEAST:
-        return {"steps": len(steps), "least": LEAST}
+        return {"how": "fitted", "steps": len(steps), "least": LEAST}
     cost = fit_quickly(steps, "this machine")
     count = len(steps)
     parts = {
@@ -29,12 +73,11 @@ def split(steps: Sequence[Step]) -> dict[str, Any]:
         for part, terms in _PARTS
     }
     parts["base"] += cost.step
-    seconds = [step.seconds for step in steps]
     return {
+        "how": "fitted",
         "steps": count,
         "least": LEAST,
-        **{part: float(f"{value:.4g}") for part, value in parts.items()},
-        "mean": float(f"{np.mean(seconds):.4g}"),
-        "floor": float(f"{min(seconds):.4g}"),
+        **{part: _short(value) for part, value in parts.items()},
+        "mean": _short(float(np.mean([step.seconds for step in steps]))),
         "r_squared": round(errors(cost, steps)["r_squared"], 2),
     }

@@ -16,15 +16,19 @@ _MAX_CURVES = 6  # the console has so many colours
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves over seconds: each has a label, its places on the x axis and its values."""
+    """Curves over seconds or over something else: each has a label, its places on the x axis and its values. `whole`:
+    places are whole numbers."""
 
     title: str
     unit: str
     curves: Sequence[tuple[str, Sequence[float], Sequence[float]]]
+    x_unit: str = "s"
+    over: str = "seconds since the start"
+    whole: bool = False
 
 
 def page(title: str, body: str, charts: Sequence[Chart] = ()) -> str:
-    """Return a page with this body; `place_of` says where a chart stands in it."""
+    """Return a page with this body; `charts_of` says where the charts stand in it."""
     style = "".join((_CONSOLE / name).read_text() for name in ("vendor/uPlot.min.css", "style.css"))
     script = ""
     if charts:
@@ -43,16 +47,33 @@ def page(title: str, body: str, charts: Sequence[Chart] = ()) -> str:
     )
 
 
-def place_of(chart: Chart) -> str:
-    """Return the element that a chart is drawn into."""
+def table(label: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table that scrolls sideways where it is too wide; cells are markup, titles are text."""
+    titles = "".join(f"<th>{html.escape(title)}</th>" for title in head)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return (
+        f'<div class="table report" role="region" aria-label="{html.escape(label)}" tabindex="0">'
+        f"<table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def charts_of(charts: Sequence[Chart]) -> str:
+    """Return the elements that charts are drawn into, side by side where there is room."""
+    return f'<div class="grid">{"".join(map(_place_of, charts))}</div>' if charts else ""
+
+
+def _place_of(chart: Chart) -> str:
     title = html.escape(chart.title)
     legend = "".join(
         f'<span><span class="swatch k{place}"></span>{html.escape(label)} <b></b></span>'
         for place, (label, _, _) in enumerate(chart.curves[:_MAX_CURVES])
     )
+    left = len(chart.curves) - _MAX_CURVES
+    more = f"<span>and {left} more, in the table</span>" if left > 0 else ""
+    over = html.escape(chart.over)
     return (
-        f'<figure class="card" id="{_id(chart)}"><figcaption><h2>{title}</h2><div class="legend">{legend}</div>'
-        f'</figcaption><div class="plot" role="img" aria-label="{title}, over seconds since the start"></div></figure>'
+        f'<figure class="card" id="{_id(chart)}"><figcaption><h2>{title}</h2><div class="legend">{legend}{more}</div>'
+        f'</figcaption><div class="plot" role="img" aria-label="{title}, over {over}"></div></figure>'
     )
 
 
@@ -68,4 +89,5 @@ def _data(chart: Chart) -> dict[str, object]:
     for label, places, values in curves:
         known = dict(zip(places, values))
         series.append({"label": label, "values": [known.get(place) for place in x], "spanGaps": True})
-    return {"id": _id(chart), "unit": chart.unit, "x": x, "series": series}
+    about = {"unit": chart.unit, "xUnit": chart.x_unit, "whole": chart.whole}
+    return {"id": _id(chart), **about, "x": x, "series": series}

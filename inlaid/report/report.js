@@ -7,5 +7,5 @@ for (const chart of JSON.parse(document.getElementById("charts").textContent)) {
   const show = (value) => (value == null ? "–" : `${number(value)}${chart.unit ? ` ${chart.unit}` : ""}`);
   const values = [...figure.querySelectorAll("b")];
   const tell = (at) => values.forEach((value, place) => (value.textContent = at == null ? "" : show(chart.series[place].values[at])));
-  draw(figure.querySelector(".plot"), { x: chart.x, series: chart.series, show, tick: (value) => `${number(value)} s`, least: 0, onCursor: tell });
+  draw(figure.querySelector(".plot"), { x: chart.x, series: chart.series, show, tick: (value) => (chart.whole && !Number.isInteger(value) ? "" : `${number(value)} ${chart.xUnit}`), least: 0, onCursor: tell });
 }

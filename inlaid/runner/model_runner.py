@@ -5,7 +5,7 @@ It runs on a CPU or any torch device, one step at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +16,7 @@ from inlaid.engine.kv_cache import BlockPool
 from inlaid.engine.request import Batch, Request, Sampled, StepResult, TokenLogprobs, Work
 from inlaid.kernels.arriving import Arriving, rows_by_slot
 from inlaid.kernels.context import ALL_ADAPTERS, NO_ADAPTERS, OnHost, StepContext
+from inlaid.kernels.timed import StepSplit
 from inlaid.kernels.workspace import FreshMemory
 from inlaid.layers import sampler
 from inlaid.model.transformer import Transformer, new_cache
@@ -39,8 +40,10 @@ class ModelRunner:
         seed: int = 0,
         unified: Unified | None = None,
         arriving: Arriving | None = None,
+        split: StepSplit | None = None,
     ) -> None:
         self.model = model
+        self.split = split  # of the time of steps; None: it cannot be measured here
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.device = device
@@ -57,7 +60,7 @@ class ModelRunner:
         """Compute the whole step; collect hands it out."""
         for request_id in batch.released:
             self.sampling.forget(request_id)
-        with torch.inference_mode():
+        with torch.inference_mode(), nullcontext() if self.split is None else self.split.step():
             return self._run_drafts(batch.works) if any(w.draft for w in batch.works) else self._run(batch.works)
 
     def collect(self, ticket: StepResult) -> StepResult:

@@ -20,7 +20,7 @@ from inlaid import __version__
 from inlaid.adapters.gate import GateError, read, why_not
 from inlaid.console.feed import Feed, Level
 from inlaid.console.history import LoadHistory, ResidencyHistory
-from inlaid.console.split import split
+from inlaid.console.split import MeasuredSplit, fitted
 from inlaid.console.state import Section, State
 from inlaid.console.traffic import UNUSED
 from inlaid.engine.step_log import Step
@@ -34,7 +34,9 @@ log = logging.getLogger(__name__)
 _TICK = 1.0
 _PATIENCE = 5.0  # seconds that the engine may take to answer
 _MOST_TIME = 0.02  # share of the engine's time that one kind of question may take
+_LONGEST = 10.0  # seconds between two such questions, however long an answer takes
 _UNWATCHED = 30.0  # seconds between two looks at the adapters while no page is open
+_SELDOM = 600.0  # seconds between two looks at what hardly changes
 _HISTORY = 900.0  # seconds of service per tenant that a page begins with
 _HISTORY_PACE = 5.0
 ADAPTER_COLUMNS = (
@@ -61,7 +63,8 @@ class _Paced:
         if self.fresh:
             self.value = await asyncio.wait_for(self._ask(), _PATIENCE)
             ended = time.monotonic()
-            self._next = began + max(self._least, (ended - began) / _MOST_TIME) - _TICK / 2
+            pause = min((ended - began) / _MOST_TIME, _LONGEST)
+            self._next = began + max(self._least, pause) - _TICK / 2
         return self.value
 
 
@@ -77,14 +80,17 @@ class ConsoleState:
         self._fairness = _Paced(lambda: engine.call("fairness", window=60.0), _TICK)
         self._queue = _Paced(lambda: engine.call("queue", most=20), _TICK)
         self._steps = _Paced(lambda: engine.call("steps"), 10.0)
+        self._sums = _Paced(lambda: engine.call("step_split"), _TICK)
+        self._floor = _Paced(lambda: engine.call("step_floor"), _SELDOM)
+        self._measured = MeasuredSplit()
         self._service_history = _Paced(
             lambda: engine.call("service_history", seconds=_HISTORY, pace=_HISTORY_PACE), _HISTORY_PACE
         )
         self._split: Section = {}
         self._last: tuple[float, dict[str, float], int, int] | None = None
         self._listed_at = 0.0
-        self._loads: dict[str, int] = {}
-        self.cold_starts: dict[str, dict[str, float]] = {}
+        self._known: dict[str, tuple[int, int]] = {}  # each adapter's loads and reads when last seen
+        self.cold_starts: dict[str, dict[str, float | str]] = {}
         self._accuracy: tuple[str, Section] | None = None
 
     async def run(self) -> None:
@@ -161,12 +167,12 @@ class ConsoleState:
             one = traffic.by_adapter.get(info.name)
             if one is None:
                 continue
-            if info.loads > self._loads.get(info.name, 0) and one.slowest:
-                read = info.load_seconds if info.reads or info.loads == 1 else 0.0
-                self.cold_starts[info.name] = {"read": read, "copy": info.copy_seconds, "ttft": one.slowest}
+            loads, reads = self._known.get(info.name, (0, -1))
+            if info.loads > loads and one.slowest:
+                self.cold_starts[info.name] = cold_start(info, info.reads > reads, one.slowest)
             one.slowest = 0.0
-        self._loads = {info.name: info.loads for info in listed}
-        self.cold_starts = {name: cold for name, cold in self.cold_starts.items() if name in self._loads}
+        self._known = {info.name: (info.loads, info.reads) for info in listed}
+        self.cold_starts = {name: cold for name, cold in self.cold_starts.items() if name in self._known}
 
     async def _state(self, point: dict[str, float | None], up: bool) -> State:
         """Return all sections that somebody who looks may see."""
@@ -182,12 +188,9 @@ class ConsoleState:
         try:
             if highest >= Level.OPERATOR:
                 await self._fair(state)
-            steps = await self._steps.get()
-            if self._steps.fresh:
-                self._split = split(msgspec.convert(steps, list[Step]))
+            state["step"] = await self._step()
         except (EngineDead, asyncio.TimeoutError, ValueError) as error:
             log.debug("the console lacks some figures: %s", error)
-        state["step"] = self._split
         state["accuracy"] = await self._accuracy_of(listed)
         if highest >= Level.ADMIN:
             state["paths"] = {info.name: info.path for info in listed}
@@ -195,6 +198,18 @@ class ConsoleState:
                 state["tasks"] = {card.name: msgspec.to_builtins(card) for card in task_cards(service.online)}
                 state["base"] = msgspec.to_builtins(base_card(service.online))
         return state
+
+    async def _step(self) -> Section:
+        """Split the time of a step into its parts: as they were measured, or by a fit where the engine cannot."""
+        if sums := await self._sums.get():
+            if self._sums.fresh and self._last is not None:
+                self._measured.add(sums, self._last[1]["steps"], self._last[1]["step_seconds"])
+            self._split = self._measured.mean() or {**self._split, "how": "measured"}
+        else:
+            steps = await self._steps.get()
+            if self._steps.fresh:
+                self._split = fitted(msgspec.convert(steps, list[Step]))
+        return {**self._split, "floor": await self._floor.get()}
 
     async def _fair(self, state: State) -> None:
         engine = self._service.engine
@@ -259,6 +274,15 @@ class ConsoleState:
             )
             self._accuracy = key, section
         return self._accuracy[1]
+
+
+def cold_start(info: AdapterInfo, was_read: bool, ttft: float) -> dict[str, float | str]:
+    """Return the parts of an adapter's last load to the device, in seconds, and where it came from: from `disk` while
+    the request waited, from `host` memory, or from host memory where it lay since it was `registered`."""
+    origin = "disk" if was_read and ttft >= info.load_seconds else "registered" if info.loads == 1 else "host"
+    read = 0.0 if origin == "host" else info.load_seconds
+    check = min(read, info.check_seconds)
+    return {"origin": origin, "read": read - check, "check": check, "copy": info.copy_seconds, "ttft": ttft}
 
 
 def _short(seconds: float) -> float:

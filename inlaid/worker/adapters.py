@@ -72,7 +72,8 @@ class LoraAdapters:
             identity = store.replace(name, adapter, pinned)
         else:
             identity = store.add(name, adapter, bool(pinned))
-        store.counts(identity).read_seconds = seconds
+        counts = store.counts(identity)
+        counts.read_seconds, counts.check_seconds = seconds, adapter.check_seconds
 
     def _check_gated(self, adapter: Adapter) -> None:
         """Ask the accuracy gate again where the base has changed since the adapter was read."""
@@ -106,6 +107,7 @@ class LoraAdapters:
             tier=store.tier(identity),
             requests=store.references(identity),
             load_seconds=counts.read_seconds,
+            check_seconds=counts.check_seconds,
             on_host=store.on_host(identity),
             reads=counts.reads,
             loads=counts.loads,

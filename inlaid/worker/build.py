@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from inlaid.worker.checks import check_settings
 from inlaid.worker.messages import ModelInfo
 
 if TYPE_CHECKING:
+    from inlaid.kernels.timed import StepSplit
     from inlaid.worker.bases import Bases
     from inlaid.worker.loading import LoadedModel
 
@@ -41,6 +43,8 @@ class Loaded:
         None  # and keep it for Engine.add; may take seconds, on a thread
     )
     bases: Bases | None = None  # how another base comes; None: it cannot
+    split: StepSplit | None = None  # of the time of steps; None: it is not measured
+    floor: Callable[[], dict[str, float]] = dict  # of a step's time
 
 
 def build_engine(config: EngineConfig, adapters: Mapping[str, str], *, strict: bool = True) -> Loaded:
@@ -48,6 +52,7 @@ def build_engine(config: EngineConfig, adapters: Mapping[str, str], *, strict: b
     out and named."""
     began = time.monotonic()
     check_settings(config, adapters.values() if strict else ())
+    from inlaid.runner.floor import floor
     from inlaid.worker.bases import Bases
     from inlaid.worker.loading import adapter_reader, load_model, open_model, ungated_reader
 
@@ -72,7 +77,15 @@ def build_engine(config: EngineConfig, adapters: Mapping[str, str], *, strict: b
         )
         directory = LoraAdapters(config, model, read, ungated_reader(config.adapters, opened))
         bases = Bases(config, model, engine, directory)
-        loaded = Loaded(engine, _describe(config, model), directory, compile_grammar=model.grammars, bases=bases)
+        loaded = Loaded(
+            engine,
+            _describe(config, model),
+            directory,
+            compile_grammar=model.grammars,
+            bases=bases,
+            split=getattr(model.runner, "split", None),
+            floor=partial(floor, model.runner.model, model.runner.device),
+        )
         install(loaded, readers, strict)
     spent = process_age() - (time.monotonic() - began), imported - began, made - imported, time.monotonic() - made
     log.info("start-up: process %.1f s, imports %.1f s, model %.1f s, adapters %.1f s", *spent)

@@ -86,6 +86,12 @@ class Queries:
     def steps(self) -> list[Step]:
         return self._loaded.engine.scheduler.step_log.list()
 
+    def step_split(self) -> dict[str, float]:
+        return {} if self._loaded.split is None else self._loaded.split.sums()
+
+    def step_floor(self) -> dict[str, float]:
+        return self._loaded.floor()
+
     def adapter_parts(self, name: str) -> dict[str, dict[str, Any]]:
         return self._loaded.adapters.parts(name)
 

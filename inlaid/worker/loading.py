@@ -31,6 +31,7 @@ from inlaid.kernels.backend import MODULES, AdapterPages, Kernels
 from inlaid.kernels.cpu import cpu_kernels
 from inlaid.kernels.library import BuildError
 from inlaid.kernels.packed import packed_kernels
+from inlaid.kernels.timed import StepSplit
 from inlaid.model.spec import ModelSpec, read_spec
 from inlaid.model.weights import base_version, compute_dtype, fetch, load
 from inlaid.runner.memory import count_blocks
@@ -158,6 +159,8 @@ def load_model(
     max_model_len = choose_max_len(config.max_model_len, spec)
     adapters = make_store(config.adapters, spec, device, dtype, config.cache.unified_memory)
     kernels = choose_kernels(config, device, adapters.pages, spec)
+    split = StepSplit(kernels) if device.type == "cpu" else None
+    kernels = kernels if split is None else split.kernels
     arriving = make_arriving(config, spec, adapters, device, dtype)
     model = load(opened.checkpoint, spec, kernels, device, dtype, max_model_len, progress)
     if device.type == "cuda":
@@ -172,7 +175,7 @@ def load_model(
         if config.cache.unified_memory:
             unified = unify(spec, config.cache, num_blocks, max_model_len, adapters, device, dtype)
         runner = ModelRunner(
-            model, num_blocks, config.cache.block_size, device, dtype, adapters, config.seed, unified, arriving
+            model, num_blocks, config.cache.block_size, device, dtype, adapters, config.seed, unified, arriving, split
         )
     return LoadedModel(
         runner=runner,

@@ -33,6 +33,7 @@ class AdapterInfo(msgspec.Struct, frozen=True, kw_only=True):
     tier: str  # the fastest place where all of it is: "device", "host" or "disk"
     requests: int = 0  # that hold it now
     load_seconds: float = 0.0  # from disk to host memory, the last time
+    check_seconds: float = 0.0  # of these, checking and laying out
     on_host: bool = True  # whether host memory holds it, be it on the device or not
     reads: int = 0  # from disk, after the first
     loads: int = 0  # to the device

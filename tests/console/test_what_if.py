@@ -8,7 +8,7 @@ import random
 import msgspec
 import pytest
 
-from inlaid.console.split import split
+from inlaid.console.split import MeasuredSplit, fitted
 from inlaid.console.traffic import Served
 from inlaid.console.what_if import Choice, Question, WhatIfError, answer, ask
 from inlaid.engine.step_log import Load, Step
@@ -59,11 +59,30 @@ def test_what_cannot_be_replayed_is_said() -> None:
         asyncio.run(ask(question(steps=steps(10))))
 
 
-def test_a_steps_time_is_split_into_its_parts() -> None:
-    found = split(steps())
-    assert found["r_squared"] == 1.0
+def test_a_steps_time_is_split_by_a_fit_to_whole_steps() -> None:
+    found = fitted(steps())
+    assert (found["how"], found["r_squared"]) == ("fitted", 1.0)
     count = len(steps())
     assert found["adapters"] == pytest.approx(0.002 * sum(step.load.adapters for step in steps()) / count, rel=0.02)
     assert found["base"] + found["adapters"] + found["attention"] == pytest.approx(found["mean"], rel=0.02)
-    assert found["floor"] == pytest.approx(min(step.seconds for step in steps()), rel=1e-3)
-    assert split(steps(3)) == {"steps": 3, "least": 50}
+    assert fitted(steps(3)) == {"how": "fitted", "steps": 3, "least": 50}
+
+
+def test_a_measured_split_is_of_the_last_seconds() -> None:
+    measured = MeasuredSplit()
+    assert measured.mean() is None
+    for second in range(60):
+        fast = min(second, 40)  # from then on a step takes twice as long
+        slow = second - fast
+        sums = {"steps": second, "seconds": fast + 2 * slow, "adapters": 0.1 * second, "attention": 0.2 * second}
+        measured.add(sums, 4 * second, 6 * fast + 12 * slow)
+    found = measured.mean()
+    assert found is not None
+    assert (found["how"], found["steps"]) == ("measured", 29)
+    assert (found["adapters"], found["attention"]) == (0.1, 0.2)
+    seconds = (10 + 2 * 19) / 29
+    assert found["base"] == pytest.approx(seconds - 0.3, rel=1e-3)
+    assert found["mean"] == pytest.approx(1.5 * seconds, rel=1e-3)
+    assert found["host"] == pytest.approx(0.5 * seconds, rel=1e-3)
+    measured.add({"steps": 0, "seconds": 0.0, "adapters": 0.0, "attention": 0.0}, 0, 0.0)  # another engine process
+    assert measured.mean() is None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from eval import figures, judge, report
+from eval import figures, judge, page, report
 from inlaid.report.plots import PlotsMissing
 
 TEXT = dict.fromkeys(figures.RADAR, 90.0)
@@ -91,3 +92,37 @@ def test_json_holds_no_infinity(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Out of range float"):
         report.write_json(tmp_path / "r.json", {"score": float("inf")})
     assert not (tmp_path / "r.json").exists()
+
+
+def test_the_page_has_the_tables_the_faults_and_nothing_to_fetch() -> None:
+    made = whole()
+    made["name"] = "<b>demo"
+    shown = page.html(made)
+    assert "<b>demo" not in shown
+    assert "&lt;b&gt;demo: accuracy" in shown
+    assert "<td>bad</td><td>2</td><td>90.00</td><td>5.00</td><td>10.00</td><td>b</td>" in shown
+    assert '<span class="token p3">10.0*</span>' in shown
+    assert "<li><b>b</b> with adapter b: dead</li>" in shown
+    assert "1 of 8 answers differ from the oracle's." in shown
+    assert "<td>94.4 %</td>" in shown  # text metrics of `bad`, of full precision
+    assert json.loads(shown.split('type="application/json">')[1].split("</script>")[0])[0]["x"] == [2, 4]
+    assert not re.findall(r"(?:src|href)=|url\((?!data:)", shown)
+
+
+def test_the_page_of_several_seeds_has_means_and_ranges() -> None:
+    made = whole()
+    again = [{**record, "seed": 1, "score": record["score"] - 1, "drop": record["drop"] + 1} for record in records()]
+    shown = page.html({**made, "records": [*records(), *again]})
+    assert "<td>bad</td><td>2</td><td>89.50 (89.00&ndash;90.00)</td><td>5.50 (5.00&ndash;6.00)</td>" in shown
+
+
+def test_a_page_is_made_of_a_recorded_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recorded = Path(__file__).parents[2] / "eval" / "results" / "demo.json"
+    assert page.main([str(recorded), "--out", str(tmp_path / "demo.html")]) == 0
+    assert "mlgptq-minimax" in (tmp_path / "demo.html").read_text()
+    (tmp_path / "x.json").write_text("{}")
+    assert page.main([str(tmp_path / "x.json")]) == 2
+    assert page.main([str(tmp_path / "none.json")]) == 2
+    said = capsys.readouterr().err
+    assert "x.json is no report of python -m eval.run: KeyError 'records'" in said
+    assert "none.json: No such file or directory" in said

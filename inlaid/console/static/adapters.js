@@ -85,11 +85,20 @@ export function Adapters() {
     <p></p><${Loader} />`;
 }
 
+const ORIGINS = {
+  disk: "Its files were read while the request waited.",
+  registered: "Its files were read when it was registered, before the request.",
+  host: "It lay in host memory, so nothing was read.",
+};
+
 function Waterfall({ cold }) {
   if (!cold) return html`<p class="muted">It has not been loaded for a request yet, or not since the console looks.</p>`;
-  const parts = [["read and check", cold.read], ["copy to the device", cold.copy]];
-  const rest = Math.max(0, cold.ttft - cold.copy - (cold.ttft > cold.read + cold.copy ? cold.read : 0));
-  parts.push(["wait, prompt and first token", rest]);
+  const before_it = cold.origin === "registered" ? ", before" : "";
+  const waited = cold.copy + (cold.origin === "disk" ? cold.read + cold.check : 0);
+  const parts = [
+    [`read its files${before_it}`, cold.read], [`check and lay out${before_it}`, cold.check], ["copy to the device", cold.copy],
+    ["queue, prompt and first token", Math.max(0, cold.ttft - waited)],
+  ];
   const sum = parts.reduce((total, [, seconds]) => total + seconds, 0) || 1;
   let before = 0;
   return html`<table><caption class="sr">Cold start</caption><tbody>${parts.map(([name, seconds], at) => {
@@ -98,7 +107,7 @@ function Waterfall({ cold }) {
     return html`<tr key=${name}><th scope="row" class="text">${name}</th><td>${format.seconds(seconds)}</td>
       <td style=${{ width: "55%" }}><div class="bar" aria-hidden="true"><span style=${{ width: `${left}%` }}></span><span class=${`k${at}`} style=${{ width: `${Math.max(0.5, (100 * seconds) / sum)}%` }}></span></div></td></tr>`;
   })}</tbody></table>
-  <p class="muted">Time to first token of the slowest request of that start: ${format.seconds(cold.ttft)}.</p>`;
+  <p class="muted">${ORIGINS[cold.origin]} Time to first token of the slowest request of that start: ${format.seconds(cold.ttft)}.</p>`;
 }
 
 const MODULE = (name, part) => {

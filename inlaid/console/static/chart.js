@@ -17,7 +17,7 @@ export function draw(box, { x, series, show, tick, max, least = 1, whole = false
       scales: { x: { time: tick.length > 1, range: (self, low, high) => (self.data[0].length < 2 ? [low - 300, low + 300] : [low, high]) }, y: { range: (_, low, high) => [0, max ?? Math.max(least, (high || 0) * 1.08)] } },
       axes: [
         { ...axis, space: 80, size: 34, values: (_, ticks, at, space, step) => ticks.map((each) => tick(each, step < 60)) },
-        { ...axis, size: 68, incrs: whole ? WHOLE : undefined, values: (_, ticks) => ticks.map((each) => show(each)) },
+        { ...axis, size: (_, values) => 24 + 7 * Math.max(4, ...(values || []).map((each) => each.length)), incrs: whole ? WHOLE : undefined, values: (_, ticks) => ticks.map((each) => show(each)) },
       ],
       series: [{}, ...series.map((each, place) => ({ label: each.label, stroke: colour(`--c${place % 6}`), width: 1.6, points: { show: (self) => self.data[0].length < 12, size: 5 }, spanGaps: each.spanGaps || false }))],
       hooks: { setCursor: [(self) => onCursor(self.cursor.idx)] },

@@ -4,16 +4,27 @@ import { Chart, Facts } from "./parts.js";
 import { section, store } from "./store.js";
 
 function Step({ step, busy }) {
-  if (!step.mean) return html`<div class="card"><h2>A step's time</h2><p class="muted">${step.steps ?? 0} of ${step.least ?? 50} measured steps so far; the split needs more.</p></div>`;
+  const measured = step.how === "measured";
+  if (!step.mean) return html`<div class="card"><h2>A step's time</h2><p class="muted">${measured ? "No step yet." : `${step.steps ?? 0} of ${step.least ?? 50} steps so far; the split needs more.`}</p></div>`;
   const parts = [["base", step.base], ["adapters", step.adapters], ["attention", step.attention]];
+  if (measured) parts.push(["host", step.host]);
+  const floor = step.floor || {};
   const sum = parts.reduce((total, [, value]) => total + value, 0) || 1;
   return html`<div class="card"><h2>A step's time</h2>
     <div class="bar" role="img" aria-label=${parts.map(([name, value]) => `${name} ${format.seconds(value)}`).join(", ")}>
       ${parts.map(([name, value], at) => html`<span key=${name} class=${`k${at}`} style=${{ width: `${(100 * value) / sum}%` }}></span>`)}
     </div>
     <div class="legend">${parts.map(([name, value], at) => html`<span key=${name}><span class=${`swatch k${at}`}></span>${name} <b>${format.seconds(value)}</b></span>`)}</div>
-    <${Facts} items=${[["mean step", format.seconds(step.mean)], ["floor: the fastest step", format.seconds(step.floor)], ["above the floor", `${format.number(step.mean / step.floor, 3)} ×`], ["idle", format.share(1 - (busy ?? 0))]]} />
-    <p class="muted">Estimated by a fit to ${step.steps} measured steps, which explains ${format.share(Math.max(0, step.r_squared))} of their differences.</p>
+    <${Facts} items=${[
+      ["mean step", format.seconds(step.mean)], ["floor", format.seconds(floor.seconds)],
+      ["mean / floor", floor.seconds ? `${format.number(step.mean / floor.seconds, 3)} ×` : "–"], ["idle", format.share(1 - (busy ?? 0))],
+    ]} />
+    <p class="muted">${measured
+      ? `Measured by clocks around the kernels of ${format.count(step.steps)} steps of the last 30 s, one of every four. Base: linears, norms, head and sampling. Host: scheduling and messages between the steps.`
+      : `Estimated, not measured: a fit to ${format.count(step.steps)} whole steps, which explains ${format.share(Math.max(0, step.r_squared))} of their differences. Base has the host's part in it.`}</p>
+    <p class="muted">${floor.seconds
+      ? `Floor: the base's ${format.bytes(floor.bytes)} of weights read once at the ${format.bytes(floor.rate)} per s of a large copy. Idle: the time between steps in which no request was there.`
+      : "Floor: unknown, as no bandwidth was measured for this device. Idle: the time between steps in which no request was there."}</p>
   </div>`;
 }
 

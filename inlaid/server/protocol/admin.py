@@ -55,6 +55,7 @@ class AdapterState(Payload, kw_only=True):
     tier: str
     requests: int
     load_seconds: float
+    check_seconds: float
     on_host: bool
     reads: int
     loads: int
