@@ -23,8 +23,8 @@ from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.flags import Parser
 from inlaid.report.plots import legend, new_figure, save
 from inlaid.report.provenance import provenance
-from inlaid.sim.cluster import ClusterOutcome, prices_of
-from inlaid.sim.cost import load_cost
+from inlaid.sim.cluster import ClusterOutcome
+from inlaid.sim.cost import load_cost, prices_of
 from inlaid.sim.request_log import Arrival, RequestRecord
 from inlaid.sim.scaling import Machine, Scaled, Start, parse_feature
 from inlaid.sim.simulate import Setup

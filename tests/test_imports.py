@@ -65,7 +65,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "cluster.planner",
         "cluster.shares",
     },
-    "cluster": {"engine", "worker", "text", "server", "cli", "workload.toml"},
+    "cluster": {"engine", "worker", "text", "server", "cli", "workload.toml", "sim.cost", "sim.fit"},
     "server": {
         "engine",
         "text",

@@ -23,7 +23,7 @@ from inlaid.cluster.fleet import Fleet, MakeReplica, Replica
 from inlaid.cluster.front_limits import FrontLimits
 from inlaid.cluster.merge import MERGED, merge_adapter, merge_adapters
 from inlaid.cluster.placement import Placement, Predicted
-from inlaid.cluster.scaler import Scaler
+from inlaid.cluster.scaler import Loop
 from inlaid.cluster.shares import Shares
 from inlaid.cluster.view import Ask, prefix_keys
 from inlaid.config import EngineConfig
@@ -60,7 +60,7 @@ class ClusterClient:
     ) -> None:
         self.fleet = Fleet(config, adapters or {}, make, give_up)
         self.adapters: dict[str, AdapterInfo] = {}
-        self.scaler: Scaler | None = None
+        self.loops: list[Loop] = []  # run while it serves: the scaler, the pricer
         self.num_moved = 0  # requests that another replica took over
         self._placement = placement
         self._count = count
@@ -120,8 +120,8 @@ class ClusterClient:
         model = await self.fleet.start(self._count)
         await self.list_adapters()
         self._teller = asyncio.create_task(self._keep_telling())
-        if self.scaler is not None:
-            self.scaler.start()
+        for loop in self.loops:
+            loop.start()
         return model
 
     async def generate(self, request: NewRequest, timeout: float = 0.0) -> AsyncGenerator[Output, None]:
@@ -385,8 +385,8 @@ class ClusterClient:
     async def close(self) -> None:
         """End all replicas; requests in flight fail."""
         self._closing = True
-        if self.scaler is not None:
-            await self.scaler.close()
+        for loop in self.loops:
+            await loop.close()
         if self._teller is not None:
             self._teller.cancel()
             await asyncio.gather(self._teller, return_exceptions=True)

@@ -25,6 +25,7 @@ from inlaid.cluster.client import ClusterClient
 from inlaid.cluster.fleet import MakeReplica
 from inlaid.cluster.placement import PLACEMENTS, make_placement
 from inlaid.cluster.planner import BoundsPlanner, Router, SloPlanner, router_of
+from inlaid.cluster.pricing import Pricer
 from inlaid.cluster.scaler import Scaler
 from inlaid.cluster.view import Prices
 from inlaid.config import ConfigError, EngineConfig, ServerConfig, TaskConfig
@@ -34,6 +35,7 @@ from inlaid.worker.client import EngineClient
 from inlaid.workload.toml import load_toml
 
 _PLACEMENT = "predicted"
+_OF_OBJECTIVE = 0.8  # what placement aims at, as prompts come on top of its steps of decodes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,19 +124,22 @@ def make_client(
         make = ray_replicas(args.ray_address, args.gpus_per_replica, timeout, environment)
     else:
         make = local_replicas(on_death=on_death, timeout=timeout, environment=environment, **options)
+    prices = Prices()
     client = ClusterClient(
         config,
         adapters,
         make=make,
-        placement=make_placement(args.placement, Prices()),
+        placement=make_placement(args.placement, prices, objective=_OF_OBJECTIVE * args.tpot_slo),
         count=least,
         resume=args.on_replica_death == "resume",
         give_up=give_up,
     )
     if args.router is not None:
-        client.scaler = Scaler(BoundsPlanner(bounds), client.fleet)
+        client.loops.append(Scaler(BoundsPlanner(bounds), client.fleet))
     elif most > least:
-        client.scaler = Scaler(SloPlanner(least, most, ttft=args.ttft_slo, tpot=args.tpot_slo), client.fleet)
+        planner = SloPlanner(least, most, prices, args.ttft_slo, args.tpot_slo)
+        client.loops.append(Scaler(planner, client.fleet))
+    client.loops.append(Pricer(prices, client.fleet, lambda: client.adapters.values()))
     return client
 
 

@@ -270,5 +270,6 @@ async def _state(replica: Replica) -> ReplicaState:
         state=replica.state,
         requests=replica.view.size,
         restarts=replica.engine.num_restarts,
+        pace=round(replica.view.pace, 2),
         stats=stats,
     )

@@ -186,14 +186,14 @@ class Predicted:
         meanwhile; then its own prompt, less what the prefix cache saves."""
         prices = self.prices
         step = _step(prices, view, ask)
-        queue = prices.prefill_seconds(view.waiting_tokens, view.num_waiting)
+        queue = view.pace * prices.prefill_seconds(view.waiting_tokens, view.num_waiting)
         missing = view.size + 1 - view.seats
         if missing > 0:
             queue += missing * step * view.expected / view.size / view.seats
         load = 0.0
         if not view.has(ask.adapter):
             load = prices.load_seconds(ask.rank, view.on_host is None or ask.adapter in view.on_host)
-        return step + max(queue, load) + prices.prefill_seconds(ask.prompt - view.cached(ask))
+        return step + max(queue, load) + view.pace * prices.prefill_seconds(ask.prompt - view.cached(ask))
 
     def _spread(self, ask: Ask, now: float) -> int:
         """Count a request into its adapter's demand, and return how many replicas the adapter may use."""
@@ -228,7 +228,7 @@ def _step(prices: Prices, view: ReplicaView, ask: Ask | None) -> float:
         if ask.adapter is not None and ask.adapter not in view.adapters:
             adapters, ranks = adapters + 1, ranks + ask.rank
     running = min(1.0, view.seats / max(1, rows))  # the rest waits
-    return prices.step_seconds(rows * running, adapters, ranks, context * running)
+    return view.pace * prices.step_seconds(rows * running, adapters, ranks, context * running)
 
 
 def in_order(adapter: str, views: Sequence[ReplicaView]) -> list[ReplicaView]:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, Protocol
 
 from inlaid.cluster.fleet import Fleet
 from inlaid.cluster.planner import Load, Planner
@@ -17,6 +17,14 @@ log = logging.getLogger(__name__)
 _INTERVAL = 0.5  # seconds between two plans
 _PAUSE = 10.0  # seconds after a replica that could not start
 _PATIENCE = 60.0  # seconds that a replica's requests have before they go on elsewhere
+
+
+class Loop(Protocol):
+    """A task that runs beside the serving, from its start to its end."""
+
+    def start(self) -> None: ...
+
+    async def close(self) -> None: ...
 
 
 class Scaler:

@@ -1,6 +1,7 @@
 """ReplicaView: a replica as its front sees it: the requests that it was sent, and what its answers say of it.
 
-Placement reads views; the cluster's client and the simulator write them. Prices turn what a view holds into seconds.
+Placement reads views; the cluster's client and the simulator write them. Prices turn what a view holds into seconds;
+a list of them is one object, which `pricing.py` brings up to date.
 Pure: no clock, no Ray, no torch.
 """
 
@@ -14,7 +15,7 @@ MAX_PREFIXES = 8192  # chunks of prompts that a view remembers
 PREFIX_CHUNK = 64  # tokens of a prompt under one key
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prices:
     """Seconds per unit of a replica's work: the parts of a fitted cost model that placement uses."""
 
@@ -65,6 +66,7 @@ class ReplicaView:
     slots: int  # adapters on the device at once
     is_open: bool = True  # new requests may be sent
     silent: float = 0.0  # seconds that it has owed an answer
+    pace: float = 1.0  # seconds of its steps for each second that the prices say
     resident: Collection[str] = frozenset()
     on_host: Collection[str] | None = None  # None: host memory holds all adapters
     waiting_tokens: int = 0  # of prompts that have no output yet

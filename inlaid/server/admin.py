@@ -18,7 +18,10 @@ from inlaid.server.protocol.admin import (
     AdapterCard,
     AdapterList,
     LoadAdapterBody,
+    MeasuredLoad,
+    MeasuredStep,
     SchedulerBody,
+    StepList,
     UnloadAdapterBody,
 )
 from inlaid.server.protocol.console import ChangeAdapterBody, ChangedAdapter
@@ -100,6 +103,17 @@ async def fairness(request: web.Request) -> web.Response:
         return answer(await request.app[SERVICE].engine.call("fairness", window=window))
     except ValueError as error:
         raise BadRequest(str(error), "window") from error
+
+
+async def list_steps(request: web.Request) -> web.Response:
+    """List the last steps that were measured, and the last load of each adapter: what a cost model is fitted to."""
+    engine = request.app[SERVICE].engine
+    steps = msgspec.convert(await engine.call("steps"), list[MeasuredStep])
+    loads = [
+        MeasuredLoad(rank=info.rank, read_seconds=info.load_seconds, copy_seconds=info.copy_seconds)
+        for info in await engine.list_adapters()
+    ]
+    return answer(StepList(steps=steps, loads=loads))
 
 
 async def finish(request: web.Request, change: Awaitable[_T]) -> _T:

@@ -9,7 +9,14 @@ from inlaid.server.chat import chat_completions
 from inlaid.server.completions import completions
 from inlaid.server.messages import count_tokens, create_message
 from inlaid.server.programs import programs
-from inlaid.server.protocol.admin import AdapterList, LoadAdapterBody, ReplicaList, SchedulerBody, UnloadAdapterBody
+from inlaid.server.protocol.admin import (
+    AdapterList,
+    LoadAdapterBody,
+    ReplicaList,
+    SchedulerBody,
+    StepList,
+    UnloadAdapterBody,
+)
 from inlaid.server.protocol.anthropic import CountBody, InputTokens, MadeMessage, MessageEvent, MessagesBody
 from inlaid.server.protocol.chat import ChatBody, ChatChunk, ChatCompletion
 from inlaid.server.protocol.console import ChangeAdapterBody, ChangedAdapter
@@ -146,6 +153,7 @@ ROUTES = (
     Route("GET", "/v1/replicas", replicas.list_replicas, Guard.OPERATOR, answers=(ReplicaList,)),
     Route("POST", "/v1/replicas", replicas.add_replica, Guard.ADMIN, answers=(ReplicaList,)),
     Route("DELETE", "/v1/replicas/{name}", replicas.drain_replica, Guard.ADMIN, answers=(ReplicaList,)),
+    Route("GET", "/v1/steps", admin.list_steps, Guard.OPERATOR, answers=(StepList,)),
     Route("GET", "/v1/scheduler", admin.get_scheduler, Guard.OPERATOR, answers=(dict[str, Any],)),
     Route("PUT", "/v1/scheduler", admin.put_scheduler, Guard.ADMIN, SchedulerBody, (dict[str, Any],)),
     Route(

@@ -12,34 +12,17 @@ from typing import Any
 
 from inlaid.cluster.placement import Placement
 from inlaid.cluster.shares import Shares
-from inlaid.cluster.view import Ask, Prices, ReplicaView
+from inlaid.cluster.view import Ask, ReplicaView
 from inlaid.engine.cost import LinearCost
 from inlaid.engine.engine import Engine
 from inlaid.engine.remote import RemoteCharges
 from inlaid.engine.request import NewRequest, Output
 from inlaid.sim.adapters import SimAdapters
-from inlaid.sim.cost import CostModel
 from inlaid.sim.request_log import Arrival, RequestLog, RequestRecord
 from inlaid.sim.simulate import Clock, Setup, make_engine
 
 ASK_AGAIN = 0.05  # seconds until a placement that named no replica is asked again
 _PRICES = LinearCost()
-
-
-def prices_of(cost: CostModel) -> Prices:
-    """Return a machine's prices for placement."""
-    return Prices(
-        step=cost.step,
-        floor=cost.floor,
-        context=cost.prompt_context,
-        prefill_token=cost.prefill_tokens,
-        prefill=cost.prefills,
-        decode=cost.decodes,
-        adapter=cost.adapters,
-        rank=cost.ranks,
-        load_base=cost.load_base,
-        load_rank=cost.load_rank,
-    )
 
 
 class SimReplica:

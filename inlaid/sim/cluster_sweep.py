@@ -9,8 +9,8 @@ import numpy as np
 
 from inlaid.cluster.placement import PLACEMENTS, make_placement
 from inlaid.report import tables
-from inlaid.sim.cluster import ClusterOutcome, prices_of, simulate_cluster
-from inlaid.sim.cost import load_cost
+from inlaid.sim.cluster import ClusterOutcome, simulate_cluster
+from inlaid.sim.cost import load_cost, prices_of
 from inlaid.sim.experiment import draw_trace
 from inlaid.sim.simulate import Setup
 from inlaid.workload.arrivals import Arrivals

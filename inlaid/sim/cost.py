@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from inlaid.cluster.view import Prices
 from inlaid.engine.step_log import Load as Load
 from inlaid.engine.step_log import Step as Step
 
@@ -70,6 +71,22 @@ class CostModel:
 
     def save(self, path: Path) -> None:
         path.write_bytes(msgspec.json.format(msgspec.json.encode(asdict(self)), indent=1) + b"\n")
+
+
+def prices_of(cost: CostModel) -> Prices:
+    """Return a machine's prices for placement."""
+    return Prices(
+        step=cost.step,
+        floor=cost.floor,
+        context=cost.prompt_context,
+        prefill_token=cost.prefill_tokens,
+        prefill=cost.prefills,
+        decode=cost.decodes,
+        adapter=cost.adapters,
+        rank=cost.ranks,
+        load_base=cost.load_base,
+        load_rank=cost.load_rank,
+    )
 
 
 def load_cost(name: str) -> CostModel:

@@ -2,14 +2,19 @@
 
     python -m inlaid.sim.fit STEPS.jsonl --name h200 --out perf/results/h200-cost.json
 
-STEPS.jsonl has one line per step, {"seconds": ..., "load": {...}}, as `python -m perf.validate --steps` writes it.
-A quarter of the steps is held out; the error on them is in the file.
+    python -m inlaid.sim.fit --url http://127.0.0.1:8000 --name mine --out mine.json
+
+STEPS.jsonl has one line per step, {"seconds": ..., "load": {...}}, as `python -m perf.validate --steps` writes it. A
+server keeps such steps while it serves (`GET /v1/steps`), and knows how long its adapters took to load. A quarter of
+the steps is held out; the error on them is in the file.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -135,6 +140,33 @@ def read_steps(path: Path) -> list[Step]:
         raise ValueError(f"{path} is not a file of steps: {error}") from error
 
 
+class Measured(msgspec.Struct, frozen=True):
+    """Steps and loads that a server measured while it served."""
+
+    steps: list[Step]
+    loads: list[dict[str, float]]
+
+    @property
+    def load_rank(self) -> float:
+        """Seconds that a copy to the device usually takes for each unit of rank; 0: no adapter was copied."""
+        known = [load["copy_seconds"] / load["rank"] for load in self.loads if load["copy_seconds"] and load["rank"]]
+        return float(np.median(known)) if known else 0.0
+
+
+def ask_steps(url: str, key: str | None) -> Measured:
+    """Ask a server for its steps. ValueError says why it has none."""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    request = urllib.request.Request(url.rstrip("/") + "/v1/steps", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return msgspec.json.decode(answer.read(), type=Measured)
+    except urllib.error.HTTPError as error:
+        need = "; give its admin key with --api-key" if error.code in {401, 403} else ""
+        raise ValueError(f"{url}/v1/steps answers {error.code}{need}") from error
+    except (OSError, msgspec.DecodeError) as error:
+        raise ValueError(f"no inlaid server answers at {url}: {error}") from error
+
+
 def write_steps(path: Path, steps: Sequence[Step]) -> None:
     path.write_bytes(b"".join(msgspec.json.encode(step) + b"\n" for step in steps))
 
@@ -149,7 +181,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from inlaid.report.provenance import provenance
 
     parser = Parser(description=__doc__)
-    parser.add_argument("steps", type=Path, nargs="+")
+    parser.add_argument("steps", type=Path, nargs="*", metavar="STEPS.jsonl")
+    parser.add_argument("--url", help="of a server: the steps that it measured while it served")
+    parser.add_argument("--api-key", help="admin key of that server")
     parser.add_argument("--name", required=True)
     parser.add_argument("--source", default="fitted to measured steps")
     parser.add_argument("--load-base", type=float, default=0.0, help="seconds to load an adapter, whatever its rank")
@@ -158,6 +192,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         steps = [step for path in args.steps for step in read_steps(path)]
+        if args.url:
+            measured = ask_steps(args.url, args.api_key)
+            steps += measured.steps
+            args.load_rank = args.load_rank or measured.load_rank
+        elif not args.steps:
+            parser.error("name files of steps, or a server with --url")
         kept = [step for place, step in enumerate(steps) if place % 4]
         model = fit(kept, args.name, args.source, args.load_base, args.load_rank)
     except (ValueError, OSError) as error:

@@ -21,6 +21,7 @@ class ReplicaState(msgspec.Struct, frozen=True, kw_only=True):
     state: str  # starting, serving, draining or down
     requests: int
     restarts: int
+    pace: float = 1.0  # seconds of its steps for each second of the replicas' together
     stats: dict[str, float] = {}  # empty while it does not answer
 
 

@@ -11,8 +11,8 @@ from inlaid.cluster.view import Ask
 from inlaid.engine.ledger import Ledger
 from inlaid.engine.remote import RemoteCharges
 from inlaid.engine.request import NewRequest, SamplingParams
-from inlaid.sim.cluster import ClusterOutcome, prices_of, simulate_cluster
-from inlaid.sim.cost import load_cost
+from inlaid.sim.cluster import ClusterOutcome, simulate_cluster
+from inlaid.sim.cost import load_cost, prices_of
 from inlaid.sim.request_log import Arrival
 from inlaid.sim.simulate import Setup
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.server.live import DEMO, Live
+from inlaid.sim import fit
+from inlaid.sim.cost import Load, load_cost
+from tests.server.live import ADMIN_KEY, DEMO, Live
 
 MESSAGES = [{"role": "user", "content": "hello there"}]
 
@@ -106,10 +109,29 @@ def test_only_the_admin_key_changes_anything_or_sees_tenants(server: Live) -> No
         ("POST", "/unload_lora_adapter", {"lora_name": "to_velar"}),
         ("PUT", "/v1/scheduler", {"policy": "vtc"}),
         ("GET", "/v1/fairness", None),
+        ("GET", "/v1/steps", None),
     ]:
         for headers in ({}, {"Authorization": "Bearer wrong"}):
             assert server.ask(method, path, body, headers).status == 401
     assert "to_velar" in models(server)
+
+
+def test_a_cost_model_is_fitted_to_what_a_server_measured(
+    server: Live, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--url", server.url, "--api-key", ADMIN_KEY, "--name", "here", "--out", str(tmp_path / "here.json")]
+    while len(told := server.admin("GET", "/v1/steps").json["steps"]) < 70:
+        for words in ("one", "one two three four five six"):
+            server.ask("POST", "/v1/completions", {"model": "to_velar", "prompt": words, "max_tokens": 60})
+    assert all(step["seconds"] > 0 and step["load"]["adapters"] <= 1 for step in told)
+    assert fit.main(command) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] >= 10
+    cost = load_cost(str(tmp_path / "here.json"))
+    assert 0 < cost.step_seconds(Load(decodes=1, adapters=1, adapter_rows=1)) < 10
+    assert fit.main([*command[:2], *command[4:]]) == 2
+    assert "--api-key" in capsys.readouterr().err
+    assert fit.main(["--url", "http://127.0.0.1:1", *command[4:]]) == 2
+    assert "no inlaid server answers" in capsys.readouterr().err
 
 
 def test_the_scheduler_is_changed_while_serving(server: Live) -> None:

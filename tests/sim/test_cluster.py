@@ -6,7 +6,8 @@ import pytest
 
 from inlaid.cluster.placement import PLACEMENTS, make_placement
 from inlaid.sim import cluster_sweep
-from inlaid.sim.cluster import prices_of, simulate_cluster
+from inlaid.sim.cluster import simulate_cluster
+from inlaid.sim.cost import prices_of
 
 
 @pytest.fixture(scope="module")

@@ -38,11 +38,32 @@ class ReplicaCard(Payload, kw_only=True):
     state: str
     requests: int
     restarts: int
+    pace: float  # seconds of its steps for each second of the replicas' together
     stats: dict[str, float]
 
 
 class ReplicaList(Payload, kw_only=True):
     replicas: list[ReplicaCard]
+
+
+class MeasuredStep(Payload, kw_only=True):
+    """A step, its wall time and what it held; the fields of the load are those of `inlaid.sim`'s cost model."""
+
+    seconds: float
+    load: dict[str, int]
+
+
+class MeasuredLoad(Payload, kw_only=True):
+    """Seconds that an adapter of this rank took, the last time; 0: never yet."""
+
+    rank: int
+    read_seconds: float
+    copy_seconds: float
+
+
+class StepList(Payload, kw_only=True):
+    steps: list[MeasuredStep]
+    loads: list[MeasuredLoad]
 
 
 class AdapterState(Payload, kw_only=True):
