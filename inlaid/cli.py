@@ -35,6 +35,9 @@ from inlaid.worker import logs
 _ROOT = Path(__file__).resolve().parents[1]
 _PACKED = Path(__file__).parent / "demo"  # in a wheel
 DEMO = _PACKED if _PACKED.is_dir() else _ROOT / "models" / "demo"
+SMOLLM2 = _ROOT / "models" / "cache" / "smollm2"
+SMOLLM2_ADAPTERS = _ROOT / "models" / "smollm2" / "adapters"
+DEMOS = ("tiny", "smollm2")
 _MAX_NAMES = 16  # adapters that the line at the start lists
 
 # command, module, function that adds its arguments, function that runs it, help
@@ -131,7 +134,16 @@ def engine_config(args: argparse.Namespace, model: str) -> EngineConfig:
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", default="", help="a Hugging Face folder or hub id; none: the bundled demo")
+    parser.add_argument(
+        "model", nargs="?", default="", help="a Hugging Face folder, a .gguf file or a hub id; none: the demo"
+    )
+    parser.add_argument(
+        "--demo",
+        choices=DEMOS,
+        default=None,
+        help="without a model, what is served: the bundled base of 5M parameters (tiny, the default), or a real one of "
+        "135M that `bash models/download.sh smollm2` fetches",
+    )
     for config in (EngineConfig, SchedulerConfig, CacheConfig, AdapterConfig, SpeculationConfig):
         add_config_arguments(parser, config)
 
@@ -173,19 +185,39 @@ def _parse_adapter(text: str) -> tuple[str, str, bool]:
     return name, path, False
 
 
-def demo_adapters() -> dict[str, str]:
-    """Return the paths of the bundled adapters by name. UsageError: this installation has no demo."""
+def demo_name(demo: str | None) -> str:
+    """Return the name of a demo's base in the API."""
+    return "smollm2" if demo == "smollm2" else "demo"
+
+
+def demo_base(demo: str | None) -> Path:
+    """Return the folder of a demo's base. UsageError: it is not here."""
+    if demo == "smollm2":
+        if not (SMOLLM2 / "config.json").exists():
+            raise UsageError(f"the base smollm2 is not at {SMOLLM2}; fetch it: bash models/download.sh smollm2")
+        return SMOLLM2
     if not (DEMO / "base" / "config.json").exists():
         raise UsageError(f"no model named, and the bundled demo is not at {DEMO}; name a model")
-    folders = [*sorted((DEMO / "adapters").iterdir()), *sorted((DEMO / "extra").glob("*"))]
-    return {path.name: str(path) for path in folders if (path / "adapter_config.json").exists()}
+    return DEMO / "base"
 
 
-def model_and_adapters(model: str, given: dict[str, str]) -> tuple[str, dict[str, str]]:
-    """Return the model to load and its adapters; the demo brings its own beside those given."""
+def demo_adapters(demo: str | None) -> dict[str, str]:
+    """Return the paths of a demo's adapters by name: those that are bundled, and those trained here."""
+    if demo == "smollm2":
+        parents = [SMOLLM2_ADAPTERS, SMOLLM2.parent / "smollm2-adapters"]
+    else:
+        parents = [DEMO / "adapters", DEMO / "extra"]
+    folders = [folder for parent in parents for folder in sorted(parent.glob("*"))]
+    return {folder.name: str(folder) for folder in folders if (folder / "adapter_config.json").exists()}
+
+
+def model_and_adapters(model: str, given: dict[str, str], demo: str | None = None) -> tuple[str, dict[str, str]]:
+    """Return the model to load and its adapters; a demo brings its own beside those given."""
     if model:
+        if demo:
+            raise UsageError(f"--demo {demo} serves a model of its own; leave it out, or leave {model} out")
         return model, given
-    return str(DEMO / "base"), {**demo_adapters(), **given}
+    return str(demo_base(demo)), {**demo_adapters(demo), **given}
 
 
 # serve
@@ -213,12 +245,12 @@ def add_serve_arguments(parser: argparse.ArgumentParser) -> None:
 def run_serve(args: argparse.Namespace) -> int:
     from inlaid.server.serving import serve
 
-    model, adapters = model_and_adapters(args.model, parse_adapters(args.adapter))
+    model, adapters = model_and_adapters(args.model, parse_adapters(args.adapter), args.demo)
     args.pin_adapter = pinned_adapters(args, adapters)
     config = config_from(args, ServerConfig, tasks=config_from(args, TaskConfig))
     logs.configure(level=config.log_level, form=config.log_format)
     if not args.model and not config.served_model_name:
-        config = replace(config, served_model_name="demo")
+        config = replace(config, served_model_name=demo_name(args.demo))
     print(f"Loading {model} and {len(adapters)} adapters …", file=sys.stderr, flush=True)
     return run_loop(serve(config, engine_config(args, model), adapters, announce))
 
@@ -309,17 +341,17 @@ def run_generate(args: argparse.Namespace) -> int:
 def _generate_adapters(args: argparse.Namespace) -> tuple[str, dict[str, str], str | None]:
     """Return the model, the adapters to load (the chosen one only) and the chosen name."""
     if args.adapter is None:
-        return args.model or model_and_adapters("", {})[0], {}, None
+        return model_and_adapters(args.model, {}, args.demo)[0], {}, None
     if "=" in args.adapter:
         (name, path), *_ = parse_adapters([args.adapter]).items()
-    elif not args.model and args.adapter in (bundled := demo_adapters()):
+    elif not args.model and args.adapter in (bundled := demo_adapters(args.demo)):
         name, path = args.adapter, bundled[args.adapter]
     elif Path(args.adapter).is_dir():
         name, path = Path(args.adapter).resolve().name, args.adapter
     else:
-        known = "" if args.model else f", nor one of the demo's: {', '.join(demo_adapters())}"
+        known = "" if args.model else f", nor one of the demo's: {', '.join(demo_adapters(args.demo))}"
         raise UsageError(f"--adapter {args.adapter}: neither NAME=PATH nor a folder{known}")
-    return args.model or str(DEMO / "base"), {name: path}, name
+    return model_and_adapters(args.model, {}, args.demo)[0], {name: path}, name
 
 
 def _chat(say: Callable[[list[dict[str, str]]], str], who: str, remember: bool) -> int:

@@ -215,7 +215,7 @@ class SpeculationConfig:
 class EngineConfig:
     """Everything the step loop needs."""
 
-    model: str = option("", "a local Hugging Face folder or a hub id; empty: the bundled demo")
+    model: str = option("", "a local Hugging Face folder, a .gguf file or a hub id; empty: the bundled demo")
     dtype: str = option(
         "auto", "compute type", ("auto", "float32", "float16", "bfloat16"), section="Model, device and kernels"
     )

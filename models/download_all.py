@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data.fetching import fetch_each
 from inlaid.flags import Parser
-from models import download_lora, download_model, hub
+from models import download_lora, download_model, download_smollm2, hub
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,7 +17,9 @@ def main(argv: list[str] | None = None) -> int:
     output = parser.parse_args(argv).output
     models = download_model.jobs(list(download_model.MODELS), output)
     bases = [base for base, adapters in download_lora.ADAPTERS.items() if adapters]
-    return fetch_each("download", [*models, *download_lora.jobs(bases, output / "adapters")])
+    return fetch_each(
+        "download", [download_smollm2.job(output), *models, *download_lora.jobs(bases, output / "adapters")]
+    )
 
 
 if __name__ == "__main__":

@@ -89,12 +89,12 @@ def run(args: argparse.Namespace) -> int:
         return status(args.url)
     from inlaid.server.serving import serve
 
-    model, adapters = cli.model_and_adapters(args.model, cli.parse_adapters(args.adapter))
+    model, adapters = cli.model_and_adapters(args.model, cli.parse_adapters(args.adapter), args.demo)
     args.pin_adapter = cli.pinned_adapters(args, adapters)
     config = config_from(args, ServerConfig, tasks=config_from(args, TaskConfig))
     logs.configure(level=config.log_level, form=config.log_format)
     if not args.model and not config.served_model_name:
-        config = replace(config, served_model_name="demo")
+        config = replace(config, served_model_name=cli.demo_name(args.demo))
     print(
         f"Starting {args.replicas[0]} replicas of {model} with {len(adapters)} adapters …", file=sys.stderr, flush=True
     )

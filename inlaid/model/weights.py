@@ -17,6 +17,7 @@ from types import MappingProxyType
 import torch
 
 from inlaid.checkpoint import Checkpoint, QuantizedLinear, QuantSpec
+from inlaid.convert.folder import SUFFIX, converted
 from inlaid.files import write_atomically
 from inlaid.kernels.backend import MODULES, Gemm, HeadLinear, HeadNorms, Kernels, LinearBackend, Site
 from inlaid.kernels.cpu import DENSE
@@ -44,9 +45,11 @@ class WeightError(ValueError):
 
 
 def fetch(model: str) -> Path:
-    """Return a local folder as it is; download a hub id once, with progress."""
+    """Return a local folder as it is; dequantize a .gguf file once, and download a hub id once, with progress."""
     if Path(model).is_dir():
         return Path(model)
+    if model.endswith(SUFFIX):
+        return converted(Path(model))
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise WeightError(f"{model!r} is neither a folder on this machine nor a hub id such as owner/name")
     from huggingface_hub import snapshot_download

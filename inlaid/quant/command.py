@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from inlaid.checkpoint import BITS
+from inlaid.convert.folder import SUFFIX, converted
 from inlaid.progress import Bar
 from inlaid.quant import remote
 from inlaid.quant.aggregate import AGGREGATIONS, LOSS_ROUNDS, MINIMAX_LOSS
@@ -32,7 +33,9 @@ Progress = Callable[[str, int, int], None]
 def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of `inlaid quantize`."""
     settings = Settings()
-    parser.add_argument("base", type=Path, help="folder of the 16-bit base model")
+    parser.add_argument(
+        "base", type=Path, help="folder of the 16-bit base model, or a .gguf file, which is dequantized"
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -122,7 +125,8 @@ def run_quantize(args: argparse.Namespace) -> int:
         calibration = CalibrationSettings(args.max_tokens, args.max_length, args.held_out, args.highlight, args.seed)
         settings = Settings(grid, calibration, args.aggregation, args.sequential, args.bank_precision, dtype)
         sources = [TaskSource.parse(text) for text in args.task]
-        return quantize(args.base, sources, settings, args.out, place, Gate(args.tolerance, args.force))
+        base = converted(args.base) if args.base.suffix == SUFFIX else args.base
+        return quantize(base, sources, settings, args.out, place, Gate(args.tolerance, args.force))
 
     return _attempt(job)
 

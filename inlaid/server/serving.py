@@ -170,6 +170,8 @@ async def _start(engine: ServingEngine, template_file: str | None) -> tuple[Mode
 def model_display_name(model: str) -> str:
     """Return a hub id as it is, a folder's name, or its parent's where that says nothing."""
     path = Path(model)
+    if path.suffix == ".gguf":
+        return path.stem
     if not path.is_dir():
         return model
     path = path.resolve()

