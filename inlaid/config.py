@@ -287,6 +287,11 @@ class ServerConfig:
     port: int = option(8000, "port to listen on; 0: any free one", least=0, most=65535)
     served_model_name: str | None = option(None, "the base model's name in the API; default: its folder's name")
     chat_template: str | None = option(None, "file with a chat template that replaces the model's")
+    allow_special_tokens_in_messages: bool = option(
+        False,
+        "read special tokens that a client writes into a message, such as <|im_end|>, as these tokens; without it they "
+        "are text there, and can end nobody's turn",
+    )
     strict_requests: bool = option(
         False,
         "refuse unknown fields in requests, and numbers written as text, instead of ignoring the ones with a "

@@ -93,7 +93,14 @@ async def make_service(
     return Service(
         config=config,
         engine=engine,
-        encoder=RequestEncoder(tokenizer, model.vocab_size, max_model_len, config.max_prompts, seats),
+        encoder=RequestEncoder(
+            tokenizer,
+            model.vocab_size,
+            max_model_len,
+            config.max_prompts,
+            seats,
+            special_tokens_are_text=not config.allow_special_tokens_in_messages,
+        ),
         forms=ModelForms.of(tokenizer.template.source, config.tool_call_parser, config.reasoning_parser),
         metrics=Metrics(model_name, config.max_metric_adapters),
         keys=keys,

@@ -11,6 +11,7 @@ from typing import Any
 
 from inlaid.engine.refusal import Refusal, Refused
 from inlaid.engine.request import NewRequest, SamplingParams
+from inlaid.text.literal import StandIns
 from inlaid.text.nesting import check_depth
 from inlaid.text.params import (
     MAX_BAD_WORD_CHARS,
@@ -30,12 +31,19 @@ class RequestEncoder:
     """A model's tokenizer, and the limits of requests to the model. Its methods only read, and may run in threads."""
 
     def __init__(
-        self, tokenizer: Tokenizer, vocab_size: int, max_model_len: int, max_answers: int = 0, num_seats: int = 0
+        self,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        max_model_len: int,
+        max_answers: int = 0,
+        num_seats: int = 0,
+        special_tokens_are_text: bool = True,
     ) -> None:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.max_answers = max_answers  # most prompts times n in one request; 0: any number
+        self.special_tokens_are_text = special_tokens_are_text  # in messages; prompts may hold any
         self.num_seats = num_seats  # requests that run at once; n is less; 0: any number
 
     def text(self, text: str, add_special_tokens: bool = True, param: str = "prompt") -> list[int]:
@@ -73,15 +81,20 @@ class RequestEncoder:
         add_special_tokens: bool = False,
     ) -> list[int]:
         """Return the token ids of a conversation, written out by the chat template, which adds the special tokens
-        itself. `options` is what the template is told besides messages and tools."""
+        itself; those that the messages or tools hold are text, unless the server was told otherwise. `options` is what
+        the template is told besides messages and tools."""
         self.check_messages(len(messages))
         check_depth("tools", tools)
         given = {"messages": messages, "tools": tools, "chat_template_kwargs": options}
         for param, value in given.items():
             self._check_size(param, num_chars(value))
-        plain = [plain_message(message) for message in messages]
-        text = self.tokenizer.template.render(plain, tools, options)
-        return self.text(text, add_special_tokens, "messages")
+        words: Any = ([plain_message(message) for message in messages], tools, options)
+        stand_ins: StandIns = {}
+        if self.special_tokens_are_text:
+            words, stand_ins = self.tokenizer.special_tokens.replaced(words)
+        text = self.tokenizer.template.render(*words)
+        self._check_size("messages", len(text))
+        return self.tokens(self.tokenizer.encode_literally(text, stand_ins, add_special_tokens), "messages")
 
     def bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Return each word's token ids, with a space before it and without."""

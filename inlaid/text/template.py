@@ -17,6 +17,11 @@ RESERVED = ("messages", "conversation", "tools", "chat_template", "tokenize", "r
 
 Message = dict[str, Any]
 
+# transformers drops a message's keys that are null. Written before a template, this gives null content back to it.
+_NULLS = """{%- set given = namespace(messages=[]) -%}{%- for message in messages -%}
+{%- set given.messages = given.messages + [message if 'content' in message else dict(message, content=none)] -%}
+{%- endfor -%}{%- set messages = given.messages -%}"""
+
 
 class ChatTemplate:
     """A model's chat template, or the one that replaces it."""
@@ -52,11 +57,36 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None, options: Mapping[str, Any] | None = None
     ) -> str:
-        """Return the prompt that the template makes of messages. Refused: it does not take them."""
-        import jinja2
-
+        """Return the prompt that the template makes of messages. Content that is null, as of an answer that is all tool
+        calls, reaches the template as null, or as an empty text where it cannot take null. Refused: it does not take
+        these messages."""
         if not self.exists:
             raise _refused("the model has no chat template; give one with --chat-template, or use completions")
+        if not any(message.get("content", "") is None for message in messages):
+            return self._render(messages, tools, options)
+        empty = [message | {"content": message.get("content", "") or ""} for message in messages]
+        try:
+            told = {**(options or {}), "chat_template": _NULLS + self._model.get_chat_template(tools=tools or None)}
+            text = self._render(messages, tools, told)
+        except Refused:  # most templates add texts together, and null is none
+            return self._render(empty, tools, options)
+        return self._without_none(text, empty, tools, options)
+
+    def _without_none(self, text: str, empty: Sequence[Message], tools: Any, options: Any) -> str:
+        """Return the text of messages whose content is null, without the word None where the template wrote it out."""
+        if "None" not in text:
+            return text
+        try:
+            other = self._render(empty, tools, options)
+        except Refused:
+            return text
+        return other if text.replace("None", "") == other.replace("None", "") else text
+
+    def _render(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, options: Mapping[str, Any] | None
+    ) -> str:
+        import jinja2
+
         told = {"add_generation_prompt": True, **(options or {})}
         try:
             if self._confined is not None:
@@ -74,6 +104,8 @@ def plain_message(message: Message) -> Message:
         plain["content"] = content_text(plain["content"])
     if plain.get("role") == "developer":
         plain["role"] = "system"
+    if plain.get("role") == "assistant":
+        plain.setdefault("content", None)  # some templates tell answers that are all tool calls by it
     if plain.get("tool_calls"):
         plain["tool_calls"] = [_plain_call(call) for call in plain["tool_calls"]]
     return plain

@@ -4,12 +4,14 @@ ids only.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from inlaid.text.literal import SpecialTokens, StandIns
 from inlaid.text.template import ChatTemplate
 
 _MAX_JSON_BYTES = 512 << 20
@@ -39,6 +41,8 @@ class Tokenizer:
         self._texts: dict[int, str] = {}
         added = self._fast.get_added_tokens_decoder().values()
         self._special = frozenset(token.content for token in added if token.special)
+        self.special_tokens = SpecialTokens(self._special)
+        self._plain: Any = None  # a copy that knows no special tokens, made when one is first needed
 
     def encode(self, text: str, add_special_tokens: bool = True, most: int | None = None) -> list[int]:
         """Return the token ids of a text. Other threads go on meanwhile, however long it is: without the offsets of
@@ -49,6 +53,25 @@ class Tokenizer:
             raise TooManyTokens(count)
         ids: list[int] = encoding.ids
         return ids
+
+    def encode_literally(self, text: str, stand_ins: StandIns, add_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of a text in which characters stand for special tokens that are meant as text."""
+        if not stand_ins:
+            return self.encode(text, add_special_tokens)
+        if self._plain is None:
+            plain = copy.deepcopy(self._fast)
+            plain.encode_special_tokens = True
+            self._plain = plain
+        ids: list[int] = []
+        for stretch, is_plain in self.special_tokens.stretches(text, stand_ins):
+            ids += (
+                self._plain.encode(stretch, add_special_tokens=False).ids if is_plain else self.encode(stretch, False)
+            )
+        if not add_special_tokens:
+            return ids
+        alone, whole = self.encode("a", False), self.encode("a")
+        before = next(i for i in range(len(whole)) if whole[i : i + len(alone)] == alone)
+        return whole[:before] + ids + whole[before + len(alone) :]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of token ids."""

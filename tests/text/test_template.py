@@ -23,6 +23,27 @@ def test_an_option_that_is_no_option_is_refused() -> None:
         Tokenizer(DEMO).template.render([{"role": "user", "content": "a"}], None, {"self": 1})
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {}}}
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ 'a:' + m['content'] }}", "a:"),  # cannot take null
+        ("{{ 'a:' }}{{ m['content'] }}", "a:"),  # would write None
+        ("{{ 'calls' if m['content'] is none else m['content'] }}", "calls"),  # tells calls by it
+        ("{{ 'None' if m['content'] is none else 'no' }}", "None"),
+        ("{{ m['content'] or 'nothing' }}", "nothing"),
+        ("{{ 'key' if 'content' in m else 'no key' }}", "key"),
+    ],
+)
+def test_an_answer_of_calls_alone_reaches_the_template(template: str, text: str) -> None:
+    whole = "{% for m in messages %}" + template + "{% endfor %}"
+    for message in ({"role": "assistant", "content": None}, {"role": "assistant"}):
+        plain = plain_message({**message, "tool_calls": [CALL]})
+        assert Tokenizer(DEMO, whole).template.render([plain]) == text
+
+
 def test_a_message_becomes_what_templates_expect() -> None:
     call = {"id": "1", "function": {"name": "f", "arguments": '{"a": [1]}'}}
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
