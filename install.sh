@@ -78,17 +78,18 @@ browser() {
 
 run_tests() {
     local threads=${OMP_NUM_THREADS:-1}
-    export OMP_NUM_THREADS=$threads PYTHONDONTWRITEBYTECODE=${PYTHONDONTWRITEBYTECODE:-}
+    export OMP_NUM_THREADS=$threads PYTHONDONTWRITEBYTECODE=  # every process would compile all modules anew
     if (($#)); then
         exec "$python" -m pytest "$@"
     fi
     browser
     "$python" -m ruff check .
     "$python" -m ruff format --check .
-    local types failed=0
+    local types failed=0 workers="--processes 3" # of one collection, which a process that has used CUDA cannot share
+    if command -v nvidia-smi >/dev/null; then workers="-n 3 --dist loadfile --no-loadscope-reorder"; fi
     "$python" -m mypy & # on one core beside the tests' start; its errors fail the run at the end
     types=$!
-    "$python" -m pytest -n 3 --dist loadfile --no-loadscope-reorder -q || failed=$?
+    "$python" -m pytest $workers -q || failed=$?
     wait "$types" || failed=$?
     return "$failed"
 }

@@ -12,7 +12,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests import processes
 from tests.leftovers import pytest_configure as pytest_configure
+from tests.processes import pytest_collection as pytest_collection
+from tests.processes import pytest_runtestloop as pytest_runtestloop
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -20,6 +23,7 @@ if not torch.cuda.is_available():
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="also the long form of tests that have a short one")
+    processes.pytest_addoption(parser)
 
 
 HEAVY = ("perf", "eval", "quant", "runner", "oracle", "console", "cluster", "chaos", "server")

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 # A test that starts a server in a session of its own, which starts an engine in another one; both ignore SIGTERM.
 SERVER = """
 import signal, subprocess, sys, time
-sleep = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(600)"
+sleep = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); os.write(2, b'up\\n'); time.sleep(600)"
 start = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {sleep!r}], start_new_session=True)"
 
 def test_that_never_ends():
@@ -62,21 +62,22 @@ PYTEST = (
 )
 
 
-def test_a_killed_test_run_leaves_no_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("forks", [(), ("-p", "tests.processes", "--processes", "1")], ids=["alone", "forks"])
+def test_a_killed_test_run_leaves_no_process(tmp_path: Path, forks: tuple[str, ...]) -> None:
     (tmp_path / "test_server.py").write_text(SERVER)
     mark = uuid.uuid4().hex
     run = subprocess.Popen(
-        [*PYTEST, "-s", "--rootdir", str(tmp_path), str(tmp_path / "test_server.py")],
+        [*PYTEST, *forks, "-s", "--rootdir", str(tmp_path), str(tmp_path / "test_server.py")],
         env={**os.environ, "PERF_TEST_MARK": mark, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         cwd=tmp_path,
     )
-    assert run.stdout is not None
-    while not run.stdout.readline().endswith(b"up\n"):
+    assert run.stderr is not None
+    while not run.stderr.readline().endswith(b"up\n"):
         assert run.poll() is None
     run.send_signal(signal.SIGKILL)
     run.wait()
-    run.stdout.close()
+    run.stderr.close()
     assert wait_until_gone(mark) == []
 
 
