@@ -30,7 +30,7 @@ from inlaid.config import (
     TaskConfig,
 )
 from inlaid.flags import Parser, add_config_arguments, config_from, size
-from inlaid.worker import logs
+from inlaid.worker import logs, trim
 
 _ROOT = Path(__file__).resolve().parents[1]
 _PACKED = Path(__file__).parent / "demo"  # in a wheel
@@ -257,6 +257,7 @@ def run_serve(args: argparse.Namespace) -> int:
 
 def run_loop(main: Any) -> int:
     """Run a coroutine to its end, on uvloop where it is installed."""
+    trim.keep_giving_back()
     make: Any = importlib.import_module("uvloop" if importlib.util.find_spec("uvloop") else "asyncio")
     loop = make.new_event_loop()
     asyncio.set_event_loop(loop)

@@ -22,7 +22,7 @@ from typing import Any
 from inlaid.engine.engine import Engine
 from inlaid.engine.refusal import Refusal, RefusalKind
 from inlaid.engine.request import FinishReason, NewRequest, Output
-from inlaid.worker import logs, messages
+from inlaid.worker import logs, messages, trim
 from inlaid.worker.build import Loaded
 from inlaid.worker.calls import Calls, refusal_of
 from inlaid.worker.compiling import Compilations
@@ -241,6 +241,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logs.configure_child("engine")
     _end_with_parent()
+    trim.keep_giving_back()
     connection = socket.socket(fileno=int(sys.argv[1]))
     try:
         return EngineProcess(connection).run()
