@@ -1,8 +1,8 @@
 """Give freed memory back to the system again and again.
 
 The C library keeps what a thread has freed for that thread's next requests: after a few long bodies each thread of the
-server held 64 MiB for good. Asking for it back once in a while costs milliseconds and keeps the process as small as what
-it holds.
+server held 64 MiB for good. To ask for it back once in a while costs milliseconds and keeps the process as small as
+what it holds.
 """
 
 from __future__ import annotations
