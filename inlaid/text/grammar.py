@@ -17,9 +17,10 @@ import numpy as np
 
 from inlaid.engine.refusal import Refusal, Refused
 from inlaid.engine.request import Grammar
-from inlaid.text.params import check_grammar
+from inlaid.text.params import check_grammar, num_chars
 
-_MAX_COMPILED = 256
+_MOST_KEPT = 64 << 20  # bytes of compiled constraints, as measured: so many for each, and for each of its characters
+_BYTES_EACH, _BYTES_A_CHAR = 100 << 10, 400
 _WHITE_SPACE = r"[ ]?|\r?\n[ \t]{0,32}"  # between two marks of JSON: a blank, or a new line and its indentation
 _TOO_MUCH = "the constraint is more than the grammar library can take: make it smaller or simpler"
 
@@ -90,6 +91,11 @@ class GrammarState:
         return bool(self._matcher.is_accepting())
 
 
+def _estimate(grammar: Grammar) -> int:
+    """Return about how many bytes a compiled constraint takes."""
+    return _BYTES_EACH + _BYTES_A_CHAR * num_chars(grammar)
+
+
 class GrammarCompiler:
     """Constraints compiled for one tokenizer; compiled ones are kept for the next request."""
 
@@ -108,6 +114,7 @@ class GrammarCompiler:
         self._tokenizer = llguidance.LLTokenizer(text, n_vocab=self._known_tokens, eos_token=list(eos_ids) or None)
         self._end_bits = token_bits(tuple(eos_ids), vocab_size)
         self._compiled: OrderedDict[Grammar, Any] = OrderedDict()
+        self._kept_bytes = 0  # of them, by estimate
         self._lock = threading.Lock()  # several threads compile
 
     def state(self, grammar: Grammar) -> GrammarState:
@@ -117,11 +124,20 @@ class GrammarCompiler:
         if matcher is None:
             matcher = self._compile(grammar)
         with self._lock:
-            self._compiled[grammar] = matcher
-            self._compiled.move_to_end(grammar)
-            if len(self._compiled) > _MAX_COMPILED:
-                self._compiled.popitem(last=False)
+            self._keep(grammar, matcher)
         return GrammarState(matcher.deep_copy(), self._known_tokens, self._vocab_size, self._end_bits)
+
+    def _keep(self, grammar: Grammar, matcher: Any) -> None:
+        """Keep what was compiled, in the place of what nobody asked for longest. What would fill half is not kept."""
+        if _estimate(grammar) > _MOST_KEPT // 2:
+            return
+        if grammar not in self._compiled:
+            self._kept_bytes += _estimate(grammar)
+        self._compiled[grammar] = matcher
+        self._compiled.move_to_end(grammar)
+        while self._kept_bytes > _MOST_KEPT:
+            oldest, _ = self._compiled.popitem(last=False)
+            self._kept_bytes -= _estimate(oldest)
 
     def _compile(self, grammar: Grammar) -> Any:
         try:

@@ -98,10 +98,15 @@ def check_tokens(name: str, tokens: Collection[int], vocab_size: int) -> None:
         raise _refused(name, f"{name} has token {token}; the vocabulary has 0 to {vocab_size - 1}")
 
 
+def num_chars(grammar: Grammar) -> int:
+    """Count the characters of a constraint."""
+    texts = (grammar.json_schema, grammar.regex, grammar.lark, *(grammar.choice or ()))
+    return sum(len(text) + 1 for text in texts if text is not None)
+
+
 def check_grammar(grammar: Grammar) -> None:
     """Refuse a constraint that is too long to be compiled."""
-    texts = (grammar.json_schema, grammar.regex, grammar.lark, *(grammar.choice or ()))
-    if sum(len(text) + 1 for text in texts if text is not None) > MAX_GRAMMAR_CHARS:
+    if num_chars(grammar) > MAX_GRAMMAR_CHARS:
         raise Refused(Refusal(f"the constraint is longer than {MAX_GRAMMAR_CHARS} characters"))
 
 

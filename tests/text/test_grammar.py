@@ -15,6 +15,7 @@ from tokenizers.decoders import ByteLevel
 
 from inlaid.engine.refusal import Refused
 from inlaid.engine.request import Grammar
+from inlaid.text import grammar as grammar_module
 from inlaid.text.grammar import GrammarCompiler, completing
 
 END = 2
@@ -149,6 +150,24 @@ def test_a_constraint_that_allows_nothing_is_refused(compiler: GrammarCompiler) 
 def test_a_tokenizer_larger_than_the_model(folder: Path) -> None:
     small = GrammarCompiler(folder, vocab_size=100, eos_ids=(END,))
     assert small.state(Grammar(choice=("ab",))).mask([]).shape == (4,)
+
+
+def test_compiled_constraints_are_kept_up_to_a_number_of_bytes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_module, "_MOST_KEPT", 2 << 20)
+    compiler, compiled = GrammarCompiler(folder, 300, [2]), list[str]()
+    compile_really = compiler._compile
+
+    def compile_and_note(grammar: Grammar) -> object:
+        compiled.append((grammar.regex or "")[0])
+        return compile_really(grammar)
+
+    monkeypatch.setattr(compiler, "_compile", compile_and_note)
+    constraints = {letter: Grammar(regex=letter * 1200) for letter in "abcd"}  # half a MiB each, so that three are kept
+    constraints["e"] = Grammar(regex="e" * 3000)  # more than half of all
+    for letter in "abcabcdbcdaeedca":
+        compiler.state(constraints[letter])
+    assert "".join(compiled) == "abcdaee"
+    assert compiler._kept_bytes <= 2 << 20
 
 
 def test_states_do_not_share_their_place(compiler: GrammarCompiler, folder: Path) -> None:
