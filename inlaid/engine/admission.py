@@ -41,6 +41,8 @@ class Admission:
             if isinstance(adapter, Refusal):
                 self._refuse_for_adapter(progress, adapter)
             else:
+                since = progress.aside_since
+                progress.adapter_time = 0.0 if since is None else self.state.view.now - since
                 self.state.enqueue(progress.request)
 
     def admit(self, budget: int) -> list[Work]:

@@ -112,6 +112,7 @@ def _merged(made: Sequence[Output]) -> Output:
         stop_token=last.stop_token,
         num_cached=first.num_cached,
         queue_time=first.queue_time,
+        adapter_time=first.adapter_time,
         refusal=last.refusal,
     )
 
@@ -150,4 +151,5 @@ def _first_output(
         stop_token=stop_token,
         num_cached=progress.num_cached,
         queue_time=progress.first_scheduled - request.arrival,
+        adapter_time=progress.adapter_time,
     )

@@ -23,6 +23,7 @@ class Progress:
     # While it waits.
     overtaken_since: int | None = None  # admissions so far when it was first found not to fit
     aside_since: float | None = None  # when it was first set aside for want of its adapter, until it starts
+    adapter_time: float = 0.0  # seconds that it has been aside
     root: bytes = b""  # where the chain of block_keys starts; empty until it is needed
     block_keys: list[bytes] = field(default_factory=list)  # names of its full blocks, see kv_cache.py
 

@@ -243,4 +243,5 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     stop_token: int | None = None  # the stop_token_ids entry or eos that ended it
     num_cached: int = 0
     queue_time: float | None = None  # seconds from arrival to first scheduled, with the first output
+    adapter_time: float = 0.0  # of these, waiting for its adapter to come to the device
     refusal: Refusal | None = None  # with FinishReason.ERROR: why

@@ -11,7 +11,7 @@ from typing import Any
 
 from aiohttp import web
 
-from inlaid.server.prepare import ClientRequest
+from inlaid.server.prepare import ClientRequest, Outcome
 from inlaid.server.route import Guard, Route
 from inlaid.server.service import SERVICE
 from inlaid.worker import logs
@@ -87,6 +87,18 @@ async def logged(request: web.Request, handler: Handler) -> web.StreamResponse:
             _write(request, note, status, logging.INFO if important else logging.DEBUG)
 
 
+def _spans(note: _Note, outcome: Outcome) -> dict[str, object]:
+    """Split a request's seconds: in the queue, of these for its adapter, until the first token, until the last."""
+    if outcome.first is None or outcome.last is None or outcome.queue_time is None:
+        return {}
+    return {
+        "queue_seconds": outcome.queue_time,
+        "adapter_seconds": outcome.adapter_time,
+        "prefill_seconds": max(0.0, outcome.first - note.started - outcome.queue_time),
+        "decode_seconds": outcome.last - outcome.first,
+    }
+
+
 def _write(request: web.Request, note: _Note, status: int, level: int) -> None:
     if not log.isEnabledFor(level):
         return
@@ -109,6 +121,7 @@ def _write(request: web.Request, note: _Note, status: int, level: int) -> None:
             "cached_tokens": outcome.num_cached,
             "output_tokens": outcome.num_tokens,
             "first_token_seconds": outcome.first - note.started if outcome.first is not None else None,
+            **_spans(note, outcome),
             "finish": ",".join(sorted(outcome.reasons)) or None,
         }
         if request.app[SERVICE].config.log_prompts:

@@ -50,12 +50,17 @@ class Outcome:
     num_tokens: int = 0
     num_cached: int = 0
     first: float | None = None  # when the first token came, on the monotonic clock
+    last: float | None = None  # and the last
+    queue_time: float | None = None  # until the answer that came first was scheduled
+    adapter_time: float = 0.0  # of these seconds, waiting for its adapter
     reasons: set[str] = field(default_factory=set)  # why answers ended
 
     def note(self, piece: Piece, is_first: bool) -> None:
         """Count a piece of an answer; the tokens of a prompt count with the first of its answers."""
-        if piece.tokens and self.first is None:
-            self.first = time.monotonic()
+        if piece.tokens:
+            self.last = time.monotonic()
+            if self.first is None:
+                self.first, self.queue_time, self.adapter_time = self.last, piece.queue_time, piece.adapter_time
         self.num_tokens += len(piece.tokens)
         self.num_cached += piece.num_cached if is_first else 0
         if piece.finish_reason is not None:

@@ -25,6 +25,7 @@ class Piece(msgspec.Struct, frozen=True):
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     num_cached: int = 0
     queue_time: float | None = None
+    adapter_time: float = 0.0
 
 
 class Answer(msgspec.Struct, kw_only=True):
@@ -93,6 +94,7 @@ class TextStream:
             output.prompt_logprobs,
             output.num_cached,
             output.queue_time,
+            output.adapter_time,
         )
 
     def _advance_to_stop(self, visible: Sequence[int], num_tokens: int, last: bool) -> str:

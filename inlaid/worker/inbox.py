@@ -80,5 +80,6 @@ def merge(first: Output, second: Output) -> Output:
         stop_token=second.stop_token,
         num_cached=max(first.num_cached, second.num_cached),
         queue_time=second.queue_time if first.queue_time is None else first.queue_time,
+        adapter_time=max(first.adapter_time, second.adapter_time),
         refusal=second.refusal,
     )

@@ -41,6 +41,18 @@ def test_one_request_gets_the_oracles_tokens(overlap: bool) -> None:
 
 
 @both
+def test_the_time_that_a_request_waits_for_its_adapter_is_told(overlap: bool) -> None:
+    bench = Bench(overlap=overlap, adapters=FakeAdapters(("a", "b"), load=4))
+    bench.adapters.resident["b"] = None
+    bench.add("cold", [1, 2, 3], adapter="a", max_tokens=3, ignore_eos=True)
+    bench.add("warm", [1, 2, 3], adapter="b", max_tokens=3, ignore_eos=True)
+    bench.run().check_all()
+    cold, warm = bench.firsts["cold"], bench.firsts["warm"]
+    assert (cold.queue_time, cold.adapter_time) == (5.0, 4.0)
+    assert (warm.queue_time, warm.adapter_time) == (1.0, 0.0)
+
+
+@both
 def test_long_prompts_are_prefilled_in_chunks_beside_decodes(overlap: bool) -> None:
     bench = Bench(overlap=overlap)
     bench.add("short", [1], max_tokens=12, ignore_eos=True)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import re
 import time
+from pathlib import Path
 
+import pytest
+
+from perf import parse_log
 from tests.server.live import Live
 
 ASK = {"model": "maths", "prompt": "a secret", "max_tokens": 3, "temperature": 0, "ignore_eos": True}
@@ -33,6 +37,21 @@ def test_an_answer_is_a_line_with_its_counts_and_without_its_text(server: Live) 
 def test_a_stream_is_a_line_at_its_end(server: Live) -> None:
     assert server.ask("POST", "/v1/completions", ASK | {"request_id": "log-2", "stream": True}).status == 200
     assert " output_tokens=3 " in line_of(server, "id=cmpl-log-2 ")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_parts_of_a_requests_seconds_add_up(server: Live, stream: bool, tmp_path: Path) -> None:
+    body = ASK | {"request_id": f"parts-{stream}", "stream": stream, "max_tokens": 8}
+    assert server.ask("POST", "/v1/completions", body).status == 200
+    (log := tmp_path / "some.log").write_text(line_of(server, f"id=cmpl-parts-{stream} ") + "\n")
+    (fields,) = parse_log.requests(log)
+    whole, first, queue, adapter, prefill, decode = (
+        float(fields[f"{name}seconds"]) for name in ("", "first_token_", "queue_", "adapter_", "prefill_", "decode_")
+    )
+    assert first == pytest.approx(queue + prefill, abs=0.002)
+    assert 0 <= adapter <= queue
+    assert prefill > 0
+    assert 0 < decode <= whole - first + 0.002
 
 
 def test_a_refusal_is_a_line_with_its_reason(server: Live) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import pytest
 
 from inlaid.engine.refusal import Refused
@@ -17,6 +18,7 @@ def logprobs(token: int, num_top: int = 0) -> list[TokenLogprobs]:
 
 def test_outputs_merge_into_one() -> None:
     first = Output(id="a", tokens=[1], logprobs=logprobs(1), prompt_logprobs=[None], num_cached=3, queue_time=0.5)
+    first = msgspec.structs.replace(first, adapter_time=0.25)
     second = Output(id="a", tokens=[2, 3], logprobs=logprobs(2), finish_reason=FinishReason.STOP, stop_token=3)
     assert merge(first, second) == Output(
         id="a",
@@ -25,6 +27,7 @@ def test_outputs_merge_into_one() -> None:
         prompt_logprobs=[None],
         num_cached=3,
         queue_time=0.5,
+        adapter_time=0.25,
         finish_reason=FinishReason.STOP,
         stop_token=3,
     )

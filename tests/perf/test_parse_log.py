@@ -1,0 +1,56 @@
+"""Averages of a server's log: both forms of lines, lines that are none, and logs without a request."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from inlaid.worker import logs
+from perf import parse_log
+
+FIELDS = [
+    {"id": f"r{n}", "model": "a model", "error": None, "queue_seconds": 0.01 * n, "adapter_seconds": 0.004,
+     "prefill_seconds": 0.02, "decode_seconds": 0.3, "first_token_seconds": 0.02 + 0.01 * n}
+    for n in range(5)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_the_lines_that_the_server_writes_are_averaged(form: str, tmp_path: Path) -> None:
+    formatter = logs.JsonLine("server") if form == "json" else logs.OneLine("%(levelname)s %(message)s")
+    lines = [
+        "INFO start-up: weights 17.8 s",
+        "{ no JSON",
+        '{"message": "request", "status": 404}',
+        "INFO request status=404",
+    ]
+    for fields in FIELDS:
+        record = logging.LogRecord("x", logging.INFO, "", 0, "request", (), None)
+        record.__dict__.update(logs.fields(**fields))
+        lines.append(formatter.format(record))
+    (log := tmp_path / "on-demand.log").write_text("\n".join(lines))
+    found = parse_log.averages(log, skip=1)
+    assert found == pytest.approx(
+        {"requests": 4, "queue": 25.0, "adapter": 4.0, "prefill": 20.0, "decode": 300.0, "first_token": 45.0}
+    )
+
+
+def test_a_table_has_a_line_for_each_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("cached", "on-demand"):
+        (tmp_path / f"{name}.log").write_text(
+            "".join(json.dumps({"message": "request"} | each) + "\n" for each in FIELDS)
+        )
+    assert parse_log.main([str(tmp_path / "cached.log"), str(tmp_path / "on-demand.log"), "--skip", "0"]) == 0
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert head == "| log | requests | queue ms | adapter ms | prefill ms | decode ms | first token ms |"
+    assert rows == [f"| {name} | 5 | 20.00 | 4.00 | 20.00 | 300.00 | 40.00 |" for name in ("cached", "on-demand")]
+
+
+def test_a_log_without_requests_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.log").write_text("INFO nothing\n")
+    assert parse_log.main([str(tmp_path / "empty.log")]) == 2
+    assert "no line of an answered request" in capsys.readouterr().err
+    assert parse_log.main([str(tmp_path / "none.log")]) == 2
