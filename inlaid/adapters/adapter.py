@@ -33,7 +33,8 @@ def printable(text: str) -> str:
 
 @dataclass(frozen=True)
 class AdapterEntry:
-    """One adapted linear: where A [rank, K] and B [N, rank] lie in the adapter's flat tensor."""
+    """One adapted linear: where A [rank, K] and B [N, rank] lie in the adapter's flat tensor, and what follows them:
+    the scale and the bias [N] of the linear's outputs, each 0 where there is none."""
 
     site: int
     a_start: int
@@ -41,6 +42,12 @@ class AdapterEntry:
     end: int
     rank: int
     scale: float
+    out_scale: int = 0
+    out_bias: int = 0
+
+    @property
+    def changes_outputs(self) -> bool:
+        return bool(self.out_scale or self.out_bias)
 
     def factors(self, flat: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return A and B as views of `flat`; `shape` is the linear's (outputs, inputs)."""

@@ -17,20 +17,23 @@ from inlaid.model.spec import ModelSpec
 from inlaid.tensorfiles import CheckpointError, tensors_in
 
 Factors = dict[int, tuple[Tensor, Tensor]]  # site -> A [rank, K], B [N, rank]
+Vectors = dict[int, Tensor]  # site -> [N]
+
+A, B, BIAS, MAGNITUDE = "lora_A", "lora_B", "the bias of lora_B", "lora_magnitude_vector"
 
 INPUT_NORM = 256.0  # of a normalised input: its root mean square is about 1, and 256 ** 2 features are wide
 MAX_OUTPUT = 2.0**32  # of what an adapter adds to one feature, where the compute type has room for it
 
 _FACTOR = re.compile(
     r"(?:(?:base_model|model)\.)*layers\.(?P<layer>\d{1,6})\.(?P<block>self_attn|mlp)\.(?P<module>\w+)"
-    r"\.lora_(?P<factor>[AB])(?:\.[^.]+)?\.weight"
+    r"\.(?:(?P<factor>lora_[AB])(?:\.[^.]+)?\.weight|(?P<bias>lora_B(?:\.[^.]+)?\.bias)"
+    r"|(?P<magnitude>lora_magnitude_vector(?:\.[^.]+)??(?:\.weight)?))"
 )
 _SAVED_WHOLE = (
     "which PEFT saves beside an adapter when the vocabulary was resized or save_embedding_layers is set; if it was not "
     "trained, save the adapter again with save_embedding_layers=False. Served are adapters of linear layers only"
 )
 _FOREIGN = (
-    ("lora_magnitude_vector", "DoRA is not supported"),
     ("modules_to_save", "modules_to_save is not supported"),
     ("embed_tokens.weight", f"it is the whole embedding, {_SAVED_WHOLE}"),
     ("lm_head.weight", f"it is the whole output head, {_SAVED_WHOLE}"),
@@ -52,21 +55,38 @@ def parse_weights(data: memoryview) -> dict[str, Tensor]:
     return tensors
 
 
-def pair(tensors: Mapping[str, Tensor], spec: ModelSpec) -> Factors:
-    """Find each tensor its place; shapes must be the base's."""
+def pair(tensors: Mapping[str, Tensor], spec: ModelSpec, vector: str | None = None) -> tuple[Factors, Vectors]:
+    """Find each tensor its place; shapes must be the base's. `vector` names what each linear has beside A and B."""
     found: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        site, factor = _place(name, spec)
-        if factor in found.setdefault(site, {}):
-            raise AdapterError(f"two tensors claim lora_{factor} of {site_path(site)}")
-        found[site][factor] = tensor
-    factors = {}
+        site, part = _place(name, spec)
+        if part in found.setdefault(site, {}):
+            raise AdapterError(f"two tensors claim {part} of {site_path(site)}")
+        if part not in (A, B, vector):
+            what = "biases (lora_bias)" if part == BIAS else "DoRA (use_dora)"
+            raise AdapterError(f"tensor {name}: the config says nothing of {what}")
+        found[site][part] = tensor
+    factors, vectors = {}, {}
     for site in sorted(found):
-        missing = {"A", "B"} - set(found[site])
+        missing = sorted({A, B, vector or A} - set(found[site]))
         if missing:
-            raise AdapterError(f"{site_path(site)} has no lora_{missing.pop()}")
-        factors[site] = _check_shape(site, found[site]["A"], found[site]["B"], spec)
-    return factors
+            raise AdapterError(f"{site_path(site)} has no {missing[0]}")
+        factors[site] = _check_shape(site, found[site][A], found[site][B], spec)
+        if vector is not None:
+            vectors[site] = _check_vector(site, vector, found[site][vector], spec)
+    return factors, vectors
+
+
+def _check_vector(site: int, what: str, vector: Tensor, spec: ModelSpec) -> Tensor:
+    outputs, _ = spec.module_shape(MODULES[site % len(MODULES)])
+    if vector.shape != (outputs,) or not vector.is_floating_point():
+        raise AdapterError(
+            f"{site_path(site)}: {what} is {vector.dtype} {tuple(vector.shape)}, not one number for each of {outputs} "
+            "outputs"
+        )
+    if not bool(torch.isfinite(vector.float()).all()):
+        raise AdapterError(f"{site_path(site)}: {what} holds NaN or infinity")
+    return vector
 
 
 def _place(name: str, spec: ModelSpec) -> tuple[int, str]:
@@ -80,7 +100,8 @@ def _place(name: str, spec: ModelSpec) -> tuple[int, str]:
     right_block = module in MODULES and (module in MODULES[:4]) == (match["block"] == "self_attn")
     if not right_block or layer >= spec.num_layers:
         raise AdapterError(f"tensor {name}: the base has no such module (it has {spec.num_layers} layers)")
-    return layer * len(MODULES) + MODULES.index(module), match["factor"]
+    part = match["factor"] or (BIAS if match["bias"] else MAGNITUDE)
+    return layer * len(MODULES) + MODULES.index(module), part
 
 
 def _check_shape(site: int, a: Tensor, b: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor]:

@@ -17,12 +17,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
 
 from inlaid.adapters.adapter import ALIGNMENT, Adapter, AdapterEntry, AdapterError, site_path
-from inlaid.adapters.factors import Factors, check_values, pair, parse_weights
+from inlaid.adapters.base import BaseLinears, Outputs, dora_outputs, with_residual
+from inlaid.adapters.factors import BIAS, MAGNITUDE, Factors, Vectors, check_values, pair, parse_weights
 from inlaid.adapters.peft_config import PeftConfig, check_targets, parse_config
 from inlaid.kernels.backend import MODULES
 from inlaid.model.spec import ModelSpec
@@ -40,11 +42,13 @@ def read_adapter(
     max_rank: int = MAX_RANK,
     allow_noop: bool = False,
     pin: bool = False,
+    base: BaseLinears | None = None,
 ) -> Adapter:
-    """Read, check and lay out one adapter, with `pin` in memory that a GPU can copy from by itself."""
+    """Read, check and lay out one adapter, with `pin` in memory that a GPU can copy from by itself. `base`: that of
+    adapters which follow from the base's weights; without it they are refused."""
     folder = Path(path)
     try:
-        return _read(folder, spec, dtype, max_rank, allow_noop, pin)
+        return _read(folder, spec, dtype, max_rank, allow_noop, pin, base)
     except AdapterError as error:
         raise AdapterError(f"adapter {folder}: {error}") from None
 
@@ -83,11 +87,20 @@ def _identity(config: bytes, weights: memoryview) -> str:
     return digest.hexdigest()
 
 
-def _read(folder: Path, spec: ModelSpec, dtype: torch.dtype, max_rank: int, allow_noop: bool, pin: bool) -> Adapter:
+def _read(
+    folder: Path,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    max_rank: int,
+    allow_noop: bool,
+    pin: bool,
+    base: BaseLinears | None,
+) -> Adapter:
     began = time.perf_counter()
     before = _check_files(folder)
     config_bytes = _read_config(folder)
     config = parse_config(config_bytes)
+    _check_kind(config, base)
     paths = {site: site_path(site) for site in range(spec.num_sites)}
     targeted = {site for site, site_name in paths.items() if config.is_target(site_name)}
     ranks = {site: config.rank_of(paths[site]) for site in targeted}
@@ -96,15 +109,47 @@ def _read(folder: Path, spec: ModelSpec, dtype: torch.dtype, max_rank: int, allo
     in_file = time.perf_counter() - opened
     if _check_files(folder) != before:
         raise AdapterError("its files changed while they were read; load it when they are at rest")
-    factors = pair(parse_weights(weight_bytes), spec)
+    factors, vectors = pair(parse_weights(weight_bytes), spec, MAGNITUDE if config.dora else _bias(config))
     check_targets(config, targeted, set(factors), paths)
     _check_ranks(config, factors, max_rank)
     scales = {site: config.scale_of(paths[site], a.shape[0]) for site, (a, _) in factors.items()}
     if not allow_noop:
         _refuse_without_effect(factors, scales)
-    adapter = lay_out(_identity(config_bytes, weight_bytes), str(folder), factors, scales, dtype, pin)
+    outputs = _outputs(config, base, factors, scales, vectors)
+    if config.residual_init is not None and base is not None:
+        for site, (a, b) in factors.items():
+            factors[site] = with_residual(base, site, a, b, scales[site], config.residual_init)
+    adapter = lay_out(_identity(config_bytes, weight_bytes), str(folder), factors, scales, dtype, pin, outputs)
     check_values(adapter.flat, factors, scales, dtype)
     return replace(adapter, check_seconds=time.perf_counter() - began - in_file)
+
+
+def _bias(config: PeftConfig) -> str | None:
+    return BIAS if config.lora_bias else None
+
+
+def _check_kind(config: PeftConfig, base: BaseLinears | None) -> None:
+    """Refuse an adapter that needs more than its own matrices where that is not to be had."""
+    kind = config.residual_init or ("DoRA" if config.dora else "lora_bias" if config.lora_bias else None)
+    if kind is None:
+        return
+    if base is None:
+        raise AdapterError(f"{kind} is computed from the base's weights, which is done for serving only")
+    if not base.scales_outputs and config.residual_init is None:
+        where = "on a CPU only, and not with --adapter-mode cpu-assist"
+        raise AdapterError(f"{kind} changes a linear's outputs, which is computed {where}; serve with --device cpu")
+
+
+def _outputs(
+    config: PeftConfig, base: BaseLinears | None, factors: Factors, scales: Mapping[int, float], vectors: Vectors
+) -> dict[int, Outputs]:
+    """Return what the adapter does to the outputs of each linear, beside adding to them."""
+    if not config.dora:
+        return {site: Outputs(bias_N=scales[site] * vector.float()) for site, vector in vectors.items()}
+    assert base is not None
+    return {
+        site: dora_outputs(base, site, *factors[site], scales[site], magnitude) for site, magnitude in vectors.items()
+    }
 
 
 def _refuse_without_effect(factors: Factors, scales: Mapping[int, float]) -> None:
@@ -149,7 +194,7 @@ def _max_tensor_bytes(spec: ModelSpec, ranks: Mapping[int, int], max_rank: int) 
     """Bound the bytes of an adapter's tensors by its ranks, whatever their type."""
     features = {module: sum(spec.module_shape(module)) for module in MODULES}
     return _WIDEST_TYPE * sum(
-        min(rank, max_rank) * features[MODULES[site % len(MODULES)]] for site, rank in ranks.items()
+        (min(rank, max_rank) + 1) * features[MODULES[site % len(MODULES)]] for site, rank in ranks.items()
     )
 
 
@@ -184,21 +229,39 @@ def _check_ranks(config: PeftConfig, factors: Factors, max_rank: int) -> None:
 
 
 def lay_out(
-    identity: str, path: str, factors: Factors, scales: Mapping[int, float], dtype: torch.dtype, pin: bool
+    identity: str,
+    path: str,
+    factors: Factors,
+    scales: Mapping[int, float],
+    dtype: torch.dtype,
+    pin: bool,
+    outputs: Mapping[int, Outputs] = MappingProxyType({}),
 ) -> Adapter:
-    """Put all matrices, by site, into one flat tensor, aligned, so that the adapter moves to the device in one copy."""
+    """Put all matrices and vectors, by site, into one flat tensor, aligned, so that the adapter moves to the device in
+    one copy."""
     entries, end = [], 0
     for site, (a, b) in factors.items():
         a_start = end
         b_start = a_start + _aligned(a.numel())
         end = b_start + _aligned(b.numel())
-        entries.append(AdapterEntry(site, a_start, b_start, end, a.shape[0], scales[site]))
+        starts = []
+        for vector in _vectors(outputs.get(site)):
+            starts.append(0 if vector is None else end)
+            end += 0 if vector is None else _aligned(vector.numel())
+        entries.append(AdapterEntry(site, a_start, b_start, end, a.shape[0], scales[site], *starts))
     flat = torch.zeros(end, dtype=dtype, pin_memory=pin)
     for entry in entries:
         a, b = factors[entry.site]
         flat[entry.a_start : entry.a_start + a.numel()] = a.reshape(-1).to(dtype)
         flat[entry.b_start : entry.b_start + b.numel()] = b.reshape(-1).to(dtype)
+        for start, vector in zip((entry.out_scale, entry.out_bias), _vectors(outputs.get(entry.site))):
+            if vector is not None:
+                flat[start : start + vector.numel()] = vector.to(dtype)
     return Adapter(identity, path, flat, tuple(entries))
+
+
+def _vectors(outputs: Outputs | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    return (None, None) if outputs is None else (outputs.scale_N, outputs.bias_N)
 
 
 def _aligned(elements: int) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from inlaid.adapters.adapter import AdapterError
+from inlaid.adapters.base import RESIDUAL_INITS
 from inlaid.adapters.pattern import Effort, Pattern, PatternError
 from inlaid.kernels.backend import MODULES
 
@@ -20,19 +21,19 @@ _HARMLESS = frozenset({
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules",
     "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
     "loftq_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
-    "alpha_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora", "bias",
+    "alpha_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora", "bias", "use_dora",
+    "lora_bias",
 })  # fmt: skip
 _REASONS = (
-    ("use_dora", "DoRA is not supported"),
     ("modules_to_save", "modules_to_save (whole layers trained beside the adapter) is not supported"),
     ("fan_in_fan_out", "fan_in_fan_out is for Conv1D layers, which the base does not have"),
-    ("lora_bias", "lora_bias (biases in B) is not supported"),
     ("trainable_token_indices", "trained embeddings (trainable_token_indices) are not supported"),
     ("layer_replication", "layer_replication changes the base and is not supported"),
     ("alora_invocation_tokens", "activated LoRA (alora_invocation_tokens) is not supported"),
     ("target_parameters", "target_parameters is not supported; only linear modules are adapted"),
 )
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # others change the base weights too
+_INITS = (*_PLAIN_INITS, *RESIDUAL_INITS)
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class PeftConfig:
     layer_lists: frozenset[str]  # names of the lists of layers that `layers` counts in; empty: any
     rank_patterns: tuple[tuple[Pattern, float], ...]
     alpha_patterns: tuple[tuple[Pattern, float], ...]
+    dora: bool = False
+    lora_bias: bool = False
+    residual_init: str | None = None  # what was taken out of the base when training began
 
     def is_target(self, path: str) -> bool:
         """Apply PEFT's rule: a string is a pattern for the whole path, a list holds endings, which layers narrow."""
@@ -111,6 +115,9 @@ def parse_config(data: bytes) -> PeftConfig:
         layer_lists=_layer_lists(config),
         rank_patterns=_patterns(config, "rank_pattern", effort),
         alpha_patterns=_patterns(config, "alpha_pattern", effort),
+        dora=bool(config.get("use_dora")),
+        lora_bias=bool(config.get("lora_bias")),
+        residual_init=init if (init := config.get("init_lora_weights")) in RESIDUAL_INITS else None,
     )
 
 
@@ -141,7 +148,9 @@ def _settings(data: bytes) -> dict[str, Any]:
     for key, value in config.items():
         if key not in _HARMLESS and value not in (None, False, [], {}):
             raise AdapterError(dict(_REASONS).get(key, f"setting {key} = {_shown(value)} is not supported"))
-    if config.get("init_lora_weights", True) not in _PLAIN_INITS:
+    if config.get("use_dora") and (config.get("lora_bias") or config.get("init_lora_weights") in RESIDUAL_INITS):
+        raise AdapterError("DoRA with lora_bias, or begun as PiSSA or OLoRA, is not supported")
+    if config.get("init_lora_weights", True) not in _INITS:
         raise AdapterError(
             f"init_lora_weights {_shown(config['init_lora_weights'])} changes the base weights; "
             "convert it to a plain LoRA (PEFT's path_initial_model_for_weight_conversion) and save it again"

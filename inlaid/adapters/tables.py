@@ -25,6 +25,7 @@ def empty_pages(
         table=torch.zeros(slots, spec.num_sites, 3, dtype=torch.int64, device=device),
         scale=torch.zeros(slots, spec.num_sites, dtype=torch.float32, device=device),
         versions=[0] * slots,
+        outputs=torch.full((slots, spec.num_sites, 2), -1) if device.type == "cpu" else None,
     )
 
 
@@ -53,11 +54,17 @@ def show(
     start before an adapter is whole and do not wait for it, only the layers that have landed are published.
     """
     table = np.zeros((pages.table.shape[1], 3), dtype=np.int64)
+    if pages.outputs is not None:
+        pages.outputs[slot] = -1
     scale = np.zeros(pages.table.shape[1], dtype=np.float32)
     for entry, start in zip(entries, starts, strict=True):
         if entry.site < num_layers * len(MODULES):
             table[entry.site] = start, start + entry.b_start - entry.a_start, entry.rank
             scale[entry.site] = entry.scale
+            if entry.changes_outputs:
+                assert pages.outputs is not None, "refused when it was read"
+                places = [start + at - entry.a_start if at else -1 for at in (entry.out_scale, entry.out_bias)]
+                pages.outputs[slot, entry.site] = torch.tensor(places)
     for target_row, row in ((pages.table, table), (pages.scale, scale)):
         host = torch.from_numpy(row)
         if pages.pool.device.type == "cuda":  # from pinned memory the copy does not hold up the step loop
@@ -70,6 +77,8 @@ def clear(pages: AdapterPages, slot: int) -> None:
     """Empty a slot in the tables."""
     pages.table[slot].zero_()
     pages.scale[slot].zero_()
+    if pages.outputs is not None:
+        pages.outputs[slot] = -1
     pages.versions[slot] += 1
 
 

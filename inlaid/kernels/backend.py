@@ -44,12 +44,14 @@ class AdapterPages:
 
     `pool` is flat. `table[slot, site]` is (A offset, B offset, rank), offsets in elements; slot 0 has rank 0
     everywhere. A is [rank, K] and B is [N, rank], row-major. `versions[slot]` grows whenever the slot's content
-    changes, so that data derived from the slot can be told to be stale."""
+    changes, so that data derived from the slot can be told to be stale. `outputs[slot, site]` is the offsets of a scale
+    and a bias [N] of the linear's outputs, each -1 where there is none; None on devices that do not apply them."""
 
     pool: torch.Tensor
     table: torch.Tensor  # int64 [slots, sites, 3]
     scale: torch.Tensor  # float32 [slots, sites]
     versions: list[int]
+    outputs: torch.Tensor | None = None  # int64 [slots, sites, 2]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """Adapters on a CPU: y += scale * (x A^T) B^T, each row with its own adapter, over matrices stacked once per set of
-adapters at work.
+adapters at work. Where an adapter changes a linear's outputs (DoRA, biases), y * out_scale + out_bias follows.
 
 Shapes: T rows, K inputs, N outputs, R rank, W columns of all adapters side by side, n adapters of a group.
 """
@@ -40,6 +40,7 @@ class _Stack:
     groups: list[_Group]
     num_columns: int  # of all of them side by side, where they have the most
     sites: dict[int, _Site | None] = field(default_factory=dict)
+    changing: tuple[int, ...] = ()  # slots whose adapters change outputs
 
 
 @dataclass
@@ -88,7 +89,18 @@ class _SideBySideProduct:
 
 
 _Product = tuple[_Rows, torch.Tensor, list[torch.Tensor]]  # rows, B, products with A
-_Shrunk = list[_Product] | _SideBySideProduct | None
+_Added = list[_Product] | _SideBySideProduct | None
+
+
+@dataclass(frozen=True)
+class _Changed:
+    """The sum that is added to a site's outputs, and the changes after it: rows, columns, scale and bias."""
+
+    added: _Added
+    changes: list[tuple[torch.Tensor, slice, torch.Tensor | None, torch.Tensor | None]]
+
+
+_Shrunk = _Added | _Changed
 
 
 class CpuLora:
@@ -100,6 +112,7 @@ class CpuLora:
         self._most_side_by_side = side_by_side if pages.pool.dtype == torch.float32 else -1
         self._stack = _Stack((), (), [], 0)
         self._last: tuple[object, _Plan] = (None, [])
+        self._changed_rows: dict[int, torch.Tensor] = {}  # by slot, of the step
 
     def plan(self, step: StepContext) -> None:
         if not step.adapters:
@@ -110,6 +123,8 @@ class CpuLora:
         key = (stack.slots, stack.versions, sequences.adapter_slots, sequences.query_lens)
         if self._last[0] != key:
             self._last = (key, self._plan(stack, sequences, step))
+            rows_of = _rows_by_slot(sequences) if stack.changing else {}
+            self._changed_rows = {slot: torch.tensor(rows_of[slot]) for slot in stack.changing if slot in rows_of}
         step.lora_plan = self._last[1]
 
     def _plan(self, stack: _Stack, sequences: OnHost, step: StepContext) -> _Plan:
@@ -122,6 +137,25 @@ class CpuLora:
         return [plan for plan in plans if plan is not None]
 
     def shrink(self, x_TK: torch.Tensor, site: Site, step: StepContext, workspace: Workspace, beside: bool) -> _Shrunk:
+        added = self._shrink(x_TK, site, step)
+        changes = self._changes(site) if self._changed_rows else []
+        return _Changed(added, changes) if changes else added
+
+    def _changes(self, site: Site) -> list[tuple[torch.Tensor, slice, torch.Tensor | None, torch.Tensor | None]]:
+        """List what the step's adapters do to the outputs of a site, sibling by sibling."""
+        assert self.pages.outputs is not None
+        changes = []
+        for slot, rows in self._changed_rows.items():
+            begin = 0
+            for sibling, width in enumerate(site.widths):
+                places = self.pages.outputs[slot, site.first + sibling].tolist()
+                vectors = [None if at < 0 else self.pages.pool[at : at + width] for at in places]
+                if any(vector is not None for vector in vectors):
+                    changes.append((rows, slice(begin, begin + width), vectors[0], vectors[1]))
+                begin += width
+        return changes
+
+    def _shrink(self, x_TK: torch.Tensor, site: Site, step: StepContext) -> _Added:
         if isinstance(step.lora_plan, _SideBySide):
             return self._shrink_side_by_side(x_TK, site, step.lora_plan)
         plans: list[_Rows] = step.lora_plan
@@ -160,6 +194,13 @@ class CpuLora:
         return None
 
     def expand(self, shrunk: _Shrunk, out_TN: torch.Tensor, step: StepContext) -> None:
+        if isinstance(shrunk, _Changed):
+            self.expand(shrunk.added, out_TN, step)
+            for rows, columns, scale_N, bias_N in shrunk.changes:
+                part_TN = out_TN[rows, columns]
+                part_TN = part_TN if scale_N is None else part_TN * scale_N
+                out_TN[rows, columns] = part_TN if bias_N is None else part_TN + bias_N
+            return
         if shrunk is None:
             return
         if isinstance(shrunk, _SideBySideProduct):
@@ -180,8 +221,10 @@ class CpuLora:
         current = stack.versions == tuple(versions[slot] for slot in stack.slots)
         if not current or not active.issubset(stack.slots) or len(stack.slots) > max(4, 2 * len(active)):
             slots = tuple(sorted(active))
-            columns = _num_columns(self.pages, slots)
-            self._stack = _Stack(slots, tuple(versions[slot] for slot in slots), _group(self.pages, slots), columns)
+            columns, outputs = _num_columns(self.pages, slots), self.pages.outputs
+            changing = () if outputs is None else tuple(slot for slot in slots if bool((outputs[slot] >= 0).any()))
+            made = tuple(versions[slot] for slot in slots)
+            self._stack = _Stack(slots, made, _group(self.pages, slots), columns, changing=changing)
         return self._stack
 
 

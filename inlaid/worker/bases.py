@@ -146,6 +146,14 @@ class Bases:
                 f"{checkpoint.path} is not the base that was checked: its files have changed (they were "
                 f"{version[:12]}, they are {found[:12]}); it is not served"
             )
+        store = self._model.adapters
+        held = {name: store.identity(name) for name in store.names()}
+        bound = sorted(name for name, identity in held.items() if identity and store.fits_one_base(identity))
+        if bound:
+            raise BaseError(
+                f"adapters {', '.join(bound)} (DoRA) are computed for the base that is served; unload them, switch, "
+                "and load them again"
+            )
         spec = read_spec(checkpoint.path)
         if spec != self._model.spec:
             raise BaseError(f"{checkpoint.path} is another model than the one that is served")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from inlaid.adapters.adapter import Adapter
+from inlaid.adapters.base import BaseLinears
 from inlaid.adapters.gate import check
 from inlaid.adapters.loader import Loader
 from inlaid.adapters.modes import CPU_ASSIST, MODES, PIPELINED
@@ -142,8 +143,14 @@ def adapter_reader(config: AdapterConfig, opened: OpenedModel) -> Callable[[str]
 
 def ungated_reader(config: AdapterConfig, opened: OpenedModel) -> Callable[[str], Adapter]:
     """Return a function that reads an adapter for this model and does not ask the accuracy gate."""
-    pin = opened.device.type == "cuda"
-    return partial(read_adapter, spec=opened.spec, dtype=opened.dtype, max_rank=config.max_lora_rank, pin=pin)
+    on_gpu = opened.device.type == "cuda"
+    scales_outputs = not on_gpu and config.adapter_mode != CPU_ASSIST  # its helpers add to outputs, and do no more
+
+    def read(path: str) -> Adapter:
+        base = BaseLinears(opened.base.folder, scales_outputs)  # the one that is served now
+        return read_adapter(path, opened.spec, opened.dtype, config.max_lora_rank, pin=on_gpu, base=base)
+
+    return read
 
 
 def load_model(
@@ -157,7 +164,8 @@ def load_model(
     opened = opened or open_model(config)
     device, spec, dtype = opened.device, opened.spec, opened.dtype
     max_model_len = choose_max_len(config.max_model_len, spec)
-    adapters = make_store(config.adapters, spec, device, dtype, config.cache.unified_memory)
+    read = ungated_reader(config.adapters, opened)
+    adapters = make_store(config.adapters, spec, device, dtype, config.cache.unified_memory, read)
     kernels = choose_kernels(config, device, adapters.pages, spec)
     split = StepSplit(kernels) if device.type == "cpu" else None
     kernels = kernels if split is None else split.kernels
@@ -189,7 +197,12 @@ def load_model(
 
 
 def make_store(
-    config: AdapterConfig, spec: ModelSpec, device: torch.device, dtype: torch.dtype, unified: bool = False
+    config: AdapterConfig,
+    spec: ModelSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    unified: bool = False,
+    read: Callable[[str], Adapter] | None = None,
 ) -> AdapterStore:
     """Make room for adapters (with unified memory, the least that they have) and the way in which they come there."""
     mode, link = config.adapter_mode, config.adapter_link_gbps
@@ -210,7 +223,7 @@ def make_store(
         mode=mode,
         loader=Loader(link) if device.type != "cuda" and (link or mode in (PIPELINED, CPU_ASSIST)) else None,
         host_budget=int(config.max_cpu_adapter_gib * 2**30),
-        read=partial(read_adapter, spec=spec, dtype=dtype, max_rank=config.max_lora_rank, pin=device.type == "cuda"),
+        read=read or partial(read_adapter, spec=spec, dtype=dtype, max_rank=config.max_lora_rank),
         max_seconds=config.adapter_timeout,
         shared=unified,
     )

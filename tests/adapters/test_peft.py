@@ -129,11 +129,12 @@ def nested(depth: int) -> list[Any]:
 
 
 REFUSED_SETTINGS: list[tuple[dict[str, Any], str]] = [
-    ({"use_dora": True}, "DoRA"),
+    ({"use_dora": True}, "DoRA is computed from the base"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     ({"bias": "all"}, "bias 'all'"),
     ({"fan_in_fan_out": True}, "Conv1D"),
-    ({"lora_bias": True}, "lora_bias"),
+    ({"lora_bias": True}, "lora_bias is computed from"),
+    ({"use_dora": True, "lora_bias": True}, "DoRA with lora_bias"),
     ({"peft_type": "IA3"}, "peft_type 'IA3'"),
     ({"peft_type": None}, "peft_type None"),
     ({"init_lora_weights": "pissa_niter_16"}, "changes the base weights"),
