@@ -6,7 +6,7 @@ Called by `build_demo` only. The adapters leave as PEFT folders, written by peft
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,38 +46,55 @@ class StackedLinear(nn.Module):
 
     y = W x + scale_t B_t (A_t x). Adapters are padded to the largest rank with zeros in A and in B, whose
     gradients are exactly zero, so padding stays zero; a task that does not target this module is all padding.
+    `only`: all rows pass through this adapter, or through none (-1).
     """
 
-    def __init__(self, base: nn.Linear, module: str, generator: torch.Generator) -> None:
+    def __init__(
+        self, base: nn.Linear, ranks: Sequence[int], scales: Sequence[float], generators: Sequence[torch.Generator]
+    ) -> None:
         super().__init__()
         self.base = base
-        plans = list(ADAPTERS.values())
-        max_rank = max(plan.rank_of(module) for plan in plans)
-        a_TRI = torch.zeros(len(plans), max_rank, base.in_features)
-        for plan, a_RI in zip(plans, a_TRI, strict=True):
+        self.only: int | None = None
+        a_TRI = torch.zeros(len(ranks), max(ranks), base.in_features)
+        for rank, a_RI, generator in zip(ranks, a_TRI, generators, strict=True):
             bound = 1 / math.sqrt(base.in_features)
-            a_RI[: plan.rank_of(module)].uniform_(-bound, bound, generator=generator)
+            a_RI[:rank].uniform_(-bound, bound, generator=generator)
         self.a_TRI = nn.Parameter(a_TRI)
-        self.b_TOR = nn.Parameter(torch.zeros(len(plans), base.out_features, max_rank))
+        self.b_TOR = nn.Parameter(torch.zeros(len(ranks), base.out_features, max(ranks)))
         self.scale_T: torch.Tensor
-        self.register_buffer("scale_T", torch.tensor([plan.scale_of(module) for plan in plans]))
+        self.register_buffer("scale_T", torch.tensor(list(scales)))
 
     def forward(self, x_BSI: torch.Tensor) -> torch.Tensor:
         y_BSO: torch.Tensor = self.base(x_BSI)
+        if self.only is not None:
+            at = self.only
+            return y_BSO if at < 0 else y_BSO + (x_BSI @ self.a_TRI[at].T) @ self.b_TOR[at].T * self.scale_T[at]
         x_TNI = x_BSI.reshape(len(self.scale_T), -1, x_BSI.shape[-1])
         delta_TNO = torch.bmm(torch.bmm(x_TNI, self.a_TRI.transpose(1, 2)), self.b_TOR.transpose(1, 2))
         return y_BSO + (delta_TNO * self.scale_T[:, None, None]).view_as(y_BSO)
 
 
 def stack_adapters(model: LlamaForCausalLM, seed: int) -> list[nn.Parameter]:
-    """Freezes the model and puts a StackedLinear over every linear of its layers; returns what is to be trained."""
+    """Put the demo's adapters, new ones, over every linear of the layers; returns what is to be trained."""
+    plans = list(ADAPTERS.values())
+    generators = [torch.Generator().manual_seed(seed)] * len(plans)  # one, which all draw from in turn
+    return stack(model, lambda module: [(plan.rank_of(module), plan.scale_of(module)) for plan in plans], generators)
+
+
+def stack(
+    model: Any, shapes_of: Callable[[str], Sequence[tuple[int, float]]], generators: Sequence[torch.Generator]
+) -> list[nn.Parameter]:
+    """Freeze the model and put a StackedLinear over every linear of its layers for which `shapes_of` its name gives
+    ranks above 0, with scales, one for each task. Return what is to be trained."""
     model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
     trained: list[nn.Parameter] = []
     for layer in model.model.layers:
         for owner in (layer.self_attn, layer.mlp):
             for module in [name for name, _ in owner.named_children() if name in ALL_LINEAR]:
-                stacked = StackedLinear(getattr(owner, module), module, generator).to(model.device)
+                ranks, scales = zip(*shapes_of(module), strict=True)
+                if not any(ranks):
+                    continue
+                stacked = StackedLinear(getattr(owner, module), ranks, scales, generators).to(model.device)
                 setattr(owner, module, stacked)
                 trained += [stacked.a_TRI, stacked.b_TOR]
     return trained
