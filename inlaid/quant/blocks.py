@@ -22,6 +22,8 @@ from inlaid.quant.calibration import Batch
 from inlaid.quant.stopwatch import Stopwatch
 from inlaid.tensorfiles import CheckpointError
 
+_LOGIT_ROWS = 256  # tokens whose logits are in memory at a time
+
 
 @dataclass(eq=False)
 class Stream:
@@ -156,6 +158,16 @@ class BlockModel:
         """Return the logits of hidden states that have passed every block; only inside `head()`."""
         logits_BSV: Tensor = self.model.lm_head(self.model.model.norm(hidden_BSD.to(self.device)))
         return logits_BSV
+
+    def losses(self, hidden_TD: Tensor, targets_T: Tensor) -> Tensor:
+        """Return the loss of each token, from logits of few tokens at a time: those of a batch of a large vocabulary
+        take gigabytes. Only inside `head()`."""
+        losses_T = torch.empty(len(targets_T), device=targets_T.device)
+        for start in range(0, len(targets_T), _LOGIT_ROWS):
+            part = slice(start, start + _LOGIT_ROWS)
+            logits_PV = self.logits(hidden_TD[part]).float()
+            losses_T[part] = nn.functional.cross_entropy(logits_PV, targets_T[part], reduction="none")
+        return losses_T
 
     def _check_names(self) -> None:
         for name in self.model.state_dict():

@@ -17,12 +17,13 @@ import torch
 
 from inlaid.checkpoint import BITS
 from inlaid.convert.folder import SUFFIX, converted
+from inlaid.model.spec import read_spec
 from inlaid.progress import Bar
 from inlaid.quant import remote
 from inlaid.quant.aggregate import AGGREGATIONS, LOSS_ROUNDS, MINIMAX_LOSS
 from inlaid.quant.bank import PRECISIONS, bank_path
 from inlaid.quant.calibration import CalibrationSettings
-from inlaid.quant.grid import Grid
+from inlaid.quant.grid import GROUP_SIZES, Grid, choose_group_size
 from inlaid.quant.quantize import add_task, quantize, remove_task
 from inlaid.quant.record import Record
 from inlaid.quant.settings import DTYPES, EXACT, SHARED, WARM, Gate, Place, Settings, Shortcuts, TaskSource
@@ -76,7 +77,13 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_grid_arguments(parser: argparse._ArgumentGroup, grid: Grid) -> None:
     parser.add_argument("--bits", type=int, choices=BITS, default=grid.bits, help="width of a code")
-    parser.add_argument("--group-size", type=int, default=grid.group_size, help="inputs that share a scale; -1: all")
+    sizes = ", ".join(map(str, GROUP_SIZES))
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        default=None,
+        help=f"inputs that share a scale; -1: all; default: the first of {sizes} that divides every linear's inputs",
+    )
     parser.add_argument(
         "--symmetric", action=argparse.BooleanOptionalAction, default=grid.symmetric, help="grids without zero points"
     )
@@ -120,19 +127,19 @@ def run_quantize(args: argparse.Namespace) -> int:
 
     def job(progress: Progress) -> Record:
         place = _place(args, progress)
+        base = converted(args.base) if args.base.suffix == SUFFIX else args.base
         dtype = args.dtype or ("float16" if place.device.startswith("cuda") else "float32")
-        grid = _grid(args)
+        grid = _grid(args, args.group_size or choose_group_size(read_spec(base), place.note))
         calibration = CalibrationSettings(args.max_tokens, args.max_length, args.held_out, args.highlight, args.seed)
         settings = Settings(grid, calibration, args.aggregation, args.sequential, args.bank_precision, dtype)
         sources = [TaskSource.parse(text) for text in args.task]
-        base = converted(args.base) if args.base.suffix == SUFFIX else args.base
         return quantize(base, sources, settings, args.out, place, Gate(args.tolerance, args.force))
 
     return _attempt(job)
 
 
-def _grid(args: argparse.Namespace) -> Grid:
-    grid = Grid.of_width(args.bits, args.group_size)
+def _grid(args: argparse.Namespace, group_size: int) -> Grid:
+    grid = Grid.of_width(args.bits, group_size)
     return replace(
         grid,
         symmetric=args.symmetric,

@@ -155,9 +155,9 @@ class _Pass:
         total = count = 0.0
         for stream in self.streams:
             wanted_BS = stream.batch.answer_BS[:, 1:].to(self.model.device)
-            logits_TV = self.model.logits(stream.hidden_BSD[:, :-1][wanted_BS.to(stream.hidden_BSD.device)]).float()
+            hidden_TD = stream.hidden_BSD[:, :-1][wanted_BS.to(stream.hidden_BSD.device)]
             targets_T = stream.batch.ids_BS.to(self.model.device)[:, 1:][wanted_BS]
-            total += float(nn.functional.cross_entropy(logits_TV, targets_T, reduction="sum"))
+            total += float(self.model.losses(hidden_TD, targets_T).sum())
             count += len(targets_T)
         self.loss = total / max(count, 1.0)
         self.streams = []

@@ -8,18 +8,36 @@ Legend: K inputs, N outputs, G the inputs of one group.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from inlaid.checkpoint import QuantSpec
+from inlaid.model.spec import ModelSpec
 
+GROUP_SIZES = (128, 64, 32)  # of which the first that fits is the default
 CLIP_STEPS = tuple(1.0 - 0.05 * i for i in range(13))
 
 
 class SolverError(ValueError):
     """The weight or its Hessian cannot be quantized; the message says why."""
+
+
+def choose_group_size(spec: ModelSpec, tell: Callable[[str], object]) -> int:
+    """Return the largest usual group size that divides the inputs of every linear, and tell where it is not 128."""
+    inputs = sorted({spec.hidden_size, spec.num_heads * spec.head_dim, spec.intermediate_size})
+    fitting = [size for size in GROUP_SIZES if all(width % size == 0 for width in inputs)]
+    if not fitting:
+        raise SolverError(
+            f"none of the group sizes {', '.join(map(str, GROUP_SIZES))} divides this base's inputs "
+            f"({', '.join(map(str, inputs))}); give --group-size, -1 for whole columns"
+        )
+    if fitting[0] != GROUP_SIZES[0]:
+        indivisible = ", ".join(str(width) for width in inputs if width % (2 * fitting[0]))
+        tell(f"groups of {fitting[0]}: {2 * fitting[0]} does not divide {indivisible} inputs of this base's linears")
+    return fitting[0]
 
 
 @dataclass(frozen=True)

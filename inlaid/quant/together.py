@@ -56,7 +56,7 @@ class SharedPass:
             wanted_BS = stream.batch.answer_BS[:, 1:].to(self._model.device)
             hidden_TD = stream.hidden_BSD[:, :-1][wanted_BS.to(stream.hidden_BSD.device)]
             targets_T = stream.batch.ids_BS.to(self._model.device)[:, 1:][wanted_BS]
-            losses_T = nn.functional.cross_entropy(self._model.logits(hidden_TD).float(), targets_T, reduction="none")
+            losses_T = self._model.losses(hidden_TD, targets_T)
             task_B = torch.tensor([task for task, _ in part])
             task_T = task_B[:, None].expand(wanted_BS.shape)[wanted_BS.cpu()]
             total.index_add_(0, task_T, losses_T.double().cpu())

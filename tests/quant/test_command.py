@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from inlaid.model.spec import ModelSpec, spec_from_config
 from inlaid.quant import command, loop
+from inlaid.quant.grid import SolverError, choose_group_size
 from inlaid.quant.record import Record
 from tests.quant.tiny import write_adapter, write_base, write_data
 
@@ -145,3 +147,27 @@ def test_a_full_disk_is_told_and_can_go_on(
     assert not (world / "out").exists()
     monkeypatch.setattr(loop, "write_tensors", real)
     assert run(*words) == 0
+
+
+@pytest.mark.parametrize(
+    ("hidden", "mlp", "size", "told"),
+    [
+        (1024, 2816, 128, []),
+        (576, 1536, 64, ["groups of 64: 128 does not divide 576 inputs of this base's linears"]),
+        (1024, 96, 32, ["groups of 32: 64 does not divide 96 inputs of this base's linears"]),
+    ],
+)
+def test_the_group_size_is_the_largest_that_divides_and_told(hidden: int, mlp: int, size: int, told: list[str]) -> None:
+    heard: list[str] = []
+    assert choose_group_size(spec_of(hidden, mlp), heard.append) == size
+    assert heard == told
+
+
+def test_a_base_that_no_group_size_divides_is_refused_with_the_flag() -> None:
+    with pytest.raises(SolverError, match=r"divides this base's inputs \(48, 1024\); give --group-size"):
+        choose_group_size(spec_of(1024, 48), print)
+
+
+def spec_of(hidden: int, mlp: int) -> ModelSpec:
+    config = {"model_type": "llama", "vocab_size": 9, "hidden_size": hidden, "intermediate_size": mlp}
+    return spec_from_config({**config, "num_hidden_layers": 1, "num_attention_heads": hidden // 32, "head_dim": 32})
