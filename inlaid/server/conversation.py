@@ -30,8 +30,9 @@ from inlaid.text.encoder import check_template_options, last_tokens
 from inlaid.text.nesting import check_depth
 from inlaid.text.params import schema_grammar
 from inlaid.text.tools.answer import AnswerForm
-from inlaid.text.tools.force import ONE_LINE, answer_or_calls_schema, calls_schema
+from inlaid.text.tools.force import MOST_CALLS, ONE_LINE, answer_or_calls_schema, calls_schema
 from inlaid.text.tools.forms import CALL_FORMS
+from inlaid.text.tools.word_schema import calls_pattern
 
 _NO_EFFECT = ("cache_control", "thinking_blocks", "annotations", "refusal", "reasoning")
 _TAIL = 32  # tokens at the end of a prompt that may open the reasoning
@@ -112,13 +113,15 @@ def _named(choice: ToolChoice) -> tuple[list[str], bool]:
 def _grammar_and_form(
     service: Service, body: ChatBody, tools: Sequence[Tool] | None, forced: bool, most: int, prompt: list[int]
 ) -> tuple[Grammar | None, AnswerForm]:
-    """Return the constraint on an answer and how it is read. Calls that are forced are written in one form whatever the
-    model is used to, as are those beside a schema for the answer."""
+    """Return the constraint on an answer and how it is read. Calls that are forced are written in JSON whatever the
+    model is used to, as are those beside a schema for the answer; a model of words writes words if they will do."""
     asked = constraint(body)
     by_name = {tool.function.name: tool.function.parameters for tool in tools or ()}
     calls = service.forms.calls if tools else None
     if forced and asked is not None:
         raise BadRequest("a call is forced by tool_choice, and a form for the text is given too: choose one")
+    if forced and calls is CALL_FORMS["words"] and (pattern := calls_pattern(by_name, most or MOST_CALLS)) is not None:
+        return Grammar(regex=pattern), AnswerForm(calls=calls, names=by_name)
     if forced:
         schema = calls_schema(by_name, most)
     elif tools and asked is not None and asked.json_schema is not None:
@@ -126,10 +129,10 @@ def _grammar_and_form(
     elif asked is not None and asked.json_schema is not None:
         return asked, AnswerForm()  # what the client asked for is the text
     else:
-        return asked, _read_as(service, body, AnswerForm(calls=calls, names=tuple(by_name)), prompt)
+        return asked, _read_as(service, body, AnswerForm(calls=calls, names=by_name), prompt)
     check_depth("tools", schema)
     schema["x-guidance"] = {**ONE_LINE, "lenient": not _all_strict(tools)}
-    return schema_grammar("tools", schema), AnswerForm(calls=CALL_FORMS["json"], names=tuple(by_name))
+    return schema_grammar("tools", schema), AnswerForm(calls=CALL_FORMS["json"], names=by_name)
 
 
 def _all_strict(tools: Sequence[Tool] | None) -> bool:

@@ -29,7 +29,7 @@ def client(server: Live) -> Iterator[openai.OpenAI]:
 
 def chat(client: openai.OpenAI, messages: list[Any], **more: Any) -> Any:
     asked: Any = {"model": "tools", "messages": messages, "tools": MENU, "tool_choice": "auto", "temperature": 0}
-    return client.chat.completions.create(**asked, **more)
+    return client.chat.completions.create(**asked | more)
 
 
 @pytest.mark.parametrize(("request_text", "name", "arguments", "result", "answer"), ASKED)
@@ -61,6 +61,18 @@ def test_it_calls_and_answers_when_streamed(client: openai.OpenAI) -> None:
     chunks = list(chat(client, messages, stream=True))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == answer
     assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(("request_text", "name", "arguments", "result", "answer"), ASKED)
+def test_a_demanded_call_has_any_text_and_ends(
+    client: openai.OpenAI, request_text: str, name: str, arguments: dict[str, Any], result: str, answer: str
+) -> None:
+    """The model's vocabulary knows no quote that could end a text of JSON."""
+    messages: list[Any] = [{"role": "user", "content": request_text}]
+    choice = chat(client, messages, tool_choice="required").choices[0]
+    [call] = choice.message.tool_calls
+    assert choice.finish_reason == "tool_calls"
+    assert (call.function.name, json.loads(call.function.arguments)) == (name, arguments)
 
 
 def test_it_answers_in_words_where_no_tool_fits(client: openai.OpenAI) -> None:

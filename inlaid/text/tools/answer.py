@@ -37,7 +37,7 @@ class AnswerForm:
     """The way to read one answer. Without either form all of it is text."""
 
     calls: CallForm | None = None
-    names: Collection[str] = ()  # of the tools
+    names: Collection[str] = ()  # of the tools; of a mapping, with the schemas of their arguments
     reasoning: ReasoningForm | None = None
     begins_inside: bool = False  # the prompt has opened the reasoning
 

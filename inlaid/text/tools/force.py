@@ -10,7 +10,7 @@ import msgspec
 
 from inlaid.engine.refusal import Refusal, Refused
 
-_MOST_CALLS = 8  # in one answer: a model that never ends must not be asked to go on for ever
+MOST_CALLS = 8  # in one answer: a model that never ends must not be asked to go on for ever
 
 
 # JSON on one line, with a blank after colons and commas: calls are told apart from text by how they begin.
@@ -36,7 +36,7 @@ def calls_schema(tools: Mapping[str, Mapping[str, Any] | None], most: int = 0) -
         for index, name in enumerate(tools)
     ]
     items = calls[0] if len(calls) == 1 else {"anyOf": calls}
-    return {"type": "array", "items": items, "minItems": 1, "maxItems": most or _MOST_CALLS, "$defs": definitions}
+    return {"type": "array", "items": items, "minItems": 1, "maxItems": most or MOST_CALLS, "$defs": definitions}
 
 
 def _moved(schema: Any, place: str, closed: bool = True) -> Any:
