@@ -4,7 +4,18 @@ import { draw } from "./chart.js";
 import * as format from "./format.js";
 
 const ROW = 32; // pixels, as in style.css
-const SPARE = 10; // rows beyond those in sight
+const SPARE = 20; // rows beyond those in sight
+const STRIDE = 16; // rows by which the drawn ones change: not in every frame
+
+// A row that is drawn anew only when its figures change, and not when the table is scrolled.
+function Row({ row, columns, index }) {
+  return useMemo(
+    () => html`<tr aria-rowindex=${index}>${columns.map(
+      (each) => html`<td key=${each.key} class=${(each.text ? "text " : "") + (each.wrap ? "wrap" : "")}>${each.show ? each.show(row) : row[each.key]}</td>`,
+    )}</tr>`,
+    [row, columns, index],
+  );
+}
 
 // columns: {key, label, title, text, show(row), sort(row)}; rows have a field `id`.
 export function Table({ label, columns, rows, first, descending = true, empty = "Nothing yet." }) {
@@ -25,8 +36,8 @@ export function Table({ label, columns, rows, first, descending = true, empty = 
       .map(([, row]) => row);
   }, [rows, order, columns]);
   const look = () => {
-    const top = Math.max(0, Math.floor(box.current.scrollTop / ROW) - SPARE);
-    const end = Math.ceil((box.current.scrollTop + box.current.clientHeight) / ROW) + SPARE;
+    const top = Math.max(0, Math.floor(box.current.scrollTop / ROW / STRIDE) * STRIDE - SPARE);
+    const end = Math.ceil((box.current.scrollTop + box.current.clientHeight) / ROW / STRIDE) * STRIDE + SPARE;
     if (top !== range[0] || end !== range[1]) setRange([top, end]);
   };
   useLayoutEffect(look, [sorted.length]);
@@ -48,11 +59,7 @@ export function Table({ label, columns, rows, first, descending = true, empty = 
       )}</tr></thead>
       <tbody>
         ${begin > 0 && html`<tr class="pad" aria-hidden="true"><td colspan=${columns.length} style=${{ height: `${begin * ROW}px` }}></td></tr>`}
-        ${seen.map(
-          (row, at) => html`<tr key=${row.id} aria-rowindex=${begin + at + 2}>${columns.map(
-            (each) => html`<td key=${each.key} class=${(each.text ? "text " : "") + (each.wrap ? "wrap" : "")}>${each.show ? each.show(row) : row[each.key]}</td>`,
-          )}</tr>`,
-        )}
+        ${seen.map((row, at) => html`<${Row} key=${row.id} row=${row} columns=${columns} index=${begin + at + 2} />`)}
         ${below > 0 && html`<tr class="pad" aria-hidden="true"><td colspan=${columns.length} style=${{ height: `${below * ROW}px` }}></td></tr>`}
         ${!sorted.length && html`<tr><td class="text muted" colspan=${columns.length}>${empty}</td></tr>`}
       </tbody>
@@ -67,11 +74,16 @@ export function Chart({ title, x, series, show = format.number, max, least = 1, 
   const [at, setAt] = useState(null);
   const names = series.map((each) => each.label).join("|");
   const theme = document.documentElement.dataset.theme || "";
+  const empty = !x.length;
   useEffect(() => {
+    if (empty) return undefined;
     const made = draw(box.current, { x, series, show, max, least, whole: show === format.count, tick: format.clock, onCursor: setAt });
     plot.current = made;
-    return () => made.end();
-  }, [names, theme]);
+    return () => {
+      plot.current = null;
+      made.end();
+    };
+  }, [names, theme, empty]);
   useEffect(() => {
     if (plot.current) plot.current.setData([x, ...series.map((each) => each.values)]);
   });
@@ -85,7 +97,8 @@ export function Chart({ title, x, series, show = format.number, max, least = 1, 
         ${note && html`<span>${note}</span>`}
       </div>
     </figcaption>
-    <div class="plot" ref=${box} role="img" aria-label=${`${title}: ${series.map((each, index) => `${each.label} ${values[index]}`).join(", ")}`}></div>
+    ${empty && html`<p class="muted">Nothing yet.</p>`}
+    <div class="plot" hidden=${empty} ref=${box} role="img" aria-label=${`${title}: ${series.map((each, index) => `${each.label} ${values[index]}`).join(", ")}`}></div>
   </figure>`;
 }
 
