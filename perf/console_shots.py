@@ -28,7 +28,7 @@ def take(page: Any, panel: str, path: Path, height: int = 900) -> None:
     page.set_viewport_size({"width": page.viewport_size["width"], "height": height})
     page.evaluate("panel => { location.hash = '#/' + panel }", panel)
     page.wait_for_timeout(2500)
-    page.screenshot(path=path)
+    page.screenshot(path=path, full_page=panel == "load")  # with all its charts
     print(path, path.stat().st_size)
 
 
