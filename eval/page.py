@@ -65,11 +65,11 @@ def _charts(summary: Sequence[Row]) -> list[Chart]:
     rows = [row for row in summary if row["worst_drop"] is not None and row["variant"] != FULL]
     if len({row["bits"] for row in rows}) < 2:
         return []
-    least = {name: min(row["worst_drop"] for row in rows if row["variant"] == name) for name in _variants(rows)}
+    lost = {name: sum(row["worst_drop"] for row in rows if row["variant"] == name) for name in _variants(rows)}
     made = []
     for title, field in (("Points lost by the worst task", "worst_drop"), ("Points lost on average", "average_drop")):
         curves = []
-        for variant in sorted(least, key=least.__getitem__):  # the best first: there are not colours for all
+        for variant in sorted(lost, key=lost.__getitem__):  # the best first: there are not colours for all
             points = sorted((row["bits"], row[field]) for row in rows if row["variant"] == variant)
             curves.append((variant, [bits for bits, _ in points], [drop for _, drop in points]))
         made.append(Chart(title, "points", curves, x_unit="bits", over="bits of the weights", whole=True))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ class FakeServer:
     """A server of `fake_server.py`, on a port that it keeps."""
 
     flags: tuple[str, ...]
+    bank: Path
     num_senders: int = 4
     port: int = 0
     process: subprocess.Popen[str] | None = field(default=None, repr=False)
@@ -85,10 +87,11 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def fake() -> Iterator[FakeServer]:
-    runtime = ("--allow-runtime-lora", "--lora-root", str(DEMO / "adapters"))
+def fake(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeServer]:
+    bank = tmp_path_factory.mktemp("console") / "bank"
+    runtime = ("--allow-runtime-lora", "--lora-root", str(DEMO / "adapters"), "--online-tasks", str(bank))
     flags = ("--admin-key", ADMIN_KEY, "--api-key", API_KEY, *runtime, "--log-level", "error")
-    server = FakeServer(flags)
+    server = FakeServer(flags, bank)
     try:
         server.start()
         yield server

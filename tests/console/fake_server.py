@@ -12,12 +12,13 @@ import random
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 
 from inlaid.cli import run_loop
-from inlaid.config import EngineConfig, SchedulerConfig, ServerConfig
+from inlaid.config import EngineConfig, SchedulerConfig, ServerConfig, TaskConfig
 from inlaid.engine.engine import make_engine
 from inlaid.engine.request import Batch, Sampled, StepResult
 from inlaid.flags import add_config_arguments, config_from
@@ -26,6 +27,7 @@ from inlaid.text.tokenizer import Tokenizer
 from inlaid.worker.adapters import Readers
 from inlaid.worker.build import Loaded, install
 from inlaid.worker.messages import AdapterInfo, ModelInfo
+from tests.console import fake_tasks
 from tests.server.live import DEMO, ROOT
 
 HOSTILE = "<img src=x onerror=window.hacked=1>"
@@ -138,12 +140,14 @@ def build(config: EngineConfig, adapters: Mapping[str, str], *, strict: bool = T
     """Make the insides of the engine process."""
     directory = _Adapters(config.adapters.max_loras)
     answer = Tokenizer(config.model).encode(ANSWER, False)
-    made = make_engine(config, _Runner(answer), time.monotonic, num_blocks=2000, max_model_len=1024, adapters=directory)
+    runner = _Runner(answer)
+    made = make_engine(config, runner, time.monotonic, num_blocks=2000, max_model_len=1024, adapters=directory)
     model = ModelInfo(
         folder=config.model, vocab_size=4096, max_model_len=1024, num_blocks=2000, block_size=config.cache.block_size,
         max_loras=config.adapters.max_loras, base_version="fake", device="cpu", dtype="none",
     )  # fmt: skip
-    loaded = Loaded(made, model, directory, compile_grammar=lambda grammar: None)
+    bases: Any = fake_tasks.Bases(runner)
+    loaded = Loaded(made, model, directory, compile_grammar=lambda grammar: None, bases=bases)
     with Readers(adapters, directory.read) as readers:
         install(loaded, readers, strict)
     return loaded
@@ -170,18 +174,24 @@ def main() -> int:
     """Serve until told to stop."""
     port, num_adapters, num_senders, *flags = sys.argv[1:]
     parser = argparse.ArgumentParser()
-    add_config_arguments(parser, ServerConfig)
+    for each in (ServerConfig, TaskConfig):
+        add_config_arguments(parser, each)
     args = parser.parse_args(["--port", port, *flags])
-    config = config_from(args, ServerConfig)
+    config = config_from(args, ServerConfig, tasks=config_from(args, TaskConfig))
+    model = DEMO / "base"
+    if config.tasks.online_tasks:
+        model = fake_tasks.quantized(Path(config.tasks.online_tasks).parent / "demo" / "base", fake_tasks.LOSSES)
     names = [HOSTILE, PROTO, *(f"adapter-{number:04}" for number in range(int(num_adapters) - 2))]
     sending: list[asyncio.Task[None]] = []
 
     def announce(service: Any, address: str) -> None:
+        if service.online is not None:
+            service.online._run_process = fake_tasks.run_process
         print(f"at: {address}", flush=True)
         key = config.admin_key or ""
         sending.extend(asyncio.ensure_future(_send(address, names, seed, key)) for seed in range(int(num_senders)))
 
-    engine = EngineConfig(model=str(DEMO / "base"), scheduler=SchedulerConfig(tenant="header", max_num_seqs=2))
+    engine = EngineConfig(model=str(model), scheduler=SchedulerConfig(tenant="header", max_num_seqs=2))
     folder = str(DEMO / "adapters" / "code")
     return run_loop(
         serve(

@@ -38,15 +38,16 @@ function Jobs() {
     { key: "name", label: "Task", text: true },
     { key: "verb", label: "Job", text: true },
     { key: "state", label: "State", text: true, show: (row) => html`<span class=${`tag ${row.state === "serving" ? "device" : row.state === "failed" || row.state === "refused" ? "bad" : ""}`}>${row.state}</span>` },
+    { key: "act", label: "Change", text: true, fixed: true, show: (row) => html`<button class="small" disabled=${row.state !== "ready" || report.busy} onClick=${() => act(`Switching to ${row.name}`, "POST", `v1/tasks/${encodeURIComponent(row.name)}/switch`)}>Switch</button> <button class="small" disabled=${row.state === "switching" || report.busy} onClick=${() => act(`Cancelling ${row.name}`, "DELETE", `v1/tasks/${encodeURIComponent(row.name)}`)}>${["queued", "running"].includes(row.state) ? "Cancel" : "Forget"}</button>` },
     { key: "done", label: "Progress", text: true, show: (row) => (row.total ? html`<progress value=${row.done} max=${row.total} aria-label=${`Progress of ${row.name}`}></progress> ${row.done} of ${row.total} ${row.stage}` : row.stage || "–") },
     { key: "before", label: "Losses before", text: true, wrap: true, fixed: true, show: (row) => losses(row.before) },
     { key: "after", label: "Losses after", text: true, wrap: true, fixed: true, show: (row) => losses(row.after) },
     { key: "why", label: "Why", text: true, wrap: true, fixed: true, show: (row) => row.why || "" },
-    { key: "act", label: "Change", text: true, fixed: true, show: (row) => html`<button class="small" disabled=${row.state !== "ready" || report.busy} onClick=${() => act(`Switching to ${row.name}`, "POST", `v1/tasks/${encodeURIComponent(row.name)}/switch`)}>Switch</button> <button class="small" disabled=${row.state === "switching" || report.busy} onClick=${() => act(`Cancelling ${row.name}`, "DELETE", `v1/tasks/${encodeURIComponent(row.name)}`)}>${["queued", "running"].includes(row.state) ? "Cancel" : "Forget"}</button>` },
   ];
   const versions = base.versions || [];
   const back = () => confirm("Serve the version of the base before this one?") && act("Rolling back", "POST", "v1/base/rollback");
   return html`<h2><br />Tasks added while serving</h2>
+    <p class="muted">Losses in nats a token.</p>
     <${Table} label="Jobs" columns=${columns} rows=${jobs} empty="No job. Add a task with: inlaid task add" />
     <p>Version ${base.current} of the base is served; ${versions.length} are kept. <button disabled=${versions.length < 2 || report.busy} onClick=${back}>Roll back</button></p>
     <${Report} report=${report} />`;
@@ -65,6 +66,7 @@ export function Accuracy() {
     ${accuracy.fault && html`<p class="bad" role="alert">${accuracy.fault}</p>`}
     ${settings.length > 0 && html`<div class="card"><h2>Quantizer's settings</h2><${Facts} items=${settings.map(([key, value]) => [key.replaceAll("_", " "), String(value)])} /></div>`}
     <h2>Tasks of the base</h2>
+    <p class="muted">Losses in nats a token, on examples that were held out.</p>
     <${Table} label="Tasks" columns=${TASKS} rows=${tasks} first="more" empty="This base has no record of tasks: only folders made by inlaid quantize have." />
     <h2><br />The accuracy gate</h2>
     <${Table} label="Gate" columns=${RECORDS} rows=${records} first="drop" empty="No record: start the server with --require-eval, the report of python -m eval.run." />

@@ -25,28 +25,41 @@ function keep(conversations) {
   }
 }
 
-const optional = (text, read) => (text.trim() === "" ? undefined : read(text));
+// Numbers of the settings: their labels, and what each must be.
+const NUMBERS = {
+  temperature: ["Temperature", "a number of at least 0", (value) => value >= 0],
+  top_p: ["Top p", "a number above 0 and at most 1", (value) => value > 0 && value <= 1],
+  max_tokens: ["Most tokens", "a whole number of at least 1", (value) => Number.isInteger(value) && value >= 1],
+  seed: ["Seed", "a whole number", Number.isInteger],
+};
+
+function schemaOf(text) {
+  const schema = JSON.parse(text);
+  if (typeof schema !== "object" || schema === null || Array.isArray(schema)) throw new Error("it is not an object");
+  return schema;
+}
+
+// Return what is wrong with the settings, by name.
+export function faultsOf(settings) {
+  const faults = {};
+  for (const [name, [label, rule, holds]] of Object.entries(NUMBERS))
+    if (settings[name].trim() && !holds(Number(settings[name]))) faults[name] = `${label} must be ${rule}.`;
+  try {
+    if (settings.schema.trim()) schemaOf(settings.schema);
+  } catch (error) {
+    faults.schema = `The JSON schema cannot be used: ${error.message}.`;
+  }
+  return faults;
+}
 
 // Return the body of a request, or throw what is wrong with a setting.
 export function bodyOf(model, messages, settings, chat) {
+  for (const fault of Object.values(faultsOf(settings))) throw new Error(fault);
   const body = { model, stream: true, stream_options: { include_usage: true } };
-  const numbers = { temperature: settings.temperature, top_p: settings.top_p, max_tokens: settings.max_tokens, seed: settings.seed };
-  for (const [name, text] of Object.entries(numbers)) {
-    const value = optional(text, Number);
-    if (value !== undefined && !Number.isFinite(value)) throw new Error(`${name} is not a number`);
-    if (value !== undefined) body[name] = value;
-  }
+  for (const name of Object.keys(NUMBERS)) if (settings[name].trim()) body[name] = Number(settings[name]);
   const stop = settings.stop.split("\n").filter((line) => line !== "");
   if (stop.length) body.stop = stop;
-  if (settings.schema.trim()) {
-    let schema;
-    try {
-      schema = JSON.parse(settings.schema);
-    } catch (error) {
-      throw new Error(`the JSON schema cannot be read: ${error.message}`);
-    }
-    body.response_format = { type: "json_schema", json_schema: { name: "answer", schema } };
-  }
+  if (settings.schema.trim()) body.response_format = { type: "json_schema", json_schema: { name: "answer", schema: schemaOf(settings.schema) } };
   const system = settings.system.trim() ? [{ role: "system", content: settings.system }] : [];
   if (chat) {
     body.messages = [...system, ...messages.map(({ role, content }) => ({ role, content }))];
@@ -98,10 +111,12 @@ const percent = (logprob) => format.share(Math.exp(logprob));
 
 function Answer({ message }) {
   const [token, setToken] = useState(null);
-  const shown = message.tokens && message.tokens.length;
+  const tokens = (message.tokens || []).slice();
+  if (message.finish === "stop" && tokens.length && !message.content.endsWith(tokens[tokens.length - 1].text)) tokens.pop(); // the end token
+  const shown = tokens.length;
   const speed = message.count > 1 && message.seconds ? (message.count - 1) / message.seconds : null;
   return html`<div class=${`message ${message.role} ${message.live ? "live" : ""}`}><span class="who">${message.role === "user" ? "you" : message.model}</span>${shown
-      ? message.tokens.map((each, at) => html`<span key=${at} class=${`token ${heat(each.logprob)}`} title=${`${percent(each.logprob)}; ${each.top.map(([text, value]) => `${JSON.stringify(text)} ${percent(value)}`).join(", ")}`}
+      ? tokens.map((each, at) => html`<span key=${at} class=${`token ${heat(each.logprob)}`} title=${`${percent(each.logprob)}; ${each.top.map(([text, value]) => `${JSON.stringify(text)} ${percent(value)}`).join(", ")}`}
           onMouseEnter=${() => setToken(each)}>${each.text}</span>`)
       : message.content}</div>
     ${shown ? html`<p class="detail">${token ? html`<span class="mono">${JSON.stringify(token.text)}</span> ${percent(token.logprob)} (log ${format.number(token.logprob)}); ${token.top.map(([text, value]) => `${JSON.stringify(text)} ${percent(value)}`).join(" · ")}` : "Point at a token for its alternatives; the redder, the less likely."}</p>` : ""}
@@ -178,6 +193,7 @@ export function Chat({ query, shown }) {
   const [history, setHistory] = useState(stored);
   const [id, setId] = useState(() => Date.now());
   const [wrong, setWrong] = useState("");
+  const form = useRef(null);
   const asked = shown ? query.get("model") : null;
   useEffect(() => {
     if (asked) setColumns(([, ...rest]) => [{ model: asked, messages: [] }, ...rest]);
@@ -196,6 +212,7 @@ export function Chat({ query, shown }) {
     try {
       bodies = columns.map((column) => bodyOf(column.model, [...column.messages.filter((m) => !m.error), message], settings, chat));
     } catch (error) {
+      form.current.open = true;
       setWrong(error.message);
       return;
     }
@@ -203,6 +220,7 @@ export function Chat({ query, shown }) {
     const stop = new AbortController();
     setBusy(stop);
     setText("");
+    const refused = new Set();
     const final = await Promise.all(
       columns.map(async (column, at) => {
         const before = [...column.messages, message];
@@ -216,12 +234,14 @@ export function Chat({ query, shown }) {
           last = await answer(bodies[at], chat, stop.signal, update);
         } catch (error) {
           last = { ...last, live: false, ...(stop.signal.aborted ? { finish: "you" } : { error: error.message }) };
+          if (last.error) refused.add(last.error);
         }
         put(at, () => ({ messages: [...before, last] }));
         return { model: column.model, messages: [...before, last].map(({ tokens, ...rest }) => rest) };
       }),
     );
     setBusy(null);
+    if (refused.size && settings.schema.trim()) setWrong(`With this JSON schema: ${[...refused].join("; ")}`);
     const listed = [{ id, title: final[0].messages[0].content.slice(0, 60), columns: final, settings }, ...history.filter((each) => each.id !== id)].slice(0, MOST);
     setHistory(listed);
     keep(listed);
@@ -239,7 +259,9 @@ export function Chat({ query, shown }) {
     setId(found.id);
   };
   const bodyFor = (column) => bodyOf(column.model, text.trim() ? [...column.messages, { role: "user", content: text }] : column.messages, settings, chat);
-  const field = (name, label, more) => html`<label>${label}<input value=${settings[name]} onInput=${set(name)} inputmode="decimal" size="7" ...${more} /></label>`;
+  const faults = faultsOf(settings);
+  const about = (name) => (faults[name] ? { "aria-invalid": "true", "aria-describedby": `fault-${name}` } : {});
+  const field = (name) => html`<label>${NUMBERS[name][0]}<input value=${settings[name]} onInput=${set(name)} inputmode="decimal" size="7" ...${about(name)} /></label>`;
   return html`<h1>Chat</h1>
     <datalist id="models">${names.map((name) => html`<option key=${name} value=${name}></option>`)}</datalist>
     <div class="row">
@@ -248,12 +270,13 @@ export function Chat({ query, shown }) {
       <label>Earlier conversations<select value=${history.some((each) => each.id === id) ? String(id) : ""} onChange=${open} disabled=${!!busy}><option value="">choose …</option>${history.map((each) => html`<option key=${each.id} value=${String(each.id)}>${each.title}</option>`)}</select></label>
       <button onClick=${() => { setHistory([]); keep([]); }} disabled=${!history.length}>Forget them</button>
     </div>
-    <details class="card"><summary>Settings</summary>
+    <details class="card" ref=${form}><summary>Settings</summary>
       <label>System prompt<textarea rows="2" value=${settings.system} onInput=${set("system")}></textarea></label>
-      <div class="row">${field("temperature", "Temperature")}${field("top_p", "Top p")}${field("max_tokens", "Most tokens")}${field("seed", "Seed")}
+      <div class="row">${Object.keys(NUMBERS).map(field)}
         <label class="line"><input type="checkbox" checked=${settings.logprobs} onChange=${set("logprobs")} />Show log probabilities</label></div>
       <div class="columns"><label>Stop strings, one a line<textarea rows="2" value=${settings.stop} onInput=${set("stop")}></textarea></label>
-      <label>JSON schema of the answer<textarea rows="2" class="mono" value=${settings.schema} onInput=${set("schema")} placeholder='{"type": "object"}'></textarea></label></div>
+      <label>JSON schema of the answer<textarea rows="2" class="mono" value=${settings.schema} onInput=${set("schema")} placeholder='{"type": "object"}' ...${about("schema")}></textarea></label></div>
+      <div role="status">${Object.entries(faults).map(([name, fault]) => html`<p key=${name} id=${`fault-${name}`} class="bad">${fault}</p>`)}</div>
     </details>
     <div class="columns">${columns.map((column, at) => html`<${Column} key=${at} column=${column} at=${at} names=${names} chat=${chat} bodyFor=${bodyFor} setModel=${(model) => put(at, () => ({ model }))}
       remove=${columns.length > 1 && !busy ? () => setColumns(columns.filter((_, place) => place !== at)) : null} />`)}</div>

@@ -6,7 +6,7 @@ import { Outcome } from "./whatif.js";
 
 const COLUMNS = [
   { key: "name", label: "Tenant", text: true, show: (row) => row.name || "(none)" },
-  { key: "service", label: "Service, 1 min", show: (row) => format.number(row.service) },
+  { key: "service", label: "Service, 1 min", title: "Tokens at the prices of the cost function", show: (row) => format.number(row.service) },
   { key: "got", label: "Part of all", show: (row) => format.share(row.got) },
   { key: "fair", label: "Share by weight", title: "Of the tenants that were served, run or wait in this minute", show: (row) => format.share(row.fair) },
   { key: "weight", label: "Weight" },
@@ -18,6 +18,8 @@ const COLUMNS = [
   { key: "output_tokens", label: "Output tokens", show: (row) => format.count(row.output_tokens) },
   { key: "service_total", label: "Service, all", show: (row) => format.number(row.service_total) },
 ];
+
+const times = (value) => (value == null ? "–" : `${format.number(value)} ×`);
 
 const QUEUE = [
   { key: "id", label: "Place", fixed: true },
@@ -36,6 +38,26 @@ function history(names) {
   const now = (store.state.load || {}).t || 0;
   const x = Array.from({ length }, (_, at) => Math.round(now - (length - at) * pace));
   return { x, series: found.map((each) => ({ ...each, values: each.values.length ? each.values.map((value) => value / pace) : Array(length).fill(0) })) };
+}
+
+const WINDOW = 12; // pieces of the history that a share is taken over
+
+// Return each tenant's part of the service over the last minute, divided by its share by weight among those served then.
+function againstShare(shown) {
+  const rows = section("service");
+  const known = section("tenants");
+  const all = Object.entries(rows).filter(([name]) => name.startsWith("/"));
+  const length = Math.max(0, ...all.map(([, values]) => values.length));
+  const sums = new Map(all.map(([name, values]) => [name.slice(1), values.map((_, at) => values.slice(Math.max(0, at - WINDOW + 1), at + 1).reduce((x, y) => x + y, 0))]));
+  const weight = (name) => (known[name] ? known[name].weight : 1);
+  const totals = Array.from({ length }, (_, at) => {
+    const served = [...sums].filter(([, values]) => values[at] > 0);
+    return [served.reduce((x, [, values]) => x + values[at], 0), served.reduce((x, [name]) => x + weight(name), 0)];
+  });
+  return shown.map((name) => ({ label: name || "(none)", values: totals.map(([service, weights], at) => {
+    const mine = (sums.get(name) || [])[at];
+    return mine > 0 ? mine / service / (weight(name) / weights) : service ? 0 : null;
+  }) }));
 }
 
 // Weights are written as lines TENANT=NUMBER, limits as JSON.
@@ -116,14 +138,19 @@ export function Fairness() {
     return listed;
   }, [store.state.tenants]);
   const ranked = [...Object.entries(section("service"))].filter(([name]) => name.startsWith("/")).sort(([, a], [, b]) => b.reduce((x, y) => x + y, 0) - a.reduce((x, y) => x + y, 0));
-  const { x, series } = history(ranked.slice(0, 6).map(([name]) => name.slice(1)));
+  const first = ranked.slice(0, 6).map(([name]) => name.slice(1));
+  const { x, series } = history(first);
+  const note = ranked.length > 6 ? `the first 6 of ${ranked.length}` : "";
   const queue = (fairness.queue || []).map((each, at) => ({ id: at + 1, ...each }));
   return html`<h1>Fairness</h1>
     <${Facts} items=${[
       ["policy", fairness.policy], ["tenants are told apart by", section("server").tenant], ["waiting", format.count(fairness.waiting)], ["running", format.count(fairness.running)],
       ["service in the last minute", format.number(fairness.service)], ["largest gap between waiting tenants", format.number(fairness.largest_gap)],
     ]} />
-    <${Chart} title="Service per second, by tenant" x=${x} series=${series} note=${ranked.length > 6 ? `the first 6 of ${ranked.length}` : ""} />
+    <div class="grid">
+      <${Chart} title="Service per second, by tenant" x=${x} series=${series} note=${`tokens at their prices. ${note}`} />
+      <${Chart} title="Service against share, over a minute" x=${x} series=${againstShare(first)} show=${times} least=${2} note=${`1 ×: just its share by weight. ${note}`} />
+    </div>
     <${Table} label="Tenants" columns=${COLUMNS} rows=${tenants} first="service" empty="No tenant was served in the last minute." />
     <h2><br />Who waits for whom</h2>
     <${Table} label="Queue" columns=${QUEUE} rows=${queue} empty="Nobody waits." />

@@ -87,7 +87,7 @@ export function Residency() {
   const bad = listed.filter((row) => row.again);
   return html`<h1>Residency</h1>
     <${Facts} items=${[["on the device now", `${format.count(device)} of ${format.count(server.max_loras)} places`], ["were there in the last hour", format.count(listed.length)], ["thrashing", format.count(bad.length)]]} />
-    ${bad.length > 0 && html`<p class="card bad" role="alert">${bad.length} adapters are loaded and evicted again and again: more are in use than fit. Raise --max-loras or --adapter-memory-gib, or pin what must be fast.</p>`}
+    ${bad.length > 0 && html`<p class="card bad" role="alert">${bad.length === 1 ? "One adapter is" : `${bad.length} adapters are`} loaded and evicted again and again: more are in use than fit. Raise --max-loras or --adapter-memory-gib, or pin what must be fast.</p>`}
     <div class="card"><h2>Minute by minute</h2>
       <div class="legend"><span><span class="swatch k0"></span>on the device</span><span><span class="swatch k1"></span>loaded more than once in the minute</span>${listed.length > MOST && html`<span>the first ${MOST} of ${listed.length}</span>`}</div>
       ${listed.length ? html`<${Picture} minutes=${minutes} shown=${listed.slice(0, MOST)} />` : html`<p class="muted">No adapter was on the device yet.</p>`}
