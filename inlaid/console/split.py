@@ -32,7 +32,7 @@ class MeasuredSplit:
         self._points: deque[tuple[Mapping[str, float], float, float]] = deque(maxlen=_KEPT)
 
     def add(self, sums: Mapping[str, float], steps: float, seconds: float) -> None:
-        """Note the sums of the steps that were measured, and the number and seconds of all steps."""
+        """Note the runner's sums (`StepSplit.sums`), and the engine's number and seconds of steps."""
         if self._points and steps < self._points[-1][1]:
             self._points.clear()  # the engine process is a new one
         self._points.append((sums, steps, seconds))
@@ -42,19 +42,20 @@ class MeasuredSplit:
         if not self._points:
             return None
         (first, steps_then, seconds_then), (last, steps, seconds) = self._points[0], self._points[-1]
-        count = last["steps"] - first["steps"]
-        if not count:
+        more = {name: last[name] - first[name] for name in last}
+        if not more["measured"] or steps == steps_then:
             return None
-        found = {part: (last[part] - first[part]) / count for part in ("seconds", "adapters", "attention")}
-        mean = max(found["seconds"], (seconds - seconds_then) / (steps - steps_then))
+        runner = more["seconds"] / more["steps"]
+        adapters, attention = (runner * more[part] / more["measured_seconds"] for part in ("adapters", "attention"))
+        mean = max(runner, (seconds - seconds_then) / (steps - steps_then))
         parts = {
-            "base": found["seconds"] - found["adapters"] - found["attention"],
-            "adapters": found["adapters"],
-            "attention": found["attention"],
-            "host": mean - found["seconds"],
+            "base": runner - adapters - attention,
+            "adapters": adapters,
+            "attention": attention,
+            "host": mean - runner,
             "mean": mean,
         }
-        return {"how": "measured", "steps": int(count), **{part: _short(value) for part, value in parts.items()}}
+        return {"how": "measured", "steps": more["measured"], **{part: _short(value) for part, value in parts.items()}}
 
 
 def _short(seconds: float) -> float:

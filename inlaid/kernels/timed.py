@@ -1,6 +1,6 @@
 """Kernels with a clock around adapters and attention, where a call returns when its work is done (on a CPU).
 
-The runner measures one step of several. In the others the kernels are called directly, so that they cost nothing more.
+The parts of one step of several are measured. In the others the kernels are called directly, and cost nothing more.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _Timed:
 
 
 class StepSplit:
-    """The seconds of the steps that were measured, in sum and by part; `kernels` are to be used in their place."""
+    """The seconds of all steps, and by part of those that were measured; `kernels` are to be used in their place."""
 
     def __init__(self, kernels: Kernels) -> None:
         self._attention = _Timed(kernels.attention, ("plan", "attend"))
@@ -51,30 +51,39 @@ class StepSplit:
             attention=cast(AttentionBackend, self._attention),
             lora=None if self._lora is None else cast(LoraBackend, self._lora),
         )
-        self._num_seen = self._num_measured = 0
-        self._seconds = 0.0
+        self._num_steps = self._num_measured = 0
+        self._seconds = self._measured_seconds = 0.0
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Measure the step in the body, if its turn has come."""
-        self._num_seen += 1
-        if self._num_seen % _EVERY:
-            yield
-            return
-        parts = [part for part in (self._attention, self._lora) if part is not None]
-        for part in parts:
-            part.timing(True)
+        """Count the step in the body, and measure its parts if its turn has come."""
+        self._num_steps += 1
+        by_part = self._num_steps % _EVERY == 0
+        if by_part:
+            self._timing(True)
         began = time.perf_counter()
         try:
             yield
         finally:
-            self._seconds += time.perf_counter() - began
-            self._num_measured += 1
-            for part in parts:
-                part.timing(False)
+            seconds = time.perf_counter() - began
+            self._seconds += seconds
+            if by_part:
+                self._num_measured += 1
+                self._measured_seconds += seconds
+                self._timing(False)
+
+    def _timing(self, on: bool) -> None:
+        for part in (self._attention, self._lora):
+            if part is not None:
+                part.timing(on)
 
     def sums(self) -> dict[str, float]:
-        """Return the number of steps that were measured and their seconds: in sum, in adapters and in attention."""
-        adapters = 0.0 if self._lora is None else self._lora.seconds
-        parts = {"adapters": adapters, "attention": self._attention.seconds}
-        return {"steps": self._num_measured, "seconds": self._seconds, **parts}
+        """Return the number and seconds of all steps and of those whose parts were measured, and these by part."""
+        return {
+            "steps": self._num_steps,
+            "seconds": self._seconds,
+            "measured": self._num_measured,
+            "measured_seconds": self._measured_seconds,
+            "adapters": 0.0 if self._lora is None else self._lora.seconds,
+            "attention": self._attention.seconds,
+        }

@@ -74,15 +74,16 @@ def test_a_measured_split_is_of_the_last_seconds() -> None:
     for second in range(60):
         fast = min(second, 40)  # from then on a step takes twice as long
         slow = second - fast
-        sums = {"steps": second, "seconds": fast + 2 * slow, "adapters": 0.1 * second, "attention": 0.2 * second}
-        measured.add(sums, 4 * second, 6 * fast + 12 * slow)
+        parts = {"measured": second, "measured_seconds": second, "adapters": 0.1 * second, "attention": 0.2 * second}
+        measured.add({"steps": 4 * second, "seconds": 4 * fast + 8 * slow, **parts}, 4 * second, 6 * fast + 12 * slow)
     found = measured.mean()
     assert found is not None
     assert (found["how"], found["steps"]) == ("measured", 29)
-    assert (found["adapters"], found["attention"]) == (0.1, 0.2)
     seconds = (10 + 2 * 19) / 29
-    assert found["base"] == pytest.approx(seconds - 0.3, rel=1e-3)
+    shares = found["adapters"] / seconds, found["attention"] / seconds, found["base"] / seconds
+    assert shares == pytest.approx((0.1, 0.2, 0.7), rel=1e-3)
     assert found["mean"] == pytest.approx(1.5 * seconds, rel=1e-3)
     assert found["host"] == pytest.approx(0.5 * seconds, rel=1e-3)
-    measured.add({"steps": 0, "seconds": 0.0, "adapters": 0.0, "attention": 0.0}, 0, 0.0)  # another engine process
+    names = ("steps", "seconds", "measured", "measured_seconds", "adapters", "attention")
+    measured.add(dict.fromkeys(names, 0.0), 0, 0.0)  # another engine process
     assert measured.mean() is None
