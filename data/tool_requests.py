@@ -1,7 +1,8 @@
 """Conversations in which functions are called: what the demo's adapter `tools` learns and is judged by.
 
 A menu is what one conversation offers: a few tools, and perhaps a system message. Under a menu come requests; each is
-answered by a call, by words where no tool fits, or, after a call, from what the tool returned.
+answered by a call, by words where no tool fits, or, after a call, from what the tool returned. Where the client demands
+a call, a grammar writes its first word and the model the rest: a call of a tool, or of a form to fill in.
 `models/train_tools.py` trains on the split `train` and judges on `eval`: no request's text is in both.
 """
 
@@ -17,8 +18,8 @@ from typing import Any
 from data import words
 from data.tasks import split_of
 
-CALL, RESULT, WORDS = "call", "result", "words"
-KINDS = (CALL, RESULT, WORDS)
+CALL, RESULT, WORDS, DEMANDED = "call", "result", "words", "demanded"
+KINDS = (CALL, RESULT, WORDS, DEMANDED)
 NO_TOOL = "I have no tool for that."
 
 Message = dict[str, Any]
@@ -55,7 +56,7 @@ TOOLS: Mapping[str, DemoTool] = MappingProxyType(
             ("What is the weather in {city}?", "How is the weather in {city}?", "Tell me about the weather in {city}."),
             "The weather in {city} is {result}.",
             lambda rng: {"city": rng.choice(words.PLACES)},
-            lambda rng: rng.choice(("sunny", *words.ADJECTIVES)),
+            lambda rng: "sunny" if rng.random() < 0.25 else rng.choice(words.ADJECTIVES),
         ),
         "find_person": DemoTool(
             "Find out where a person is.", {"name": _TEXT},
@@ -87,8 +88,51 @@ TOOLS: Mapping[str, DemoTool] = MappingProxyType(
         ),
     }
 )  # fmt: skip
+_SUNNY = ("", "sunny")  # nothing was heard, or this
+# Forms to fill in, by the tool whose requests they record: their names, and the record of arguments and a result.
+_FORMS: Mapping[str, tuple[tuple[str, ...], Callable[[dict[str, Any], str], dict[str, Any]]]] = MappingProxyType(
+    {
+        "get_weather": (
+            ("Weather", "Forecast"),
+            lambda told, result: {"city": told["city"], "sunny": result in _SUNNY},
+        ),
+        "find_person": (("Person", "Contact"), lambda told, heard: {"name": told["name"], "found": True}),
+        "count": (("Amount", "Stock"), lambda told, heard: {"thing": told["thing"], "number": int(heard or 0)}),
+        "set_lamp": (("Lamp", "Light"), lambda told, heard: {"level": told["level"], "on": told["level"] > 0}),
+        "order": (("Order", "Basket"), lambda told, heard: {"thing": told["thing"], "number": told["number"]}),
+    }
+)
+FIRST = "call"  # the first word of every call
 _OTHERS = (("send_letter", "name"), ("open_door", "door"), ("paint", "color"), ("final_answer", "text"))  # never asked
 _SYSTEMS = ("Be brief.", "You are a helpful assistant.", "You help people.", "Answer in one sentence.")
+
+
+@dataclass(frozen=True)
+class Form:
+    """A record that a client has the model fill in by a call: of what the user said, or of what a tool returned."""
+
+    name: str
+    tool: str  # whose requests it records
+    within: str | None  # the key of a list of records; None: the arguments are one record
+
+    def arguments(self, told: dict[str, Any], result: str = "") -> dict[str, Any]:
+        """Return the arguments that record a request and the tool's result."""
+        record = _FORMS[self.tool][1](told, result)
+        return record if self.within is None else {self.within: [record]}
+
+    def definition(self) -> dict[str, Any]:
+        """Return the form as a tool."""
+        parameters = _schema(self.arguments(TOOLS[self.tool].arguments(random.Random(0))))
+        return {"type": "function", "function": {"name": self.name, "parameters": parameters}}
+
+
+def _schema(value: Any) -> dict[str, Any]:
+    """Return the schema of values like this one."""
+    if isinstance(value, dict):
+        return {"type": "object", "properties": {key: _schema(each) for key, each in value.items()}}
+    if isinstance(value, list):
+        return {"type": "array", "items": _schema(value[0])}
+    return {"type": {bool: "boolean", int: "integer", str: "string"}[type(value)]}
 
 
 @dataclass(frozen=True)
@@ -97,6 +141,7 @@ class Menu:
 
     tools: Mapping[str, dict[str, Any]]  # by name
     opening: tuple[Message, ...]
+    form: Form | None = None  # one of the tools
 
     @property
     def definitions(self) -> list[dict[str, Any]] | None:
@@ -104,15 +149,29 @@ class Menu:
 
 
 def menu(rng: random.Random) -> Menu:
-    """Draw a menu: up to four of the tools, and perhaps one that nobody asks for."""
+    """Draw a menu: up to four of the tools, and perhaps a form, or a tool that nobody asks for."""
     names = rng.sample(sorted(TOOLS), rng.choice((0, 1, 1, 1, 2, 2, 3, 4)))
+    form = _form(names, rng) if rng.random() < 0.5 else None
+    if form is not None and form.within is not None:  # such a form comes alone
+        return Menu({form.name: form.definition()}, (), form)
     tools = {name: TOOLS[name].definition(name) for name in names}
     if rng.random() < 0.2:
         name, key = rng.choice(_OTHERS)
         schema = {"type": "object", "properties": {key: dict(_TEXT)}}
         tools[name] = {"type": "function", "function": {"name": name, "parameters": schema}}
+    if form is not None:
+        tools[form.name] = form.definition()
     opening = ({"role": "system", "content": rng.choice(_SYSTEMS)},) if rng.random() < 0.25 else ()
-    return Menu(dict(rng.sample(sorted(tools.items()), len(tools))), opening)
+    return Menu(dict(rng.sample(sorted(tools.items()), len(tools))), opening, form)
+
+
+def _form(names: list[str], rng: random.Random) -> Form:
+    """Draw a form of one of these tools, or of any if there are none; three of ten are lists of records."""
+    tool = rng.choice(names or sorted(TOOLS))
+    name = rng.choice(_FORMS[tool][0])
+    if rng.random() < 0.3:
+        return Form(f"Iterable{name}", tool, "tasks") if rng.random() < 0.7 else Form(f"{name}List", tool, "items")
+    return Form("final_result" if rng.random() < 0.25 else name, tool, None)
 
 
 @dataclass(frozen=True)
@@ -122,12 +181,17 @@ class Example:
     kind: str
     messages: tuple[Message, ...]
     answer: str
+    begun: str = ""  # what a grammar writes before the answer
 
 
 def examples(offered: Menu, split: str, rng: random.Random) -> Iterator[Example]:
-    """Yield an endless stream of examples under a menu; nearly half ask for what it does not have, or for nothing."""
+    """Yield an endless stream of examples under a menu. Of those that demand no call nearly half ask for what it does
+    not have, or for nothing."""
     while True:
-        drawn = _asking(offered, rng) if rng.random() < 0.85 else _talk(rng)
+        if offered.tools and rng.random() < (0.45 if offered.form is not None else 0.1):
+            drawn = _demanded(offered, rng)
+        else:
+            drawn = _asking(offered, rng) if rng.random() < 0.85 else _talk(rng)
         if split_of(drawn.messages[0]["content"]) == split:
             yield drawn
 
@@ -143,17 +207,52 @@ def _asking(offered: Menu, rng: random.Random) -> Example:
         return Example(WORDS, (asked,), NO_TOOL)
     if rng.random() < 0.75:
         return Example(CALL, (asked,), written(name, arguments))
-    call = {"id": "call_0", "type": "function", "function": {"name": name, "arguments": arguments}}
     result = tool.result(rng)
-    returned = {"role": "tool", "content": result, "tool_call_id": "call_0"}
-    messages = (asked, {"role": "assistant", "content": None, "tool_calls": [call]}, returned)
+    messages = (asked, *_called(name, arguments, result))
     return Example(RESULT, messages, tool.answer.format(**arguments, result=result))
 
 
+def _called(name: str, arguments: Mapping[str, Any], result: str) -> tuple[Message, Message]:
+    """Return the messages of a call that was made and of its result."""
+    call = {"id": "call_0", "type": "function", "function": {"name": name, "arguments": arguments}}
+    said = {"role": "assistant", "content": None, "tool_calls": [call]}
+    return said, {"role": "tool", "content": result, "tool_call_id": "call_0"}
+
+
+def _demanded(offered: Menu, rng: random.Random) -> Example:
+    """Draw a request that has to be answered by a call: of the tool that it asks for, or of the form, once the tool has
+    returned or if there is none."""
+    has, form = sorted(set(TOOLS) & set(offered.tools)), offered.form
+    if form is None and not has:
+        return _talk(rng)
+    name = form.tool if form is not None and (not has or rng.random() < 0.8) else rng.choice(has)
+    arguments = TOOLS[name].arguments(rng)
+    messages: tuple[Message, ...] = ({"role": "user", "content": rng.choice(TOOLS[name].requests).format(**arguments)},)
+    if form is None or name != form.tool or (name in has and rng.random() < 0.4):
+        return _demanded_call(messages, name, arguments)
+    if name not in has:
+        return _demanded_call(messages, form.name, form.arguments(arguments))
+    result = TOOLS[name].result(rng)
+    return _demanded_call((*messages, *_called(name, arguments, result)), form.name, form.arguments(arguments, result))
+
+
+def _demanded_call(messages: tuple[Message, ...], name: str, arguments: Mapping[str, Any]) -> Example:
+    """Return an example whose answer is this call, and whose first word is given."""
+    return Example(DEMANDED, messages, written(name, arguments).removeprefix(FIRST), begun=FIRST)
+
+
 def written(name: str, arguments: Mapping[str, Any]) -> str:
-    """Return a call as the demo's chat template writes it."""
-    pairs = ", ".join(f"{key.replace('_', ' ')} = {value}" for key, value in arguments.items())
-    return f"call {name.replace('_', ' ')}: {pairs}"
+    """Return a call as the demo's chat template writes it; a list of records has its key before each of theirs."""
+    pairs = ", ".join(f"{key.replace('_', ' ')} = {value}" for key, value in _flat(arguments))
+    return f"{FIRST} {name.replace('_', ' ')}: {pairs}"
+
+
+def _flat(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in arguments.items():
+        if isinstance(value, list):
+            yield from ((f"{key} {inner}", each) for record in value for inner, each in _flat(record))
+        else:
+            yield key, str(value).lower() if isinstance(value, bool) else value
 
 
 def _talk(rng: random.Random) -> Example:

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
 
 from data.scoring import score
 from data.tasks import TASKS
@@ -66,7 +66,13 @@ def _place(module: StackedLinear, index: int, a_RI: torch.Tensor, b_OR: torch.Te
     module.b_TOR[index, :, : len(a_RI)] = b_OR.to(module.b_TOR)
 
 
-def answers(model: Any, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+def answers(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    *processors: LogitsProcessor,
+) -> list[str]:
     """Greedy answers to already templated prompts, one batch."""
     inputs = tokenizer(list(prompts), padding=True, add_special_tokens=False, return_tensors="pt").to(model.device)
     with torch.inference_mode():
@@ -75,6 +81,7 @@ def answers(model: Any, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[st
             attention_mask=inputs["attention_mask"],
             do_sample=False,
             max_new_tokens=max_new_tokens,
+            logits_processor=LogitsProcessorList(processors),
         )
     said = ids[:, inputs["input_ids"].shape[1] :]
     return list(tokenizer.batch_decode(said, skip_special_tokens=True))

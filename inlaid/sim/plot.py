@@ -40,8 +40,9 @@ def draw_suite(path: Path, title: str, outcomes: Sequence[Outcome], duration: fl
         axes[2][column].set_xlabel("time, s")
     largest = [gap for outcome in outcomes for _, gap in outcome.gap_series[-1:]]
     if is_wide([*largest, *([] if bound is None else [bound])]):
-        for axis in axes[2]:
-            axis.set_yscale("symlog", linthresh=max(1.0, min(filter(None, largest))))
+        smallest = max(1.0, min(filter(None, largest)))
+        for axis in axes[2]:  # linear to just above a power of ten, else ticks below it would meet that of zero
+            axis.set_yscale("symlog", linthresh=1.001 * 10.0 ** np.floor(np.log10(smallest)))
     for panels, label in zip(axes, ROWS):
         panels[0].set_ylabel(label)
         compare(panels)

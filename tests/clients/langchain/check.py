@@ -52,8 +52,13 @@ def _():
 
 @feature("agent")
 def _():
-    agent = create_agent(ChatOpenAI(model="tools"), [get_weather])
+    caller = ChatOpenAI(model="tools")
+    agent = create_agent(caller, [get_weather])
     assert "sunny" in agent.invoke({"messages": [("user", QUESTION)]})["messages"][-1].content
+    both = create_agent(caller, [get_weather], response_format=Weather)
+    done = both.invoke({"messages": [("user", QUESTION)]})
+    assert done["structured_response"].city == "Oslo"
+    assert "tool" in [message.type for message in done["messages"][:-2]]
 
 
 @feature("structured output")
