@@ -1,0 +1,52 @@
+"""Spare Triton's interpreter what it does for nothing: a third of a launch, and launches are minutes of a test run."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from dataclasses import replace
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+
+def spare() -> None:
+    """Do so if Triton has been imported with its interpreter."""
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is not None:
+        _spare_sums(interpreter)
+        _spare_searches(interpreter)
+        _spare_tables(interpreter)
+
+
+def _spare_sums(interpreter: ModuleType) -> None:
+    """Leave out each sum's second one in int64: it is compared for an assertion, which only debugging would make."""
+    builder = interpreter.interpreter_builder
+    if not builder.options.debug:
+        builder.options = replace(builder.options, sanitize_overflow=False)
+
+
+def _spare_searches(interpreter: ModuleType) -> None:
+    """Look once for the functions of the language that every launch, and every call in it, replaces."""
+
+    @cache
+    def builtins(package: Any) -> list[tuple[str, Any]]:
+        return [(name, it) for name, it in inspect.getmembers(package) if interpreter.tl.core.is_builtin(it)]
+
+    def patch(package: Any, builder: Any, scope: Any) -> None:
+        for name, member in builtins(package):
+            if getattr(package, name) is member:  # else a launch around this call has replaced it
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    interpreter._patch_builtin = patch  # type: ignore[attr-defined]
+
+
+def _spare_tables(interpreter: ModuleType) -> None:
+    """Keep numpy's type of each type; a table of all was made for every one of a kernel's operations."""
+    pointer, of_scalar = interpreter.tl.pointer_type, cache(interpreter._get_np_dtype)
+
+    def type_of(given: Any) -> Any:
+        scalar = given.scalar
+        return of_scalar(interpreter.tl.uint64 if isinstance(scalar, pointer) else scalar)
+
+    interpreter._get_np_dtype = type_of  # type: ignore[attr-defined]
