@@ -47,7 +47,7 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
     option = session.config.option
     if not option.processes or option.collectonly or session.testsfailed:
         return None  # pytest's own loop
-    session.config.stash[_files] = [list(items) for _, items in groupby(session.items, lambda item: item.path)]
+    session.config.stash[_files] = _parts(session.items)
     _Run(session).run(option.processes)
     if session.shouldfail:
         raise session.Failed(session.shouldfail)
@@ -55,6 +55,16 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
 
 
 _files = pytest.StashKey[list[list[pytest.Item]]]()
+
+
+def _parts(items: list[pytest.Item]) -> list[list[pytest.Item]]:
+    """Return the tests of each file; files of which a test is marked together are one part."""
+    parts: dict[object, list[pytest.Item]] = {}
+    for path, tests in groupby(items, lambda item: item.path):
+        own = list(tests)
+        names = [mark.args[0] for item in own for mark in item.iter_markers("together")]
+        parts.setdefault(names[0] if names else path, []).extend(own)
+    return list(parts.values())
 
 
 @dataclass

@@ -93,6 +93,14 @@ def test_a_fixture_of_the_run_is_made_once_for_all_files_of_a_fork(tmp_path: Pat
     assert (tmp_path / "made").read_text() == "made\nended\n"
 
 
+def test_files_that_are_marked_share_a_fixture_beside_another_process(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text(MAKES)
+    for number in range(3):
+        (tmp_path / f"test_{number}.py").write_text("import pytest\npytestmark = pytest.mark.together('x')\n" + SHARES)
+    assert "3 passed in" in run(tmp_path, 2, "-W", "ignore::pytest.PytestUnknownMarkWarning")
+    assert (tmp_path / "made").read_text() == "made\nended\n"
+
+
 def test_a_fixture_that_fails_at_the_end_fails_the_run(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text(MAKES + "    assert False\n")
     (tmp_path / "test_1.py").write_text(SHARES)

@@ -11,6 +11,13 @@ import pytest
 from tests.server.live import ADMIN_KEY, DEMO, Live, serving
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let all tests of the server below run in one process: each would start its own."""
+    for item in items:
+        if "adapter_root" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.together("server"))
+
+
 @pytest.fixture(scope="session")
 def adapter_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a folder that the server may load adapters from, with one in it."""
