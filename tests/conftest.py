@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests import interpreter, processes
+from tests import examples, interpreter, processes
 from tests.leftovers import pytest_configure as pytest_configure
 from tests.processes import pytest_collection as pytest_collection
 from tests.processes import pytest_runtestloop as pytest_runtestloop
@@ -42,6 +42,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("long"):
                 item.add_marker(pytest.mark.skip(reason="a long form, of which another test is the short one: --long"))
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    examples.load_profile(session.config.getoption("--long"))
 
 
 def pytest_collection_finish() -> None:

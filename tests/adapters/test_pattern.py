@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from inlaid.adapters.pattern import Effort, Pattern, PatternError
+from tests.examples import examples
 
 PATH = "model.layers.11.self_attn.q_proj"
 ATOMS = (
@@ -48,7 +49,7 @@ def patterns(draw: st.DrawFn) -> str:
 
 
 @given(patterns(), st.text("ab1._\n", max_size=8))
-@settings(max_examples=600, deadline=None)
+@examples(600)
 def test_matches_as_re_does(pattern: str, text: str) -> None:
     """Also the ending of a path, in the form in which PEFT writes it."""
     try:

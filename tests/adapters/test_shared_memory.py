@@ -4,7 +4,6 @@ each gets back what the other only keeps for later."""
 from __future__ import annotations
 
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -15,6 +14,7 @@ from inlaid.adapters.store import AdapterStore
 from inlaid.engine.kv_cache import BlockPool
 from tests.adapters.fake_lane import FakeLane
 from tests.adapters.test_store import CPU, SPEC
+from tests.examples import examples
 
 UNIT = 128  # elements in a block
 FIRST, BLOCKS, FLOOR = 3, 24, 5  # two blocks are the adapters', the last five are KV's
@@ -130,7 +130,7 @@ class Sharing(RuleBasedStateMachine):
         self.store.check()
 
 
-Sharing.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+Sharing.TestCase.settings = examples(150, stateful_step_count=50)
 TestSharing = Sharing.TestCase
 
 

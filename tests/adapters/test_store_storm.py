@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -13,6 +12,7 @@ from inlaid.adapters.modes import CACHED, CPU_ASSIST, MODES, PIPELINED
 from inlaid.adapters.store import AdapterStore
 from tests.adapters.fake_lane import FakeLane
 from tests.adapters.test_store import CPU, SPEC
+from tests.examples import examples
 
 
 class ByHand(Loader):
@@ -181,5 +181,5 @@ class Storm(RuleBasedStateMachine):
         assert (self.store.used_bytes, self.store.host_bytes) == (0, 0)
 
 
-Storm.TestCase.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+Storm.TestCase.settings = examples(150, stateful_step_count=50)
 TestStorm = Storm.TestCase

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from inlaid.engine.kv_cache import BlockPool, extend_keys, root_key
+from tests.examples import examples
 
 
 def name_of(root: bytes, tokens: list[int]) -> bytes:
@@ -148,4 +148,4 @@ class Storm(RuleBasedStateMachine):
 
 
 TestStorm = Storm.TestCase
-TestStorm.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestStorm.settings = examples(60, stateful_step_count=40)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from inlaid.engine.cost import LinearCost, ProfiledCost
@@ -15,9 +15,10 @@ from inlaid.engine.predictor import Oracle
 from inlaid.engine.request import FinishReason
 from tests.engine.bench import Bench
 from tests.engine.fake_runner import FakeAdapters
+from tests.examples import examples
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     requests=st.lists(
         st.tuples(

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from inlaid.engine.policy import POLICIES, make_policy, parse_policy
@@ -14,6 +14,7 @@ from inlaid.engine.predictor import Oracle
 from inlaid.engine.refusal import Refused
 from inlaid.engine.request import FinishReason
 from tests.engine.bench import ADAPTERS, Bench
+from tests.examples import examples
 
 
 def order_of(bench: Bench) -> list[str]:
@@ -77,7 +78,7 @@ def test_inlaid_prefers_tasks_in_the_batch_by_a_head_start() -> None:
         assert [id for id in order_of(bench) if id != "one"] == order
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     jobs=st.lists(st.tuples(st.sampled_from(ADAPTERS), st.integers(1, 30), st.integers(0, 30)), min_size=2, max_size=20)
 )

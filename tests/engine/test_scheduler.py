@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from inlaid.engine.policy import POLICIES, MaxTokens
@@ -15,6 +15,7 @@ from inlaid.engine.refusal import Refusal, RefusalKind, Refused
 from inlaid.engine.request import FinishReason, Request
 from tests.engine.bench import ADAPTERS, Bench
 from tests.engine.fake_runner import EOS, FakeAdapters, generate
+from tests.examples import examples
 
 
 def _refusal(bench: Bench, id: str) -> Refusal:
@@ -496,7 +497,7 @@ requests = st.lists(
 )
 
 
-@settings(max_examples=120, deadline=None)
+@examples(120)
 @given(
     requests=requests,
     overlap=st.booleans(),

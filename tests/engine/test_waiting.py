@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from inlaid.engine.account import Account
@@ -12,6 +12,7 @@ from inlaid.engine.ledger import Ledger
 from inlaid.engine.policy import Rank, View, make_policy
 from inlaid.engine.request import Request, SamplingParams, Status
 from inlaid.engine.waiting import MAX_APART, WaitingQueue
+from tests.examples import examples
 
 
 def queued(id: int, tenant: str, arrival: float) -> Request:
@@ -86,7 +87,7 @@ def check_queue(name: str, steps: list[Action], change: Callable[[Ledger, str, b
         assert set(queue) == set(waiting)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(name=st.sampled_from(["fcfs", "vtc", "lcf", "drr"]), steps=actions)
 def test_the_queue_gives_what_sorting_would(name: str, steps: list[Action]) -> None:
     def change(ledger: Ledger, tenant: str, up: bool, queue: WaitingQueue) -> None:

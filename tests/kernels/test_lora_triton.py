@@ -11,13 +11,14 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed: pip install triton")
 
-from hypothesis import given, settings  # noqa: E402
+from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from inlaid.kernels import lora_triton as lora  # noqa: E402
 from inlaid.kernels import spec  # noqa: E402
 from inlaid.kernels.backend import AdapterPages, Site  # noqa: E402
 from tests.cases import spread  # noqa: E402
+from tests.examples import examples  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SITES = 7
@@ -185,7 +186,7 @@ def test_row_does_not_depend_on_its_neighbours() -> None:
     assert torch.equal(together[0], alone[0])
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=90), st.sampled_from([16, 32]))
 def test_segments_cover_each_adapted_row_once(slots: list[int], block: int) -> None:
     array = np.array(slots, np.int32)

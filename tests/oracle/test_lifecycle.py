@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
@@ -31,6 +30,7 @@ from inlaid.model.weights import load
 from inlaid.runner.model_runner import ModelRunner
 from inlaid.runner.unified import block_elements, unify
 from tests.adapters.fake_lane import FakeLane
+from tests.examples import examples
 from tests.oracle.oracle import adapter_settings, ask, family_config, prompts, save_adapter, save_model, serve
 
 CPU = torch.device("cpu")
@@ -160,4 +160,4 @@ def machine(world: World) -> type[RuleBasedStateMachine]:
 
 def test_any_order_of_everything(tmp_path_factory: pytest.TempPathFactory) -> None:
     world = World(tmp_path_factory.mktemp("world"))
-    run_state_machine_as_test(machine(world), settings=settings(max_examples=60, stateful_step_count=30, deadline=None))
+    run_state_machine_as_test(machine(world), settings=examples(60, stateful_step_count=30))
