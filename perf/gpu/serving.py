@@ -108,10 +108,12 @@ def moves(port: int) -> dict[str, int]:
     return {key: sum(card[key] for card in cards) for key in ("loads", "evictions", "hits")}
 
 
-async def one_request(session: Any, port: int, model: str, prompt: list[int]) -> tuple[int, float, float, float]:
+async def one_request(
+    session: Any, port: int, model: str, prompt: list[int], output: int
+) -> tuple[int, float, float, float]:
     """Stream one request; return its output tokens and the seconds when it was sent, first and last answered."""
     body = {
-        "model": model, "prompt": prompt, "max_tokens": OUTPUT, "temperature": 0.0, "ignore_eos": True, "stream": True,
+        "model": model, "prompt": prompt, "max_tokens": output, "temperature": 0.0, "ignore_eos": True, "stream": True,
         "stream_options": {"include_usage": True},
     }  # fmt: skip
     sent = time.perf_counter()
@@ -131,20 +133,22 @@ async def one_request(session: Any, port: int, model: str, prompt: list[int]) ->
     return int(usage["completion_tokens"]), sent, first, last
 
 
-def client(port: int, models: list[str], streams: int, vocab: int, seed: int) -> list[tuple[int, float, float, float]]:
-    """Run one process's share of the requests as a closed loop of `streams`."""
+def client(
+    port: int, models: list[str], streams: int, vocab: int, seed: int, length: int, output: int
+) -> list[tuple[int, float, float, float]]:
+    """Run one process's share of the requests, with prompts of `length` tokens, as a closed loop of `streams`."""
 
     async def run() -> list[tuple[int, float, float, float]]:
         import aiohttp
 
         generator = random.Random(seed)
-        waiting = [(model, [generator.randrange(3, vocab) for _ in range(PROMPT)]) for model in models]
+        waiting = [(model, [generator.randrange(3, vocab) for _ in range(length)]) for model in models]
         found = []
 
         async def stream(session: Any) -> None:
             while waiting:
                 model, prompt = waiting.pop()
-                found.append(await one_request(session, port, model, prompt))
+                found.append(await one_request(session, port, model, prompt, output))
 
         timeout = aiohttp.ClientTimeout(total=240)
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
@@ -175,6 +179,8 @@ def measure(
             concurrency // clients + (i < concurrency % clients),
             vocab,
             100 * total + i,
+            PROMPT,
+            OUTPUT,
         )
         for i in range(clients)
     ]

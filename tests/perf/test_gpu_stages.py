@@ -303,7 +303,9 @@ def test_rows_of_mixed_ranks_are_compared_with_those_of_their_mean(
 
 @pytest.fixture
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Let the stages' models and servers run on a CPU."""
+    """Let the stages' models and servers run on a CPU, and answer little."""
+    monkeypatch.setattr(serving, "PROMPT", 24)
+    monkeypatch.setattr(serving, "OUTPUT", 6)
     monkeypatch.setattr(serving, "ROOT", tmp_path)
     monkeypatch.setattr(serving, "DEVICE", ("--device", "cpu", "--dtype", "float32"))
     monkeypatch.setattr(offline, "DEVICE", "cpu")
