@@ -1,4 +1,4 @@
-"""How many examples hypothesis tries: half of those named, or all with --long. Each run draws others."""
+"""Settings of hypothesis with half of the examples named, or all with --long. Each run draws others."""
 
 from __future__ import annotations
 

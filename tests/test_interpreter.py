@@ -1,4 +1,4 @@
-"""What Triton's interpreter is spared changes no result, and is spared with the version of Triton that is installed."""
+"""Triton's interpreter computes the same without its needless work, and is spared that in the installed version."""
 
 from __future__ import annotations
 
