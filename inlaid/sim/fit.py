@@ -101,23 +101,42 @@ def _above(
     return float((weights * (predicted - seconds) ** 2).sum()), floor, coefficients
 
 
-def _solve(rows: Array, seconds: Array, weights: Array, sweeps: int = 3000) -> Array:
-    """Compute argmin over x >= 0 of sum weights (rows x - seconds)^2, by coordinate descent on scaled columns."""
+def _solve(rows: Array, seconds: Array, weights: Array) -> Array:
+    """Compute argmin over x >= 0 of sum weights (rows x - seconds)^2, by Lawson and Hanson's active sets.
+
+    One term after the other, that of the steepest gradient first, is let above zero; those that least squares of the
+    terms above zero would make negative go back.
+    """
     root = np.sqrt(weights)
     design, target = rows * root[:, None], seconds * root
     norms = np.sqrt((design * design).sum(axis=0))
-    norms[norms == 0] = np.inf
+    used = norms > 0
+    norms[~used] = np.inf
     design = design / norms
     gram, moments = design.T @ design, design.T @ target
-    x = np.zeros(rows.shape[1])
-    for _ in range(sweeps):
-        before = x.copy()
-        for j in range(len(x)):
-            if gram[j, j] > 0:
-                x[j] = max(0.0, x[j] + (moments[j] - gram[j] @ x) / gram[j, j])
-        if np.abs(x - before).max() <= 1e-9 * np.abs(x).max():
+    x, above = np.zeros(len(norms)), np.zeros(len(norms), dtype=bool)
+    for _ in range(3 * len(x)):  # rounding may send a term back and forth
+        gradient = np.where(used & ~above, moments - gram @ x, 0.0)
+        if gradient.max() <= 1e-10 * np.abs(moments).max():
             break
+        above[np.argmax(gradient)] = True
+        x = _inside(gram, moments, x, above)
     return np.asarray(x / norms)
+
+
+def _inside(gram: Array, moments: Array, x: Array, above: npt.NDArray[np.bool_]) -> Array:
+    """Return the least squares of the terms above zero; those that would be negative leave `above` in place."""
+    while above.any():
+        free = np.zeros(len(x))
+        free[above] = np.linalg.lstsq(gram[np.ix_(above, above)], moments[above], rcond=None)[0]
+        below = above & (free <= 0)
+        if not below.any():
+            return free
+        share = (x[below] / (x[below] - free[below] + 1e-300)).min()
+        x = x + share * (free - x)
+        above &= ~below | (x > 1e-14)
+        x = np.where(above, x, 0.0)
+    return x
 
 
 def errors(model: CostModel, steps: Sequence[Step]) -> dict[str, float]:

@@ -7,10 +7,11 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from inlaid.sim.cost import CostModel, Load, Step, load_cost
-from inlaid.sim.fit import errors, fit, fit_quickly, main, read_steps, write_steps
+from inlaid.sim.fit import _solve, errors, fit, fit_quickly, main, read_steps, write_steps
 
 
 def steps(model: CostModel, count: int, noise: float, seed: int = 0) -> list[Step]:
@@ -96,3 +97,19 @@ def test_the_quick_fit_finds_the_model_and_survives_steps_that_were_held_up() ->
     assert found.prefills == 0.0
     with pytest.raises(ValueError, match="50 are needed"):
         fit_quickly(steps[:49], "few")
+
+
+def test_no_coefficient_can_be_moved_for_a_smaller_error() -> None:
+    """Show the conditions of the least squares over x >= 0: no slope where x > 0, none downwards where x = 0."""
+    draw = np.random.default_rng(0)
+    for number in range(20):
+        rows = np.abs(draw.normal(size=(60, 8))) * 10 ** draw.uniform(-1, 4, 8)
+        rows[:, 3] = rows[:, 2]  # two that cannot be told apart, and one that never is
+        rows[:, 5] = 0
+        seconds, weights = rows @ draw.normal(size=8) + number, draw.uniform(0.5, 2, 60)
+        found = _solve(rows, seconds, weights)
+        slopes = rows.T @ (weights * (rows @ found - seconds)) / np.maximum(np.linalg.norm(rows, axis=0), 1)
+        near = 1e-7 * np.linalg.norm(seconds)
+        assert (found >= 0).all()
+        assert (slopes >= -near).all()
+        assert np.abs(slopes[found > 0]).max(initial=0.0) <= near
