@@ -87,20 +87,10 @@ async def make_service(
     model, tokenizer = await _start(engine, config.chat_template)
     online = None if versions is None else await _online(config, versions, engine, model)
     await _restore(engine, state, names, folders)
-    seats = engine_config.scheduler.max_num_seqs
-    max_model_len = min(model.max_model_len, (model.num_blocks - 1) * model.block_size)
-    tokenizer.template.confine(max_model_len * tokenizer.max_token_bytes)
     return Service(
         config=config,
         engine=engine,
-        encoder=RequestEncoder(
-            tokenizer,
-            model.vocab_size,
-            max_model_len,
-            config.max_prompts,
-            seats,
-            special_tokens_are_text=not config.allow_special_tokens_in_messages,
-        ),
+        encoder=_encoder(config, model, tokenizer, engine_config.scheduler.max_num_seqs),
         forms=ModelForms.of(tokenizer.template.source, config.tool_call_parser, config.reasoning_parser),
         metrics=Metrics(model_name, config.max_metric_adapters),
         keys=keys,
@@ -113,6 +103,16 @@ async def make_service(
         started=int(time.time()),
         state=state,
         online=online,
+    )
+
+
+def _encoder(config: ServerConfig, model: ModelInfo, tokenizer: Tokenizer, seats: int) -> RequestEncoder:
+    """Make what turns requests into tokens, and confine the chat template to what a context can take."""
+    max_model_len = min(model.max_model_len, (model.num_blocks - 1) * model.block_size)
+    tokenizer.template.confine(max_model_len * tokenizer.max_token_bytes)
+    text = not config.allow_special_tokens_in_messages
+    return RequestEncoder(
+        tokenizer, model.vocab_size, max_model_len, config.max_prompts, seats, special_tokens_are_text=text
     )
 
 
