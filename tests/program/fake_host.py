@@ -13,6 +13,7 @@ from inlaid.config import CacheConfig, EngineConfig, SchedulerConfig
 from inlaid.engine.engine import make_engine
 from inlaid.llm import RequestLoop
 from inlaid.text.encoder import RequestEncoder
+from inlaid.text.literal import SpecialTokens
 from tests.engine.fake_runner import EOS, VOCABULARY, FakeAdapters, FakeRunner
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz 0123456789.,:;!?<>[]{}"
@@ -33,9 +34,13 @@ class FakeTokenizer:
 
     template = FakeTemplate()
     max_token_bytes = 1
+    special_tokens = SpecialTokens(())
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [max(0, LETTERS.find(letter)) for letter in text.lower()]
+
+    def encode_literally(self, text: str, stand_ins: object, add_special_tokens: bool) -> list[int]:
+        return self.encode(text, add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return "".join(LETTERS[token] if token < len(LETTERS) else "~" for token in ids)
