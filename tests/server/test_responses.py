@@ -105,7 +105,7 @@ def test_an_answer_is_parsed_into_a_model(client: openai.OpenAI) -> None:
         exact: bool
         digits: int
 
-    made = client.responses.parse(model="demo", input=SUM, text_format=Sum, max_output_tokens=60)
+    made = client.responses.parse(model="demo", input=SUM, text_format=Sum, max_output_tokens=60, temperature=0)
     assert made.output_parsed is None or isinstance(made.output_parsed.exact, bool)
     assert json.loads(made.output_text) if made.status == "completed" else True
 
