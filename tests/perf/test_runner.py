@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -188,8 +189,13 @@ def test_interrupting_the_runner_ends_its_processes(tmp_path: Path) -> None:
     end = time.monotonic() + 60
     while len(marked_processes(mark)) < 5 and time.monotonic() < end:
         time.sleep(0.05)
-    runner.send_signal(signal.SIGINT)
-    assert runner.wait(60) == 130
+    for patience in (20, 20, 60):  # Python drops an interrupt that comes while a finalizer runs
+        runner.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            runner.wait(patience)
+        if runner.returncode is not None:
+            break
+    assert runner.returncode == 130
     assert marked_processes(mark) == []
     assert archive.events()[-1].event == "interrupted"
 
