@@ -31,6 +31,7 @@ _PATTERNS: Mapping[str, str] = MappingProxyType(
 )
 _MOST_ITEMS = 8
 _DEEPEST = 6  # a schema may contain itself
+_MOST_LEAVES = 256  # properties of plain values; definitions that name each other make a short schema of millions
 
 
 class _Wordless(Exception):
@@ -125,7 +126,7 @@ class WordSchema:
         if "anyOf" in schema and schema.keys() - _NOTES != {"anyOf"}:
             raise _Wordless
         constants, types = _constants(options), frozenset(_types(options))
-        if not _KEY.fullmatch(key) or key in self._leaves:
+        if not _KEY.fullmatch(key) or key in self._leaves or len(self._leaves) == _MOST_LEAVES:
             raise _Wordless
         self._leaves[key] = _Leaf(path, list_at, constants, types)
         values = [*map(_literal, constants), *(_PATTERNS[name] for name in sorted(types))]

@@ -120,3 +120,11 @@ def accepts() -> Any:
         return bool(matcher.validate_tokens(tokens) == len(tokens))
 
     return whole
+
+
+def test_a_short_schema_that_stands_for_millions_of_properties_has_no_form_in_words() -> None:
+    inner = {f"d{n}": {"type": "object", "properties": {f"p{m}": {"$ref": f"#/$defs/d{n + 1}"} for m in range(30)}}
+             for n in range(5)}  # fmt: skip
+    schema = {"type": "object", "properties": {"a": {"$ref": "#/$defs/d0"}}, "$defs": inner | {"d5": TEXT}}
+    assert WordSchema.of(schema) is None
+    assert calls_pattern({"do_it": schema}, 1) is None
