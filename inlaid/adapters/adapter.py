@@ -46,6 +46,11 @@ class AdapterEntry:
     out_bias: int = 0
 
     @property
+    def fits_one_base(self) -> bool:
+        """True if it was computed for the weights of one base, as DoRA's scales are."""
+        return self.out_scale > 0
+
+    @property
     def changes_outputs(self) -> bool:
         return bool(self.out_scale or self.out_bias)
 
@@ -66,6 +71,11 @@ class Adapter:
     flat: torch.Tensor
     entries: tuple[AdapterEntry, ...]
     check_seconds: float = 0.0  # of reading it: what was not spent on its files
+
+    @property
+    def fits_one_base(self) -> bool:
+        """True if a part of it was computed for the weights of one base."""
+        return any(entry.fits_one_base for entry in self.entries)
 
     @property
     def rank(self) -> int:

@@ -174,7 +174,7 @@ class AdapterStore:
 
     def fits_one_base(self, identity: str) -> bool:
         """Tell whether it was computed for the weights of one base, as DoRA's scales are."""
-        return any(entry.out_scale for entry in self._held(identity).entries)
+        return any(entry.fits_one_base for entry in self._held(identity).entries)
 
     def nbytes(self, identity: str) -> int:
         """Return the bytes of its weights, on the host as on the device."""

@@ -93,6 +93,11 @@ class Bases:
                 time.sleep(rest * (time.monotonic() - since))
                 since = time.monotonic()
         staged.adapters = {name: self._read(name, path) for name, path in adapters.items()}
+        if bound := [name for name, (adapter, _) in staged.adapters.items() if adapter.fits_one_base]:
+            raise BaseError(
+                f"adapters {', '.join(bound)} (DoRA) would be computed for the base that is served; load them after "
+                "the switch"
+            )
         self._check_gate(version, staged)
         staged.seconds = time.monotonic() - began
         return staged
@@ -114,6 +119,17 @@ class Bases:
         for block, tensors in zip(self._model.runner.model.blocks, staged.tensors, strict=True):
             copy_in(block, tensors)
         self._synchronize()
+
+    def check_free(self) -> None:
+        """Refuse to change the base while adapters are served that were computed for its weights."""
+        store = self._model.adapters
+        held = {name: store.identity(name) for name in store.names()}
+        bound = sorted(name for name, identity in held.items() if identity and store.fits_one_base(identity))
+        if bound:
+            raise BaseError(
+                f"adapters {', '.join(bound)} (DoRA) are computed for the base that is served; unload them, switch, "
+                "and load them again"
+            )
 
     def enter(self, staged: StagedBase) -> None:
         """Let the staged base's version and adapters be those that are served."""
@@ -146,14 +162,7 @@ class Bases:
                 f"{checkpoint.path} is not the base that was checked: its files have changed (they were "
                 f"{version[:12]}, they are {found[:12]}); it is not served"
             )
-        store = self._model.adapters
-        held = {name: store.identity(name) for name in store.names()}
-        bound = sorted(name for name, identity in held.items() if identity and store.fits_one_base(identity))
-        if bound:
-            raise BaseError(
-                f"adapters {', '.join(bound)} (DoRA) are computed for the base that is served; unload them, switch, "
-                "and load them again"
-            )
+        self.check_free()
         spec = read_spec(checkpoint.path)
         if spec != self._model.spec:
             raise BaseError(f"{checkpoint.path} is another model than the one that is served")

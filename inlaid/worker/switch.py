@@ -107,6 +107,7 @@ class Switch:
     def _exchange(self, staged: StagedBase, rule: str, began: float) -> dict[str, Any]:
         """Exchange two bases that both lie on the device."""
         engine, scheduler = self._engine, self._engine.scheduler
+        self._bases.check_free()  # of adapters loaded since it was staged
         engine.settle()
         staying = scheduler.begun() if rule == FINISH else frozenset[str]()
         old = self._bases.exchange(staged)
@@ -121,9 +122,10 @@ class Switch:
         staged, scheduler = self._staged, self._engine.scheduler
         assert staged is not None
         stopped = time.monotonic()
-        self._engine.settle()
-        scheduler.set_base_version(staged.version)  # preempts what runs, before its weights go
         try:
+            self._bases.check_free()  # of adapters loaded since it was staged
+            self._engine.settle()
+            scheduler.set_base_version(staged.version)  # preempts what runs, before its weights go
             self._bases.copy_in(staged)
             self._enter(staged, frozenset())
         finally:

@@ -39,6 +39,7 @@ class World:
     one: Path
     two: Path
     adapter: Path
+    base: Path  # both were made of it
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     for seed, name in enumerate(("one", "two")):
         source = TaskSource("t", Path("none"), write_data(root / f"{name}.jsonl", seed, 6))
         quantize(base, [source], settings, root / name, gate=Gate(force=True))
-    return World(root / "one", root / "two", adapter)
+    return World(root / "one", root / "two", adapter, base)
 
 
 class NowThreads:
@@ -223,6 +224,26 @@ def test_a_kernel_with_a_copy_of_the_weights_keeps_the_base_from_being_changed(w
     model.kernels = replace(model.kernels, decode=DecodeKernel.__new__(DecodeKernel))
     with pytest.raises(BaseError, match="start with --decode-kernel layers"):
         bench.loaded.bases.stage(str(world.two), Checkpoint(world.two).fingerprint(), "device", {}, 0.0)
+
+
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_an_adapter_computed_for_the_old_base_keeps_it_from_being_changed(
+    world: World, tmp_path: Path, where: str
+) -> None:
+    dora = write_adapter(tmp_path / "dora", world.base, 1, use_dora=True)
+    bench = Bench(world.one, world.adapter)
+    version = Checkpoint(world.two).fingerprint()
+    assert "dora (DoRA) would be computed" in str(bench.stage(world.two, where, dora=str(dora)))
+    assert bench.stage(world.two, where)["where"] == where
+    adapters = bench.loaded.adapters
+    adapters.install("late", adapters.read(str(dora)), False, 0.0)
+    assert "late (DoRA) are computed for the base" in str(bench.call("switch_base", version=version, rule="finish"))
+    assert bench.loaded.bases is not None
+    assert bench.loaded.bases.version != version
+    assert bench.engine.scheduler.admitting
+    adapters.remove("late")
+    assert not isinstance(bench.call("switch_base", version=version, rule="finish"), Exception)
+    assert bench.loaded.bases.version == version
 
 
 def test_adapters_without_a_record_for_the_new_base_keep_it_from_being_served(world: World, tmp_path: Path) -> None:
