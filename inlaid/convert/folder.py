@@ -43,8 +43,18 @@ def converted(path: Path) -> Path:
 def convert(path: Path, folder: Path, source: str = "") -> None:
     """Dequantize a GGUF file into `folder`. `source` says where the file came from."""
     file = GGUFFile(path)
-    config = config_of(file)
-    names = names_of(file)
+    try:
+        _fill(file, folder, source)
+    except ConvertError:
+        raise
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:  # of fields of other types
+        raise ConvertError(
+            f"{path} is damaged, a field has a value of the wrong kind: {error!r}; fetch it again"
+        ) from error
+
+
+def _fill(file: GGUFFile, folder: Path, source: str) -> None:
+    path, config, names = file.path, config_of(file), names_of(file)
     with atomic_folder(folder) as filling:
         _write_tokenizer(file, filling)
         _write_json(filling / "config.json", config)

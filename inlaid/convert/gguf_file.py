@@ -9,6 +9,7 @@ twenty seconds for the vocabulary of a small model; its kernels dequantize the t
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class GGUFFile:
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         try:
             self._read_header()
-        except (struct.error, UnicodeDecodeError, OverflowError, ValueError) as error:
+        except (struct.error, UnicodeDecodeError, OverflowError, ValueError, TypeError, RecursionError) as error:
             if isinstance(error, ConvertError):
                 raise
             raise ConvertError(f"{path} is cut short or damaged: {error}; fetch it again") from error
@@ -82,12 +83,12 @@ class GGUFFile:
             shape = quant_shape_to_byte_shape(tensor.shape, kind)
         except (ValueError, KeyError) as error:
             raise ConvertError(f"{self.path}: {name} has a type that `gguf` does not know: {error}") from error
-        size = int(np.prod(shape, dtype=np.int64))
+        size = math.prod(shape)
         if not 0 < size <= _MAX_TENSOR_BYTES or tensor.offset + size > len(self._data):
             raise ConvertError(f"{self.path} is cut short: it ends before {name} does; fetch it again")
         if kind == GGMLQuantizationType.F32 or kind == GGMLQuantizationType.F16:
             stored = np.float32 if kind == GGMLQuantizationType.F32 else np.float16
-            flat = np.frombuffer(self._data, stored, int(np.prod(tensor.shape)), tensor.offset)
+            flat = np.frombuffer(self._data, stored, math.prod(tensor.shape), tensor.offset)
             return flat.reshape(tensor.shape).astype(np.float32)
         raw = np.frombuffer(self._data, np.uint8, size, tensor.offset).reshape(shape)
         try:

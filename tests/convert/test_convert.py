@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from contextlib import suppress
 from pathlib import Path
 
@@ -137,6 +138,17 @@ def test_a_damaged_header_is_refused(gguf: Path, tmp_path: Path) -> None:
         (tmp_path / "it.gguf").write_bytes(data[:at] + b"\xff" * 8 + data[at + 8 :])
         with suppress(ConvertError):  # nothing else is raised, and no memory is taken for what a number says
             GGUFFile(tmp_path / "it.gguf")
+
+
+def test_fields_of_the_wrong_kind_and_endless_lists_are_refused(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "kind.gguf", tokenizer__ggml__padding_token_id="a")
+    with pytest.raises(ConvertError, match="a field has a value of the wrong kind"):
+        convert(path, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+    lists = struct.pack("<IQ", 9, 1) * 5000
+    (deep := tmp_path / "deep.gguf").write_bytes(b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"a\x09\0\0\0" + lists)
+    with pytest.raises(ConvertError, match="damaged"):
+        GGUFFile(deep)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
