@@ -18,7 +18,7 @@ from typing import Any
 _NOTES = frozenset("title description default examples deprecated $schema $id $comment $defs definitions".split())
 _PAIRS = re.compile(r"(?:^|, )(\w[\w ]*) = ")
 _KEY = re.compile(r"\w[\w ]*")
-_SCALAR = re.compile(r"-?\d+(?:\.\d+)?|true|false|null")
+_SCALAR = re.compile(r"-?(?:0|[1-9][0-9]{0,17})(?:\.[0-9]{1,18})?|true|false|null")
 _SPECIAL = re.compile(r"([\\.+*?()|\[\]{}^$#&~/-])")
 _PATTERNS: Mapping[str, str] = MappingProxyType(
     {

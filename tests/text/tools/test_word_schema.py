@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inlaid.text.tools.events import Arguments, Call
-from inlaid.text.tools.word_schema import WordSchema, calls_pattern
+from inlaid.text.tools.word_schema import WordSchema, calls_pattern, guessed_arguments
 from inlaid.text.tools.words import WordCalls
 
 TEXT, NUMBER = {"type": "string"}, {"type": "integer"}
@@ -128,3 +128,9 @@ def test_a_short_schema_that_stands_for_millions_of_properties_has_no_form_in_wo
     schema = {"type": "object", "properties": {"a": {"$ref": "#/$defs/d0"}}, "$defs": inner | {"d5": TEXT}}
     assert WordSchema.of(schema) is None
     assert calls_pattern({"do_it": schema}, 1) is None
+
+
+@pytest.mark.parametrize("text", ["007", "9" * 5000, "٣٤", "1.", "--1"])
+def test_what_only_looks_like_a_number_stays_text(text: str) -> None:
+    assert guessed_arguments(f"some code = {text}, other = -2.5") == {"some_code": text, "other": -2.5}
+    assert read({"type": "object", "properties": {"a": NUMBER}}, f"a = {text}") == {"a": text}
