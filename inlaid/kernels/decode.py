@@ -187,10 +187,14 @@ class DecodeKernel:
         """Return the bytes of the second copy of the weights."""
         return sum(units.numel() * units.element_size() for units in self._units.values())
 
-    def _build(self) -> Path:
+    @property
+    def target(self) -> str:
+        """Return the device's architecture, as nvcc names it."""
         major, minor = torch.cuda.get_device_capability(self.device)
-        target = f"{major}{minor}" + ("a" if major >= 9 else "")
-        return library.build(library.nvcc(), SOURCES[0], SOURCES, target, self.shape.flags(self.zeros))
+        return f"{major}{minor}" + ("a" if major >= 9 else "")
+
+    def _build(self) -> Path:
+        return library.build(library.nvcc(), SOURCES[0], SOURCES, self.target, self.shape.flags(self.zeros))
 
     def finish(self) -> str | None:
         """Load the library once the model is whole; return the reason for which the kernel does not serve it."""

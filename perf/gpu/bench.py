@@ -31,6 +31,7 @@ LIMITS: Mapping[str, float] = MappingProxyType({  # seconds of each stage
     "tests": 110, "sweep": 100, "sweep-wide": 190, "sweep-parts": 210, "variants-7b": 130, "variants-8b": 130,
     "serve-7b": 200, "serve-8b": 170, "serve-7b-arrival": 150, "serve-8b-arrival": 120,
     "serve-7b-unified": 150, "serve-7b-one": 150, "serve-8b-one": 120,
+    "latency-7b": 150, "latency-8b": 120, "tests-decode": 90,
     "serve-oversubscribed-8b": 280, "serve-oversubscribed-8b-largest": 280,
     "determinism-7b": 170, "startwarm-7b": 60, "ranks-7b": 160, "ranks-7b-mixed": 130,
     "exllama-7b": 170, "exllama-demo": 90, "soak": 110,
@@ -50,6 +51,7 @@ CALLS: Mapping[str, tuple[tuple[str, ...], ...]] = MappingProxyType({  # lanes, 
         ("serve-7b", "serve-8b", "demo", "determinism-7b+checks-short"),
         ("exllama-7b", "ranks-7b-mixed", "serve-oversubscribed-8b-largest", "tests"),
     ),
+    "latency": (("tests-decode", "latency-7b", "latency-8b", "serve-7b-one", "serve-8b-one"),),
     "rows": (("serve-7b", "serve-8b", "startwarm-7b", "determinism-7b", "soak", "ranks-7b"),),
     "a": (
         ("serve-7b", "serve-8b", "serve-oversubscribed-8b-largest", "ranks-7b", "startwarm-7b"),
@@ -85,6 +87,7 @@ def run_stage(name: str, out: Path, keep: Keep) -> dict[str, Any]:
         checks,
         cluster,
         demo,
+        latency,
         micro,
         offline,
         online,
@@ -99,7 +102,7 @@ def run_stage(name: str, out: Path, keep: Keep) -> dict[str, Any]:
 
     kind, _, rest = name.partition("-")
     stages: dict[str, Callable[[], dict[str, Any]]] = {
-        "tests": lambda: kernel_tests(keep),
+        "tests": lambda: kernel_tests(keep, f"tests/kernels/test_{rest}.py") if rest else kernel_tests(keep),
         "sweep": lambda: swept(rest, keep),
         "checks": lambda: checks.run(keep, LIMITS[name] - 25),
         "micro": lambda: micro.run(keep, tuple(rest.split("-")) if rest else tuple(micro.PARTS)),
@@ -110,6 +113,7 @@ def run_stage(name: str, out: Path, keep: Keep) -> dict[str, Any]:
         "adapters": lambda: adapters.run(name, keep),
         "offline": lambda: offline.run(rest, keep),
         "online": lambda: online.run(rest, keep),
+        "latency": lambda: latency.run(rest, keep),
         "determinism": lambda: offline.determinism(rest, keep),
         "variants": lambda: offline.variants(rest, keep),
         "serve": lambda: served(rest, keep),
@@ -144,10 +148,10 @@ def served(rest: str, keep: Keep) -> dict[str, Any]:
     return serving.otherwise(how, shape, rows, ranks, keep) if how else serving.run(shape, rows, ranks, keep)
 
 
-def kernel_tests(keep: Keep) -> dict[str, Any]:
-    """Run the kernels' unit tests on this GPU; without a GPU they would run in Triton's interpreter."""
+def kernel_tests(keep: Keep, *paths: str) -> dict[str, Any]:
+    """Run unit tests of kernels on this GPU; without a GPU they would run in Triton's interpreter."""
     command = [sys.executable, "-m", "pytest", "-v", "-n", WORKERS, "-p", "no:cacheprovider"]
-    command += ["-p", "no:benchmark", *TEST_PATHS]  # that plugin warns beside xdist, and warnings are errors
+    command += ["-p", "no:benchmark", *(paths or TEST_PATHS)]  # that plugin warns beside xdist, and warnings are errors
     passed, failed = 0, list[str]()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None

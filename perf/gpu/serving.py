@@ -34,6 +34,7 @@ DEVICE = ("--device", "cuda", "--dtype", "float16")
 CLIENTS = 4
 PROMPT, OUTPUT = 256, 128
 MIXED = (8, 16, 40, 128)  # ranks in turn; their mean is 48
+LATENCY_ROWS = ((0, 1, 3), (1, 1, 3), (32, 1, 3), (32, 2, 6), (0, 4, 12), (32, 4, 12))  # as offline.ROWS
 FEW = (1, 64, 256)  # concurrencies at which sums by arrival are compared with a fixed order
 OVERSUBSCRIBED = ((32, 64, 192), (256, 64, 512))  # (adapters, concurrency, requests) over places for 32
 
@@ -282,7 +283,8 @@ def otherwise(
     how: str, shape: str, rows: Sequence[tuple[int, int, int]], ranks: tuple[int, ...], keep: Keep
 ) -> dict[str, Any]:
     """Measure rows with a flag: kernels that may add in any order, one memory for adapters and KV, one kernel."""
-    return run(shape, [row for row in rows if row[1] in FEW], ranks, keep, OTHERWISE[how])
+    some = LATENCY_ROWS if how == "one" else [row for row in rows if row[1] in FEW]
+    return run(shape, some, ranks, keep, OTHERWISE[how])
 
 
 def oversubscribed(

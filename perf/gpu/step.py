@@ -194,6 +194,7 @@ def compare(engine: Engine, step: Step, choices: Sequence[Variant], times: int =
                 logits = run_once(runner, step, replay).float()
                 expected = logits if expected is None else expected
                 record["error"] = float((logits - expected).norm() / expected.norm())
+                record["same_tokens"] = int((logits.argmax(-1) == expected.argmax(-1)).sum())
                 record["same_bits"] = f"{repeats(runner, step, replay, times)} of {times}"
                 record["us"] = time_step(runner, replay)
         except Exception as error:  # noqa: BLE001 - an error of one choice must not hide the others

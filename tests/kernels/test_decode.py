@@ -118,7 +118,7 @@ def test_what_the_machine_or_the_model_lacks_is_named(monkeypatch: pytest.Monkey
 
 # On a GPU.
 
-LAYERS, BLOCK = 3, 16
+LAYERS, BLOCK, PAGES = 3, 16, 512  # PAGES: blocks of a row
 SHAPES = {
     "7b": DecodeShape(4096, 11008, 32, 32, LAYERS, 128, 132, 16),
     "8b": DecodeShape(4096, 14336, 32, 8, LAYERS, 64, 132, 16),
@@ -173,7 +173,8 @@ def random_model(shape: DecodeShape, symmetric: bool, device: torch.device) -> M
         [random_linear(inputs, sum(siblings), symmetric, 4 * layer + j, device) for j, (inputs, siblings) in
          enumerate(widths(shape))] for layer in range(shape.layers)
     ]  # fmt: skip
-    angles = torch.outer(torch.arange(4096.0), 10000.0 ** -(torch.arange(0, 128, 2) / 128)).repeat(1, 2).to(device)
+    frequencies = 10000.0 ** -(torch.arange(0, 128, 2) / 128)
+    angles = torch.outer(torch.arange(float(PAGES * BLOCK)), frequencies).repeat(1, 2).to(device)
 
     def gain() -> torch.Tensor:
         return (1 + 0.1 * torch.randn(shape.hidden, device=device)).half()
@@ -182,10 +183,9 @@ def random_model(shape: DecodeShape, symmetric: bool, device: torch.device) -> M
         torch.randn(100, shape.hidden, device=device).half(), [(gain(), gain()) for _ in linears], 1e-5,
         angles.cos().half(), angles.sin().half(),
     )  # fmt: skip
-    cache = [
-        tuple(torch.randn(300, BLOCK, shape.kv_heads, 128, device=device).half() for _ in range(2)) for _ in linears
-    ]
-    tables = torch.randperm(299, device=device)[: 5 * 59].view(5, 59).int() + 1
+    cache_shape = 5 * PAGES + 1, BLOCK, shape.kv_heads, 128
+    cache = [tuple(torch.randn(cache_shape, device=device).half() for _ in range(2)) for _ in linears]
+    tables = torch.randperm(5 * PAGES, device=device).view(5, PAGES).int() + 1
     return Model(
         shape, linears, around, cache, random_pages(shape, device), torch.arange(50, 56, device=device).int(), tables
     )
@@ -280,7 +280,7 @@ def kernel_of(model: Model) -> DecodeKernel:
 @pytest.mark.skipif(library.nvcc() is None, reason="needs nvcc")
 @pytest.mark.parametrize(("name", "symmetric"), [("7b", True), ("8b", True), ("8b", False)])
 def test_a_step_is_the_specification(name: str, symmetric: bool) -> None:
-    """Rows 1, 2 and 4; contexts of one token, of a few and of many; adapters none, one, and different in each row."""
+    """Rows 1, 2 and 4; contexts of 1 to 8,192 tokens; adapters none, one, and different in each row."""
     device = torch.device("cuda")
     model = random_model(SHAPES[name], symmetric, device)
     kernel = kernel_of(model)
@@ -288,11 +288,12 @@ def test_a_step_is_the_specification(name: str, symmetric: bool) -> None:
     for positions, slots in (
         ((300,), (0,)), ((0,), (0,)), ((300,), (1,)), ((933,), (2,)), ((64, 299), (0, 0)), ((5, 700), (2, 1)),
         ((300, 0, 17, 900), (0, 0, 0, 0)), ((300, 1, 64, 900), (2, 0, 3, 1)), ((300, 1, 64, 900), (2, 2, 2, 2)),
+        ((8191,), (0,)), ((2048, 4100), (1, 2)), ((8000, 0, 2047, 5000), (1, 2, 0, 3)),
     ):  # fmt: skip
         step = make_step(model, positions, slots)
         want, keys = expected(model, step, slots)
         runs = []
-        for _ in range(3):
+        for _ in range(100 if positions == (300, 1, 64, 900) else 3):
             product, residual = (torch.full_like(want, float("nan"), dtype=torch.float16) for _ in range(2))
             kernel.run(step, product, residual)
             torch.cuda.synchronize()

@@ -24,11 +24,13 @@ from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.kernels import fused_triton
 from inlaid.kernels.measure import Ceiling
 from inlaid.layers import linear
+from inlaid.model.spec import ModelSpec
 from inlaid.runner.layout import Layout
 from perf.gpu import (
     candidates,
     demo,
     humming_sweep,
+    latency,
     offline,
     quant_speed,
     random_model,
@@ -348,7 +350,8 @@ def test_steps_with_guesses_are_measured_beside_plain_ones(on_the_cpu: Path) -> 
 def test_a_flag_is_measured_on_rows_of_few_streams(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "run", lambda *given: {"given": given})
     found = serving.otherwise(how, "tiny", [(0, 1, 1), (1, 16, 2)], (16,), print)
-    assert found["given"] == ("tiny", [(0, 1, 1)], (16,), print, serving.OTHERWISE[how])
+    rows = serving.LATENCY_ROWS if how == "one" else [(0, 1, 1)]
+    assert found["given"] == ("tiny", rows, (16,), print, serving.OTHERWISE[how])
 
 
 @pytest.mark.long  # another start of the server above
@@ -417,6 +420,30 @@ def test_variants_take_one_step_after_the_other_apart(tiny: Bench, monkeypatch: 
     assert all(choice["error"] == 0 and choice["us"] == 1.0 for one in found["steps"] for choice in one["choices"])
     assert not engine.has_work
     assert headline(found).startswith("1@2 1 us")
+
+
+def test_each_step_of_few_rows_is_measured_with_each_choice(tiny: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = tiny.engine()
+    runner = step.runner_of(engine)
+    given: dict[str, Any] = {}
+
+    def fake_load(shape: str, count: int, **changes: Any) -> tuple[SimpleNamespace, ModelSpec]:
+        given.update(changes)
+        return SimpleNamespace(engine=engine), runner.model.spec
+
+    monkeypatch.setattr(offline, "load", fake_load)
+    monkeypatch.setattr(Ceiling, "measured", lambda device: Ceiling(4.3e12, 790e12))
+    monkeypatch.setattr(latency, "choices", lambda engine: [step.Variant("layers"), step.Variant("again")])
+    monkeypatch.setattr(latency, "REPETITIONS", 1)
+    monkeypatch.setattr(step, "time_step", lambda runner, replay: 1.0)
+    kept: list[int] = []
+    found = latency.run("tiny", lambda part: kept.append(len(part["steps"][-1]["choices"])), ((2, 1, 3), (1, 0, 3)))
+    assert given == {"decode_kernel": "one"}
+    assert kept == [1, 2, 1, 2]
+    for entry, rows in zip(found["steps"], (2, 1), strict=True):
+        assert [choice["same_tokens"] for choice in entry["choices"]] == [rows, rows]
+        assert all(choice["error"] == 0 and choice["same_bits"] == "1 of 1" for choice in entry["choices"])
+    assert not engine.has_work
 
 
 def test_the_choices_change_constants_that_exist() -> None:

@@ -10,8 +10,9 @@
 // adapters through a ring of slots in shared memory and never waits for activations. 16 consumer warps split
 // the inputs and multiply with tensor cores. Vectors travel between multiprocessors through boxes in global memory, as
 // words that are their own flag: there is no barrier across the device. Boxes have two parities, by layer; whoever
-// writes a word empties the same word of the other parity, which was read a layer ago: between that and the word's next
-// use lies a vector that every multiprocessor has written a part of.
+// writes a word empties the same word of the other parity, which was read a layer ago. Between that and the word's next
+// use lies a vector that every multiprocessor has written a part of (the products of `o` and `down`): a fence before its
+// words are published and one after they have been read order the two.
 #include "decode_block.cuh"
 
 // x A of this layer's adapters: this multiprocessor's rows of A, summed over warps and published.
@@ -120,6 +121,7 @@ template <int R, int J> __device__ __forceinline__ void finish(Consumer<R>& w) {
       w.release();
     }
   }
+  if (J % 2) order();
 #pragma unroll
   for (int i = 0; i < TIMES; i++) {
     const int at = (t + i * CONSUMERS) / 16, row = at % R, u = at / R, unit = w.block + u * SMS;
@@ -181,6 +183,7 @@ template <int R, int WHICH> __device__ __forceinline__ void norm(Consumer<R>& w,
     s = warp_sum(s);
     if (w.lane == 0) Shared<R>::squares(WHICH)[r * WARPS + w.warp] = s;
   }
+  order();
   sync_consumers();
   if (!mine) return;
   float g[8];

@@ -116,6 +116,12 @@ __device__ __forceinline__ unsigned poll1(const unsigned* p) {
   return v;
 }
 
+// Orders what this block has written before what it writes next, and what it has read before what it reads next, for
+// the whole device.
+__device__ __forceinline__ void order() {
+  if (FENCES) asm volatile("fence.acq_rel.gpu;" ::: "memory");
+}
+
 // Tensor cores: c[16 outputs, 8 rows] += a[16, 16] b[16, 8].
 __device__ __forceinline__ void mma(float* c, const unsigned* a, unsigned b0, unsigned b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"

@@ -15,10 +15,14 @@
 #define INLAID_SMS 132
 #define INLAID_BLOCK 16
 #endif
+#ifndef INLAID_FENCES  // 0 only to measure what they cost
+#define INLAID_FENCES 1
+#endif
 
 constexpr int D = INLAID_D, F = INLAID_F, HEADS = INLAID_HEADS, KV_HEADS = INLAID_KV_HEADS, LAYERS = INLAID_LAYERS,
               MAX_RANK = INLAID_MAX_RANK, SMS = INLAID_SMS, BLOCK = INLAID_BLOCK;  // tokens of a KV block
 constexpr bool ZEROS = INLAID_ZEROS;  // zero points differ from 8
+constexpr bool FENCES = INLAID_FENCES;
 constexpr int C = 128, Q = HEADS * C, KV = KV_HEADS * C, QKV = Q + 2 * KV;
 
 constexpr int WARPS = 16, CONSUMERS = WARPS * 32, THREADS = CONSUMERS + 128;
