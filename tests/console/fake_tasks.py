@@ -56,6 +56,8 @@ class Bases:
     def stage(self, folder: str, version: str, where: str, adapters: Mapping[str, str], rest: float) -> StagedBase:
         return StagedBase(Path(folder), version, "device")
 
+    def check_free(self) -> None: ...
+
     def exchange(self, staged: StagedBase) -> None: ...
 
     def enter(self, staged: StagedBase) -> None:

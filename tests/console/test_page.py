@@ -107,6 +107,13 @@ def replayed(page: Any) -> Any:
         page.wait_for_timeout(500)
 
 
+def reported(page: Any, doing: str) -> str:
+    """Return what the page says when something is done, or why it is not."""
+    said = page.locator("p[role=status]", has_text=f"{doing}: done.").or_(page.locator("p.bad[role=status]"))
+    said.wait_for()
+    return str(said.inner_text())
+
+
 def test_residency_says_what_more_memory_would_bring(open_page: Callable[..., Any]) -> None:
     page = open_page("residency")  # before other tests: there are few requests to replay
     table = replayed(page)
@@ -249,8 +256,10 @@ def test_a_task_is_followed_switched_to_and_rolled_back(open_page: Callable[...,
     jobs.get_by_text("ready", exact=True).wait_for()
     jobs.get_by_text("maths 0.25").wait_for()
     switch.click()
+    assert reported(page, "Switching to maths") == "Switching to maths: done."
     page.get_by_text("Version 1 of the base is served; 2 are kept.").wait_for()
     page.get_by_role("button", name="Roll back").click()
+    assert reported(page, "Rolling back") == "Rolling back: done."
     page.get_by_text("Version 0 of the base is served; 2 are kept.").wait_for()
     jobs.get_by_text("rolled back to version 0").wait_for()
     jobs.get_by_role("button", name="Forget").click()
