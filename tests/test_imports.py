@@ -111,6 +111,17 @@ def test_host_parts_never_reach_torch(part: str) -> None:
     assert [way for path in paths for way in laws.reaching(ROOT, path)] == []
 
 
+@pytest.mark.parametrize("start", ["cli", "server/serving", "text/confined", "text/renderer", "text/tokenizer"])
+def test_a_server_and_its_templates_start_without_torch_and_transformers(start: str) -> None:
+    path = ROOT / "inlaid" / f"{start}.py"
+    assert [way for package in ("torch", "transformers") for way in laws.reaching(ROOT, path, package)] == []
+
+
+def test_an_engine_starts_without_transformers() -> None:
+    for start in ("process", "build", "loading", "bases"):
+        assert laws.reaching(ROOT, ROOT / "inlaid" / "worker" / f"{start}.py", "transformers") == []
+
+
 @pytest.mark.parametrize("name", PURE)
 def test_placement_and_planner_never_reach_torch_or_ray(name: str) -> None:
     path = ROOT / "inlaid" / "cluster" / f"{name}.py"

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import FrameType
 from typing import Any
 
 import msgspec
@@ -151,15 +151,13 @@ def _too_long(seconds: float) -> str:
     return f"it takes more than {seconds:g} s of CPU time"
 
 
-def _render(model: Any, asked: bytes, setting: _Setting) -> str:
+def _render(renderer: Any, asked: bytes, setting: _Setting) -> str:
     """Write one conversation out within its time."""
-    from transformers import PreTrainedTokenizerBase
-
     messages, tools, options = msgspec.msgpack.decode(asked)
     signal.setitimer(signal.ITIMER_PROF, 2 * setting.max_seconds)  # its signal ends the process
     signal.setitimer(signal.ITIMER_VIRTUAL, setting.max_seconds)
     try:
-        text = PreTrainedTokenizerBase.apply_chat_template(model, messages, tools=tools, tokenize=False, **options)
+        text: str = renderer.render(messages, tools, options)
     except _Late:
         raise TemplateError(_too_long(setting.max_seconds)) from None
     except MemoryError:
@@ -169,25 +167,16 @@ def _render(model: Any, asked: bytes, setting: _Setting) -> str:
         signal.setitimer(signal.ITIMER_PROF, 0.0)
     if len(text) > setting.max_chars:
         raise TemplateError(f"it writes {len(text)} characters, more than the context can hold")
-    return str(text)
+    return text
 
 
-def _answer(model: Any, asked: bytes, setting: _Setting) -> bytes:
+def _answer(renderer: Any, asked: bytes, setting: _Setting) -> bytes:
     """Return True and the text, or False and the reason why there is none."""
     try:
-        return msgspec.msgpack.encode((True, _render(model, asked, setting)))
+        return msgspec.msgpack.encode((True, _render(renderer, asked, setting)))
     except Exception as error:  # noqa: BLE001 - whatever a template raises is its refusal
         reason = str(error)[:_MAX_REASON] or type(error).__name__
         return msgspec.msgpack.encode((False, reason.encode(errors="backslashreplace").decode()))
-
-
-def _model(setting: _Setting) -> Any:
-    """Return as much of a tokenizer as writing a conversation out needs."""
-    from transformers import PreTrainedTokenizerBase
-
-    model = SimpleNamespace(chat_template=setting.template, special_tokens_map=setting.special_tokens)
-    model.get_chat_template = PreTrainedTokenizerBase.get_chat_template.__get__(model)
-    return model
 
 
 def _bound_memory() -> None:
@@ -211,13 +200,15 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)  # the server decides
     signal.signal(signal.SIGVTALRM, _on_late)
     connection = Connection(int(sys.argv[1]))
+    from inlaid.text.renderer import Renderer  # not in the server's process
+
     try:
         setting = msgspec.msgpack.decode(connection.recv_bytes(), type=_Setting)
-        model = _model(setting)
-        _render(_model(_WARMING), _WARMED, _WARMING)  # imports what a render needs, outside of anybody's time
+        renderer = Renderer(setting.template, setting.special_tokens)
+        _render(Renderer("", {}), _WARMED, _WARMING)  # imports what a render needs, outside of anybody's time
         _bound_memory()
         while True:
-            connection.send_bytes(_answer(model, connection.recv_bytes(), setting))
+            connection.send_bytes(_answer(renderer, connection.recv_bytes(), setting))
     except (EOFError, ConnectionError):
         return 0
 

@@ -5,7 +5,7 @@ out as one prompt.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -13,46 +13,42 @@ from inlaid.engine.refusal import Refusal, Refused
 from inlaid.text.confined import Confined
 from inlaid.text.nesting import check_depth
 
+if TYPE_CHECKING:
+    from inlaid.text.renderer import Renderer
+
 RESERVED = ("messages", "conversation", "tools", "chat_template", "tokenize", "return_tensors", "return_dict")
 
 Message = dict[str, Any]
-
-# transformers drops a message's keys that are null. Written before a template, this gives null content back to it.
-_NULLS = """{%- set given = namespace(messages=[]) -%}{%- for message in messages -%}
-{%- set given.messages = given.messages + [message if 'content' in message else dict(message, content=none)] -%}
-{%- endfor -%}{%- set messages = given.messages -%}"""
 
 
 class ChatTemplate:
     """A model's chat template, or the one that replaces it."""
 
-    def __init__(self, model: Any, replacement: str | None = None) -> None:
-        self._model = model  # a tokenizer of transformers
-        self._confined: Confined | None = None
-        if replacement is not None:
-            model.chat_template = replacement
+    def __init__(self, templates: str | dict[str, str] | None, special_tokens: Mapping[str, str]) -> None:
+        """Take a template, or several by name, and the special tokens by the names that templates know."""
+        self._templates, self._special_tokens = templates, dict(special_tokens)
+        self._renderer: Confined | Renderer | None = None  # made when one is first needed
 
     @property
     def source(self) -> str:
         """The text of the template, or of all where a model has several."""
-        template = self._model.chat_template
+        template = self._templates
         return "\n".join(template.values()) if isinstance(template, dict) else template or ""
 
     @property
     def exists(self) -> bool:
         """Tell whether there is a template at all."""
-        return self._model.chat_template is not None
+        return self._templates is not None
 
     def confine(self, max_chars: int) -> None:
         """Write conversations out in a process with bounds on time and memory from now on, as a server must."""
-        if self.exists:
-            special = {name: str(token) for name, token in self._model.special_tokens_map.items()}
-            self._confined = Confined(self._model.chat_template, special, max_chars)
+        if self._templates is not None:
+            self._renderer = Confined(self._templates, self._special_tokens, max_chars)
 
     def close(self) -> None:
         """End the processes of `confine`."""
-        if self._confined is not None:
-            self._confined.close()
+        if isinstance(self._renderer, Confined):
+            self._renderer.close()
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[Any] | None = None, options: Mapping[str, Any] | None = None
@@ -66,8 +62,7 @@ class ChatTemplate:
             return self._render(messages, tools, options)
         empty = [message | {"content": message.get("content", "") or ""} for message in messages]
         try:
-            told = {**(options or {}), "chat_template": _NULLS + self._model.get_chat_template(tools=tools or None)}
-            text = self._render(messages, tools, told)
+            text = self._render(messages, tools, options)
         except Refused:  # most templates add texts together, and null is none
             return self._render(empty, tools, options)
         return self._without_none(text, empty, tools, options)
@@ -85,16 +80,15 @@ class ChatTemplate:
     def _render(
         self, messages: Sequence[Message], tools: Sequence[Any] | None, options: Mapping[str, Any] | None
     ) -> str:
-        import jinja2
+        if self._renderer is None:
+            from inlaid.text.renderer import Renderer  # its jinja is loaded where templates run
 
-        told = {"add_generation_prompt": True, **(options or {})}
+            assert self._templates is not None
+            self._renderer = Renderer(self._templates, self._special_tokens)
         try:
-            if self._confined is not None:
-                return self._confined.render(messages, tools or None, told)
-            text = self._model.apply_chat_template(list(messages), tools=tools or None, tokenize=False, **told)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            return self._renderer.render(messages, tools or None, {"add_generation_prompt": True, **(options or {})})
+        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
             raise _refused(f"the chat template refuses these messages: {error}") from error
-        return str(text)
 
 
 def plain_message(message: Message) -> Message:

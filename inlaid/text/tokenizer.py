@@ -5,7 +5,6 @@ ids only.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -13,8 +12,8 @@ from typing import Any
 
 from inlaid.text.literal import SpecialTokens, StandIns
 from inlaid.text.template import ChatTemplate
+from inlaid.text.tokenizer_files import read_tokenizer
 
-_MAX_JSON_BYTES = 512 << 20
 BROKEN = "\ufffd"  # what a decoder writes for bytes that are no character (yet)
 
 
@@ -27,13 +26,15 @@ class Tokenizer:
 
     def __init__(self, folder: str | Path, chat_template: str | None = None) -> None:
         try:
-            model = _read(Path(folder))
+            files = read_tokenizer(Path(folder))
         except Exception as error:  # its readers raise anything where a file is not what they expect
             raise ValueError(f"the tokenizer of {folder} cannot be read: {type(error).__name__}: {error}") from error
-        self._fast: Any = model.backend_tokenizer
+        self._fast: Any = files.fast
         self._fast.no_padding()
         self._fast.no_truncation()
-        self.template = ChatTemplate(model, chat_template)
+        self.template = ChatTemplate(
+            files.chat_template if chat_template is None else chat_template, files.special_tokens
+        )
         self.vocab_size: int = self._fast.get_vocab_size(with_added_tokens=True)
         self.max_token_bytes = max((len(token.encode()) for token in self._fast.get_vocab()), default=1)
         self._anchor = (self.encode("a", False) or [0])[-1]
@@ -99,29 +100,6 @@ class Tokenizer:
         if piece.startswith("<0x") and piece.endswith(">"):
             return bytes([int(piece[3:-1], 16)])
         return bytes(_BYTE_OF[char] for char in piece if char in _BYTE_OF) or text.encode()
-
-
-def _read(folder: Path) -> Any:
-    """Read the tokenizer as transformers does. Where the folder says that its tokenizer.json is all there is to know,
-    use the generic class, which spares the server importing torch."""
-    for file in folder.glob("*.json"):  # transformers would read a pipe, or terabytes
-        if not file.is_file() or file.stat().st_size > _MAX_JSON_BYTES:
-            raise ValueError(f"{file} is not a regular file of at most {_MAX_JSON_BYTES} bytes")
-    from transformers.utils import logging
-
-    quieten: Any = logging.set_verbosity_error
-    quieten()  # its warnings are about training and generating with transformers
-    try:
-        kind = json.loads((folder / "tokenizer_config.json").read_bytes()).get("tokenizer_class")
-    except OSError:
-        kind = None
-    if kind in ("PreTrainedTokenizerFast", "TokenizersBackend") and (folder / "tokenizer.json").exists():
-        from transformers import PreTrainedTokenizerFast
-
-        return PreTrainedTokenizerFast.from_pretrained(str(folder))
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(folder))
 
 
 def _byte_alphabet() -> Mapping[str, int]:
