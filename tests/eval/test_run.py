@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,8 @@ from inlaid.model.spec import read_spec
 
 BASE = ROOT / "models/demo/base"
 ADAPTERS = ROOT / "models/demo/adapters"
+
+pytestmark = pytest.mark.together("forkserver")  # which imports for seconds
 
 
 def evaluate(folder: Path, *arguments: str) -> dict[str, Any]:
@@ -289,15 +290,23 @@ def test_examples_are_a_number(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_subset_of_the_whole(tmp_path: Path) -> None:
-    """The script, with a worker, quantizing, figures, and the oracle beside the engine: all answers the same."""
-    subprocess.run(
-        ["bash", str(ROOT / "eval/run_all.sh"), "--tasks", "to_velar", "--variants", "fp16,rtn",
-         "--bits", "4", "--examples", "3", "--calibration-tokens", "600", "--compare", "oracle",
-         "--out", str(tmp_path / "report"), "--cache", str(tmp_path / "cache")],
-        check=True, env={**os.environ, "INLAID_PYTHON": sys.executable}, timeout=240,
-    )  # fmt: skip
+    """A worker, quantizing, figures, and the oracle beside the engine: all answers the same."""
+    arguments = ["--tasks", "to_velar", "--variants", "fp16,rtn", "--bits", "4", "--examples", "3",
+                 "--calibration-tokens", "600", "--compare", "oracle"]  # fmt: skip
+    assert run.main([*arguments, "--out", str(tmp_path / "report"), "--cache", str(tmp_path / "cache")]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert [row["variant"] for row in report["summary"]] == ["fp16", "rtn"]
     assert [row["different_answers"] for row in report["differences"]] == [0] * 3
     assert sum(row["examples"] for row in report["differences"]) == 9
     assert (tmp_path / "report-heat-map.png").exists()
+
+
+def test_the_script_runs_what_it_is_told(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$PYTHONPATH" "$@"\n')
+    python.chmod(0o755)
+    command = ["bash", str(ROOT / "eval/run_all.sh"), "--tasks", "a b"]
+    environment = {**os.environ, "INLAID_PYTHON": str(python)}
+    said = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    assert said[0].split(":")[0] == str(ROOT)
+    assert said[1:] == ["-m", "eval.run", "--tasks", "a b"]

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from perf import cpu_speed
 
 
+def few(folder: Path, *names: str) -> None:
+    """Make a folder of the demo with a few of its adapters."""
+    (folder / "adapters").mkdir()
+    for part in ("base", *(f"adapters/{name}" for name in names)):
+        (folder / part).symlink_to(cpu_speed.DEMO / part)
+
+
 @pytest.mark.filterwarnings("ignore:Already unmerged:UserWarning")  # peft, of linears without this adapter
-def test_both_sides_answer_the_same_requests_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_sides_answer_the_same_requests_alike(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, long: bool) -> None:
     monkeypatch.setattr(cpu_speed, "MAX_TOKENS", 3)
     monkeypatch.setattr(cpu_speed, "PER_ADAPTER", 2)
+    if not long:  # each adapter's answers are compared with peft's in tests/models too
+        few(tmp_path, "code", "maths", "to_velar")
+        monkeypatch.setattr(cpu_speed, "DEMO", tmp_path)
     report = cpu_speed.report(repeats=1, threads=1)
-    assert report["what"] == "12 adapters, 24 requests, 3 tokens each, fp32, greedy"
-    assert report["requests_with_equal_tokens"] == "24 of 24"
+    number = 12 if long else 3
+    assert report["what"] == f"{number} adapters, {2 * number} requests, 3 tokens each, fp32, greedy"
+    assert report["requests_with_equal_tokens"] == f"{2 * number} of {2 * number}"
     assert report["best_of_peft_adapter_by_adapter"].startswith(cpu_speed.BY_ADAPTER)
     seconds = report["seconds"]
     assert set(report["tokens_per_second"]) == set(seconds) >= {"inlaid", cpu_speed.MIXED}
