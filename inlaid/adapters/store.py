@@ -198,6 +198,11 @@ class AdapterStore:
         """Say whether host memory holds it, be it on the device or not."""
         return self._held(identity).flat is not None
 
+    def in_host_memory(self) -> list[Adapter]:
+        """List the adapters whose weights host memory holds and that a name stands for."""
+        held = [each for each in self._registry.held.values() if each.names and each.path]
+        return [Adapter(each.identity, each.path, each.flat, each.entries) for each in held if each.flat is not None]
+
     def leaving(self, identity: str) -> int:
         """Count the requests that still run on weights which no name stands for any more; 0: their memory is free."""
         held = self._registry.held.get(identity)

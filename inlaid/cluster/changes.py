@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 async def set_scheduler(fleet: Fleet, changes: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Change settings of the schedulers; return the description and all that was changed so far."""
     before = await fleet.first().engine.call("scheduler")
-    undo = {name: before[name] for name in {*changes, *(("policy", "options") if "policy" in changes else ())}}
+    names = {*changes, *(("policy", "options") if "policy" in changes else ())}
+    undo = {name: before[name] for name in names & before.keys()}
     described, changed = await fleet.change_all(
         lambda replica: replica.engine.set_scheduler(changes),
         lambda replica, done: replica.engine.set_scheduler(undo),

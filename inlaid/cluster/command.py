@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 from inlaid import cli
 from inlaid.cluster.client import ClusterClient
 from inlaid.cluster.fleet import MakeReplica
+from inlaid.cluster.images import Images
 from inlaid.cluster.placement import PLACEMENTS, make_placement
 from inlaid.cluster.planner import BoundsPlanner, Router, SloPlanner, router_of
 from inlaid.cluster.pricing import Pricer
@@ -60,6 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("resume", "fail"),
         default="resume",
         help="a stream whose replica dies goes on elsewhere, or ends with an error",
+    )
+    parser.add_argument(
+        "--weights-from",
+        choices=("peer", "disk"),
+        default="peer",
+        help="where a replica that is added gets its weights and adapters: from memory that a running one has written "
+        "(on CPUs and without Ray), or from its files",
     )
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="with status: where the cluster serves")
     parser.add_argument(
@@ -134,6 +142,8 @@ def make_client(
         resume=args.on_replica_death == "resume",
         give_up=give_up,
     )
+    if args.weights_from == "peer" and not args.ray_address and hasattr(os, "memfd_create"):
+        client.fleet.images = Images()
     if args.router is not None:
         client.loops.append(Scaler(BoundsPlanner(bounds), client.fleet))
     elif most > least:

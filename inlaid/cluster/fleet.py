@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from inlaid.cluster.images import Images
 from inlaid.cluster.view import ReplicaView
 from inlaid.config import EngineConfig
 from inlaid.engine.refusal import Refused
@@ -29,6 +30,8 @@ _ANSWER = 5.0  # seconds that a replica has to answer what a page shows of it
 
 class ReplicaEngine(ServingEngine, Protocol):
     """An engine that also tells its load."""
+
+    image: str  # a weight image for its start
 
     @property
     def load(self) -> ReplicaLoad | None: ...
@@ -69,6 +72,7 @@ class Fleet:
         self.changed = asyncio.Event()  # set when a replica may have opened
         self.on_restart: Callable[[str], None] = lambda name: None
         self.warm: Callable[[Replica], Awaitable[None]] | None = None  # before a replica opens
+        self.images: Images | None = None  # that new replicas start from; None: they read their files
         self.last_death: str | None = None
         self._make = make
         self._give_up = give_up
@@ -95,7 +99,10 @@ class Fleet:
         """Start one more replica, and open it when it serves what the others serve."""
         name = f"replica-{self._num_made}"
         self._num_made += 1
+        image = await self._image()
         engine = self._make(name, self.config, dict(self.paths), lambda reason: self._lost(name, reason))
+        if image:
+            engine.image = image
         view = ReplicaView(name, self.config.scheduler.max_num_seqs, self.config.adapters.max_loras, is_open=False)
         replica = self.replicas[name] = Replica(name, engine, view)
         try:
@@ -107,6 +114,16 @@ class Fleet:
             raise
         log.info("%s serves", name)
         return replica
+
+    async def _image(self) -> str:
+        """Return the path of a weight image of what the replicas serve; empty: there is none."""
+        if self.images is None:
+            return ""
+        async with self.changing:
+            for replica in self.serving:  # the first may be dead already
+                if image := await self.images.of(replica.engine):
+                    return image
+        return ""
 
     async def remove(self, name: str, patience: float) -> None:
         """Drain a replica: no new requests, those that run may finish within `patience` seconds; then end it. Requests
@@ -129,6 +146,8 @@ class Fleet:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(replica.engine.close() for replica in replicas))
+        if self.images is not None:
+            self.images.close()
 
     async def _end(self, replica: Replica) -> None:
         """End a replica's process. It leaves the fleet last, so that `close` ends it if this is cancelled."""

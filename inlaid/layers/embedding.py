@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from inlaid.kernels.backend import HeadLinear, Ops, Workspace
 from inlaid.kernels.context import StepContext
-from inlaid.kernels.cpu import DENSE
 from inlaid.layers.norm import RMSNorm
 
 
@@ -23,11 +24,11 @@ class Embedding:
 
 
 class Head:
-    """Hidden states to logits in the compute type."""
+    """Hidden states to logits in the compute type. `packed` is the weight as `linear` lays it out."""
 
-    def __init__(self, weight_VD: torch.Tensor, linear: HeadLinear = DENSE) -> None:
+    def __init__(self, packed: Any, linear: HeadLinear) -> None:
         self.linear = linear
-        self.packed = linear.pack(weight_VD)
+        self.packed = packed
 
     def __call__(self, hidden_LD: torch.Tensor, workspace: Workspace) -> torch.Tensor:
         logits_LV = workspace.take("logits", hidden_LD.shape[0], self.packed.out_features)

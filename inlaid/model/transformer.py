@@ -21,6 +21,7 @@ from inlaid.layers.rotary import Rotary
 from inlaid.model.spec import ModelSpec
 
 KVCache = list[LayerCache]  # per layer
+SIBLINGS = ((0, 3), (3, 4), (4, 6), (6, 7))  # of MODULES, by the linears of a block
 
 
 @dataclass(frozen=True)

@@ -26,15 +26,15 @@ from inlaid.layers.embedding import Embedding, Head
 from inlaid.layers.linear import Linear, Reader
 from inlaid.layers.norm import RMSNorm
 from inlaid.layers.rotary import Rotary
+from inlaid.model.image import HEAD, WeightImage
 from inlaid.model.spec import ModelSpec, module_path
-from inlaid.model.transformer import Block, Transformer
+from inlaid.model.transformer import SIBLINGS, Block, Transformer
 from inlaid.progress import Bar
 
 log = logging.getLogger(__name__)
 
 READERS = 4  # threads that bring weights into memory
 AHEAD = 3  # layers that they are ahead of the one being repacked
-SIBLINGS = ((0, 3), (3, 4), (4, 6), (6, 7))  # of MODULES
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 )
@@ -103,7 +103,7 @@ def base_version(checkpoint: Checkpoint) -> str:
 
 
 def load(
-    checkpoint: Checkpoint,
+    checkpoint: Checkpoint | WeightImage,
     spec: ModelSpec,
     kernels: Kernels,
     device: torch.device,
@@ -111,7 +111,8 @@ def load(
     max_len: int | None = None,
     progress: bool = True,
 ) -> Transformer:
-    """Build the model; layer by layer, so that no more than one layer is in memory twice."""
+    """Build the model from a checkpoint, layer by layer, so that no more than one layer is in memory twice; or from an
+    image, whose memory it shares."""
     began, loader = time.monotonic(), _Loader(checkpoint, spec, kernels, device, dtype)
     model = loader.build(max_len or spec.max_len, progress)
     spent = time.monotonic() - began
@@ -132,7 +133,12 @@ class _Loader:
     """Tensors of a checkpoint on their way into a model; those that nothing took are named at the end."""
 
     def __init__(
-        self, checkpoint: Checkpoint, spec: ModelSpec, kernels: Kernels, device: torch.device, dtype: torch.dtype
+        self,
+        checkpoint: Checkpoint | WeightImage,
+        spec: ModelSpec,
+        kernels: Kernels,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.checkpoint = checkpoint
         self.spec = spec
@@ -162,19 +168,24 @@ class _Loader:
                 self.read_ahead(coming, readers)
             blocks.append(self.block(layer))
         norm = self.norm("model.norm.weight", spec.hidden_size)
-        if spec.tied:
-            self.unused.discard("lm_head.weight")
-            head = embedding
-        else:
-            head = self.tensor("lm_head.weight", (spec.vocab_size, spec.hidden_size), linear)
+        head = self.head(embedding, linear)
         if self.unused:
             raise WeightError(
                 f"{self.checkpoint.path}: {len(self.unused)} tensors fit nowhere in a {spec.architecture} model: "
                 f"{_some(sorted(self.unused))}"
             )
         rotary = Rotary(spec.rope, spec.head_dim, max_len, self.device, self.dtype)
-        embedded, logits = Embedding(embedding, self.kernels.ops), Head(head, linear)
-        return Transformer(spec, self.kernels, embedded, blocks, norm, logits, rotary)
+        return Transformer(spec, self.kernels, Embedding(embedding, self.kernels.ops), blocks, norm, head, rotary)
+
+    def head(self, embedding: torch.Tensor, linear: HeadLinear) -> Head:
+        """Return the output head, which may share the embedding's weight."""
+        if isinstance(self.checkpoint, WeightImage):
+            ((_, packed),) = self.checkpoint.parts(HEAD, (linear,))
+            return Head(packed, linear)
+        if self.spec.tied:
+            self.unused.discard("lm_head.weight")
+            return Head(linear.pack(embedding), linear)
+        return Head(linear.pack(self.tensor("lm_head.weight", tuple(embedding.shape), linear)), linear)
 
     def read_ahead(self, layer: int, readers: ThreadPoolExecutor) -> None:
         """Read a layer's quantized linears into memory, siblings fused, while earlier layers are repacked."""
@@ -221,6 +232,8 @@ class _Loader:
     def parts(
         self, paths: list[str], shapes: list[tuple[int, int]], site: Site, bias: bool
     ) -> list[tuple[Gemm, object]]:
+        if isinstance(self.checkpoint, WeightImage):
+            return self.checkpoint.parts(paths[0], (*self.kernels.quantized, DENSE))
         quantized = [path in self.checkpoint.linears for path in paths]
         if not any(quantized):
             weights = [self.tensor(f"{path}.weight", shape) for path, shape in zip(paths, shapes, strict=True)]
@@ -252,6 +265,7 @@ class _Loader:
         raise WeightError(f"no linear backend serves {weight.spec} on {self.device}: {'; '.join(reasons)}")
 
     def quantized(self, path: str, shape: tuple[int, int]) -> QuantizedLinear:
+        assert isinstance(self.checkpoint, Checkpoint), "an image holds packed weights"
         self.unused.discard(path)
         weight = self.checkpoint.linear(path)
         if (weight.out_features, weight.in_features) != shape:

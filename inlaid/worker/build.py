@@ -45,23 +45,27 @@ class Loaded:
     bases: Bases | None = None  # how another base comes; None: it cannot
     split: StepSplit | None = None  # of the time of steps; None: it is not measured
     floor: Callable[[], dict[str, float]] = dict  # of a step's time
+    prepare_image: Callable[[str], Callable[[], int]] | None = None  # see worker/images.py; None: it has no weights
 
 
-def build_engine(config: EngineConfig, adapters: Mapping[str, str], *, strict: bool = True) -> Loaded:
-    """Load the model and the adapters named. With strict, an adapter that cannot be served raises; otherwise it is left
-    out and named."""
+def build_engine(config: EngineConfig, adapters: Mapping[str, str], *, strict: bool = True, image: str = "") -> Loaded:
+    """Load the model and the adapters named, from a weight image if there is one. With strict, an adapter that cannot
+    be served raises; otherwise it is left out and named."""
     began = time.monotonic()
     check_settings(config, adapters.values() if strict else ())
     from inlaid.runner.floor import floor
     from inlaid.worker.bases import Bases
+    from inlaid.worker.images import open_image, prepare_image, reader_from
     from inlaid.worker.loading import adapter_reader, load_model, open_model, ungated_reader
 
     _leave_a_core_to_http()
     imported = time.monotonic()
     opened = open_model(config)
     read = adapter_reader(config.adapters, opened)
-    with Readers(adapters, read, _AHEAD if config.adapters.max_cpu_adapter_gib else None) as readers:
-        model = load_model(config, opened=opened, settle=readers.wait)
+    mapped = open_image(config, opened, image)
+    ahead = _AHEAD if config.adapters.max_cpu_adapter_gib else None
+    with Readers(adapters, reader_from(mapped, read), ahead) as readers:
+        model = load_model(config, opened=opened, settle=readers.wait, image=mapped)
         made = time.monotonic()
         engine = make_engine(
             _with_step_time(config, model),
@@ -85,6 +89,7 @@ def build_engine(config: EngineConfig, adapters: Mapping[str, str], *, strict: b
             bases=bases,
             split=getattr(model.runner, "split", None),
             floor=partial(floor, model.runner.model, model.runner.device),
+            prepare_image=partial(prepare_image, config, model),
         )
         install(loaded, readers, strict)
     spent = process_age() - (time.monotonic() - began), imported - began, made - imported, time.monotonic() - made

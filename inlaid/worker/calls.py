@@ -1,5 +1,6 @@
 """The calls that the server makes of the engine process. Most are answered at once by a method of Queries; loading an
-adapter, waiting until one has gone, and switching to another base (switch.py) are answered when that is done.
+adapter, waiting until one has gone, writing a weight image (images.py) and switching to another base (switch.py) are
+answered when that is done.
 """
 
 from __future__ import annotations
@@ -115,6 +116,9 @@ class Calls:
         """Answer a call, now or when it is done."""
         if call.name == "load_adapter":
             self._load_adapter(call)
+        elif call.name == "write_image" and self._loaded.prepare_image is not None:
+            write = self._loaded.prepare_image(call.arguments["path"])
+            self._threads.read(write, lambda done: self._answer(call, done.result))
         elif call.name == "until_unloaded":
             self._unloading.append(call)
             self.report_unloaded()

@@ -57,6 +57,7 @@ class EngineClient:
         self.model: ModelInfo | None = None
         self.num_restarts = 0
         self.last_death: str | None = None  # why, until it is back
+        self.image = ""  # a weight image for the first life; later ones read their files
         self._paths = dict(adapters or {})
         self._scheduler: dict[str, Any] = {}  # settings that were changed while it served
         self._accepted = Acceptances()
@@ -334,7 +335,9 @@ class EngineClient:
             accepted=self._accepted.export(time.monotonic()),
             window=self._accepted.longest_window,
             report_load=self._report_load,
+            image=self.image,
         )
+        self.image = ""
         framing = messages.Framing(messages.Event)
         watch = asyncio.create_task(self._watch(link))
         try:

@@ -33,6 +33,7 @@ from inlaid.kernels.cpu import cpu_kernels
 from inlaid.kernels.library import BuildError
 from inlaid.kernels.packed import packed_kernels
 from inlaid.kernels.timed import StepSplit
+from inlaid.model.image import WeightImage
 from inlaid.model.spec import ModelSpec, read_spec
 from inlaid.model.weights import base_version, compute_dtype, fetch, load
 from inlaid.runner.memory import count_blocks
@@ -158,9 +159,10 @@ def load_model(
     progress: bool = True,
     opened: OpenedModel | None = None,
     settle: Callable[[], object] = lambda: None,
+    image: WeightImage | None = None,
 ) -> LoadedModel:
-    """Load weights and make KV pages, room for adapters and the runner. `settle` returns when no other thread uses the
-    device any more, which capturing graphs does not allow."""
+    """Load weights, from an image if one is given, and make KV pages, room for adapters and the runner. `settle`
+    returns when no other thread uses the device any more, which capturing graphs does not allow."""
     opened = opened or open_model(config)
     device, spec, dtype = opened.device, opened.spec, opened.dtype
     max_model_len = choose_max_len(config.max_model_len, spec)
@@ -170,7 +172,7 @@ def load_model(
     split = StepSplit(kernels) if device.type == "cpu" else None
     kernels = kernels if split is None else split.kernels
     arriving = make_arriving(config, spec, adapters, device, dtype)
-    model = load(opened.checkpoint, spec, kernels, device, dtype, max_model_len, progress)
+    model = load(image or opened.checkpoint, spec, kernels, device, dtype, max_model_len, progress)
     if device.type == "cuda":
         from inlaid.runner.cuda_runner import CudaRunner
 

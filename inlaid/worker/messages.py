@@ -84,6 +84,7 @@ class Start(Message, frozen=True, kw_only=True):
     accepted: dict[str, list[float]] = {}  # when requests of rate-limited tenants were accepted, in monotonic seconds
     window: float = 0.0  # the longest in which they count
     report_load: bool = False  # with outputs, for a placement over several engines
+    image: str = ""  # a weight image to start from, see worker/images.py
 
 
 class Add(Message, frozen=True, kw_only=True):
@@ -102,7 +103,7 @@ class Call(Message, frozen=True, kw_only=True):
     """A question with one Reply or Failure."""
 
     call: int
-    name: str  # a method of calls.Queries, or load_adapter or until_unloaded
+    name: str  # a method of calls.Queries, or one that calls.Calls names
     arguments: dict[str, Any] = {}
 
 

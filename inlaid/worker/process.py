@@ -55,7 +55,8 @@ class EngineProcess:
         start, *early = self._first_messages()
         threading.Thread(target=_end_with, args=(self._socket,), daemon=True).start()
         try:
-            loaded = _factory(start.factory)(start.config, start.adapters, strict=start.strict)
+            more = {"image": start.image} if start.image else {}
+            loaded = _factory(start.factory)(start.config, start.adapters, strict=start.strict, **more)
             self._restore(loaded.engine, start)
         except Exception as error:  # noqa: BLE001 - a defect is logged
             self._send(messages.Fatal(message=_why_not_started(error)))

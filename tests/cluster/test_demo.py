@@ -78,6 +78,7 @@ def test_no_request_is_lost_and_answers_are_those_of_one_engine(cluster: Live) -
     states = cluster.ask("GET", "/health").json["replicas"]
     assert states == dict.fromkeys(("replica-0", "replica-2", "replica-3"), "serving")
     assert cluster.metric("inlaid:replica_restarts") == 1.0
+    assert "replica-3: INFO weights come from the image of a running engine" in "".join(cluster.log)
 
 
 def test_the_console_shows_the_replicas_as_one_and_pins_on_all(cluster: Live) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from inlaid.checkpoint import Checkpoint
 from inlaid.kernels.cpu import cpu_kernels
+from inlaid.model.image import ImageError, ImageKey, WeightImage, write_image
 from inlaid.model.spec import read_spec
 from inlaid.model.transformer import Transformer
 from inlaid.model.weights import WeightError, base_version, compute_dtype, fetch, load
+from inlaid.runner.base_weights import tensors_of
 
 CPU = torch.device("cpu")
 
@@ -62,6 +65,22 @@ def test_stored_bias_is_used_where_the_config_is_silent(folder: Path) -> None:
     bias = build(folder).blocks[0].attention.qkv.bias_N
     assert bias is not None
     assert bias.tolist() == [0.0] * 32 + [1.0] * 32 + [0.0] * 32
+
+
+def test_a_model_from_an_image_is_the_one_that_was_written(folder: Path, tmp_path: Path) -> None:
+    change_tensors(folder, model__layers__0__self_attn__k_proj__bias=torch.ones(32))
+    model, path = build(folder), tmp_path / "image"
+    path.touch()
+    write_image(str(path), ImageKey("1", "v", "float32", "auto"), model)
+    again = load(WeightImage(str(path)), read_spec(folder), cpu_kernels(), CPU, torch.float32, 64, progress=False)
+    pairs = list(zip(tensors_of(model.blocks), tensors_of(again.blocks), strict=True))
+    assert len(pairs) == 2 * (4 + 2) + 1
+    assert all(torch.equal(one, two) for one, two in pairs)
+    with pytest.raises(ImageError, match="packed for the backend 'dense', which is not used here"):
+        WeightImage(str(path)).parts("lm_head", ())
+    model.head.packed = SimpleNamespace()
+    with pytest.raises(ImageError, match="of the backend 'dense' are not written"):
+        write_image(str(path), ImageKey("1", "v", "float32", "auto"), model)
 
 
 def test_shards_and_one_file_are_the_same_model(folder: Path, tmp_path: Path) -> None:

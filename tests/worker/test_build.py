@@ -37,12 +37,12 @@ def test_adapters_are_read_while_the_model_is_loaded(monkeypatch: pytest.MonkeyP
         first.set()
         return adapter
 
-    def load(config: EngineConfig, opened: Any, settle: Any) -> Any:
+    def load(config: EngineConfig, opened: Any, settle: Any, image: Any) -> Any:
         assert first.wait(30)
         settle()
         assert len(readers[0].reads) == 2
         assert all(done.done() for _, done in readers[0].reads)
-        return load_model(config, opened=opened, settle=settle)
+        return load_model(config, opened=opened, settle=settle, image=image)
 
     class Readers(worker_adapters.Readers):
         def __init__(self, *args: Any) -> None:
