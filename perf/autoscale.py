@@ -1,8 +1,9 @@
 """`python -m perf.autoscale TEMPLATE.toml --out DIR`: BlitzScale's templates with their scaling, on the simulator.
 
-The template's [router] bounds and a model's figures make the planner; a feature's flags choose where a new replica's
-weights come from; the dataset is a trace in Azure's format. Each point gets a JSON file and a figure of four panels:
-request rate, replicas over time, TTFT and time between tokens, GPU-seconds. Keys without a meaning here are told.
+The template's [router] bounds and a model's figures make the planner (`--planner slo`: an objective does; `split`: the
+bounds, with prefill and decode on replicas of their own, as in BlitzScale); a feature's flags choose where a new
+replica's weights come from; the dataset is a trace in Azure's format. Each point gets a JSON file and a figure of four
+panels: request rate, replicas over time, TTFT and time between tokens, GPU-seconds. Keys without a meaning are told.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.flags import Parser
 from inlaid.report.plots import legend, new_figure, save
 from inlaid.report.provenance import provenance
+from inlaid.sim.apart import ScaledApart
 from inlaid.sim.cluster import ClusterOutcome
 from inlaid.sim.cost import load_cost, prices_of
 from inlaid.sim.request_log import Arrival, RequestRecord
@@ -34,15 +36,50 @@ from inlaid.workload.traces import Trace, TraceRow, read_trace, repeat_rows
 WINDOW = 5.0  # seconds of a point in the figures
 TTFT, TBT = 1.0, 0.1  # the objective, in seconds
 BLOCK = 16  # tokens
+SIDES = ("lower", "upper")
 Point = tuple[float, int, int, int]  # seconds, replicas wanted, there, serving
-WITHOUT_MEANING = MappingProxyType(
+_NO_MODEL = "the machine's cost file stands for the model"
+WITHOUT_MEANING: Mapping[str, str] = MappingProxyType(
     {
-        "server.ibv_rate": "weights do not move over RDMA here",
+        "global.num_gpus_per_node": "the simulator has no nodes",
+        "global.cuda_devices": "the simulator has no devices",
+        "server.ibv_rate": "the simulator's peers send at a rate of its own",
         "server.inter_node": "the simulator has no nodes",
         "server.config": "the simulator has no nodes",
-        "router.mock_transfer_millis": "KV does not move between replicas that both prefill and decode",
+        "router.port": "the simulator has no ports",
+        "extra-envs": "the simulator starts no processes",
+        "model.model_path": _NO_MODEL,
+        "model.tokenizer": _NO_MODEL,
+        "model.num_hidden_layers": _NO_MODEL,
     }
 )
+BOUNDS, SLO, SPLIT = "bounds", "slo", "split"  # planners
+TOGETHER = "prefill and decode share replicas; it has its meaning with --planner split"
+BY_OBJECTIVE = "--planner slo scales by an objective"
+FLAGS_OF_SPLIT = ("mutate", "mock_transfer")
+
+
+def reasons(planner: str) -> dict[str, str]:
+    """Return why keys of a template mean nothing under a planner."""
+    found = dict(WITHOUT_MEANING)
+    if planner != SPLIT:
+        found |= {f"router.{key}": TOGETHER for key in ("migration_lower_bound", "migration_upper_bound")}
+        found |= {"router.mock_transfer_millis": TOGETHER, "model.tokens_transferred_per_sec": TOGETHER}
+    if planner == SLO:
+        found |= {f"router.{kind}_{side}_bound": BY_OBJECTIVE for kind in ("prefill", "decode") for side in SIDES}
+        found |= {"router.scale_down_threshold_millis": BY_OBJECTIVE, "model.tokens_prefilled_per_sec": BY_OBJECTIVE}
+    return found
+
+
+def without_meaning(data: Mapping[str, Any], model: str, reasons: Mapping[str, str]) -> dict[str, str]:
+    """Return the keys of a template that mean nothing to a run, with the reason."""
+    sections = {**data, "model": data["models"][model]}
+    found = {}
+    for key, reason in reasons.items():
+        section, _, name = key.partition(".")
+        if name in sections.get(section, ()) or (not name and section in sections):
+            found[key.replace("model.", f"models.{model}.")] = reason
+    return found
 
 
 def arrivals(dataset: Mapping[str, Any], most: int) -> list[Arrival]:
@@ -82,10 +119,14 @@ def simulate(
         max_paired_tenants=0,
     )
     prices = prices_of(cost)
+    placement = make_placement("predicted", prices)
+    if planner == SPLIT:
+        scaled: Scaled = ScaledApart(trace, setup, placement, router, start, Machine())
+        return scaled, scaled.run()
     made: Planner = BoundsPlanner(router)
-    if planner == "slo":
+    if planner == SLO:
         made = SloPlanner(router.least, router.most, prices, TTFT, TBT, hold=5.0)
-    scaled = Scaled(trace, setup, make_placement("predicted", prices), made, router, start, Machine())
+    scaled = Scaled(trace, setup, placement, made, router, start, Machine())
     return scaled, scaled.run()
 
 
@@ -151,6 +192,7 @@ def run(data: Mapping[str, Any], machine: str, planner: str, out: Path) -> dict[
         if model.get("tp_size", 1) != 1:
             raise ValueError(f"models.{model_name}.tp_size is {model['tp_size']}: a model runs on one GPU here so far")
         router = router_of(data.get("router", {}), model)
+        told |= without_meaning(data, model_name, reasons(planner))
         for dataset_name in selection["datasets"]:
             trace = arrivals(data["datasets"][dataset_name], router.num_available_blocks * BLOCK)
             rows: dict[str, dict[str, Any]] = {}
@@ -158,6 +200,8 @@ def run(data: Mapping[str, Any], machine: str, planner: str, out: Path) -> dict[
                 if feature and feature not in data.get("features", {}):
                     raise ValueError(f"[features] has no {feature!r}; it has {', '.join(data.get('features', {}))}")
                 start, without = parse_feature(data["features"][feature] if feature else "")
+                if planner != SPLIT:
+                    without |= {flag: TOGETHER for flag in FLAGS_OF_SPLIT if getattr(start, flag)}
                 told |= {f"features.{feature}.{flag}": reason for flag, reason in without.items()}
                 scaled, outcome = simulate(trace, router, start, machine, planner)
                 rows[feature] = {"start": msgspec.structs.asdict(_Start(start.source, start.live, start.mock))}
@@ -167,8 +211,6 @@ def run(data: Mapping[str, Any], machine: str, planner: str, out: Path) -> dict[
             name = f"{model_name}-{dataset_name}"
             draw(out / f"autoscale-{name}-{planner}", f"{name}: {planner} planner on simulated {machine}", rows)
             found[name] = rows
-    told |= {key: reason for key, reason in WITHOUT_MEANING.items() if key.partition(".")[2] in data.get("router", {})}
-    told |= {key: reason for key, reason in WITHOUT_MEANING.items() if key.partition(".")[2] in data.get("server", {})}
     return {"points": found, "without_meaning_here": told}
 
 
@@ -184,7 +226,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for JSON and figures")
     parser.add_argument("--machine", default="h100", help="a machine of the simulator")
     parser.add_argument("--features", default="", help="comma-separated; default: those that the template selects")
-    parser.add_argument("--planner", choices=("bounds", "slo"), default="bounds", help="the template's bounds, or ours")
+    parser.add_argument(
+        "--planner",
+        choices=(BOUNDS, SLO, SPLIT),
+        default=BOUNDS,
+        help="the template's bounds; an objective; or the bounds with prefill and decode on replicas of their own",
+    )
     arguments: argparse.Namespace = parser.parse_args(argv)
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
 """`python -m perf.autoscale_live TEMPLATE.toml --out DIR`: a template's scaling for real, with the demo on CPUs.
 
-Starts `inlaid cluster --router TEMPLATE`, sends it the first dataset's trace with lengths that the demo can take,
-samples the replicas twice a second, and draws the four panels of `perf.autoscale`. GPU-seconds are replica-seconds.
+Starts `inlaid cluster` with the template's [router], port and extra-envs for its first model and feature, sends it the
+first dataset's trace with lengths that the demo can take, samples the replicas twice a second, and draws the panels of
+`perf.autoscale`. GPU-seconds are replica-seconds. Keys without a meaning here are told.
 """
 
 from __future__ import annotations
@@ -13,23 +14,83 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import aiohttp
 import msgspec
 
+from inlaid.cluster.planner import router_of
 from inlaid.flags import Parser
 from inlaid.report.provenance import provenance
 from inlaid.sim.request_log import Arrival, RequestRecord
+from inlaid.sim.scaling import parse_feature
 from inlaid.workload.toml import load_toml
-from perf.autoscale import Point, arrivals, draw, summarize
+from perf.autoscale import (
+    BOUNDS,
+    FLAGS_OF_SPLIT,
+    SLO,
+    TOGETHER,
+    Point,
+    arrivals,
+    draw,
+    reasons,
+    summarize,
+    without_meaning,
+)
 from perf.process import child_environment
 
 LONGEST = 400  # tokens of a prompt; the demo takes 1,024 in all
 SAMPLE = 0.5  # seconds between two looks at the replicas
-FLAGS = ("--max-model-len", "1024", "--num-blocks", "200", "--metrics-interval", "0", "--served-model-name", "demo")
+FLAGS = ("--max-model-len", "1024", "--metrics-interval", "0", "--served-model-name", "demo")
+BLOCKS = 1000  # of KV, at most, for each replica
+_NO_GPU = "the demo runs on CPUs"
+_REAL = "loads and transfers are real here"
+WITHOUT_MEANING: Mapping[str, str] = MappingProxyType(
+    {
+        "global.num_gpus_per_node": _NO_GPU,
+        "global.cuda_devices": _NO_GPU,
+        "server.ibv_rate": "weights come from memory or disk of the one machine",
+        "server.inter_node": "all replicas are on one machine",
+        "server.config": "all replicas are on one machine",
+        "router.mock_load_millis": _REAL,
+        "router.mock_transfer_millis": _REAL,
+        "model.model_path": "the demo stands for the model",
+        "model.tokenizer": "the demo stands for the model",
+        "model.num_hidden_layers": "the demo stands for the model",
+    }
+)
+
+
+def command_of(
+    data: Mapping[str, Any], template: Path, planner: str, port: int | None
+) -> tuple[list[str], dict[str, str]]:
+    """Return the cluster's command for the first model and feature that a template selects, and the keys and flags
+    without a meaning here, with the reason."""
+    selection = data["selection"]
+    name, feature = selection["models"][0], next(iter(selection.get("features", [])), "")
+    router = router_of(data.get("router", {}), data["models"][name])
+    start, flags = parse_feature(data["features"][feature] if feature else "")
+    flags |= {flag: TOGETHER for flag in FLAGS_OF_SPLIT if getattr(start, flag)}
+    if start.live:
+        flags["impl_live"] = "a replica serves when all of its weights are there"
+    if start.mock:
+        flags["mock_load"] = _REAL
+    if start.source in ("cache", "host"):
+        flags[start.source] = "new replicas read their files, which the machine's page cache may hold"
+    told = {f"features.{feature}.{flag}": reason for flag, reason in flags.items()}
+    told |= without_meaning(data, name, {**reasons(planner), **WITHOUT_MEANING})
+    for honoured in ("router.port", "extra-envs"):
+        told.pop(honoured, None)
+    port = data.get("router", {}).get("port", 0) if port is None else port
+    blocks = min(BLOCKS, router.num_available_blocks)
+    argv = ["--router", str(template)] if planner == BOUNDS else ["--replicas", f"{router.least}:{router.most}"]
+    argv += [*FLAGS, "--num-blocks", str(blocks), "--port", str(port)]
+    argv += ["--weights-from", "peer" if start.source == "peer" else "disk"]
+    return [sys.executable, "-m", "inlaid", "cluster", *argv], told
 
 
 async def one(session: aiohttp.ClientSession, url: str, arrival: Arrival, began: float) -> RequestRecord:
@@ -87,11 +148,11 @@ async def replay(url: str, trace: list[Arrival]) -> tuple[list[RequestRecord], l
     return list(records), points
 
 
-def serve(template: Path, log: Path) -> tuple[subprocess.Popen[bytes], str]:
+def serve(command: list[str], log: Path, environment: Mapping[str, Any]) -> tuple[subprocess.Popen[bytes], str]:
     """Start the cluster and return it with its address."""
-    command = [sys.executable, "-m", "inlaid", "cluster", "--router", str(template), "--port", "0", *FLAGS]
+    merged = child_environment({key: str(value) for key, value in environment.items()})
     with log.open("wb") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=child_environment({}))
+        server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=merged)
     while server.poll() is None:
         if found := re.search(r"at:\s+(http://\S+)/v1 ", log.read_text(errors="replace")):
             return server, found[1]
@@ -103,13 +164,22 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="perf.autoscale_live", description="Run a template's scaling with the demo on CPUs.")
     parser.add_argument("template", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="folder for JSON, figure and the server's log")
+    parser.add_argument(
+        "--planner", choices=(BOUNDS, SLO), default=BOUNDS, help="the template's bounds, or an objective"
+    )
+    parser.add_argument(
+        "--trace", default="", help="in the place of the dataset's file: one that the machine can serve"
+    )
+    parser.add_argument("--port", type=int, help="of the endpoint, 0: any free one; default: the template's")
     arguments: argparse.Namespace = parser.parse_args(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)
     try:
         data: dict[str, Any] = load_toml(arguments.template)
         name = data["selection"]["datasets"][0]
-        trace = arrivals(data["datasets"][name], 2 * LONGEST)
-        server, url = serve(arguments.template, arguments.out / "server.log")
+        dataset = data["datasets"][name]
+        trace = arrivals(dataset | ({"dataset_path": arguments.trace} if arguments.trace else {}), 2 * LONGEST)
+        command, told = command_of(data, arguments.template, arguments.planner, arguments.port)
+        server, url = serve(command, arguments.out / "server.log", data.get("extra-envs", {}))
     except (ValueError, OSError, KeyError) as error:
         print(f"perf.autoscale_live: {arguments.template}: {error}", file=sys.stderr)
         return 2
@@ -120,11 +190,15 @@ def main(argv: list[str] | None = None) -> int:
         server.wait()
     used = sum(now[2] * (now[0] - before[0]) for before, now in zip([points[0], *points], points))
     row = summarize(records, points, used)
-    draw(arguments.out / f"autoscale-live-{name}", f"{name}: the demo on CPUs", {"bounds": row})
-    path = arguments.out / "autoscale-live.json"
-    made = msgspec.json.encode({**provenance(0), "points": {name: row}})
+    planner = arguments.planner
+    draw(arguments.out / f"autoscale-live-{planner}", f"{name}: {planner} planner, the demo on CPUs", {planner: row})
+    path = arguments.out / f"autoscale-live-{planner}.json"
+    found = {"planner": planner, "points": {name: row}, "without_meaning_here": told}
+    made = msgspec.json.encode({**provenance(0), **found})
     path.write_bytes(msgspec.json.format(made, indent=1) + b"\n")
     print(json.dumps({key: value for key, value in row.items() if key not in ("over_time", "replicas")}))
+    for key, reason in told.items():
+        print(f"without a meaning here: {key}: {reason}")
     return 0
 
 

@@ -23,6 +23,7 @@ from inlaid.cluster.fleet import Fleet, MakeReplica, Replica
 from inlaid.cluster.front_limits import FrontLimits
 from inlaid.cluster.merge import MERGED, merge_adapter, merge_adapters
 from inlaid.cluster.placement import Placement, Predicted
+from inlaid.cluster.planner import Demand
 from inlaid.cluster.scaler import Loop
 from inlaid.cluster.shares import Shares
 from inlaid.cluster.view import Ask, prefix_keys
@@ -62,6 +63,7 @@ class ClusterClient:
         self.adapters: dict[str, AdapterInfo] = {}
         self.loops: list[Loop] = []  # run while it serves: the scaler, the pricer
         self.num_moved = 0  # requests that another replica took over
+        self.demand = Demand()
         self._placement = placement
         self._count = count
         self._resume = resume  # a stream whose replica dies goes on elsewhere, or ends with an error
@@ -69,9 +71,7 @@ class ClusterClient:
         self._limits = FrontLimits(config.scheduler.policy)
         self._cost = make_cost(config.scheduler)
         self._front = secrets.token_hex(8)
-        self._numbers = itertools.count()
         self._at: dict[str, Replica] = {}  # where each request is
-        self._mean_output = 128.0
         self._closing = False
         self._teller: asyncio.Task[None] | None = None
         self.fleet.on_restart = self._shares.restart
@@ -130,6 +130,7 @@ class ClusterClient:
         made: list[int] = []
         waits = True
         self._limits.enter(request.tenant)
+        self.demand.count(len(request.prompt))
         try:
             for life in itertools.count(1):
                 replica = await self._place(request, made, deadline)
@@ -155,7 +156,7 @@ class ClusterClient:
         self, request: NewRequest, replica: Replica, made: list[int], life: int, error: EngineDead
     ) -> None:
         """Raise unless a request whose replica died may go on elsewhere."""
-        if self._closing or (not self.fleet.replicas):
+        if self._closing or not self.fleet.replicas:
             raise error
         if life >= _MAX_LIVES:
             raise EngineDead(f"{life} replicas died while they computed this request; the last: {error}") from error
@@ -189,7 +190,7 @@ class ClusterClient:
         known = None if request.adapter is None else self.adapters.get(request.adapter)
         adapter = request.adapter if known is None else known.identity
         tokens = [*request.prompt, *made]
-        expected = min(self._mean_output, request.params.max_tokens)
+        expected = min(self.demand.answer, request.params.max_tokens)
         keys = prefix_keys(tokens, f"{adapter}\0{request.cache_salt}")
         return Ask(request.id, adapter, 0 if known is None else known.rank, len(tokens), expected, keys)
 
@@ -197,8 +198,7 @@ class ClusterClient:
         self, replica: Replica, request: NewRequest, made: list[int], deadline: float | None
     ) -> AsyncGenerator[Output, None]:
         """Yield a replica's outputs for a request, and add their tokens to `made`."""
-        going_on = len(made)
-        if going_on:
+        if going_on := len(made):
             params = msgspec.structs.replace(request.params, prompt_logprobs=None)
             sent = msgspec.structs.replace(request, made=list(made), params=params)
         else:
@@ -234,7 +234,7 @@ class ClusterClient:
         if amount:
             self._shares.note(replica.name, request.tenant, amount)
         if output.finish_reason is not None:
-            self._mean_output += 0.02 * (num_made + len(output.tokens) - self._mean_output)
+            self.demand.learn(num_made + len(output.tokens))
 
     async def _tell(self, replica: Replica) -> None:
         """Tell a replica what its tenants were served elsewhere."""

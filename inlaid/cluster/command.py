@@ -145,10 +145,10 @@ def make_client(
     if args.weights_from == "peer" and not args.ray_address and hasattr(os, "memfd_create"):
         client.fleet.images = Images()
     if args.router is not None:
-        client.loops.append(Scaler(BoundsPlanner(bounds), client.fleet))
+        client.loops.append(Scaler(BoundsPlanner(bounds), client.fleet, client.demand))
     elif most > least:
         planner = SloPlanner(least, most, prices, args.ttft_slo, args.tpot_slo)
-        client.loops.append(Scaler(planner, client.fleet))
+        client.loops.append(Scaler(planner, client.fleet, client.demand))
     client.loops.append(Pricer(prices, client.fleet, lambda: client.adapters.values()))
     return client
 

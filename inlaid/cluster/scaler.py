@@ -9,7 +9,7 @@ from collections.abc import Coroutine
 from typing import Any, Protocol
 
 from inlaid.cluster.fleet import Fleet
-from inlaid.cluster.planner import Load, Planner
+from inlaid.cluster.planner import Demand, Load, Planner
 from inlaid.worker.errors import EngineError
 
 log = logging.getLogger(__name__)
@@ -30,10 +30,11 @@ class Loop(Protocol):
 class Scaler:
     """The loop between planner and fleet. One change at a time in each direction."""
 
-    def __init__(self, planner: Planner, fleet: Fleet) -> None:
+    def __init__(self, planner: Planner, fleet: Fleet, demand: Demand) -> None:
         self.wanted = 0
         self._planner = planner
         self._fleet = fleet
+        self._demand = demand
         self._loop: asyncio.Task[None] | None = None
         self._pause_until = 0.0  # no replica is added before, as the last could not be
         self._changes: set[asyncio.Task[None]] = set()
@@ -62,6 +63,9 @@ class Scaler:
             replicas=len(alive),
             waiting_tokens=sum(view.waiting_tokens for view in views),
             used_blocks=sum(each.blocks - each.free_blocks for each in loads if each is not None),
+            requests=self._demand.requests,
+            prompt_tokens=self._demand.prompt_tokens,
+            answer=self._demand.answer,
         )
         self.wanted = self._planner.wanted(load, views, time.monotonic())
         missing = 0 if time.monotonic() < self._pause_until else self.wanted - len(alive)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from inlaid.cluster.placement import Placement
+from inlaid.cluster.planner import Demand
 from inlaid.cluster.shares import Shares
 from inlaid.cluster.view import Ask, ReplicaView
 from inlaid.engine.cost import LinearCost
@@ -90,7 +91,7 @@ class ClusterSim:
         self._shares = Shares()
         self._numbers = itertools.count()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
-        self._mean_output = 128.0
+        self.demand = Demand()
         self._held: dict[str, int] = {}
         self._asks: dict[str, tuple[NewRequest, str]] = {}
         for _ in range(num_replicas):
@@ -115,7 +116,7 @@ class ClusterSim:
     def run(self) -> ClusterOutcome:
         """Serve the trace, whole or until a time."""
         for arrival in self._trace:
-            self.at(arrival.time, lambda arrival=arrival: self._place(arrival))  # type: ignore[misc]
+            self.at(arrival.time, lambda arrival=arrival: self._arrive(arrival))  # type: ignore[misc]
         while self._events and self.now < self._until:
             self.now, _, do = heapq.heappop(self._events)
             do()
@@ -134,7 +135,11 @@ class ClusterSim:
     def ask(self, request: NewRequest) -> Ask:
         """Describe a request to the placement; how long its answer will be is not known."""
         rank = 0 if request.adapter is None else self.setup.ranks.get(request.adapter, 16)
-        return Ask(request.id, request.adapter, rank, len(request.prompt), self._mean_output)
+        return Ask(request.id, request.adapter, rank, len(request.prompt), self.demand.answer)
+
+    def _arrive(self, arrival: Arrival) -> None:
+        self.demand.count(len(arrival.request.prompt))
+        self._place(arrival)
 
     def _place(self, arrival: Arrival) -> None:
         views = [each.view for each in self.replicas.values() if each.view.is_open]
@@ -178,7 +183,7 @@ class ClusterSim:
             if output.finish_reason is not None:
                 view.end(output.id)
                 del self._asks[output.id]
-                self._mean_output += 0.01 * ((request.true_output_len or 0) - self._mean_output)
+                self.demand.learn(request.true_output_len or 0)
         if not view.is_open and not view.size:
             self.closed.append(self.replicas.pop(view.name))
             return

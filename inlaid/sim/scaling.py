@@ -7,7 +7,7 @@ before all of them are there (`Start`). Prefill and decode share an engine, as o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from inlaid.cluster.placement import Placement
@@ -38,29 +38,31 @@ class Start:
     source: str = "disk"  # disk, host, peer, or cache: host memory if a replica ended there lately, else disk
     live: bool = False  # serves while it loads, at the pace of the layers that it has
     mock: bool = False  # the load takes router.mock_load_millis
+    mock_transfer: bool = False  # KV moves in router.mock_transfer_millis, where prefill and decode are apart
+    mutate: bool = False  # there, a replica of a kind that has too many becomes one of the other
 
 
 # A flag of a feature and what it changes; those that change nothing here are told apart.
 FLAGS: Mapping[str, Callable[[Start], Start]] = MappingProxyType(
     {
-        "impl_sllm": lambda start: Start("disk", start.live, start.mock),
-        "cache_replace": lambda start: Start("cache", start.live, start.mock),
-        "cache_all_hit": lambda start: Start("host", start.live, start.mock),
-        "impl_blitz": lambda start: Start("peer", start.live, start.mock),
-        "impl_live": lambda start: Start(start.source, True, start.mock),
-        "impl_live_pro": lambda start: Start(start.source, True, start.mock),
-        "mock_load": lambda start: Start(start.source, start.live, True),
-        "motiv": lambda start: Start(start.source, start.live, True),
+        "impl_sllm": lambda start: replace(start, source="disk"),
+        "cache_replace": lambda start: replace(start, source="cache"),
+        "cache_all_hit": lambda start: replace(start, source="host"),
+        "impl_blitz": lambda start: replace(start, source="peer"),
+        "impl_live": lambda start: replace(start, live=True),
+        "impl_live_pro": lambda start: replace(start, live=True),
+        "mock_load": lambda start: replace(start, mock=True),
+        "motiv": lambda start: replace(start, mock=True),
+        "mock_transfer": lambda start: replace(start, mock_transfer=True),
+        "mutate": lambda start: replace(start, mutate=True),
     }
 )
 NO_EFFECT: Mapping[str, str] = MappingProxyType(
     {
         "ngrok": "how the router is reached",
-        "mutate": "turns a prefill replica into a decode one; ours do both",
         "impl_fast": "how weights are multicast; here one peer sends to one replica",
         "impl_fast_pro": "how weights are multicast; here one peer sends to one replica",
-        "mock_transfer": "KV does not move between replicas that do both",
-        "unidirect": "whether prefill replicas send weights; ours do both",
+        "unidirect": "which replicas send weights; here the sender's link is not modelled",
         "optimized_tanz": "how weights are multicast; here one peer sends to one replica",
     }
 )
@@ -94,19 +96,22 @@ class Scaled:
         trace: Sequence[Arrival],
         setup: Setup,
         placement: Placement,
-        planner: Planner,
+        planner: Planner | None,
         router: Router,
         start: Start,
         machine: Machine,
     ) -> None:
-        self.sim = ClusterSim(trace, setup, placement, router.least)
+        self._planner, self._router, self._start, self._machine = planner, router, start, machine
+        self.sim = self._make_sim(trace, setup, placement)
         self.timeline = Timeline()
         self.gpu_seconds = 0.0
-        self._planner, self._router, self._start, self._machine = planner, router, start, machine
         self._last = max((arrival.time for arrival in trace), default=0.0)
         self._starting: set[str] = set()
         self._cached: list[float] = []  # when replicas ended whose weights are still in host memory
         self._told = 0.0
+
+    def _make_sim(self, trace: Sequence[Arrival], setup: Setup, placement: Placement) -> ClusterSim:
+        return ClusterSim(trace, setup, placement, self._router.least)
 
     def run(self) -> ClusterOutcome:
         """Serve the whole trace."""
@@ -120,46 +125,59 @@ class Scaled:
         alive = [each for each in sim.replicas.values() if each.view.is_open or each.view.name in self._starting]
         self.gpu_seconds += len(sim.replicas) * (now - self._told)
         self._told = now
-        views = [each.view for each in alive if each.view.is_open]
-        pools = [each.engine.scheduler.pool for each in alive]
-        load = Load(
-            replicas=len(alive),
-            waiting_tokens=sum(view.waiting_tokens for view in views) + sim.held_tokens,
-            used_blocks=sum(pool.capacity - pool.num_available for pool in pools),
-        )
-        wanted = self._planner.wanted(load, views, now)
-        for _ in range(wanted - len(alive)):
-            self._add()
-        if wanted < len(alive) and len(views) > 1:
-            least = min(views, key=lambda view: view.size)
-            self._drain(sim.replicas[least.name])
-        self.timeline.points.append((now, wanted, len(sim.replicas), len(views)))
+        wanted = self._change(alive)
+        serving = sum(each.view.is_open for each in sim.replicas.values())
+        self.timeline.points.append((now, wanted, len(sim.replicas), serving))
         if now < self._last or any(each.view.size for each in sim.replicas.values()) or sim.held_tokens:
             sim.at(now + INTERVAL, self._plan)
 
-    def _add(self) -> None:
+    def _change(self, alive: Sequence[SimReplica]) -> int:
+        """Add and drain replicas as the planner says, and return how many it wants."""
+        views = [each.view for each in alive if each.view.is_open]
+        assert self._planner is not None
+        wanted = self._planner.wanted(self._load(alive, alive), views, self.sim.now)
+        for _ in range(wanted - len(alive)):
+            self._add()
+        if wanted < len(alive) and len(views) > 1:
+            self._drain(min(views, key=lambda view: view.size).name)
+        return wanted
+
+    def _load(self, prefilling: Sequence[SimReplica], decoding: Sequence[SimReplica]) -> Load:
+        """Return the state of the replicas that prefill and that decode."""
+        demand, pools = self.sim.demand, [each.engine.scheduler.pool for each in decoding]
+        waiting = sum(each.view.waiting_tokens for each in prefilling if each.view.is_open)
+        return Load(
+            replicas=len(prefilling),
+            waiting_tokens=waiting + self.sim.held_tokens,
+            used_blocks=sum(pool.capacity - pool.num_available for pool in pools),
+            requests=demand.requests,
+            prompt_tokens=demand.prompt_tokens,
+            answer=demand.answer,
+        )
+
+    def _add(self) -> SimReplica:
+        """Start a replica. One that serves while it loads has half of its layers after half of the load, and works at
+        half its pace until the end."""
         seconds = self.load_seconds()
         made = self.sim.add_replica()
-        if self._start.live:
-            # The first half of the layers is there after half of the load; until the end it works at half its pace.
-            made.view.is_open = False
-            self._starting.add(made.view.name)
-            self.sim.at(self.sim.now + seconds / 2, lambda: self._open(made, 2.0))
+        made.view.is_open = False
+        self._starting.add(made.view.name)
+        live = self._start.live
+        self.sim.at(self.sim.now + (seconds / 2 if live else seconds), lambda: self._open(made, 2.0 if live else 1.0))
+        if live:
             self.sim.at(self.sim.now + seconds, lambda: made.set_pace(1.0))
-        else:
-            made.view.is_open = False
-            self._starting.add(made.view.name)
-            self.sim.at(self.sim.now + seconds, lambda: self._open(made, 1.0))
+        return made
 
     def _open(self, made: SimReplica, pace: float) -> None:
         self._starting.discard(made.view.name)
         made.set_pace(pace)
         made.view.is_open = True
 
-    def _drain(self, replica: SimReplica) -> None:
+    def _drain(self, name: str) -> None:
+        replica = self.sim.replicas[name]
         replica.view.is_open = False
         if not replica.view.size:
-            self.sim.closed.append(self.sim.replicas.pop(replica.view.name))
+            self.sim.closed.append(self.sim.replicas.pop(name))
         self._cached.append(self.sim.now)
 
     def load_seconds(self) -> float:

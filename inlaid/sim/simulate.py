@@ -4,7 +4,7 @@ runner and the adapters' residence are replaced by the cost model. Deterministic
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -74,14 +74,23 @@ class SimRunner:
         self._end = Sampled(EOS)
         self._free = 0.0  # when the device has computed everything submitted
         self.busy = 0.0
+        self.received: set[str] = set()  # requests whose prompts another device has computed: their KV came over a link
 
     def submit(self, batch: Batch) -> tuple[Batch, float]:
         start = max(self._free, self._clock.now)
-        compute = self._cost.step_seconds(Load.of(batch, self._ranks))
+        compute = self._cost.step_seconds(Load.of(self._own(batch), self._ranks))
         seconds = self._adapters.step_seconds(batch, compute, start)
         self._free = start + seconds
         self.busy += seconds
         return batch, self._free
+
+    def _own(self, batch: Batch) -> Batch:
+        """Return a batch without the prompts that need not be computed."""
+        if not self.received:
+            return batch
+        free = [work for work in batch.works if not work.is_decode and work.request.id in self.received]
+        self.received -= {work.request.id for work in free if work.samples}
+        return replace(batch, works=tuple(work for work in batch.works if work not in free))
 
     def collect(self, ticket: tuple[Batch, float]) -> StepResult:
         batch, done = ticket

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inlaid.cluster.planner import BoundsPlanner, Load, Router, SloPlanner, Split, interval, split_wanted
-from inlaid.cluster.view import Ask, ReplicaView
+from inlaid.cluster.planner import BoundsPlanner, Load, Router, SloPlanner, Split, SplitPlanner, interval
+from inlaid.cluster.view import ReplicaView
 
 ROUTER = Router(max_prefill_num=13, max_decode_num=13, tokens_prefilled_per_sec=1000.0, num_available_blocks=100)
 
@@ -34,12 +34,13 @@ def test_going_down_waits_for_the_threshold_and_takes_one_at_a_time() -> None:
     assert planner.wanted(Load(4, 4000, 0), (), 10.6) == 7  # 4 s: 5 to 8, and the middle of it
 
 
-def test_apart_a_transfer_backlog_grows_both_roles() -> None:
-    calm = split_wanted(ROUTER, Load(2, 0, 0), Split(1, 1))
-    assert calm == Split(1, 1)
-    moving = split_wanted(ROUTER, Load(2, 0, 0, resident_tokens=60_000), Split(1, 1))
-    assert moving.prefill > 1
-    assert moving.decode > 1
+def test_apart_a_transfer_backlog_grows_both_roles_and_each_goes_down_by_itself() -> None:
+    planner = SplitPlanner(ROUTER)
+    assert planner.wanted(Load(1, 0, 0), Split(1, 1), 0.0) == Split(1, 1)
+    moving = planner.wanted(Load(1, 0, 0, resident_tokens=60_000), Split(1, 1), 1.0)
+    assert moving == Split(4, 4)  # a second of transfer: 3 to 5 replicas
+    assert planner.wanted(Load(4, 2500, 0), Split(4, 4), 2.0) == Split(4, 4)
+    assert planner.wanted(Load(4, 2500, 0), Split(4, 4), 2.4) == Split(4, 3)
 
 
 def test_bounds_that_cross_are_refused() -> None:
@@ -49,16 +50,37 @@ def test_bounds_that_cross_are_refused() -> None:
         Router(min_decode_num=2)
 
 
-def test_the_objective_adds_where_a_request_would_be_late_and_drains_what_is_not_needed() -> None:
-    planner = SloPlanner(1, 4, ttft=0.5, hold=5.0)
-    view = ReplicaView("a", 64, 8, is_open=True)
-    for number in range(4):
-        view.send(Ask(str(number), None, 0, 10_000, 100.0))
-    assert planner.wanted(Load(1, view.waiting_tokens, 0), [view], 0.0) == 2
-    for number in range(4):
-        view.end(str(number))
-    other = ReplicaView("b", 64, 8)
-    assert planner.wanted(Load(2, 0, 0), [view, other], 1.0) == 2
-    assert planner.wanted(Load(2, 0, 0), [view, other], 5.9) == 2
-    assert planner.wanted(Load(2, 0, 0), [view, other], 6.1) == 1
-    assert planner.wanted(Load(1, 0, 0), [view], 20.0) == 1
+def test_the_objective_follows_the_rate_and_holds_what_was_needed() -> None:
+    planner = SloPlanner(1, 8, ttft=1.0, tpot=0.1, hold=5.0)
+
+    def wanted(at: float, rates: list[tuple[float, float]], waiting: int = 0) -> int:
+        """Return what is wanted when requests of 1,000 tokens have come at these rates from these times on."""
+        came = sum(
+            rate * max(0.0, min(at, end) - begin) for (begin, rate), (end, _) in zip(rates, [*rates[1:], (99, 0)])
+        )
+        return planner.wanted(Load(1, waiting, 0, requests=round(came), prompt_tokens=1000 * round(came)), (), at)
+
+    steps = [(0.0, 5.0), (20.0, 60.0), (40.0, 5.0)]
+    at = {second / 4: wanted(second / 4, steps) for second in range(240)}
+    assert {at[second] for second in (5.0, 10.0, 19.0)} == {1}
+    assert at[25.0] >= 2, "60 prompts of 22 ms each are more than one replica's time"
+    assert at[20.0] == 1
+    assert at[23.25] == at[25.0], "within the shorter window"
+    assert at[43.0] == at[25.0], "held"
+    assert at[59.0] == 1
+    assert wanted(60.0, steps, waiting=200_000) > 1, "prompts that wait already count too"
+
+
+def test_the_objective_counts_steps_and_seats() -> None:
+    def wanted(answer: float, tpot: float) -> int:
+        planner = SloPlanner(1, 8, tpot=tpot)
+        planner.wanted(Load(1, 0, 0), (), 0.0)
+        return planner.wanted(Load(1, 0, 0, requests=50, prompt_tokens=50_000, answer=answer), (), 5.0)
+
+    assert wanted(10.0, 0.1) == 1
+    assert wanted(1000.0, 0.1) > wanted(10.0, 0.1)
+    assert wanted(500.0, 0.01) > wanted(500.0, 0.1)
+    full = ReplicaView("a", 4, 8, num_running=4)
+    assert SloPlanner(1, 8).wanted(Load(1, 0, 0), [full], 0.0) == 1
+    full.num_running = 9
+    assert SloPlanner(1, 8).wanted(Load(1, 0, 0), [full], 0.0) == 3

@@ -37,7 +37,7 @@ def test_replicas_come_and_go_as_planned_and_no_request_is_lost() -> None:
         planner = Told()
         make = local_replicas(factory=FACTORY, environment=ENVIRONMENT)
         client = ClusterClient(EngineConfig(model="fake"), {}, make=make, placement=LeastLoaded(Prices()), count=1)
-        client.loops.append(Scaler(planner, client.fleet))
+        client.loops.append(Scaler(planner, client.fleet, client.demand))
         params = SamplingParams(max_tokens=60, ignore_eos=True, temperature=0.0)
 
         async def answer(number: int) -> list[int]:
