@@ -2,7 +2,8 @@
 
 plain          `tokenizer.json` and `tokenizer_config.json`, by the library `tokenizers`. For folders whose
                `tokenizer_class` is generic: transformers takes their `tokenizer.json` as it is, and adds the tokens
-               that the configuration names
+               that the configuration names. And for GPT2Tokenizer, which transformers 5 builds anew without what the
+               file says of digits: SmolLM2 reads them one by one
 transformers   all others: a class that builds its tokenizer anew (LlamaTokenizer, Qwen2Tokenizer), vocabularies of
                sentencepiece or tiktoken, folders in the forms of old versions. Importing it takes a second or two
 """
@@ -13,6 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tokenizers import AddedToken
@@ -20,8 +22,12 @@ from tokenizers import Tokenizer as Fast
 
 _MAX_BYTES = 512 << 20
 _GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
+_OF_GPT2 = ("GPT2Tokenizer", "GPT2TokenizerFast")
+_GPT2 = MappingProxyType(
+    dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|endoftext|>")
+)  # unless they are given
 _NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-_TRANSFORMERS_ALONE = frozenset({"fast_tokenizer_files", "fix_mistral_regex"})  # keys that change which ids come out
+_TRANSFORMERS_ALONE = ("fast_tokenizer_files", "fix_mistral_regex")  # keys that change which ids come out
 _OLD_FORMS = ("special_tokens_map.json", "added_tokens.json")  # read where `added_tokens_decoder` is missing
 
 
@@ -42,7 +48,11 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
                 raise ValueError(f"{file} is not a regular file of at most {_MAX_BYTES} bytes")
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_bytes()) if file.exists() else {}
-    generic = config.get("tokenizer_class") in _GENERIC and (folder / "tokenizer.json").exists()
+    kind = config.get("tokenizer_class")
+    if kind in _OF_GPT2:
+        config = {**_GPT2, **config}
+    as_it_is = kind in _GENERIC or (kind in _OF_GPT2 and not config.get("add_prefix_space"))
+    generic = as_it_is and (folder / "tokenizer.json").exists()
     return _read_plain(folder, config) if generic and _is_plain(folder, config) else _read_other(folder, generic)
 
 
@@ -50,7 +60,7 @@ def _is_plain(folder: Path, config: Mapping[str, Any]) -> bool:
     """Tell whether a folder of a generic class can be read without transformers."""
     old = "added_tokens_decoder" not in config and any((folder / name).exists() for name in _OLD_FORMS)
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    return not old and not config.keys() & _TRANSFORMERS_ALONE and isinstance(extra, list)
+    return not old and not any(map(config.get, _TRANSFORMERS_ALONE)) and isinstance(extra, list)
 
 
 def _read_plain(folder: Path, config: Mapping[str, Any]) -> TokenizerFiles:

@@ -119,7 +119,7 @@ def _added() -> tuple[Tokenizer, dict[str, Any]]:
 LAYOUTS: Mapping[str, tuple[str, Callable[[], tuple[Tokenizer, dict[str, Any]]], bool]] = MappingProxyType({
     "llama 3": ("llama", _llama_3, True),
     "smollm, generic": ("llama", lambda: _smollm("PreTrainedTokenizerFast"), True),
-    "gpt-2": ("llama", _gpt2, False),
+    "gpt-2": ("llama", _gpt2, True),
     "qwen": ("qwen2", lambda: _qwen("Qwen2Tokenizer"), False),
     "qwen 3, generic": ("qwen3", lambda: _qwen("PreTrainedTokenizerFast"), True),
     "llama 2, legacy": ("llama", lambda: _llama_2("LlamaTokenizer", True), False),

@@ -59,6 +59,16 @@ def test_the_demo_is_read_without_transformers(monkeypatch: pytest.MonkeyPatch) 
     same(DEMO)
 
 
+def test_digits_are_split_as_tokenizer_json_says(tmp_path: Path) -> None:
+    """The class GPT2Tokenizer, which SmolLM2 names, knows nothing of digits."""
+    folder = folders.write(tmp_path / "base", "smollm, generic")
+    ids = [Tokenizer(folder).encode(text) for text in TEXTS]
+    for kind in ("GPT2Tokenizer", "GPT2TokenizerFast"):
+        change(folder, tokenizer_class=kind)
+        assert [Tokenizer(folder).encode(text) for text in TEXTS] == ids
+    assert len(Tokenizer(folder).encode("1234567")) == 7
+
+
 def change(folder: Path, **values: Any) -> None:
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
