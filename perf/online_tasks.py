@@ -3,7 +3,8 @@ marked, the dip and the pause of the switch.
 
 The demo, quantized for all tasks but one, serves closed-loop clients on their adapters; then the last task is ordered.
 The dip compares the time before the order with the time from the order to the switch. `perf/gpu/online.py` does so on
-a GPU. `perf.online_cost` has the cost of the job by itself; its file is taken into the report.
+a GPU, and `--stage` reports what that found. `perf.online_cost` has the cost of the job by itself; its file is taken
+into the report.
 
     python -m perf.online_tasks --out perf/results/online-tasks [--cost FILE]     last line of output: JSON
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import subprocess
@@ -94,6 +96,8 @@ async def watch_addition(
     """Put a server under load, order a task after `before` seconds, and watch until `after` seconds past its end."""
     import aiohttp
 
+    gc.collect()
+    gc.freeze()  # each token's times are kept: looking through all objects for garbage would show as a pause
     watch, until = Watch(), asyncio.Event()
     headers = {"Authorization": f"Bearer {KEY}"}
     connector = aiohttp.TCPConnector(limit=0)
@@ -326,6 +330,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="files to write, without their suffix")
     parser.add_argument("--cost", type=Path, help="result of perf.online_cost, to be shown in the report")
+    parser.add_argument("--stage", type=Path, help="report this result of perf.gpu.bench's stage online-SHAPE instead")
     parser.add_argument(
         "--folder", type=Path, help="where the base is made unless it is there; default: a temporary one"
     )
@@ -342,8 +347,12 @@ def main() -> None:
     parser.add_argument("--bucket", type=float, default=2.0, help="seconds of a point of the figure")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as name:
-        result = run(args, args.folder or Path(name))
+    if args.stage:
+        measured = json.loads(args.stage.read_text())
+        result = measured.pop("result") | {"provenance": measured}
+    else:
+        with tempfile.TemporaryDirectory() as name:
+            result = run(args, args.folder or Path(name))
     cost = json.loads(args.cost.read_text()) if args.cost else None
     args.out.with_suffix(".json").write_text(json.dumps(result | ({"cost": cost} if cost else {}), indent=1) + "\n")
     args.out.with_suffix(".md").write_text(table(result, cost))

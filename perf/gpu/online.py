@@ -25,7 +25,7 @@ import torch
 from perf.gpu import Keep
 from perf.gpu.random_model import EVERY_LINEAR, spec_of, write_adapter, write_adapters, write_dense, write_prompts
 from perf.gpu.serving import free_port, start_server, stop, wait_ready
-from perf.online_tasks import KEY, Load, series, summarize, watch_addition
+from perf.online_tasks import KEY, Load, marks, series, summarize, watch_addition
 
 # Of each shape: adapters, clients, calibration sequences and their length, share of the GPU, seconds before and after.
 CASES: Mapping[str, tuple[int, int, int, int, float, float]] = MappingProxyType(
@@ -51,7 +51,7 @@ def run(shape: str, keep: Keep) -> dict[str, Any]:
             }  # fmt: skip
             watch = asyncio.run(watch_addition(server.url, order, load, around, around, 450.0))
             result |= {"summary": summarize(watch, around, around), "series": series(watch, around, 0.5)}
-            result["reports"] = [(when - watch.ordered, state, stage) for when, state, stage in watch.reports]
+            result["stages"] = marks(watch)
             keep(result)
         with _Server(folder, names, (*options, "host")) as server:
             result["rollback_from_host_memory"] = server.post("/v1/base/rollback")["last_switch"]
