@@ -235,7 +235,7 @@ class EngineConfig:
     )
     attention_backend: str = option("auto", "kernel of attention", ("auto", "reference", "triton"))
     decode_kernel: str = option(
-        "layers",  # until the checks that README's Limits name have run with one kernel
+        "layers",  # one kernel takes 3 GiB more of a 7B, and four long contexts are slower
         "steps of up to 4 decodes: a kernel for each operation (layers), one persistent kernel (one), or one where it "
         "was measured faster and linear_backend is auto (auto); one kernel keeps a second copy of the weights",
         ("auto", "one", "layers"),

@@ -12,7 +12,7 @@ from perf.gpu.offline import DEVICE
 from perf.gpu.random_model import config, spec_of, write_adapters
 from perf.gpu.serving import files
 from perf.programs.chains import KINDS
-from perf.programs.versus import INPUTS, RANKS, measure
+from perf.programs.versus import INPUTS, RANKS, Subject, measure_switches, measure_ways
 
 REPEATS = 3
 
@@ -33,10 +33,10 @@ def run(shape: str, keep: Keep, count: int = INPUTS) -> dict[str, Any]:
 
     settings = {"device": DEVICE, "dtype": "float16" if DEVICE == "cuda" else "float32", "max_model_len": 1024}
     most = max(map(max, RANKS.values()))
-    judge = names["equal"][0]
     _free_device()
-    found = measure(model, names, judge, paths, most, settings, words, "7", KINDS, REPEATS, count, ROOT, keep)
-    return {"shape": shape, **found}
+    subject = Subject(model, names, paths, most, settings, words, "7", count)
+    found = measure_ways(subject, KINDS, REPEATS, ROOT, keep)
+    return {"shape": shape, **found, **measure_switches(subject, KINDS, 1, lambda part: keep({**found, **part}))}
 
 
 def _free_device() -> None:

@@ -23,7 +23,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -59,19 +60,11 @@ SEQUENTIAL = 8  # chains that run one after another; their time counts for all
 POOLS = (8, 64)  # threads
 RANKS: Mapping[str, tuple[int, ...]] = MappingProxyType({"equal": (16,), "mixed": (8, 16, 32, 64)})
 OURS = "program in process"
+PARTS = ("ways", "switches")
 SWITCHES = ("fuse_decode", "merge_equal", "drop_dead", "keep_kv", "share_prefixes")
 
 Way = Callable[[], tuple[float, list[str]]]  # seconds and answers
 Clock = Callable[[], float]
-
-
-def loads(
-    names: dict[str, list[str]], judge: str, kinds: Sequence[str], words: Words, revised_if: str, count: int
-) -> Iterator[tuple[str, str, Chains]]:
-    """Iterate over the loads: ranks, kind, chains."""
-    for ranks, adapters in names.items():
-        for kind in kinds:
-            yield ranks, kind, make_chains(adapters, judge, kind, count, words, revised_if)
 
 
 class Rounds:
@@ -205,59 +198,90 @@ def serving(model: Path, paths: dict[str, str], flags: Sequence[str], log: Path)
         process.wait()
 
 
-def measure(
-    model: Path,
-    names: dict[str, list[str]],
-    judge: str,
-    paths: dict[str, str],
-    max_rank: int,
-    settings: dict[str, Any],
-    words: Words,
-    revised_if: str,
-    kinds: Sequence[str],
-    repeats: int,
-    count: int,
-    folder: Path,
-    keep: Callable[[dict[str, Any]], None] = lambda part: None,
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a model, adapters by their ranks' label, and how prompts are written."""
+
+    model: Path
+    names: dict[str, list[str]]
+    paths: dict[str, str]
+    max_rank: int
+    settings: dict[str, Any]
+    words: Words
+    revised_if: str
+    count: int = INPUTS
+
+    @property
+    def on_gpu(self) -> bool:
+        return bool(self.settings["device"] == "cuda")
+
+    def loads(self, kinds: Sequence[str]) -> Iterator[tuple[str, str, Chains]]:
+        """Iterate over the loads: ranks, kind, chains."""
+        judge = next(iter(self.names.values()))[0]
+        for ranks, adapters in self.names.items():
+            for kind in kinds:
+                yield ranks, kind, make_chains(adapters, judge, kind, self.count, self.words, self.revised_if)
+
+    @cached_property
+    def engine(self) -> LLM:
+        """The model and all adapters in this process."""
+        adapters = AdapterConfig(max_loras=len(self.paths), max_lora_rank=self.max_rank)
+        config = EngineConfig(model=str(self.model), adapters=adapters, **self.settings)
+        return LLM(str(self.model), self.paths, config=config)
+
+
+def measure_ways(
+    subject: Subject, kinds: Sequence[str], repeats: int, folder: Path, keep: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
     """Measure all loads: first on a server, then in this process, which then has the device for itself."""
-    all_loads = list(loads(names, judge, kinds, words, revised_if, count))
+    all_loads = list(subject.loads(kinds))
     served: list[dict[str, list[str]]] = []
-    result: dict[str, Any] = {"inputs": count, "calls": 3 * count, "rows": []}
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-    flags += [f"--max-loras={len(paths)}", f"--max-lora-rank={max_rank}"]
-    with serving(model, paths, flags, folder / "server.log") as (url, clock):
+    result: dict[str, Any] = {"inputs": subject.count, "calls": 3 * subject.count, "rows": []}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in subject.settings.items()]
+    flags += [f"--max-loras={len(subject.paths)}", f"--max-lora-rank={subject.max_rank}"]
+    with serving(subject.model, subject.paths, flags, folder / "server.log") as (url, clock):
         for label, kind, chains in all_loads:
-            found = Rounds(over_http(url, chains), repeats, clock, count)
+            found = Rounds(over_http(url, chains), repeats, clock, subject.count)
             row = {"ranks": label, "kind": kind, "adapters": len(set(chains.adapters)), **found.row()}
             served.append(found.answers)
             result["rows"].append(row)
             keep(result)
             print({name: round(spent, 3) for name, spent in row["median"].items()}, flush=True)
-    config = EngineConfig(
-        model=str(model), adapters=AdapterConfig(max_loras=len(paths), max_lora_rank=max_rank), **settings
-    )
-    llm = LLM(str(model), paths, config=config)
+    llm = subject.engine
     for row, answers, (_, _, chains) in zip(result["rows"], served, all_loads, strict=True):
         here: dict[str, Way] = {OURS: partial(in_process, llm, chains, Options())}
-        found = Rounds(here, repeats, time.process_time, count)
+        found = Rounds(here, repeats, time.process_time, subject.count)
         for name, values in found.row().items():
             row[name] |= values
         row["equal_answers"] = {name: same(found.answers[OURS], theirs) for name, theirs in answers.items()}
         row["times_faster"] = ratios(row["median"])
         row["times_faster_in_processor_time"] = ratios(row["processor_median"])
         keep(result)
-    label, kind, chains = all_loads[-1]
-    on_gpu = settings["device"] == "cuda"
-    found = Rounds(without_each_switch(llm, chains), repeats, time.process_time, count)
-    result["switches"] = {
-        "load": f"{kind}, {label} ranks",
-        **found.row(),
-        "equal_answers": {name: same(found.answers["all"], theirs) for name, theirs in found.answers.items()},
-        "times_slower": ratios(medians(found.seconds if on_gpu else found.processor), "all"),
-    }
-    result["one_call"] = overhead(llm, 30, words, time.perf_counter if on_gpu else time.process_time)
+    clock = time.perf_counter if subject.on_gpu else time.process_time
+    result["one_call"] = overhead(llm, 30, subject.words, clock)
     keep(result)
+    return result
+
+
+def measure_switches(
+    subject: Subject, kinds: Sequence[str], repeats: int, keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Measure what each short-cut is worth in the loads of the last ranks, in this process."""
+    result: dict[str, Any] = {"inputs": subject.count, "switches": []}
+    llm, last = subject.engine, list(subject.names)[-1]
+    for label, kind, chains in subject.loads(kinds):
+        if label != last:
+            continue
+        found = Rounds(without_each_switch(llm, chains), repeats, time.process_time, subject.count)
+        result["switches"].append({
+            "ranks": label,
+            "kind": kind,
+            **found.row(),
+            "equal_answers": {name: same(found.answers["all"], theirs) for name, theirs in found.answers.items()},
+            "times_slower": ratios(medians(found.seconds if subject.on_gpu else found.processor), "all"),
+        })  # fmt: skip
+        keep(result)
+        print(kind, result["switches"][-1]["times_slower"], flush=True)
     return result
 
 
@@ -274,14 +298,15 @@ def table(result: dict[str, Any]) -> str:
         for row in result["rows"]
         for part, key in (("clock", "median"), ("engine's processor", "processor_median"))
     ]
-    switches = [[name, f"{times:.2f}"] for name, times in result["switches"]["times_slower"].items()]
+    worth = [each["times_slower"] for each in result["switches"]]
+    switches = [[name, *(f"{times[name]:.2f}" for times in worth)] for name in worth[0]]
     one = result["one_call"]
     return "\n\n".join(
         (
             f"Seconds for {result['inputs']} chains of draft, verdict and revision:",
             markdown(["kind", "ranks", "adapters", "seconds", *ways], rows, "llrlr"),
-            f"Time without short-cuts, as a multiple of that with all ({result['switches']['load']}):",
-            markdown(["program", "times"], switches),
+            f"Time without short-cuts, as a multiple of that with all ({result['switches'][0]['ranks']} ranks):",
+            markdown(["program", *(each["kind"] for each in result["switches"])], switches),
             f"One call: {one['call_ms']:.2f} ms; as a program {one['overhead_ms']:.2f} ms more.",
         )
     )
@@ -304,8 +329,13 @@ def draw(result: dict[str, Any], file: Path) -> None:
         fontsize=8,
     )
     left.legend(fontsize=8)
-    times = result["switches"]["times_slower"]
-    right.barh(list(times), list(times.values()), color=COLOURS[0])
+    for index, each in enumerate(result["switches"]):
+        times, high = each["times_slower"], 0.8 / len(result["switches"])
+        places = [number + (index + 0.5) * high - 0.4 for number in range(len(times))]
+        right.barh(places, list(times.values()), high, label=each["kind"], color=COLOURS[index])
+    right.set_yticks(range(len(times)), list(times))
+    right.set_xscale("log")
+    right.legend(fontsize=8)
     right.invert_yaxis()
     right.set_xlabel("time, as a multiple of that with all short-cuts")
     save(figure, file)
@@ -317,8 +347,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="how adapters are spread")
     parser.add_argument("--ranks", nargs="+", choices=list(RANKS), default=list(RANKS), help="equal or mixed ranks")
     parser.add_argument("--inputs", type=int, default=INPUTS, help="chains of one load")
+    parser.add_argument("--only", choices=PARTS, help="measure this part, keep the rest of the file")
     parser.add_argument("--out", type=Path, default=RESULTS / "programs-cpu.json", help="file of the results")
     args = parser.parse_args(argv)
+    known: dict[str, Any] = json.loads(args.out.read_text()) if args.only and args.out.exists() else {}
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         paths: dict[str, str] = {}
@@ -329,18 +362,22 @@ def main(argv: list[str] | None = None) -> int:
             named = {f"{label}{number}": path for number, (_, path) in enumerate(made)}
             paths |= named
             names[label] = list(named)
-        judge, most = next(iter(names.values()))[0], max(map(max, RANKS.values()))
-        settings = {"device": "cpu"}
-        result = measure(
-            DEMO, names, judge, paths, most, settings, plain_words, "e", args.kinds, args.repeats, args.inputs, folder
-        )
+        most = max(map(max, RANKS.values()))
+        subject = Subject(DEMO, names, paths, most, {"device": "cpu"}, plain_words, "e", args.inputs)
+        if args.only != "switches":
+            found |= measure_ways(subject, args.kinds, args.repeats, folder, lambda part: None)
+        if args.only != "ways":
+            found |= measure_switches(subject, args.kinds, 1, lambda part: None)
     about = {**provenance(seed=0, packages=("torch",)), "date": now(), "gpu": gpu() or "none"}
-    text = json.dumps({"provenance": about, **result}, indent=1) + "\n"
+    where = {part: about for part in PARTS if args.only in (None, part)}
+    result = {**known, **found, "provenance": {**known.get("provenance", {}), **where}}
+    text = json.dumps(result, indent=1) + "\n"
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.out, text.encode())
-    write_atomically(args.out.with_suffix(".md"), (table(result) + "\n").encode())
-    draw(result, args.out)
-    print(table(result))
+    if {"rows", "switches"} <= set(result):
+        write_atomically(args.out.with_suffix(".md"), (table(result) + "\n").encode())
+        draw(result, args.out)
+        print(table(result))
     return 0
 
 

@@ -68,7 +68,10 @@ def test_chains_are_the_same_calls_as_a_program() -> None:
 
 @pytest.mark.long
 def test_the_comparison_runs_on_the_demo(tmp_path: Path) -> None:
-    assert versus.main(["--inputs", "9", "--repeats", "1", "--out", str(tmp_path / "p.json")]) == 0
+    for part in versus.PARTS:
+        assert versus.main(["--inputs", "9", "--repeats", "1", "--only", part, "--out", str(tmp_path / "p.json")]) == 0
     found = json.loads((tmp_path / "p.json").read_text())
     assert len(found["rows"]) == 6
+    assert [each["kind"] for each in found["switches"]] == list(chains.KINDS)
+    assert set(found["provenance"]) == set(versus.PARTS)
     assert {path.name for path in tmp_path.iterdir()} == {"p.json", "p.md", "p.png"}
