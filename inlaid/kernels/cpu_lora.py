@@ -7,7 +7,7 @@ Shapes: T rows, K inputs, N outputs, R rank, W columns of all adapters side by s
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -40,7 +40,6 @@ class _Stack:
     groups: list[_Group]
     num_columns: int  # of all of them side by side, where they have the most
     sites: dict[int, _Site | None] = field(default_factory=dict)
-    changing: tuple[int, ...] = ()  # slots whose adapters change outputs
 
 
 @dataclass
@@ -77,9 +76,6 @@ class _SideBySide:
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
-_Plan = list[_Rows] | _SideBySide
-
-
 @dataclass(frozen=True)
 class _SideBySideProduct:
     """The products with A of a site where all adapters at work stand side by side."""
@@ -89,18 +85,17 @@ class _SideBySideProduct:
 
 
 _Product = tuple[_Rows, torch.Tensor, list[torch.Tensor]]  # rows, B, products with A
-_Added = list[_Product] | _SideBySideProduct | None
 
 
 @dataclass(frozen=True)
 class _Changed:
     """The sum that is added to a site's outputs, and the changes after it: rows, columns, scale and bias."""
 
-    added: _Added
+    added: Any
     changes: list[tuple[torch.Tensor, slice, torch.Tensor | None, torch.Tensor | None]]
 
 
-_Shrunk = _Added | _Changed
+_Shrunk = Any | _Changed
 
 
 class CpuLora:
@@ -111,7 +106,7 @@ class CpuLora:
         self.pages = pages
         self._most_side_by_side = side_by_side if pages.pool.dtype == torch.float32 else -1
         self._stack = _Stack((), (), [], 0)
-        self._last: tuple[object, _Plan] = (None, [])
+        self._last: tuple[object, Any] = (None, None)
         self._changed_rows: dict[int, torch.Tensor] = {}  # by slot, of the step
 
     def plan(self, step: StepContext) -> None:
@@ -119,15 +114,20 @@ class CpuLora:
             return
         sequences = step.on_host
         assert sequences is not None
-        stack = self._stack_for({slot for slot in sequences.adapter_slots if slot})
-        key = (stack.slots, stack.versions, sequences.adapter_slots, sequences.query_lens)
+        active = sorted({slot for slot in sequences.adapter_slots if slot})
+        versions = [self.pages.versions[slot] for slot in active]
+        key = (active, versions, sequences.adapter_slots, sequences.query_lens)
         if self._last[0] != key:
-            self._last = (key, self._plan(stack, sequences, step))
-            rows_of = _rows_by_slot(sequences) if stack.changing else {}
-            self._changed_rows = {slot: torch.tensor(rows_of[slot]) for slot in stack.changing if slot in rows_of}
+            self._last = (key, self.make_plan(sequences, step))
+            outputs = self.pages.outputs
+            changing = [] if outputs is None else [slot for slot in active if bool((outputs[slot] >= 0).any())]
+            rows_of = _rows_by_slot(sequences) if changing else {}
+            self._changed_rows = {slot: torch.tensor(rows_of[slot]) for slot in changing}
         step.lora_plan = self._last[1]
 
-    def _plan(self, stack: _Stack, sequences: OnHost, step: StepContext) -> _Plan:
+    def make_plan(self, sequences: OnHost, step: StepContext) -> Any:
+        """Derive what every site of a step needs."""
+        stack = self._stack_for({slot for slot in sequences.adapter_slots if slot})
         device = step.positions_T.device
         if step.num_tokens * stack.num_columns <= self._most_side_by_side:
             slots = np.repeat(np.array(sequences.adapter_slots), sequences.query_lens)
@@ -137,7 +137,7 @@ class CpuLora:
         return [plan for plan in plans if plan is not None]
 
     def shrink(self, x_TK: torch.Tensor, site: Site, step: StepContext, workspace: Workspace, beside: bool) -> _Shrunk:
-        added = self._shrink(x_TK, site, step)
+        added = self.multiply(x_TK, site, step)
         changes = self._changes(site) if self._changed_rows else []
         return _Changed(added, changes) if changes else added
 
@@ -155,7 +155,8 @@ class CpuLora:
                 begin += width
         return changes
 
-    def _shrink(self, x_TK: torch.Tensor, site: Site, step: StepContext) -> _Added:
+    def multiply(self, x_TK: torch.Tensor, site: Site, step: StepContext) -> Any:
+        """Multiply with A; `add` takes what this returns."""
         if isinstance(step.lora_plan, _SideBySide):
             return self._shrink_side_by_side(x_TK, site, step.lora_plan)
         plans: list[_Rows] = step.lora_plan
@@ -194,20 +195,21 @@ class CpuLora:
         return None
 
     def expand(self, shrunk: _Shrunk, out_TN: torch.Tensor, step: StepContext) -> None:
-        if isinstance(shrunk, _Changed):
-            self.expand(shrunk.added, out_TN, step)
-            for rows, columns, scale_N, bias_N in shrunk.changes:
-                part_TN = out_TN[rows, columns]
-                part_TN = part_TN if scale_N is None else part_TN * scale_N
-                out_TN[rows, columns] = part_TN if bias_N is None else part_TN + bias_N
+        added, changes = (shrunk.added, shrunk.changes) if isinstance(shrunk, _Changed) else (shrunk, [])
+        if added is not None:
+            self.add(added, out_TN)
+        for rows, columns, scale_N, bias_N in changes:
+            part_TN = out_TN[rows, columns]
+            part_TN = part_TN if scale_N is None else part_TN * scale_N
+            out_TN[rows, columns] = part_TN if bias_N is None else part_TN + bias_N
+
+    def add(self, product: Any, out_TN: torch.Tensor) -> None:
+        """Add the product with A, times B, to the outputs."""
+        if isinstance(product, _SideBySideProduct):
+            for columns, outputs, b_WN in product.matrices.siblings:
+                out_TN[:, outputs].addmm_(product.shrunk_TW[:, columns], b_WN)
             return
-        if shrunk is None:
-            return
-        if isinstance(shrunk, _SideBySideProduct):
-            for columns, outputs, b_WN in shrunk.matrices.siblings:
-                out_TN[:, outputs].addmm_(shrunk.shrunk_TW[:, columns], b_WN)
-            return
-        for plan, b_nRN, parts in shrunk:
+        for plan, b_nRN, parts in product:
             if plan.gather is not None:
                 delta = torch.bmm(parts[0], b_nRN).flatten(0, 1).index_select(0, plan.results)
                 out_TN.index_add_(0, plan.rows, delta)
@@ -221,10 +223,8 @@ class CpuLora:
         current = stack.versions == tuple(versions[slot] for slot in stack.slots)
         if not current or not active.issubset(stack.slots) or len(stack.slots) > max(4, 2 * len(active)):
             slots = tuple(sorted(active))
-            columns, outputs = _num_columns(self.pages, slots), self.pages.outputs
-            changing = () if outputs is None else tuple(slot for slot in slots if bool((outputs[slot] >= 0).any()))
             made = tuple(versions[slot] for slot in slots)
-            self._stack = _Stack(slots, made, _group(self.pages, slots), columns, changing=changing)
+            self._stack = _Stack(slots, made, _group(self.pages, slots), _num_columns(self.pages, slots))
         return self._stack
 
 

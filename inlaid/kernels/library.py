@@ -5,6 +5,7 @@ A library has a C interface and is loaded by ctypes; neither torch nor Python is
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import platform
@@ -57,6 +58,15 @@ def build_for_cpu(source: Path) -> Path:
         raise BuildError(NO_C_COMPILER)
     command = [compiler, "-O3", "-std=gnu11", "-march=native", "-fopenmp", "-shared", "-fPIC"]
     return _built(command, source, [source], _processor())
+
+
+def load_for_cpu(source: Path) -> ctypes.CDLL:
+    """Return the library of a C source, loaded. BuildError: it cannot be built, or not be loaded."""
+    path = build_for_cpu(source)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"{path} cannot be loaded ({error}); remove it, and it is built again") from error
 
 
 def _processor() -> str:

@@ -21,6 +21,7 @@ from inlaid.kernels.act_order import group_length, sequential
 from inlaid.kernels.backend import AdapterPages, HeadNorms, Kernels, LayerCache, Product, Workspace
 from inlaid.kernels.cpu import DENSE, CpuOps, DensePacked, ReferenceLinear, cpu_kernels
 from inlaid.kernels.cpu_attention import CpuAttention
+from inlaid.kernels.native_lora import NativeLora
 
 if TYPE_CHECKING:
     from inlaid.kernels.context import StepContext
@@ -169,11 +170,15 @@ class HalfLinear:
         )  # fmt: skip
 
 
-def packed_kernels(pages: AdapterPages) -> Kernels:
-    """Return the kernels of a CPU with quantized weights left packed. BuildError: there is no library."""
+def native_kernels(pages: AdapterPages) -> Kernels:
+    """Return the kernels of a CPU where C does what torch takes long to start. BuildError: there is no library."""
     load()
-    kernels = replace(cpu_kernels(pages), quantized=(PackedLinear(),), head=HalfLinear())
-    return replace(kernels, attention=PackedAttention(), ops=PackedOps())
+    return replace(cpu_kernels(pages), attention=PackedAttention(), ops=PackedOps(), lora=NativeLora(pages))
+
+
+def packed_kernels(pages: AdapterPages) -> Kernels:
+    """Return those with quantized weights left packed."""
+    return replace(native_kernels(pages), quantized=(PackedLinear(),), head=HalfLinear())
 
 
 class PackedAttention(CpuAttention):
@@ -245,11 +250,7 @@ def tiled(rows_XN: torch.Tensor) -> torch.Tensor:
 @cache
 def load() -> ctypes.CDLL:
     """Return the library, built at first use. BuildError: there is no compiler, or it refuses."""
-    path = library.build_for_cpu(SOURCE)
-    try:
-        made = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise library.BuildError(f"{path} cannot be loaded ({error}); remove it, and it is built again") from error
+    made = library.load_for_cpu(SOURCE)
     pointer: Any = ctypes.c_void_p
     whole: Any = ctypes.c_int
     weight: list[Any] = [ctypes.POINTER(_Weight)]

@@ -31,7 +31,7 @@ from inlaid.kernels.assist import Assistant, CudaFerry, NoFerry, Profile, cuda_c
 from inlaid.kernels.backend import MODULES, AdapterPages, Kernels
 from inlaid.kernels.cpu import cpu_kernels
 from inlaid.kernels.library import BuildError
-from inlaid.kernels.packed import packed_kernels
+from inlaid.kernels.packed import native_kernels, packed_kernels
 from inlaid.kernels.timed import StepSplit
 from inlaid.model.image import WeightImage
 from inlaid.model.spec import ModelSpec, read_spec
@@ -279,17 +279,18 @@ def choose_kernels(config: EngineConfig, device: torch.device, pages: AdapterPag
         raise ConfigError(f"linear backend {name!r} is not available on {device.type}; use auto, packed or reference")
     if config.decode_kernel == "one":
         raise ConfigError("decode kernel 'one' needs an NVIDIA GPU; use auto or layers")
-    packed = config.linear_backend == "packed"
     if compute_dtype(config.dtype, spec, device) != torch.float32:
-        if packed:
+        if config.linear_backend == "packed":
             raise ConfigError("linear backend 'packed' computes in float32; use --dtype float32, or another backend")
-    elif packed or (spec.quantized and config.linear_backend == "auto"):
+    elif config.linear_backend != "reference":
         try:
-            return packed_kernels(pages)
+            make = packed_kernels if spec.quantized or config.linear_backend == "packed" else native_kernels
+            return make(pages)
         except BuildError as error:
-            if packed:
+            if config.linear_backend == "packed":
                 raise ConfigError(f"linear backend 'packed': {error}") from None
-            log.warning("weights are dequantized, which takes eight times the memory and is slower: %s", error)
+            more = "weights are dequantized, which takes eight times the memory, and " if spec.quantized else ""
+            log.warning("%ssteps are slower: %s", more, error)
     return cpu_kernels(pages)
 
 

@@ -200,7 +200,7 @@ def serving(model: Path, paths: dict[str, str], flags: Sequence[str], log: Path)
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: a model, adapters by their ranks' label, and how prompts are written."""
+    """A model to measure, its adapters by their ranks' label, and how prompts are written."""
 
     model: Path
     names: dict[str, list[str]]
@@ -224,7 +224,7 @@ class Subject:
 
     @cached_property
     def engine(self) -> LLM:
-        """The model and all adapters in this process."""
+        """Load the model and all adapters into this process."""
         adapters = AdapterConfig(max_loras=len(self.paths), max_lora_rank=self.max_rank)
         config = EngineConfig(model=str(self.model), adapters=adapters, **self.settings)
         return LLM(str(self.model), self.paths, config=config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,11 +11,17 @@ from hypothesis import strategies as st
 
 from inlaid.kernels.backend import AdapterPages, Site
 from inlaid.kernels.cpu_lora import CpuLora
+from inlaid.kernels.native_lora import NativeLora
 from tests.kernels.steps import MEMORY, make_step
 
 SITES = 14
 SITE = Site(0, (6, 4, 4))
-either_way = pytest.mark.parametrize("side_by_side", [-1, 1 << 30])
+WAYS: dict[str, Callable[[AdapterPages], CpuLora]] = {
+    "stacked": lambda pages: CpuLora(pages, -1),
+    "side by side": lambda pages: CpuLora(pages, 1 << 30),
+    "native": NativeLora,
+}
+every_way = pytest.mark.parametrize("make", WAYS.values(), ids=WAYS)
 
 
 def make_pages(ranks: list[list[int]], inputs: int) -> AdapterPages:
@@ -44,19 +52,19 @@ def by_hand(pages: AdapterPages, x: torch.Tensor, slots: list[int], out: torch.T
     return out
 
 
-@either_way
+@every_way
 @given(
     st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9)), min_size=1, max_size=12),
     st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3), min_size=4, max_size=4),
 )
 @settings(max_examples=40, deadline=None)
 def test_adapters_equal_a_loop_over_rows(
-    side_by_side: int, sequences: list[tuple[int, int]], ranks: list[list[int]]
+    make: Callable[[AdapterPages], CpuLora], sequences: list[tuple[int, int]], ranks: list[list[int]]
 ) -> None:
     sequences.sort(key=lambda pair: pair[1] > 1)
     slots, lens = tuple(slot for slot, _ in sequences), tuple(length for _, length in sequences)
     pages = make_pages([[0, 0, 0], *ranks], inputs=8)
-    lora = CpuLora(pages, side_by_side)
+    lora = make(pages)
     step = make_step(slots, lens)
     x, out = torch.randn(sum(lens), 8), torch.randn(sum(lens), 14)
     rows = [slot for slot, length in sequences for _ in range(length)]
@@ -69,12 +77,12 @@ def test_adapters_equal_a_loop_over_rows(
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-@either_way
-def test_a_product_with_anothers_adapter_may_overflow(side_by_side: int) -> None:
+@every_way
+def test_a_product_with_anothers_adapter_may_overflow(make: Callable[[AdapterPages], CpuLora]) -> None:
     """Side by side every row meets every adapter's A; what it is not meant for must not reach it, however large."""
     pages = make_pages([[0, 0, 0], [2, 1, 3], [1, 2, 2]], inputs=8)
-    lora, step = CpuLora(pages, side_by_side), make_step((1, 2), (1, 1))
-    alone, alone_step = CpuLora(pages, -1), make_step((2,), (1,))
+    lora, step = make(pages), make_step((1, 2), (1, 1))
+    alone, alone_step = make(pages), make_step((2,), (1,))
     x, want, got = torch.randn(2, 8), torch.zeros(1, 14), torch.zeros(2, 14)
     alone.plan(alone_step)
     alone.expand(alone.shrink(x[1:], SITE, alone_step, MEMORY, False), want, alone_step)
@@ -86,10 +94,10 @@ def test_a_product_with_anothers_adapter_may_overflow(side_by_side: int) -> None
     torch.testing.assert_close(got[1:], 10 * want)
 
 
-@either_way
-def test_changed_slots_are_read_again(side_by_side: int) -> None:
+@every_way
+def test_changed_slots_are_read_again(make: Callable[[AdapterPages], CpuLora]) -> None:
     pages = make_pages([[0, 0, 0], [2, 1, 3]], inputs=8)
-    lora, step = CpuLora(pages, side_by_side), make_step((1,), (1,))
+    lora, step = make(pages), make_step((1,), (1,))
     x, out = torch.randn(1, 8), torch.zeros(1, 14)
     lora.plan(step)
     lora.expand(lora.shrink(x, SITE, step, MEMORY, False), out, step)
@@ -100,3 +108,46 @@ def test_changed_slots_are_read_again(side_by_side: int) -> None:
     lora.plan(step)
     lora.expand(lora.shrink(x, SITE, step, MEMORY, False), again, step)
     torch.testing.assert_close(again, 2 * out)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rank", [1, 8, 13, 16, 40, 64])
+@pytest.mark.parametrize("inputs", [24, 37, 256])
+def test_ranks_and_widths_that_no_vector_divides(inputs: int, rank: int, threads: int) -> None:
+    """Runs of one row, of a few, and of many, beside each other."""
+    site = Site(7, (20, 33, 16))
+    pages = AdapterPages(
+        torch.randn(4 * 3 * 64 * (inputs + 33)),
+        torch.zeros(4, SITES, 3, dtype=torch.int64),
+        torch.rand(4, SITES),
+        [0] * 4,
+    )
+    end = 0
+    for slot in (1, 2, 3):
+        for sibling, width in enumerate(site.widths):
+            own = rank + slot - 1
+            pages.table[slot, site.first + sibling] = torch.tensor((end, end + own * inputs, own))
+            end += own * (inputs + width)
+    sequences = ((3, 1), (1, 1), (1, 1), (0, 2), (2, 21), (3, 3))
+    step = make_step(tuple(slot for slot, _ in sequences), tuple(length for _, length in sequences))
+    rows = [slot for slot, length in sequences for _ in range(length)]
+    x, out = torch.randn(len(rows), inputs), torch.randn(len(rows), sum(site.widths))
+    want, got = out.double(), out.clone()
+    for row, slot in enumerate(rows):
+        start = 0
+        for sibling, width in enumerate(site.widths):
+            a_start, b_start, own = pages.table[slot, site.first + sibling].tolist()
+            a = pages.pool[a_start : a_start + own * inputs].view(own, inputs).double()
+            b = pages.pool[b_start : b_start + own * width].view(width, own).double()
+            scale = pages.scale[slot, site.first + sibling].double()
+            want[row, start : start + width] += scale * (b @ (a @ x[row].double()))
+            start += width
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        lora = NativeLora(pages)
+        lora.plan(step)
+        lora.expand(lora.shrink(x, site, step, MEMORY, False), got, step)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
