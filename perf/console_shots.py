@@ -20,7 +20,7 @@ from perf.process import ROOT
 
 ADMIN = "admin-of-the-pictures"
 TENANTS = ("anna", "anna", "anna", "ben", "ben", "carla")
-PANELS = ("load", "adapters", "adapters/to_velar", "residency", "fairness", "accuracy")
+PANELS = ("load", "adapters", "adapters/to_velar", "residency", "accuracy")
 
 
 def take(page: Any, panel: str, path: Path, height: int = 900) -> None:
