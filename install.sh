@@ -85,7 +85,7 @@ run_tests() {
     browser
     "$python" -m ruff check .
     "$python" -m ruff format --check .
-    local types failed=0 workers="--processes 3" # of one collection, which a process that has used CUDA cannot share
+    local types failed=0 workers="--processes 4" # some wait; forks of one collection, which a process that has used CUDA cannot share
     if command -v nvidia-smi >/dev/null; then workers="-n 3 --dist loadfile --no-loadscope-reorder"; fi
     "$python" -m mypy & # on one core beside the tests' start; its errors fail the run at the end
     types=$!

@@ -7,11 +7,11 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from inlaid.quant.online_jobs import Report, read_order, write_report
-from inlaid.worker.bases import StagedBase
 from tests.server.live import DEMO
 
 GO = "go"  # a file beside the orders: the process ends well once it is there
@@ -45,6 +45,16 @@ async def run_process(order_file: Path, environment: Mapping[str, str]) -> int:
     return 0
 
 
+@dataclass
+class Staged:
+    """A base without weights. That of an engine imports torch."""
+
+    folder: Path
+    version: str
+    where: str = "device"
+    seconds: float = 0.0
+
+
 class Bases:
     """The bases of an engine that computes nothing."""
 
@@ -53,14 +63,14 @@ class Bases:
     def __init__(self, runner: Any) -> None:
         self._runner = runner
 
-    def stage(self, folder: str, version: str, where: str, adapters: Mapping[str, str], rest: float) -> StagedBase:
-        return StagedBase(Path(folder), version, "device")
+    def stage(self, folder: str, version: str, where: str, adapters: Mapping[str, str], rest: float) -> Staged:
+        return Staged(Path(folder), version)
 
     def check_free(self) -> None: ...
 
-    def exchange(self, staged: StagedBase) -> None: ...
+    def exchange(self, staged: Staged) -> None: ...
 
-    def enter(self, staged: StagedBase) -> None:
+    def enter(self, staged: Staged) -> None:
         self.version = staged.version
 
     def both(self, old: None, staying: frozenset[str]) -> Any:

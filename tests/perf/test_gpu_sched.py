@@ -13,7 +13,7 @@ from perf.gpu import sched
 from perf.gpu.headlines import headline
 from perf.validate import Plan
 
-PLAN = Plan(loads=(0.6,), seconds=1.5, rounds=1, prompt=(4, 24), output=(4, 16))
+PLAN = Plan(loads=(0.6,), seconds=1.0, rounds=1, prompt=(4, 24), output=(4, 16))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ run again under other choices, floors, the rounded demo, and the sweep's table."
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -26,7 +27,9 @@ from inlaid.kernels.measure import Ceiling
 from inlaid.layers import linear
 from inlaid.model.spec import ModelSpec
 from inlaid.runner.layout import Layout
+from perf import gpu
 from perf.gpu import (
+    adapter_engine,
     candidates,
     demo,
     humming_sweep,
@@ -34,6 +37,7 @@ from perf.gpu import (
     offline,
     quant_speed,
     random_model,
+    sched,
     serving,
     soak,
     speculation,
@@ -52,14 +56,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 def test_all_stages_take_their_folder_from_one_place() -> None:
-    program = (
-        "from perf.gpu import ROOT, adapter_engine, demo, sched, serving; import inspect;"
-        "print(ROOT, adapter_engine.ROOT, demo.ROOT, serving.ROOT);"
-        "print(inspect.signature(sched.run).parameters['root'].default)"
-    )
+    command = [sys.executable, "-c", "import perf.gpu; print(perf.gpu.ROOT)"]
     environment = {**os.environ, "INLAID_BENCH_ROOT": "/elsewhere"}
-    found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert found.stdout.split() == 4 * ["/elsewhere"] + ["/elsewhere/sched"], found.stderr
+    assert subprocess.run(command, env=environment, capture_output=True, text=True).stdout.split() == ["/elsewhere"]
+    assert all(stage.ROOT is gpu.ROOT for stage in (adapter_engine, demo, serving))
+    assert inspect.signature(sched.run).parameters["root"].default == gpu.ROOT / "sched"
 
 
 def test_adapters_are_written_side_by_side_and_differ(tmp_path: Path) -> None:
