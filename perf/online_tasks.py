@@ -30,7 +30,7 @@ from inlaid.quant.calibration import CalibrationSettings
 from inlaid.quant.grid import Grid
 from inlaid.quant.quantize import quantize
 from inlaid.quant.settings import Gate, Settings, TaskSource
-from inlaid.report.plots import COLOURS, new_figure, save
+from inlaid.report.plots import COLOURS, legend, new_figure, save
 from inlaid.report.provenance import provenance
 from perf.gpu.serving import free_port, stop, wait_ready
 from perf.quant_cost import DEMO, demo_tasks
@@ -209,7 +209,7 @@ def draw(result: dict[str, Any], file: Path) -> None:
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
     axes[1][0].set_xlabel("seconds from the order")
-    axes[0][0].legend(loc="lower right", fontsize=7, ncols=3)
+    legend(figure, axes[0], columns=6)
     save(figure, file)
 
 

@@ -162,7 +162,7 @@ def oversubscription(rows: list[dict[str, Any]], resident: dict[str, Any] | None
         speed.axhline(resident["output_tokens_per_second"], color=COLOURS[2], linestyle="--", linewidth=1)
     for axes, title in ((latency, "time to first token (ms)"), (speed, "output tokens a second")):
         axes.set_xscale("log", base=2)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         axes.set(title=title, xlabel="adapters per place on the device")
     legend(figure, [latency])
     return png(figure, dpi=120)

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes as Axes
     from matplotlib.figure import Figure as Figure
 
-# Okabe and Ito's colours: told apart by people who do not see red and green as different.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+# Okabe and Ito's colours: told apart by people who do not see red and green as different. Wine stands for their black,
+# which is for bounds and other lines that belong to no name.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999999")
 DPI = 110
 WIDE = 30.0  # values whose largest is so many times their smallest go on a log axis
 

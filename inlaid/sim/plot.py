@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,18 +12,27 @@ from inlaid.report.plots import colours, compare, is_wide, legend, new_figure, s
 from inlaid.sim.metrics import by_tenant, rates, response
 from inlaid.sim.simulate import Outcome
 
+if TYPE_CHECKING:
+    from inlaid.report.plots import Figure
+
 KINDS = (".png", ".pdf")
 MAX_CLIENTS = 8  # lines in one panel
+WIDEST = 24.0  # inches of a figure whose panels are not at their narrowest
 ROWS = ("service per second", "time to first token, s", "gap in service")
 
 
 def draw_suite(path: Path, title: str, outcomes: Sequence[Outcome], duration: float, bound: float | None) -> None:
-    """Draw a column per policy: service rate, response time and gap. PNG and PDF.
+    """Draw the figure of a suite as PNG and PDF."""
+    save(suite_figure(title, outcomes, duration, bound), path, KINDS)
+
+
+def suite_figure(title: str, outcomes: Sequence[Outcome], duration: float, bound: float | None) -> Figure:
+    """Return a figure with a column per policy: service rate, response time and gap.
 
     The panels of a row have one y axis, and a client has one colour in all of them.
     """
     count = len(outcomes)
-    figure, axes = new_figure((4.2 * count, 8.8), 3, count)
+    figure, axes = new_figure((count * max(2.4, min(4.2, WIDEST / count)), 8.8), 3, count)
     times = np.linspace(0, duration, 61)
     tenants = _busiest(outcomes)
     colour = colours(tenants)
@@ -43,12 +53,13 @@ def draw_suite(path: Path, title: str, outcomes: Sequence[Outcome], duration: fl
         smallest = max(1.0, min(filter(None, largest)))
         for axis in axes[2]:  # linear to just above a power of ten, else ticks below it would meet that of zero
             axis.set_yscale("symlog", linthresh=1.001 * 10.0 ** np.floor(np.log10(smallest)))
+            axis.autoscale_view()  # the margin above the largest gap was that of a linear axis
     for panels, label in zip(axes, ROWS):
         panels[0].set_ylabel(label)
         compare(panels)
     legend(figure, (axis for row in axes for axis in row), columns=2 * count + 2)
     figure.suptitle(title)
-    save(figure, path, KINDS)
+    return figure
 
 
 def _busiest(outcomes: Sequence[Outcome]) -> list[str]:

@@ -35,7 +35,7 @@ from inlaid.files import write_atomically
 from inlaid.flags import Parser
 from inlaid.llm import LLM
 from inlaid.program import Options
-from inlaid.report.plots import COLOURS, new_figure, save
+from inlaid.report.plots import COLOURS, is_wide, legend, new_figure, save
 from inlaid.report.provenance import gpu, now, provenance
 from inlaid.report.tables import markdown
 from perf.process import child_environment, free_port
@@ -321,21 +321,22 @@ def draw(result: dict[str, Any], file: Path) -> None:
         left.bar(
             places, [row["median"][way] for row in result["rows"]], 0.8 / len(ways), label=way, color=COLOURS[index]
         )
-    left.set_yscale("log")
+    if is_wide(value for row in result["rows"] for value in row["median"].values()):
+        left.set_yscale("log")
     left.set_ylabel("seconds")
     left.set_xticks(
         [number + 0.4 for number in range(len(result["rows"]))],
         [f"{row['kind']}\n{row['ranks']} ranks" for row in result["rows"]],
         fontsize=8,
     )
-    left.legend(fontsize=8)
     for index, each in enumerate(result["switches"]):
         times, high = each["times_slower"], 0.8 / len(result["switches"])
         places = [number + (index + 0.5) * high - 0.4 for number in range(len(times))]
-        right.barh(places, list(times.values()), high, label=each["kind"], color=COLOURS[index])
+        right.barh(places, list(times.values()), high, label=each["kind"], color=COLOURS[len(ways) + index])
     right.set_yticks(range(len(times)), list(times))
-    right.set_xscale("log")
-    right.legend(fontsize=8)
+    if is_wide(value for each in result["switches"] for value in each["times_slower"].values()):
+        right.set_xscale("log")
+    legend(figure, [left, right], columns=8)
     right.invert_yaxis()
     right.set_xlabel("time, as a multiple of that with all short-cuts")
     save(figure, file)
