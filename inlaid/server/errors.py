@@ -245,7 +245,16 @@ def undecodable(error: Exception, data: bytes = b"") -> BadRequest:
         where = f" in {place.group(1)}" if place else ""
         message = f"unknown field {unknown.group(1)!r}{where}; GET /openapi.json lists the known ones"
         return BadRequest(message, unknown.group(1), "unknown_field")
-    return BadRequest(text, place.group(1) if place else None)
+    return BadRequest(_in_words(text), place.group(1) if place else None)
+
+
+def _in_words(text: str) -> str:
+    """Return the message for a field of which one value is served: of the decoder's, null and an enum are no hint."""
+    found = re.match(r"(?:Expected `null`, got .*|Invalid enum value (True|False)) - at `\$\.([^`]+)`", text)
+    if found is None:
+        return text
+    value, name = found.groups()
+    return f"{name} {f'cannot be {value.lower()}' if value else 'is not served'} here; leave it out"
 
 
 def _with_status(error: ApiError, status: int) -> ApiError:

@@ -8,8 +8,9 @@ import msgspec
 import pytest
 
 from inlaid.server.decoding import BodyDecoder, warning
-from inlaid.server.errors import BadRequest
+from inlaid.server.errors import BadRequest, undecodable
 from inlaid.server.protocol.chat import ChatBody
+from inlaid.server.protocol.responses import ResponseBody
 
 BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
 
@@ -77,3 +78,22 @@ def test_the_header_is_one_printable_line() -> None:
     assert text.isprintable()
     assert text.isascii()
     assert len(text) < 1100
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "said"),
+    [
+        (ResponseBody, {"background": True}, "background cannot be true here; leave it out"),
+        (ResponseBody, {"conversation": "c"}, "conversation is not served here; leave it out"),
+        (ResponseBody, {"prompt": {"id": "p"}}, "prompt is not served here; leave it out"),
+        (ChatBody, {**BODY, "detokenize": False}, "detokenize cannot be false here; leave it out"),
+        (ChatBody, {**BODY, "structured_outputs": {"structural_tag": "t"}}, "structured_outputs.structural_tag is not"),
+        (ChatBody, {**BODY, "max_tokens": "many"}, "Expected `int | null`, got `str`"),
+    ],
+)
+def test_a_value_that_is_not_served_is_told_in_words(kind: type, change: dict[str, Any], said: str) -> None:
+    with pytest.raises(msgspec.ValidationError) as raised:
+        BodyDecoder(kind, strict=False).decode(msgspec.json.encode({"input": "x"} | change))
+    error = undecodable(raised.value)
+    assert error.message.startswith(said)
+    assert error.param == next(name for name in change if name != "messages")
