@@ -251,7 +251,6 @@ def run_serve(args: argparse.Namespace) -> int:
     logs.configure(level=config.log_level, form=config.log_format)
     if not args.model and not config.served_model_name:
         config = replace(config, served_model_name=demo_name(args.demo))
-    print(f"Loading {model} and {len(adapters)} adapters …", file=sys.stderr, flush=True)
     return run_loop(serve(config, engine_config(args, model), adapters, announce))
 
 

@@ -239,6 +239,7 @@ async def serve(
     encryption = tls(config)
     check_origins(config.allowed_origins)
     listener = listen(config.host, config.port)
+    log.info("loading %s and %d adapters", engine_config.model, len(adapters))
     stop: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     def give_up(reason: str) -> None:
