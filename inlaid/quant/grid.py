@@ -91,6 +91,8 @@ def find_grid(rows_GN: Tensor, importance_G: Tensor, grid: Grid) -> tuple[Tensor
     if grid.symmetric:
         high_N = torch.maximum(high_N, -low_N)
         low_N = -high_N
+    if float(high_N.max() - low_N.min()) > 65504.0 * grid.max_code:
+        raise SolverError("weights are too large for the half-precision scales of the format")
     best_scale_N, best_zero_N = _grid_of_range(low_N, high_N, grid)
     if not grid.clip:
         return best_scale_N, best_zero_N
@@ -109,8 +111,6 @@ def _grid_of_range(low_N: Tensor, high_N: Tensor, grid: Grid) -> tuple[Tensor, T
     """Return scale and zero for codes over [low, high]. A zero of at least 1 is kept, so a range that needs none gives
     up one code below it.
     """
-    if float(high_N.max() - low_N.min()) > 65504.0 * grid.max_code:
-        raise SolverError("weights are too large for the half-precision scales of the format")
     scale_N = _stored((high_N - low_N) / grid.max_code)
     if grid.symmetric:
         return scale_N, torch.full_like(scale_N, 2 ** (grid.bits - 1))

@@ -60,7 +60,7 @@ def solve(weight_KN: Tensor, hessian_KK: Tensor, grid: Grid, rest: Callable[[], 
     """
     _check(weight_KN, hessian_KK, grid)
     order_K = _order(weight_KN, hessian_KK.diagonal(), grid)
-    work_KN = weight_KN[order_K]
+    work_KN = weight_KN[order_K].contiguous()
     seen_KK = _seen(hessian_KK[order_K][:, order_K])
     spread_KK, damping = _spread(seen_KK, grid.damping)
     spread_KK = spread_KK.to(work_KN.dtype)
@@ -68,7 +68,7 @@ def solve(weight_KN: Tensor, hessian_KK: Tensor, grid: Grid, rest: Callable[[], 
 
     codes_KN = torch.empty_like(work_KN, dtype=torch.uint8)
     block = _block_size(grid)
-    round_block = rounder(work_KN[:block], grid.max_code, (1 + grid.refine) * len(work_KN) // block)
+    round_block = rounder(work_KN, grid.max_code)
     for start in range(0, len(work_KN), block):
         stop = min(start + block, len(work_KN))
         scale_BN, zero_BN = groups.of(work_KN, start, stop)
@@ -105,7 +105,7 @@ def improve(
     seen_KK.diagonal().add_(grid.damping * seen_KK.diagonal().mean())
     codes_KN, scales_GN = stored.codes_KN[order_K].clone(), stored.scales_GN.to(weight_KN.dtype)
     zeros_GN, block = stored.zeros_GN.to(weight_KN.dtype), _block_size(grid)
-    round_block = rounder(weight_KN[:block], grid.max_code, grid.refine * len(weight_KN) // block)
+    round_block = rounder(weight_KN, grid.max_code)
     refine(weight_KN[order_K], seen_KK, codes_KN, scales_GN, zeros_GN, grid.refine, block, round_block, rest)
     in_place_K = torch.argsort(order_K)
     better = replace(stored, codes_KN=codes_KN[in_place_K], scales_GN=scales_GN.half(), damping=grid.damping)
