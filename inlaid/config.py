@@ -262,7 +262,10 @@ class TaskConfig:
     task_memory_gib: float = option(0.0, "most host memory of the quantizing process, in GiB; 0: any", least=0)
     task_gpu_memory_gib: float = option(0.0, "most GPU memory of the quantizing process, in GiB; 0: any", least=0)
     task_tolerance: float = option(
-        0.02, "largest loss that an old task may gain by a new base, in nats a token; else it is not served", least=0
+        0.02,
+        "largest loss that an old task may gain by a new base, in nats a token (a share of its loss where that is "
+        "above 1), besides two standard errors; else it is not served",
+        least=0,
     )
     on_base_switch: str = option(
         "finish",

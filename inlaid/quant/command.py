@@ -230,7 +230,8 @@ def _add_place_arguments(parser: argparse.ArgumentParser) -> None:
         "--tolerance",
         type=float,
         default=gate.tolerance,
-        help="largest loss that an old task may gain, in nats a token",
+        help="largest loss that an old task may gain, in nats a token; above 1 nat a share of its loss. Two standard "
+        "errors come on top",
     )
     parser.add_argument("--force", action="store_true", help="write even what the gate refuses")
 

@@ -5,6 +5,10 @@ Both questions are asked of held-out examples, in nats per token of the answer. 
 answers must be likelier than the same answers under other prompts, likelier than a blind guess, no less likely than to
 the base alone, and must not drive activations far beyond the base's own (it would own every shared Hessian). After
 quantizing, no task that was there before may have become worse than a tolerance.
+
+A tolerance is a share of the loss where that is above 1 nat a token, and so many nats below; two standard errors of the
+difference, over the examples, come on top. Answers that fit their prompts by less than they should are taken where they
+fit better than others by two standard errors.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,9 +26,12 @@ from inlaid.adapters.adapter import Adapter
 from inlaid.quant.adapter import attached
 from inlaid.quant.blocks import BlockModel, Stream
 from inlaid.quant.calibration import Batch, Sequence, batches
+from inlaid.quant.losses import Loss, answer_losses
 from inlaid.quant.together import SharedPass
 
 MISPAIRED_SHARE = 0.9
+SLACK = 0.01
+ERRORS = 2.0
 LOUDNESS = 100.0
 HELD = 32_768  # tokens whose hidden states are held at a time; for each such group the blocks are loaded once more
 
@@ -43,21 +50,22 @@ class GateTask:
 @dataclass(frozen=True)
 class Fit:
     """A new task on the full-precision base: losses with its adapter, without, and with answers under wrong prompts;
-    and how many times louder than the base's the loudest input of a linear gets."""
+    and how many times louder than the base's the loudest input of a linear gets. The errors are standard errors of the
+    first loss less the second, and less the third."""
 
     full: float
     alone: float
     mispaired: float | None
     loudness: float
+    alone_error: float = 0.0
+    mispaired_error: float = math.inf
 
 
-def quantized_losses(
-    model: BlockModel, tasks: list[GateTask], report: Report, shared: bool = False
-) -> dict[str, float]:
+def quantized_losses(model: BlockModel, tasks: list[GateTask], report: Report, shared: bool = False) -> dict[str, Loss]:
     """Return each task's loss on a model, adapter attached. Memory does not grow with the number of tasks. `shared`:
     sequences of several tasks in one forward pass.
     """
-    losses: dict[str, float] = {}
+    losses: dict[str, Loss] = {}
     for group in _groups(tasks):
         if shared:
             together = SharedPass(model, [task.adapter for task in group], [task.sequences for task in group])
@@ -106,9 +114,10 @@ def why_unfit(fit: Fit, vocabulary: int) -> str | None:
         )
     if fit.full > math.log(vocabulary):
         return f"its loss of {fit.full:.3f} is worse than a blind guess ({math.log(vocabulary):.3f})"
-    if fit.full > fit.alone + 0.01:
+    if fit.full > fit.alone + allowed(fit.alone, SLACK, fit.alone_error):
         return f"its data are less likely with the adapter ({fit.full:.3f} nats a token) than without ({fit.alone:.3f})"
-    if fit.mispaired is not None and fit.full > MISPAIRED_SHARE * fit.mispaired:
+    alike = fit.mispaired is not None and fit.full > MISPAIRED_SHARE * fit.mispaired
+    if fit.mispaired is not None and alike and fit.mispaired - fit.full < ERRORS * fit.mispaired_error:
         return (
             f"its answers are about as likely under wrong prompts ({fit.mispaired:.3f} nats a token) as under their "
             f"own ({fit.full:.3f}): the data are not what the adapter was trained for"
@@ -116,12 +125,18 @@ def why_unfit(fit: Fit, vocabulary: int) -> str | None:
     return None
 
 
-def regressions(before: Mapping[str, float], after: Mapping[str, float], tolerance: float) -> list[str]:
+def allowed(loss: float, tolerance: float, error: float) -> float:
+    """Return by how many nats a token a loss may be exceeded; `error` is the standard error of the difference."""
+    return tolerance * max(1.0, loss) + ERRORS * error
+
+
+def regressions(before: Mapping[str, Loss], after: Mapping[str, Loss], tolerance: float) -> list[str]:
     """List the old tasks that a new base makes worse by more than the tolerance, with their numbers."""
     return [
-        f"{name}: {loss:.4f} -> {after[name]:.4f} nats a token"
+        f"{name}: {loss.mean:.4f} -> {after[name].mean:.4f} nats a token (more by at most "
+        f"{allowed(loss.mean, tolerance, after[name].error_beside(loss)):.4f} is allowed)"
         for name, loss in sorted(before.items())
-        if not after[name] <= loss + tolerance
+        if not after[name].mean <= loss.mean + allowed(loss.mean, tolerance, after[name].error_beside(loss))
     ]
 
 
@@ -142,8 +157,8 @@ class _Pass:
     def __init__(self, model: BlockModel, adapter: Adapter | None, parts: list[Batch]) -> None:
         self.model, self.adapter = model, adapter
         self.streams: list[Stream] = model.start(parts)
-        self.loudness: dict[str, float] = {}
-        self.loss = math.nan
+        self.loudness: dict[str, Tensor] = {}  # on the device: reading each would wait for it
+        self.loss = Loss((), ())
 
     @torch.no_grad()
     def advance(self, block: nn.Module, index: int) -> None:
@@ -152,14 +167,8 @@ class _Pass:
                 stream.hidden_BSD = self.model.run(block, index, stream)
 
     def finish(self) -> None:
-        total = count = 0.0
-        for stream in self.streams:
-            wanted_BS = stream.batch.answer_BS[:, 1:].to(self.model.device)
-            hidden_TD = stream.hidden_BSD[:, :-1][wanted_BS.to(stream.hidden_BSD.device)]
-            targets_T = stream.batch.ids_BS.to(self.model.device)[:, 1:][wanted_BS]
-            total += float(self.model.losses(hidden_TD, targets_T).sum())
-            count += len(targets_T)
-        self.loss = total / max(count, 1.0)
+        rows = [example for stream in self.streams for example in answer_losses(self.model, stream)]
+        self.loss = Loss(tuple(float(losses_T.sum(dtype=torch.float64)) for losses_T in rows), tuple(map(len, rows)))
         self.streams = []
 
     @contextmanager
@@ -173,8 +182,8 @@ class _Pass:
 
     def _hook(self, name: str) -> Any:
         def listen(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            mean_square = float(inputs[0].float().square().mean())
-            self.loudness[name] = max(self.loudness.get(name, 0.0), mean_square)
+            mean_square = inputs[0].float().square().mean()
+            self.loudness[name] = torch.maximum(self.loudness.get(name, mean_square), mean_square)
 
         return listen
 
@@ -191,6 +200,10 @@ def _run(model: BlockModel, passes: Collection[_Pass | SharedPass], report: Repo
 
 
 def _fit(full: _Pass, alone: _Pass, wrong: _Pass | None = None) -> Fit:
-    ratios = [full.loudness[name] / max(alone.loudness[name], 1e-12) for name in full.loudness]
+    ratios = [float(full.loudness[name]) / max(float(alone.loudness[name]), 1e-12) for name in full.loudness]
     loudness = max(ratios) ** 0.5 if all(map(math.isfinite, ratios)) else math.inf
-    return Fit(full.loss, alone.loss, wrong.loss if wrong else None, loudness)
+    fit = Fit(full.loss.mean, alone.loss.mean, None, loudness, alone_error=full.loss.error_beside(alone.loss))
+    if wrong is None:
+        return fit
+    apart = math.hypot(full.loss.error, wrong.loss.error)
+    return replace(fit, mispaired=wrong.loss.mean, mispaired_error=apart or math.inf)

@@ -29,6 +29,7 @@ from inlaid.quant.bank import Bank, bank_path
 from inlaid.quant.blocks import BlockModel
 from inlaid.quant.gate import GateTask, fits, quantized_losses, regressions, why_unfit
 from inlaid.quant.loop import BlockLoop, Progress
+from inlaid.quant.losses import Loss, recorded
 from inlaid.quant.plan import Plan, Task
 from inlaid.quant.publish import Publisher, check_target, only_job, read_record, recover, remove_partial
 from inlaid.quant.record import Record, stored_path
@@ -171,7 +172,7 @@ class _Job:
         partial, facts = self._candidate()
         with plan.stopwatch.part("checking"):
             after = self._losses(plan.open(partial), [task.checked for task in plan.tasks])
-        why_worse = self._why_worse({name: task["loss_quantized"] for name, task in known.items()}, after)
+        why_worse = self._why_worse({name: recorded(task) for name, task in known.items()}, after)
         if why_worse and not self._gate.keep:
             self._publisher.discard()
             raise GateError(f"{why_worse}; {self._out} is as it was (--force writes all the same)")
@@ -238,20 +239,20 @@ class _Job:
         tasks, asked = self._plan.tasks, [task for task in self._plan.tasks if task.name not in known]
         with self._plan.stopwatch.part("checking"):
             found = self._losses(model, [task.weighed for task in asked]) if asked else {}
-        losses = dict(known) | {task.name: found[task.name] * task.answer_length for task in asked}
+        losses = dict(known) | {task.name: found[task.name].mean * task.answer_length for task in asked}
         return torch.tensor([losses[task.name] for task in tasks], dtype=torch.float64)
 
-    def _losses(self, model: BlockModel, tasks: list[GateTask]) -> dict[str, float]:
+    def _losses(self, model: BlockModel, tasks: list[GateTask]) -> dict[str, Loss]:
         return quantized_losses(model, tasks, self._progress.say, self._shortcuts.check == SHARED)
 
-    def _why_worse(self, before: Mapping[str, float], after: Mapping[str, float]) -> str | None:
+    def _why_worse(self, before: Mapping[str, Loss], after: Mapping[str, Loss]) -> str | None:
         """Return why the new version is refused, if an old task has lost by it."""
         worse = regressions(before, after, self._gate.tolerance)
         if not worse or self._gate.force:
             return None
-        return f"old tasks would become worse by more than {self._gate.tolerance:g}: {'; '.join(worse)}"
+        return f"old tasks would become worse: {'; '.join(worse)}"
 
-    def _record(self, full: Mapping[str, float], after: Mapping[str, float], facts: Facts) -> Record:
+    def _record(self, full: Mapping[str, float], after: Mapping[str, Loss], facts: Facts) -> Record:
         plan, now = self._plan, datetime.now(timezone.utc).isoformat(timespec="seconds")
         tasks = {
             task.name: {
@@ -262,7 +263,9 @@ class _Job:
                 "bank_key": task.key,
                 "tokens": sum(len(sequence.ids) for sequence in task.calibration.fitting),
                 "loss_full": full[task.name],
-                "loss_quantized": after[task.name],
+                "loss_quantized": after[task.name].mean,
+                "nats": [round(nats, 5) for nats in after[task.name].nats],
+                "answer_tokens": list(after[task.name].tokens),
                 "checked": now,
                 **({"weighed_full": self._weighed[task.name]} if task.name in self._weighed else {}),
             }

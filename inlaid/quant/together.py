@@ -6,7 +6,6 @@ task. Sums are added in another order than task by task, so losses may differ in
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from inlaid.adapters.adapter import Adapter
 from inlaid.quant import calibration
 from inlaid.quant.adapter import attached_to_rows
 from inlaid.quant.blocks import BlockModel, Stream
+from inlaid.quant.losses import Loss, answer_losses
 
 MAX_TOKENS = 8192  # of one batch, padding included
 
@@ -39,7 +39,7 @@ class SharedPass:
         self._parts = _parts(sequences)
         batches = [calibration.padded([sequence for _, sequence in part]) for part in self._parts]
         self._streams: list[Stream] = model.start(batches)
-        self.losses = [math.nan] * len(adapters)
+        self.losses: list[Loss] = []
 
     @torch.no_grad()
     def advance(self, block: nn.Module, index: int) -> None:
@@ -50,18 +50,12 @@ class SharedPass:
                 stream.hidden_BSD = self._model.run(block, index, stream)
 
     def finish(self) -> None:
-        """Set each task's loss, in nats a token of its answers; only inside `model.head()`."""
-        total, count = torch.zeros(len(self._adapters), dtype=torch.float64), torch.zeros(len(self._adapters))
+        """Set each task's loss; only inside `model.head()`."""
+        examples: list[list[tuple[float, int]]] = [[] for _ in self._adapters]
         for part, stream in zip(self._parts, self._streams, strict=True):
-            wanted_BS = stream.batch.answer_BS[:, 1:].to(self._model.device)
-            hidden_TD = stream.hidden_BSD[:, :-1][wanted_BS.to(stream.hidden_BSD.device)]
-            targets_T = stream.batch.ids_BS.to(self._model.device)[:, 1:][wanted_BS]
-            losses_T = self._model.losses(hidden_TD, targets_T)
-            task_B = torch.tensor([task for task, _ in part])
-            task_T = task_B[:, None].expand(wanted_BS.shape)[wanted_BS.cpu()]
-            total.index_add_(0, task_T, losses_T.double().cpu())
-            count.index_add_(0, task_T, torch.ones(len(task_T)))
-        self.losses = (total / count.clamp(min=1)).tolist()
+            for (task, _), losses_T in zip(part, answer_losses(self._model, stream), strict=True):
+                examples[task].append((float(losses_T.sum(dtype=torch.float64)), len(losses_T)))
+        self.losses = [Loss(tuple(nats for nats, _ in each), tuple(length for _, length in each)) for each in examples]
         self._streams = []
 
 
@@ -71,7 +65,7 @@ Part = list[tuple[int, calibration.Sequence]]  # task and sequence of each row, 
 def _parts(sequences: Sequence[Sequence[calibration.Sequence]]) -> list[Part]:
     """Divide all tasks' sequences into batches of like length."""
     rows = [(task, sequence) for task, own in enumerate(sequences) for sequence in own]
-    rows.sort(key=lambda row: (len(row[1].ids), row[0]))
+    rows.sort(key=lambda row: (len(row[1].ids), row[0], row[1].ids))
     parts: list[Part] = []
     for row in rows:
         if not parts or len(row[1].ids) * (len(parts[-1]) + 1) > MAX_TOKENS:

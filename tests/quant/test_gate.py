@@ -21,6 +21,7 @@ from inlaid.quant.blocks import BlockModel, Stream
 from inlaid.quant.calibration import Batch, CalibrationSettings, Sequence
 from inlaid.quant.gate import Fit, GateTask, mispaired, regressions, why_unfit
 from inlaid.quant.grid import Grid
+from inlaid.quant.losses import Loss
 from inlaid.quant.quantize import add_task, quantize
 from inlaid.quant.record import Record
 from inlaid.quant.settings import Gate, Settings, TaskSource
@@ -84,12 +85,35 @@ def test_answers_are_exchanged_not_prompts() -> None:
     assert mispaired((Sequence((1, 2), 0), Sequence((3,), 0))) == ()
 
 
+def loss(*nats: float) -> Loss:
+    return Loss(nats, (1,) * len(nats))
+
+
 def test_regressions_are_beyond_the_tolerance_or_not_numbers() -> None:
-    before = {"a": 1.0, "b": 1.0, "c": 1.0}
-    assert regressions(before, {"a": 1.01, "b": 1.5, "c": float("nan"), "new": 9.0}, 0.02) == [
-        "b: 1.0000 -> 1.5000 nats a token",
-        "c: 1.0000 -> nan nats a token",
+    before = {name: loss(1.0) for name in "abc"}
+    after = {"a": loss(1.01), "b": loss(1.5), "c": loss(float("nan")), "new": loss(9.0)}
+    assert regressions(before, after, 0.02) == [
+        "b: 1.0000 -> 1.5000 nats a token (more by at most 0.0200 is allowed)",
+        "c: 1.0000 -> nan nats a token (more by at most 0.0200 is allowed)",
     ]
+
+
+def test_a_tolerance_is_a_share_of_a_large_loss_and_knows_how_certain_the_difference_is() -> None:
+    assert regressions({"a": loss(3.0)}, {"a": loss(3.05)}, 0.02) == []
+    assert len(regressions({"a": loss(3.0)}, {"a": loss(3.07)}, 0.02)) == 1
+    before = loss(1.0, 2.0, 3.0, 4.0)
+    assert len(regressions({"a": before}, {"a": loss(1.2, 2.2, 3.2, 4.2)}, 0.02)) == 1, "worse on each example alike"
+    assert regressions({"a": before}, {"a": loss(2.3, 1.5, 3.5, 3.5)}, 0.02) == [], "as much on average, by chance"
+    assert loss(1.0, 2.0, 3.0).error == pytest.approx(1 / 3**0.5)
+    assert before.error_beside(loss(1.0)) == 0
+
+
+def test_a_task_is_not_refused_by_less_than_its_examples_can_tell() -> None:
+    close = replace(GOOD, full=2.6281, mispaired=2.92, alone=2.7)
+    assert "wrong prompts" in (why_unfit(close, vocabulary=100) or "")
+    assert why_unfit(replace(close, mispaired_error=0.01), vocabulary=100) is None
+    assert "than without" in (why_unfit(replace(close, alone=2.6, mispaired=None), vocabulary=100) or "")
+    assert why_unfit(replace(close, alone=2.6, alone_error=0.01, mispaired=None), vocabulary=100) is None
 
 
 def source(name: str, folder: Path, examples: int = 24) -> TaskSource:
