@@ -53,6 +53,17 @@ def read_adapter(
         raise AdapterError(f"adapter {folder}: {error}") from None
 
 
+def decomposes_the_base(path: str | Path) -> bool:
+    """Return True if reading the adapter decomposes the base's weights, which takes seconds and more. What is wrong
+    with its folder is told by reading it."""
+    try:
+        folder = Path(path)
+        _check_files(folder)
+        return parse_config(_read_config(folder)).residual_init is not None
+    except (AdapterError, OSError):
+        return False
+
+
 def identity_of(path: str | Path) -> str:
     """Return the identity of the adapter in a folder, without a look at what the adapter is."""
     return _hashes(Path(path))[0]

@@ -27,6 +27,10 @@ class Adapters(Protocol):
 
     def read(self, path: str) -> Any: ...
 
+    def is_slow(self, path: str) -> bool:
+        """Return True if reading the adapter takes seconds and more; never raises."""
+        ...
+
     def install(self, name: str, adapter: Any, in_place: bool, seconds: float, pinned: bool | None = None) -> None: ...
 
     def remove(self, name: str) -> int: ...
@@ -62,6 +66,11 @@ class LoraAdapters:
         self._model = model
         self._gated_for = model.base_version  # the base that `read` asks the gate about, until it changes
         self.read, self.read_ungated = read, read_ungated
+
+    def is_slow(self, path: str) -> bool:
+        from inlaid.adapters.peft import decomposes_the_base
+
+        return decomposes_the_base(path)
 
     def install(self, name: str, adapter: Any, in_place: bool, seconds: float, pinned: bool | None = None) -> None:
         self._check_gated(adapter)

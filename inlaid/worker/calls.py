@@ -109,6 +109,7 @@ class Calls:
         self._threads = threads
         self._send = send
         self._loading: dict[_LoadKey, list[messages.Call]] = {}  # who waits for which adapter
+        self._slow: list[str] = []  # names whose adapters are being read slowly, or wait for it
         self._unloading: list[messages.Call] = []  # who waits for the last request on removed weights
         self._switch = None if loaded.bases is None else Switch(loaded.engine, loaded.bases, threads, self._answer)
 
@@ -154,7 +155,7 @@ class Calls:
 
     def _load_adapter(self, call: messages.Call) -> None:
         """Read the files on a thread, then install the adapter on this one. Calls for the same adapter that come
-        meanwhile share the answer."""
+        meanwhile share the answer. An adapter that takes long lets the others pass, but for later ones of its name."""
         started = time.monotonic()
         name, path, in_place = (call.arguments[key] for key in ("name", "path", "in_place"))
         pinned = call.arguments.get("pinned")
@@ -178,7 +179,18 @@ class Calls:
                 del self._loading[key]
             self._answer_all(calls, partial(install, done))
 
-        self._threads.read(read, finish)
+        def finish_slowly(done: Future[Any]) -> None:
+            self._slow.remove(name)
+            finish(done)
+
+        def choose(slow: Future[bool]) -> None:
+            if slow.result() or name in self._slow:
+                self._slow.append(name)
+                self._threads.read_slowly(read, finish_slowly)
+            else:
+                self._threads.read(read, finish)
+
+        self._threads.read(lambda: self._loaded.adapters.is_slow(path), choose)
 
     def _answer_all(self, calls: list[messages.Call], ask: Callable[[], Any]) -> None:
         """Do it once and answer every call with the outcome."""

@@ -16,11 +16,12 @@ Then = Callable[[Future[Any]], None]
 
 
 class Threads:
-    """A thread that reads adapters, two that compile grammars, and one that stages another base. `woken` becomes
-    readable when something is done."""
+    """A thread that reads adapters, one for adapters that take long to read, two that compile grammars, and one that
+    stages another base. `woken` becomes readable when something is done."""
 
     def __init__(self) -> None:
         self._readers = ThreadPoolExecutor(1, "adapter-reader")
+        self._slow_readers = ThreadPoolExecutor(1, "slow-adapter-reader")
         self._compilers = ThreadPoolExecutor(NUM_COMPILERS, "grammar-compiler")
         self._stager = ThreadPoolExecutor(1, "base-stager")
         self._done: deque[Callable[[], None]] = deque()
@@ -30,6 +31,10 @@ class Threads:
     def read(self, work: Work, then: Then) -> None:
         """Read an adapter, then do something with it on the loop's thread."""
         self._submit(self._readers, work, then)
+
+    def read_slowly(self, work: Work, then: Then) -> None:
+        """Read an adapter that takes long, and let others pass."""
+        self._submit(self._slow_readers, work, then)
 
     def compile(self, work: Work, then: Then) -> None:
         """Compile a grammar, then do something with it on the loop's thread."""

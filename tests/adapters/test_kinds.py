@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from inlaid.adapters.adapter import AdapterError
 from inlaid.adapters.base import BaseLinears
-from inlaid.adapters.peft import read_adapter
+from inlaid.adapters.peft import decomposes_the_base, read_adapter
 from inlaid.checkpoint import Checkpoint, dequantize
 from inlaid.config import AdapterConfig, EngineConfig
 from inlaid.engine.request import SamplingParams
@@ -97,6 +97,11 @@ def test_each_kind_is_what_peft_computes(kind: str, base: Path, folders: dict[st
         for token, value in answer.logprobs[0].top:
             assert value == pytest.approx(float(first[token]), abs=1e-4)
     assert llm.generate([PROMPTS[0]], params)[0].tokens == plain.tokens, "rows without the adapter stay as they are"
+
+
+def test_those_that_decompose_the_base_are_known_before_they_are_read(folders: dict[str, Path], tmp_path: Path) -> None:
+    assert [kind for kind, folder in folders.items() if decomposes_the_base(folder)] == ["pissa", "olora"]
+    assert not decomposes_the_base(tmp_path / "none")
 
 
 def test_kinds_share_a_batch(llm: LLM) -> None:

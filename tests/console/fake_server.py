@@ -107,6 +107,9 @@ class _Adapters:
     def read(self, path: str) -> str:
         return path
 
+    def is_slow(self, path: str) -> bool:
+        return False
+
     def install(self, name: str, adapter: Any, in_place: bool, seconds: float, pinned: bool | None = None) -> None:
         self._counts.setdefault(name, [0, 0, 0, 0])
 

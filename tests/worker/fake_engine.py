@@ -48,7 +48,8 @@ class _Runner(FakeRunner):
 
 
 class _Adapters:
-    """Folders are only looked for; installing makes the name known to the scheduler."""
+    """Folders are only looked for; installing makes the name known to the scheduler. Reading one takes as long as a
+    file `slow` lies in it."""
 
     def __init__(self, directory: FakeAdapters) -> None:
         self._directory = directory
@@ -59,7 +60,12 @@ class _Adapters:
             raise ValueError(f"adapter {path}: no such folder")
         if (refusal := Path(path) / "refusal.json").exists():
             raise ValueError(json.loads(refusal.read_text()))
+        while (Path(path) / "slow").exists():
+            time.sleep(0.01)
         return path
+
+    def is_slow(self, path: str) -> bool:
+        return (Path(path) / "slow").exists()
 
     def install(self, name: str, adapter: Any, in_place: bool, seconds: float, pinned: bool | None = None) -> None:
         if name in self._paths and not in_place:

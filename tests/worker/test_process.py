@@ -104,6 +104,34 @@ def test_the_same_load_asked_for_twice_is_done_once(tmp_path: Path) -> None:
     assert child.process.wait(30) == 0
 
 
+def test_a_load_that_takes_long_lets_others_pass_but_those_of_its_name(tmp_path: Path) -> None:
+    child = Child(start())
+    assert isinstance(child.receive()[0], messages.Ready)
+    for name in ("long", "short"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "long" / "slow").touch()
+    loads = ((1, "a", "long", False), (2, "b", "short", False), (3, "a", "short", True))
+    child.send(
+        *(
+            messages.Call(
+                call=call, name="load_adapter",
+                arguments={"name": name, "path": str(tmp_path / folder), "in_place": in_place},
+            )
+            for call, name, folder, in_place in loads
+        )
+    )  # fmt: skip
+    [first] = child.receive()
+    assert isinstance(first, messages.Reply)
+    assert first.call == 2
+    (tmp_path / "long" / "slow").unlink()
+    later: list[messages.Message] = []
+    while len(later) < 2:
+        later += child.receive()
+    assert [getattr(reply, "call", None) for reply in later] == [1, 3]
+    child.socket.close()
+    assert child.process.wait(30) == 0
+
+
 SERVER = """
 import asyncio
 from inlaid.config import EngineConfig
