@@ -18,6 +18,7 @@ from typing import Any
 
 from data.families import Drawn
 from data.tasks import SPLITS, DemoTask
+from eval import task
 from inlaid.files import write_atomically
 from inlaid.flags import Parser
 
@@ -264,34 +265,33 @@ def write_sql(rng: random.Random) -> Drawn:
     return f"Table stock(item, city, count, price). Write SQL: {question}.", query, {}
 
 
-REAL_TASKS = tuple(
-    DemoTask(draw.__name__, draw.__name__, metric, max_tokens, description, draw)
-    for draw, metric, max_tokens, description in (
-        (extract_order, "json_equal", 64, "an order in a sentence, as JSON"),
-        (table_lookup, "exact_match", 8, "a cell, or the row of the largest value, of a table"),
-        (table_sum, "exact_match", 48, "the rows of one city in a table, added up"),
-        (word_problem, "exact_match", 64, "a story in two or three steps of arithmetic, each written out"),
-        (code_repair, "exact_match", 96, "a function with one mistake, without it"),
-        (classify_ticket, "exact_match", 6, "one of six labels for a customer's message"),
-        (rewrite_formal, "exact_match", 64, "a casual sentence, formally"),
-        (tool_call, "json_equal", 64, "the call of one of six tools, as JSON"),
-        (summarize_log, "exact_match", 64, "who acted in a log, and how often"),
-        (csv_to_json, "json_equal", 128, "lines of a CSV file as JSON"),
-        (date_convert, "exact_match", 32, "a written date in ISO form, and some days later"),
-        (write_sql, "exact_match", 64, "a question about one table, as SQL"),
+_DRAWS = (
+    extract_order, table_lookup, table_sum, word_problem, code_repair, classify_ticket, rewrite_formal, tool_call,
+    summarize_log, csv_to_json, date_convert, write_sql,
+)  # fmt: skip
+
+
+def _tasks() -> tuple[DemoTask, ...]:
+    """Return the tasks as `eval/tasks/`, the one list, has them, each with how it is drawn."""
+    listed = [(task.load(draw.__name__), draw) for draw in _DRAWS]
+    return tuple(
+        DemoTask(one.name, one.family, one.metric.primary, one.decoding.max_tokens, one.description, draw)
+        for one, draw in listed
     )
-)
+
+
+REAL_TASKS = _tasks()
 
 
 def write(out: Path) -> None:
     """Write every task's splits below a folder."""
-    for task in REAL_TASKS:
-        (out / task.name).mkdir(parents=True, exist_ok=True)
+    for one in REAL_TASKS:
+        (out / one.name).mkdir(parents=True, exist_ok=True)
         for split, size in SIZES:
             assert split in SPLITS
-            drawn = itertools.islice(task.examples(split, "0"), size)
-            lines = (_json({"id": f"{task.name}-{split}-{at}", **example}) for at, example in enumerate(drawn))
-            write_atomically(out / task.name / f"{split}.jsonl", ("\n".join(lines) + "\n").encode())
+            drawn = itertools.islice(one.examples(split, "0"), size)
+            lines = (_json({"id": f"{one.name}-{split}-{at}", **example}) for at, example in enumerate(drawn))
+            write_atomically(out / one.name / f"{split}.jsonl", ("\n".join(lines) + "\n").encode())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -300,7 +300,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the tasks, one folder each")
     out = parser.parse_args(argv).out
     write(out)
-    print(f"{out}: {', '.join(task.name for task in REAL_TASKS)} ({LICENCE})")
+    print(f"{out}: {', '.join(one.name for one in REAL_TASKS)} ({LICENCE})")
     return 0
 
 

@@ -18,7 +18,7 @@ from eval.task import Example, Task
 from inlaid.adapters.peft import identity_of
 from inlaid.progress import Bar
 
-CHUNK = 256  # questions asked at once, and lost at most by a kill
+CHUNK = 1024  # questions asked at once, and lost at most by a kill
 
 
 @dataclass(frozen=True)

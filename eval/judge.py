@@ -18,7 +18,7 @@ def records(cells: Sequence[Cell], examples: Mapping[str, Sequence[Example]]) ->
     reference = {(c.task.name, c.adapter): c for c in cells if c.base.variant == REFERENCE}
     judged = [cell for cell in cells if not _is_comparison(cell, cells)]
     found = [_record(cell, reference, examples[cell.task.name]) for cell in judged]
-    _correct_p_values(found)
+    correct_p_values(found)
     return found
 
 
@@ -101,7 +101,7 @@ def _faults(cell: Cell, alone: Cell | None, asked: Sequence[Example]) -> list[st
     return found
 
 
-def _correct_p_values(found: Sequence[dict[str, Any]]) -> None:
+def correct_p_values(found: Sequence[dict[str, Any]]) -> None:
     """Add Holm's correction over the tasks of each base: `p` is of one look, `p_holm` of having looked at them all."""
     groups: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
     for record in found:

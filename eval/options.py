@@ -6,6 +6,9 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
+
+import torch
 
 from eval import metrics, own, task
 from eval.answer import Decoding
@@ -15,13 +18,15 @@ from eval.task import ROOT, TaskError
 from eval.variants import DEFAULT, GENERIC, Source, VariantError, Variants
 from inlaid.checkpoint import BITS
 from inlaid.flags import Parser
+from inlaid.model.spec import read_spec
 from inlaid.quant.calibration import CalibrationSettings
-from inlaid.quant.grid import Grid
+from inlaid.quant.grid import Grid, choose_group_size
 
-BACKENDS = ("engine", "server", "oracle")
+BACKENDS = ("engine", "blocks", "server", "oracle")
+BASES = MappingProxyType({"demo": ROOT / "models/demo/base", "smollm2": ROOT / "models/cache/smollm2"})
 _TASKS_HELP = (
     "names or .toml files, comma-separated; :ADAPTER where the adapter has another name than the task (:none for the "
-    "base alone); `demo` is every task whose data and adapter come with the repository (the default without --task)"
+    "base alone); `demo` and `smollm2` are the twelve tasks of these bases (the default without --task)"
 )
 _OWN_HELP = (
     "a task of your own: lines with prompt and answer, judged by a metric or by a Python function MODULE.NAME; an "
@@ -44,7 +49,7 @@ def parser(description: str | None) -> Parser:
     """Return the parser of the command line."""
     made = Parser(prog="python -m eval.run", description=description)
     add = made.add_argument
-    add("--base", type=Path, default=ROOT / "models/demo/base", help="the full-precision base (default: the demo's)")
+    add("--base", default="demo", help="the full-precision base: a folder, or demo or smollm2 (default: %(default)s)")
     add("--adapter", action="append", default=[], metavar="NAME=PATH", help="an adapter; default: what the tasks name")
     add("--tasks", metavar="NAME[:ADAPTER],...", help=_TASKS_HELP)
     add("--task", action="append", default=[], metavar="NAME=FILE.jsonl:METRIC", help=_OWN_HELP)
@@ -52,6 +57,7 @@ def parser(description: str | None) -> Parser:
     add("--backend", choices=BACKENDS, default="engine", help="who answers (default: %(default)s)")
     add("--compare", choices=("oracle", "engine"), help="ask this backend too and report where the two differ")
     add("--url", help="of the server, for --backend server")
+    add("--device", default="auto", help="where to quantize, and to answer with --backend blocks: auto, cpu or cuda")
     add("--workers", type=int, default=1, help="processes that answer while this one quantizes; 0: one after the other")
     add("--no-draft", dest="draft", action="store_false", help="decode every token even where the reference is right")
     add("--forward-only", action="store_true", help="judge by one forward pass: right is what repeats the reference")
@@ -68,7 +74,7 @@ def _add_variants(group: argparse._ArgumentGroup) -> None:
     add, switch = group.add_argument, argparse.BooleanOptionalAction
     add("--variants", default=",".join(DEFAULT), help="`all`, or names; NAME=PATH is a folder as it is (%(default)s)")
     add("--bits", default="4,3,2", help="widths (default: %(default)s)")
-    add("--group-size", default="128", help="inputs that share a scale: one number, or one for each of --bits")
+    add("--group-size", help="inputs that share a scale: a number, or one for each of --bits (quantizer's default)")
     add("--seeds", default="0", help="seeds that draw calibration data, comma-separated (default: %(default)s)")
     add("--generic", type=Path, default=GENERIC, help="JSON lines that belong to no task, for the variant gptq")
     add("--calibration-tokens", type=int, help="most tokens of each task that quantizing reads (quantizer's default)")
@@ -87,21 +93,36 @@ def _count(text: str) -> int:
 
 def plan(arguments: argparse.Namespace) -> Plan:
     """Return what the arguments ask for; everything that can be refused is refused here."""
+    _resolve(arguments)
     asked, adapter_of = _tasks(arguments)
     adapters = _adapters(arguments, asked, set(adapter_of.values()))
     bases = _bases(arguments, asked, adapters, adapter_of)
     if arguments.forward_only and not arguments.draft:
         raise TaskError("--forward-only decodes nothing: leave --no-draft out")
+    if arguments.backend == "blocks" and not arguments.forward_only:
+        raise TaskError("--backend blocks decodes nothing: give --forward-only")
     decoding: Decoding = "forward" if arguments.forward_only else "draft" if arguments.draft else "plain"
     return Plan(asked, adapters, adapter_of, bases, decoding)
+
+
+def _resolve(arguments: argparse.Namespace) -> None:
+    """Put a folder in the place of a base's name, its tasks where none are named, and a device in that of auto."""
+    name, arguments.base = arguments.base, BASES.get(arguments.base, Path(arguments.base))
+    if not (arguments.base / "config.json").exists():
+        fetch = "; fetch it: bash models/download.sh smollm2" if name == "smollm2" else ""
+        raise VariantError(f"--base {name}: {arguments.base} holds no model{fetch}")
+    if arguments.tasks is None and not arguments.task:
+        arguments.tasks = name if name in BASES else "demo"
+    if arguments.device == "auto":
+        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _tasks(arguments: argparse.Namespace) -> tuple[list[Asked], dict[str, str | None]]:
     """Return the tasks with their examples, and which adapter answers which."""
     given = [name.partition("=")[0] for name in arguments.adapter]
     asked, adapter_of = [], {}
-    named = arguments.tasks or ("" if arguments.task else "demo")
-    for text in _demo_tasks() if named == "demo" else filter(None, named.split(",")):
+    named = arguments.tasks or ""
+    for text in _tasks_of(named) if named in BASES else filter(None, named.split(",")):
         name, _, adapter = text.partition(":")
         one = Asked.load(name, arguments.examples or None)
         chosen = adapter or one.task.name
@@ -123,9 +144,10 @@ def _tasks(arguments: argparse.Namespace) -> tuple[list[Asked], dict[str, str | 
     return asked, adapter_of
 
 
-def _demo_tasks() -> list[str]:
+def _tasks_of(base: str) -> list[str]:
+    """List the tasks of a base that comes with the repository."""
     loaded = [task.load(name) for name in task.names()]
-    return [one.name for one in loaded if one.data.file and one.adapter]
+    return [one.name for one in loaded if one.data.file and one.adapter and one.base == base]
 
 
 def _adapters(arguments: argparse.Namespace, asked: Sequence[Asked], used: set[str | None]) -> dict[str, Path]:
@@ -162,7 +184,8 @@ def _bases(
     if arguments.calibration_tokens:
         calibration = replace(calibration, max_tokens=arguments.calibration_tokens)
     folder = arguments.cache / "bases"
-    variants = Variants(arguments.base, sources, _grids(arguments), folder, arguments.generic, calibration)
+    grids = _grids(arguments)
+    variants = Variants(arguments.base, sources, grids, folder, arguments.generic, calibration, arguments.device)
     if arguments.backend == "server":
         if not arguments.url:
             raise BackendError("--backend server needs --url")
@@ -175,11 +198,10 @@ def _grids(arguments: argparse.Namespace) -> dict[int, Grid]:
     widths = _numbers("--bits", arguments.bits)
     if unknown := [bits for bits in widths if bits not in BITS]:
         raise VariantError(f"{unknown[0]} bits: only {', '.join(map(str, BITS))} are supported")
-    sizes = _numbers("--group-size", arguments.group_size)
+    size = arguments.group_size or str(choose_group_size(read_spec(arguments.base), print))
+    sizes = _numbers("--group-size", size)
     if len(sizes) not in (1, len(widths)):
-        raise VariantError(
-            f"--group-size {arguments.group_size}: give one number, or {len(widths)}, one for each width"
-        )
+        raise VariantError(f"--group-size {size}: give one number, or {len(widths)}, one for each width")
     chosen = {name: getattr(arguments, name) for name in ("symmetric", "act_order", "clip", "refine")}
     changes = {name: value for name, value in chosen.items() if value is not None}
     sizes = sizes * len(widths) if len(sizes) == 1 else sizes

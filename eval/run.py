@@ -107,12 +107,17 @@ def evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         others = _run(other, planned.bases, arguments, arguments.compare)
         rows = judge.differences(cells, others, examples)
         made["differences"] = [{"other": arguments.compare, **row} for row in rows]
-    report.write_json(arguments.out.with_name(arguments.out.name + ".json"), made)
-    shown = seeds.merged(found)
-    drawn = figures.draw(arguments.out, shown, judge.summary(shown)) if arguments.figures else []
-    report.write_markdown(arguments.out.with_name(arguments.out.name + ".md"), made, drawn)
-    page.write_page(arguments.out.with_name(arguments.out.name + ".html"), made)
+    write(arguments.out, made, arguments.figures)
     return made
+
+
+def write(out: Path, made: dict[str, Any], with_figures: bool) -> None:
+    """Write a report as JSON, Markdown and a page, with its figures."""
+    report.write_json(out.with_name(out.name + ".json"), made)
+    shown = seeds.merged(made["records"])
+    drawn = figures.draw(out, shown, judge.summary(shown)) if with_figures else []
+    report.write_markdown(out.with_name(out.name + ".md"), made, drawn)
+    page.write_page(out.with_name(out.name + ".html"), made)
 
 
 def _place(path: Path) -> str:
@@ -146,7 +151,7 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
     torch.set_num_threads(threads)
     forked = multiprocessing.get_context("forkserver")
     forked.set_forkserver_preload(
-        ["eval.engine", "eval.seeds", "eval.variants"]
+        ["eval.engine", "eval.blocks", "eval.seeds", "eval.variants"]
     )  # imports take seconds: once, not in each worker
     with ProcessPoolExecutor(workers, mp_context=forked, initializer=_start_worker, initargs=(threads,)) as pool:
         try:
@@ -172,13 +177,13 @@ def _start(pool: ProcessPoolExecutor | None, grid: Grid, base: Base, alone: bool
 
 
 def _grid(arguments: argparse.Namespace, backend: str, planned: Plan) -> Grid:
-    opened, setting = _backend(backend, arguments.url)
+    opened, setting = _backend(backend, arguments.url, arguments.device)
     cache = Cache(arguments.cache / "answers")
     key = backend, setting
     return Grid(planned.asked, planned.adapters, planned.adapter_of, opened, key, cache, planned.decoding)
 
 
-def _backend(name: str, url: str | None) -> tuple[OpenBackend, str]:
+def _backend(name: str, url: str | None, device: str) -> tuple[OpenBackend, str]:
     """Return how to open a backend (picklable, for the workers), and what of it decides its numbers."""
     if name == "oracle":
         from eval import oracle
@@ -189,6 +194,10 @@ def _backend(name: str, url: str | None) -> tuple[OpenBackend, str]:
 
         assert url is not None
         return functools.partial(server.ServerBackend, url), server.setting(url)
+    if name == "blocks":
+        from eval import blocks
+
+        return functools.partial(blocks.BlocksBackend, device), blocks.setting(device)
     from eval import engine
 
     return engine.EngineBackend, engine.setting()

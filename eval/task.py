@@ -40,6 +40,7 @@ from eval import hub
 
 ROOT = Path(__file__).parents[1]
 FOLDER = Path(__file__).parent / "tasks"
+DRAWN = ROOT / "data/cache/real"  # what `data.real_tasks` draws from its seed
 
 
 class TaskError(ValueError):
@@ -92,6 +93,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     description: str = ""
     licence: str
     adapter: str | None = None  # folder of the adapter that answers it, from the repository's root
+    base: str = "demo"  # the base that the adapter is for: demo or smollm2
     calibration: str | None = None  # file that quantizing reads for this task
     expected: float | None = None  # the primary score that the adapter is known to reach in full precision
     data: Data
@@ -181,7 +183,9 @@ def _rows(task: Task, limit: int | None) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines[:limit] if line.strip()]
     except FileNotFoundError as error:
-        raise TaskError(f"task {task.name}: {path} does not exist") from error
+        drawn = path.is_relative_to(DRAWN)
+        hint = f"; draw it: python -m data.real_tasks --out {DRAWN.relative_to(ROOT)}" if drawn else ""
+        raise TaskError(f"task {task.name}: {path} does not exist{hint}") from error
     except ValueError as error:
         raise TaskError(f"task {task.name}: {path} is not JSON lines: {error}") from error
 

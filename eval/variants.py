@@ -31,7 +31,7 @@ from inlaid.quant.aggregate import AGGREGATIONS
 from inlaid.quant.calibration import CalibrationSettings
 from inlaid.quant.grid import Grid
 from inlaid.quant.quantize import quantize
-from inlaid.quant.settings import Gate, Settings, TaskSource
+from inlaid.quant.settings import Gate, Place, Settings, TaskSource
 
 FULL, MIXED, BOUND = "fp16", "gptq-mixed", "per-task"
 DEFAULT = (FULL, "rtn", "gptq", MIXED, "awq", "mlgptq-max", "mlgptq-mean", "mlgptq-minimax-loss")
@@ -64,8 +64,10 @@ class Variants:
         folder: Path,
         generic: Path = GENERIC,
         calibration: CalibrationSettings | None = None,
+        device: str = "cpu",
     ) -> None:
         self.base, self.sources, self.grids, self.folder, self.generic = base, sources, grids, folder, generic
+        self.device = device
         self.calibration = calibration or CalibrationSettings()
         self.checkpoint = Checkpoint(base)
         self._mixed: tuple[int, list[SiteHessian]] | None = None
@@ -114,7 +116,7 @@ class Variants:
 
     def _key(self, name: str, bits: int, seed: int, task: str | None) -> str:
         """Return the hash of everything that the folder's content depends on."""
-        facts: list[Any] = [name, asdict(self.grids[bits]), asdict(self._calibration(name, seed))]
+        facts: list[Any] = [name, asdict(self.grids[bits]), asdict(self._calibration(name, seed)), self.device]
         facts.append(provenance.base_identity(self.base))
         facts.append(provenance.code_identity("quant", "checkpoint.py"))
         if name == "gptq":
@@ -148,7 +150,7 @@ class Variants:
         settings = Settings(grid=grid, aggregation=self._aggregation(name), calibration=calibration)
         # Made under one name for all that share Hessians, since the bank lies beside it, then put in its place. The
         # quantizer's own gate is left open: judging is what this harness is for.
-        quantize(self.base, self._task_sources(name, task), settings, work, gate=Gate(force=True))
+        quantize(self.base, self._task_sources(name, task), settings, work, Place(self.device), Gate(force=True))
         work.rename(out)
 
     def _aggregation(self, name: str) -> str:

@@ -14,27 +14,39 @@ import pytest
 from data import real_tasks
 from data.real_tasks import REAL_TASKS
 from data.tasks import DemoTask
+from eval import task
 from inlaid.quant.examples import read_examples
 
 COUNT = 24
 
 
-def drawn(task: DemoTask, split: str) -> list[dict[str, Any]]:
-    return list(itertools.islice(task.examples(split, "0"), COUNT))
+def drawn(one: DemoTask, split: str) -> list[dict[str, Any]]:
+    return list(itertools.islice(one.examples(split, "0"), COUNT))
 
 
-@pytest.mark.parametrize("task", REAL_TASKS, ids=lambda task: task.name)
-def test_examples_are_reproducible_and_no_prompt_is_in_two_splits(task: DemoTask) -> None:
-    first = {split: drawn(task, split) for split in ("train", "eval")}
-    assert first["eval"] == drawn(task, "eval")
+def test_they_are_the_tasks_that_evaluating_has_for_the_base() -> None:
+    listed = [one for name in task.names() if (one := task.load(name)).base == "smollm2"]
+    assert sorted(one.name for one in listed) == sorted(one.name for one in REAL_TASKS)
+    for one in listed:
+        assert (one.data.file, one.calibration, one.adapter) == (
+            f"data/cache/real/{one.name}/eval.jsonl",
+            f"data/cache/real/{one.name}/calibration.jsonl",
+            f"models/smollm2/adapters/{one.name}",
+        )
+
+
+@pytest.mark.parametrize("one", REAL_TASKS, ids=lambda one: one.name)
+def test_examples_are_reproducible_and_no_prompt_is_in_two_splits(one: DemoTask) -> None:
+    first = {split: drawn(one, split) for split in ("train", "eval")}
+    assert first["eval"] == drawn(one, "eval")
     assert len({example["prompt"] for examples in first.values() for example in examples}) == 2 * COUNT
     assert all(example["completion"] for examples in first.values() for example in examples)
-    if task.metric == "json_equal":
+    if one.metric == "json_equal":
         assert all(json.loads(example["completion"]) for example in first["train"])
 
 
 def examples(name: str) -> list[dict[str, Any]]:
-    return drawn(next(task for task in REAL_TASKS if task.name == name), "train")
+    return drawn(next(one for one in REAL_TASKS if one.name == name), "train")
 
 
 @pytest.mark.parametrize("name", ["table_sum", "word_problem"])

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from eval import answer, task
 from eval.answer import Question
 from eval.backend import Ask, BackendError
+from eval.blocks import BlocksBackend
 from eval.engine import EngineBackend
 from eval.metrics import Answer
 from eval.oracle import OracleBackend
@@ -84,6 +85,23 @@ def test_engine_and_oracle_agree_with_and_without_the_draft(
     assert alone != adapted
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+def test_blocks_grade_as_the_oracle_does_and_decode_nothing(
+    quantized: bool, rounded: Path, pairs: list[tuple[Question, str | None]], tokenizer: Any
+) -> None:
+    base = rounded if quantized else BASE
+    blocks, oracle = BlocksBackend("cpu", base, ADAPTERS), OracleBackend(base, ADAPTERS)
+    asks, targets = [question.ask(adapter) for question, adapter in pairs], [question.target for question, _ in pairs]
+    for found, wanted in zip(blocks.grade(asks, targets), oracle.grade(asks, targets), strict=True):
+        assert found.greedy == wanted.greedy
+        assert found.logprobs == pytest.approx(wanted.logprobs, abs=1e-3)
+    answers = answer.answer(blocks, pairs, tokenizer, "forward")
+    assert texts(answers) == texts(answer.answer(oracle, pairs, tokenizer, "forward"))
+    assert blocks.generate([]) == []
+    with pytest.raises(BackendError, match="decodes nothing: give --forward-only"):
+        blocks.generate(asks)
+
+
 def test_choices_are_weighed_alike(tmp_path: Path, tokenizer: Any) -> None:
     import json
 
@@ -103,7 +121,11 @@ def test_an_adapter_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     broken.mkdir()
     (broken / "adapter_config.json").write_text((ADAPTERS["code"] / "adapter_config.json").read_text())
     (broken / "adapter_model.safetensors").write_bytes(b"no")
-    for backend in (EngineBackend(BASE, {"broken": broken}), OracleBackend(BASE, {"broken": broken})):
+    for backend in (
+        EngineBackend(BASE, {"broken": broken}),
+        BlocksBackend("cpu", BASE, {"broken": broken}),
+        OracleBackend(BASE, {"broken": broken}),
+    ):
         assert list(backend.refused) == ["broken"]
         assert backend.refused["broken"]
     with pytest.raises(BackendError, match="broken is not loaded"):
