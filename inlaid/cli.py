@@ -278,12 +278,18 @@ def announce(service: Any, address: str) -> None:
         path, body = "/v1/completions", json.dumps({"model": asked, "prompt": "Hello", "max_tokens": 32})
     lines = [
         f"Serving {service.names.base} ({model.device}, {model.dtype}, up to {model.max_model_len} tokens, "
-        f"{model.num_blocks} KV blocks of {model.block_size})",
+        f"{model.num_blocks} KV blocks of {model.block_size}{_kv_form(model)})",
         f"  adapters: {_listed(names)}",
         f"  at:       {address}/v1  (metrics: {address}/metrics, API: {address}/openapi.json)",
         f"  ask it:   curl {address}{path} -H 'Content-Type: application/json' -d '{body}'",
     ]
     print("\n".join(lines), flush=True)
+
+
+def _kv_form(model: Any) -> str:
+    """Name the form of keys and values and its bytes, where it is not the usual one."""
+    form = model.kv_cache_dtype
+    return "" if form == "auto" else f" in {form}, {model.kv_token_bytes / 1024:.1f} KiB a token"
 
 
 def _listed(names: Sequence[str]) -> str:

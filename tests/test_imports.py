@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 HOUSES = ("inlaid", "eval", "perf", "data", "models")
 
 # A part (a folder or file right below inlaid/) may import the parts listed here, itself and the ground.
-GROUND = {"config", "checkpoint", "files", "flags", "progress", "tensorfiles"}
+GROUND = {"config", "checkpoint", "files", "flags", "kv_format", "progress", "tensorfiles"}
 DEVICE = {"runner", "adapters", "model", "layers", "kernels"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"engine", "llm", "program"},
@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": set(),
     "files": set(),
     "flags": set(),
+    "kv_format": set(),
     "progress": set(),
     "tensorfiles": set(),
     "convert": set(),

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import msgspec
 
+from inlaid.kv_format import AUTO
+
 
 class GateError(ValueError):
     """The accuracy gate refuses an adapter or a task; the message says which number failed and what would fix it."""
@@ -28,6 +30,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     score: float
     reference: float | None = None  # the score of the same adapter on the full-precision base
     drop: float | None = None  # None: there was no full-precision score to compare with
+    kv_cache_dtype: str = AUTO.name  # the form of keys and values, see kv_format.py
     faults: tuple[str, ...] = ()  # what the harness found wrong besides the drop, e.g. an adapter that does nothing
 
 
@@ -37,11 +40,20 @@ class _Report(msgspec.Struct, frozen=True):
     records: tuple[Record, ...]
 
 
-def check(record_file: str | Path, base_version: str, adapter_identity: str, max_drop: float) -> None:
-    """Raise GateError unless every record of this adapter on this base passes, and there is at least one."""
+def check(
+    record_file: str | Path, base_version: str, adapter_identity: str, max_drop: float, kv: str = AUTO.name
+) -> None:
+    """Raise GateError unless every record of this adapter on this base, with keys and values in the form `kv`, passes,
+    and there is at least one."""
     if not max_drop >= 0:
         raise GateError(f"max drop {max_drop}: give a number of points, 0 or more")
-    records = read(record_file)
+    every = read(record_file)
+    records = tuple(record for record in every if record.kv_cache_dtype == kv)
+    if every and not records:
+        raise GateError(
+            f"{record_file} has no record with {kv} keys and values (--kv-cache-dtype); run `python -m eval.run` with "
+            + ("variants" if kv == AUTO.name else f"variants that end with +kv-{kv}")
+        )
     ours = [r for r in records if (r.base_version, r.adapter_identity) == (base_version, adapter_identity)]
     if not ours:
         raise GateError(_why_no_record(record_file, records, base_version, adapter_identity))

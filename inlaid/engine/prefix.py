@@ -5,6 +5,7 @@ from __future__ import annotations
 from inlaid.config import CacheConfig
 from inlaid.engine.kv_cache import BlockPool, extend_keys, root_key
 from inlaid.engine.progress import Progress
+from inlaid.kv_format import AUTO, kv_format
 
 
 class PrefixCache:
@@ -37,8 +38,13 @@ class PrefixCache:
         request = progress.request
         if not progress.root:
             tenant = request.tenant if self._config.isolate_tenants else ""
-            progress.root = root_key(self.base_version, request.adapter, tenant, request.cache_salt)
+            progress.root = root_key(self._base(), request.adapter, tenant, request.cache_salt)
         extend_keys(progress.block_keys, progress.root, request.tokens, self._pool.block_size)
+
+    def _base(self) -> str:
+        """Return the base version, and the form of keys and values where it is not the usual one."""
+        name = kv_format(self._config.kv_cache_dtype).name
+        return self.base_version if name == AUTO.name else f"{self.base_version} with {name} keys and values"
 
     def withdraw(self, progress: Progress) -> None:
         """Take back what a running request has published, and what it shares: no other request shall use it."""

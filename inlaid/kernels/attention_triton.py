@@ -9,6 +9,8 @@ merges in a fixed order: the same bits every time.
 Arguments that the kernels share:
   q, q_row           queries [rows, H, C], rows `q_row` elements apart
   k_cache, v_cache   [blocks, PAGE, G, C]; a token is `cache_row` elements after the one before it in its page
+  scales, scale_row  with CODED, where k_cache and v_cache hold codes of 8 bits: int32 [blocks, G, PAGE], blocks
+                     `scale_row` apart, of two float16 each, as `scales_of` reads them; unread without CODED
   tables, table_row  int32 [S, blocks]: the pages of each sequence, rows `table_row` elements apart
   lengths            int32 [S]: cached tokens of each sequence; a sequence of padding has 0
   out, out_row       [rows, H, C], rows `out_row` elements apart
@@ -22,6 +24,8 @@ Shapes: S sequences, T tokens, H query heads, G key/value heads, C head width; c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +35,7 @@ import triton.language as tl
 from inlaid.kernels.backend import LayerCache, Workspace
 from inlaid.kernels.early import early
 from inlaid.kernels.fused_triton import gather_tables
+from inlaid.kernels.kv_codes_triton import scales_of, words
 from inlaid.kernels.verify_triton import verify
 
 if TYPE_CHECKING:
@@ -38,8 +43,12 @@ if TYPE_CHECKING:
 
 TARGET_PROGRAMS = 500  # enough to fill a large chip; more splits cost more than they bring (measured on an H100)
 MAX_SPLITS = 16
-ONE_TILE = (32, 4, 3)  # tokens, warps, stages of a decode with as many key/value heads as query heads
-GROUP_TILE = (64, 4, 3)  # and with fewer
+TILES: Mapping[tuple[bool, bool], tuple[int, int, int]] = MappingProxyType({  # tokens, warps, stages of a decode
+    (False, False): (32, 4, 3),  # with as many key/value heads as query heads
+    (True, False): (64, 4, 3),  # with fewer
+    (False, True): (32, 4, 3),  # the same two with codes of 8 bits
+    (True, True): (64, 4, 3),
+})  # fmt: skip
 QUERY_TILE = 64  # queries of a prefill's program
 
 
@@ -54,9 +63,10 @@ def _span(length, window, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _decode_one_kernel(
-    q, q_row, k_cache, v_cache, cache_row, tables, table_row, lengths, out, out_row, partial, stats, scale, window,
+    q, q_row, k_cache, v_cache, cache_row, scales, scale_row, tables, table_row, lengths, out, out_row,
+    partial, stats, scale, window,
     H: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+    SPLITS: tl.constexpr, STAGES: tl.constexpr, CODED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """out[s, h] = softmax(q[s, h] k[h]^T) v[h] over the sequence's tokens, where H = G. Grid: (H, S, SPLITS).
 
@@ -98,12 +108,17 @@ def _decode_one_kernel(
             k_BC = tl.load(k_cache + at[:, None] + c[None, :], mask=mask, other=0.0)
             v_BC = tl.load(v_cache + at[:, None] + c[None, :], mask=mask, other=0.0)
             score = tl.sum(k_BC.to(tl.float32) * q_C[None, :], axis=1)
+            if CODED:
+                k_scale, v_scale = scales_of(scales + page.to(tl.int64) * scale_row + head * PAGE, t % PAGE, inside)
+                score = score * k_scale
             seen = inside & ((window <= 0) | (t >= length - window))
             score = tl.where(seen, score, -1e30)
             m_new = tl.maximum(m, score)
             keep = tl.exp2(m - m_new)
             p = tl.where(seen, tl.exp2(score - m_new), 0.0)
             total = total * keep + p
+            if CODED:
+                p = p * v_scale
             acc = acc * keep[:, None] + p[:, None] * v_BC.to(tl.float32)
             m = m_new
             if STAGES == 1:
@@ -124,9 +139,10 @@ def _decode_one_kernel(
 
 @triton.jit
 def _decode_group_kernel(
-    q, q_row, k_cache, v_cache, cache_row, tables, table_row, lengths, out, out_row, partial, stats, scale, window,
+    q, q_row, k_cache, v_cache, cache_row, scales, scale_row, tables, table_row, lengths, out, out_row,
+    partial, stats, scale, window,
     H: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, EARLY: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, CODED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """out[s, h] = softmax(q[s, h] k[g]^T) v[g] for the GROUP query heads h of each key/value head g, on the matrix
     units. Grid: (G, S, SPLITS).
@@ -163,7 +179,12 @@ def _decode_group_kernel(
             mask = inside[:, None] & c_mask[None, :]
             k_BC = tl.load(k_cache + at[:, None] + c[None, :], mask=mask, other=0.0)
             v_BC = tl.load(v_cache + at[:, None] + c[None, :], mask=mask, other=0.0)
+            if CODED:
+                k_scale, v_scale = scales_of(scales + page * scale_row + kv_head * PAGE, t % PAGE, inside)
+                k_BC, v_BC = k_BC.to(q_GC.dtype), v_BC.to(q_GC.dtype) * v_scale.to(q_GC.dtype)[:, None]
             score = tl.dot(q_GC, tl.trans(k_BC)) * scale
+            if CODED:
+                score = score * k_scale[None, :]
             seen = inside & ((window <= 0) | (t >= length - window))
             score = tl.where(seen[None, :], score, -1e30)
             m_new = tl.maximum(m, tl.max(score, axis=1))
@@ -217,10 +238,10 @@ def _merge_kernel(
 
 @triton.jit
 def _prefill_kernel(
-    q, q_row, k_cache, v_cache, cache_row, tables, table_row, lengths, starts, tiles, num_tiles, out, out_row,
-    scale, window,
+    q, q_row, k_cache, v_cache, cache_row, scales, scale_row, tables, table_row, lengths, starts, tiles, num_tiles,
+    out, out_row, scale, window,
     GROUP: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, CODED: tl.constexpr,
 ):  # fmt: skip
     """out[r, h] = softmax(q[r, h] k^T) v, causal, for a tile of BLOCK_M queries r of one sequence.
     Grid: (H, num_tiles).
@@ -263,7 +284,12 @@ def _prefill_kernel(
             mask = inside[:, None] & c_mask[None, :]
             k_NC = tl.load(k_cache + at[:, None] + c[None, :], mask=mask, other=0.0)
             v_NC = tl.load(v_cache + at[:, None] + c[None, :], mask=mask, other=0.0)
+            if CODED:
+                k_scale, v_scale = scales_of(scales + page * scale_row + (head // GROUP) * PAGE, t % PAGE, inside)
+                k_NC, v_NC = k_NC.to(q_MC.dtype), v_NC.to(q_MC.dtype) * v_scale.to(q_MC.dtype)[:, None]
             score = tl.dot(q_MC, tl.trans(k_NC)) * scale
+            if CODED:
+                score = score * k_scale[None, :]
             seen = (t[None, :] <= position[:, None]) & inside[None, :]
             seen = seen & ((window <= 0) | (t[None, :] > position[:, None] - window))
             score = tl.where(seen, score, -1e30)
@@ -310,21 +336,23 @@ def decode(
     window: int = 0,
     scale: float | None = None,
     tile: tuple[int, int, int] | None = None,
+    scales: torch.Tensor | None = None,
 ) -> None:
     """Write softmax(q[s] k^T) v over the sequence's `lengths[s]` cached tokens to out[s]; zeros for length 0.
 
     `scratch` is that of `decode_scratch`, for these splits. `tile`: tokens, warps and stages of a program; None: as
-    measured."""
+    measured. `scales` [blocks, G, page, 2]: the caches hold codes."""
     sequences, heads, width = q_SHC.shape
     page, kv_heads = k_cache.shape[1], k_cache.shape[2]
     exponent = (width**-0.5 if scale is None else scale) * 1.4426950408889634  # the kernels work in powers of two
     pad, group = max(16, triton.next_power_of_2(width)), heads // kv_heads
     shared = (
-        q_SHC, q_SHC.stride(0), k_cache, v_cache, k_cache.stride(1), tables_SB, tables_SB.stride(0), lengths_S,
-        out_SHC, out_SHC.stride(0), *scratch, exponent, window,
+        q_SHC, q_SHC.stride(0), k_cache, v_cache, k_cache.stride(1), *words(scales, k_cache), tables_SB,
+        tables_SB.stride(0), lengths_S, out_SHC, out_SHC.stride(0), *scratch, exponent, window,
     )  # fmt: skip
-    block, warps, stages = tile or (ONE_TILE if group == 1 else GROUP_TILE)
-    shape = {"H": heads, "C": width, "C_PAD": pad, "PAGE": page, "BLOCK": block, "SPLITS": splits}
+    coded = scales is not None
+    block, warps, stages = tile or TILES[group > 1, coded]
+    shape = {"H": heads, "C": width, "C_PAD": pad, "PAGE": page, "BLOCK": block, "SPLITS": splits, "CODED": coded}
     if group == 1:
         _decode_one_kernel[(kv_heads, sequences, splits)](*shared, **shape, STAGES=stages, **early(), num_warps=warps)
     else:
@@ -354,17 +382,18 @@ def prefill(
     block_n: int = 64,
     warps: int = 4,
     stages: int = 3,
+    scales: torch.Tensor | None = None,
 ) -> None:
     """Write causal attention of the queries named by `tiles` [2, n] to out; a sequence's last query is its last cached
-    token."""
+    token. `scales`: as in `decode`."""
     heads, width = q_THC.shape[1:]
     page, kv_heads = k_cache.shape[1], k_cache.shape[2]
     exponent = (width**-0.5 if scale is None else scale) * 1.4426950408889634
     _prefill_kernel[(heads, tiles.shape[1])](
-        q_THC, q_THC.stride(0), k_cache, v_cache, k_cache.stride(1), tables_SB, tables_SB.stride(0), lengths_S,
-        starts_S1, tiles, tiles.shape[1], out_THC, out_THC.stride(0), exponent, window,
+        q_THC, q_THC.stride(0), k_cache, v_cache, k_cache.stride(1), *words(scales, k_cache), tables_SB,
+        tables_SB.stride(0), lengths_S, starts_S1, tiles, tiles.shape[1], out_THC, out_THC.stride(0), exponent, window,
         GROUP=heads // kv_heads, C=width, C_PAD=max(16, triton.next_power_of_2(width)), PAGE=page,
-        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages,
+        BLOCK_M=block_m, BLOCK_N=block_n, CODED=scales is not None, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
@@ -400,8 +429,8 @@ class TritonAttention:
                 workspace.take("attention_stats", count, heads, splits, 2, dtype=torch.float32),
             )
             decode(
-                q_THC[:count], *cache, tables_SB[:count], step.context_lens_S[:count], out_THC[:count], scratch, splits,
-                window or 0,
+                q_THC[:count], *cache[:2], tables_SB[:count], step.context_lens_S[:count], out_THC[:count], scratch,
+                splits, window or 0, scales=cache.scales,
             )  # fmt: skip
         if step.few_queries:
             splits = num_splits(step.num_prefills, cache[0].shape[2])
@@ -410,12 +439,12 @@ class TritonAttention:
                 workspace.take("attention_stats", rows, heads, splits, 2, dtype=torch.float32),
             )
             verify(
-                q_THC, *cache, tables_SB[count:], step.context_lens_S[count:], device.starts_P1, out_THC, sums, splits,
-                step.few_queries, window or 0,
+                q_THC, *cache[:2], tables_SB[count:], step.context_lens_S[count:], device.starts_P1, out_THC, sums,
+                splits, step.few_queries, window or 0, scales=cache.scales,
             )  # fmt: skip
         elif step.num_prefills:
             prefill(
-                q_THC, *cache, tables_SB[count:], step.context_lens_S[count:], device.starts_P1, device.tiles_2N,
-                out_THC, window or 0, block_m=QUERY_TILE,
+                q_THC, *cache[:2], tables_SB[count:], step.context_lens_S[count:], device.starts_P1, device.tiles_2N,
+                out_THC, window or 0, block_m=QUERY_TILE, scales=cache.scales,
             )  # fmt: skip
         return mixed

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -229,7 +229,15 @@ class Ops(Protocol):
         """Return silu(first half) * second half, [T, F]."""
 
 
-LayerCache = tuple[torch.Tensor, torch.Tensor]  # keys and values, each [blocks, block_size, G, C]
+class LayerCache(NamedTuple):
+    """Keys and values of a layer, each [blocks, block_size, G, C]: numbers, or codes of 8 bits and their scales.
+
+    `scales` are float16 [blocks, G, block_size, 2], of a token's key and of its value; None: there are no codes. Blocks
+    may lie apart in it; what belongs to a block lies side by side."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    scales: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

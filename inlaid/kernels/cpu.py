@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from inlaid.checkpoint import QuantizedLinear, QuantSpec, dequantize
+from inlaid.kernels import kv_codes
 from inlaid.kernels.backend import AdapterPages, HeadNorms, Kernels, LayerCache, Product, Workspace
 from inlaid.kernels.cpu_attention import CpuAttention
 from inlaid.kernels.cpu_lora import CpuLora
@@ -114,8 +115,7 @@ class CpuOps:
             qkv[:, :H] = rms_norm(qkv[:, :H], head_norms.q_weight_C, head_norms.eps)
             qkv[:, H : H + G] = rms_norm(qkv[:, H : H + G], head_norms.k_weight_C, head_norms.eps)
         rotate(qkv[:, : H + G], *angles)
-        for pages, rows in zip(cache, (qkv[:, H : H + G], qkv[:, H + G :]), strict=True):
-            pages.view(-1, G, C).index_copy_(0, step.kv_slots_T, rows)
+        kv_codes.write(cache, step.kv_slots_T, qkv[:, H : H + G], qkv[:, H + G :])
         return qkv[:, :H]
 
     def activate(self, product: Product, workspace: Workspace) -> torch.Tensor:

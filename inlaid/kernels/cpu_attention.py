@@ -1,8 +1,8 @@
 """Attention over paged keys and values on a CPU: decodes as one padded batch, longer queries one by one. Decodes with
 drafts are a batch too, padded to the longest draft.
 
-Shapes: S decodes, Q queries of a prefill, H query heads, G key/value heads, C head width. Caches are [blocks, block
-size, G, C].
+Codes of 8 bits become numbers where they are read. Shapes: S decodes, Q queries of a prefill, H query heads, G
+key/value heads, C head width. Caches are [blocks, block size, G, C].
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from inlaid.kernels import kv_codes
 from inlaid.kernels.backend import LayerCache, Workspace
+from inlaid.kernels.kv_codes import KEYS, VALUES
 
 if TYPE_CHECKING:
     from inlaid.kernels.context import StepContext
@@ -139,7 +141,7 @@ class CpuAttention:
         if window not in plan.decode_masks:
             mask = _decode_mask(step.context_lens_S[:S], plan.decode_len, window, q_SHC.dtype)
             plan.decode_masks[window] = mask.repeat_interleave(G, dim=0).expand(-1, H // G, -1)
-        k, v = (_gathered(plan, pages, S, step.kv_slots_T[:S]).flatten(0, 1) for pages in cache)
+        k, v = (_gathered(plan, cache, which, S, step.kv_slots_T[:S], q_SHC.dtype) for which in (KEYS, VALUES))
         q = q_SHC.reshape(S * G, H // G, C)
         scores = torch.baddbmm(plan.decode_masks[window], q, k.transpose(1, 2), alpha=C**-0.5)
         return torch.bmm(scores.softmax(dim=-1), v).view(S, H, C)
@@ -157,7 +159,7 @@ class CpuAttention:
             mask = _decode_mask(lens_SQ1.view(S * Q), plan.decode_len, window, q_THC.dtype)
             wide = mask.view(S, 1, Q, 1, -1).expand(S, G, Q, H // G, -1)
             plan.decode_masks[window] = wide.reshape(S * G, Q * (H // G), -1)
-        k, v = (_gathered(plan, pages, S, step.kv_slots_T[:T]).flatten(0, 1) for pages in cache)
+        k, v = (_gathered(plan, cache, which, S, step.kv_slots_T[:T], q_THC.dtype) for which in (KEYS, VALUES))
         q = q_THC[spread.tokens_SQ].view(S, Q, G, H // G, C).transpose(1, 2).reshape(S * G, Q * (H // G), C)
         scores = torch.baddbmm(plan.decode_masks[window], q, k.transpose(1, 2), alpha=C**-0.5)
         mixed = torch.bmm(scores.softmax(dim=-1), v).view(S, G, Q, H // G, C)
@@ -180,23 +182,27 @@ def _behind(lens: Sequence[int], size: int, device: torch.device) -> tuple[torch
     return rows, lanes
 
 
-def _gathered(plan: _AttentionPlan, cache: torch.Tensor, count: int, newest_slots: torch.Tensor) -> torch.Tensor:
-    """Return the decodes' keys or values side by side: kept from the step before and extended, or read anew."""
-    key = cache.data_ptr()
+def _gathered(
+    plan: _AttentionPlan, cache: LayerCache, which: int, count: int, newest_slots: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return the decodes' keys or values side by side, [S * G, decode_len, C]: kept from the step before and extended,
+    or read anew."""
+    key = kv_codes.pages_of(cache, which).data_ptr()
     if plan.newest is not None:
         kept = plan.gathered[key]
         rows, positions = plan.newest
-        kept[rows, :, positions] = cache.view(-1, *cache.shape[2:]).index_select(0, newest_slots)
-        return kept
+        kept[rows, :, positions] = kv_codes.read_slots(cache, which, newest_slots, dtype)
+        return kept.flatten(0, 1)
     assert plan.decode_blocks is not None
-    read = cache.index_select(0, plan.decode_blocks).view(count, plan.decode_len, *cache.shape[2:])
+    read = kv_codes.read_blocks(cache, which, plan.decode_blocks, dtype)
+    read = read.view(count, plan.decode_len, *read.shape[2:])
     read = read.transpose(1, 2).contiguous()
     if plan.stale is not None:
         rows, lanes = plan.stale
         read[rows, :, lanes] = 0.0
     if read.nbytes <= _MOST_KEPT:
         plan.gathered[key] = read
-    return read
+    return read.flatten(0, 1)
 
 
 def _decode_mask(lens_S: torch.Tensor, length: int, window: int | None, dtype: torch.dtype) -> torch.Tensor:
@@ -214,7 +220,10 @@ def _attend_chunk(q_QHC: torch.Tensor, cache: LayerCache, window: int | None, ch
         chunk.masks[window] = _chunk_mask(chunk, window, q_QHC.device)
     H, G = q_QHC.shape[1], cache[0].shape[2]
     k, v = (
-        pages.index_select(0, chunk.blocks).flatten(0, 1)[: chunk.context_len].transpose(0, 1)[None] for pages in cache
+        kv_codes.read_blocks(cache, which, chunk.blocks, q_QHC.dtype)
+        .flatten(0, 1)[: chunk.context_len]
+        .transpose(0, 1)[None]
+        for which in (KEYS, VALUES)
     )
     mask = chunk.masks[window]
     out = F.scaled_dot_product_attention(

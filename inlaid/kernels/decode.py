@@ -218,9 +218,9 @@ class DecodeKernel:
         """Prepare for steps on this cache. To be called before graphs are captured."""
         assert self._loaded is not None
         layers = (_Layer * self.shape.layers)()
-        for index, ((norm1, norm2), (keys, values)) in enumerate(zip(around.gains, cache, strict=True)):
+        for index, ((norm1, norm2), pages) in enumerate(zip(around.gains, cache, strict=True)):
             units = [self._units[index * len(MODULES) + first].data_ptr() for first in LINEARS]
-            layers[index] = _Layer(*units, *(tensor.data_ptr() for tensor in (norm1, norm2, keys, values)))
+            layers[index] = _Layer(*units, *(tensor.data_ptr() for tensor in (norm1, norm2, pages.keys, pages.values)))
         table = torch.frombuffer(bytearray(layers), dtype=torch.uint8).to(self.device)
         words = max(self._loaded.inlaid_decode_boxes(rows) for rows in ROWS) // 4
         boxes = torch.empty(words, dtype=torch.int32, device=self.device)

@@ -25,6 +25,8 @@ import triton.language as tl
 
 from inlaid.kernels.backend import HeadNorms, LayerCache, Parts, Product, Workspace
 from inlaid.kernels.early import early
+from inlaid.kernels.kv_codes import largest_code
+from inlaid.kernels.kv_codes_triton import store_heads
 from inlaid.kernels.lora_triton import Pending, nothing_pending, pending_part
 
 if TYPE_CHECKING:
@@ -131,11 +133,11 @@ def _head_norm(x_lo, x_hi, weight, c, half: tl.constexpr, C: tl.constexpr, eps, 
 
 @triton.jit(do_not_specialize=["site"])
 def _rope_store_kernel(
-    qkv, qkv_row, positions, slots, cos, sin, k_cache, v_cache, q_weight, k_weight, eps,
+    qkv, qkv_row, positions, slots, cos, sin, k_cache, v_cache, kv_scales, kv_scale_row, q_weight, k_weight, eps,
     partial, partial_stride, pool, table, scale, adapters, num_sites, site,
     H: tl.constexpr, G: tl.constexpr, C: tl.constexpr, HALF_PAD: tl.constexpr, HEADS: tl.constexpr,
-    NORM: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, R_STRIDE: tl.constexpr, BLOCK_R: tl.constexpr,
-    EARLY: tl.constexpr,
+    NORM: tl.constexpr, PAGE: tl.constexpr, LARGEST: tl.constexpr,
+    GROUPS: tl.constexpr, P: tl.constexpr, R_STRIDE: tl.constexpr, BLOCK_R: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Complete q, k and v of a token; rotate q in place; write rotated k, and v, to the token's slot in the caches.
 
@@ -146,6 +148,9 @@ def _rope_store_kernel(
     qkv: [T, (H + 2 G) C], rows `qkv_row` elements apart: H query heads, G key heads, G value heads. positions: int [T].
     slots: int [T], block * block_size + offset. cos, sin: [positions, C], both halves alike. k_cache, v_cache:
     [slots, G, C]. q_weight, k_weight: [C]; read with NORM only. HALF_PAD: a power of two, at least C / 2.
+    LARGEST: the largest code, where the caches hold codes (`spec.kv_codes` of what is rounded to the compute type); 0:
+    they hold numbers, and `kv_scales` is not written. kv_scales: float16 [blocks, G, PAGE, 2], blocks `kv_scale_row`
+    elements apart.
 
     Distinct tokens must have distinct slots, padding aside. Products with the cosine are rounded to the compute type
     as in cpu.py."""
@@ -179,10 +184,11 @@ def _rope_store_kernel(
             GROUPS, P, R_STRIDE, BLOCK_R,
         )  # fmt: skip
         hi = (hi.to(tl.float32) + tl.reshape(part, (HEADS, HALF_PAD))).to(hi.dtype)
+    at_scale = kv_scales + slot // PAGE * kv_scale_row + slot % PAGE * 2
     if head0 >= H + G:  # values: only moved
-        to = v_cache + (slot * G + (head0 - H - G) + h)[:, None] * C + c[None, :]
-        tl.store(to, lo, mask=mask)
-        tl.store(to + half, hi, mask=mask)
+        group = head0 - H - G + h
+        to = v_cache + (slot * G + group)[:, None] * C + c[None, :]
+        store_heads(lo, hi, to, half, mask, at_scale + (group * PAGE * 2 + 1)[:, None], LARGEST)
     else:
         position = tl.load(positions + t).to(tl.int64)
         x_lo = lo.to(tl.float32)
@@ -199,9 +205,10 @@ def _rope_store_kernel(
             tl.store(at, turned_lo.to(lo.dtype), mask=mask)
             tl.store(at + half, turned_hi.to(lo.dtype), mask=mask)
         else:
-            to = k_cache + (slot * G + (head0 - H) + h)[:, None] * C + c[None, :]
-            tl.store(to, turned_lo.to(lo.dtype), mask=mask)
-            tl.store(to + half, turned_hi.to(lo.dtype), mask=mask)
+            group = head0 - H + h
+            to = k_cache + (slot * G + group)[:, None] * C + c[None, :]
+            k_scale = at_scale + (group * PAGE * 2)[:, None]
+            store_heads(turned_lo.to(lo.dtype), turned_hi.to(lo.dtype), to, half, mask, k_scale, LARGEST)
 
 
 @triton.jit(do_not_specialize=["site"])
@@ -341,21 +348,25 @@ def rope_store(
     pending: Pending | None = None,
     heads: int = 0,
     warps: int = 0,
+    scales: torch.Tensor | None = None,
 ) -> None:
     """Rotate the queries in place; write rotated keys, and values, to their pages.
 
     `head_norms` are applied to queries and keys before the rotation, `pending` is added to qkv before that. cos and sin
-    are tables by position. `heads` of a program and `warps` 0: as measured."""
+    are tables by position. `heads` of a program and `warps` 0: as measured. `scales` [blocks, G, page, 2]: the pages
+    hold codes."""
     kv_heads, width = k_cache.shape[2:]
     together = math.gcd(math.gcd(num_heads, kv_heads), heads or (8 if pending is None else 64 // pending.block_r))
     arguments = nothing_pending(qkv_TN) if pending is None else pending.arguments()
     warps = warps or (max(1, together * width // 512) if pending is None else 4)
     norms = head_norms or HeadNorms(cos, cos, 0.0)
+    given = (k_cache, 0, 0) if scales is None else (scales, scales.stride(0), largest_code(k_cache.dtype))
     _rope_store_kernel[(qkv_TN.shape[0], (num_heads + 2 * kv_heads) // together)](
-        qkv_TN, qkv_TN.stride(0), positions_T, kv_slots_T, cos, sin, k_cache, v_cache,
+        qkv_TN, qkv_TN.stride(0), positions_T, kv_slots_T, cos, sin, k_cache, v_cache, *given[:2],
         norms.q_weight_C, norms.k_weight_C, norms.eps,
         H=num_heads, G=kv_heads, C=width, HALF_PAD=triton.next_power_of_2(width // 2), HEADS=together,
-        NORM=head_norms is not None, **arguments, **early(alone=not (pending and pending.joins)), num_warps=warps,
+        NORM=head_norms is not None, PAGE=k_cache.shape[1], LARGEST=given[2], **arguments,
+        **early(alone=not (pending and pending.joins)), num_warps=warps,
     )  # fmt: skip
 
 
@@ -419,9 +430,10 @@ class TritonOps:
         head_norms: HeadNorms | None,
         step: StepContext,
     ) -> torch.Tensor:
-        qkv_TN, width = product.tensor, cache[0].shape[3]
+        qkv_TN, width = product.tensor, cache.keys.shape[3]
         rope_store(
-            qkv_TN, step.positions_T, step.kv_slots_T, *angles, *cache, num_heads, head_norms, product.pending
+            qkv_TN, step.positions_T, step.kv_slots_T, *angles, *cache[:2], num_heads, head_norms, product.pending,
+            scales=cache.scales,
         )  # fmt: skip
         return qkv_TN[:, : num_heads * width].view(-1, num_heads, width)
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from inlaid.checkpoint import QuantizedLinear, QuantSpec, pack, unpack
-from inlaid.kernels import library
+from inlaid.kernels import kv_codes, library
 from inlaid.kernels.act_order import group_length, sequential
 from inlaid.kernels.backend import AdapterPages, HeadNorms, Kernels, LayerCache, Product, Workspace
 from inlaid.kernels.cpu import DENSE, CpuOps, DensePacked, ReferenceLinear, cpu_kernels
@@ -31,6 +31,7 @@ TILE = 16  # columns that lie side by side
 MANY_ROWS = 48  # from here on dequantizing is cheaper than reading codes again for every four rows
 MANY_COLUMNS = 128  # dequantized at a time: they fit the processor's cache; twice as many for hundreds of rows
 HALVES = (torch.float16, torch.bfloat16)
+KINDS = (torch.float32, torch.int8, torch.float8_e4m3fn)  # of keys and values, by packed.c's numbers for them
 
 
 class _Weight(ctypes.Structure):
@@ -43,11 +44,12 @@ class _Weight(ctypes.Structure):
 
 
 class _Pages(ctypes.Structure):
-    """The library's view of a layer's keys and values."""
+    """The library's view of a layer's keys and values. `scale_block`: scales from block to block."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("keys", "values", "table", "lens")),
-        *((name, ctypes.c_int) for name in ("blocks", "block_size", "groups", "width")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "scales", "table", "lens")),
+        ("scale_block", ctypes.c_long),
+        *((name, ctypes.c_int) for name in ("kind", "blocks", "block_size", "groups", "width")),
     )
 
 
@@ -190,9 +192,13 @@ class PackedAttention(CpuAttention):
             return super()._decode(q_SHC, cache, window, step)
         assert step.on_host is not None
         longest = max(step.on_host.context_lens[:S])
-        table_SB, pointers = step.block_tables, (tensor.data_ptr() for tensor in (*cache, step.block_tables))
-        sizes = table_SB.stride(0), step.block_size, cache[0].shape[2], C
-        pages = _Pages(*pointers, step.context_lens_S.data_ptr(), *sizes)
+        table_SB, scales = step.block_tables, cache.scales
+        pointers = (tensor.data_ptr() for tensor in (table_SB, step.context_lens_S))
+        pages = _Pages(
+            cache.keys.data_ptr(), cache.values.data_ptr(), None if scales is None else scales.data_ptr(), *pointers,
+            0 if scales is None else scales.stride(0), KINDS.index(cache.keys.dtype), table_SB.stride(0),
+            step.block_size, cache.keys.shape[2], C,
+        )  # fmt: skip
         out, scores = q_SHC.new_empty(S, H, C), q_SHC.new_empty(S * H * longest)
         load().inlaid_decode_attention(
             pages, q_SHC.data_ptr(), q_SHC.stride(0), out.data_ptr(), scores.data_ptr(), S, H, longest, window or 0,
@@ -233,10 +239,14 @@ class PackedOps(CpuOps):
     ) -> torch.Tensor:
         if head_norms is not None:
             return super().rope_store(product, angles, cache, num_heads, head_norms, step)
-        groups, width = cache[0].shape[2:]
+        groups, width = cache.keys.shape[2:]
         qkv = product.whole.view(-1, num_heads + 2 * groups, width)
-        pointers = (tensor.data_ptr() for tensor in (qkv, *angles, *cache, step.kv_slots_T))
-        load().inlaid_rope_store(*pointers, len(qkv), num_heads, groups, width)
+        whole = cache.scales is None  # else the library rotates, and codes are made here
+        pages = [pages.data_ptr() if whole else None for pages in (cache.keys, cache.values)]
+        given = (tensor.data_ptr() for tensor in (qkv, *angles))
+        load().inlaid_rope_store(*given, *pages, step.kv_slots_T.data_ptr(), len(qkv), num_heads, groups, width)
+        if not whole:
+            kv_codes.write(cache, step.kv_slots_T, qkv[:, num_heads:-groups], qkv[:, -groups:])
         return qkv[:, :num_heads]
 
 

@@ -1,7 +1,7 @@
 """The specification of every kernel: plain loops in fp32, for reading and for tests, never for serving.
 
 Each function states one operation: a formula, and a loop that follows it. Kernels of every device are tested against
-these functions. A function returns new fp32 tensors; only `store` writes, into the cache that it is given.
+these functions. A function returns new fp32 tensors, or codes; only `store` writes, into the cache that it is given.
 
 T tokens of a step, S sequences, K inputs, N outputs, H query heads, G key/value heads, C head width, D model width,
 F MLP width, P parts of a product, V vocabulary.
@@ -92,13 +92,15 @@ def attention(
     query_lens: Sequence[int],
     context_lens: Sequence[int],
     window: int | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """Return softmax(q k^T / sqrt(C)) v [T, H, C], each sequence over the tokens of its own pages.
 
     The queries of sequence s are its last query_lens[s] tokens of context_lens[s]. Token j of the sequence lies in
     block block_tables[s, j // block_size], at j % block_size, of the caches [blocks, block_size, G, C]. The query at
     position i sees tokens (i - window, i], or [0, i] without a window. Query head h reads key/value head
-    h // (H / G). A sequence without tokens gives zeros."""
+    h // (H / G). A sequence without tokens gives zeros. With `scales` [blocks, G, block_size, 2] the caches hold codes:
+    a key is its code times scales[..., 0], a value times scales[..., 1]."""
     _, H, C = q_THC.shape
     block_size, G = k_cache.shape[1], k_cache.shape[2]
     out_THC, t = torch.zeros(q_THC.shape, device=q_THC.device), 0
@@ -109,9 +111,12 @@ def attention(
             seen = places[first : max(0, position + 1)]
             for h in range(H if seen else 0):
                 k_LC, v_LC = (
-                    torch.stack([cache[block, place, h // (H // G)] for block, place in seen]).float()
+                    torch.stack([cache[block, place].float()[h // (H // G)] for block, place in seen])
                     for cache in (k_cache, v_cache)
                 )
+                if scales is not None:
+                    scale_L2 = torch.stack([scales[block, h // (H // G), place] for block, place in seen]).float()
+                    k_LC, v_LC = k_LC * scale_L2[:, :1], v_LC * scale_L2[:, 1:]
                 out_THC[t, h] = (k_LC @ q_THC[t, h].float() / math.sqrt(C)).softmax(dim=0) @ v_LC
             t += 1
     return out_THC
@@ -158,10 +163,35 @@ def rotate(x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
     return out_THC
 
 
-def store(values_TGC: Tensor, cache: Tensor, slots_T: Sequence[int]) -> None:
-    """Write token t's keys or values to place slots[t] % block_size of block slots[t] // block_size of the cache."""
+def kv_codes(x_C: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the codes [C] of a token's key or value of one head, and its scale, a float16: x is about code * scale.
+
+    scale = max |x| / most, at least 2^-24 and at most 65504, with most = 127 for int8 and 448 for float8_e4m3fn. A code
+    of int8 is floor(x / scale + 1/2), of float8 the nearest number to x / scale, even in a tie; both within [-most,
+    most]. If any x is not finite, the scale is NaN, so that what reads it is not finite either."""
+    most, x_C = 127 if dtype == torch.int8 else 448, x_C.float()
+    top = max(abs(x) for x in x_C.tolist())
+    if not all(math.isfinite(x) for x in x_C.tolist()):
+        return torch.zeros_like(x_C).to(dtype), torch.tensor(math.nan, dtype=torch.float16)
+    scale = torch.tensor(min(max(top / most, 2.0**-24), 65504.0)).half()
+    ratios = [x / float(scale) for x in x_C.tolist()]
+    codes = [min(max(math.floor(ratio + 0.5) if most == 127 else ratio, -most), most) for ratio in ratios]
+    return torch.tensor(codes, dtype=torch.float32).to(dtype), scale
+
+
+def store(
+    values_TGC: Tensor, cache: Tensor, slots_T: Sequence[int], scales: Tensor | None = None, which: int = 0
+) -> None:
+    """Write token t's keys or values to place slots[t] % block_size of block slots[t] // block_size of the cache.
+
+    With `scales` [blocks, G, block_size, 2] the cache gets codes, and scales[..., which] their scales."""
     for t, slot in enumerate(slots_T):
-        cache[slot // cache.shape[1], slot % cache.shape[1]] = values_TGC[t].to(cache.dtype)
+        block, place = divmod(slot, cache.shape[1])
+        if scales is None:
+            cache[block, place] = values_TGC[t].to(cache.dtype)
+            continue
+        for g in range(cache.shape[2]):
+            cache[block, place, g], scales[block, g, place, which] = kv_codes(values_TGC[t, g], cache.dtype)
 
 
 def rope_store(
@@ -172,8 +202,10 @@ def rope_store(
     v_cache: Tensor,
     slots_T: Sequence[int],
     norms: tuple[Tensor, Tensor, float] | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
-    """Return the rotated queries [T, H, C]; store the rotated keys and the values, which are not rotated.
+    """Return the rotated queries [T, H, C]; store the rotated keys and the values, which are not rotated, as `store`
+    does.
 
     A row of qkv has H query heads, then G key heads, then G value heads. `norms`: weights [C] of RMS norms of query and
     of key heads, and their eps; applied to each head before the rotation."""
@@ -182,8 +214,8 @@ def rope_store(
     q_THC, k_TGC, v_TGC = heads_THC[:, : -2 * G], heads_THC[:, -2 * G : -G], heads_THC[:, -G:]
     if norms is not None:
         q_THC, k_TGC = rms_norm(q_THC, norms[0], norms[2]), rms_norm(k_TGC, norms[1], norms[2])
-    store(rotate(k_TGC, cos_TC, sin_TC), k_cache, slots_T)
-    store(v_TGC, v_cache, slots_T)
+    store(rotate(k_TGC, cos_TC, sin_TC), k_cache, slots_T, scales, 0)
+    store(v_TGC, v_cache, slots_T, scales, 1)
     return rotate(q_THC, cos_TC, sin_TC)
 
 

@@ -13,15 +13,18 @@ import torch
 import triton
 import triton.language as tl
 
+from inlaid.kernels.kv_codes_triton import scales_of, words
+
 MAX_QUERIES = 16  # of a sequence, in one step
 BLOCK = 64  # tokens of an iteration
 
 
 @triton.jit
 def _verify_kernel(
-    q, q_row, k_cache, v_cache, cache_row, tables, table_row, lengths, starts, partial, stats, scale, window,
+    q, q_row, k_cache, v_cache, cache_row, scales, scale_row, tables, table_row, lengths, starts,
+    partial, stats, scale, window,
     H: tl.constexpr, GROUP: tl.constexpr, ROWS_PAD: tl.constexpr, C: tl.constexpr, C_PAD: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, CODED: tl.constexpr,
 ):  # fmt: skip
     """Compute each split's part of out[r, h] = softmax(q[r, h] k[g]^T) v[g], causal, for the queries r of a sequence
     and the GROUP query heads h of a key/value head g. Grid: (G, S, SPLITS).
@@ -64,7 +67,12 @@ def _verify_kernel(
             mask = inside[:, None] & c_mask[None, :]
             k_BC = tl.load(k_cache + at[:, None] + c[None, :], mask=mask, other=0.0)
             v_BC = tl.load(v_cache + at[:, None] + c[None, :], mask=mask, other=0.0)
+            if CODED:
+                k_scale, v_scale = scales_of(scales + page * scale_row + kv_head * PAGE, t % PAGE, inside)
+                k_BC, v_BC = k_BC.to(q_IC.dtype), v_BC.to(q_IC.dtype) * v_scale.to(q_IC.dtype)[:, None]
             score = tl.dot(q_IC, tl.trans(k_BC)) * scale
+            if CODED:
+                score = score * k_scale[None, :]
             seen = (t[None, :] <= position[:, None]) & inside[None, :]
             seen = seen & ((window <= 0) | (t[None, :] > position[:, None] - window))
             score = tl.where(seen, score, -1e30)
@@ -117,20 +125,22 @@ def verify(
     most_queries: int,
     window: int = 0,
     scale: float | None = None,
+    scales: torch.Tensor | None = None,
 ) -> None:
     """Write causal attention of every sequence's queries, at most `most_queries` of each, to out; zeros for other rows.
 
-    `scratch`: fp32 [T * H * splits * C] and [T * H * splits * 2], read and written here only."""
+    `scales` [blocks, G, page, 2]: the caches hold codes. `scratch`: fp32 [T * H * splits * C] and [T * H * splits * 2],
+    read and written here only."""
     rows, heads, width = q_THC.shape
     page, kv_heads = k_cache.shape[1], k_cache.shape[2]
     group = heads // kv_heads
     exponent = (width**-0.5 if scale is None else scale) * 1.4426950408889634  # the kernels work in powers of two
     pad = max(16, triton.next_power_of_2(width))
     _verify_kernel[(kv_heads, lengths_S.shape[0], splits)](
-        q_THC, q_THC.stride(0), k_cache, v_cache, k_cache.stride(1), tables_SB, tables_SB.stride(0), lengths_S,
-        starts_S1, *scratch, exponent, window,
+        q_THC, q_THC.stride(0), k_cache, v_cache, k_cache.stride(1), *words(scales, k_cache), tables_SB,
+        tables_SB.stride(0), lengths_S, starts_S1, *scratch, exponent, window,
         H=heads, GROUP=group, ROWS_PAD=max(16, triton.next_power_of_2(most_queries * group)), C=width, C_PAD=pad,
-        PAGE=page, BLOCK=BLOCK, SPLITS=splits, num_warps=4, num_stages=3,
+        PAGE=page, BLOCK=BLOCK, SPLITS=splits, CODED=scales is not None, num_warps=4, num_stages=3,
     )  # fmt: skip
     _merge_rows_kernel[(rows, heads)](
         *scratch, starts_S1, lengths_S.shape[0], out_THC, out_THC.stride(0),

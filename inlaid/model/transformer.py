@@ -11,16 +11,16 @@ from dataclasses import dataclass
 
 import torch
 
-from inlaid.kernels.backend import Kernels, LayerCache, Product, Workspace
+from inlaid.kernels.backend import Kernels, Product, Workspace
 from inlaid.kernels.context import StepContext
 from inlaid.layers.attention import Attention
 from inlaid.layers.embedding import Embedding, Head
 from inlaid.layers.linear import Linear
 from inlaid.layers.norm import RMSNorm
 from inlaid.layers.rotary import Rotary
+from inlaid.model.kv import KVCache
 from inlaid.model.spec import ModelSpec
 
-KVCache = list[LayerCache]  # per layer
 SIBLINGS = ((0, 3), (3, 4), (4, 6), (6, 7))  # of MODULES, by the linears of a block
 
 
@@ -93,17 +93,3 @@ class Transformer:
     def logits(self, hidden_LD: torch.Tensor, workspace: Workspace) -> torch.Tensor:
         """Return [L, V] in the compute type."""
         return self.head(hidden_LD, workspace)
-
-
-def new_cache(spec: ModelSpec, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype) -> KVCache:
-    """Return zeroed pages for every layer: what a padded read touches must be finite."""
-    shape = (num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
-    return [
-        (torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
-        for _ in range(spec.num_layers)
-    ]
-
-
-def block_bytes(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
-    """Return the bytes of one KV block over all layers."""
-    return 2 * spec.num_layers * block_size * spec.num_kv_heads * spec.head_dim * dtype.itemsize

@@ -18,6 +18,7 @@ from inlaid.kernels.fused_triton import TritonOps
 from inlaid.kernels.humming import HummingLinear
 from inlaid.kernels.linear_triton import TritonLinear
 from inlaid.kernels.lora_triton import TritonLora
+from inlaid.kv_format import FP8, kv_format
 from inlaid.model.spec import ModelSpec
 from inlaid.runner.decode import make_decode
 
@@ -31,6 +32,7 @@ def cuda_kernels(config: EngineConfig, pages: AdapterPages, spec: ModelSpec | No
         raise ConfigError(f"attention backend {config.attention_backend!r} is for a CPU; use auto or triton on a GPU")
     if config.linear_backend == "packed":
         raise ConfigError("linear backend 'packed' is for a CPU; use auto on a GPU")
+    _check_kv_format(config, pages.pool.device)
     linears: dict[str, Callable[[], LinearBackend]] = {
         "auto": lambda: AutoLinear(backends(config.deterministic)),
         "humming": lambda: HummingLinear(ordered=config.deterministic),
@@ -43,6 +45,16 @@ def cuda_kernels(config: EngineConfig, pages: AdapterPages, spec: ModelSpec | No
     Thread(target=_precompute_triton_key, daemon=True).start()
     decode = None if spec is None else make_decode(config, spec, pages)
     return Kernels((backend,), TritonAttention(), TritonOps(), lora, decode)
+
+
+def _check_kv_format(config: EngineConfig, device: torch.device) -> None:
+    """Refuse fp8 where the GPU has no instructions for it."""
+    name = config.cache.kv_cache_dtype
+    if kv_format(name) == FP8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ConfigError(
+            f"--kv-cache-dtype {name}: {torch.cuda.get_device_name(device)} does not convert fp8 "
+            "(compute capability 8.9 or newer does); use int8"
+        )
 
 
 def _precompute_triton_key() -> None:

@@ -35,7 +35,8 @@ from inlaid.kernels.backend import MODULES
 from inlaid.kernels.context import ALL_ADAPTERS, ATTENTION_ADAPTERS, NO_ADAPTERS
 from inlaid.kernels.verify_triton import MAX_QUERIES
 from inlaid.layers import sampler
-from inlaid.model.transformer import KVCache, Transformer, new_cache
+from inlaid.model.kv import KVCache, KVLayout
+from inlaid.model.transformer import Transformer
 from inlaid.runner.decode import finish_decode
 from inlaid.runner.device_step import DeviceStep
 from inlaid.runner.graphs import Graphs
@@ -121,7 +122,8 @@ class CudaRunner:
         """Compile everything on a cache of two blocks, give the KV what memory is left, capture the graphs."""
         begin = time.monotonic()
         self.step.decode = finish_decode(self.model, config, max_model_len)
-        self.step.set_cache(new_cache(self.model.spec, 2, self.block_size, self.device, self.dtype))
+        layout = KVLayout.of(self.model.spec, config.cache, self.dtype)
+        self.step.set_cache(layout.pages(2, self.device))
         with torch.inference_mode():
             self.graphs.compile_kernels()
             compiled = time.monotonic()
@@ -130,7 +132,7 @@ class CudaRunner:
             if self._on_gpu:
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
-            self.num_blocks, self.cache, self.stride, self.pool = self._make_cache(config, max_model_len)
+            self.num_blocks, self.cache, self.stride, self.pool = self._make_cache(config, layout, max_model_len)
             self.step.set_cache(self.cache)
             self.graphs.capture()
             if self.arriving is not None and len(self.graphs):
@@ -146,16 +148,17 @@ class CudaRunner:
             len(self.graphs), time.monotonic() - settled, self.num_blocks,
         )  # fmt: skip
 
-    def _make_cache(self, config: EngineConfig, max_model_len: int) -> tuple[int, KVCache, int, BlockPool | None]:
+    def _make_cache(
+        self, config: EngineConfig, layout: KVLayout, max_model_len: int
+    ) -> tuple[int, KVCache, int, BlockPool | None]:
         """Return the number of KV blocks, their tensors, the stride of a block, and the pool where memory is shared."""
-        spec, store = self.model.spec, self.adapters
         unified = config.cache.unified_memory
-        floor = floor_blocks(store, spec, self.block_size) if unified else 0
-        num_blocks = count_blocks(config, spec, self.device, self.dtype, max_model_len, floor)
+        floor = floor_blocks(self.adapters, layout) if unified else 0
+        num_blocks = count_blocks(config, layout, self.device, max_model_len, floor)
         if unified:
-            shared = unify(spec, config.cache, num_blocks, max_model_len, store, self.device, self.dtype)
+            shared = unify(layout, config.cache, num_blocks, max_model_len, self.adapters, self.device)
             return num_blocks, shared.cache, shared.stride, shared.pool
-        return num_blocks, new_cache(spec, num_blocks, self.block_size, self.device, self.dtype), 1, None
+        return num_blocks, layout.pages(num_blocks, self.device), 1, None
 
     # A step.
 

@@ -9,6 +9,7 @@ import torch
 from inlaid.config import ConfigError, EngineConfig
 from inlaid.kernels.backend import AdapterPages
 from inlaid.kernels.decode import MEASURED, DecodeKernel, DecodeShape, Surroundings
+from inlaid.kv_format import kv_format
 from inlaid.model.spec import ModelSpec
 from inlaid.model.transformer import Transformer
 
@@ -38,6 +39,8 @@ def make_decode(config: EngineConfig, spec: ModelSpec, pages: AdapterPages) -> D
         block_size=config.cache.block_size,
     )
     kernel = DecodeKernel(shape, spec.head_dim, pages)
+    if kv_format(config.cache.kv_cache_dtype).is_coded:
+        kernel.refuse(f"it reads keys and values of 16 bits, not --kv-cache-dtype {config.cache.kv_cache_dtype}")
     if spec.qk_norm:
         kernel.refuse("it applies no norms to heads")
     return kernel

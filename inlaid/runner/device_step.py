@@ -16,7 +16,8 @@ from inlaid.kernels.context import OnDevice, StepContext
 from inlaid.kernels.decode import DecodeKernel
 from inlaid.kernels.sample_triton import Sampler
 from inlaid.layers.linear import PARTS_ROWS
-from inlaid.model.transformer import KVCache, LastSum, Transformer
+from inlaid.model.kv import KVCache
+from inlaid.model.transformer import LastSum, Transformer
 from inlaid.runner.decode import surroundings
 from inlaid.runner.layout import Layout
 from inlaid.runner.workspace import fixed_memory

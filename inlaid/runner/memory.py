@@ -5,21 +5,19 @@ from __future__ import annotations
 import torch
 
 from inlaid.config import ConfigError, EngineConfig
-from inlaid.model.spec import ModelSpec
-from inlaid.model.transformer import block_bytes
+from inlaid.model.kv import KVLayout
 
 
 def count_blocks(
     config: EngineConfig,
-    spec: ModelSpec,
+    layout: KVLayout,
     device: torch.device,
-    dtype: torch.dtype,
     max_model_len: int,
     floor: int = 0,
 ) -> int:
     """Return the configured number of KV blocks, or how many the memory set aside holds (on a GPU beside `floor`
     blocks for adapters). The longest request must fit."""
-    each = block_bytes(spec, config.cache.block_size, dtype)
+    each = layout.shared_bytes if config.cache.unified_memory else layout.block_bytes
     needed = -(-max_model_len // config.cache.block_size) + 1
     if config.cache.num_blocks:
         return config.cache.num_blocks

@@ -18,8 +18,10 @@ from inlaid.kernels.arriving import Arriving, rows_by_slot
 from inlaid.kernels.context import ALL_ADAPTERS, NO_ADAPTERS, OnHost, StepContext
 from inlaid.kernels.timed import StepSplit
 from inlaid.kernels.workspace import FreshMemory
+from inlaid.kv_format import AUTO, KVFormat
 from inlaid.layers import sampler
-from inlaid.model.transformer import Transformer, new_cache
+from inlaid.model.kv import KVLayout
+from inlaid.model.transformer import Transformer
 from inlaid.runner.sampling import SamplingState, folded, lines, not_finite, to_sampled
 from inlaid.runner.unified import Unified
 
@@ -41,7 +43,9 @@ class ModelRunner:
         unified: Unified | None = None,
         arriving: Arriving | None = None,
         split: StepSplit | None = None,
+        kv: KVFormat = AUTO,
     ) -> None:
+        """Make the KV cache too, in the form `kv`, unless `unified` brings it."""
         self.model = model
         self.split = split  # of the time of steps; None: it cannot be measured here
         self.num_blocks = num_blocks
@@ -49,7 +53,8 @@ class ModelRunner:
         self.device = device
         self.adapters = adapters
         self.arriving = arriving
-        self.cache = new_cache(model.spec, num_blocks, block_size, device, dtype) if unified is None else unified.cache
+        layout = KVLayout(model.spec, block_size, dtype, kv)
+        self.cache = layout.pages(num_blocks, device) if unified is None else unified.cache
         self.stride = 1 if unified is None else unified.stride  # a block's number in the caches, by the scheduler's
         self.pool: BlockPool | None = None if unified is None else unified.pool  # where adapters share the memory
         self.sampling = SamplingState(model.spec.vocab_size, device, seed)

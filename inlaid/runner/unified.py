@@ -2,8 +2,8 @@
 
 The memory is block after block; a block holds its tokens' keys and values of all layers, one after the other, as
 2 x layers micro-blocks. Layer l's keys are the micro-blocks from 2l on, seen as a cache of their own, so that block b
-of the scheduler is number b x 2 x layers in it for every layer: kernels need not know. The adapter pool is the same
-memory as one flat tensor.
+of the scheduler is number b x 2 x layers in it for every layer: kernels need not know. With 8-bit codes the scales of
+all layers follow in further micro-blocks (`model/kv.py`). The adapter pool is the same memory as one flat tensor.
 
     block:   0         1 ... F             F+1 ... M                         M+1 ... N-1
              scratch   adapters' floor     KV's, or lent to adapters         KV's floor
@@ -22,8 +22,7 @@ from inlaid.adapters.adapter import ALIGNMENT
 from inlaid.adapters.store import AdapterStore
 from inlaid.config import CacheConfig, ConfigError
 from inlaid.engine.kv_cache import BlockPool
-from inlaid.model.spec import ModelSpec
-from inlaid.model.transformer import KVCache
+from inlaid.model.kv import KVCache, KVLayout
 
 
 @dataclass(frozen=True)
@@ -35,37 +34,28 @@ class Unified:
     pool: BlockPool
 
 
-def block_elements(spec: ModelSpec, block_size: int) -> int:
-    """Return the elements of one block over all layers."""
-    return 2 * spec.num_layers * block_size * spec.num_kv_heads * spec.head_dim
-
-
-def floor_blocks(store: AdapterStore, spec: ModelSpec, block_size: int) -> int:
+def floor_blocks(store: AdapterStore, layout: KVLayout) -> int:
     """Return the blocks of the adapters' floor."""
-    return -(-store.floor // block_elements(spec, block_size))
+    return -(-store.floor // layout.shared_elements)
 
 
 def unify(
-    spec: ModelSpec,
+    layout: KVLayout,
     config: CacheConfig,
     num_kv_blocks: int,
     max_model_len: int,
     store: AdapterStore,
     device: torch.device,
-    dtype: torch.dtype,
 ) -> Unified:
     """Return memory for `num_kv_blocks` (scratch included) and the adapters' floor; move the store into it."""
-    size = config.block_size
-    unit, stride = block_elements(spec, size), 2 * spec.num_layers
+    size, unit = layout.block_size, layout.shared_elements
     if unit % ALIGNMENT:
         raise ConfigError(f"unified memory needs KV blocks of a multiple of {ALIGNMENT} elements, not {unit}")
-    first = 1 + floor_blocks(store, spec, size)
+    first = 1 + floor_blocks(store, layout)
     total = first + num_kv_blocks - 1
     floor = min(num_kv_blocks - 1, max(config.min_kv_blocks, -(-max_model_len // size)))
     with torch.inference_mode(False):  # adapters are copied into it outside of inference
-        memory = torch.zeros(total * unit, dtype=dtype, device=device)
-    micro = memory.view(total * stride, size, spec.num_kv_heads, spec.head_dim)
-    cache = [(micro[2 * layer :], micro[2 * layer + 1 :]) for layer in range(spec.num_layers)]
+        memory = torch.zeros(total * unit, dtype=layout.dtype, device=device)
     pool = BlockPool(total, size, first=first, floor=floor, borrower=store)
     store.move_into(memory, unit, first, pool)
-    return Unified(cache, stride, pool)
+    return Unified(layout.shared_pages(memory, total), layout.stride, pool)

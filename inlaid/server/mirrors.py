@@ -60,7 +60,7 @@ class EngineFigures(Collector):
                 "block_size": str(self._model.block_size),
                 "num_gpu_blocks": str(self._model.num_blocks),
                 "num_cpu_blocks": "0",
-                "cache_dtype": self._model.dtype,
+                "cache_dtype": kv if (kv := self._model.kv_cache_dtype) != "auto" else self._model.dtype,
                 "engine": self._labels[1],
             }
             info = GaugeMetricFamily("vllm:cache_config_info", "The KV cache; the value is 1", labels=list(facts))

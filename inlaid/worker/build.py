@@ -120,6 +120,9 @@ def install(loaded: Loaded, readers: Readers, strict: bool) -> None:
 
 
 def _describe(config: EngineConfig, model: LoadedModel) -> ModelInfo:
+    from inlaid.model.kv import KVLayout
+
+    layout = KVLayout.of(model.spec, config.cache, model.dtype)
     return ModelInfo(
         folder=str(model.folder),
         vocab_size=model.spec.vocab_size,
@@ -130,6 +133,8 @@ def _describe(config: EngineConfig, model: LoadedModel) -> ModelInfo:
         base_version=model.base_version,
         device=str(model.runner.device),
         dtype=str(model.dtype).removeprefix("torch."),
+        kv_cache_dtype=layout.format.name,
+        kv_token_bytes=layout.token_bytes,
         eos_ids=tuple(model.spec.eos_token_ids),
     )
 

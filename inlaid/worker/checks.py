@@ -11,6 +11,7 @@ from inlaid.config import ConfigError, EngineConfig, check
 from inlaid.engine.intake import check_config
 from inlaid.engine.policy import parse_policy
 from inlaid.engine.speculation import resolved
+from inlaid.kv_format import kv_format
 
 
 def check_settings(config: EngineConfig, adapters: Iterable[str] = ()) -> None:
@@ -22,6 +23,11 @@ def check_settings(config: EngineConfig, adapters: Iterable[str] = ()) -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     resolved(config.speculation)
+    if kv_format(config.cache.kv_cache_dtype).is_coded and config.decode_kernel == "one":
+        raise ConfigError(
+            f"--decode-kernel one reads keys and values of 16 bits, not --kv-cache-dtype "
+            f"{config.cache.kv_cache_dtype}; use --decode-kernel layers or auto"
+        )
     gate = config.adapters.require_eval
     if gate and not Path(gate).is_file():
         raise ConfigError(f"--require-eval {gate}: there is no such file; `python -m eval.run` writes one")

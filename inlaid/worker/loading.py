@@ -33,7 +33,9 @@ from inlaid.kernels.cpu import cpu_kernels
 from inlaid.kernels.library import BuildError
 from inlaid.kernels.packed import native_kernels, packed_kernels
 from inlaid.kernels.timed import StepSplit
+from inlaid.kv_format import AUTO, KVFormat, kv_format
 from inlaid.model.image import WeightImage
+from inlaid.model.kv import KVLayout
 from inlaid.model.spec import ModelSpec, read_spec
 from inlaid.model.weights import base_version, compute_dtype, fetch, load
 from inlaid.runner.memory import count_blocks
@@ -75,6 +77,7 @@ class OpenedModel:
     device: torch.device
     dtype: torch.dtype
     base: ServedBase  # hashing takes seconds where its version is not known yet: beside the loading
+    kv: KVFormat = AUTO
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,8 @@ def open_model(config: EngineConfig) -> OpenedModel:
     checkpoint = Checkpoint(folder, device if device.type == "cuda" else None)
     version = ThreadPoolExecutor(1, "hash-weights").submit(base_version, checkpoint)
     base = ServedBase(folder, version)
-    return OpenedModel(folder, checkpoint, spec, device, compute_dtype(config.dtype, spec, device), base)
+    kv = kv_format(config.cache.kv_cache_dtype)
+    return OpenedModel(folder, checkpoint, spec, device, compute_dtype(config.dtype, spec, device), base, kv)
 
 
 def adapter_reader(config: AdapterConfig, opened: OpenedModel) -> Callable[[str], Adapter]:
@@ -136,7 +140,7 @@ def adapter_reader(config: AdapterConfig, opened: OpenedModel) -> Callable[[str]
     def read(path: str) -> Adapter:
         adapter = ungated(path)
         if config.require_eval:
-            check(config.require_eval, opened.base.version, adapter.identity, config.max_drop)
+            check(config.require_eval, opened.base.version, adapter.identity, config.max_drop, opened.kv.name)
         return adapter
 
     return read
@@ -180,13 +184,15 @@ def load_model(
             model, config, device, dtype, max_model_len, adapters, progress, arriving, settle
         )
     else:
-        num_blocks = count_blocks(config, spec, device, dtype, max_model_len)
+        layout = KVLayout.of(spec, config.cache, dtype)
+        num_blocks = count_blocks(config, layout, device, max_model_len)
         unified = None
         if config.cache.unified_memory:
-            unified = unify(spec, config.cache, num_blocks, max_model_len, adapters, device, dtype)
+            unified = unify(layout, config.cache, num_blocks, max_model_len, adapters, device)
         runner = ModelRunner(
-            model, num_blocks, config.cache.block_size, device, dtype, adapters, config.seed, unified, arriving, split
-        )
+            model, num_blocks, config.cache.block_size, device, dtype, adapters, config.seed, unified, arriving, split,
+            layout.format,
+        )  # fmt: skip
     return LoadedModel(
         runner=runner,
         spec=spec,

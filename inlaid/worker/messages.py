@@ -56,6 +56,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     base_version: str
     device: str
     dtype: str
+    kv_cache_dtype: str = "auto"  # the form of keys and values, see kv_format.py
+    kv_token_bytes: int = 0  # of a token over all layers
     eos_ids: tuple[int, ...] = ()
 
 

@@ -57,6 +57,17 @@ def test_the_failed_number_is_named(tmp_path: Path, change: dict[str, Any], reas
         check(write(tmp_path / "r.json", GOOD | change), "base-1", "adapter-1", max_drop=2)
 
 
+def test_a_record_speaks_for_its_form_of_keys_and_values(tmp_path: Path) -> None:
+    """A score with keys and values in full says nothing of 8 bits, nor the other way round."""
+    full = write(tmp_path / "full.json", GOOD)
+    with pytest.raises(GateError, match=r"no record with int8 keys and values.*variants that end with \+kv-int8"):
+        check(full, "base-1", "adapter-1", max_drop=2, kv="int8")
+    coded = write(tmp_path / "coded.json", GOOD | {"kv_cache_dtype": "int8"})
+    check(coded, "base-1", "adapter-1", max_drop=2, kv="int8")
+    with pytest.raises(GateError, match="no record with auto keys and values"):
+        check(coded, "base-1", "adapter-1", max_drop=2)
+
+
 def test_one_failing_task_of_several_refuses_the_adapter(tmp_path: Path) -> None:
     worse = GOOD | {"task": "code", "drop": 7.0}
     with pytest.raises(GateError, match="code") as raised:

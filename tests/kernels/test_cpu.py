@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from inlaid.kernels.backend import HeadNorms, Product
+from inlaid.kernels.backend import HeadNorms, LayerCache, Product
 from inlaid.kernels.cpu import CpuOps, rms_norm, rotate
 from tests.kernels.steps import MEMORY, make_step
 
@@ -64,10 +64,10 @@ def test_rope_store(with_norms: bool) -> None:
     looked_up = OPS.angles(angles.cos(), angles.sin(), step)
     rotate(q, *looked_up)
     rotate(k, *looked_up)
-    cache = torch.zeros(8, 4, G, C), torch.zeros(8, 4, G, C)
+    cache = LayerCache(torch.zeros(8, 4, G, C), torch.zeros(8, 4, G, C))
     got = OPS.rope_store(Product(qkv), looked_up, cache, H, norms, step)
     torch.testing.assert_close(got, q)
-    for pages, rows in zip(cache, (k, v), strict=True):
+    for pages, rows in zip(cache[:2], (k, v), strict=True):
         torch.testing.assert_close(pages.view(-1, G, C)[step.kv_slots_T], rows)
         assert int((pages != 0).sum()) == rows.numel()
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from inlaid.kernels import library
+from inlaid.kernels.backend import LayerCache
 from inlaid.kernels.cpu_attention import CpuAttention
 from inlaid.kernels.packed import PackedAttention
 from tests.kernels.steps import MEMORY, make_step
@@ -47,7 +48,7 @@ def test_attention_equals_a_loop(kind: type[CpuAttention], window: int | None, h
     step = make_step((0,) * 6, query_lens, context_lens, table)
     attention = kind()
     attention.plan(step, MEMORY)
-    got = attention.attend(q, (k_cache, v_cache), window, step, MEMORY).view(q.shape)
+    got = attention.attend(q, LayerCache(k_cache, v_cache), window, step, MEMORY).view(q.shape)
     first = 0
     for row, (queries, length) in enumerate(zip(query_lens, context_lens, strict=True)):
         k, v = (cache[table[row].long()].flatten(0, 1)[:length] for cache in (k_cache, v_cache))
@@ -61,11 +62,11 @@ def test_decodes_that_go_on_read_what_they_kept() -> None:
     torch.manual_seed(0)
     k_cache, v_cache = torch.zeros(30, 4, 2, 8), torch.zeros(30, 4, 2, 8)
     table = torch.arange(1, 25, dtype=torch.int32).view(2, 12)
-    cache, kept, fresh = (k_cache, v_cache), CpuAttention(), CpuAttention()
+    cache, kept, fresh = LayerCache(k_cache, v_cache), CpuAttention(), CpuAttention()
     for number in range(30):
         step = make_step((0, 0), (1, 1), (number + 1, number + 9), table, decodes_go_on=number > 0)
         anew = make_step((0, 0), (1, 1), (number + 1, number + 9), table)
-        for pages in cache:
+        for pages in cache[:2]:
             if number == 0:
                 pages.normal_()
             pages.view(-1, 2, 8)[step.kv_slots_T] = torch.randn(2, 2, 8)
@@ -91,7 +92,7 @@ def test_what_a_former_owner_left_behind_a_context_is_never_multiplied(window: i
     for pages in (clean, dirty):
         step, attention = make_step((0,) * 3, (1,) * 3, lens, table), CpuAttention()
         attention.plan(step, MEMORY)
-        outputs.append(attention.attend(q, (pages[0], pages[1]), window, step, MEMORY))
+        outputs.append(attention.attend(q, LayerCache(pages[0], pages[1]), window, step, MEMORY))
     assert torch.equal(*outputs)
 
 
@@ -100,20 +101,20 @@ def test_decodes_with_drafts_equal_single_tokens_and_go_on_from_what_they_kept(w
     """Steps of guesses, of which some are taken back and written again, beside a prompt that changes nothing."""
     torch.manual_seed(0)
     table = torch.arange(1, 37, dtype=torch.int32).view(3, 12)
-    cache = (torch.randn(40, 4, 2, 8), torch.randn(40, 4, 2, 8))
+    cache = LayerCache(torch.randn(40, 4, 2, 8), torch.randn(40, 4, 2, 8))
     attention, starts = CpuAttention(), [3, 9]
     for number in range(12):
         lens = (1 + number % 3, 1 + (number * 2) % 4)
         context_lens = (starts[0] + lens[0], starts[1] + lens[1], 7)
         step = make_step((0, 0, 0), (*lens, 5), context_lens, table, decodes_go_on=number > 0, num_drafted=2)
-        for pages in cache:
+        for pages in cache[:2]:
             pages.view(-1, 2, 8)[step.kv_slots_T] = torch.randn(sum(lens) + 5, 2, 8)
         q = torch.randn(sum(lens) + 5, 4, 8)
         attention.plan(step, MEMORY)
         got = attention.attend(q, cache, window, step, MEMORY).view(q.shape)
         first = 0
         for row, count in enumerate((*lens, 5)):
-            k, v = (pages[table[row].long()].flatten(0, 1)[: context_lens[row]] for pages in cache)
+            k, v = (pages[table[row].long()].flatten(0, 1)[: context_lens[row]] for pages in cache[:2])
             want = attend_by_hand(q[first : first + count], k, v, window)
             torch.testing.assert_close(got[first : first + count], want, rtol=1e-5, atol=1e-5)
             first += count

@@ -184,7 +184,7 @@ def random_model(shape: DecodeShape, symmetric: bool, device: torch.device) -> M
         angles.cos().half(), angles.sin().half(),
     )  # fmt: skip
     cache_shape = 5 * PAGES + 1, BLOCK, shape.kv_heads, 128
-    cache = [tuple(torch.randn(cache_shape, device=device).half() for _ in range(2)) for _ in linears]
+    cache = [LayerCache(*(torch.randn(cache_shape, device=device).half() for _ in range(2))) for _ in linears]
     tables = torch.randperm(5 * PAGES, device=device).view(5, PAGES).int() + 1
     return Model(
         shape, linears, around, cache, random_pages(shape, device), torch.arange(50, 56, device=device).int(), tables
@@ -254,7 +254,9 @@ def expected(model: Model, step: StepContext, slots: Sequence[int]) -> tuple[tor
         mixed = []
         for row in range(rows):
             blocks = step.block_tables[int(here.table_rows_S[row])].long()
-            past = [cache[blocks].view(-1, model.shape.kv_heads, 128)[: positions[row]] for cache in model.cache[layer]]
+            past = [
+                cache[blocks].view(-1, model.shape.kv_heads, 128)[: positions[row]] for cache in model.cache[layer][:2]
+            ]
             ks, vs = (torch.cat((old.double(), new[row : row + 1])) for old, new in zip(past, (k, v), strict=True))
             ks, vs = (each.repeat_interleave(model.shape.heads // model.shape.kv_heads, 1) for each in (ks, vs))
             weights = (torch.einsum("hc,lhc->hl", q[row], ks) / 128**0.5).softmax(-1)

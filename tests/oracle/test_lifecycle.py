@@ -25,10 +25,11 @@ from inlaid.engine.request import FinishReason
 from inlaid.kernels.arriving import Arriving
 from inlaid.kernels.assist import Assistant, NoFerry, Profile
 from inlaid.kernels.cpu import cpu_kernels
+from inlaid.model.kv import KVLayout
 from inlaid.model.spec import read_spec
 from inlaid.model.weights import load
 from inlaid.runner.model_runner import ModelRunner
-from inlaid.runner.unified import block_elements, unify
+from inlaid.runner.unified import unify
 from tests.adapters.fake_lane import FakeLane
 from tests.examples import examples
 from tests.oracle.oracle import adapter_settings, ask, family_config, prompts, save_adapter, save_model, serve
@@ -61,7 +62,8 @@ class World:
             cache=CacheConfig(block_size=BLOCK, num_blocks=KV_BLOCKS, unified_memory=unified),
             scheduler=SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=16),
         )
-        shared = unify(self.spec, config.cache, KV_BLOCKS, MAX_LEN, store, CPU, torch.float32) if unified else None
+        layout = KVLayout.of(self.spec, config.cache, torch.float32)
+        shared = unify(layout, config.cache, KV_BLOCKS, MAX_LEN, store, CPU) if unified else None
         runner = ModelRunner(model, KV_BLOCKS, BLOCK, CPU, torch.float32, store, unified=shared, arriving=arriving)
         return make_engine(
             config, runner, lambda: 0.0, num_blocks=KV_BLOCKS, max_model_len=MAX_LEN, adapters=store, pool=runner.pool
@@ -85,7 +87,8 @@ def machine(world: World) -> type[RuleBasedStateMachine]:
         def begin(self, mode: str, unified: bool) -> None:
             self.lane = FakeLane()
             places = 4 if mode == CACHED else 2
-            elements = (5 if mode == CACHED else 1) * world.largest + block_elements(world.spec, BLOCK)
+            block = KVLayout(world.spec, BLOCK, torch.float32).shared_elements
+            elements = (5 if mode == CACHED else 1) * world.largest + block
             self.store = AdapterStore(
                 world.spec, places, elements, CPU, torch.float32, mode=mode, loader=StreamLoader(self.lane),
                 shared=unified,

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from inlaid.config import AdapterConfig, CacheConfig, ConfigError, EngineConfig
 from inlaid.engine.account import Account
 from inlaid.engine.request import Batch, Request, SamplingParams, Work
-from inlaid.model.transformer import block_bytes
+from inlaid.model.kv import KVLayout
 from inlaid.worker.loading import load_model, make_store
 
 
@@ -44,16 +44,16 @@ def test_what_is_loaded(config: EngineConfig) -> None:
     assert loaded.num_blocks == 40
     assert len(loaded.base_version) == 64
     assert loaded.runner.overlap is False
-    k, v = loaded.runner.cache[0]
+    k, v, _ = loaded.runner.cache[0]
     assert k.shape == v.shape == (40, 8, 2, 8)
-    assert block_bytes(loaded.spec, 8, torch.float32) * 40 == 2 * (k.nbytes + v.nbytes)
+    assert KVLayout(loaded.spec, 8, torch.float32).block_bytes * 40 == 2 * (k.nbytes + v.nbytes)
 
 
 def test_blocks_fill_the_memory_given(config: EngineConfig) -> None:
     loaded = load_model(replace(config, cache=CacheConfig(block_size=8, cpu_memory_gib=0.001)), progress=False)
-    each = block_bytes(loaded.spec, 8, torch.float32)
+    each = KVLayout(loaded.spec, 8, torch.float32).block_bytes
     assert loaded.num_blocks == int(0.001 * 2**30) // each
-    assert sum(k.nbytes + v.nbytes for k, v in loaded.runner.cache) <= 0.001 * 2**30
+    assert sum(k.nbytes + v.nbytes for k, v, _ in loaded.runner.cache) <= 0.001 * 2**30
 
 
 @pytest.mark.parametrize(

@@ -262,7 +262,8 @@ void inlaid_add_norm(float *residual, const float *product, const float *weight,
     }
 }
 
-// Rotate the queries and keys of [rows][heads + 2 * groups][width] in place; write keys and values to their slots.
+// Rotate the queries and keys of [rows][heads + 2 * groups][width] in place; write keys and values to their slots, if
+// `keys` is there.
 void inlaid_rope_store(float *qkv, const float *cos, const float *sin, float *keys, float *values, const int64_t *slots,
                        int rows, int heads, int groups, int width) {
     const int half = width / 2;
@@ -274,42 +275,100 @@ void inlaid_rope_store(float *qkv, const float *cos, const float *sin, float *ke
                 qkv[at + half] = high * cos[at + half] + low * sin[at + half];
             }
         const long all = (long)groups * width;
-        memcpy(keys + slots[row] * all, qkv - all, all * sizeof(float));
-        memcpy(values + slots[row] * all, qkv, all * sizeof(float));
+        if (keys) {
+            memcpy(keys + slots[row] * all, qkv - all, all * sizeof(float));
+            memcpy(values + slots[row] * all, qkv, all * sizeof(float));
+        }
         qkv += all;
     }
 }
 
-INLINE float dot(const float *a, const float *b, int width) {
+// Keys and values as numbers, or as codes of 8 bits that are multiplied by a scale.
+enum { NUMBERS, INTEGERS, FLOATS };
+
+struct pages {  // as packed.py has it
+    const void *keys, *values;
+    const uint16_t *scales;       // of codes: [blocks][groups][block_size][key, value]
+    const int32_t *table, *lens;  // [sequences][blocks], [sequences]
+    long scale_block;             // from block to block
+    int kind, blocks, block_size, groups, width;
+};
+
+typedef uint8_t bytes __attribute__((vector_size(8)));
+typedef int8_t signed_bytes __attribute__((vector_size(8)));
+typedef int32_t ints __attribute__((vector_size(32)));
+
+// Eight keys or values from place `at` on; codes of FLOATS (e4m3) over 256, as a float16 of the same bits is.
+INLINE floats load_code(int kind, const void *from, long at) {
+    if (kind == NUMBERS) return load((const float *)from + at);
+    if (kind == INTEGERS) {
+        signed_bytes codes;
+        memcpy(&codes, (const int8_t *)from + at, sizeof codes);
+        return __builtin_convertvector(__builtin_convertvector(codes, ints), floats);
+    }
+    bytes codes;
+    memcpy(&codes, (const uint8_t *)from + at, sizeof codes);
+    halves wide = __builtin_convertvector(codes, halves);
+    return widen((wide & 0x7f) << 7 | (wide & 0x80) << 8, 0);
+}
+
+// The scale of a token's keys (`which` 0) or values (1), by which what load_code returns is multiplied.
+INLINE float scale_of(int kind, const struct pages *p, const int32_t *table, int group, int at, int which) {
+    const int block = at / p->block_size, place = at % p->block_size;
+    halves one = {p->scales[table[block] * p->scale_block + ((long)group * p->block_size + place) * 2 + which]};
+    return widen(one, 0)[0] * (kind == FLOATS ? 256 : 1);
+}
+
+INLINE float dot(int kind, const float *a, const void *b, long from, int width) {
     floats sum = {0}, other = {0};
     int at = 0;
     for (; at + 2 * LANES <= width; at += 2 * LANES) {
-        sum += load(a + at) * load(b + at);
-        other += load(a + at + LANES) * load(b + at + LANES);
+        sum += load(a + at) * load_code(kind, b, from + at);
+        other += load(a + at + LANES) * load_code(kind, b, from + at + LANES);
     }
-    if (at < width) sum += load(a + at) * load(b + at);
+    if (at < width) sum += load(a + at) * load_code(kind, b, from + at);
     sum += other;
     return ((sum[0] + sum[4]) + (sum[2] + sum[6])) + ((sum[1] + sum[5]) + (sum[3] + sum[7]));
 }
 
-struct pages {  // as packed.py has it
-    const float *keys, *values;
-    const int32_t *table, *lens;  // [sequences][blocks], [sequences]
-    int blocks, block_size, groups, width;
-};
-
 // Sum values by their weights, some lanes of one head at a time.
-INLINE void mix(int vectors, const struct pages *p, const int32_t *table, const float *weights, int first, int len,
-                long start, float total, float *to) {
+INLINE void mix(int kind, int vectors, const struct pages *p, const int32_t *table, const float *weights, int first,
+                int len, long start, float total, float *to) {
     const long token = (long)p->groups * p->width;
     floats sum[4] = {0};
     for (int at = first; at < len;) {
         const int block = at / p->block_size, end = (block + 1) * p->block_size < len ? (block + 1) * p->block_size : len;
-        const float *value = p->values + ((long)table[block] * p->block_size + at % p->block_size) * token + start;
+        long value = ((long)table[block] * p->block_size + at % p->block_size) * token + start;
         for (; at < end; at++, value += token)
-            for (int vector = 0; vector < vectors; vector++) sum[vector] += weights[at] * load(value + vector * LANES);
+            for (int vector = 0; vector < vectors; vector++)
+                sum[vector] += weights[at] * load_code(kind, p->values, value + vector * LANES);
     }
     for (int vector = 0; vector < vectors; vector++) store(to + vector * LANES, sum[vector] / total);
+}
+
+// One query head of one sequence.
+INLINE void attend(int kind, const struct pages *p, const int32_t *table, const float *query, float *score, float *to,
+                   int group, int first, int len, float scale) {
+    const long token = (long)p->groups * p->width, start = (long)group * p->width;
+    float most = -INFINITY, total = 0;
+    for (int at = first; at < len;) {
+        const int block = at / p->block_size, end = (block + 1) * p->block_size < len ? (block + 1) * p->block_size : len;
+        long key = ((long)table[block] * p->block_size + at % p->block_size) * token + start;
+        for (; at < end; at++, key += token) {
+            score[at] = scale * dot(kind, query, p->keys, key, p->width);
+            if (kind != NUMBERS) score[at] *= scale_of(kind, p, table, group, at, 0);
+            most = score[at] > most ? score[at] : most;
+        }
+    }
+    for (int at = first; at < len; at++) {
+        score[at] = expf(score[at] - most);
+        total += score[at];
+        if (kind != NUMBERS) score[at] *= scale_of(kind, p, table, group, at, 1);
+    }
+    int lane = 0;
+    for (; lane + 4 * LANES <= p->width; lane += 4 * LANES)
+        mix(kind, 4, p, table, score, first, len, start + lane, total, to + lane);
+    for (; lane < p->width; lane += LANES) mix(kind, 1, p, table, score, first, len, start + lane, total, to + lane);
 }
 
 // Softmax(q k^T * scale) v of one newest token each; q is [sequences][stride], out [sequences][heads][width], `scores`
@@ -318,7 +377,6 @@ void inlaid_decode_attention(const struct pages *given, const float *q, long str
                              int sequences, int heads, int longest, int window, float scale, int threads) {
     const struct pages p = *given;
     const int each = heads / p.groups;
-    const long token = (long)p.groups * p.width;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int task = 0; task < sequences * heads; task++) {
         const int row = task / heads, head = task % heads, group = head / each;
@@ -326,23 +384,8 @@ void inlaid_decode_attention(const struct pages *given, const float *q, long str
         const int32_t *table = p.table + (long)row * p.blocks;
         const float *query = q + row * stride + (long)head * p.width;
         float *score = scores + (long)task * longest, *to = out + (long)task * p.width;
-        float most = -INFINITY, total = 0;
-        const long start = (long)group * p.width;
-        for (int at = first; at < len;) {
-            const int block = at / p.block_size, end = (block + 1) * p.block_size < len ? (block + 1) * p.block_size : len;
-            const float *key = p.keys + ((long)table[block] * p.block_size + at % p.block_size) * token + start;
-            for (; at < end; at++, key += token) {
-                score[at] = scale * dot(query, key, p.width);
-                most = score[at] > most ? score[at] : most;
-            }
-        }
-        for (int at = first; at < len; at++) {
-            score[at] = expf(score[at] - most);
-            total += score[at];
-        }
-        int lane = 0;
-        for (; lane + 4 * LANES <= p.width; lane += 4 * LANES)
-            mix(4, &p, table, score, first, len, start + lane, total, to + lane);
-        for (; lane < p.width; lane += LANES) mix(1, &p, table, score, first, len, start + lane, total, to + lane);
+        if (p.kind == NUMBERS) attend(NUMBERS, &p, table, query, score, to, group, first, len, scale);
+        if (p.kind == INTEGERS) attend(INTEGERS, &p, table, query, score, to, group, first, len, scale);
+        if (p.kind == FLOATS) attend(FLOATS, &p, table, query, score, to, group, first, len, scale);
     }
 }
