@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from inlaid.kv_format import AUTO
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -51,9 +53,15 @@ class Backend(Protocol):
     def close(self) -> None: ...
 
 
-OpenBackend = Callable[[Path, Mapping[str, Path]], Backend]
-"""A base's folder and adapters by name to a backend."""
+OpenBackend = Callable[[Path, Mapping[str, Path], str], Backend]
+"""A base's folder, adapters by name and the form of keys and values (`inlaid/kv_format.py`) to a backend."""
 
 
 class BackendError(RuntimeError):
     """The model cannot be run; the message says what would help."""
+
+
+def check_full(kv: str, name: str) -> None:
+    """Refuse keys and values of 8 bits for a backend that has none."""
+    if kv != AUTO.name:
+        raise BackendError(f"the backend {name} has no {kv} keys and values; leave out variants that end with +kv-{kv}")

@@ -11,8 +11,21 @@ from eval.backend import Ask, Graded
 from eval.provenance import code_identity
 from inlaid import LLM, SamplingParams
 from inlaid.engine.request import TokenLogprobs
+from inlaid.kv_format import AUTO
 
-PARTS = ("engine", "text", "runner", "worker", "model", "layers", "kernels", "adapters", "llm.py", "checkpoint.py")
+PARTS = (
+    "engine",
+    "text",
+    "runner",
+    "worker",
+    "model",
+    "layers",
+    "kernels",
+    "adapters",
+    "llm.py",
+    "checkpoint.py",
+    "kv_format.py",
+)
 
 
 class EngineBackend:
@@ -20,8 +33,8 @@ class EngineBackend:
 
     drafts = True
 
-    def __init__(self, base: Path, adapters: Mapping[str, Path]) -> None:
-        self.llm = LLM(str(base), adapters={}, cache={"cpu_memory_gib": 0.5})
+    def __init__(self, base: Path, adapters: Mapping[str, Path], kv: str = AUTO.name) -> None:
+        self.llm = LLM(str(base), adapters={}, cache={"cpu_memory_gib": 0.5, "kv_cache_dtype": kv})
         self.refused: dict[str, str] = {}
         for name, path in adapters.items():
             try:

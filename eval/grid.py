@@ -16,6 +16,7 @@ from eval.cache import Cache, Key
 from eval.metrics import Answer
 from eval.task import Example, Task
 from inlaid.adapters.peft import identity_of
+from inlaid.kv_format import AUTO
 from inlaid.progress import Bar
 
 CHUNK = 1024  # questions asked at once, and lost at most by a kill
@@ -25,7 +26,8 @@ CHUNK = 1024  # questions asked at once, and lost at most by a kill
 class Base:
     """One base to evaluate: a variant at a bit width for a calibration seed, as a folder.
 
-    With `task` the base is for that task alone.
+    With `task` the base is for that task alone. `kv` is the form of keys and values in the cache, see
+    `inlaid/kv_format.py`.
     """
 
     variant: str
@@ -33,6 +35,7 @@ class Base:
     folder: Path
     seed: int = 0
     task: str | None = None
+    kv: str = AUTO.name
 
 
 @dataclass(frozen=True)
@@ -95,19 +98,21 @@ class Grid:
         wanted = [(asked, self.adapter_of[asked.task.name]) for asked in tasks]
         if alone:
             wanted += [(asked, None) for asked in tasks if self.adapter_of[asked.task.name] is not None]
-        keys = [self._key(version, tokens, asked, adapter) for asked, adapter in wanted]
+        keys = [self._key(version, tokens, base.kv, asked, adapter) for asked, adapter in wanted]
         missing = [index for index, key in enumerate(keys) if self.cache.get(key) is None]
         refused = self._ask(base, [wanted[index] for index in missing], [keys[index] for index in missing])
         return [self._cell(base, version, asked, adapter, key, refused) for (asked, adapter), key in zip(wanted, keys)]
 
-    def _key(self, version: str, tokens: str, asked: Asked, adapter: str | None) -> Key:
+    def _key(self, version: str, tokens: str, kv: str, asked: Asked, adapter: str | None) -> Key:
+        how = ", forward only" if self.decoding == "forward" else ""
+        how += f", {kv} keys and values" if kv != AUTO.name else ""
         return Key(
             base=version,
             tokenizer=tokens,
             adapter=self._identity(adapter),
             task=asked.fingerprint,
             backend=self.backend_key[0],
-            setting=self.backend_key[1] + (", forward only" if self.decoding == "forward" else ""),
+            setting=self.backend_key[1] + how,
             draft=self.decoding != "plain",
         )
 
@@ -127,7 +132,8 @@ class Grid:
             return {}
         tokenizer = _tokenizer(base.folder)
         used = {adapter for _, adapter in wanted if adapter is not None}
-        backend = self.open_backend(base.folder, {name: path for name, path in self.adapters.items() if name in used})
+        adapters = {name: path for name, path in self.adapters.items() if name in used}
+        backend = self.open_backend(base.folder, adapters, base.kv)
         try:
             able = [pair for pair in zip(wanted, keys) if pair[0][1] not in backend.refused]
             questions = [

@@ -33,6 +33,7 @@ def _record(cell: Cell, reference: Mapping[tuple[str, str | None], Cell], asked:
         "variant": cell.base.variant,
         "bits": cell.base.bits,
         "seed": cell.base.seed,
+        "kv_cache_dtype": cell.base.kv,
         "base_version": cell.base_version,
         "adapter": cell.adapter or "none",
         "adapter_identity": cell.adapter_identity,

@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from torch.nn.functional import log_softmax
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from eval.backend import Ask, BackendError, Graded
+from eval.backend import Ask, BackendError, Graded, check_full
 from inlaid.adapters.peft import read_adapter
 from inlaid.checkpoint import Checkpoint, dequantize
+from inlaid.kv_format import AUTO
 from inlaid.model.spec import read_spec
 
 MAX_TOKENS = 8192  # in one padded batch
@@ -30,7 +31,8 @@ class OracleBackend:
 
     drafts = True
 
-    def __init__(self, base: Path, adapters: Mapping[str, Path]) -> None:
+    def __init__(self, base: Path, adapters: Mapping[str, Path], kv: str = AUTO.name) -> None:
+        check_full(kv, "oracle")
         self.refused: dict[str, str] = {}
         self.end = _ends(base)
         model: Any = load_dense(base)

@@ -12,7 +12,8 @@ from typing import Any
 
 import aiohttp
 
-from eval.backend import Ask, BackendError, Graded
+from eval.backend import Ask, BackendError, Graded, check_full
+from inlaid.kv_format import AUTO
 
 BATCH = 32  # prompts in one request
 AT_ONCE = 8  # requests in flight
@@ -24,7 +25,8 @@ class ServerBackend:
 
     drafts = False  # it returns text, and the tokens that it stands for are not known for sure
 
-    def __init__(self, url: str, base: Path, adapters: Mapping[str, Path]) -> None:
+    def __init__(self, url: str, base: Path, adapters: Mapping[str, Path], kv: str = AUTO.name) -> None:
+        check_full(kv, "server")  # a server has the form that it was started with
         self.url = url.rstrip("/").removesuffix("/v1")
         listed = asyncio.run(_get(f"{self.url}/v1/models"))["data"]
         names = {entry["id"] for entry in listed}

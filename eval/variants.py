@@ -8,6 +8,7 @@ awq                  AWQ-style scaling on the same data; kept as plain weights, 
 mlgptq-AGGREGATION   one Hessian for each task, its adapter attached, aggregated so (minimax-loss, max, mean, ...)
 per-task             a base for each task alone: the bound, which no shared base can pass
 NAME=PATH            a folder made elsewhere
+VARIANT+kv-FORM      one of these with keys and values in another form: fp8, int8 (`inlaid/kv_format.py`)
 all                  every one of these but NAME=PATH
 """
 
@@ -27,6 +28,8 @@ from eval.grid import Base
 from eval.yardsticks import SiteHessian
 from inlaid.adapters.peft import identity_of
 from inlaid.checkpoint import Checkpoint
+from inlaid.config import ConfigError
+from inlaid.kv_format import AUTO, kv_format
 from inlaid.quant.aggregate import AGGREGATIONS
 from inlaid.quant.calibration import CalibrationSettings
 from inlaid.quant.grid import Grid
@@ -36,6 +39,7 @@ from inlaid.quant.settings import Gate, Place, Settings, TaskSource
 FULL, MIXED, BOUND = "fp16", "gptq-mixed", "per-task"
 DEFAULT = (FULL, "rtn", "gptq", MIXED, "awq", "mlgptq-max", "mlgptq-mean", "mlgptq-minimax-loss")
 ALL = (FULL, "rtn", "gptq", MIXED, "awq", *(f"mlgptq-{aggregation}" for aggregation in AGGREGATIONS), BOUND)
+FORM = "+kv-"
 GENERIC = Path(__file__).with_name("generic.jsonl")
 WITHOUT_TASKS = ("rtn", "gptq")
 WITHOUT_DATA = ("rtn",)  # equal at every seed
@@ -75,22 +79,26 @@ class Variants:
     def bases(self, names: Sequence[str], seeds: Sequence[int] = (0,)) -> list[Callable[[], Base]]:
         """Return the bases of a grid, full precision first; each is made when it is called."""
         names = ALL if tuple(names) == ("all",) else names
-        for name in names:
-            self._check(name)
+        pairs = [_with_form(name) for name in names]
+        for stem, _ in pairs:
+            self._check(stem)
         found: list[Callable[[], Base]] = [lambda: Base(FULL, 16, self.base)] if FULL in names else []
-        for name in names:
-            if "=" in name:
-                found.append(partial(_given, name))
-            elif name != FULL:
-                tasks = sorted(self.sources) if name == BOUND else [None]
-                drawn = seeds[:1] if name in WITHOUT_DATA else seeds
-                found += [
-                    partial(self.base_of, name, bits, seed, task)
-                    for seed in drawn
-                    for bits in self.grids
-                    for task in tasks
-                ]
+        for stem, form in pairs:
+            made = self._bases_of(stem, seeds) if (stem, form) != (FULL, AUTO.name) else []
+            found += made if form == AUTO.name else [partial(_in_form, make, form) for make in made]
         return found
+
+    def _bases_of(self, name: str, seeds: Sequence[int]) -> list[Callable[[], Base]]:
+        """Return the bases of one variant."""
+        if name == FULL:
+            return [lambda: Base(FULL, 16, self.base)]
+        if "=" in name:
+            return [partial(_given, name)]
+        tasks = sorted(self.sources) if name == BOUND else [None]
+        drawn = seeds[:1] if name in WITHOUT_DATA else seeds
+        return [
+            partial(self.base_of, name, bits, seed, task) for seed in drawn for bits in self.grids for task in tasks
+        ]
 
     def base_of(self, name: str, bits: int, seed: int = 0, task: str | None = None) -> Base:
         """Return a variant at a width for a calibration seed, made if need be; of `per-task`, the base of one task."""
@@ -106,7 +114,8 @@ class Variants:
 
     def _check(self, name: str) -> None:
         if name not in ALL and "=" not in name:
-            raise VariantError(f"there is no variant {name!r}; known: {', '.join(ALL)}, all, or NAME=PATH")
+            known = f"{', '.join(ALL)}, all, or NAME=PATH, each with {FORM}fp8 or {FORM}int8 behind it"
+            raise VariantError(f"there is no variant {name!r}; known: {known}")
         if name == FULL or "=" in name:
             return
         if self.checkpoint.is_quantized:
@@ -171,6 +180,20 @@ class Variants:
             files = [source.calibration for source in self.sources.values()]
             self._mixed = calibration.seed, yardsticks.mixed_hessians(self.checkpoint, files, calibration)
         return self._mixed[1]
+
+
+def _with_form(name: str) -> tuple[str, str]:
+    """Return a variant without its ending +kv-FORM, and the form of keys and values."""
+    stem, found, form = name.rpartition(FORM)
+    try:
+        return (stem, kv_format(form).name) if found else (name, AUTO.name)
+    except ConfigError as error:
+        raise VariantError(f"variant {name}: {error}") from error
+
+
+def _in_form(make: Callable[[], Base], form: str) -> Base:
+    base = make()
+    return replace(base, variant=f"{base.variant}{FORM}{form}", kv=form)
 
 
 def _given(text: str) -> Base:

@@ -13,7 +13,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from eval.oracle import load_dense
+from eval.backend import BackendError
+from eval.oracle import OracleBackend, load_dense
 from eval.variants import Source, VariantError, Variants
 from inlaid.adapters.peft import read_adapter
 from inlaid.checkpoint import Checkpoint, dequantize
@@ -124,6 +125,20 @@ def test_a_grid_starts_with_full_precision(base: Path, sources: dict[str, Source
     shutil.copytree(variants(base, sources, tmp_path).base_of("rtn", 2).folder, given)
     made = [one() for one in variants(base, sources, tmp_path, widths=(8, 4)).bases(["rtn", f"mine={given}", "fp16"])]
     assert [(one.variant, one.bits) for one in made] == [("fp16", 16), ("rtn", 8), ("rtn", 4), ("mine", 2)]
+
+
+def test_a_form_of_keys_and_values_is_a_variant(base: Path, sources: dict[str, Source], tmp_path: Path) -> None:
+    """The base is the same folder, made once."""
+    names = ("rtn+kv-int8", "fp16", "fp16+kv-fp8_e4m3", f"mine={base}+kv-int8")
+    found = [make() for make in variants(base, sources, tmp_path, widths=(4,)).bases(names)]
+    forms = [(one.variant, one.bits, one.kv) for one in found]
+    assert forms[:2] == [("fp16", 16, "auto"), ("rtn+kv-int8", 4, "int8")]
+    assert forms[2:] == [("fp16+kv-fp8", 16, "fp8"), ("mine+kv-int8", 16, "int8")]
+    assert found[2].folder == found[3].folder == base
+    with pytest.raises(VariantError, match=r"fp8_e5m2.*use fp8"):
+        variants(base, sources, tmp_path).bases(("fp16+kv-fp8_e5m2",))
+    with pytest.raises(BackendError, match="oracle has no int8 keys and values"):
+        OracleBackend(base, {}, "int8")
 
 
 def test_what_cannot_be_made_says_why(base: Path, sources: dict[str, Source], tmp_path: Path) -> None:
