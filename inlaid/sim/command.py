@@ -54,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--machine", default="", help="a10g, a100-13b, h100, h200, or a file from inlaid.sim.fit; default: the suite's"
     )
     parser.add_argument("--num-tokens", type=int, default=0, help="KV memory in tokens; default: the suite's")
+    parser.add_argument(
+        "--kv-cache-dtype", default="auto", help="auto (16 bits), fp8 or int8: more tokens in that memory, read faster"
+    )
     parser.add_argument("--seed", type=int, help="of the workload's draws; default: the suite's")
     parser.add_argument(
         "--trace",
@@ -186,7 +189,7 @@ def _prepare(name: str, args: argparse.Namespace) -> Experiment:
     workload = load_suite(name)
     if args.trace is not None and name == REAL:
         workload = replay_trace(workload, args.trace)
-    return prepare(workload, args.seed, args.machine, args.num_tokens)
+    return prepare(workload, args.seed, args.machine, args.num_tokens, kv=args.kv_cache_dtype)
 
 
 def replay_trace(workload: Workload, path: Path) -> Workload:

@@ -6,7 +6,7 @@ simulator's runner asks `step_seconds`; its adapter directory asks `load_seconds
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import msgspec
@@ -14,8 +14,10 @@ import msgspec
 from inlaid.cluster.view import Prices
 from inlaid.engine.step_log import Load as Load
 from inlaid.engine.step_log import Step as Step
+from inlaid.kv_format import AUTO, KVFormat
 
 MACHINES = Path(__file__).parent / "machines"
+HEAD = 128  # numbers of a head of the models that the machines were measured with
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,11 @@ class CostModel:
         """Return the same machine, slower or faster by a factor."""
         times = {f.name: getattr(self, f.name) * factor for f in fields(self) if f.type == "float"}
         return CostModel(name=name, source=f"{self.source}, times {factor:g}", **times)
+
+    def with_keys_and_values(self, form: KVFormat) -> CostModel:
+        """Return the machine, measured with keys and values of 16 bits, with those of another form to read."""
+        share = form.head_bytes(HEAD, 2) / AUTO.head_bytes(HEAD, 2)
+        return replace(self, prompt_context=self.prompt_context * share, output_context=self.output_context * share)
 
     def save(self, path: Path) -> None:
         path.write_bytes(msgspec.json.format(msgspec.json.encode(asdict(self)), indent=1) + b"\n")

@@ -8,7 +8,8 @@ from typing import Any
 
 import msgspec
 
-from inlaid.sim.cost import CostModel, load_cost
+from inlaid.kv_format import AUTO, kv_format
+from inlaid.sim.cost import HEAD, CostModel, load_cost
 from inlaid.sim.metrics import isolation, service_of, summarize
 from inlaid.sim.request_log import Arrival, as_arrivals
 from inlaid.sim.simulate import Outcome, Setup, simulate
@@ -47,15 +48,21 @@ def prepare(
     machine: str = "",
     num_tokens: int = 0,
     trace: list[Arrival] | None = None,
+    kv: str = AUTO.name,
 ) -> Experiment:
-    """Prepare an experiment with the workload's own seed, machine and memory unless others are named."""
+    """Prepare an experiment with the workload's own seed, machine and memory unless others are named.
+
+    In another form of keys and values, `kv`, the same memory holds more tokens, and they are read in less time.
+    """
     if seed is not None:
         workload = msgspec.structs.replace(workload, seed=seed)
-    cost: CostModel = load_cost(machine or workload.simulator.machine)
+    form = kv_format(kv)
+    cost: CostModel = load_cost(machine or workload.simulator.machine).with_keys_and_values(form)
     sizes = workload.engine
+    tokens = (num_tokens or sizes.kv_tokens or NUM_TOKENS) * AUTO.head_bytes(HEAD, 2) // form.head_bytes(HEAD, 2)
     setup = Setup(
         cost=cost,
-        num_tokens=num_tokens or sizes.kv_tokens or NUM_TOKENS,
+        num_tokens=tokens,
         slots=sizes.max_loras or Setup.slots,
         ranks=workload.adapter_ranks,
         weights=dict(workload.weights),

@@ -126,6 +126,16 @@ def test_a_step_takes_what_the_model_says() -> None:
     assert outcome.steps == 5
 
 
+def test_keys_and_values_of_8_bits_leave_room_for_more_and_are_read_faster() -> None:
+    found = [prepare(load_suite("overload"), kv=kv) for kv in ("auto", "int8")]
+    full, coded = (experiment.setup for experiment in found)
+    assert coded.num_tokens == full.num_tokens * 512 // 260
+    assert coded.cost.output_context == pytest.approx(full.cost.output_context * 260 / 512)
+    assert coded.cost.decodes == full.cost.decodes
+    with pytest.raises(ValueError, match="--kv-cache-dtype int4"):
+        prepare(load_suite("overload"), kv="int4")
+
+
 def test_loads_of_adapters_take_their_time_and_hold_up_nobody() -> None:
     cost = replace(FLAT, load_base=0.5)
     requests = [
