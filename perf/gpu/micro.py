@@ -18,9 +18,10 @@ import triton.language as tl
 from inlaid.checkpoint import QuantSpec
 from inlaid.kernels import attention_triton, command, fused_triton, lora_triton
 from inlaid.kernels.auto import backends
-from inlaid.kernels.backend import AdapterPages, Site
+from inlaid.kernels.backend import AdapterPages, LayerCache, Site
 from inlaid.kernels.humming import HummingLinear
 from inlaid.kernels.measure import CACHE, Ceiling, time_calls, time_linear
+from inlaid.kv_format import AUTO, FP8, INT8, KVFormat
 from perf.gpu import Keep
 
 DEVICE = torch.device("cuda")
@@ -32,6 +33,11 @@ ADAPTERS = (  # (rows, adapters, rank)
 READ = (2048, 64)  # elements of a block, and blocks of a program
 ONE_TILES = ((64, 4, 1), (32, 4, 3), (16, 2, 3), (32, 4, 4), (64, 4, 2), (64, 4, 3))
 GROUP_TILES = ((64, 4, 3), (64, 4, 5), (32, 4, 3), (32, 4, 5), (64, 2, 3))
+CODED_CONTEXTS = ((64, 320), (256, 320), (64, 2048))
+CODED_TILES = (  # with as many key/value heads as query heads, and with fewer
+    ((64, 4, 3), (64, 8, 3), (32, 4, 4), (64, 4, 2), (32, 2, 3)),
+    ((128, 4, 3), (128, 8, 3), (64, 4, 4), (64, 4, 2), (32, 4, 4)),
+)
 SHRINKS = (
     (4, 128, 2, 4),
     (4, 256, 4, 2),
@@ -98,7 +104,7 @@ def decode_attention() -> list[dict[str, Any]]:
         flat, sums = [c.view(-1) for c in caches], torch.empty(1 << 16, device=DEVICE)
         launch = _read_kernel[(triton.cdiv(flat[0].numel(), READ[0] * READ[1]),)]
         reads = [partial(launch, x, sums, x.numel(), BLOCK=READ[0], TURNS=READ[1], num_warps=4) for x in flat]
-        shipped = attention_triton.ONE_TILE if heads == kv else attention_triton.GROUP_TILE
+        shipped = attention_triton.TILES[heads != kv, False]
         default_name = f"splits {default} tile {shipped}"
         found.append(
             {
@@ -108,6 +114,56 @@ def decode_attention() -> list[dict[str, Any]]:
             }
         )  # fmt: skip
     return found
+
+
+def kv_codes() -> list[dict[str, Any]]:
+    """Time decode attention over keys and values of 16 and of 8 bits, the latter over tile shapes, beside their floors.
+
+    Beside them stands the write after the rotation of as many tokens as there are sequences."""
+    found = []
+    for (heads, kv), (batch, context) in itertools.product(HEADS, CODED_CONTEXTS):
+        blocks = batch * -(-context // 16) + 1
+        tables = (torch.randperm(blocks - 1, device=DEVICE) + 1).int().view(batch, -1).contiguous()
+        lengths = torch.full((batch,), context, dtype=torch.int32, device=DEVICE)
+        q = torch.randn(batch, heads, 128, device=DEVICE).half()
+        qkv = torch.randn(batch, (heads + 2 * kv) * 128, device=DEVICE).half()
+        angles, at = torch.randn(4096, 128, device=DEVICE).half(), torch.arange(batch, device=DEVICE).int()
+        splits = attention_triton.num_splits(batch, kv)
+        scratch = attention_triton.decode_scratch(batch, heads, 128, splits, DEVICE)
+        for form in (AUTO, INT8, FP8):
+            moved = batch * context * kv * form.head_bytes(128, 2)
+            caches = [random_cache(form, blocks, kv) for _ in range(max(2, int(CACHE // moved) + 1))]
+            decode = partial(
+                attention_triton.decode, tables_SB=tables, lengths_S=lengths, out_SHC=torch.empty_like(q),
+                scratch=scratch, splits=splits,
+            )  # fmt: skip
+            rope = partial(fused_triton.rope_store, qkv, at, at, angles, angles, num_heads=heads)
+            times = {
+                str(tile): time_calls([partial(decode, q, *c[:2], tile=tile, scales=c.scales) for c in caches], 5)
+                for tile in ((None, *CODED_TILES[heads != kv]) if form.is_coded else (None,))
+            }
+            writes = [partial(rope, k_cache=c.keys, v_cache=c.values, scales=c.scales) for c in caches]
+            found.append(
+                {
+                    "heads": f"{heads}/{kv}", "batch": batch, "context": context, "form": form.name,
+                    "us": times["None"], "floor": ceiling().microseconds(moved),
+                    "best": min(times, key=times.__getitem__), "rope_store_us": time_calls(writes, 5), "all": times,
+                }
+            )  # fmt: skip
+            del caches
+    return found
+
+
+def random_cache(form: KVFormat, blocks: int, kv_heads: int) -> LayerCache:
+    """Return random keys and values of a layer."""
+    if not form.is_coded:
+        keys, values = (torch.randn(blocks, 16, kv_heads, 128, device=DEVICE).half() for _ in "kv")
+        return LayerCache(keys, values)
+    dtype = torch.int8 if form == INT8 else torch.float8_e4m3fn
+    least, shape = -127 if form == INT8 else 0, (blocks, 16, kv_heads, 128)  # of e4m3, bits below 127 are numbers
+    keys, values = (torch.randint(least, 127, shape, dtype=torch.int8, device=DEVICE) for _ in "kv")
+    scales = torch.rand(blocks, kv_heads, 16, 2, device=DEVICE).mul_(0.01).half()
+    return LayerCache(keys.view(dtype), values.view(dtype), scales)
 
 
 def prefill_attention() -> list[dict[str, Any]]:
@@ -288,7 +344,7 @@ def ordered() -> list[dict[str, Any]]:
 
 
 PARTS: Mapping[str, Callable[[], list[dict[str, Any]]]] = MappingProxyType({
-    "decode_attention": decode_attention, "pending": pending, "ordered": ordered,
+    "decode_attention": decode_attention, "kv_codes": kv_codes, "pending": pending, "ordered": ordered,
     "prefill_attention": prefill_attention, "adapters": adapters, "small_operations": small_operations,
     "linears": linears,
 })  # fmt: skip

@@ -275,14 +275,18 @@ def run(
 
 
 OTHERWISE: Mapping[str, tuple[str, ...]] = MappingProxyType(  # ends of stages' names, and their flags
-    {"arrival": ("--no-deterministic",), "unified": ("--unified-memory",), "one": ("--decode-kernel", "one")}
-)
+    {
+        "arrival": ("--no-deterministic",), "unified": ("--unified-memory",), "one": ("--decode-kernel", "one"),
+        "kv8": ("--kv-cache-dtype", "fp8"), "kvint8": ("--kv-cache-dtype", "int8"),
+    }
+)  # fmt: skip
 
 
 def otherwise(
     how: str, shape: str, rows: Sequence[tuple[int, int, int]], ranks: tuple[int, ...], keep: Keep
 ) -> dict[str, Any]:
-    """Measure rows with a flag: kernels that may add in any order, one memory for adapters and KV, one kernel."""
+    """Measure rows with a flag: kernels that may add in any order, one memory for adapters and KV, one kernel, or keys
+    and values of 8 bits."""
     some = LATENCY_ROWS if how == "one" else [row for row in rows if row[1] in FEW]
     return run(shape, some, ranks, keep, OTHERWISE[how])
 
