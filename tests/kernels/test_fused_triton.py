@@ -24,7 +24,8 @@ def half(*shape: int) -> torch.Tensor:
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
-    torch.testing.assert_close(a.float(), b.float(), rtol=2e-3, atol=2e-3)
+    """Compare numbers around 1 that were rounded to half precision some times."""
+    torch.testing.assert_close(a.float(), b.float(), rtol=2e-3, atol=4e-3)
 
 
 @pytest.mark.parametrize("width", [64, 896])
