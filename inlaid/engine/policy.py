@@ -188,8 +188,8 @@ class Vtc(Policy):
     def prepay(self, request: Request, view: View) -> int:
         if self.predict == "predicted":
             return max(1, round(view.lengths.remaining(request)))
-        if self.predict == "oracle" and request.true_output_len is not None:
-            return request.true_output_len
+        if self.predict == "oracle":
+            return request.true_output_len or (request.params.max_tokens if request.params.ignore_eos else 0)
         return 0
 
 

@@ -153,9 +153,11 @@ def test_new_weights_leave_the_past_as_it_was_charged() -> None:
     assert (account.service, account.counter) == (9, 7.5)
 
 
-def test_a_failed_step_and_an_abort_give_back_what_was_charged_ahead() -> None:
+@pytest.mark.parametrize("length", [20, None])
+def test_a_failed_step_and_an_abort_give_back_what_was_charged_ahead(length: int | None) -> None:
+    """The oracle is told the length, or knows it of a request that ignores the end token."""
     bench = Bench(policy="vtc:predict=oracle", adapters=FakeAdapters())
-    bench.add("r", [1, 2, 3], tenant="t", max_tokens=20, ignore_eos=True, true_output_len=20)
+    bench.add("r", [1, 2, 3], tenant="t", max_tokens=20, ignore_eos=True, true_output_len=length)
     bench.step()
     account = bench.scheduler.ledger.accounts["t"]
     assert account.counter == 3 + 2 * 20
