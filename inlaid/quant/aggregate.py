@@ -14,7 +14,8 @@
                 few rounds of solving; the solution whose worst task is best is kept
     minimax-loss  the same for the whole model: after each round the tasks' losses on calibration answers are measured,
                 and the weights (of trace-normalised Hessians, one for each task) raised where the loss has grown most.
-                Half of the weight always stays evenly spread, so that no task is given up for another
+                Half of the weight always stays evenly spread, so that no task is given up for another. Rounds end when
+                no task's answers have become less likely by more than ENOUGH, or PATIENCE of them were in vain
 
 The order of the tasks decides the order of the sums: callers bring them sorted, so that any history of additions and
 removals ends in the same bits.
@@ -35,6 +36,8 @@ MINIMAX_LOSS = "minimax-loss"
 AGGREGATIONS = ("minimax", MINIMAX_LOSS, "mean", "trace-mean", "sum", "max-diag", "max", "max-clip")
 ROUNDS = 5
 LOSS_ROUNDS = 6
+ENOUGH = 0.05  # nats of a whole answer: its likelihood falls by a twentieth
+PATIENCE = 2
 STEP = 1.0
 
 Rest = Callable[[], object]

@@ -57,8 +57,8 @@ def add_quantize_arguments(parser: argparse.ArgumentParser) -> None:
         "--aggregation",
         choices=AGGREGATIONS,
         default=settings.aggregation,
-        help=f"how the tasks' Hessians become one; {MINIMAX_LOSS} (the default) solves {LOSS_ROUNDS} times and "
-        "measures every task each time, the others solve once",
+        help=f"how the tasks' Hessians become one; {MINIMAX_LOSS} (the default) solves up to {LOSS_ROUNDS} "
+        "times, until no task has lost much, and measures every task each time; the others solve once",
     )
     group.add_argument(
         "--sequential",

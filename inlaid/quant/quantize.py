@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from inlaid.adapters.gate import GateError
-from inlaid.quant.aggregate import LOSS_ROUNDS, MINIMAX_LOSS, raised
+from inlaid.quant.aggregate import ENOUGH, LOSS_ROUNDS, MINIMAX_LOSS, PATIENCE, raised
 from inlaid.quant.bank import Bank, bank_path
 from inlaid.quant.blocks import BlockModel
 from inlaid.quant.gate import GateTask, fits, quantized_losses, regressions, why_unfit
@@ -210,16 +210,20 @@ class _Job:
         full_T = self._weighing_losses(self._plan.model, self._weighed)
         self._weighed = {task.name: float(full) for task, full in zip(tasks, full_T, strict=True)}
         best: tuple[float, Path, Facts] | None = None
+        in_vain = 0  # rounds since the best
         for number in range(LOSS_ROUNDS):
             partial, facts = self._built(number, shares_T)
             excess_T = (self._weighing_losses(self._plan.open(partial)) - full_T).clamp(min=0)
             beaten: Path | None = partial
+            in_vain += 1
             if best is None or float(excess_T.max()) < best[0]:
                 beaten = best[1] if best is not None else None
-                best = float(excess_T.max()), partial, facts
+                best, in_vain = (float(excess_T.max()), partial, facts), 0
                 self._note_shares(shares_T)
             if beaten is not None:  # two folders at most: a killed run solves beaten rounds again, to the same bits
                 remove_partial(beaten)
+            if best[0] <= ENOUGH or in_vain == PATIENCE:
+                break
             shares_T = raised(shares_T, excess_T)
         assert best is not None
         return best[1:]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from inlaid.quant import publish
+from inlaid.quant import quantize as rail
 from inlaid.quant.quantize import add_task, quantize
 from inlaid.quant.settings import Gate, Place, Settings, TaskSource
 
@@ -26,7 +27,8 @@ def exit_code(function: Callable[..., None], *given: Any) -> int | None:
 
 
 def quantize_until(base: Path, out: Path, at: str, settings: str, tasks: list[str]) -> None:
-    """Quantize; die where progress says `at`."""
+    """Quantize, minimax-loss in as many rounds as it may take; die where progress says `at`."""
+    rail.ENOUGH = -1.0
 
     def progress(step: str, done: int, total: int) -> None:
         if at in f"{step}, {done}":

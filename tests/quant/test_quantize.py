@@ -17,6 +17,7 @@ from inlaid.adapters.adapter import AdapterError
 from inlaid.checkpoint import Checkpoint, CheckpointError, dequantize
 from inlaid.model.weights import fuse
 from inlaid.quant import loop, plan, publish
+from inlaid.quant import quantize as rail
 from inlaid.quant.bank import bank_path
 from inlaid.quant.calibration import CalibrationSettings
 from inlaid.quant.examples import CalibrationError
@@ -174,6 +175,7 @@ def test_siblings_share_an_input_order(tmp_path: Path, world: World) -> None:
 def test_a_killed_run_leaves_the_old_and_resumes(
     tmp_path: Path, world: World, sequential: bool, aggregation: str, at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(rail, "ENOUGH", -1.0)
     settings = replace(SETTINGS, sequential=sequential, aggregation=aggregation)
     expected = tmp_path / "expected"
     quantize(world.base, world.pick("a", "b"), settings, expected, gate=ANYWAY)
@@ -193,6 +195,23 @@ def test_a_killed_run_leaves_the_old_and_resumes(
     assert weights(out) == weights(expected)
     assert len(made) < 6  # three blocks of two tasks, less what the killed run had done
     assert not list(tmp_path.glob(".out.*"))
+
+
+def test_minimax_loss_solves_again_only_while_a_task_has_lost_much(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fills: list[torch.Tensor] = []
+    real = loop.BlockLoop.fill
+    monkeypatch.setattr(loop.BlockLoop, "fill", lambda self, to, shares: fills.append(shares) or real(self, to, shares))
+    settings = replace(SETTINGS, aggregation="minimax-loss")
+    monkeypatch.setattr(rail, "ENOUGH", 1e9)
+    quantize(world.base, world.pick("a", "b"), settings, tmp_path / "out", gate=ANYWAY)
+    assert [shares.tolist() for shares in fills] == [[0.5, 0.5]]
+    monkeypatch.setattr(rail, "ENOUGH", -1.0)
+    monkeypatch.setattr(rail, "PATIENCE", 1)
+    monkeypatch.setattr(rail, "LOSS_ROUNDS", 3)
+    quantize(world.base, world.pick("a", "b"), settings, tmp_path / "out", gate=ANYWAY)
+    assert len(fills) in (3, 4), "the first round is the best so far: a second follows, and a third if that is better"
 
 
 @pytest.mark.parametrize("writer", ["write_atomically", "write_tensors"])
