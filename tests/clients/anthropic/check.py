@@ -44,7 +44,7 @@ def _():
     assert final.stop_reason == "tool_use"
 
 
-@feature("agent")
+@feature("agent", tries=3)
 def _():
     turns = list(messages)
     for _ in range(2):

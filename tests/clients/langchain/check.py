@@ -50,7 +50,7 @@ def _():
     assert total.tool_calls[0]["name"] == "get_weather"
 
 
-@feature("agent")
+@feature("agent", tries=3)
 def _():
     caller = ChatOpenAI(model="tools")
     agent = create_agent(caller, [get_weather])

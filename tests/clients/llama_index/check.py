@@ -48,7 +48,7 @@ async def _():
     assert str(await FunctionAgent(tools=[get_weather], llm=llm).run(QUESTION))
 
 
-@feature("agent")
+@feature("agent", tries=3)
 async def _():
     assert "sunny" in str(await FunctionAgent(tools=[get_weather], llm=served("tools")).run(QUESTION))
 

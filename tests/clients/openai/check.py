@@ -55,7 +55,7 @@ def _():
     assert final.choices[0].message.tool_calls[0].function.parsed_arguments["city"] in ("Oslo", "Rome")
 
 
-@feature("agent")
+@feature("agent", tries=3)
 def _():
     tools = [{"type": "function", "function": function}]
     turns = list(messages)

@@ -33,7 +33,7 @@ def _():
     assert Agent("openai:demo", tools=[get_weather]).run_sync(QUESTION).output
 
 
-@feature("agent")
+@feature("agent", tries=3)
 def _():
     assert "sunny" in Agent("openai:tools", tools=[get_weather]).run_sync(QUESTION).output
 

@@ -13,13 +13,16 @@ const get_weather = tool({
   execute: async () => "sunny",
 });
 
-const feature = async (name, check) => {
-  try {
-    if (!(await check())) throw new Error("an empty answer");
-    console.log(`${name}\tyes\t`);
-  } catch (error) {
-    console.error(error);
-    console.log(`${name}\tno\t${String(error).replace(/\s+/g, " ").slice(0, 200)}`);
+const feature = async (name, check, tries = 1) => {
+  for (let number = 1; number <= tries; number++) {
+    try {
+      if (!(await check())) throw new Error("an empty answer");
+      console.log(`${name}\tyes\t`);
+      return;
+    } catch (error) {
+      console.error(error);
+      if (number === tries) console.log(`${name}\tno\t${String(error).replace(/\s+/g, " ").slice(0, 200)}`);
+    }
   }
 };
 
@@ -47,7 +50,7 @@ await feature("agent", async () => {
     model: openai("tools"), prompt: question, tools: { get_weather }, stopWhen: stepCountIs(3),
   });
   return run.steps.length === 2 && run.text.includes("sunny");
-});
+}, 3);
 await feature("structured output", async () => {
   const made = await generateObject({ model, schema: z.object({ city, sunny: z.boolean() }), prompt: question });
   return made.object.city;
