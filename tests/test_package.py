@@ -54,6 +54,7 @@ def test_the_wheel_holds_the_demo_and_every_file_of_the_package(wheel: Path) -> 
     assert [name for name in packed if not name.startswith("inlaid")] == []  # no houses beside the package
 
 
+@pytest.mark.timeout(1800)  # with --long pip fetches torch
 def test_an_installed_wheel_serves_the_demo_and_answers(wheel: Path, tmp_path: Path, long: bool) -> None:
     """The environment borrows the packages that inlaid needs; with --long, pip installs them too."""
     home = tmp_path / "environment"
