@@ -107,6 +107,6 @@ case $command in
         done
         [ -z "${INLAID_PYTHON:-}" ] || die "INLAID_PYTHON is set, and with it nothing is installed; unset it, or use its own pip"
         use "$(IFS=, && echo "$command${*:+,$*}")"
-        say "Installed with: $command $*. The command \`inlaid\` is .venv/bin/inlaid"
+        say "Installed with: $command${*:+ $*}. The command \`inlaid\` is .venv/bin/inlaid"
         ;;
 esac
