@@ -47,7 +47,7 @@ TILES: Mapping[tuple[bool, bool], tuple[int, int, int]] = MappingProxyType({  # 
     (False, False): (32, 4, 3),  # with as many key/value heads as query heads
     (True, False): (64, 4, 3),  # with fewer
     (False, True): (32, 4, 3),  # the same two with codes of 8 bits
-    (True, True): (64, 4, 3),
+    (True, True): (128, 4, 3),
 })  # fmt: skip
 QUERY_TILE = 64  # queries of a prefill's program
 
