@@ -117,3 +117,22 @@ def test_decodes_that_go_on_read_what_they_kept(dtype: torch.dtype) -> None:
         fresh.plan(anew, MEMORY)
         got = kept.attend(q, cache, None, step, MEMORY)
         torch.testing.assert_close(got, fresh.attend(q, cache, None, anew, MEMORY))
+
+
+@pytest.mark.parametrize("dtype", CODES)
+def test_drafts_that_are_taken_back_leave_nothing_behind(dtype: torch.dtype) -> None:
+    """Steps of guesses, of which some are written again, beside a prompt."""
+    torch.manual_seed(0)
+    table = torch.arange(1, 37, dtype=torch.int32).view(3, 12)
+    cache, attention, starts = coded(*torch.randn(2, 40, 4, 2, 8), dtype), CpuAttention(), [3, 9]
+    for number in range(6):
+        lens = (1 + number % 3, 1 + (number * 2) % 4, 5)
+        context_lens = (starts[0] + lens[0], starts[1] + lens[1], 7)
+        step = make_step((0, 0, 0), lens, context_lens, table, decodes_go_on=number > 0, num_drafted=2)
+        kv_codes.write(cache, step.kv_slots_T, *torch.randn(2, sum(lens), 2, 8))
+        q = torch.randn(sum(lens), 4, 8)
+        attention.plan(step, MEMORY)
+        got = attention.attend(q, cache, None, step, MEMORY).view(q.shape)
+        want = spec.attention(q, cache.keys, cache.values, table, lens, context_lens, None, cache.scales)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        starts = [start + 1 + (number + row) % length for row, (start, length) in enumerate(zip(starts, lens[:2]))]
