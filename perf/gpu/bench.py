@@ -30,7 +30,7 @@ from perf.gpu.lanes import Lane, run_lanes, write_archive
 LIMITS: Mapping[str, float] = MappingProxyType({  # seconds of each stage
     "tests": 110, "sweep": 100, "sweep-wide": 190, "sweep-parts": 210, "variants-7b": 130, "variants-8b": 130,
     "serve-7b": 200, "serve-8b": 170, "serve-7b-arrival": 150, "serve-8b-arrival": 120,
-    "serve-7b-kv8": 150, "serve-7b-kvint8": 150, "serve-8b-kv8": 120, "serve-tiny-kv8": 100, "micro-kv_codes": 120,
+    "serve-7b-kv8": 200, "serve-7b-kvint8": 200, "serve-8b-kv8": 120, "serve-tiny-kv8": 100, "micro-kv_codes": 120,
     "serve-7b-unified": 150, "serve-7b-one": 150, "serve-8b-one": 120,
     "latency-7b": 150, "latency-8b": 120, "tests-decode": 90,
     "serve-oversubscribed-8b": 280, "serve-oversubscribed-8b-largest": 280,
