@@ -1,7 +1,8 @@
 """`python -m perf.replica_start --out FILE.json`: the seconds until a replica that is added on a CPU serves.
 
-Three ways: from files that no memory holds (the page cache is told to forget them), from files that it holds, and from
-a running peer's memory (`--weights-from peer`), whose first time includes writing the weight image. The model is a
+From files that no memory holds (the page cache is told to forget them), from files that it holds, and from a running
+peer's memory (`--weights-from peer`), whose first time includes writing the weight image; the last two with a process
+that waits, its libraries loaded (`--standby`), too. The model is a
 random one of a known shape with adapters of mixed rank. The parts of a start are those that the engine's log names.
 """
 
@@ -15,8 +16,10 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -30,6 +33,17 @@ from perf.process import child_environment
 
 RANKS = (8, 16, 32, 64)
 FLAGS = ("--device", "cpu", "--num-blocks", "256", "--max-model-len", "1024", "--max-lora-rank", str(max(RANKS)))
+COLD = "disk"
+WAYS: Mapping[str, Sequence[str]] = MappingProxyType(
+    {
+        COLD: ("--weights-from", "disk"),
+        "page cache": ("--weights-from", "disk"),
+        "peer": ("--weights-from", "peer"),
+        "page cache, standby": ("--weights-from", "disk", "--standby"),
+        "peer, standby": ("--weights-from", "peer", "--standby"),
+    }
+)
+PAUSE = 20.0  # seconds between two additions, in which a standby loads its libraries
 PARTS = re.compile(
     r"^(\S+): INFO start-up: process ([\d.]+) s, imports ([\d.]+) s, model ([\d.]+) s, adapters ([\d.]+) s$", re.M
 )
@@ -52,11 +66,13 @@ def drain(port: int, name: str) -> None:
         done.read()
 
 
-def measure(model: Path, adapters: dict[str, str], source: str, cold: bool, repeats: int, log: Path) -> list[float]:
+def measure(
+    model: Path, adapters: dict[str, str], flags: Sequence[str], cold: bool, repeats: int, log: Path
+) -> list[float]:
     """Add a replica and remove it again and again; return the seconds that each took to serve."""
     port = free_port()
     argv = [sys.executable, "-m", "inlaid", "cluster", str(model), "--port", str(port), "--admin-key", KEY, *FLAGS]
-    argv += ["--replicas", "1", "--weights-from", source, "--max-loras", str(max(1, len(adapters) // 4))]
+    argv += ["--replicas", "1", *flags, "--max-loras", str(max(1, len(adapters) // 4))]
     argv += ["--adapter", *(f"{name}={path}" for name, path in adapters.items())] if adapters else []
     with log.open("wb") as output:
         server = subprocess.Popen(argv, stdout=output, stderr=subprocess.STDOUT, env=child_environment({}))
@@ -68,7 +84,7 @@ def measure(model: Path, adapters: dict[str, str], source: str, cold: bool, repe
                 forget(model.parent)
             seconds.append(round(add_replica(port), 3))
             drain(port, f"replica-{number}")
-            time.sleep(0.5)
+            time.sleep(PAUSE)
     finally:
         stop(server)
     return seconds
@@ -92,12 +108,11 @@ def main(argv: list[str] | None = None) -> int:
 
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="inlaid-start-") as folder:
-        spec = write_model(Path(folder) / "model", arguments.shape)
+        spec = write_model(Path(folder) / "model", arguments.shape, group=64)
         adapters = write_adapters(Path(folder) / "adapters", spec, arguments.adapters, RANKS)
-        ways = (("disk", "disk", True), ("page cache", "disk", False), ("peer", "peer", False))
-        for name, source, cold in ways:
-            log = arguments.out.with_suffix(f".{source}.log")
-            seconds = measure(Path(folder) / "model", adapters, source, cold, arguments.repeats, log)
+        for name, flags in WAYS.items():
+            log = arguments.out.with_suffix(".log")
+            seconds = measure(Path(folder) / "model", adapters, flags, name == COLD, arguments.repeats, log)
             row = {"from": name, "seconds": seconds, "median": median(seconds), "parts": parts(log)}
             rows.append(row)
             print(row, flush=True)

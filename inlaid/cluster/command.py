@@ -69,6 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where a replica that is added gets its weights and adapters: from memory that a running one has written "
         "(on CPUs and without Ray), or from its files",
     )
+    parser.add_argument(
+        "--standby",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="keep a process with its libraries loaded for the next replica that is added (without Ray)",
+    )
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="with status: where the cluster serves")
     parser.add_argument(
         "--ttft-slo", type=float, default=1.0, metavar="S", help="seconds to the first token, to scale by"
@@ -142,6 +148,7 @@ def make_client(
         resume=args.on_replica_death == "resume",
         give_up=give_up,
     )
+    client.fleet.keeps_standby = args.standby and not args.ray_address
     if args.weights_from == "peer" and not args.ray_address and hasattr(os, "memfd_create"):
         client.fleet.images = Images()
     if args.router is not None:

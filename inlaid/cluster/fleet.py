@@ -33,6 +33,10 @@ class ReplicaEngine(ServingEngine, Protocol):
 
     image: str  # a weight image for its start
 
+    async def wait_ahead(self) -> None: ...
+
+    def load_instead(self, config: EngineConfig, adapters: Mapping[str, str]) -> None: ...
+
     @property
     def load(self) -> ReplicaLoad | None: ...
 
@@ -73,10 +77,12 @@ class Fleet:
         self.on_restart: Callable[[str], None] = lambda name: None
         self.warm: Callable[[Replica], Awaitable[None]] | None = None  # before a replica opens
         self.images: Images | None = None  # that new replicas start from; None: they read their files
+        self.keeps_standby = False  # a process waits for the next replica, its libraries loaded
         self.last_death: str | None = None
         self._make = make
         self._give_up = give_up
         self._num_made = 0
+        self._standby: tuple[str, ReplicaEngine] | None = None
         self._watcher: asyncio.Task[None] | None = None
 
     @property
@@ -97,10 +103,8 @@ class Fleet:
 
     async def add(self) -> Replica:
         """Start one more replica, and open it when it serves what the others serve."""
-        name = f"replica-{self._num_made}"
-        self._num_made += 1
         image = await self._image()
-        engine = self._make(name, self.config, dict(self.paths), lambda reason: self._lost(name, reason))
+        name, engine = self._next()
         if image:
             engine.image = image
         view = ReplicaView(name, self.config.scheduler.max_num_seqs, self.config.adapters.max_loras, is_open=False)
@@ -113,7 +117,28 @@ class Fleet:
             await self._end(replica)
             raise
         log.info("%s serves", name)
+        await self._make_standby()
         return replica
+
+    def _next(self) -> tuple[str, ReplicaEngine]:
+        """Return the name and the engine of the next replica."""
+        if self._standby is not None:
+            (name, engine), self._standby = self._standby, None
+            engine.load_instead(self.config, self.paths)
+            return name, engine
+        name = f"replica-{self._num_made}"
+        self._num_made += 1
+        return name, self._make(name, self.config, dict(self.paths), lambda reason: self._lost(name, reason))
+
+    async def _make_standby(self) -> None:
+        """Let a process wait for the next replica, once the first ones serve."""
+        if self.keeps_standby and self._standby is None and all(each.view.is_open for each in self.replicas.values()):
+            self._standby = self._next()
+            try:
+                await self._standby[1].wait_ahead()
+            except OSError as error:
+                log.warning("no process waits for the next replica: %s", error)
+                self._standby = None
 
     async def _image(self) -> str:
         """Return the path of a weight image of what the replicas serve; empty: there is none."""
@@ -145,7 +170,8 @@ class Fleet:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(replica.engine.close() for replica in replicas))
+        standby = [] if self._standby is None else [self._standby[1]]
+        await asyncio.gather(*(engine.close() for engine in [*standby, *(replica.engine for replica in replicas)]))
         if self.images is not None:
             self.images.close()
 

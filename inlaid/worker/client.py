@@ -30,6 +30,8 @@ from inlaid.worker.messages import AdapterInfo, ModelInfo
 log = logging.getLogger(__name__)
 
 FACTORY = "inlaid.worker.build:build_engine"
+# Modules that take long to import, for a process that waits.
+AHEAD = ("inlaid.runner.floor", "inlaid.worker.bases", "inlaid.worker.images")
 _HEARTBEAT = 1.0  # seconds between an answer and the next question
 _LONGEST_PAUSE = 30.0  # seconds between two starts
 _MAX_STARTS = 5  # that fail in a row, before the engine is given up
@@ -105,11 +107,20 @@ class EngineClient:
 
     async def start(self) -> ModelInfo:
         """Start the process and wait until it serves. EngineDead says why it cannot."""
-        link = self._link = Link()
+        link = self._link = self._link or Link()
         self._keeper = asyncio.create_task(self._keep(link))
         self._keeper.add_done_callback(self._kept)
         ready = await asyncio.shield(link.ready)
         return ready.model
+
+    async def wait_ahead(self) -> None:
+        """Start the process before it is known what it is to load: it imports what takes long, and waits."""
+        self._link = Link()
+        await self._link.wait_ahead(self._environment, AHEAD if self._factory == FACTORY else ())
+
+    def load_instead(self, config: EngineConfig, adapters: Mapping[str, str]) -> None:
+        """Say, before `start`, what is to be loaded."""
+        self.config, self._paths = config, dict(adapters)
 
     async def generate(self, request: NewRequest, timeout: float = 0.0) -> AsyncGenerator[Output, None]:
         """Yield outputs until one has a finish_reason. Left early (closed, cancelled, timed out), the request is

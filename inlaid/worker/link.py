@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from inlaid.worker import messages
@@ -28,6 +28,7 @@ class Link:
         self.calls: dict[int, asyncio.Future[Any]] = {}
         self.fatal: str | None = None
         self.load: messages.ReplicaLoad | None = None  # as last heard
+        self._reader: asyncio.StreamReader | None = None
         self._submitting = asyncio.Lock()
 
     @property
@@ -36,7 +37,15 @@ class Link:
         return self.ready.done() and self.ready.exception() is None
 
     async def open(self, start: messages.Start, environment: Mapping[str, str]) -> asyncio.StreamReader:
-        """Start the process."""
+        """Start the process, or the engine in one that waits."""
+        if self._reader is None:
+            await self.wait_ahead(environment)
+        assert self._reader is not None
+        self.send(start)
+        return self._reader
+
+    async def wait_ahead(self, environment: Mapping[str, str], modules: Sequence[str] = ()) -> None:
+        """Start the process, which imports modules and waits for what it is to load."""
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = await asyncio.create_subprocess_exec(
@@ -44,13 +53,12 @@ class Link:
                 "-m",
                 "inlaid.worker.process",
                 str(theirs.fileno()),
+                *modules,
                 pass_fds=(theirs.fileno(),),
                 stdin=asyncio.subprocess.DEVNULL,
                 env={**os.environ, **environment},
             )
-        reader, self.writer = await asyncio.open_unix_connection(sock=ours, limit=READ_SIZE)
-        self.send(start)
-        return reader
+        self._reader, self.writer = await asyncio.open_unix_connection(sock=ours, limit=READ_SIZE)
 
     def send(self, message: messages.Command) -> None:
         """Send a command, unless the connection is closing."""

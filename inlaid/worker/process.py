@@ -1,5 +1,6 @@
-"""The engine process: `python -m inlaid.worker.process FD`. It loads the model, then steps the engine for whoever holds
-the other end of the socket, and ends when that end closes.
+"""The engine process: `python -m inlaid.worker.process FD [MODULE …]`. It imports the modules named, loads the model
+that the first message names, then steps the engine for whoever holds the other end of the socket, and ends when that
+end closes.
 """
 
 from __future__ import annotations
@@ -244,6 +245,8 @@ def main() -> int:
     _end_with_parent()
     trim.keep_giving_back()
     connection = socket.socket(fileno=int(sys.argv[1]))
+    for module in sys.argv[2:]:
+        importlib.import_module(module)
     try:
         return EngineProcess(connection).run()
     except (BrokenPipeError, ConnectionResetError):

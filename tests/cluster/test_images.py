@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from inlaid.cluster.client import ClusterClient
+from inlaid.cluster.command import local_replicas
 from inlaid.cluster.fleet import Fleet
 from inlaid.cluster.images import Images
+from inlaid.cluster.placement import LeastLoaded
+from inlaid.cluster.view import Prices
 from inlaid.config import EngineConfig
 from inlaid.engine.refusal import Refusal, Refused
 from inlaid.worker.errors import EngineDead
+from tests.worker.fake_engine import ENVIRONMENT, FACTORY
 
 
 class Writes:
@@ -91,3 +97,34 @@ def test_replicas_that_are_added_start_from_the_image_and_the_first_does_not() -
         assert not Path(engines[2].image).exists()
 
     asyncio.run(main())
+
+
+def test_a_process_waits_for_the_next_replica_and_ends_with_the_cluster() -> None:
+    async def main() -> None:
+        config = EngineConfig(model="fake")
+        make = local_replicas(factory=FACTORY, environment=ENVIRONMENT)
+        client = ClusterClient(config, {}, make=make, placement=LeastLoaded(Prices()), count=1)
+        client.fleet.keeps_standby = True
+        await client.start()
+        try:
+            (name, waiting), first = _standby(client), client.fleet.replicas["replica-0"].engine
+            client.fleet.config = replace(config, seed=7)
+            added = await client.fleet.add()
+            assert (added.name, added.engine) == (name, waiting) == ("replica-1", added.engine)
+            assert added.engine.config.seed == 7, "what is to be loaded is said when it is known"
+            assert added.engine.ready
+            name, waiting = _standby(client)
+            assert name == "replica-2"
+            assert waiting not in (first, added.engine)
+            assert not waiting.ready
+        finally:
+            await client.close()
+        processes = [engine._link.process for engine in (first, added.engine, waiting)]  # type: ignore[attr-defined]
+        assert all(process.returncode is not None for process in processes)
+
+    asyncio.run(main())
+
+
+def _standby(client: ClusterClient) -> tuple[str, Any]:
+    assert client.fleet._standby is not None
+    return client.fleet._standby
