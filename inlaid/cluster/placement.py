@@ -143,6 +143,7 @@ class Predicted:
     adapters and keeps them. `spread` follows the adapter's demand: it grows as soon as its replicas would be busy with
     it for more than `most_busy` of the time, and shrinks when one fewer would be busy for less than `least_busy`. A
     request leaves the set only if that gains more than `spill` times the load that it causes and `patience` bare steps.
+    The `tail` whose first tokens would come last leave for the replica of the earliest first token, for less patience.
     """
 
     prices: Prices
@@ -151,9 +152,12 @@ class Predicted:
     least_busy: float = 0.15
     memory: float = 10.0  # seconds over which demand is averaged
     spill: float = 2.0  # the adapter is loaded, and so will be the one that it pushes out
-    patience: float = 20.0
+    patience: float = 25.0
     objective: float = math.inf  # seconds for each token after the first
+    tail: float = 0.05  # share of the requests whose first token would come last: these may leave for less
+    tail_patience: float = 1.0
     _demand: dict[str, _Demand] = field(default_factory=dict)
+    _latest: float = 0.0  # predicted seconds to the first token that only the tail exceeds
 
     MAX_REMEMBERED = 20_000  # adapters
 
@@ -164,9 +168,25 @@ class Predicted:
         if spread == len(ordered):
             return at_home.name
         abroad = min(ordered[spread:], key=lambda view: self.seconds(view, ask))
-        gain = self.seconds(at_home, ask) - self.seconds(abroad, ask)
-        price = 0.0 if abroad.has(ask.adapter) else self.spill * self.prices.load_seconds(ask.rank)
-        return abroad.name if gain > price + self.patience * max(self.prices.step, self.prices.floor) else at_home.name
+        if self.seconds(at_home, ask) - self.seconds(abroad, ask) > self._price(abroad, ask, self.patience):
+            return abroad.name
+        first = self.until_first(at_home, ask)
+        if not self._is_late(first):
+            return at_home.name
+        abroad = min(ordered, key=lambda view: self.until_first(view, ask))
+        late = first - self.until_first(abroad, ask)
+        return abroad.name if late > self._price(abroad, ask, self.tail_patience) else at_home.name
+
+    def _price(self, view: ReplicaView, ask: Ask, steps: float) -> float:
+        """Return the seconds that a request must gain to leave its set for a replica."""
+        load = 0.0 if view.has(ask.adapter) else self.spill * self.prices.load_seconds(ask.rank)
+        return load + steps * max(self.prices.step, self.prices.floor)
+
+    def _is_late(self, first: float) -> bool:
+        """Tell whether a predicted first token is among the `tail` that come last, and follow where these begin."""
+        late = first > self._latest
+        self._latest = max(1e-3, self._latest * (1 + 0.1 * (late - self.tail)))
+        return late
 
     def hot(self, view: ReplicaView, views: Sequence[ReplicaView], most: int) -> list[str]:
         """List the adapters in demand whose set this replica belongs to, the busiest first."""

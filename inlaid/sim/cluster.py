@@ -177,8 +177,9 @@ class ClusterSim:
             request = known[0]
             if output.queue_time is not None:
                 view.begin(output.id)
-                self._shares.note(view.name, request.tenant, _PRICES.prefill(0, len(request.prompt)))
-            if output.tokens:
+                if self._share_service:
+                    self._shares.note(view.name, request.tenant, _PRICES.prefill(0, len(request.prompt)))
+            if output.tokens and self._share_service:
                 self._shares.note(view.name, request.tenant, _PRICES.output(0, 1, len(output.tokens)))
             if output.finish_reason is not None:
                 view.end(output.id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,9 @@ import numpy as np
 from inlaid.cluster.placement import PLACEMENTS, make_placement
 from inlaid.report import tables
 from inlaid.sim.cluster import ClusterOutcome, simulate_cluster
-from inlaid.sim.cost import load_cost, prices_of
+from inlaid.sim.cost import CostModel, Load, load_cost, prices_of
 from inlaid.sim.experiment import draw_trace
+from inlaid.sim.request_log import Arrival
 from inlaid.sim.simulate import Setup
 from inlaid.workload.arrivals import Arrivals
 from inlaid.workload.lengths import Lengths
@@ -25,13 +26,15 @@ ABOUT = (
 )
 MACHINE = "a10g"
 REPLICAS = 8
-SEEDS = 1
+SEEDS = 3  # the further ones for Ray's rule and ours alone
 RATES = (6.0, 8.0)
 ZIPFS = (1.0, 1.4)
 BURST = 5.0
 CALM, HIGH, AFTER = 60.0, 15.0, 15.0
 TTFT, TPOT = 1.0, 0.1
 OBJECTIVE = 0.8 * TPOT  # what placement aims at: prefills come on top of decode steps
+RAYS, OURS, ALONE = "multiplexed", "predicted", "alone (bound)"
+FIGURES = ("ttft_p50_ms", "ttft_p99_ms", "tpot_p99_ms", "loads", "attainment")
 
 
 def workload(
@@ -67,16 +70,30 @@ def setup_of(machine: str, drawn: Workload, slots: int = 64) -> Setup:
     )
 
 
-def compare(machine: str, rate: float, zipf: float, seed: int, num_replicas: int = REPLICAS) -> list[dict[str, Any]]:
-    """Simulate every placement, a row each."""
+def compare(
+    machine: str, rate: float, zipf: float, seed: int, names: Iterable[str] = PLACEMENTS
+) -> list[dict[str, Any]]:
+    """Simulate placements, a row each."""
     drawn = workload(rate, zipf, seed)
     trace, setup = draw_trace(drawn), setup_of(machine, drawn)
     rows = []
-    for name in PLACEMENTS:
+    for name in names:
         placement = make_placement(name, prices_of(setup.cost), seed, OBJECTIVE)
-        outcome = simulate_cluster(trace, setup, placement, num_replicas)
+        outcome = simulate_cluster(trace, setup, placement, REPLICAS, share_service=False)
         rows.append({"rate": rate, "zipf": zipf, "seed": seed, "placement": name, **measure(outcome)})
+    rows.append({"rate": rate, "zipf": zipf, "seed": seed, "placement": ALONE, **alone(trace, setup.cost)})
     return rows
+
+
+def alone(trace: Sequence[Arrival], cost: CostModel) -> dict[str, Any]:
+    """Return the first tokens' times if each request had a replica to itself that holds its adapter. No placement can
+    be better: a prompt's step takes at least as long with other work in it."""
+    first = [cost.step_seconds(Load(prefill_tokens=len(each.request.prompt), prefills=1)) for each in trace]
+    return {"requests": len(trace), **_percentiles(first)}
+
+
+def _percentiles(first: Sequence[float]) -> dict[str, float]:
+    return {f"ttft_p{q}_ms": round(1e3 * float(np.percentile(first, q)), 1) for q in (50, 99)}
 
 
 def measure(outcome: ClusterOutcome) -> dict[str, Any]:
@@ -90,8 +107,7 @@ def measure(outcome: ClusterOutcome) -> dict[str, Any]:
     well = sum(one <= TTFT and other <= TPOT for one, other in zip(first, between))
     return {
         "requests": len(outcome.records),
-        "ttft_p50_ms": round(1e3 * float(np.percentile(first, 50)), 1),
-        "ttft_p99_ms": round(1e3 * float(np.percentile(first, 99)), 1),
+        **_percentiles(first),
         "tpot_p99_ms": round(1e3 * float(np.percentile(between, 99)), 1),
         "loads": outcome.loads,
         "attainment": round(well / len(outcome.records), 4),
@@ -103,11 +119,26 @@ def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["rate"], row["zipf"], row["placement"]), []).append(row)
-    keys = ("ttft_p50_ms", "ttft_p99_ms", "tpot_p99_ms", "loads", "attainment")
     return [
-        {"rate": rate, "zipf": zipf, "placement": name, **{k: float(np.mean([r[k] for r in group])) for k in keys}}
+        {"rate": rate, "zipf": zipf, "placement": name}
+        | {key: float(np.mean([row[key] for row in group])) for key in FIGURES if key in group[0]}
         for (rate, zipf, name), group in groups.items()
     ]
+
+
+def gains(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Return, for each point, p99 of the time to first token under Ray's rule as a multiple: of ours, by the means over
+    seeds and for the seeds of the least and the largest multiple; and of the bound."""
+    times: dict[tuple[float, float], dict[str, list[float]]] = {}
+    for row in rows:
+        times.setdefault((row["rate"], row["zipf"]), {}).setdefault(row["placement"], []).append(row["ttft_p99_ms"])
+    lines = []
+    for (rate, zipf), by_name in times.items():
+        rays, ours = np.array(by_name[RAYS]), np.array(by_name[OURS])
+        figures = (rays.mean() / ours.mean(), (rays / ours).min(), (rays / ours).max())
+        bound = rays.mean() / np.mean(by_name[ALONE])
+        lines.append([f"{rate:g}", f"{zipf:g}", *(f"{figure:.1f}" for figure in (*figures, bound))])
+    return lines
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
@@ -120,18 +151,24 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             row["placement"],
             f"{row['ttft_p50_ms']:.0f}",
             f"{row['ttft_p99_ms']:.0f}",
-            f"{row['tpot_p99_ms']:.0f}",
-            f"{row['loads']:.0f}",
-            f"{row['attainment']:.1%}",
+            *(
+                (f"{row['tpot_p99_ms']:.0f}", f"{row['loads']:.0f}", f"{row['attainment']:.1%}")
+                if "loads" in row
+                else 3 * "–"
+            ),
         ]
         for row in means(rows)
     ]
-    return tables.markdown(head, lines, "rrlrrrrr") + "\n"
+    table = tables.markdown(head, lines, "rrlrrrrr")
+    ratios = ("rate", "Zipf", "ours", "least of a seed", "most of a seed", "bound")
+    about = "p99 of the time to first token under Ray's rule, as a multiple of ours and of the bound:"
+    return f"{table}\n\n{about}\n\n{tables.markdown(ratios, gains(rows), 'rrrrrr')}\n"
 
 
 def bars(rows: Sequence[dict[str, Any]], key: str) -> dict[str, dict[str, float]]:
     """Group a figure's bars by load."""
     groups: dict[str, dict[str, float]] = {}
     for row in means(rows):
-        groups.setdefault(f"Zipf {row['zipf']:g}, {row['rate']:g} rps", {})[row["placement"]] = row[key]
+        if key in row:
+            groups.setdefault(f"Zipf {row['zipf']:g}, {row['rate']:g} rps", {})[row["placement"]] = row[key]
     return groups

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from inlaid.cluster.placement import PLACEMENTS
 from inlaid.engine.policy import parse_policy
 from inlaid.flags import Parser
 from inlaid.progress import Bar
@@ -160,7 +161,8 @@ def _run_cluster(args: argparse.Namespace) -> None:
     rows = []
     for zipf, rate in Bar(jobs, desc=cluster_sweep.NAME, leave=False):
         for seed in range(first_seed, first_seed + cluster_sweep.SEEDS):
-            rows += cluster_sweep.compare(machine, rate, zipf, seed)
+            names = PLACEMENTS if seed == first_seed else (cluster_sweep.RAYS, cluster_sweep.OURS)
+            rows += cluster_sweep.compare(machine, rate, zipf, seed, names)
     text = cluster_sweep.markdown(rows)
     print(f"\n{cluster_sweep.NAME}: {cluster_sweep.ABOUT}\n\n{text}")
     if args.out is None:
