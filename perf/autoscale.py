@@ -125,7 +125,7 @@ def simulate(
         return scaled, scaled.run()
     made: Planner = BoundsPlanner(router)
     if planner == SLO:
-        made = SloPlanner(router.least, router.most, prices, TTFT, TBT, hold=5.0)
+        made = SloPlanner(router.least, router.most, prices, TTFT, TBT, hold=2.0)
     scaled = Scaled(trace, setup, placement, made, router, start, Machine())
     return scaled, scaled.run()
 

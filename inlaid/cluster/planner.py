@@ -221,9 +221,9 @@ class SloPlanner:
     _seen: deque[tuple[float, int, int]] = field(default_factory=deque)  # seconds, requests and tokens by then
     _needed: deque[tuple[float, int]] = field(default_factory=deque)
 
-    WINDOWS = (3.0, 10.0)
+    WINDOWS = (2.0, 6.0)
     DRAIN = 5.0  # seconds in which prompts that wait by now are to be computed
-    HEADROOM = 1.2  # of the rate: it is estimated from few requests
+    HEADROOM = 1.1  # of the rate: it is estimated from few requests
 
     def wanted(self, load: Load, views: Sequence[ReplicaView], now: float) -> int:
         rate, prompt = self._rate(load, now)

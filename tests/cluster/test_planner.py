@@ -78,7 +78,7 @@ def test_the_objective_counts_steps_and_seats() -> None:
         return planner.wanted(Load(1, 0, 0, requests=50, prompt_tokens=50_000, answer=answer), (), 5.0)
 
     assert wanted(10.0, 0.1) == 1
-    assert wanted(1000.0, 0.1) > wanted(10.0, 0.1)
+    assert wanted(1500.0, 0.1) > wanted(10.0, 0.1)
     assert wanted(500.0, 0.01) > wanted(500.0, 0.1)
     full = ReplicaView("a", 4, 8, num_running=4)
     assert SloPlanner(1, 8).wanted(Load(1, 0, 0), [full], 0.0) == 1
