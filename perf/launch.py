@@ -24,6 +24,7 @@ from typing import Literal, get_args
 import msgspec
 
 from inlaid.flags import Parser
+from perf import peers
 
 ServerKind = Literal["inlaid", "vllm", "slora", "fake"]
 Adapter = tuple[str, str]  # name, path
@@ -37,7 +38,8 @@ INSTALL: Mapping[ServerKind, str] = MappingProxyType(
         "vllm": "vLLM is not installed here. In an environment of its own: pip install vllm  "
         "(then put its bin/ on PATH)",
         "slora": "S-LoRA is not installed here. It needs CUDA 11.8, torch 2.0.1 and triton 2.1 in its own environment: "
-        "git clone https://github.com/S-LoRA/S-LoRA && cd S-LoRA && pip install -e .",
+        "git clone https://github.com/S-LoRA/S-LoRA && cd S-LoRA && pip install -e .  (then name its python by "
+        "PEER_PYTHON)",
     }
 )
 
@@ -69,18 +71,27 @@ def _vllm(server: ServerCommand, port: str) -> list[str]:
     command = ["vllm", "serve", server.model, "--host", "127.0.0.1", "--port", port]
     if server.adapters:
         modules = [f"{name}={path}" for name, path in server.adapters]
-        command += ["--enable-lora", "--lora-modules", *modules]
-    return command + _flags(server)
+        command += [
+            "--enable-lora",
+            *peers.flags(peers.lora_flags(server.adapters, server.arguments), peers.VLLM, "vLLM"),
+        ]
+        command += ["--lora-modules", *modules]
+    return command + peers.flags(server.arguments, peers.VLLM, "vLLM")
 
 
 def _slora(server: ServerCommand, port: str) -> list[str]:
-    command = [sys.executable, "-m", "slora.server.api_server", "--model", server.model, "--port", port]
+    command = [peer_python(), "-m", "slora.server.api_server", "--model_dir", server.model, "--port", port]
     command += ["--tokenizer_mode", "auto", "--swap"]
     if server.policy:
         command += ["--scheduler", server.policy]
     for _, path in server.adapters:
-        command += ["--lora", path]
-    return command + _flags(server, dash="_")
+        command += ["--lora-dirs", path]
+    return command + peers.flags(server.arguments, peers.SLORA, "S-LoRA")
+
+
+def peer_python() -> str:
+    """Return the interpreter of a peer that is started as a module: PEER_PYTHON, or else this one."""
+    return os.environ.get("PEER_PYTHON") or sys.executable
 
 
 _COMMANDS = MappingProxyType({"inlaid": _inlaid, "fake": _fake, "vllm": _vllm, "slora": _slora})
@@ -94,10 +105,10 @@ def _pairs(flag: str, adapters: list[Adapter]) -> list[str]:
     return [part for name, path in adapters for part in (flag, f"{name}={path}")]
 
 
-def _flags(server: ServerCommand, dash: str = "-") -> list[str]:
+def _flags(server: ServerCommand) -> list[str]:
     flags: list[str] = []
     for name, value in server.arguments.items():
-        flag = "--" + name.replace("_", dash).replace("-", dash)
+        flag = "--" + name.replace("_", "-")
         if value is not False:
             flags += [flag] if value is True else [flag, str(value)]
     return flags
@@ -107,6 +118,9 @@ def why_absent(kind: ServerKind) -> str:
     """Say what to install to start this kind of server here, or nothing."""
     if kind == "vllm":
         return "" if shutil.which("vllm") else INSTALL[kind]
+    if kind == "slora" and peer_python() != sys.executable:
+        found = subprocess.run([peer_python(), "-c", "import slora"], capture_output=True, check=False)
+        return "" if not found.returncode else f"PEER_PYTHON ({peer_python()}) has no slora. {INSTALL[kind]}"
     module = {"inlaid": "inlaid", "slora": "slora", "fake": "perf"}[kind]
     return "" if importlib.util.find_spec(module) else INSTALL.get(kind, f"{module} is not importable here")
 

@@ -11,7 +11,7 @@ import uuid
 import pytest
 
 from perf.known_flags import why_not
-from perf.launch import ServerCommand, find_adapters, main
+from perf.launch import ServerCommand, ServerKind, find_adapters, main
 from perf.process import ROOT
 from tests.perf.marked import marked_processes
 
@@ -26,10 +26,37 @@ def test_each_kind_gets_its_own_words() -> None:
         "--max-loras", "4", "--enforce-eager",
     ]  # fmt: skip
     vllm = ServerCommand("vllm", "m", adapters).argv(7)
-    assert vllm[-4:] == ["--enable-lora", "--lora-modules", "a=/x/a", "b=/x/b"]
-    slora = ServerCommand("slora", "m", adapters, "slora", {"max-total-token-num": 9}).argv(7)
-    assert slora[slora.index("--lora") : slora.index("--lora") + 4] == ["--lora", "/x/a", "--lora", "/x/b"]
-    assert slora[-2:] == ["--max_total_token_num", "9"]
+    assert vllm[vllm.index("--enable-lora") :] == [
+        "--enable-lora", "--max-loras", "2", "--max-cpu-loras", "2", "--lora-modules", "a=/x/a", "b=/x/b",
+    ]  # fmt: skip
+    slora = ServerCommand("slora", "m", adapters, "slora", {"max-total-token-num": 9, "enable_abort": True}).argv(7)
+    assert slora[slora.index("--lora-dirs") :] == [
+        "--lora-dirs", "/x/a", "--lora-dirs", "/x/b", "--max_total_token_num", "9", "--enable-abort",
+    ]  # fmt: skip
+
+
+def test_sizes_for_vllm_follow_from_the_adapters() -> None:
+    """Its own defaults would serve one adapter a batch, and refuse rank 32."""
+    folder = ROOT / "models" / "demo" / "adapters"
+    adapters = find_adapters([f"{folder}/*"])
+    made = ServerCommand("vllm", "m", adapters).argv(7)
+    assert [made[made.index(flag) + 1] for flag in ("--max-loras", "--max-lora-rank")] == ["12", "16"]
+    own = ServerCommand("vllm", "m", adapters, "", {"max_loras": 4, "max-lora-rank": 64}).argv(7)
+    assert own.count("--max-loras") == own.count("--max-lora-rank") == 1
+    assert own[own.index("--max-lora-rank") + 1] == "64"
+    assert own[own.index("--max-loras") + 1] == "4"
+
+
+@pytest.mark.parametrize(
+    ("kind", "flag", "reason"),
+    [
+        ("slora", "max-total-tokens", "did you mean --max_total_token_num"),
+        ("vllm", "num-blocks", "vLLM has no flag --num-blocks"),
+    ],
+)
+def test_a_flag_that_a_peer_does_not_have_is_refused(kind: ServerKind, flag: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        ServerCommand(kind, "m", [], "", {flag: 1}).argv(7)
 
 
 def test_adapters_are_found_by_name_folder_and_glob() -> None:
