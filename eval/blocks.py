@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from eval.backend import Ask, BackendError, Graded
+from eval.backend import Ask, BackendError, Graded, check_full
 from eval.provenance import code_identity
 from inlaid.adapters.adapter import Adapter
 from inlaid.adapters.peft import read_adapter
 from inlaid.checkpoint import Checkpoint
+from inlaid.kv_format import AUTO
 from inlaid.model.spec import read_spec
 from inlaid.quant import calibration
 from inlaid.quant.adapter import attached_to_rows
@@ -30,7 +31,8 @@ class BlocksBackend:
 
     drafts = True
 
-    def __init__(self, device: str, base: Path, adapters: Mapping[str, Path]) -> None:
+    def __init__(self, device: str, base: Path, adapters: Mapping[str, Path], kv: str = AUTO.name) -> None:
+        check_full(kv, "blocks")
         self._model = BlockModel(Checkpoint(base, None if device == "cpu" else torch.device(device)), device)
         self._adapters: dict[str | None, Adapter | None] = {None: None}
         self.refused: dict[str, str] = {}

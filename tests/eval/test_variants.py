@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from eval.backend import BackendError
+from eval.backend import BackendError, OpenBackend
+from eval.blocks import BlocksBackend
 from eval.oracle import OracleBackend, load_dense
+from eval.server import ServerBackend
 from eval.variants import Source, VariantError, Variants
 from inlaid.adapters.peft import read_adapter
 from inlaid.checkpoint import Checkpoint, dequantize
@@ -137,8 +140,10 @@ def test_a_form_of_keys_and_values_is_a_variant(base: Path, sources: dict[str, S
     assert found[2].folder == found[3].folder == base
     with pytest.raises(VariantError, match=r"fp8_e5m2.*use fp8"):
         variants(base, sources, tmp_path).bases(("fp16+kv-fp8_e5m2",))
-    with pytest.raises(BackendError, match="oracle has no int8 keys and values"):
-        OracleBackend(base, {}, "int8")
+    backends: list[OpenBackend] = [OracleBackend, partial(BlocksBackend, "cpu"), partial(ServerBackend, "http://none")]
+    for backend, name in zip(backends, ("oracle", "blocks", "server"), strict=True):
+        with pytest.raises(BackendError, match=f"{name} has no int8 keys and values"):
+            backend(base, {}, "int8")
 
 
 def test_what_cannot_be_made_says_why(base: Path, sources: dict[str, Source], tmp_path: Path) -> None:
