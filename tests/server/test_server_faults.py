@@ -137,7 +137,7 @@ def test_a_gzip_bomb_is_refused_before_it_is_large(server: Live, body: bytes) ->
 def test_who_can_no_longer_be_served_in_time_is_refused() -> None:
     """The first is let in, as nothing is known of the pace yet; who waits behind it is too late when it has ended."""
     with serving("--policy", "slo:seconds=0.1,late=refuse", "--max-num-seqs", "1") as server:
-        stream = Stream(server, {**LONG, "prompt": [[5, 6, 7], [5, 6, 8]]})
+        stream = Stream(server, {**LONG, "max_tokens": 150, "prompt": [[5, 6, 7], [5, 6, 8]]})
         assert stream.response.status == 200
         events = list(iter(stream.event, "done"))
         stream.close()
