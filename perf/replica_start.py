@@ -43,7 +43,6 @@ WAYS: Mapping[str, Sequence[str]] = MappingProxyType(
         "peer, standby": ("--weights-from", "peer", "--standby"),
     }
 )
-PAUSE = 20.0  # seconds between two additions, in which a standby loads its libraries
 PARTS = re.compile(
     r"^(\S+): INFO start-up: process ([\d.]+) s, imports ([\d.]+) s, model ([\d.]+) s, adapters ([\d.]+) s$", re.M
 )
@@ -82,12 +81,23 @@ def measure(
         for number in range(1, repeats + 1):
             if cold:
                 forget(model.parent)
+            if "--standby" in flags:
+                wait_for_standby(log, number)
             seconds.append(round(add_replica(port), 3))
             drain(port, f"replica-{number}")
-            time.sleep(PAUSE)
+            print(f"{' '.join(flags)}: {seconds[-1]} s", flush=True)
     finally:
         stop(server)
     return seconds
+
+
+def wait_for_standby(log: Path, count: int, limit: float = 300.0) -> None:
+    """Wait until as many processes have told that they wait."""
+    end = time.monotonic() + limit
+    while log.read_text(errors="replace").count("INFO standby: ") < count:
+        if time.monotonic() > end:
+            raise RuntimeError(f"no process waits for the next replica; {log} says more")
+        time.sleep(0.1)
 
 
 def parts(log: Path) -> list[dict[str, float]]:
@@ -117,7 +127,14 @@ def main(argv: list[str] | None = None) -> int:
             rows.append(row)
             print(row, flush=True)
             log.unlink()
-    made = {**provenance(0), "shape": arguments.shape, "adapters": arguments.adapters, "ranks": RANKS, "rows": rows}
+    made = {
+        **provenance(0),
+        "load_average": os.getloadavg(),
+        "shape": arguments.shape,
+        "adapters": arguments.adapters,
+        "ranks": RANKS,
+        "rows": rows,
+    }
     write_atomically(arguments.out, msgspec.json.format(msgspec.json.encode(made), indent=1) + b"\n")
     return 0
 

@@ -34,7 +34,6 @@ CALM, HIGH, AFTER = 60.0, 15.0, 15.0
 TTFT, TPOT = 1.0, 0.1
 OBJECTIVE = 0.8 * TPOT  # what placement aims at: prefills come on top of decode steps
 RAYS, OURS, ALONE = "multiplexed", "predicted", "alone (bound)"
-FIGURES = ("ttft_p50_ms", "ttft_p99_ms", "tpot_p99_ms", "loads", "attainment")
 
 
 def workload(
@@ -114,16 +113,9 @@ def measure(outcome: ClusterOutcome) -> dict[str, Any]:
     }
 
 
-def means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Average over seeds."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["rate"], row["zipf"], row["placement"]), []).append(row)
-    return [
-        {"rate": rate, "zipf": zipf, "placement": name}
-        | {key: float(np.mean([row[key] for row in group])) for key in FIGURES if key in group[0]}
-        for (rate, zipf, name), group in groups.items()
-    ]
+def of_all(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of the first seed, under which every placement was simulated."""
+    return [row for row in rows if row["seed"] == rows[0]["seed"]]
 
 
 def gains(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -142,7 +134,7 @@ def gains(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """Format the means over seeds."""
+    """Format the first seed's rows, and what further seeds say of Ray's rule and ours."""
     head = ("rate", "Zipf", "placement", "TTFT p50 ms", "TTFT p99 ms", "TPOT p99 ms", "loads", "attainment")
     lines = [
         [
@@ -157,18 +149,19 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
                 else 3 * "–"
             ),
         ]
-        for row in means(rows)
+        for row in of_all(rows)
     ]
     table = tables.markdown(head, lines, "rrlrrrrr")
     ratios = ("rate", "Zipf", "ours", "least of a seed", "most of a seed", "bound")
-    about = "p99 of the time to first token under Ray's rule, as a multiple of ours and of the bound:"
+    seeds = len({row["seed"] for row in rows})
+    about = f"p99 of the time to first token under Ray's rule as a multiple of ours and of the bound, {seeds} seeds:"
     return f"{table}\n\n{about}\n\n{tables.markdown(ratios, gains(rows), 'rrrrrr')}\n"
 
 
 def bars(rows: Sequence[dict[str, Any]], key: str) -> dict[str, dict[str, float]]:
     """Group a figure's bars by load."""
     groups: dict[str, dict[str, float]] = {}
-    for row in means(rows):
+    for row in of_all(rows):
         if key in row:
             groups.setdefault(f"Zipf {row['zipf']:g}, {row['rate']:g} rps", {})[row["placement"]] = row[key]
     return groups

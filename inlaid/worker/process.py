@@ -247,6 +247,8 @@ def main() -> int:
     connection = socket.socket(fileno=int(sys.argv[1]))
     for module in sys.argv[2:]:
         importlib.import_module(module)
+    if sys.argv[2:]:
+        log.info("standby: libraries loaded, waiting for a model")
     try:
         return EngineProcess(connection).run()
     except (BrokenPipeError, ConnectionResetError):
