@@ -34,7 +34,7 @@ def _heat_map(stem: Path, records: Sequence[Row]) -> Path | None:
     drops = np.full((len(bases), len(tasks)), np.nan)
     for record in dropped:
         drops[bases.index((record["variant"], record["bits"])), tasks.index(record["task"])] = record["drop"]
-    figure, ((axes,),) = new_figure((2.5 + 0.75 * len(tasks), 1.6 + 0.32 * len(bases)))
+    figure, ((axes,),) = new_figure((2.5 + 0.75 * len(tasks), max(3.2, 1.6 + 0.32 * len(bases))))
     largest = max(10.0, float(np.nanmax(drops)))
     shade = np.log2(1 + np.clip(drops, 0, None))  # a drop below zero is a gain: white
     image = axes.imshow(shade, cmap="Reds", vmin=0, vmax=1.15 * np.log2(1 + largest), aspect="auto")
