@@ -13,8 +13,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
+_Kind = TypeVar("_Kind", bound="dict[Any, Any] | list[Any]")
 _NOTES = frozenset("title description default examples deprecated $schema $id $comment $defs definitions".split())
 _PAIRS = re.compile(r"(?:^|, )(\w[\w ]*) = ")
 _KEY = re.compile(r"\w[\w ]*")
@@ -111,8 +112,8 @@ class WordSchema:
             raise _Wordless
         parts = schema.keys() - _NOTES
         if schema.get("type") == "object" and parts <= {"type", "properties", "required", "additionalProperties"}:
-            properties = schema.get("properties") or {}
-            if (path and not properties) or not properties.keys() >= set(schema.get("required") or ()):
+            properties, required = _is(dict, schema.get("properties")), _is(list, schema.get("required"))
+            if (path and not properties) or any(name not in properties for name in map(_name, required)):
                 raise _Wordless
             return ", ".join(self._of(each, (*path, name), list_at, depth + 1) for name, each in properties.items())
         if schema.get("type") == "array" and parts == {"type", "items"} and path and list_at is None:
@@ -122,7 +123,7 @@ class WordSchema:
 
     def _leaf(self, schema: Mapping[str, Any], path: tuple[str, ...], list_at: int | None) -> str:
         key = " ".join(path).replace("_", " ")
-        options = [self._resolved(each) for each in schema.get("anyOf") or (schema,)]
+        options = [self._resolved(each) for each in _is(list, schema.get("anyOf")) or (schema,)]
         if "anyOf" in schema and schema.keys() - _NOTES != {"anyOf"}:
             raise _Wordless
         constants, types = _constants(options), frozenset(_types(options))
@@ -147,11 +148,26 @@ class WordSchema:
         raise _Wordless
 
 
+def _is(kind: type[_Kind], value: Any) -> _Kind:
+    """Return a part of a schema that should be of this kind, or an empty one where there is none."""
+    if value is None:
+        return kind()
+    if not isinstance(value, kind):
+        raise _Wordless
+    return value
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str):
+        raise _Wordless
+    return value
+
+
 def _constants(options: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the values that schemas list, by how they are written."""
     found: dict[str, Any] = {}
     for option in options:
-        listed = option.get("enum") or ([option["const"]] if "const" in option else [])
+        listed = _is(list, option.get("enum")) or ([option["const"]] if "const" in option else [])
         for value in listed:
             text = value if isinstance(value, str) else json.dumps(value)
             if isinstance(value, (dict, list)) or not text or text != " ".join(text.split()) or "=" in text:
@@ -169,8 +185,8 @@ def _types(options: Iterable[Mapping[str, Any]]) -> Iterable[str]:
                 raise _Wordless
             continue
         named = option.get("type")
-        names = [named] if isinstance(named, str) else named
-        if parts != {"type"} or not isinstance(names, list) or not set(names) <= _PATTERNS.keys():
+        names = [named] if isinstance(named, str) else _is(list, named)
+        if parts != {"type"} or not names or any(name not in _PATTERNS for name in map(_name, names)):
             raise _Wordless
         yield from names
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from inlaid.text.tools.events import Arguments, Call
@@ -134,3 +135,25 @@ def test_a_short_schema_that_stands_for_millions_of_properties_has_no_form_in_wo
 def test_what_only_looks_like_a_number_stays_text(text: str) -> None:
     assert guessed_arguments(f"some code = {text}, other = -2.5") == {"some_code": text, "other": -2.5}
     assert read({"type": "object", "properties": {"a": NUMBER}}, f"a = {text}") == {"a": text}
+
+
+_KEYS = ("type", "properties", "required", "items", "enum", "const", "anyOf", "$ref", "description", "p", "q")
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.sampled_from(["object", "array", "string", "p", "#/p", "", "a=b"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(_KEYS), inner, max_size=4),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@given(st.dictionaries(st.sampled_from(_KEYS), _VALUES, max_size=5))
+@example({"type": "object", "properties": "hello"})
+@example({"type": "object", "properties": {}, "required": [[]]})
+@example({"type": "object", "properties": {"p": {"type": [{}]}}})
+@example({"type": "object", "properties": {"p": {"anyOf": 1}}})
+@example({"type": "object", "properties": {"p": {"enum": 1}}})
+def test_whatever_a_client_sends_as_a_schema_is_read_or_has_no_form_in_words(schema: dict[str, Any]) -> None:
+    """A grammar refuses what is no schema, where one is made; without one nothing may fail."""
+    words = WordSchema.of(schema)
+    if words is not None:
+        re.compile(words.pattern)
+        words.arguments("p = 1, q = x")
