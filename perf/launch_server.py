@@ -3,12 +3,14 @@
     python -m perf.launch_server --scheduler vtc_fair --num-adapter 10 --num-token 10000
     python -m perf.launch_server --model-setting demo --scheduler lshare_fair --rate-limit 10
 
-Clients are told apart by the field `user` of their requests. Flags after `--` are those of `inlaid serve`.
+Clients are told apart by the field `user` of their requests. The admin key, by which `perf.run_exp` switches policies,
+is INLAID_ADMIN_KEY, or `vtc`. Flags after `--` are those of `inlaid serve`.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +36,11 @@ RANK = 8
 MADE = Path(".inlaid/vtc-adapters")
 
 
+def admin_key() -> str:
+    """Return the key by which run_exp may switch the policy of such a server."""
+    return os.environ.get("INLAID_ADMIN_KEY", "vtc")
+
+
 def policy_of(scheduler: str, rate_limit: int) -> str:
     """Return inlaid's policy for a scheduler of the artifact."""
     return f"rpm:limit={rate_limit}" if scheduler == LIMITED else SCHEDULERS[scheduler]
@@ -50,7 +57,8 @@ def arguments(args: argparse.Namespace) -> list[str]:
         command += ["--adapters", *(f"{adapter}={path}" for adapter, path in _adapters(Path(model), args.num_adapter))]
     blocks = -(-args.num_token // BLOCK)
     more = args.more[1:] if args.more[:1] == ["--"] else args.more
-    return [*command, "--", "--tenant", "user", "--block-size", str(BLOCK), "--num-blocks", str(blocks), *more]
+    sizes = ["--block-size", str(BLOCK), "--num-blocks", str(blocks)]
+    return [*command, "--", "--tenant", "user", "--admin-key", admin_key(), *sizes, *more]
 
 
 def _adapters(model: Path, count: int) -> list[tuple[str, str]]:

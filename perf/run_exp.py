@@ -5,15 +5,14 @@
     python -m perf.run_exp --suite overload,increase --policies default --out .inlaid/vtc-sim --figures --simulate
 
 The second form switches the server's policy between runs and skips runs whose results are there. Figures are drawn by
-the same code from a server's records and from the simulator's. Clients are the suite's tenants; start the server with
-`--tenant user` and, to be able to switch, with the admin key that INLAID_ADMIN_KEY names, if it has one.
+the same code from a server's records and from the simulator's. Clients are the suite's tenants. `perf.launch_server`
+starts a server for it; any other needs `--tenant user` and the admin key of INLAID_ADMIN_KEY (default: vtc).
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from inlaid.sim.report import file_name
 from inlaid.sim.simulate import Outcome
 from inlaid.workload.suites import known_suites, load_suite
 from perf import client
+from perf.launch_server import admin_key
 from perf.records import Record
 from perf.vtc_figures import draw_page, outcome_of
 
@@ -50,7 +50,8 @@ def suites_of(text: str, setting: str) -> list[str]:
 
 def run_one(server: str, suite: str, policy: str | None, out: Path, more: Sequence[str]) -> int:
     """Send a suite to a server; write a summary to `out` and the requests beside it, one line of JSON each."""
-    command = ["--base-url", server, "--workload", suite, "--out", str(out), "--label", out.stem, "--timeout", "10800"]
+    command = ["--base-url", server, "--workload", suite, "--out", str(out), "--label", out.stem]
+    command += ["--timeout", "10800", "--ready-timeout", "600"]
     return client.main([*command, *(["--policy", policy] if policy else []), *more])
 
 
@@ -96,8 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         loaded = {suite: load_suite(suite) for suite in suites}
     except (ValueError, FileNotFoundError) as error:
         parser.error(f"--suite: {error}")
-    if key := os.environ.get("INLAID_ADMIN_KEY"):
-        more = ["--api-key", key, *more]
+    more = ["--api-key", admin_key(), *more]
     if args.output is not None:
         if len(suites) != 1 or args.policies or args.figures or args.simulate:
             parser.error("--output is for one suite under the server's policy; use --out with the other flags")

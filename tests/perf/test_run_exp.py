@@ -58,7 +58,7 @@ def test_the_flags_of_the_artifact_are_ours(flags: list[str], policy: str) -> No
     assert made[made.index("--policy") + 1] == policy
     assert made[made.index("--model") + 1] == "models/cache/llama-2-7b-4bit"
     assert made[made.index("--") :] == [
-        "--", "--tenant", "user", "--block-size", "16", "--num-blocks", "625", "--dtype", "auto",
+        "--", "--tenant", "user", "--admin-key", "vtc", "--block-size", "16", "--num-blocks", "625", "--dtype", "auto",
     ]  # fmt: skip
 
 
