@@ -35,7 +35,7 @@ class ReplicaEngine(ServingEngine, Protocol):
 
     async def wait_ahead(self) -> None: ...
 
-    def load_instead(self, config: EngineConfig, adapters: Mapping[str, str]) -> None: ...
+    def load_instead(self, config: EngineConfig, adapters: Mapping[str, str]) -> bool: ...
 
     @property
     def load(self) -> ReplicaLoad | None: ...
@@ -104,7 +104,7 @@ class Fleet:
     async def add(self) -> Replica:
         """Start one more replica, and open it when it serves what the others serve."""
         image = await self._image()
-        name, engine = self._next()
+        name, engine = await self._next()
         if image:
             engine.image = image
         view = ReplicaView(name, self.config.scheduler.max_num_seqs, self.config.adapters.max_loras, is_open=False)
@@ -120,12 +120,14 @@ class Fleet:
         await self._make_standby()
         return replica
 
-    def _next(self) -> tuple[str, ReplicaEngine]:
+    async def _next(self) -> tuple[str, ReplicaEngine]:
         """Return the name and the engine of the next replica."""
         if self._standby is not None:
             (name, engine), self._standby = self._standby, None
-            engine.load_instead(self.config, self.paths)
-            return name, engine
+            if engine.load_instead(self.config, self.paths):
+                return name, engine
+            log.warning("the process that waited for the next replica has ended")
+            await engine.close()
         name = f"replica-{self._num_made}"
         self._num_made += 1
         return name, self._make(name, self.config, dict(self.paths), lambda reason: self._lost(name, reason))
@@ -133,7 +135,7 @@ class Fleet:
     async def _make_standby(self) -> None:
         """Let a process wait for the next replica, once the first ones serve."""
         if self.keeps_standby and self._standby is None and all(each.view.is_open for each in self.replicas.values()):
-            self._standby = self._next()
+            self._standby = await self._next()
             try:
                 await self._standby[1].wait_ahead()
             except OSError as error:

@@ -118,14 +118,14 @@ class EngineClient:
         self._link = Link()
         await self._link.wait_ahead(self._environment, AHEAD if self._factory == FACTORY else ())
 
-    def load_instead(self, config: EngineConfig, adapters: Mapping[str, str]) -> None:
-        """Say, before `start`, what is to be loaded."""
+    def load_instead(self, config: EngineConfig, adapters: Mapping[str, str]) -> bool:
+        """Say, before `start`, what is to be loaded. False: the process that waits has ended."""
         self.config, self._paths = config, dict(adapters)
+        return self._link is not None and self._link.runs
 
     async def generate(self, request: NewRequest, timeout: float = 0.0) -> AsyncGenerator[Output, None]:
-        """Yield outputs until one has a finish_reason. Left early (closed, cancelled, timed out), the request is
-        aborted, so close it: `async with aclosing(engine.generate(…))`. Raises Refused, RequestTimeout, EngineDead and
-        EngineError."""
+        """Yield outputs until one has a finish_reason. A request that is left early is aborted, so close the generator:
+        `async with aclosing(engine.generate(…))`. Raises Refused, RequestTimeout, EngineDead and EngineError."""
         link = self._live()
         inbox = link.inboxes[request.id] = Inbox()
         over = False

@@ -36,6 +36,11 @@ class Link:
         """True once the process has loaded what it serves."""
         return self.ready.done() and self.ready.exception() is None
 
+    @property
+    def runs(self) -> bool:
+        """True while there is a process."""
+        return self.process is not None and self.process.returncode is None
+
     async def open(self, start: messages.Start, environment: Mapping[str, str]) -> asyncio.StreamReader:
         """Start the process, or the engine in one that waits."""
         if self._reader is None:
@@ -129,7 +134,7 @@ class Link:
 
     def kill(self) -> None:
         """End the process now."""
-        if self.process is not None and self.process.returncode is None:
+        if self.process is not None and self.runs:
             self.process.kill()
 
 

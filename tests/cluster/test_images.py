@@ -117,6 +117,11 @@ def test_a_process_waits_for_the_next_replica_and_ends_with_the_cluster() -> Non
             assert name == "replica-2"
             assert waiting not in (first, added.engine)
             assert not waiting.ready
+            dead = waiting._link.process
+            dead.kill()
+            await dead.wait()
+            assert (await client.fleet.add()).name == "replica-3", "one that has ended is not waited for"
+            name, waiting = _standby(client)
         finally:
             await client.close()
         processes = [engine._link.process for engine in (first, added.engine, waiting)]  # type: ignore[attr-defined]
