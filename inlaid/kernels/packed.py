@@ -191,6 +191,7 @@ class PackedAttention(CpuAttention):
         if C % 8 or q_SHC.stride()[1:] != (C, 1):
             return super()._decode(q_SHC, cache, window, step)
         assert step.on_host is not None
+        step.attention_plan.gathered.clear()  # lacks this step's tokens: a step with drafts reads all pages anew
         longest = max(step.on_host.context_lens[:S])
         table_SB, scales = step.block_tables, cache.scales
         pointers = (tensor.data_ptr() for tensor in (table_SB, step.context_lens_S))
