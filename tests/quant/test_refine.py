@@ -41,7 +41,7 @@ def error(weight: Tensor, hessian: Tensor, quantized: Tensor) -> Tensor:
 
 def improved(weight: Tensor, hessian: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, rounds: int, block: int):
     codes, scales = codes.clone(), scales.clone()
-    refine(weight, hessian, codes, scales, zeros, rounds, block, rounder(weight[:block], MAX_CODE, 1))
+    refine(weight, hessian, codes, scales, zeros, rounds, block, rounder(weight[:block], MAX_CODE))
     return codes, scales
 
 

@@ -114,6 +114,7 @@ def test_windows_shorter_than_the_context_are_refused(monkeypatch: pytest.Monkey
 def test_on_a_cpu_there_is_none() -> None:
     spec = spec_from_config(LLAMA)
     assert decode.make_decode(EngineConfig(), spec, PAGES) is None
-    assert choose_kernels(EngineConfig(), torch.device("cpu"), PAGES, spec).decode is None
+    pages = AdapterPages(torch.zeros(1), torch.zeros(1, 7, 3, dtype=torch.int64), torch.zeros(1, 7), [0])
+    assert choose_kernels(EngineConfig(), torch.device("cpu"), pages, spec).decode is None
     with pytest.raises(ConfigError, match="needs an NVIDIA GPU"):
         choose_kernels(EngineConfig(decode_kernel="one"), torch.device("cpu"), PAGES, spec)

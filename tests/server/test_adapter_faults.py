@@ -28,9 +28,11 @@ read = pathlib.Path.read_bytes
 def slowly(path):
     data = read(path)
     if path.parent.name == "slow":
-        (path.parent / "reading").touch()
-        while not (path.parent / "go").exists():
-            time.sleep(0.01)
+        if (path.parent / "asked").exists():  # the first look tells only which thread reads it
+            (path.parent / "reading").touch()
+            while not (path.parent / "go").exists():
+                time.sleep(0.01)
+        (path.parent / "asked").touch()
     return data
 pathlib.Path.read_bytes = slowly
 """
