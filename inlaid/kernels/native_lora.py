@@ -22,31 +22,39 @@ TILE = 16  # columns that are transposed at a time
 
 
 class _Adapters(ctypes.Structure):
-    """The library's view of the pages and of a step's rows."""
+    """The library's view of a site's adapters and of a step's rows."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("pool", "table", "scales", "rows", "runs")),
-        *((name, ctypes.c_int) for name in ("sites", "num_runs", "most")),
+        *((name, ctypes.c_void_p) for name in ("pool", "entries", "scales", "rows", "runs")),
+        *((name, ctypes.c_int) for name in ("num_runs", "most")),
     )
 
 
 class _Runs:
-    """The rows of a step that have adapters, slot by slot, and the view that the library has of them."""
+    """The rows of a step that have adapters, slot by slot: `runs` lists slot, first row and last + 1."""
 
-    def __init__(self, pages: AdapterPages, sequences: OnHost) -> None:
+    def __init__(self, sequences: OnHost) -> None:
         slots = np.repeat(np.array(sequences.adapter_slots, np.int32), sequences.query_lens)
         rows = np.argsort(slots, kind="stable").astype(np.int32)
-        rows = rows[np.searchsorted(slots[rows], 1) :]  # rows of slot 0 are left alone
-        begins = np.flatnonzero(np.diff(slots[rows], prepend=0)).astype(np.int32)
-        at_work = slots[rows[begins]]
-        self.rows = rows
-        self.runs = np.stack([at_work, begins, np.append(begins[1:], np.int32(len(rows)))], axis=1)
-        most = max(1, int(pages.table[at_work.tolist(), :, 2].max())) if len(rows) else 1
-        self.most = -(-most // 8) * 8
+        self.rows = rows[np.searchsorted(slots[rows], 1) :]  # rows of slot 0 are left alone
+        begins = np.flatnonzero(np.diff(slots[self.rows], prepend=0)).astype(np.int32)
+        self.slots = slots[self.rows[begins]]
+        self.runs = np.stack([self.slots, begins, np.append(begins[1:], np.int32(len(self.rows)))], axis=1)
+
+
+class _AtSite:
+    """The adapters of a step's runs as they are at one site now: an adapter may arrive while the step is under way."""
+
+    def __init__(self, pages: AdapterPages, runs: _Runs, site: Site) -> None:
+        siblings = slice(site.first, site.first + len(site.widths))
+        self.runs, self.site = runs, site
+        self.entries = np.ascontiguousarray(pages.table.numpy()[runs.slots, siblings])
+        self.scales = np.ascontiguousarray(pages.scale.numpy()[runs.slots, siblings])
+        self.most = -(-max(1, int(self.entries[:, :, 2].max(initial=0))) // 8) * 8
+        arrays = (self.entries, self.scales, runs.rows, runs.runs)
         self.view = _Adapters(
-            pages.pool.data_ptr(), pages.table.data_ptr(), pages.scale.data_ptr(), self.rows.ctypes.data,
-            self.runs.ctypes.data, pages.table.shape[1], len(self.runs), self.most,
-        )  # fmt: skip
+            pages.pool.data_ptr(), *(array.ctypes.data for array in arrays), len(runs.runs), self.most
+        )
 
 
 class NativeLora(CpuLora):
@@ -57,33 +65,29 @@ class NativeLora(CpuLora):
         super().__init__(pages)
         assert pages.pool.dtype == pages.scale.dtype == torch.float32
         assert pages.table.dtype == torch.int64
-        assert pages.table.is_contiguous()
-        assert pages.scale.is_contiguous()
         self._library = load()
 
     def make_plan(self, sequences: OnHost, step: StepContext) -> Any:
-        return _Runs(self.pages, sequences)
+        return _Runs(sequences)
 
     def multiply(self, x_TK: torch.Tensor, site: Site, step: StepContext) -> Any:
-        runs: _Runs = step.lora_plan
+        here = _AtSite(self.pages, step.lora_plan, site)
         x_TK = x_TK.contiguous()
         T, K = x_TK.shape
         threads, siblings = torch.get_num_threads(), len(site.widths)
-        shrunk, spare = x_TK.new_empty(T, siblings, runs.most), x_TK.new_empty(threads, K, TILE)
+        shrunk, spare = x_TK.new_empty(T, siblings, here.most), x_TK.new_empty(threads, K, TILE)
         pointers = (tensor.data_ptr() for tensor in (x_TK, shrunk, spare))
-        self._library.inlaid_lora_shrink(runs.view, *pointers, K, site.first, siblings, threads)
-        return runs, site, shrunk
+        self._library.inlaid_lora_shrink(here.view, *pointers, K, siblings, threads)
+        return here, shrunk
 
     def add(self, product: Any, out_TN: torch.Tensor) -> None:
-        runs, site, shrunk = product
+        here, shrunk = product
         assert out_TN.stride(1) == 1
-        threads = torch.get_num_threads()
-        spare = shrunk.new_empty(threads, runs.most, TILE)
-        widths = (ctypes.c_int * len(site.widths))(*site.widths)
+        threads, all_widths = torch.get_num_threads(), here.site.widths
+        spare = shrunk.new_empty(threads, here.most, TILE)
+        widths = (ctypes.c_int * len(all_widths))(*all_widths)
         pointers = (tensor.data_ptr() for tensor in (shrunk, out_TN, spare))
-        self._library.inlaid_lora_expand(
-            runs.view, *pointers, out_TN.stride(0), widths, site.first, len(site.widths), threads
-        )
+        self._library.inlaid_lora_expand(here.view, *pointers, out_TN.stride(0), widths, len(all_widths), threads)
 
 
 @cache
@@ -91,8 +95,8 @@ def load() -> ctypes.CDLL:
     """Return the library, built at first use. BuildError: there is no compiler, or it refuses."""
     made = library.load_for_cpu(SOURCE)
     adapters, pointer, whole = ctypes.POINTER(_Adapters), ctypes.c_void_p, ctypes.c_int
-    made.inlaid_lora_shrink.argtypes = [adapters, *3 * [pointer], *4 * [whole]]
-    made.inlaid_lora_expand.argtypes = [adapters, *3 * [pointer], ctypes.c_long, pointer, *3 * [whole]]
+    made.inlaid_lora_shrink.argtypes = [adapters, *3 * [pointer], *3 * [whole]]
+    made.inlaid_lora_expand.argtypes = [adapters, *3 * [pointer], ctypes.c_long, pointer, *2 * [whole]]
     for function in (made.inlaid_lora_shrink, made.inlaid_lora_expand):
         function.restype = None
     return made

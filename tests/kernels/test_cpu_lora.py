@@ -151,3 +151,17 @@ def test_ranks_and_widths_that_no_vector_divides(inputs: int, rank: int, threads
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+
+
+@every_way
+def test_an_adapter_that_arrives_after_the_plan_is_as_large_as_it_is(make: Callable[[AdapterPages], CpuLora]) -> None:
+    """Adapters come layer by layer while a step is under way: nothing that depends on their ranks may be older."""
+    pages = make_pages([[0, 0, 0], [40, 40, 40]], inputs=8)
+    entries, pages.table[1] = pages.table[1].clone(), 0
+    lora, step = make(pages), make_step((1, 1), (1, 6))
+    lora.plan(step)
+    pages.table[1] = entries
+    x, out = torch.randn(7, 8), torch.randn(7, 14)
+    got = out.clone()
+    lora.expand(lora.shrink(x, SITE, step, MEMORY, False), got, step)
+    torch.testing.assert_close(got, by_hand(pages, x, [1] * 7, out), rtol=1e-4, atol=1e-4)

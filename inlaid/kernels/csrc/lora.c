@@ -47,11 +47,11 @@ INLINE floats totals(const floats *sum) {
 
 struct adapters {  // as native_lora.py has it
     const float *pool;
-    const int64_t *table;  // [slots][sites][3]: where A and B begin, and the rank
-    const float *scales;   // [slots][sites]
-    const int32_t *rows;   // of all runs
-    const int32_t *runs;   // [runs][3]: slot, first and last + 1 of its rows
-    int sites, num_runs, most;  // most: the largest rank, rounded up to 8
+    const int64_t *entries;  // [runs][siblings][3]: where A and B begin, and the rank
+    const float *scales;     // [runs][siblings]
+    const int32_t *rows;     // of all runs
+    const int32_t *runs;     // [runs][3]: slot, first and last + 1 of its rows
+    int num_runs, most;      // most: the largest rank among the entries, rounded up to 8
 };
 
 // Products of one row of x with all rows of A, eight at a time.
@@ -133,20 +133,20 @@ INLINE void shrink_run(const int32_t *rows, int count, const float *a, int input
 }
 
 // x A^T times the scale, of every sibling: shrunk[row][sibling][most].
-void inlaid_lora_shrink(const struct adapters *adapters, const float *x, float *shrunk, float *spare, int inputs, int site,
+void inlaid_lora_shrink(const struct adapters *adapters, const float *x, float *shrunk, float *spare, int inputs,
                         int siblings, int threads) {
     const struct adapters p = *adapters;
     const long stride = (long)siblings * p.most;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int run = 0; run < p.num_runs; run++) {
-        const int slot = p.runs[3 * run], begin = p.runs[3 * run + 1], count = p.runs[3 * run + 2] - begin;
+        const int begin = p.runs[3 * run + 1], count = p.runs[3 * run + 2] - begin;
         float *own = spare;
 #if defined(_OPENMP)
         own += (long)omp_get_thread_num() * TILE * inputs;
 #endif
         for (int sibling = 0; sibling < siblings; sibling++) {
-            const long at = (long)slot * p.sites + site + sibling;
-            const int64_t *entry = p.table + 3 * at;
+            const long at = (long)run * siblings + sibling;
+            const int64_t *entry = p.entries + 3 * at;
             if (entry[2])
                 shrink_run(p.rows + begin, count, p.pool + entry[0], inputs, (int)entry[2], p.scales[at], x,
                            shrunk + (long)sibling * p.most, stride, own);
@@ -214,18 +214,18 @@ INLINE void expand_run(const int32_t *rows, int count, const float *b, int outpu
 
 // out[row][siblings side by side] += shrunk B^T.
 void inlaid_lora_expand(const struct adapters *adapters, const float *shrunk, float *out, float *spare, long out_stride,
-                        const int32_t *widths, int site, int siblings, int threads) {
+                        const int32_t *widths, int siblings, int threads) {
     const struct adapters p = *adapters;
     const long stride = (long)siblings * p.most;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
     for (int run = 0; run < p.num_runs; run++) {
-        const int slot = p.runs[3 * run], begin = p.runs[3 * run + 1], count = p.runs[3 * run + 2] - begin;
+        const int begin = p.runs[3 * run + 1], count = p.runs[3 * run + 2] - begin;
         float *own = spare, *to = out;
 #if defined(_OPENMP)
         own += (long)omp_get_thread_num() * TILE * p.most;
 #endif
         for (int sibling = 0; sibling < siblings; to += widths[sibling], sibling++) {
-            const int64_t *entry = p.table + 3 * ((long)slot * p.sites + site + sibling);
+            const int64_t *entry = p.entries + 3 * ((long)run * siblings + sibling);
             if (entry[2])
                 expand_run(p.rows + begin, count, p.pool + entry[1], widths[sibling], (int)entry[2],
                            shrunk + (long)sibling * p.most, stride, to, out_stride, own);
