@@ -184,7 +184,8 @@ class Calls:
             finish(done)
 
         def choose(slow: Future[bool]) -> None:
-            if slow.result() or name in self._slow:
+            asked = slow.exception() is None and slow.result()  # what is wrong with it is told by reading it
+            if asked or name in self._slow:
                 self._slow.append(name)
                 self._threads.read_slowly(read, finish_slowly)
             else:

@@ -65,6 +65,8 @@ class _Adapters:
         return path
 
     def is_slow(self, path: str) -> bool:
+        if (Path(path) / "odd").exists():
+            raise RecursionError("nobody expects this of a folder")
         return (Path(path) / "slow").exists()
 
     def install(self, name: str, adapter: Any, in_place: bool, seconds: float, pinned: bool | None = None) -> None:

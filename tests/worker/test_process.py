@@ -110,6 +110,7 @@ def test_a_load_that_takes_long_lets_others_pass_but_those_of_its_name(tmp_path:
     for name in ("long", "short"):
         (tmp_path / name).mkdir()
     (tmp_path / "long" / "slow").touch()
+    (tmp_path / "short" / "odd").touch()  # asked how long it takes, it raises: it is read as any other
     loads = ((1, "a", "long", False), (2, "b", "short", False), (3, "a", "short", True))
     child.send(
         *(
