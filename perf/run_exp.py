@@ -19,6 +19,7 @@ from pathlib import Path
 
 import msgspec
 
+from inlaid.files import write_atomically
 from inlaid.flags import Parser
 from inlaid.progress import Bar
 from inlaid.sim import experiment
@@ -56,14 +57,17 @@ def run_one(server: str, suite: str, policy: str | None, out: Path, more: Sequen
 
 
 def as_the_artifact(server: str, suite: str, output: Path, append: bool, more: Sequence[str]) -> int:
-    """Run a suite under the server's own policy; `output` gets a line of JSON for each request."""
-    before = output.read_bytes() if append and output.exists() else b""
-    code = run_one(server, suite, None, output.with_suffix(".json"), more)
-    records = output.with_suffix(".jsonl")
-    found = records.read_bytes() if records.exists() else b""
-    if records != output:
-        records.unlink(missing_ok=True)
-    output.write_bytes(before + found)
+    """Run a suite under the server's own policy; `output` gets a line of JSON for each request. What it held stays as
+    it is until the run is over."""
+    running = output.with_name(f"{output.stem}.running.json")
+    code = run_one(server, suite, None, running, more)
+    records = running.with_suffix(".jsonl")
+    if records.exists():
+        before = output.read_bytes() if append and output.exists() else b""
+        write_atomically(output, before + records.read_bytes())
+        records.unlink()
+    if running.exists():
+        running.replace(output.with_suffix(".json"))
     return code
 
 

@@ -84,6 +84,10 @@ def test_one_suite_as_the_artifact_writes_it(fake: str, tmp_path: Path) -> None:
     lines = output.read_text().splitlines()
     assert len(lines) == 60
     assert {json.loads(line)["tenant"] for line in lines} == {"one", "two"}
+    assert {path.name for path in tmp_path.iterdir()} == {suite.name, output.name, "all_results_small.json"}
+    nobody = ["--suite", str(suite), "--server", f"http://127.0.0.1:{free_port()}", "--output", str(output)]
+    assert run_exp.main([*nobody, "--ready-timeout", "0"]) == 2
+    assert output.read_text().splitlines() == lines, "a run that fails takes nothing away"
 
 
 def test_figures_come_from_the_simulator_and_from_records(tmp_path: Path) -> None:
