@@ -240,9 +240,10 @@ class EngineConfig:
     )
     attention_backend: str = option("auto", "kernel of attention", ("auto", "reference", "triton"))
     decode_kernel: str = option(
-        "layers",  # one kernel takes 3 GiB more of a 7B, and four long contexts are slower
+        "auto",
         "steps of up to 4 decodes: a kernel for each operation (layers), one persistent kernel (one), or one where it "
-        "was measured faster and linear_backend is auto (auto); one kernel keeps a second copy of the weights",
+        "was measured faster, linear_backend is auto and its second copy of the weights takes at most 5% of the "
+        "device's memory (auto)",
         ("auto", "one", "layers"),
     )
     enforce_eager: bool = option(False, "no CUDA graphs")

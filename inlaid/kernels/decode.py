@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -24,7 +25,10 @@ from inlaid.kernels.library import CSRC, BuildError
 
 log = logging.getLogger(__name__)
 
-ROWS = (1, 2, 4)  # of steps that the kernel serves
+# Rows of steps that the kernel serves, and up to which context it was measured faster than a kernel for each operation:
+# a 7B's two meet at 19,000 tokens for one row, some 5,000 for two and 2,300 for four.
+LONGEST: Mapping[int, int] = MappingProxyType({1: 8192, 2: 4096, 4: 2048})
+ROWS = tuple(LONGEST)
 SOURCES = tuple(CSRC / f"decode{part}" for part in (".cu", "_shape.cuh", "_parts.cuh", "_block.cuh", "_attention.cuh"))
 MEASURED = frozenset({"NVIDIA H200"})  # devices on which it was found faster than a kernel for each operation
 LINEARS = (0, 3, 4, 6)  # first modules of qkv, o, gate and up, down
@@ -137,7 +141,7 @@ class Surroundings:
 class DecodeKernel:
     """The blocks of a transformer for up to four rows of one token each."""
 
-    rows: Sequence[int] = ROWS
+    longest: Mapping[int, int] = LONGEST
 
     def __init__(self, shape: DecodeShape, head_dim: int, pages: AdapterPages) -> None:
         self.shape, self.pages = shape, pages

@@ -97,11 +97,13 @@ class CudaRunner:
         max_blocks = -(-max_model_len // self.block_size)
         self._on_gpu = device.type == "cuda"
         max_queries = draft_tokens(config.speculation)
-        self.layouts = Layouts(max_tokens, max_rows, adapters.pages.table.shape[0] - 1, max_queries)
+        decode = finish_decode(model, config, max_model_len)
+        longest = {} if decode is None else decode.longest
+        self.layouts = Layouts(max_tokens, max_rows, adapters.pages.table.shape[0] - 1, max_queries, longest)
         meta_size = self.layouts.largest.size + 2 * TABLE_UPDATES
         max_rank = config.adapters.max_lora_rank
         self.step = DeviceStep(
-            model, max_tokens, max_rows, max_blocks, max_rank, meta_size, device, dtype, max(1, max_queries)
+            model, max_tokens, max_rows, max_blocks, max_rank, meta_size, device, dtype, max(1, max_queries), decode
         )
         self._staged = [self._pinned(meta_size) for _ in range(STAGES)]
         self._results = [self._pinned(max_rows) for _ in range(STAGES)]
@@ -121,7 +123,6 @@ class CudaRunner:
     def _start(self, config: EngineConfig, max_model_len: int, settle: Callable[[], object]) -> None:
         """Compile everything on a cache of two blocks, give the KV what memory is left, capture the graphs."""
         begin = time.monotonic()
-        self.step.decode = finish_decode(self.model, config, max_model_len)
         layout = KVLayout.of(self.model.spec, config.cache, self.dtype)
         self.step.set_cache(layout.pages(2, self.device))
         with torch.inference_mode():

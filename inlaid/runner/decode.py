@@ -15,6 +15,8 @@ from inlaid.model.transformer import Transformer
 
 log = logging.getLogger(__name__)
 
+SHARE = 0.05  # of the device's memory: what the second copy of the weights may take where nobody asked for it
+
 
 def make_decode(config: EngineConfig, spec: ModelSpec, pages: AdapterPages) -> DecodeKernel | None:
     """Return the kernel for a model, which may still refuse it, or None where the configuration wants none."""
@@ -55,11 +57,18 @@ def finish_decode(model: Transformer, config: EngineConfig, max_model_len: int) 
         return None
     if any(window is not None and window < max_model_len for window in model.spec.windows):
         kernel.refuse("it reads whole contexts, not windows")
+    if config.decode_kernel == "auto" and kernel.refusal is None:
+        total = torch.cuda.get_device_properties(kernel.device).total_memory
+        if kernel.num_bytes > SHARE * total:
+            kernel.refuse(
+                f"its copy of the weights would take {kernel.num_bytes / 2**30:.2f} GiB, more than {SHARE:.0%} of the "
+                "device's memory"
+            )
     reason = kernel.finish()
     if reason is None:
         log.info(
             "decode steps of %s rows are one kernel; its copy of the weights takes %.2f GiB (--decode-kernel layers "
-            "does without)", ", ".join(map(str, kernel.rows)), kernel.num_bytes / 2**30,
+            "does without)", ", ".join(map(str, kernel.longest)), kernel.num_bytes / 2**30,
         )  # fmt: skip
         return kernel
     if config.decode_kernel == "one":

@@ -37,6 +37,7 @@ class DeviceStep:
         device: torch.device,
         dtype: torch.dtype,
         max_queries: int = 1,
+        decode: DecodeKernel | None = None,
     ) -> None:
         def integers(*shape: int) -> torch.Tensor:
             return torch.zeros(*shape, dtype=torch.int32, device=device)
@@ -49,7 +50,7 @@ class DeviceStep:
         self.workspace = fixed_memory(model, max_tokens, max_rows, max_blocks, max_rank, device, dtype, max_queries)
         self.sampler = Sampler(max_rows, model.spec.vocab_size, device)
         self.cache: KVCache = []
-        self.decode: DecodeKernel | None = None  # the kernel of small steps; set before the cache
+        self.decode = decode  # the kernel of small steps
 
     def set_cache(self, cache: KVCache) -> None:
         """Compute on this cache from now on. Graphs captured before keep theirs."""
@@ -108,7 +109,9 @@ class DeviceStep:
 
     def in_one_kernel(self, layout: Layout) -> bool:
         """Return whether steps of this layout are one kernel."""
-        return self.decode is not None and layout.prefills == 0 and layout.decodes in self.decode.rows
+        if self.decode is None or layout.is_long:
+            return False
+        return layout.prefills == 0 and layout.decodes in self.decode.longest
 
     def sample(self, layout: Layout, step: StepContext, last: LastSum) -> None:
         """Compute the logits of the wanted rows and sample their tokens into `sampled` and `newest`."""

@@ -7,9 +7,10 @@ tokens have id 0, padding sequences length 0; both write to KV block 0, which no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ class Layout:
     segments: int
     block_rows: int
     queries: int = 0  # most tokens of each prefill, in a step with drafts; 0: any number
+    is_long: bool = False  # decodes of which one has a context that the decode kernel is not meant for
 
     @cached_property
     def pieces(self) -> dict[str, tuple[int, int]]:
@@ -90,9 +92,19 @@ class Layout:
 class Layouts:
     """The layouts of a runner with room for `max_tokens` tokens and `max_rows` sequences."""
 
-    def __init__(self, max_tokens: int, max_rows: int, num_slots: int, max_queries: int = 0) -> None:
-        """`max_queries`: most tokens of a sequence in steps with drafts; 0: there are no such steps."""
+    def __init__(
+        self,
+        max_tokens: int,
+        max_rows: int,
+        num_slots: int,
+        max_queries: int = 0,
+        longest: Mapping[int, int] = MappingProxyType({}),
+    ) -> None:
+        """`max_queries`: most tokens of a sequence in steps with drafts; 0: there are no such steps.
+
+        `longest`: rows of steps that the decode kernel serves, and up to which context it is meant for them."""
         self.max_tokens, self.max_rows, self.max_queries = max_tokens, max_rows, max_queries
+        self.longest = longest
         self.num_slots = num_slots  # adapter slots, the empty one aside
         self.largest = self.exact(max_tokens, max_rows, max_rows, max_rows, max_tokens)
         self._templates: dict[Layout, np.ndarray] = {}
@@ -106,6 +118,12 @@ class Layouts:
     def decodes(self, count: int) -> Layout:
         """Return the captured layout of `count` decodes and nothing else."""
         return self.exact(count, count, 0, count, 0)
+
+    def _by_context(self, layout: Layout, works: Sequence[Work]) -> Layout:
+        """Return the layout of these decodes: another where a context is too long for the decode kernel."""
+        longest = self.longest.get(layout.decodes)
+        is_long = longest is not None and any(work.start >= longest for work in works)
+        return replace(layout, is_long=True) if is_long else layout
 
     def prompts(self, tokens: int) -> Layout:
         """Return the captured layout of up to `tokens` tokens of decodes and prompts."""
@@ -122,6 +140,7 @@ class Layouts:
         decodes = [b for b in DECODE_BUCKETS if b < self.max_rows] + [self.max_rows]
         tokens = [t for t in TOKEN_BUCKETS if t < self.max_tokens] + [self.max_tokens]
         found = [self.decodes(count) for count in decodes] + [self.prompts(count) for count in tokens]
+        found += [replace(self.decodes(count), is_long=True) for count in decodes if count in self.longest]
         return found + [self.drafts(*sizes) for sizes in self._draft_sizes()]
 
     def _draft_sizes(self) -> list[tuple[int, int]]:
@@ -155,11 +174,12 @@ class Layouts:
             buckets = TOKEN_BUCKETS if prompts else DECODE_BUCKETS
             most = self.max_tokens if prompts else self.max_rows
             size = next((b for b in buckets if tokens <= b < most), most)
-            layout = self.prompts(size) if prompts else self.decodes(size)
+            layout = self.prompts(size) if prompts else self._by_context(self.decodes(size), singles)
             fits = samples <= layout.samples and len(singles) <= layout.decodes
             if fits and len(prompts) <= layout.prefills and tiles <= layout.tiles:
                 return layout
-        return self.exact(tokens, len(singles), len(prompts), max(1, samples), tiles)
+        layout = self.exact(tokens, len(singles), len(prompts), max(1, samples), tiles)
+        return layout if prompts else self._by_context(layout, singles)
 
     def template(self, layout: Layout) -> np.ndarray:
         """Return the meta of a step of padding only."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ PAGES = AdapterPages(torch.zeros(1).half(), torch.zeros(1, 7, 3), torch.zeros(1,
 class FakeKernel:
     """A kernel that notes the steps it runs."""
 
-    rows = (1, 2, 4)
+    longest: ClassVar[dict[int, int]] = {1: 8, 2: 4, 4: 2}
 
     def __init__(self) -> None:
         self.ran: list[int] = []
@@ -63,6 +63,42 @@ def test_small_steps_of_decodes_are_one_kernel(step: Any) -> None:
     step.forward(layouts.prompts(64), context)
     assert step.decode.ran == [1, 2, 4]
     assert step.layers == 2
+
+
+def decode_of(position: int) -> Any:
+    return SimpleNamespace(start=position, num_tokens=1)
+
+
+def test_a_step_with_a_long_context_runs_by_layers(step: Any) -> None:
+    """How long is long depends on the rows; a graph is captured of either way."""
+    layouts, context = Layouts(64, 8, 4, longest=FakeKernel.longest), SimpleNamespace(arriving=None)
+    for positions, ran in (((7,), [1]), ((8,), []), ((1, 3), [2]), ((4, 1), []), ((1, 1, 1), [4]), ((0, 2, 0), [])):
+        step.decode.ran.clear()
+        layout = layouts.choose([decode_of(position) for position in positions], [], len(positions), True)
+        assert layout in layouts.captured()
+        step.forward(layout, context)
+        assert step.decode.ran == ran, positions
+    long = [layout.decodes for layout in layouts.captured() if layout.is_long]
+    assert long == [1, 2, 4]
+    assert layouts.choose([decode_of(9)], [], 1, captured=False).is_long
+    assert not layouts.choose([decode_of(9)] * 8, [], 8, True).is_long, "eight rows have one way"
+    assert not any(layout.is_long for layout in Layouts(64, 8, 4).captured())
+
+
+def test_auto_takes_no_more_than_its_share_of_the_memory(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(library, "nvcc", lambda: "nvcc")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**33))
+    monkeypatch.setattr(DecodeKernel, "num_bytes", 2**30)
+    monkeypatch.setattr(DecodeKernel, "finish", lambda self: self.refusal)
+    caplog.set_level("INFO")
+    spec = spec_from_config(LLAMA)
+    for choice, served in (("auto", False), ("one", True)):
+        kernel = DecodeKernel(DecodeShape(4096, 11008, 32, 32, 1, 16, 132, 16), 128, PAGES)
+        model: Any = SimpleNamespace(kernels=SimpleNamespace(decode=kernel), spec=spec)
+        assert (decode.finish_decode(model, EngineConfig(decode_kernel=choice), 100) is kernel) == served
+    assert "would take 1.00 GiB, more than 5% of the device's memory" in caplog.text
 
 
 def test_steps_run_by_layers_without_a_kernel_or_with_adapters_on_their_way(step: Any) -> None:
@@ -97,7 +133,7 @@ def test_a_linear_backend_that_is_named_is_used(monkeypatch: pytest.MonkeyPatch)
     assert decode.make_decode(auto, spec, pages) is not None
     assert decode.make_decode(replace(auto, linear_backend="exllama"), spec, pages) is None
     assert decode.make_decode(EngineConfig(linear_backend="exllama", decode_kernel="one"), spec, pages) is not None
-    assert decode.make_decode(EngineConfig(), spec, pages) is None
+    assert decode.make_decode(EngineConfig(decode_kernel="layers"), spec, pages) is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     assert decode.make_decode(auto, spec, pages) is None
 
