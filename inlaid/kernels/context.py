@@ -42,6 +42,10 @@ class OnDevice:
     tiles_2N: torch.Tensor  # int32: prefill and first query of each query tile; prefill -1: no tile
     adapter_slots_T: torch.Tensor  # int32: 0 is no adapter
     segments: Segments
+    token_rows_T: torch.Tensor | None = (
+        None  # int32, with few queries: the row in `block_tables` of each token's sequence
+    )
+    leaders_T: torch.Tensor | None = None  # int32, with few queries: the first token in T of each token's sequence
 
 
 @dataclass

@@ -1,4 +1,5 @@
-"""The decode step of a few rows as one persistent kernel (csrc/decode.cu), built by nvcc for the model's shape.
+"""A step of few tokens, decodes and their guesses, as one persistent kernel (csrc/decode.cu), built by nvcc for the
+model's shape.
 
 `DecodeKernel` keeps the quantized weights in a layout of its own, a second copy, while the model is loaded; the runner
 binds it to the KV cache and calls it for steps of decodes only, in the place of the transformer's blocks. What it does
@@ -121,7 +122,7 @@ class _Arguments(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in (
             "layers", "boxes", "embedding", "ids", "sources", "newest", "positions", "slots", "table_rows", "tables",
-            "cos", "sin", "adapters", "table", "scale", "pool", "product", "residual",
+            "leaders", "cos", "sin", "adapters", "table", "scale", "pool", "product", "residual",
         )),
         ("table_width", ctypes.c_longlong), ("eps", ctypes.c_float),
     )  # fmt: skip
@@ -236,7 +237,8 @@ class DecodeKernel:
         )  # fmt: skip
 
     def run(self, step: StepContext, product_TD: torch.Tensor, residual_TD: torch.Tensor) -> None:
-        """Run the blocks over a step of as many decodes as `ROWS` names; write the two sides of the last sum.
+        """Run the blocks over as many tokens of decodes, guesses included, as `ROWS` names; write both sides of the
+        last sum.
 
         The step's keys and values go into the cache. Adapters of every level are added where a row has one."""
         assert self._loaded is not None
@@ -244,13 +246,17 @@ class DecodeKernel:
         assert here is not None
         rows = step.num_tokens
         assert rows in ROWS
-        assert step.num_prefills == 0
+        assert step.num_prefills == 0 or step.few_queries
         arguments = _Arguments.from_buffer_copy(self._arguments)
         tensors = {
             "ids": step.ids_T, "sources": here.sources_T, "newest": here.newest_R, "positions": step.positions_T,
             "slots": step.kv_slots_T, "table_rows": here.table_rows_S, "tables": step.block_tables,
             "pool": self.pages.pool, "product": product_TD, "residual": residual_TD,
         }  # fmt: skip
+        if step.few_queries:
+            assert here.token_rows_T is not None
+            assert here.leaders_T is not None
+            tensors |= {"table_rows": here.token_rows_T, "leaders": here.leaders_T}
         if step.adapters != NO_ADAPTERS:
             tensors["adapters"] = here.adapter_slots_T
         for name, tensor in tensors.items():

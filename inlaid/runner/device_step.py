@@ -84,6 +84,8 @@ class DeviceStep:
                 tiles_2N=piece("tiles").view(2, layout.tiles),
                 adapter_slots_T=piece("adapters"),
                 segments=lora_triton.Segments(piece("segments"), piece("order"), layout.segments, layout.block_rows),
+                token_rows_T=piece("token_rows"),
+                leaders_T=piece("leaders"),
             ),
             arriving=arriving,
         )
@@ -109,9 +111,7 @@ class DeviceStep:
 
     def in_one_kernel(self, layout: Layout) -> bool:
         """Return whether steps of this layout are one kernel."""
-        if self.decode is None or layout.is_long:
-            return False
-        return layout.prefills == 0 and layout.decodes in self.decode.longest
+        return self.decode is not None and not layout.is_long and layout.rows in self.decode.longest
 
     def sample(self, layout: Layout, step: StepContext, last: LastSum) -> None:
         """Compute the logits of the wanted rows and sample their tokens into `sampled` and `newest`."""

@@ -66,6 +66,8 @@ class Layout:
             "segments": 3 * self.segments,
             "order": self.tokens,
             "adapters": self.tokens,  # the slot of each row
+            "token_rows": self.tokens if self.queries else 0,  # of the block tables, by token
+            "leaders": self.tokens if self.queries else 0,  # the first token of each token's sequence
         }
         placed, at = {}, 0
         for name, size in sizes.items():
@@ -73,6 +75,13 @@ class Layout:
             at += -(-size // ALIGNMENT) * ALIGNMENT
         placed["end"] = (at, at)
         return placed
+
+    @property
+    def rows(self) -> int:
+        """Return the tokens of decodes and their guesses, or 0 in a step with prompts."""
+        if self.queries:
+            return self.tokens
+        return 0 if self.prefills else self.decodes
 
     @property
     def size(self) -> int:
@@ -120,8 +129,8 @@ class Layouts:
         return self.exact(count, count, 0, count, 0)
 
     def _by_context(self, layout: Layout, works: Sequence[Work]) -> Layout:
-        """Return the layout of these decodes: another where a context is too long for the decode kernel."""
-        longest = self.longest.get(layout.decodes)
+        """Return the layout of these works: another where a context is too long for the decode kernel."""
+        longest = self.longest.get(layout.rows)
         is_long = longest is not None and any(work.start >= longest for work in works)
         return replace(layout, is_long=True) if is_long else layout
 
@@ -140,8 +149,8 @@ class Layouts:
         decodes = [b for b in DECODE_BUCKETS if b < self.max_rows] + [self.max_rows]
         tokens = [t for t in TOKEN_BUCKETS if t < self.max_tokens] + [self.max_tokens]
         found = [self.decodes(count) for count in decodes] + [self.prompts(count) for count in tokens]
-        found += [replace(self.decodes(count), is_long=True) for count in decodes if count in self.longest]
-        return found + [self.drafts(*sizes) for sizes in self._draft_sizes()]
+        found += [self.drafts(*sizes) for sizes in self._draft_sizes()]
+        return found + [replace(one, is_long=True) for one in found if one.rows in self.longest]
 
     def _draft_sizes(self) -> list[tuple[int, int]]:
         """Return sequences and tokens of the captured steps with drafts: no more tokens than may be sampled."""
@@ -163,8 +172,8 @@ class Layouts:
         sizes = self._draft_sizes() if captured else []
         fitting = [size for size in sizes if len(works) <= size[0] and max(tokens, samples) <= size[1]]
         if fitting:
-            return self.drafts(*min(fitting, key=lambda size: (size[1], size[0])))
-        return self.exact(tokens, 0, len(works), samples, 0, self.max_queries)
+            return self._by_context(self.drafts(*min(fitting, key=lambda size: (size[1], size[0]))), works)
+        return self._by_context(self.exact(tokens, 0, len(works), samples, 0, self.max_queries), works)
 
     def choose(self, singles: Sequence[Work], prompts: Sequence[Work], samples: int, captured: bool) -> Layout:
         """Return the smallest captured layout that holds the step (where layouts are captured), or the exact one."""
@@ -174,19 +183,23 @@ class Layouts:
             buckets = TOKEN_BUCKETS if prompts else DECODE_BUCKETS
             most = self.max_tokens if prompts else self.max_rows
             size = next((b for b in buckets if tokens <= b < most), most)
-            layout = self.prompts(size) if prompts else self._by_context(self.decodes(size), singles)
+            layout = self.prompts(size) if prompts else self.decodes(size)
             fits = samples <= layout.samples and len(singles) <= layout.decodes
             if fits and len(prompts) <= layout.prefills and tiles <= layout.tiles:
-                return layout
-        layout = self.exact(tokens, len(singles), len(prompts), max(1, samples), tiles)
-        return layout if prompts else self._by_context(layout, singles)
+                return self._by_context(layout, singles)
+        return self._by_context(self.exact(tokens, len(singles), len(prompts), max(1, samples), tiles), singles)
 
     def template(self, layout: Layout) -> np.ndarray:
         """Return the meta of a step of padding only."""
         if layout not in self._templates:
             template = np.zeros(layout.size, dtype=np.int32)
-            for name, value in (("sources", -1), ("tiles", -1), ("rows", self.max_rows), ("table_rows", self.max_rows)):
+            padding = self.max_rows
+            for name, value in (
+                ("sources", -1), ("tiles", -1), ("rows", padding), ("table_rows", padding), ("token_rows", padding),
+            ):  # fmt: skip
                 template[layout.slice(name)] = value
+            if layout.queries:
+                template[layout.slice("leaders")] = np.arange(layout.tokens)
             template[layout.slice("top_p")].view(np.float32)[:] = 1.0
             if len(self._templates) > MOST_TEMPLATES:
                 self._templates.clear()

@@ -87,12 +87,17 @@ class Staging:
             put("table_rows", [self.rows.of[work.request.id] for work in step.prompts], layout.decodes)
             put("lengths", [work.start + work.num_tokens for work in step.prompts], layout.decodes)
             starts, tiles = [len(ids)], []
+            leaders: list[int] = []
             for index, work in enumerate(step.prompts):
                 self._prompt_tokens(work, ids, sources, positions, kv_slots)
                 slots += [self.slot(work.request)] * work.num_tokens
+                leaders += starts[-1:] * work.num_tokens
                 starts.append(len(ids))
                 tiles += [(index, at) for at in range(0, work.num_tokens, QUERY_TILE)]
             put("starts", starts + [starts[-1]] * (layout.prefills + 1 - len(starts)))
+            if layout.queries:
+                put("leaders", leaders)
+                put("token_rows", [self._row(work) for work in step.prompts for _ in range(work.num_tokens)])
             if layout.tiles:
                 put("tiles", [sequence for sequence, _ in tiles])
                 put("tiles", [at for _, at in tiles], layout.tiles)

@@ -191,7 +191,10 @@ def random_model(shape: DecodeShape, symmetric: bool, device: torch.device) -> M
     )
 
 
-def make_step(model: Model, positions: Sequence[int], slots: Sequence[int]) -> StepContext:
+def make_step(
+    model: Model, positions: Sequence[int], slots: Sequence[int], leaders: Sequence[int] | None = None
+) -> StepContext:
+    """Return a step of decodes; with `leaders`, each row's first row of its sequence, one of decodes with guesses."""
     from inlaid.kernels.lora_triton import Segments
 
     device, rows = model.tables.device, len(positions)
@@ -199,17 +202,19 @@ def make_step(model: Model, positions: Sequence[int], slots: Sequence[int]) -> S
     def integers(*values: int) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)
 
-    table_rows = [row % 4 + 1 for row in range(rows)]
+    table_rows = [row % 4 + 1 for row in (range(rows) if leaders is None else leaders)]
     kv_slots = [
         int(model.tables[t, p // BLOCK]) * BLOCK + p % BLOCK for t, p in zip(table_rows, positions, strict=True)
     ]
     empty = torch.zeros(0, dtype=torch.int32, device=device)
     return StepContext(
         integers(*range(7, 7 + rows)), integers(*positions), integers(*kv_slots), model.tables,
-        integers(*(p + 1 for p in positions)), integers(*range(rows)), BLOCK, rows, 0,
-        ALL_ADAPTERS if any(slots) else NO_ADAPTERS,
+        integers(*(p + 1 for p in positions)), integers(*range(rows)), BLOCK, rows if leaders is None else 0,
+        0 if leaders is None else len(set(leaders)), ALL_ADAPTERS if any(slots) else NO_ADAPTERS,
+        few_queries=0 if leaders is None else 4,
         on_device=OnDevice(integers(*((-1, 3) * 2)[:rows]), model.newest, integers(*table_rows), empty,
-                           empty.view(2, 0), integers(*slots), Segments(empty, empty, 0, 16)),
+                           empty.view(2, 0), integers(*slots), Segments(empty, empty, 0, 16), integers(*table_rows),
+                           integers(*(range(rows) if leaders is None else leaders))),
     )  # fmt: skip
 
 
@@ -253,11 +258,12 @@ def expected(model: Model, step: StepContext, slots: Sequence[int]) -> tuple[tor
         keys.append(k)
         mixed = []
         for row in range(rows):
-            blocks = step.block_tables[int(here.table_rows_S[row])].long()
-            past = [
-                cache[blocks].view(-1, model.shape.kv_heads, 128)[: positions[row]] for cache in model.cache[layer][:2]
-            ]
-            ks, vs = (torch.cat((old.double(), new[row : row + 1])) for old, new in zip(past, (k, v), strict=True))
+            assert here.token_rows_T is not None
+            assert here.leaders_T is not None
+            blocks, first = step.block_tables[int(here.token_rows_T[row])].long(), int(here.leaders_T[row])
+            heads_of = (-1, model.shape.kv_heads, 128)
+            past = [cache[blocks].view(heads_of)[: positions[first]] for cache in model.cache[layer][:2]]
+            ks, vs = (torch.cat((old.double(), new[first : row + 1])) for old, new in zip(past, (k, v), strict=True))
             ks, vs = (each.repeat_interleave(model.shape.heads // model.shape.kv_heads, 1) for each in (ks, vs))
             weights = (torch.einsum("hc,lhc->hl", q[row], ks) / 128**0.5).softmax(-1)
             mixed.append(torch.einsum("hl,lhc->hc", weights, vs).flatten())
@@ -282,17 +288,22 @@ def kernel_of(model: Model) -> DecodeKernel:
 @pytest.mark.skipif(library.nvcc() is None, reason="needs nvcc")
 @pytest.mark.parametrize(("name", "symmetric"), [("7b", True), ("8b", True), ("8b", False)])
 def test_a_step_is_the_specification(name: str, symmetric: bool) -> None:
-    """Rows 1, 2 and 4; contexts of 1 to 8,192 tokens; adapters none, one, and different in each row."""
+    """Rows 1, 2 and 4; contexts of 1 to 8,192 tokens; adapters none, one, and different in each row; guesses, which
+    follow a token of their sequence."""
     device = torch.device("cuda")
     model = random_model(SHAPES[name], symmetric, device)
     kernel = kernel_of(model)
     worst: dict[str, float] = {}
-    for positions, slots in (
-        ((300,), (0,)), ((0,), (0,)), ((300,), (1,)), ((933,), (2,)), ((64, 299), (0, 0)), ((5, 700), (2, 1)),
-        ((300, 0, 17, 900), (0, 0, 0, 0)), ((300, 1, 64, 900), (2, 0, 3, 1)), ((300, 1, 64, 900), (2, 2, 2, 2)),
-        ((8191,), (0,)), ((2048, 4100), (1, 2)), ((8000, 0, 2047, 5000), (1, 2, 0, 3)),
+    for positions, slots, leaders in (
+        ((300,), (0,), None), ((0,), (0,), None), ((300,), (1,), None), ((933,), (2,), None),
+        ((64, 299), (0, 0), None), ((5, 700), (2, 1), None), ((300, 0, 17, 900), (0, 0, 0, 0), None),
+        ((300, 1, 64, 900), (2, 0, 3, 1), None), ((300, 1, 64, 900), (2, 2, 2, 2), None), ((8191,), (0,), None),
+        ((2048, 4100), (1, 2), None), ((8000, 0, 2047, 5000), (1, 2, 0, 3), None),
+        ((63, 64), (0, 0), (0, 0)), ((4000, 4001), (2, 2), (0, 0)), ((0, 1, 2, 3), (1, 1, 1, 1), (0, 0, 0, 0)),
+        ((300, 301, 302, 303), (2, 2, 2, 2), (0, 0, 0, 0)), ((46, 47, 900, 901), (1, 1, 3, 3), (0, 0, 2, 2)),
+        ((77, 78, 79, 0), (2, 2, 2, 0), (0, 0, 0, 3)), ((5, 640, 641, 642), (0, 3, 3, 3), (0, 1, 1, 1)),
     ):  # fmt: skip
-        step = make_step(model, positions, slots)
+        step = make_step(model, positions, slots, leaders)
         want, keys = expected(model, step, slots)
         runs = []
         for _ in range(100 if positions == (300, 1, 64, 900) else 3):
@@ -302,12 +313,12 @@ def test_a_step_is_the_specification(name: str, symmetric: bool) -> None:
             runs.append((product, residual))
         found = runs[0][0].double() + runs[0][1].double()
         error = float((found - want).norm() / want.norm())
-        worst[f"{positions} {slots}"] = error
+        worst[f"{positions} {slots} {leaders}"] = error
         for layer, key in enumerate(keys):
             stored = model.cache[layer][0].view(-1, model.shape.kv_heads, 128)[step.kv_slots_T.long()].double()
-            worst[f"{positions} {slots} keys {layer}"] = float((stored - key).norm() / key.norm())
+            worst[f"{positions} {slots} {leaders} keys {layer}"] = float((stored - key).norm() / key.norm())
         same = all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
-        worst[f"{positions} {slots} bits"] = 0.0 if same else 1.0
+        worst[f"{positions} {slots} {leaders} bits"] = 0.0 if same else 1.0
         for case, error in list(worst.items())[-2 - len(keys) :]:
             print(name, case, f"{error:.2e}")
     assert all(error < (1e-2 if "keys" in case else 4e-3) for case, error in worst.items()), worst

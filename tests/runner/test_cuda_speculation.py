@@ -70,9 +70,23 @@ def test_a_step_with_drafts_is_laid_out_as_prefills_of_few_tokens() -> None:
     assert piece("positions") == [2, 4, 5, 6]
     assert piece("starts") == [0, 1, 4]
     assert piece("lengths") == [3, 7]
+    assert piece("leaders") == [0, 1, 1, 1]
+    assert piece("token_rows") == [rows.of["s"], *[rows.of["d"]] * 3]
     assert piece("logit_rows") == [0, 1, 2, 3]
     assert piece("drawn_at") == [3, 5, 6, 7]
     assert piece("rows") == [rows.of["s"], 16, 16, 16], "the host tells the newest token of a request with a draft"
+
+
+def test_padding_of_a_step_with_drafts_follows_no_sequence() -> None:
+    layouts, works = Layouts(64, 16, 4, max_queries=4), [Work(request("d", [1, 2, 3], 2), 2, 3, True, draft=(5, 6))]
+    rows = Rows(16, 4, 4, lambda request: 5)
+    staging = Staging(layouts, rows, lambda request: 0, lambda request: 0, 1)
+    step = staging.lay_out(works, captured=True)
+    host = np.zeros(step.layout.size, np.int32)
+    staging.write(step, host)
+    assert step.layout.tokens == 4
+    assert host[step.layout.slice("leaders")].tolist() == [0, 0, 0, 3]
+    assert host[step.layout.slice("token_rows")].tolist() == [rows.of["d"]] * 3 + [16]
 
 
 def test_without_drafts_no_layout_is_captured_for_them() -> None:

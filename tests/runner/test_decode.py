@@ -70,7 +70,7 @@ def decode_of(position: int) -> Any:
 
 
 def test_a_step_with_a_long_context_runs_by_layers(step: Any) -> None:
-    """How long is long depends on the rows; a graph is captured of either way."""
+    """Each number of rows has its own limit, and a graph of either way is captured."""
     layouts, context = Layouts(64, 8, 4, longest=FakeKernel.longest), SimpleNamespace(arriving=None)
     for positions, ran in (((7,), [1]), ((8,), []), ((1, 3), [2]), ((4, 1), []), ((1, 1, 1), [4]), ((0, 2, 0), [])):
         step.decode.ran.clear()
@@ -80,6 +80,14 @@ def test_a_step_with_a_long_context_runs_by_layers(step: Any) -> None:
         assert step.decode.ran == ran, positions
     long = [layout.decodes for layout in layouts.captured() if layout.is_long]
     assert long == [1, 2, 4]
+    drafts = Layouts(64, 8, 4, 4, FakeKernel.longest)
+    for position, ran in ((1, [4]), (2, [])):
+        step.decode.ran.clear()
+        works = [SimpleNamespace(start=position, num_tokens=4, draft=(1, 2, 3))]
+        layout = drafts.choose_drafts(works, 4, True)
+        assert layout in drafts.captured()
+        step.forward(layout, context)
+        assert step.decode.ran == ran, "guesses count as rows"
     assert layouts.choose([decode_of(9)], [], 1, captured=False).is_long
     assert not layouts.choose([decode_of(9)] * 8, [], 8, True).is_long, "eight rows have one way"
     assert not any(layout.is_long for layout in Layouts(64, 8, 4).captured())

@@ -3,6 +3,7 @@
 // Semantics, for each row r: x = embedding[token]; for each layer
 //   x += o(attention(rope(qkv(norm(x))))), keys and values of the token being stored; x += down(silu(gate) * up)(norm(x))
 // where each linear is x W, W in 4 bits in groups of 128 inputs, plus scale * B (A x) of the row's adapter at its rank.
+// Rows of one sequence (a token and guesses that follow it) see the cache and those before them in the step.
 // What is left is `residual` and `product`, the two sides of the last sum. Rounding to half precision is where the
 // kernels of single operations have it.
 //
@@ -300,7 +301,10 @@ template <int R> __device__ __forceinline__ void prepare(const Args& a) {
   }
   for (int i = threadIdx.x; i < LAYERS * (int)(sizeof(Layer) / 8); i += THREADS)
     ((uint64_t*)M::layers())[i] = ((const uint64_t*)a.layers)[i];
-  if (threadIdx.x < R) M::position(threadIdx.x) = a.positions[threadIdx.x];
+  if (threadIdx.x < R) {
+    M::position(threadIdx.x) = a.positions[threadIdx.x];
+    M::leader(threadIdx.x) = a.leaders == nullptr ? threadIdx.x : a.leaders[threadIdx.x];
+  }
   for (int i = threadIdx.x; i < LAYERS * MODULES * R; i += THREADS) {
     const int row = i % R, site = i / R;
     Adapter found = {0, 0, 0, 0.f};

@@ -94,9 +94,20 @@ template <int R> __device__ __forceinline__ void attend(Consumer<R>& w) {
     running.add(scored, j + 4 * member + sub < task.end, v);
     now = then;
   }
-  if (task.split == S::SPLITS - 1 && member == TEAM - 1) {  // the newest token
-    const unsigned *key = qkv + (Q + task.head * C + 8 * p) / 2, *value = key + KV / 2;
+  if (task.split == S::SPLITS - 1 && member == TEAM - 1) {  // the newest token, after those of its sequence in this step
+    constexpr int WORDS = QKV / 2;  // of a row
+    const int leader = R == 1 ? task.row : Shared<R>::leader(task.row);
+    const unsigned *key = qkv - (task.row - leader) * WORDS + (Q + task.head * C + 8 * p) / 2, *value = key + KV / 2;
     float k[16], v[16];
+#pragma unroll 1
+    for (int row = leader; row < task.row; row++, key += WORDS, value += WORDS) {
+      const size_t at = (size_t)Shared<R>::position(row) * C + 8 * p;
+      rotate(poll4(key), poll4(key + C / 4), *reinterpret_cast<const uint4*>(a.cos + at),
+             *reinterpret_cast<const uint4*>(a.sin + at), k);
+      unpack(poll4(value), v);
+      unpack(poll4(value + C / 4), v + 8);
+      running.add(score(q, k), sub == 0, v);
+    }
     rotate(poll4(key), poll4(key + C / 4), cosines, sines, k);
     const uint4 v0 = poll4(value), v1 = poll4(value + C / 4);
     unpack(v0, v);

@@ -24,6 +24,7 @@ template <int R> struct Shared {
     return ((Totals*)(block_memory + REST + S::TOTALS))[layer * 4 + j];
   }
   static __device__ int& position(int row) { return ((int*)(block_memory + REST + S::POSITIONS))[row]; }
+  static __device__ int& leader(int row) { return ((int*)(block_memory + REST + S::LEADERS))[row]; }
   static __device__ uint4* residual(int row) {
     return (uint4*)(block_memory + REST + S::RESIDUAL) + row * CONSUMERS;
   }
@@ -68,7 +69,8 @@ template <int J> __device__ __forceinline__ int module_of(int unit, int& output)
   return 2;
 }
 
-// The share of attention of this multiprocessor: tokens [begin, end) before the newest, of one key head of one row.
+// The share of attention of this multiprocessor: of one key head of one row, tokens [begin, end) of those that were in
+// the cache before this step.
 template <int R> struct Task {
   int row, head, split, newest, begin, end;
   __device__ explicit Task(int block) {  // of a block below TASKS
@@ -77,8 +79,9 @@ template <int R> struct Task {
     head = block / SPLITS % KV_HEADS;
     split = block % SPLITS;
     newest = Shared<R>::position(row);
-    begin = split * newest / SPLITS;
-    end = (split + 1) * newest / SPLITS;
+    const int cached = Shared<R>::position(Shared<R>::leader(row));
+    begin = split * cached / SPLITS;
+    end = (split + 1) * cached / SPLITS;
   }
 };
 

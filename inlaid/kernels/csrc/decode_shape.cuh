@@ -75,6 +75,7 @@ struct Args {
   unsigned* boxes;
   const half* embedding;
   const int *ids, *sources, *newest, *positions, *slots, *table_rows, *tables;
+  const int* leaders;  // first row of each row's sequence, whose rows follow each other; null: each row is a sequence
   const half *cos, *sin;
   const int* adapters;  // slot of each row; null: no row has an adapter
   const long long* table;
@@ -107,7 +108,7 @@ template <int R> struct Rows {
                        SHRUNKEN = ACCS + WARPS * ACC * 4, JOBS = SHRUNKEN + R * 4 * MAX_RANK * 4,
                        SQUARES = JOBS + 32 * WARPS * 4, ADAPTERS = SQUARES + 2 * R * WARPS * 4,
                        TOTALS = ADAPTERS + LAYERS * MODULES * R * 16, LAYER = TOTALS + LAYERS * 4 * 8,
-                       POSITIONS = LAYER + LAYERS * 64, PAGES = POSITIONS + 16, RESIDUAL = PAGES + 4 * KEPT_PAGES,
+                       POSITIONS = LAYER + LAYERS * 64, LEADERS = POSITIONS + 16, PAGES = LEADERS + 16, RESIDUAL = PAGES + 4 * KEPT_PAGES,
                        FIXED = RESIDUAL + (RESIDUAL_SHARED ? R * CONSUMERS * 16 : 0);
   static constexpr int SLOTS = (SHARED_LIMIT - FIXED) / (UNIT + 16) > 5 ? 5 : (SHARED_LIMIT - FIXED) / (UNIT + 16);
   static_assert(SLOTS >= 2, "the ring needs two slots");
