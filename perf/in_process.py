@@ -37,7 +37,6 @@ from perf.process import ROOT
 from perf.records import Record, write_records
 from perf.replay import BusyClock, Replay, WallClock, replay
 from perf.summary import DEFAULT_PERCENTILES, as_table, options_for, summarize
-from perf.validate import ranks_of
 
 DEMO = ROOT / "models" / "demo"
 BLOCK_SIZE = CacheConfig().block_size
@@ -81,7 +80,6 @@ def serve(
         done = replay(
             loaded.engine,
             as_arrivals(planned, served, real=True),
-            ranks_of(loaded.engine, served),
             clock,
             bar.update,
             cut=hidden,

@@ -6,31 +6,13 @@ The simulator's cost model is fitted to such steps, and the simulator is validat
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from inlaid.engine.engine import Engine
-from inlaid.engine.request import Batch, FinishReason, Output, Runner, StepResult
-from inlaid.sim.cost import Load, Step
+from inlaid.engine.request import FinishReason, Output
+from inlaid.engine.step_log import Step, StepLog
 from inlaid.sim.request_log import Arrival, RequestLog, RequestRecord
-
-
-class RecordingRunner:
-    """Wrap a runner and keep the load of the batch that was collected last."""
-
-    def __init__(self, runner: Runner, ranks: Mapping[str, int]) -> None:
-        self.inner = runner
-        self._ranks = dict(ranks)
-        self.overlap = runner.overlap
-        self.load: Load | None = None
-
-    def submit(self, batch: Batch) -> Any:
-        return Load.of(batch, self._ranks), self.inner.submit(batch)
-
-    def collect(self, ticket: Any) -> StepResult:
-        self.load, inner = ticket
-        return self.inner.collect(inner)
 
 
 @dataclass
@@ -76,7 +58,6 @@ Clock = WallClock | BusyClock
 def replay(
     engine: Engine,
     trace: Sequence[Arrival],
-    ranks: Mapping[str, int],
     clock: Clock,
     on_progress: Callable[[int], None] | None = None,
     cut: bool = False,
@@ -87,34 +68,26 @@ def replay(
     With `cut` an answer is ended at its true length, as a stop string would end it, so that `max_tokens` does not tell
     the scheduler how long it will be. `on_outputs` gets the outputs of every step and its time.
     """
-    recorder = RecordingRunner(engine.runner, ranks)
-    engine.runner = recorder
-    log = RequestLog()
-    steps: list[Step] = []
-    place, last = 0, clock()
+    scheduler, log = engine.scheduler, RequestLog()
+    scheduler.step_log = StepLog(scheduler.adapters.rank, every=1, kept=None)
+    place = 0
     while place < len(trace) or engine.has_work:
         while place < len(trace) and trace[place].time <= clock():
             log.send(engine, trace[place])
             place += 1
         if not engine.has_work:
             clock.pass_to(trace[place].time)
-            last = clock()
             continue
-        recorder.load = None
         outputs = engine.step()
         now = clock()
-        if recorder.load is not None:
-            steps.append(Step(now - last, recorder.load))
         if engine.idle:
             clock.pass_to(now + 0.0005)
-        last = clock() if engine.idle else now
         if on_outputs is not None:
             on_outputs(outputs, now)
         ended = log.note(outputs, now) + (_cut(engine, log, outputs, now) if cut else 0)
         if on_progress is not None:
             on_progress(ended)
-    engine.runner = recorder.inner
-    return Replay(log.records, steps, clock())
+    return Replay(log.records, scheduler.step_log.list(), clock())
 
 
 def _cut(engine: Engine, log: RequestLog, outputs: Sequence[Output], now: float) -> int:

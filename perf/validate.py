@@ -9,7 +9,6 @@ them other traces, which the simulator then serves too.
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -24,10 +23,9 @@ from inlaid.engine.engine import Engine, make_engine
 from inlaid.flags import Parser
 from inlaid.progress import Bar
 from inlaid.report.provenance import provenance
-from inlaid.sim.cost import CostModel, Step
+from inlaid.sim.cost import Step
 from inlaid.sim.fit import errors, fit, write_cost, write_steps
-from inlaid.sim.request_log import Arrival, RequestRecord, as_arrivals
-from inlaid.sim.simulate import Setup, simulate
+from inlaid.sim.request_log import Arrival, as_arrivals
 from inlaid.worker.build import Loaded, build_engine
 from inlaid.workload.arrivals import Arrivals
 from inlaid.workload.lengths import Lengths
@@ -36,6 +34,7 @@ from inlaid.workload.popularity import AdapterChoice
 from inlaid.workload.prompts import RandomTokens
 from inlaid.workload.spec import Stream, Workload
 from perf.replay import BusyClock, Clock, Replay, WallClock, replay
+from perf.rounds import Facts, Round, Rounds, Row
 
 OTHER_LOADS = (0.3, 0.9)  # shares of what the engine can do
 DEMO = Path(__file__).resolve().parents[1] / "models" / "demo"
@@ -116,43 +115,18 @@ def mixed_trace(
     return as_arrivals(planned, adapters, real=True)
 
 
-def summary(records: Sequence[RequestRecord], seconds: float) -> dict[str, float]:
-    finished = [record for record in records if record.finish is not None]
-    return {
-        "requests": len(finished),
-        "seconds": seconds,
-        "throughput": sum(record.output_len for record in finished) / seconds,
-        "mean_ttft": statistics.fmean(record.ttft for record in finished if record.ttft is not None),
-        "mean_latency": statistics.fmean(record.latency for record in finished if record.latency is not None),
-    }
-
-
-def simulated(
-    trace: Sequence[Arrival], engine: Engine, cost: CostModel, policy: str
-) -> tuple[list[RequestRecord], float]:
-    """Simulate the trace with the engine's scheduler settings, memory and overlap; all adapters are resident."""
+def facts_of(engine: Engine, names: Iterable[str]) -> Facts:
+    """Return what the simulator needs to know of an engine that serves these adapters."""
     old = engine.scheduler
-    limits = {
-        "max_num_seqs": old.config.max_num_seqs,
-        "max_num_batched_tokens": old.config.max_num_batched_tokens,
-        "max_step_ms": old.config.max_step_ms,
-        "admission_margin": old.config.admission_margin,
-        "reserve": old.config.reserve,
-    }
-    names = {arrival.request.adapter for arrival in trace if arrival.request.adapter is not None}
-    setup = Setup(
-        cost=cost,
-        policy=policy,
-        resident=tuple(sorted(names)),
+    fields = ("max_num_seqs", "max_num_batched_tokens", "max_step_ms", "admission_margin", "reserve")
+    return Facts(
         ranks=ranks_of(engine, names),
         num_tokens=old.pool.capacity * old.pool.block_size,
         block_size=old.pool.block_size,
         max_model_len=old.max_model_len,
-        scheduler=limits,
         overlap=engine.runner.overlap,
+        scheduler={name: getattr(old.config, name) for name in fields},
     )
-    outcome = simulate(trace, setup)
-    return outcome.records, outcome.end
 
 
 def serve(
@@ -165,8 +139,7 @@ def serve(
     """Serve the trace on the real engine; on a CPU by processor time, so that other work does not count."""
     clock = BusyClock() if loaded.model.device == "cpu" else WallClock()
     engine = fresh_engine(loaded, policy, clock)
-    names = [info.name for info in loaded.adapters.list()]
-    done = replay(engine, trace, ranks_of(engine, names), clock, on_progress, cut)
+    done = replay(engine, trace, clock, on_progress, cut)
     loaded.engine.scheduler.endings.released += (
         engine.scheduler.endings.released
     )  # the runner still keeps something of theirs
@@ -198,6 +171,7 @@ class Comparison:
     """Result of a validation: a row per policy and load, the steps that the models were fitted to, and unseen ones."""
 
     rate: float
+    rounds: Rounds
     rows: list[dict[str, Any]]
     fitted: list[Step]
     unseen: list[Step]
@@ -213,11 +187,11 @@ def validate(loaded: Loaded, plan: Plan, on_row: Callable[[Comparison], None] = 
     names = [info.name for info in loaded.adapters.list()]
     draw = partial(mixed_trace, names, loaded.model.vocab_size, prompt=plan.prompt, output=plan.output)
     rate = find_rate(loaded, draw)
-    found = Comparison(rate, [], [], [])
+    found = Comparison(rate, Rounds(facts_of(loaded.engine, names), []), [], [], [])
     seconds = plan.seconds / plan.rounds
     for load in plan.loads:
         for policy in plan.policies:
-            fitted, unseen, rounds = list[Step](), list[Step](), []
+            fitted, unseen, rounds = list[Step](), list[Step](), list[Round]()
             for number in range(plan.rounds):
                 seed = 1000 * len(found.rows) + number
                 fitted += measure(loaded, draw(seconds, rate, seed, bursts=True), "fcfs").steps
@@ -226,9 +200,10 @@ def validate(loaded: Loaded, plan: Plan, on_row: Callable[[Comparison], None] = 
                 trace = draw(seconds, rate * load, seed + 500)
                 real = measure(loaded, trace, policy)
                 unseen += real.steps
-                rounds.append((trace, real))
+                rounds.append(Round(real.records, real.seconds))
             cost = fit(fitted, loaded.model.device, f"fitted on {provenance()['processor']}")
-            row = {"policy": policy, "load": load, **compare(rounds, loaded, cost, policy)}
+            found.rounds.rows.append(Row(policy, load, rounds))
+            row = found.rounds.rows[-1].compare(found.rounds.facts, cost)
             found.rows.append({**row, "fit_on_unseen_steps": errors(cost, unseen)})
             found.fitted += fitted
             found.unseen += unseen
@@ -242,22 +217,6 @@ def find_rate(loaded: Loaded, draw: Callable[..., list[Arrival]]) -> float:
     trace = [Arrival(0.0, arrival.request) for arrival in draw(count / 20.0, 20.0, 7)]
     done = measure(loaded, trace, "fcfs")
     return len(done.records) / done.seconds
-
-
-def compare(
-    rounds: Sequence[tuple[list[Arrival], Replay]], loaded: Loaded, cost: CostModel, policy: str
-) -> dict[str, Any]:
-    """Engine and simulator over all rounds of one row."""
-    made = [simulated(trace, loaded.engine, cost, policy) for trace, _ in rounds]
-    real = summary([r for _, done in rounds for r in done.records], sum(done.seconds for _, done in rounds))
-    sim = summary([r for records, _ in made for r in records], sum(end for _, end in made))
-    return {
-        "engine": real,
-        "simulator": sim,
-        "throughput_error": sim["throughput"] / real["throughput"] - 1.0,
-        "ttft_error": sim["mean_ttft"] / real["mean_ttft"] - 1.0,
-        "latency_error": sim["mean_latency"] / real["mean_latency"] - 1.0,
-    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -274,6 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--steps", type=Path, help="also write the measured steps, for inlaid.sim.fit")
+    parser.add_argument("--rounds-out", type=Path, help="also write the compared requests, for perf.rounds")
     parser.add_argument("--cost", type=Path, help="also write the fitted cost model")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(arguments)
@@ -283,6 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found, device = validate(loaded, plan), loaded.model.device
     if args.steps is not None:
         write_steps(args.steps, found.fitted)
+    if args.rounds_out is not None:
+        args.rounds_out.write_bytes(msgspec.json.encode(found.rounds))
     if args.cost is not None:
         cost = fit(found.fitted, device, "fitted to measured steps")
         write_cost(args.cost, cost, errors(cost, found.unseen), provenance())

@@ -97,6 +97,7 @@ class Engine:
         if batch is not None:
             try:
                 current = (batch, self.runner.submit(batch))
+                self.scheduler.note_submitted(batch, self.clock())
             except Exception as error:  # noqa: BLE001 - whatever is raised ends requests, not the server
                 failure = (batch, error)
         if self.runner.overlap:

@@ -242,6 +242,10 @@ class Scheduler:
         singles, drafted = self.decodes.draft(speculation, singles, budget)
         return singles, drafted + prefills
 
+    def note_submitted(self, batch: Batch, now: float) -> None:
+        """Note that the device has been given a step: the host is free for the next."""
+        self.state.host_share += self.state.steps.submitted(batch.step, now) / len(batch.works)
+
     def commit(self, batch: Batch, result: StepResult, now: float) -> list[Output]:
         """Take a step's tokens; finish what is finished; free what only this step could still write."""
         before = self.ledger.num_output_tokens
@@ -271,11 +275,14 @@ class Scheduler:
 
     def _end_step(self, batch: Batch, now: float, num_made: int) -> None:
         load = self.step_log.measure(batch)
-        seconds = self.state.steps.end(batch.step, now)
-        self.step_log.note(load, seconds)
+        timing = self.state.steps.end(batch.step, now)
+        seconds = timing.seconds
+        self.step_log.note(load, timing)
+        if not self.has_work:
+            self.state.steps.rest()
         self.state.step_time.note(batch.works, seconds)
         if self.state.speculation is not None:
-            self.state.speculation.note_step(batch, self.state.steps.busy_seconds)
+            self.state.speculation.note_step(batch, timing.busy)
             seconds /= max(1.0, num_made / max(1, len(batch.works)))  # policies count in steps of one token
         pace = self.view.seconds_per_step
         self.view.seconds_per_step = seconds if pace == 0 else 0.9 * pace + 0.1 * seconds

@@ -40,6 +40,7 @@ class State:
     running: dict[str, Progress] = field(default_factory=dict)
     num_reserved: int = 0  # blocks that the running requests were admitted on
     num_preemptions: int = 0
+    host_share: float = 0.0  # the host's seconds for each step over the requests in it, summed over all steps
     # What was free when the last look at the queue found no request that fits; None: something has changed since.
     nothing_fits: tuple[int, int] | None = None
 

@@ -8,8 +8,10 @@ from collections.abc import Callable, Mapping
 import msgspec
 
 from inlaid.engine.request import Batch
+from inlaid.engine.steps import Timing
 
-_EVERY = 4  # of so many steps one is kept: measuring the load of each would cost time between steps
+_RUN = 16  # steps in a row are kept, as the host's part of one falls into the time of the one before,
+_EVERY = 4  # and then none for three times as many: measuring the load of each would cost time between steps
 _KEPT = 600
 
 
@@ -51,35 +53,43 @@ class Load(msgspec.Struct, frozen=True):
 
 
 class Step(msgspec.Struct, frozen=True):
-    """A measured step: its load, and its wall time from the end of the step before, host work included."""
+    """A measured step: its load, and its wall time from the end of the step before, host work included.
+
+    A host that works ahead makes the next step while the device computes this one, so `seconds` holds the `host`
+    seconds of the next: `waited` is what the host then waited for this one to end, and None where it made no other.
+    """
 
     seconds: float
     load: Load
+    host: float = 0.0  # to make and submit this step
+    waited: float | None = None
+    number: int = 0  # of all steps; those of two that followed each other do so too
 
 
 class StepLog:
     """The last steps that were measured, oldest first."""
 
-    def __init__(self, rank_of: Callable[[str], int], every: int = _EVERY) -> None:
+    def __init__(self, rank_of: Callable[[str], int], every: int = _EVERY, kept: int | None = _KEPT) -> None:
+        """Keep one run of steps out of `every`, and the last `kept` steps of them (None: all)."""
         self.seconds = 0.0  # of all steps
         self._rank_of = rank_of
         self._every = every
         self._num_seen = 0
-        self._steps: deque[Step] = deque(maxlen=_KEPT)
+        self._steps: deque[Step] = deque(maxlen=kept)
 
     def measure(self, batch: Batch) -> Load | None:
         """Return the load of a step if it is one to keep. Adapters of its requests must still be held."""
         self._num_seen += 1
-        if self._num_seen % self._every:
+        if (self._num_seen - 1) // _RUN % self._every:
             return None
         ranks = {name: self._rank_of(name) for work in batch.works if (name := work.request.adapter) is not None}
         return Load.of(batch, ranks)
 
-    def note(self, load: Load | None, seconds: float) -> None:
+    def note(self, load: Load | None, timing: Timing) -> None:
         """Count a step that is over."""
-        self.seconds += seconds
+        self.seconds += timing.busy
         if load is not None:
-            self._steps.append(Step(seconds, load))
+            self._steps.append(Step(timing.busy, load, timing.host, timing.waited, self._num_seen))
 
     def list(self) -> list[Step]:
         """Return the steps that are kept."""

@@ -41,6 +41,10 @@ class CostModel:
     ranks: float = 0.0
     guesses: float = 0.0  # 0: as much as a decode
     drafts: float = 0.0  # of a step with drafts: the host's work that such a step does not overlap
+    host: float = 0.0  # of the host that makes a step while the device computes the one before,
+    host_prompts: float = 0.0  # more if it has prompts, whose kernels are launched one by one,
+    host_rows: float = 0.0  # for each sequence
+    host_tokens: float = 0.0  # and for each token of a prompt
     load_base: float = 0.0
     load_rank: float = 0.0
     assist: float = 0.0  # of the CPU's part of an adapter, all layers, for each row and rank; 0: not known
@@ -62,6 +66,12 @@ class CostModel:
         if load.guesses:
             seconds += self.drafts
         return max(self.floor, seconds, self.prompt_floor if load.prefills else 0.0)
+
+    def host_seconds(self, load: Load) -> float:
+        """Return what the host takes to make a step and to launch it."""
+        rows = load.decodes + load.prefills
+        prompts = self.host_prompts if load.prefills else 0.0
+        return self.host + prompts + self.host_rows * rows + self.host_tokens * load.prefill_tokens
 
     def load_seconds(self, rank: int) -> float:
         return self.load_base + self.load_rank * rank
@@ -96,14 +106,22 @@ def prices_of(cost: CostModel) -> Prices:
     )
 
 
-def load_cost(name: str) -> CostModel:
-    """Load a machine by name (a10g, a100-13b, h100, h200) or the path of a fitted file."""
+def machine_facts(name: str) -> dict[str, str | float]:
+    """Return all that a machine's file says, by its name (a10g, a100-13b, h100, h200) or the path of a fitted file."""
     path = Path(name) if name.endswith(".json") else MACHINES / f"{name}.json"
     if not path.exists():
         known = ", ".join(sorted(file.stem for file in MACHINES.glob("*.json")))
         raise ValueError(f"no machine {name!r}; known: {known}; or give the path of a file from inlaid.sim.fit")
     try:
-        values = msgspec.json.decode(path.read_bytes(), type=dict[str, str | float])
-        return CostModel(**{k: v for k, v in values.items() if k in {f.name for f in fields(CostModel)}})  # type: ignore[arg-type]
-    except (msgspec.DecodeError, TypeError) as error:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, str | float])
+    except msgspec.DecodeError as error:
         raise ValueError(f"{path} is not a cost file: {error}") from error
+
+
+def load_cost(name: str) -> CostModel:
+    """Load a machine's cost model by its name or the path of a fitted file."""
+    values = machine_facts(name)
+    try:
+        return CostModel(**{k: v for k, v in values.items() if k in {f.name for f in fields(CostModel)}})  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ValueError(f"{name} is not a cost file: {error}") from error

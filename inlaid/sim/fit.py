@@ -4,9 +4,10 @@
 
     python -m inlaid.sim.fit --url http://127.0.0.1:8000 --name mine --out mine.json
 
-STEPS.jsonl has one line per step, {"seconds": ..., "load": {...}}, as `python -m perf.validate --steps` writes it. A
+STEPS.jsonl has one line per step, {"seconds": ..., "load": {...}, …}, as `python -m perf.validate --steps` writes it. A
 server keeps such steps while it serves (`GET /v1/steps`), and knows how long its adapters took to load. A quarter of
-the steps is held out; the error on them is in the file.
+the steps is held out; the error on them is in the file. Where the host works a step ahead of the device, as on a GPU,
+the steps say what each of both took, and the two are fitted apart (ahead.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +26,34 @@ import numpy as np
 import numpy.typing as npt
 
 from inlaid.flags import Parser
+from inlaid.sim.ahead import HOST_TERMS, device_steps, host_steps, is_ahead, sure_decodes
+from inlaid.sim.ahead import LEAST as LEAST
 from inlaid.sim.cost import CostModel, Load, Step
 
 TERMS = ("step", *Load.__struct_fields__)
 Array = npt.NDArray[np.float64]
 
 
-LEAST = 50  # steps that a fit needs
 FLOORS = 24  # values tried for the least that a step with prompts takes
 
 
 def fit(steps: Sequence[Step], name: str, source: str, load_base: float = 0.0, load_rank: float = 0.0) -> CostModel:
-    """Fit a model to steps: plain least squares first, then each step weighted by one over what that predicts.
+    """Fit a model to steps. Of a host that works ahead, its seconds and the device's are fitted apart (ahead.py)."""
+    host: dict[str, float] = {}
+    if is_ahead(steps):
+        rows, seconds = host_steps(steps)
+        host = {term: float(value) for term, value in zip(HOST_TERMS, _twice(rows, seconds)[0])}
+        sure = sure_decodes(steps)
+        if len(sure) >= LEAST:
+            decodes = _fitted(sure, name, source)
+            whole = device_steps(steps, decodes.step_seconds)
+            steps = whole if len(whole) >= LEAST else steps
+    model = _fitted(steps, name, source)
+    return replace(model, load_base=load_base, load_rank=load_rank, **host)
+
+
+def _fitted(steps: Sequence[Step], name: str, source: str) -> CostModel:
+    """Fit the device's terms: plain least squares first, then each step weighted by one over what that predicts.
 
     Longer steps vary more, hence the weights. Weighting by the measured seconds instead would favour the fast steps and
     predict sums that are too small. The floor of a step with prompts is the value, of those tried, that explains the
@@ -45,8 +63,7 @@ def fit(steps: Sequence[Step], name: str, source: str, load_base: float = 0.0, l
         raise ValueError(f"{len(steps)} steps are too few to fit {len(TERMS)} terms; record at least {LEAST}")
     rows = np.array([[1.0, *msgspec.structs.astuple(step.load)] for step in steps])
     seconds = np.array([step.seconds for step in steps])
-    first = rows @ _solve(rows, seconds, np.ones(len(rows)))
-    weights = 1.0 / np.maximum(first, seconds.mean() / 10)
+    weights = _twice(rows, seconds)[1]
     prompts = rows[:, TERMS.index("prefills")] > 0
     tried = [0.0]
     if prompts.sum() >= FLOORS:
@@ -55,7 +72,14 @@ def fit(steps: Sequence[Step], name: str, source: str, load_base: float = 0.0, l
         (_above(rows, seconds, weights, prompts, least) for least in tried), key=lambda t: t[0]
     )
     terms = {term: float(value) for term, value in zip(TERMS, coefficients)}
-    return CostModel(name=name, source=source, prompt_floor=floor, load_base=load_base, load_rank=load_rank, **terms)
+    return CostModel(name=name, source=source, prompt_floor=floor, **terms)
+
+
+def _twice(rows: Array, seconds: Array) -> tuple[Array, Array]:
+    """Fit plainly, then with each row weighted by one over what that predicts; return coefficients and weights."""
+    first = rows @ _solve(rows, seconds, np.ones(len(rows)))
+    weights = 1.0 / np.maximum(first, seconds.mean() / 10)
+    return _solve(rows, seconds, weights), weights
 
 
 def fit_quickly(steps: Sequence[Step], name: str) -> CostModel:
@@ -140,7 +164,10 @@ def _inside(gram: Array, moments: Array, x: Array, above: npt.NDArray[np.bool_])
 
 
 def errors(model: CostModel, steps: Sequence[Step]) -> dict[str, float]:
-    """Measure the errors of predictions: median of |relative error|, error of the sum, R squared."""
+    """Measure the errors of predictions: median of |relative error|, error of the sum, R squared. Of a host that works
+    ahead, the steps are those whose seconds on the device are known."""
+    if is_ahead(steps):
+        steps = device_steps(steps, model.step_seconds) or steps
     seconds = np.array([step.seconds for step in steps])
     predicted = np.array([model.step_seconds(step.load) for step in steps])
     residual = ((predicted - seconds) ** 2).sum() / max(((seconds - seconds.mean()) ** 2).sum(), 1e-12)
@@ -150,6 +177,11 @@ def errors(model: CostModel, steps: Sequence[Step]) -> dict[str, float]:
         "r_squared": float(1.0 - residual),
         "steps": float(len(steps)),
     }
+
+
+def _is_held_out(place: int) -> bool:
+    """Say whether the command keeps a step from the fit: eight in a row, of 32, as steps in a row belong together."""
+    return place // 8 % 4 == 3
 
 
 def read_steps(path: Path) -> list[Step]:
@@ -217,12 +249,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args.load_rank = args.load_rank or measured.load_rank
         elif not args.steps:
             parser.error("name files of steps, or a server with --url")
-        kept = [step for place, step in enumerate(steps) if place % 4]
+        kept = [step for place, step in enumerate(steps) if not _is_held_out(place)]
         model = fit(kept, args.name, args.source, args.load_base, args.load_rank)
     except (ValueError, OSError) as error:
         print(f"fit: {error}", file=sys.stderr)
         return 2
-    held_out = errors(model, steps[::4])
+    held_out = errors(model, [step for place, step in enumerate(steps) if _is_held_out(place)])
     write_cost(args.out, model, held_out, provenance())
     print(json.dumps(held_out))
     return 0

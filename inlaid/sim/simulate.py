@@ -61,7 +61,9 @@ class SimRunner:
     """Runner without a model: an answer ends at its true length, and a step takes the seconds of the cost model.
 
     Steps follow each other on the device. With overlap one is submitted while the one before is computed, so a request
-    that arrives meanwhile gets its first token a step later than without.
+    that arrives meanwhile gets its first token a step later than without. The host takes its time to make and submit a
+    step: it sees the end of the one before no sooner, and no step ends before all of it was launched. Decodes, one
+    graph, begin when they are launched, prompts with their first kernel.
     """
 
     def __init__(self, setup: Setup, clock: Clock, adapters: SimAdapters) -> None:
@@ -77,10 +79,12 @@ class SimRunner:
         self.received: set[str] = set()  # requests whose prompts another device has computed: their KV came over a link
 
     def submit(self, batch: Batch) -> tuple[Batch, float]:
-        start = max(self._free, self._clock.now)
-        compute = self._cost.step_seconds(Load.of(self._own(batch), self._ranks))
-        seconds = self._adapters.step_seconds(batch, compute, start)
-        self._free = start + seconds
+        load, begin = Load.of(self._own(batch), self._ranks), self._clock.now
+        if self.overlap:
+            self._clock.now += self._cost.host_seconds(load)
+        start = max(self._free, begin if load.prefills else self._clock.now)
+        seconds = self._adapters.step_seconds(batch, self._cost.step_seconds(load), start)
+        self._free = max(start + seconds, self._clock.now)
         self.busy += seconds
         return batch, self._free
 

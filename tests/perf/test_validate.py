@@ -19,17 +19,17 @@ from inlaid.sim.request_log import Arrival
 from inlaid.sim.simulate import Setup, simulate
 from inlaid.worker.build import Loaded
 from perf.replay import replay
+from perf.rounds import summary
 from perf.validate import (
     DEMO,
     OTHER_LOADS,
     Plan,
+    facts_of,
     fresh_engine,
     load,
     mixed_trace,
     ranks_of,
     serve,
-    simulated,
-    summary,
     validate,
 )
 from tests.engine.bench import ADAPTERS, Bench
@@ -77,8 +77,8 @@ def agree(engine: Engine, clock: CountedClock, names: list[str], trace: list[Arr
     """Serve the trace on both, compare, and give the engine's figures."""
     ranks, cost = ranks_of(engine, names), load_cost("a10g")
     engine.runner = CountedRunner(engine.runner, clock, cost, ranks)
-    done = replay(engine, trace, ranks, clock)
-    records, end = simulated(trace, engine, cost, policy)
+    done = replay(engine, trace, clock)
+    records, end = facts_of(engine, names).simulate(trace, cost, policy)
     real, model = summary(done.records, done.seconds), summary(records, end)
     assert real["requests"] == model["requests"] == len(trace)
     for figure in ("throughput", "mean_ttft", "mean_latency"):

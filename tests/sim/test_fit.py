@@ -78,7 +78,7 @@ def test_files_of_steps_become_a_machine(tmp_path: Path) -> None:
     machine = load_cost(str(out))
     assert machine.name == "mine"
     assert machine.load_seconds(16) == 0.001
-    assert json.loads(out.read_text())["held_out_steps"] == 50
+    assert json.loads(out.read_text())["held_out_steps"] == 48
     path.write_text("nonsense")
     assert main([str(path), "--name", "mine", "--out", str(out)]) == 2
 

@@ -47,10 +47,17 @@ class ReplicaList(Payload, kw_only=True):
 
 
 class MeasuredStep(Payload, kw_only=True):
-    """A step, its wall time and what it held; the fields of the load are those of `inlaid.sim`'s cost model."""
+    """A step, its wall time and what it held; the fields of the load are those of `inlaid.sim`'s cost model.
+
+    `host` are the seconds to make and submit it, `waited` those that the host, which had made the next meanwhile,
+    waited for its end (null: it made none), `number` its place among all steps.
+    """
 
     seconds: float
     load: dict[str, int]
+    host: float
+    waited: float | None
+    number: int
 
 
 class MeasuredLoad(Payload, kw_only=True):
