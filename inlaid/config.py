@@ -397,8 +397,14 @@ class ServerConfig:
     metrics_interval: float = option(1.0, "seconds for which a page of /metrics is served again", least=0)
     log_level: str = option("info", "least serious messages that are logged", ("debug", "info", "warning", "error"))
     log_format: str = option("text", "form of a line of the log, on stderr", ("text", "json"))
-    access_log: bool = option(
-        True, "log a line for each request: answers, changes and errors at info, probes and look-ups at debug"
+    log_requests: bool = option(
+        True,
+        "log a line for each request, with its seconds by part: answers, changes and errors at info, probes and "
+        "look-ups at debug",
     )
-    log_prompts: bool = option(False, "have the access log hold the beginning of each prompt")
+    log_prompts: bool = option(False, "have the log of requests hold the beginning of each prompt")
+    otlp_traces_endpoint: str = option(
+        "",
+        "URL that spans of answers are sent to by OTLP over HTTP (http://HOST:4318/v1/traces); empty: none are made",
+    )
     tasks: TaskConfig = field(default_factory=TaskConfig)

@@ -32,7 +32,10 @@ def run_attempt(instance: Instance, workload: Path, directory: Path, lock: int) 
         if problem:
             return problem
         summary = directory / "summary.json"
-        client = Supervised(instance.client_argv(port, workload, summary), directory, "client", env, [lock])
+        command = instance.client_argv(port, workload, summary)
+        if instance.server.kind == "inlaid":
+            command += ["--server-log", str(server.error_log)]
+        client = Supervised(command, directory, "client", env, [lock])
         processes.append(client)
         problem = _watch(server, client, instance.point_timeout_s)
     finally:

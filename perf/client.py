@@ -28,13 +28,15 @@ from inlaid.workload.plan import PlannedRequest, plan
 from inlaid.workload.prompts import PromptFormat, PromptMaker, TokenizerFile
 from inlaid.workload.spec import Workload
 from perf.options import build_parser, workload_from
+from perf.parse_log import spans
 from perf.protocols import PROTOCOLS, WireOptions
-from perf.records import Record, encode_record
+from perf.records import Record, encode_record, write_records
 from perf.sender import Prepared, Sender, drive
 from perf.summary import as_table, options_for, summarize
 from perf.target import ServerTokenizer, Target, find_target, set_scheduler, wait_until_ready
 
 LATE_MS = 10.0  # a median lateness above this is worth a warning: the load was not the one asked for
+LOG_DELAY_S = 2.0  # seconds that the server's log may lag behind the last answer
 START_DELAY_S = 0.05  # between the clock's zero and the first request, so that it is not late itself
 
 
@@ -175,6 +177,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not any(not record.warmup for record in progress.records):
         print("perf.client: interrupted before a request was measured", file=sys.stderr)
         return 130
+    if arguments.server_log is not None:
+        _add_spans(arguments.server_log, progress, out)
     summary = _heading(arguments, target, workload.seed, len(items), clock_start) | {"interrupted": code == 130}
     summary |= summarize(progress.records, options_for(workload, arguments.percentiles, arguments.save_detailed))
     if out:
@@ -183,6 +187,21 @@ def run(arguments: argparse.Namespace) -> int:
     _warn_if_late(summary)
     _say_why(progress.records)
     return code or _too_many_failed(summary, arguments.max_failed_share)
+
+
+def _add_spans(log: Path, progress: Progress, out: Path | None) -> None:
+    """Add each request's seconds by part to its record, and to the file of records."""
+    wanted = {record.index for record in progress.records if record.status == "ok"}
+    known = spans(log)
+    end = time.monotonic() + LOG_DELAY_S
+    while not wanted <= known.keys() and time.monotonic() < end:
+        time.sleep(0.05)
+        known = spans(log)
+    if not known:
+        raise ValueError(f"--server-log {log} has no line of these requests: the server must log at info or lower")
+    progress.records = [msgspec.structs.replace(each, spans=known.get(each.index, {})) for each in progress.records]
+    if out is not None:
+        write_records(out.with_suffix(".jsonl"), progress.records)
 
 
 def _warmup_items(arguments: argparse.Namespace, target: Target, workload: Workload) -> list[Prepared]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 from typing import Any, get_args
 
 import msgspec
@@ -95,6 +96,11 @@ def _run_flags(group: Any) -> None:
     group.add_argument("--max-failed-share", type=float, default=1.0, help="exit 3 above (refusals do not count)")
     group.add_argument("--percentiles", type=_percentiles, default="50,90,95,99")
     group.add_argument("--out", help="summary file; records go beside it as .jsonl")
+    group.add_argument(
+        "--server-log",
+        type=Path,
+        help="log of the inlaid server on this machine: records get each request's seconds by part",
+    )
     group.add_argument("--label", default="", help="what to call this run in reports")
     group.add_argument("--save-detailed", action="store_true", help="per-request lists in the summary, as vLLM")
     group.add_argument("--save-text", action="store_true", help="answers in the records")

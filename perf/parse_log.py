@@ -3,8 +3,10 @@
     inlaid serve … --adapter-load on-demand 2> on-demand.log
     python -m perf.parse_log on-demand.log pipelined.log --skip 3
 
-Each request's line has the seconds in the queue, of these waiting for its adapter, from there to its first token, and
-from the first token to the last. Lines may be text or JSON (`--log-format`); requests without an answer are left out.
+Each request's line has the seconds in the queue, of these for its adapter (reading it, copying it to the device,
+waiting for a place), from there to its first token, and from the first token to the last; and its share of the host's
+seconds. Lines may be text or JSON (`--log-format`); requests without an answer are left out. `perf.client --server-log`
+adds these seconds to its records.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,8 +23,11 @@ from typing import Any
 from inlaid.flags import Parser
 from inlaid.report.tables import markdown
 
-PARTS = ("queue", "adapter", "prefill", "decode", "first_token")
+PARTS = (
+    "queue", "adapter", "adapter_read", "adapter_copy", "adapter_wait", "prefill", "decode", "host", "first_token",
+)  # fmt: skip
 _LINE = re.compile(r"\bINFO request (.*)$")
+_NUMBER = re.compile(r"perf-(-?\d+)$")  # in the id of a request that perf.client has sent
 _FIELD = re.compile(r'(\w+)=("(?:[^"\\]|\\.)*"|\S+)')
 
 
@@ -41,14 +47,27 @@ def requests(path: Path) -> Iterator[dict[str, Any]]:
             yield fields
 
 
+def seconds(fields: dict[str, Any]) -> dict[str, float]:
+    """Return the seconds of a request by part; those that its line does not tell are left out."""
+    return {part: float(value) for part in PARTS if (value := fields.get(f"{part}_seconds")) is not None}
+
+
+def spans(path: Path) -> dict[int, dict[str, float]]:
+    """Return the seconds by part of the requests that `perf.client` has sent, by their number; the last of each."""
+    numbered = ((_NUMBER.search(str(fields.get("id"))), fields) for fields in requests(path))
+    return {int(number[1]): seconds(fields) for number, fields in numbered if number is not None}
+
+
 def averages(path: Path, skip: int = 0) -> dict[str, float]:
-    """Return the number of requests and the mean milliseconds of each part, without the first `skip` requests."""
-    found = list(requests(path))[skip:]
+    """Return the number of requests and the mean milliseconds of each part that their lines tell, without the first
+    `skip` requests."""
+    found = [seconds(fields) for fields in requests(path)][skip:]
     if not found:
         raise ValueError(f"{path} has no line of an answered request behind the first {skip}; log at info or lower")
+    known = {part: [each[part] for each in found if part in each] for part in PARTS}
     return {
         "requests": float(len(found)),
-        **{part: 1e3 * fmean(float(each[f"{part}_seconds"]) for each in found) for part in PARTS},
+        **{part: 1e3 * fmean(values) for part, values in known.items() if values},
     }
 
 
@@ -64,8 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"parse_log: {error}", file=sys.stderr)
         return 2
     head = ("log", "requests", *(f"{part.replace('_', ' ')} ms" for part in PARTS))
-    print(markdown(head, [(name, f"{row['requests']:.0f}", *(f"{row[p]:.2f}" for p in PARTS)) for name, row in rows]))
+    print(markdown(head, [(name, f"{row['requests']:.0f}", *map(partial(_cell, row), PARTS)) for name, row in rows]))
     return 0
+
+
+def _cell(row: dict[str, float], part: str) -> str:
+    return f"{row[part]:.2f}" if part in row else "-"
 
 
 if __name__ == "__main__":

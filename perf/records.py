@@ -42,6 +42,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     error: str = ""
     text: str = ""
     warmup: bool = False
+    spans: dict[str, float] = {}  # seconds by part, by an inlaid server's log; see perf/parse_log.py
 
     @property
     def lateness(self) -> float:

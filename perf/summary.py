@@ -5,6 +5,7 @@ Called by `perf.client` at the end of a run and by `python -m perf.summary RECOR
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -51,12 +52,22 @@ def summarize(records: list[Record], options: Options) -> dict[str, Any]:
         "slo": _slo(measured, options.objectives),
         "jct": _completion_times(measured, options.percentiles),
         "fairness": msgspec.to_builtins(_fairness(measured, options)),
+        "spans_ms": _spans(answered),
         "per_adapter": _groups(measured, lambda r: r.adapter or "(base)", duration, options),
         "per_tenant": _groups(measured, lambda r: r.tenant or "(none)", duration, options),
     }
     if options.detailed:
         summary |= _details(measured)
     return summary
+
+
+def _spans(answered: list[Record]) -> dict[str, float]:
+    """Return the mean milliseconds of each part of a request that the server's log tells."""
+    names = dict.fromkeys(name for record in answered for name in record.spans)
+    return {
+        name: 1e3 * statistics.fmean(record.spans[name] for record in answered if name in record.spans)
+        for name in names
+    }
 
 
 def _totals(measured: list[Record], answered: list[Record], duration: float, options: Options) -> dict[str, Number]:

@@ -97,7 +97,12 @@ WITHOUT_TORCH = ("engine", "program", "sim", "report", "workload", "console")
 PURE = ("view", "placement", "planner", "shares")  # of the cluster: they run in the simulator
 
 # What the package of an extra is called when it is imported, where that is not its own name.
-MODULES = {"humming-kernels": "humming", "rouge-score": "rouge_score"}
+MODULES = {
+    "humming-kernels": "humming",
+    "rouge-score": "rouge_score",
+    "opentelemetry-sdk": "opentelemetry",
+    "opentelemetry-exporter-otlp-proto-http": "opentelemetry",
+}
 
 
 def extras() -> dict[str, list[str]]:

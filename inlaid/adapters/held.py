@@ -35,7 +35,8 @@ class Counts:
     evictions: int = 0  # from the device, to make room
     hits: int = 0  # requests that found it on the device and did not have to wait for it
     read_seconds: float = 0.0  # disk to host, the last time
-    check_seconds: float = 0.0  # of these, checking and laying out
+    fetch_seconds: float = 0.0  # disk to host, since it was last on the device; 0: it was in host memory
+    check_seconds: float = 0.0  # of read_seconds, checking and laying out
     seconds: float = 0.0  # host to device, the last time
 
 

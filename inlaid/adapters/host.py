@@ -75,6 +75,7 @@ class HostMemory:
         held.counts.reads += 1
         try:
             adapter, held.counts.read_seconds = reading.result()
+            held.counts.fetch_seconds = held.counts.read_seconds
             held.counts.check_seconds = adapter.check_seconds
             held.flat, held.reading, held.fetched = adapter.flat, None, now
         except (ValueError, OSError, MemoryError) as error:

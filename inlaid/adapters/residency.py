@@ -124,4 +124,5 @@ class Residency:
     def _evict(self, held: Held) -> None:
         self._eviction.evict(held)
         held.counts.evictions += 1
+        held.counts.fetch_seconds = 0.0
         self.device.remove(held)

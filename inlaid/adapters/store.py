@@ -156,6 +156,10 @@ class AdapterStore:
     def rank(self, identity: str) -> int:
         return self._held(identity).rank
 
+    def load_seconds(self, identity: str) -> tuple[float, float]:
+        counts = self.counts(identity)
+        return counts.fetch_seconds, counts.seconds
+
     # One adapter
 
     def sites(self, identity: str) -> tuple[int, ...]:

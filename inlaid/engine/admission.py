@@ -41,9 +41,17 @@ class Admission:
             if isinstance(adapter, Refusal):
                 self._refuse_for_adapter(progress, adapter)
             else:
-                since = progress.aside_since
-                progress.adapter_time = 0.0 if since is None else self.state.view.now - since
+                self._note_wait(progress)
                 self.state.enqueue(progress.request)
+
+    def _note_wait(self, progress: Progress) -> None:
+        """Split the seconds that a request was set aside: its adapter was copied last, read before, and waited for
+        room or for other adapters in what is left."""
+        since, identity = progress.aside_since, progress.request.adapter
+        waited = 0.0 if since is None or identity is None else self.state.view.now - since
+        read, copy = self.state.adapters.load_seconds(identity) if identity is not None else (0.0, 0.0)
+        progress.adapter_time, progress.adapter_copy = waited, min(copy, waited)
+        progress.adapter_read = min(read, waited - progress.adapter_copy)
 
     def admit(self, budget: int) -> list[Work]:
         """Start requests while they fit, and return their works."""
@@ -239,6 +247,7 @@ class Admission:
         progress.overtaken_since = progress.aside_since = None
         state.num_reserved += progress.num_reserved
         state.running[request.id] = progress
+        progress.host_since = state.host_share
         self.num_admitted += 1
         state.limits.note_admitted(now, others_wait=len(state.waiting) > 0)
         self._charge_start(progress)

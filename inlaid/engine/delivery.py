@@ -96,7 +96,14 @@ class Delivery:
         stop_token = token if reason is FinishReason.STOP else None
         if first or (reason and progress.prompt_logprobs is not None):
             return _first_output(progress, [token], logprobs, reason, stop_token)
-        return Output(id=request.id, tokens=[token], logprobs=logprobs, finish_reason=reason, stop_token=stop_token)
+        return Output(
+            id=request.id,
+            tokens=[token],
+            logprobs=logprobs,
+            finish_reason=reason,
+            stop_token=stop_token,
+            host_time=progress.host_time if reason is not None else 0.0,
+        )
 
 
 def _merged(made: Sequence[Output]) -> Output:
@@ -113,6 +120,9 @@ def _merged(made: Sequence[Output]) -> Output:
         num_cached=first.num_cached,
         queue_time=first.queue_time,
         adapter_time=first.adapter_time,
+        adapter_read=first.adapter_read,
+        adapter_copy=first.adapter_copy,
+        host_time=last.host_time,
         refusal=last.refusal,
     )
 
@@ -152,4 +162,7 @@ def _first_output(
         num_cached=progress.num_cached,
         queue_time=progress.first_scheduled - request.arrival,
         adapter_time=progress.adapter_time,
+        adapter_read=progress.adapter_read,
+        adapter_copy=progress.adapter_copy,
+        host_time=progress.host_time if reason is not None else 0.0,
     )

@@ -62,7 +62,15 @@ class Endings:
     def end_early(self, progress: Progress, reason: FinishReason, refusal: Refusal | None = None) -> None:
         """End a request for a reason that is not in its tokens. Its Output comes with the next step's."""
         self.close(progress, reason)
-        self._outputs.append(Output(id=progress.request.id, tokens=[], finish_reason=reason, refusal=refusal))
+        self._outputs.append(
+            Output(
+                id=progress.request.id,
+                tokens=[],
+                finish_reason=reason,
+                refusal=refusal,
+                host_time=progress.host_time,
+            )
+        )
 
     def end_not_finite(self, progress: Progress) -> bool:
         """End a request whose logits are not finite. One that uses KV of another request may not be at fault: it waits
@@ -139,6 +147,7 @@ class Endings:
     def _leave_running(self, progress: Progress) -> None:
         state, request = self._state, progress.request
         del state.running[request.id]
+        progress.host_time += state.host_share - progress.host_since
         state.num_reserved -= progress.num_reserved
         state.ledger.leave_batch(request.account)
         self.released.append(request.id)

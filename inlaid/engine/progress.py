@@ -24,6 +24,8 @@ class Progress:
     overtaken_since: int | None = None  # admissions so far when it was first found not to fit
     aside_since: float | None = None  # when it was first set aside for want of its adapter, until it starts
     adapter_time: float = 0.0  # seconds that it has been aside
+    adapter_read: float = 0.0  # of these, while its adapter was read from disk,
+    adapter_copy: float = 0.0  # and while it was copied to the device
     root: bytes = b""  # where the chain of block_keys starts; empty until it is needed
     block_keys: list[bytes] = field(default_factory=list)  # names of its full blocks, see kv_cache.py
 
@@ -37,6 +39,8 @@ class Progress:
     shares_prefix: bool = False  # since it runs, it uses KV that another request computed
     uncached: bool = False  # it computes all its KV itself: with KV of others its logits were not finite
     num_cached: int = 0  # prompt tokens found in the prefix cache at first admission
+    host_since: float = 0.0  # the state's host_share when it began to run
+    host_time: float = 0.0  # its share of the host's seconds, in runs that are over
     first_scheduled: float | None = None
     first_token: float | None = None
 

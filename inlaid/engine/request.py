@@ -243,5 +243,10 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     stop_token: int | None = None  # the stop_token_ids entry or eos that ended it
     num_cached: int = 0
     queue_time: float | None = None  # seconds from arrival to first scheduled, with the first output
-    adapter_time: float = 0.0  # of these, waiting for its adapter to come to the device
+    adapter_time: float = 0.0  # of these, waiting for its adapter to come to the device,
+    adapter_read: float = 0.0  # of these, while the adapter was read from disk,
+    adapter_copy: float = 0.0  # and while it was copied to the device
+    host_time: float = (
+        0.0  # with the last output: its share of the host's seconds to make (on a CPU, compute) its steps
+    )
     refusal: Refusal | None = None  # with FinishReason.ERROR: why

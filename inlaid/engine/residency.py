@@ -38,6 +38,10 @@ class AdapterDirectory(Protocol):
         """Return the largest rank of the adapter's modules, for the budget of ranks in a step."""
         ...
 
+    def load_seconds(self, identity: str) -> tuple[float, float]:
+        """Return the seconds of the reading (0: host memory had it) and of the copy that brought it to the device."""
+        ...
+
 
 class NoAdapters:
     """The directory of an engine that serves its base model only."""
@@ -58,3 +62,6 @@ class NoAdapters:
 
     def rank(self, identity: str) -> int:
         return 0
+
+    def load_seconds(self, identity: str) -> tuple[float, float]:
+        return 0.0, 0.0

@@ -1,4 +1,6 @@
-"""The access log: one line for each HTTP request, with its tenant and its counts, and without its text unless asked."""
+"""The log of requests: one line for each HTTP request, with its tenant, its counts and its seconds by part, and without
+its text unless asked; and its spans.
+"""
 
 from __future__ import annotations
 
@@ -81,27 +83,50 @@ async def logged(request: web.Request, handler: Handler) -> web.StreamResponse:
         return response
     finally:
         del request.app[NOTES][request.protocol]
-        if request.app[SERVICE].config.access_log:
-            changes = note.guard is Guard.ADMIN and request.method != "GET"  # a job is looked at twice a second
-            important = note.answering or changes or status >= 400
-            _write(request, note, status, logging.INFO if important else logging.DEBUG)
+        _end(request, note, status)
 
 
 def _spans(note: _Note, outcome: Outcome) -> dict[str, object]:
-    """Split a request's seconds: in the queue, of these for its adapter, until the first token, until the last."""
+    """Split a request's seconds: in the queue, of these for its adapter, until the first token, until the last.
+
+    Those for its adapter are reading it from disk, copying it to the device, and waiting for a place or for other
+    adapters. The host's seconds are its share of what the engine process took to make its steps (on a CPU: to compute
+    them); they are not known of an answer that a stop string ended.
+    """
     if outcome.first is None or outcome.last is None or outcome.queue_time is None:
         return {}
+    waiting = outcome.adapter_time - outcome.adapter_read - outcome.adapter_copy
     return {
         "queue_seconds": outcome.queue_time,
         "adapter_seconds": outcome.adapter_time,
+        "adapter_read_seconds": outcome.adapter_read,
+        "adapter_copy_seconds": outcome.adapter_copy,
+        "adapter_wait_seconds": max(0.0, waiting),
         "prefill_seconds": max(0.0, outcome.first - note.started - outcome.queue_time),
         "decode_seconds": outcome.last - outcome.first,
+        "host_seconds": outcome.host_time or None,
     }
 
 
-def _write(request: web.Request, note: _Note, status: int, level: int) -> None:
-    if not log.isEnabledFor(level):
+def _end(request: web.Request, note: _Note, status: int) -> None:
+    """Write a request's line, and its spans where they are wanted."""
+    service, changes = request.app[SERVICE], note.guard is Guard.ADMIN and request.method != "GET"
+    important = note.answering or changes or status >= 400  # a job is looked at twice a second
+    level = logging.INFO if important else logging.DEBUG
+    logged = service.config.log_requests and log.isEnabledFor(level)
+    traced = service.traces is not None and note.answering
+    if not logged and not traced:
         return
+    line = _line(request, note, status)
+    if traced and service.traces is not None:
+        params = None if note.client is None else note.client.requests[0].params
+        service.traces.record(line, params, request.headers)
+    if logged:
+        log.log(level, "request", extra=logs.fields(**line))
+
+
+def _line(request: web.Request, note: _Note, status: int) -> dict[str, object]:
+    """Return what there is to say of a request."""
     line: dict[str, object] = {
         "method": request.method,
         "path": request.path,
@@ -129,4 +154,4 @@ def _write(request: web.Request, note: _Note, status: int, level: int) -> None:
             text = client.text_of(0)
             text = service.tokenizer.decode(client.prompt_of(0)[:_MAX_PROMPT_CHARS]) if text is None else text
             line["prompt"] = text[:_MAX_PROMPT_CHARS]
-    log.log(level, "request", extra=logs.fields(**line))
+    return line

@@ -45,14 +45,17 @@ _SAME_NAMES = (
 
 @dataclass
 class Outcome:
-    """Counts of what has been answered so far, all answers together, for the access log."""
+    """Counts of what has been answered so far, all answers together, for the log of requests."""
 
     num_tokens: int = 0
     num_cached: int = 0
     first: float | None = None  # when the first token came, on the monotonic clock
     last: float | None = None  # and the last
     queue_time: float | None = None  # until the answer that came first was scheduled
-    adapter_time: float = 0.0  # of these seconds, waiting for its adapter
+    adapter_time: float = 0.0  # of these seconds, waiting for its adapter,
+    adapter_read: float = 0.0  # of these, while that was read from disk,
+    adapter_copy: float = 0.0  # and while it was copied to the device
+    host_time: float = 0.0  # the answers' share of the engine process's processor
     reasons: set[str] = field(default_factory=set)  # why answers ended
 
     def note(self, piece: Piece, is_first: bool) -> None:
@@ -61,6 +64,8 @@ class Outcome:
             self.last = time.monotonic()
             if self.first is None:
                 self.first, self.queue_time, self.adapter_time = self.last, piece.queue_time, piece.adapter_time
+                self.adapter_read, self.adapter_copy = piece.adapter_read, piece.adapter_copy
+        self.host_time += piece.host_time
         self.num_tokens += len(piece.tokens)
         self.num_cached += piece.num_cached if is_first else 0
         if piece.finish_reason is not None:

@@ -19,6 +19,7 @@ from inlaid.server.resolver import Resolver
 from inlaid.server.safety import AllowedFolders, Keys
 from inlaid.server.state import ServerState
 from inlaid.server.stored import StoredResponses
+from inlaid.server.tracing import Traces
 from inlaid.server.watcher import Watcher
 from inlaid.text.encoder import RequestEncoder
 from inlaid.text.tokenizer import Tokenizer
@@ -51,6 +52,7 @@ class Service:
     resolver: Resolver | None = None
     watchers: Sequence[Watcher] = ()
     online: OnlineTasks | None = None
+    traces: Traces | None = None  # None: no spans are made
     background: Background = field(default_factory=Background)
     responses: StoredResponses = field(init=False)
     ignored_fields: set[str] = field(default_factory=set)  # that were logged: once each

@@ -30,6 +30,7 @@ from inlaid.server.resolver import make_resolver
 from inlaid.server.safety import AllowedFolders, Keys, adapter_roots, check_config, warn_of_risks
 from inlaid.server.service import Service
 from inlaid.server.state import KeptAdapter, ServerState, restore
+from inlaid.server.tracing import make_traces
 from inlaid.server.watcher import Watcher
 from inlaid.text.encoder import RequestEncoder
 from inlaid.text.tokenizer import Tokenizer
@@ -63,6 +64,7 @@ async def make_service(
     keys = Keys.of(config, os.environ)
     check_config(config, keys)
     warn_of_risks(config, engine_config.scheduler.policy, engine_config.scheduler.tenant, keys)
+    traces = make_traces(config.otlp_traces_endpoint)
     folders = AllowedFolders(adapter_roots(config))
     model_name = config.served_model_name or model_display_name(engine_config.model)
     names = _names(model_name, engine_config.model, adapters)
@@ -103,6 +105,7 @@ async def make_service(
         started=int(time.time()),
         state=state,
         online=online,
+        traces=traces,
     )
 
 
@@ -281,6 +284,8 @@ async def serve(
     await service.engine.close()
     service.tokenizer.template.close()
     service.state.close()
+    if service.traces is not None:
+        await asyncio.to_thread(service.traces.close)
     return status
 
 

@@ -112,6 +112,9 @@ class SimAdapters:
     def rank(self, identity: str) -> int:
         return self._ranks.get(identity, 16)
 
+    def load_seconds(self, identity: str) -> tuple[float, float]:
+        return 0.0, self._cost.load_seconds(self.rank(identity))
+
     def next_ready(self) -> float:
         """Return when the next request may start for which something is on its way."""
         now = self._clock()

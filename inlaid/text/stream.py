@@ -26,6 +26,9 @@ class Piece(msgspec.Struct, frozen=True):
     num_cached: int = 0
     queue_time: float | None = None
     adapter_time: float = 0.0
+    adapter_read: float = 0.0
+    adapter_copy: float = 0.0
+    host_time: float = 0.0
 
 
 class Answer(msgspec.Struct, kw_only=True):
@@ -95,6 +98,9 @@ class TextStream:
             output.num_cached,
             output.queue_time,
             output.adapter_time,
+            output.adapter_read,
+            output.adapter_copy,
+            output.host_time,
         )
 
     def _advance_to_stop(self, visible: Sequence[int], num_tokens: int, last: bool) -> str:

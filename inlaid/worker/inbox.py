@@ -81,5 +81,8 @@ def merge(first: Output, second: Output) -> Output:
         num_cached=max(first.num_cached, second.num_cached),
         queue_time=second.queue_time if first.queue_time is None else first.queue_time,
         adapter_time=max(first.adapter_time, second.adapter_time),
+        adapter_read=max(first.adapter_read, second.adapter_read),
+        adapter_copy=max(first.adapter_copy, second.adapter_copy),
+        host_time=first.host_time + second.host_time,
         refusal=second.refusal,
     )

@@ -186,7 +186,7 @@ def serving(model: Path, paths: dict[str, str], flags: Sequence[str], log: Path)
     """Run a server on these adapters; yield its address and the clock of its engine."""
     port = free_port()
     command = [sys.executable, "-m", "inlaid", "serve", str(model), "--port", str(port), *flags]
-    command += ["--no-access-log", "--adapter", *(f"{name}={path}" for name, path in paths.items())]
+    command += ["--no-log-requests", "--adapter", *(f"{name}={path}" for name, path in paths.items())]
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=child_environment({}), stdout=output, stderr=subprocess.STDOUT)
     try:

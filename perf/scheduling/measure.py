@@ -56,6 +56,9 @@ class Resident:
 
     def pin(self, identity: str) -> None: ...
 
+    def load_seconds(self, identity: str) -> tuple[float, float]:
+        return 0.0, 0.0
+
     def unpin(self, identity: str) -> None: ...
 
     def rank(self, identity: str) -> int:

@@ -77,7 +77,7 @@ def check(name: str, url: str) -> dict[str, str]:
 @contextmanager
 def demo() -> Iterator[str]:
     """Serve the demo on a free port; yield its address."""
-    command = [sys.executable, "-m", "inlaid", "serve", "--port", "0", "--no-access-log"]
+    command = [sys.executable, "-m", "inlaid", "serve", "--port", "0", "--no-log-requests"]
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert server.stdout is not None
     try:

@@ -96,6 +96,9 @@ class _Adapters:
         self._pins[identity] = self._pins.get(identity, 0) + 1
         return None
 
+    def load_seconds(self, identity: str) -> tuple[float, float]:
+        return 0.0, 0.0
+
     def unpin(self, identity: str) -> None:
         self._pins[identity] -= 1
 

@@ -145,6 +145,7 @@ class FakeAdapters:
         self.pins: dict[str, int] = {}
         self.held: dict[str, int] = {}
         self.broken: set[str] = set()
+        self.seconds = (0.0, 0.0)  # of reading and copying
 
     def resolve(self, name: str) -> str:
         if name not in self.names:
@@ -178,6 +179,9 @@ class FakeAdapters:
     def pin(self, identity: str) -> None:
         assert identity in self.resident
         self.pins[identity] = self.pins.get(identity, 0) + 1
+
+    def load_seconds(self, identity: str) -> tuple[float, float]:
+        return self.seconds
 
     def unpin(self, identity: str) -> None:
         assert self.pins[identity] > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,33 @@ def test_the_time_that_a_request_waits_for_its_adapter_is_told(overlap: bool) ->
     cold, warm = bench.firsts["cold"], bench.firsts["warm"]
     assert (cold.queue_time, cold.adapter_time) == (5.0, 4.0)
     assert (warm.queue_time, warm.adapter_time) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("took", "told"), [((1.0, 2.0), (1.0, 2.0)), ((9.0, 1.0), (3.0, 1.0)), ((0.0, 9.0), (0.0, 4.0))]
+)
+def test_the_wait_for_an_adapter_is_split_by_what_its_load_took(
+    took: tuple[float, float], told: tuple[float, float]
+) -> None:
+    bench = Bench(adapters=FakeAdapters(("a",), load=4))
+    bench.adapters.seconds = took
+    bench.add("cold", [1, 2, 3], adapter="a", max_tokens=3, ignore_eos=True)
+    bench.run().check_all()
+    first = bench.firsts["cold"]
+    assert (first.adapter_read, first.adapter_copy) == told
+    assert first.adapter_time == 4.0
+
+
+def test_the_hosts_seconds_are_shared_by_the_requests_of_a_step() -> None:
+    """Show that the seconds from the end of a step to the submission of the next are divided among its requests."""
+    bench = Bench()
+    bench.add("long", [1, 2, 3], max_tokens=4, ignore_eos=True)
+    bench.add("short", [1, 2], max_tokens=2, ignore_eos=True)
+    bench.engine.clock = itertools.count(step=0.5).__next__  # a half from the making of a step to its submission
+    bench.run().check_all()
+    first, both = bench.ends["short"].host_time, bench.ends["long"].host_time
+    assert first > 0
+    assert both == pytest.approx(3 * first), "two steps of two requests, and two alone"
 
 
 @both

@@ -50,6 +50,9 @@ def test_the_parts_of_a_requests_seconds_add_up(server: Live, stream: bool, tmp_
     )
     assert first == pytest.approx(queue + prefill, abs=0.002)
     assert 0 <= adapter <= queue
+    parts = [float(fields[f"adapter_{name}_seconds"]) for name in ("read", "copy", "wait")]
+    assert sum(parts) == pytest.approx(adapter, abs=1e-6)
+    assert 0 < float(fields["host_seconds"]) < whole + 0.1
     assert prefill > 0
     assert 0 < decode <= whole - first + 0.002
 
