@@ -20,13 +20,15 @@ from inlaid.flags import Parser
 from inlaid.progress import Bar
 from inlaid.report.plots import PlotsMissing, new_figure
 from inlaid.report.provenance import provenance
-from inlaid.sim import cluster_sweep, oversubscription, placement
+from inlaid.sim import cluster_sweep, oversubscription, placement_sweep
+from inlaid.sim.cost import machine_facts
 from inlaid.sim.experiment import Experiment, bound, prepare, table
 from inlaid.sim.experiment import run as run_policy
 from inlaid.sim.plot import draw_bars, draw_lines, draw_suite
 from inlaid.sim.report import file_name, markdown, write_records, write_table
 from inlaid.sim.simulate import make_lengths
 from inlaid.workload.arrivals import Arrivals
+from inlaid.workload.functions import read as read_functions
 from inlaid.workload.lengths import Lengths
 from inlaid.workload.popularity import AdapterChoice
 from inlaid.workload.spec import Stream, Workload
@@ -34,11 +36,10 @@ from inlaid.workload.suites import known_suites, load_suite, suite_names
 from inlaid.workload.traces import Trace
 
 REAL = "real"
-PLACEMENT = "placement"  # many replicas: not a workload under policies, so not among the suites
+PLACEMENT = placement_sweep.NAME  # many replicas: not a workload under policies, so not among the suites
 OVERSUBSCRIPTION = "oversubscription"  # many numbers of adapters, likewise
 SWEEPS = (PLACEMENT, OVERSUBSCRIPTION, cluster_sweep.NAME)
 FORMER_NAMES = MappingProxyType({"cliff": OVERSUBSCRIPTION})  # results recorded earlier name their commands so
-PLACEMENT_RATES = (150.0, 200.0, 250.0, 300.0, 340.0)
 SEED = 42
 
 
@@ -62,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trace",
         type=Path,
-        help="for suite real: JSONL of [seconds, tenant, prompt tokens, output tokens], or a published trace",
+        help="for suite real: JSONL of [seconds, tenant, prompt tokens, output tokens], or a published trace; for "
+        "placement: a day of Azure's functions (invocations_per_function_md….csv)",
     )
     parser.add_argument("--out", type=Path, help="folder for records, tables and figures; default: the table on screen")
     parser.add_argument("--no-figures", action="store_true", help="with --out: records and tables alone")
@@ -77,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
         for policy in policies:
             parse_policy(policy)
         make_lengths(args.lengths, 0)
+        is_placed = args.trace is not None and PLACEMENT in names
+        args.functions = read_functions(args.trace, 60) if is_placed else None
         experiments = [_prepare(name, args) for name in names if name not in SWEEPS]
         if args.out is not None:
             args.out.mkdir(parents=True, exist_ok=True)
@@ -134,23 +138,33 @@ def _write_sweep(
 
 
 def _run_placement(args: argparse.Namespace) -> None:
-    """Simulate every way of choosing a replica, at several loads, under both kinds of kernel."""
-    first_seed = SEED if args.seed is None else args.seed
-    jobs = [(kernel, rate) for kernel in placement.KERNELS.values() for rate in PLACEMENT_RATES]
+    """Simulate every way of choosing a replica, at several loads, under each kind of kernel."""
+    first_seed, machine = SEED if args.seed is None else args.seed, args.machine or placement_sweep.MACHINE
+    compared = placement_sweep.kernels(machine)
+    jobs = [(kernel, rate) for kernel in compared.values() for rate in placement_sweep.RATES]
     rows = []
     for kernel, rate in Bar(jobs, desc=PLACEMENT, leave=False):
-        for seed in range(first_seed, first_seed + 3):
-            rows += placement.compare(rate, seconds=20.0, seed=seed, kernel=kernel)
-    text = placement.markdown(rows)
-    print(f"\n{PLACEMENT}: {placement.ABOUT}\n\n{text}")
+        for seed in range(first_seed, first_seed + placement_sweep.SEEDS):
+            rows += placement_sweep.compare(rate, seed, kernel, args.functions)
+    check = [
+        row
+        for rate in placement_sweep.RATES
+        for row in placement_sweep.check(machine, rate, first_seed, args.functions)
+    ]
+    held_out = {name: value for name, value in machine_facts(machine).items() if name.startswith("held_out")}
+    text = f"{placement_sweep.markdown(rows)}\nThe same calls on replicas of the real engine, {machine}:\n\n"
+    text += placement_sweep.checked(check)
+    print(f"\n{PLACEMENT}: {placement_sweep.ABOUT}\n\n{text}")
     if args.out is None:
         return
-    _write_sweep(args.out, PLACEMENT, placement.ABOUT, provenance(first_seed), rows, text)
+    manifest = {**provenance(first_seed), "machine": machine, **held_out, "check": check}
+    _write_sweep(args.out, PLACEMENT, placement_sweep.ABOUT, manifest, rows, text)
     if args.figures:
-        for kernel in placement.KERNELS:
-            bars = placement.attainments([row for row in rows if row["kernel"] == kernel])
-            title = f"share within {1e3 * placement.SLO:g} ms per token, {kernel} kernels"
-            draw_bars(args.out / f"{PLACEMENT}-{kernel}", title, "SLO attainment", bars)
+        for name, kernel in compared.items():
+            bars = placement_sweep.attainments([row for row in rows if row["kernel"] == name])
+            title = f"share within {1e3 * kernel.slo:.3g} ms per token, {name} kernels"
+            draw_bars(args.out / f"{PLACEMENT}-{name}", title, "SLO attainment", bars)
+        placement_sweep.draw_distributions(args.out / f"{PLACEMENT}-distributions", rows, placement_sweep.RATES[-1])
 
 
 def _run_cluster(args: argparse.Namespace) -> None:

@@ -13,52 +13,58 @@ from __future__ import annotations
 import heapq
 import math
 import random
-import statistics
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any
 
-from inlaid.report import tables
+from inlaid.workload.functions import Functions, synthetic
 
 RANKS = (8, 16, 32, 64)
 MAX_BATCH = 32
+MIGRATION_PERIOD = 0.5  # seconds between two looks at the queues
+DLORA = "dlora-like"
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Seconds of a decode step. The figures are those of the published worked case (24 rows of rank 32 against 16 of
-    rank 64, before and after one more of rank 64)."""
+    """Seconds of a decode step and of a prefill, and how many replicas with it are compared.
+
+    The figures of `PADDED` and `EXACT` are those of the published worked case (24 rows of rank 32 against 16 of rank
+    64, before and after one more of rank 64); as in the published simulator a prefill takes 1.5 times a decode step.
+    """
 
     name: str
     base: float
     per_rank: float
     padded: bool
+    per_row: float = 0.0
+    prefill_share: float = 1.5  # of a decode step of the same requests
+    prefill_more: float = 0.0
+    slo: float = 0.04  # seconds per token
+    replicas: int = 60
+    load_rank: float = 0.0  # seconds to bring an adapter to another replica, for each of its ranks
 
     def decode(self, ranks: Sequence[int]) -> float:
         work = len(ranks) * max(ranks, default=0) if self.padded else sum(ranks)
-        return self.base + self.per_rank * work
+        return self.base + self.per_row * len(ranks) + self.per_rank * work
 
     def after(self, batch: Occupancy, rank: int) -> float:
         """Predict a step with one more request."""
-        if self.padded:
-            return self.base + self.per_rank * (batch.size + 1) * max(batch.largest, rank)
-        return self.base + self.per_rank * (batch.ranks + rank)
+        largest = (batch.size + 1) * max(batch.largest, rank)
+        work = largest if self.padded else batch.ranks + rank
+        return self.base + self.per_row * (batch.size + 1) + self.per_rank * work
 
     def now(self, batch: Occupancy) -> float:
-        return self.base + self.per_rank * (batch.size * batch.largest if self.padded else batch.ranks)
+        work = batch.size * batch.largest if self.padded else batch.ranks
+        return self.base + self.per_row * batch.size + self.per_rank * work
+
+    def prefill(self, decode: float) -> float:
+        """Return the seconds of a prefill beside requests whose decode step takes `decode`."""
+        return self.prefill_share * decode + self.prefill_more
 
 
 PADDED = Kernel("padded", 32.675e-3, 1e-3 / 512, True)
 EXACT = Kernel("exact", 33.35e-3, 0.6e-3 / 256, False)
-KERNELS = MappingProxyType({kernel.name: kernel for kernel in (PADDED, EXACT)})
-SLO = 0.04  # seconds per token
-ABOUT = (
-    "60 instances of at most 32 rows, 40,000 functions of ranks 8 to 64, Zipf popularity, 60 tokens an answer; "
-    "latency over tokens, queueing included, against 40 ms; means over three seeds"
-)
-PREFILL = 1.5  # times a decode step, as the published simulator has it
 
 
 @dataclass
@@ -108,11 +114,17 @@ class Replica:
         self.all.add(call.rank)
         self.adapters[call.adapter] = self.adapters.get(call.adapter, 0) + 1
 
+    def pop(self) -> Call:
+        """Give up the request that was queued last."""
+        call = self.queue.pop()
+        self._forget(call)
+        return call
+
     def step(self, now: float) -> float:
         """Make the next step and return when it ends; every request in it then has one more token."""
         if self.queue and len(self.running) < MAX_BATCH:
             self.running.append(self.queue.popleft())
-            end = now + PREFILL * self.kernel.decode([call.rank for call in self.running])
+            end = now + self.kernel.prefill(self.kernel.decode([call.rank for call in self.running]))
             self._made([self.running[-1]], end)
         else:
             end = now + self.kernel.decode([call.rank for call in self.running])
@@ -124,11 +136,14 @@ class Replica:
             call.left -= 1
             if call.left <= 0:
                 call.finish = end
-                self.all.add(call.rank, -1)
-                self.adapters[call.adapter] -= 1
-                if not self.adapters[call.adapter]:
-                    del self.adapters[call.adapter]
+                self._forget(call)
         self.running = [call for call in self.running if call.left > 0]
+
+    def _forget(self, call: Call) -> None:
+        self.all.add(call.rank, -1)
+        self.adapters[call.adapter] -= 1
+        if not self.adapters[call.adapter]:
+            del self.adapters[call.adapter]
 
 
 Chooser = Callable[[Sequence[Replica], Call, random.Random], int]
@@ -173,7 +188,7 @@ def rank_aware(slo: float, mean_tokens: float) -> Chooser:
         def cost(place: int) -> tuple[bool, float]:
             kernel, batch = replicas[place].kernel, replicas[place].all
             after = kernel.after(batch, call.rank)
-            delay = PREFILL * after / mean_tokens + after - kernel.now(batch)
+            delay = kernel.prefill(after) / mean_tokens + after - kernel.now(batch)
             return after > slo or batch.size >= MAX_BATCH, delay * (batch.size + 1)
 
         return min(range(len(replicas)), key=cost)
@@ -187,96 +202,75 @@ def choosers(slo: float, mean_tokens: float) -> dict[str, Chooser]:
         "first-fit": first_fit,
         "most-idle": most_idle,
         "two-choices": two_choices,
-        "dlora-like": with_adapter,
+        DLORA: with_adapter,
         "rank-aware": rank_aware(slo, mean_tokens),
     }
 
 
 def functions_trace(
-    rate: float, seconds: float, seed: int, functions: int = 40_000, mean_tokens: int = 60
+    rate: float, seconds: float, seed: int, functions: Functions | None = None, mean_tokens: int = 60
 ) -> list[Call]:
-    """Poisson arrivals over functions of Zipf popularity, each with a rank of its own; log-normal answers."""
+    """Return the first `seconds` of a minute of a trace of functions, thinned to a rate. Each function has a rank of
+    its own; answers are log-normal. Without a trace, one of the published statistics is drawn."""
     rng = random.Random(seed)
-    ranks = [rng.choice(RANKS) for _ in range(functions)]
-    total = math.log(functions + 1)
-    now = 0.0
+    known = synthetic(seed=seed) if functions is None else functions
+    ranks = [rng.choice(RANKS) for _ in range(len(known.counts))]
+    minute = seed % known.counts.shape[1]
+    called = known.calls(minute, seed)
+    share = rate * 60.0 / max(1, len(called))
     calls: list[Call] = []
-    while True:
-        now += rng.expovariate(rate)
-        if now >= seconds:
-            return calls
-        function = int(math.exp(rng.random() * total)) - 1
-        tokens = max(2, round(mean_tokens * math.exp(rng.gauss(-0.18, 0.6))))
-        calls.append(Call(now, function, ranks[function], tokens))
+    for copy in range(math.ceil(share)):  # a rate above the trace's own takes calls more than once
+        for at, function in called:
+            if rng.random() < share - copy and at < seconds:
+                tokens = max(2, round(mean_tokens * math.exp(rng.gauss(-0.18, 0.6))))
+                calls.append(Call(at if not copy else rng.random() * seconds, function, ranks[function], tokens))
+    return sorted(calls, key=lambda call: call.arrival)
 
 
-def run(calls: Sequence[Call], choose: Chooser, kernel: Kernel, num_replicas: int, seed: int = 0) -> list[Call]:
-    """Serve the calls; each replica steps by itself."""
+def run(
+    calls: Sequence[Call], choose: Chooser, kernel: Kernel, num_replicas: int, seed: int = 0, migrates: bool = False
+) -> list[Call]:
+    """Serve the calls; each replica steps by itself. With `migrates`, queued calls move as `_migrate` says."""
     rng = random.Random(seed)
     replicas = [Replica(kernel) for _ in range(num_replicas)]
     ends: list[tuple[float, int]] = []
     served = [Call(call.arrival, call.adapter, call.rank, call.tokens) for call in calls]
-    place = 0
+    place, next_look = 0, MIGRATION_PERIOD
+
+    def begin(chosen: int, now: float) -> None:
+        if not replicas[chosen].busy:
+            replicas[chosen].busy = True
+            heapq.heappush(ends, (replicas[chosen].step(now), chosen))
+
     while place < len(served) or ends:
         if place < len(served) and (not ends or served[place].arrival <= ends[0][0]):
             call = served[place]
             chosen = choose(replicas, call, rng)
             replicas[chosen].push(call)
-            if not replicas[chosen].busy:
-                replicas[chosen].busy = True
-                heapq.heappush(ends, (replicas[chosen].step(call.arrival), chosen))
+            begin(chosen, call.arrival)
             place += 1
             continue
         now, chosen = heapq.heappop(ends)
         replica = replicas[chosen]
+        replica.busy = False
         if replica.running or replica.queue:
-            heapq.heappush(ends, (replica.step(now), chosen))
-        else:
-            replica.busy = False
+            begin(chosen, now)
+        if migrates and now >= next_look:
+            next_look = now + MIGRATION_PERIOD
+            for taker, delay in _migrate(replicas):
+                begin(taker, now + delay)
     return served
 
 
-def compare(
-    rate: float, seconds: float, seed: int, kernel: Kernel, num_replicas: int = 60, slo: float = SLO
-) -> list[dict[str, Any]]:
-    """Simulate every way of choosing, a row each."""
-    calls = functions_trace(rate, seconds, seed)
-    mean = statistics.fmean(call.tokens for call in calls)
-    rows = []
-    for name, choose in choosers(slo, mean).items():
-        times = [(call.finish - call.arrival) / call.tokens for call in run(calls, choose, kernel, num_replicas, seed)]
-        rows.append(
-            {
-                "placement": name,
-                "kernel": kernel.name,
-                "rate": rate,
-                "seed": seed,
-                "requests": len(times),
-                "slo_attainment": sum(time <= slo for time in times) / len(times),
-                "mean_ms": 1e3 * statistics.fmean(times),
-                "p99_ms": 1e3 * statistics.quantiles(times, n=100)[-1],
-            }
-        )
-    return rows
-
-
-def attainments(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Average attainment over seeds, per rate and way."""
-    groups: dict[str, dict[str, list[float]]] = {}
-    for row in rows:
-        groups.setdefault(f"{row['rate']:g} rps", {}).setdefault(row["placement"], []).append(row["slo_attainment"])
-    return {rate: {name: statistics.fmean(v) for name, v in ways.items()} for rate, ways in groups.items()}
-
-
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """Format a table of means over seeds."""
-    cells: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        cells.setdefault((row["kernel"], row["rate"], row["placement"]), []).append(row)
-    lines = []
-    for (kernel, rate, name), group in cells.items():
-        mean = {key: statistics.fmean(row[key] for row in group) for key in ("slo_attainment", "mean_ms", "p99_ms")}
-        figures = (f"{mean['slo_attainment']:.1%}", f"{mean['mean_ms']:.1f}", f"{mean['p99_ms']:.1f}")
-        lines.append([kernel, f"{rate:g}", name, *figures])
-    head = ("kernel", "rate", "placement", "SLO", "mean ms/token", "p99 ms/token")
-    return tables.markdown(head, lines, "lrlr") + "\n"
+def _migrate(replicas: Sequence[Replica]) -> Iterator[tuple[int, float]]:
+    """Move queued calls from the longest queues to replicas with free seats, as dLoRA's migration evens out load; yield
+    each taker and how long it waits for the adapter, if it has no request that uses it."""
+    while True:
+        giver = max(replicas, key=lambda each: len(each.queue))
+        taker = min(range(len(replicas)), key=lambda place: replicas[place].all.size)
+        if len(giver.queue) < 1 or replicas[taker].all.size >= min(MAX_BATCH, giver.all.size - 1):
+            return
+        call = giver.pop()
+        known = call.adapter in replicas[taker].adapters
+        replicas[taker].push(call)
+        yield taker, 0.0 if known else giver.kernel.load_rank * call.rank

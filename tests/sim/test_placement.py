@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
+import pytest
+
+from inlaid.sim import placement_sweep
+from inlaid.sim.cost import load_cost
 from inlaid.sim.placement import (
+    DLORA,
     EXACT,
     PADDED,
     Call,
     Kernel,
     Replica,
     choosers,
-    compare,
     functions_trace,
     rank_aware,
     run,
 )
+from inlaid.workload.functions import synthetic
+
+FUNCTIONS = synthetic(4000)
 
 
 def loaded(kernel: Kernel, count: int, rank: int) -> Replica:
@@ -43,7 +51,7 @@ def test_an_empty_replica_neither_always_wins_nor_breaks_the_sum() -> None:
 
 
 def test_every_request_is_served_whole_and_in_its_place() -> None:
-    calls = functions_trace(50.0, 5.0, seed=3)
+    calls = functions_trace(50.0, 5.0, 3, FUNCTIONS)
     for choose in choosers(0.04, 60.0).values():
         served = run(calls, choose, EXACT, 8)
         assert len(served) == len(calls)
@@ -59,6 +67,36 @@ def test_alone_a_request_takes_a_prefill_and_its_decodes() -> None:
 
 
 def test_rank_awareness_helps_kernels_that_pad_and_first_fit_is_worst() -> None:
-    rows = {row["placement"]: row for row in compare(80.0, 15.0, 1, PADDED, 20, 0.045)}
+    kernel = replace(PADDED, slo=0.045, replicas=20)
+    rows = {row["placement"]: row for row in placement_sweep.compare(80.0, 1, kernel, FUNCTIONS, 15.0)}
     assert rows["rank-aware"]["mean_ms"] < rows["most-idle"]["mean_ms"] < rows["random"]["mean_ms"]
     assert rows["first-fit"]["slo_attainment"] < rows["random"]["slo_attainment"]
+    shares = rows["most-idle"]["cdf_ms"]
+    assert shares == sorted(shares)
+    assert shares[0] <= rows["most-idle"]["mean_ms"] <= shares[-1]
+
+
+def test_migration_takes_queued_calls_to_free_seats_and_pays_for_their_adapters() -> None:
+    kernel = replace(EXACT, load_rank=1e-3)
+    calls = [Call(0.001 * number, number % 3, 16, 40) for number in range(90)]
+
+    def to_the_first(replicas: object, call: Call, rng: object) -> int:
+        return 0
+
+    stays, moves = (run(calls, to_the_first, kernel, 3, migrates=migrates) for migrates in (False, True))
+    assert all(call.left == 0 and call.finish > call.arrival for call in moves)
+    ends = [max(call.finish for call in served) for served in (stays, moves)]
+    assert ends[1] < 0.6 * ends[0]
+    even = run(calls, choosers(0.04, 60.0)["most-idle"], kernel, 3)
+    assert ends[1] > max(call.finish for call in even), "the calls were queued before they moved"
+
+
+def test_our_kernels_are_a_machines_and_agree_with_the_engines_replicas() -> None:
+    cost = load_cost("h200")
+    kernel = placement_sweep.ours(cost)
+    assert kernel.decode([8, 64]) == pytest.approx(kernel.base + 2 * kernel.per_row + 72 * cost.ranks)
+    rows = placement_sweep.check("h200", 120.0, 1, FUNCTIONS, seconds=2.0)
+    assert {row["placement"] for row in rows} == {"random", "most-idle", "rank-aware"}
+    for row in rows:
+        assert row["mean_ms"] == pytest.approx(row["engine_mean_ms"], rel=0.25), row
+    assert DLORA in choosers(0.04, 60.0)
