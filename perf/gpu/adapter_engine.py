@@ -183,6 +183,7 @@ def serve(loaded: Loaded, asks: Sequence[Ask], vocab: int, concurrency: int = 10
     gaps = [(b - a) * 1e3 for times in seen.values() for a, b in pairwise(times)]
     return {
         "requests": len(seen),
+        "latency_mean_ms": mean((times[-1] - began[name]) * 1e3 for name, times in seen.items()),
         "output_tokens_per_second": sum(map(len, seen.values())) / wall,
         "ttft_mean_ms": mean(first),
         "ttft_p50_ms": percentile(first, 50),

@@ -5,6 +5,8 @@ load         milliseconds to bring one adapter to the device, by rank: from page
 modes        on-demand, pipelined and cpu-assist in turn on one engine, under Poisson arrivals over 512 adapters (Zipf
              0.6, 1.0 and 1.4), and a burst of requests that each name an adapter which is not on the device
 modes-cached  the same with every adapter on the device
+toppings     7B: the artifact's client, 60 requests one after another, each for an adapter of rank 64 that is not on the
+             device, in each mode; and once more, all on the device
 oversubscribed-mixed  8B: 256 adapters of mixed rank over places for 32, 64 at a time, against 32 adapters over the
              same places
 oversubscribed-slots  8B: 32 to 1,024 adapters of rank 16 over 64 places, 64 at a time, Zipf 1.0
@@ -44,6 +46,7 @@ from inlaid.flags import Parser
 from inlaid.kernels.assist import Assistant, Profile
 from inlaid.model.spec import spec_from_config
 from inlaid.worker.build import Loaded
+from perf.assist_map import host_cores, host_gflops
 from perf.gpu import Keep
 from perf.gpu.adapter_engine import (
     Ask,
@@ -69,6 +72,7 @@ MODES = (ON_DEMAND, PIPELINED, CPU_ASSIST)  # that one engine measures in turn
 QKV = ("q_proj", "k_proj", "v_proj")
 LOAD_RANKS = (8, 16, 32, 64, 128)
 MODES_7B = Size("7b", 512, 64, (64,), QKV)
+TOPPINGS_7B = Size("7b", 63, 64, (64,), QKV, prompt=6, output=32)  # three of the adapters warm up
 MIXED_8B = Size("8b", 256, 32, (8, 16, 32, 64), prompt=256, output=128)
 SLOTS_8B = Size("8b", 1024, 64, (16,), prompt=256, output=128)
 CROSSOVER_7B = Size("7b", 1, 2, (16, 64, 128), EVERY_LINEAR)
@@ -153,6 +157,23 @@ def modes_cached(keep: Keep = nothing, size: Size = MODES_7B) -> dict[str, Any]:
     install(loaded, size, size.adapters)
     report = _about(loaded, size, size.adapters)
     _mode(report, loaded, size, CACHED, keep)
+    return report
+
+
+def toppings(keep: Keep = nothing, size: Size = TOPPINGS_7B, warm_up: int = 3) -> dict[str, Any]:
+    """Serve requests one after another, as the artifact's client sends them, in each mode and then with all cached."""
+    loaded = start(size, CPU_ASSIST, size.places, pool_for(size, size.places))
+    helpers = arriving_of(loaded).assistant
+    report = {**_about(loaded, size, size.places), "host_gflops": host_gflops(), "host_cores": host_cores()}
+    for mode in (*MODES, CACHED):
+        if mode != CACHED:  # the adapters of the mode before are still there
+            switch(loaded, mode, helpers)
+            install(loaded, size, size.adapters)
+        before, vocab = counts(loaded), loaded.model.vocab_size
+        asks = closed(size, [f"a{number}" for number in range(size.adapters)])
+        serve(loaded, asks[:warm_up], vocab, 1, seed=98)
+        found = serve(loaded, asks[warm_up:], vocab, 1, seed=99)
+        _add(report, {"mode": mode, **found, "loads": counts(loaded)["loads"] - before["loads"]}, keep)
     return report
 
 
@@ -288,6 +309,7 @@ def _wins(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 STAGES: Mapping[str, Callable[[Keep], dict[str, Any]]] = MappingProxyType(
     {
         "adapters-load": load,
+        "adapters-toppings": toppings,
         "adapters-modes": modes,
         "adapters-modes-cached": modes_cached,
         "adapters-oversubscribed-mixed": oversubscribed_mixed,

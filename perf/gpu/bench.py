@@ -40,7 +40,7 @@ LIMITS: Mapping[str, float] = MappingProxyType({  # seconds of each stage
     "micro-decode_attention-pending": 90, "micro-ordered": 120,
     "starts-7b": 300, "starts-tiny": 100, "micro-decode_attention": 150,
     "sched": 240, "quant": 480, "online-7b": 590, "online-8b": 590, "online-tiny": 200,
-    "adapters-load": 60, "adapters-modes": 230, "adapters-modes-cached": 120,
+    "adapters-load": 60, "adapters-toppings": 120, "adapters-modes": 230, "adapters-modes-cached": 120,
     "adapters-oversubscribed-mixed": 120, "adapters-oversubscribed-slots": 130, "adapters-all-resident": 100,
     "adapters-crossover": 150, "serve-tiny": 100, "serve-tiny-arrival": 100, "serve-oversubscribed-tiny": 100,
     "ranks-tiny": 100, "variants-tiny": 100, "determinism-tiny": 60, "startwarm-tiny": 60,

@@ -55,6 +55,16 @@ def test_load() -> None:
         assert min(row["pageable_ms"], row["pinned_ms"]) >= 0
 
 
+def test_toppings() -> None:
+    size = Size("tiny", 5, 6, (4,), prompt=4, output=3)
+    report = adapters.toppings(size=size, warm_up=1)
+    found = rows(report)
+    assert [row["mode"] for row in found] == [*adapters.MODES, "cached"]
+    assert all(row["requests"] == 4 and row["latency_mean_ms"] >= row["ttft_mean_ms"] > 0 for row in found)
+    assert [row["loads"] for row in found] == [5] * len(adapters.MODES) + [0]
+    assert report["host_gflops"] > 0
+
+
 def test_modes() -> None:
     report = adapters.modes(size=TINY)
     found = rows(report)
