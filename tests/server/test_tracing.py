@@ -51,9 +51,9 @@ def test_a_request_has_a_span_with_vllms_attributes_and_one_for_each_part() -> N
         if span is not whole:
             assert span.parent.span_id == whole.context.span_id
     seconds = {name: (span.end_time - span.start_time) / 1e9 for name, span in found.items()}
-    assert seconds["adapter copy"] == pytest.approx(0.075, abs=1e-6)
-    assert found["adapter copy"].end_time == pytest.approx(found["prefill"].start_time, abs=1000)
-    assert sum(seconds[name] for name in ("queue", "prefill", "decode")) == pytest.approx(0.9, abs=1e-6)
+    assert seconds["adapter copy"] == pytest.approx(0.075, abs=1e-5)
+    assert found["adapter copy"].end_time == pytest.approx(found["prefill"].start_time, abs=5000)
+    assert sum(seconds[name] for name in ("queue", "prefill", "decode")) == pytest.approx(0.9, abs=1e-5)
 
 
 def test_a_clients_trace_is_continued() -> None:
