@@ -39,17 +39,24 @@ FLOORS = 24  # values tried for the least that a step with prompts takes
 
 def fit(steps: Sequence[Step], name: str, source: str, load_base: float = 0.0, load_rank: float = 0.0) -> CostModel:
     """Fit a model to steps. Of a host that works ahead, its seconds and the device's are fitted apart (ahead.py)."""
-    host: dict[str, float] = {}
+    host = [0.0] * len(HOST_TERMS)
     if is_ahead(steps):
-        rows, seconds = host_steps(steps)
-        host = {term: float(value) for term, value in zip(HOST_TERMS, _twice(rows, seconds)[0])}
+        host = _twice(*host_steps(steps))[0].tolist()
         sure = sure_decodes(steps)
         if len(sure) >= LEAST:
             decodes = _fitted(sure, name, source)
             whole = device_steps(steps, decodes.step_seconds)
             steps = whole if len(whole) >= LEAST else steps
-    model = _fitted(steps, name, source)
-    return replace(model, load_base=load_base, load_rank=load_rank, **host)
+    made, prompts, rows, tokens = host
+    return replace(
+        _fitted(steps, name, source),
+        load_base=load_base,
+        load_rank=load_rank,
+        host=made,
+        host_prompts=prompts,
+        host_rows=rows,
+        host_tokens=tokens,
+    )
 
 
 def _fitted(steps: Sequence[Step], name: str, source: str) -> CostModel:
