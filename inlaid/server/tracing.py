@@ -24,13 +24,11 @@ _ATTRIBUTES = (  # of the request's span: its name, and the field of the log's l
     ("gen_ai.latency.time_in_model_decode", "decode_seconds"),
     ("http.response.status_code", "status"),
     ("url.path", "path"),
-    ("inlaid.tenant", "tenant"),
-    ("inlaid.cached_tokens", "cached_tokens"),
-    ("inlaid.finish", "finish"),
-    ("inlaid.adapter.seconds", "adapter_seconds"),
-    ("inlaid.host.seconds", "host_seconds"),
     ("error.message", "error"),
 )
+_OURS = (("tenant", "tenant"), ("cached_tokens", "cached_tokens"), ("finish", "finish"),
+         ("adapter.seconds", "adapter_seconds"), ("host.seconds", "host_seconds"))  # fmt: skip
+PREFIX = "inlaid."  # of attributes that vLLM does not have
 _NANOSECONDS = 1_000_000_000
 
 
@@ -57,7 +55,8 @@ class Traces:
         begin = end - float(line["seconds"])
         context = extract({name.lower(): value for name, value in headers.items()})
         span = self._tracer.start_span("llm_request", context, trace.SpanKind.SERVER, start_time=_nanoseconds(begin))
-        span.set_attributes({name: line[field] for name, field in _ATTRIBUTES if line.get(field) is not None})
+        names = (*_ATTRIBUTES, *((f"{PREFIX}{name}", field) for name, field in _OURS))
+        span.set_attributes({name: line[field] for name, field in names if line.get(field) is not None})
         if params is not None:
             span.set_attributes(
                 {
