@@ -26,7 +26,7 @@ def test_an_unknown_command_is_refused_with_the_known_ones() -> None:
     result = run(ROOT, "sevre")
     assert result.returncode == 1
     assert (
-        "unknown command or extra 'sevre'; commands: install, serve, test; extras: cuda eval cluster dev"
+        "unknown command or extra 'sevre'; commands: install, serve, test; extras: cuda eval cluster otel dev"
         in result.stderr
     )
 
