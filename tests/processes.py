@@ -23,6 +23,8 @@ from typing import Any
 
 import pytest
 
+from tests import fork_server
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -46,6 +48,7 @@ def pytest_collection(session: pytest.Session) -> Generator[None, object, object
 def pytest_runtestloop(session: pytest.Session) -> bool | None:
     option = session.config.option
     if not option.processes or option.collectonly or session.testsfailed:
+        fork_server.prepare()
         return None  # pytest's own loop
     session.config.stash[_files] = _parts(session.items)
     _Run(session).run(option.processes)
@@ -158,6 +161,7 @@ def _work(session: pytest.Session, connection: Connection) -> None:
     """Run files until there is none left. Fixtures of the session live until then."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    fork_server.prepare()
     _own_output(session.config)
     session.config.pluginmanager.register(_Reports(session.config, connection))
     while not session.shouldfail and not session.shouldstop:

@@ -53,16 +53,7 @@ class Link:
         """Start the process, which imports modules and waits for what it is to load."""
         ours, theirs = socket.socketpair()
         with theirs:
-            self.process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "inlaid.worker.process",
-                str(theirs.fileno()),
-                *modules,
-                pass_fds=(theirs.fileno(),),
-                stdin=asyncio.subprocess.DEVNULL,
-                env={**os.environ, **environment},
-            )
+            self.process = await start_process(theirs.fileno(), modules, environment)
         self._reader, self.writer = await asyncio.open_unix_connection(sock=ours, limit=READ_SIZE)
 
     def send(self, message: messages.Command) -> None:
@@ -136,6 +127,22 @@ class Link:
         """End the process now."""
         if self.process is not None and self.runs:
             self.process.kill()
+
+
+async def start_process(
+    descriptor: int, modules: Sequence[str], environment: Mapping[str, str]
+) -> asyncio.subprocess.Process:
+    """Start the engine process with one end of its connection. Tests put a fork in its place, which imports nothing."""
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "inlaid.worker.process",
+        str(descriptor),
+        *modules,
+        pass_fds=(descriptor,),
+        stdin=asyncio.subprocess.DEVNULL,
+        env={**os.environ, **environment},
+    )
 
 
 def _mark_retrieved(future: asyncio.Future[Any]) -> None:

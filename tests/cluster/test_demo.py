@@ -26,7 +26,7 @@ TEXTS = ["the old river runs to the sea", "a small bird sings", "we go home now"
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Live]:
     flags = ["--replicas", "3", "--admin-key", ADMIN_KEY, "--served-model-name", "demo"]
-    with serving(*flags, "--num-blocks", "100", command="cluster") as live:
+    with serving(*flags, "--num-blocks", "100", command="cluster", engines=4) as live:
         yield live
 
 

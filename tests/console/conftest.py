@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from tests import fork_server
+from tests.fork_server import Fork
 from tests.server.live import ADMIN_KEY, DEMO, ROOT
 
 API_KEY = "api-secret"
@@ -36,7 +38,7 @@ class FakeServer:
     bank: Path
     num_senders: int = 4
     port: int = 0
-    process: subprocess.Popen[str] | None = field(default=None, repr=False)
+    process: subprocess.Popen[str] | Fork | None = field(default=None, repr=False)
 
     @property
     def url(self) -> str:
@@ -49,13 +51,14 @@ class FakeServer:
                 free.bind(("127.0.0.1", 0))
                 self.port = free.getsockname()[1]
         command = [sys.executable, "-m", "tests.console.fake_server", str(self.port), str(NUM_ADAPTERS)]
-        self.process = subprocess.Popen(
+        self.process = fork_server.popen(
             [*command, str(self.num_senders), *self.flags],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            engines=1,
         )
         assert self.process.stdout is not None
         said = []

@@ -20,6 +20,7 @@ from perf.process import free_port
 from perf.records import read_records
 from perf.sender import Prepared
 from perf.target import Target, wait_until_ready
+from tests import fork_server
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def fake() -> Iterator[str]:
     """Start a fake server with three adapters."""
     port = free_port()
     command = [sys.executable, "-m", "perf.fake_server", "--port", str(port), "--ttft-ms", "5", "--itl-ms", "2"]
-    server = subprocess.Popen([*command, *(part for name in "abc" for part in ("--adapter", f"{name}=x"))])
+    server = fork_server.popen([*command, *(part for name in "abc" for part in ("--adapter", f"{name}=x"))])
     url = f"http://127.0.0.1:{port}"
     try:
         wait_until_ready([url], 30)

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,6 +46,7 @@ from perf.gpu import (
     step,
 )
 from perf.gpu.headlines import headline
+from tests import fork_server
 from tests.runner.test_cuda_runner import Bench, few_programs
 
 __all__ = ["few_programs"]  # a fixture for all tests here: the interpreter is slow
@@ -310,6 +312,8 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(serving, "PROMPT", 24)
     monkeypatch.setattr(serving, "OUTPUT", 6)
     monkeypatch.setattr(serving, "ROOT", tmp_path)
+    forks = {"Popen": partial(fork_server.popen, engines=1), "STDOUT": subprocess.STDOUT}
+    monkeypatch.setattr(serving, "subprocess", SimpleNamespace(**forks, TimeoutExpired=subprocess.TimeoutExpired))
     monkeypatch.setattr(serving, "DEVICE", ("--device", "cpu", "--dtype", "float32"))
     monkeypatch.setattr(offline, "DEVICE", "cpu")
     return tmp_path

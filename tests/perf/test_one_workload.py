@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from perf import client, in_process
 from perf.process import ROOT, free_port
 from perf.records import read_records
 from perf.target import wait_until_ready
+from tests import fork_server
 
 WORKLOAD = """
 about = "two tenants, one of them with two adapters"
@@ -73,7 +73,7 @@ def over_http(workload: Path, out: Path) -> Sent:
     port = free_port()
     command = [sys.executable, "-m", "perf.fake_server", "--port", str(port), "--ttft-ms", "1", "--itl-ms", "1"]
     names = [part for name in ("code", "medical", "maths") for part in ("--adapter", f"{name}=x")]
-    server = subprocess.Popen([*command, *names], cwd=ROOT)
+    server = fork_server.popen([*command, *names], cwd=ROOT)
     url = f"http://127.0.0.1:{port}"
     try:
         wait_until_ready([url], 30)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from perf.process import free_port
 from perf.records import Record
 from perf.target import wait_until_ready
 from perf.vtc_figures import outcome_of
+from tests import fork_server
 
 SUITE = """
 duration_s = 1
@@ -33,7 +33,7 @@ kv_tokens = 400
 @pytest.fixture(scope="module")
 def fake() -> Iterator[str]:
     port = free_port()
-    server = subprocess.Popen([sys.executable, "-m", "perf.fake_server", "--port", str(port), "--ttft-ms", "5"])
+    server = fork_server.popen([sys.executable, "-m", "perf.fake_server", "--port", str(port), "--ttft-ms", "5"])
     url = f"http://127.0.0.1:{port}"
     try:
         wait_until_ready([url], 30)

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 
 from perf.process import ROOT, free_port
+from tests import fork_server
 
 
 @pytest.fixture(scope="module")
 def fake() -> Iterator[str]:
     port = free_port()
     command = [sys.executable, "-m", "perf.fake_server", "--port", str(port), "--ttft-ms", "5", "--itl-ms", "1"]
-    with subprocess.Popen([*command, "--adapter", "a=x"]) as server:
+    with fork_server.popen([*command, "--adapter", "a=x"]) as server:
         yield f"http://127.0.0.1:{port}"
         server.terminate()
 

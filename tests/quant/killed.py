@@ -1,4 +1,4 @@
-"""Quantizing that is killed at a chosen point, in a process forked from one that has imported what it needs."""
+"""Quantizing that is killed at a chosen point, in a process of its own."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from inlaid.quant import publish
 from inlaid.quant import quantize as rail
 from inlaid.quant.quantize import add_task, quantize
 from inlaid.quant.settings import Gate, Place, Settings, TaskSource
+from tests import fork_server
 
 
 def exit_code(function: Callable[..., None], *given: Any) -> int | None:
     """Return how a process that calls a function of this module has ended."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    process = context.Process(target=function, args=given)
+    if (fork := fork_server.call(function, *given)) is not None:
+        return fork.wait(240)
+    process = multiprocessing.get_context("spawn").Process(target=function, args=given)
     process.start()
     process.join(240)
     return process.exitcode

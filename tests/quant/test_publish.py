@@ -22,8 +22,6 @@ from inlaid.quant.settings import Gate, Place, QuantizeError, Settings, TaskSour
 from tests.quant import killed
 from tests.quant.tiny import write_adapter, write_base, write_data
 
-pytestmark = pytest.mark.together("forkserver")  # which imports for seconds
-
 ANYWAY = Gate(force=True)
 SETTINGS = Settings(Grid(4, 32), CalibrationSettings(), "mean")
 

@@ -28,8 +28,6 @@ from inlaid.quant.settings import Gate, Place, QuantizeError, Settings, TaskSour
 from tests.quant import killed
 from tests.quant.tiny import FAMILIES, write_adapter, write_base, write_data
 
-pytestmark = pytest.mark.together("forkserver")  # which imports for seconds
-
 ANYWAY = Gate(force=True)  # random models fit nothing; the gate has tests of its own
 SETTINGS = Settings(Grid(4, 32), CalibrationSettings(held_out=0.25), "mean")
 

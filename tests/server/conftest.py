@@ -29,5 +29,5 @@ def adapter_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server(adapter_root: Path) -> Iterator[Live]:
     flags = ["--allow-runtime-lora", "--admin-key", ADMIN_KEY, "--lora-root", str(adapter_root)]
-    with serving(*flags, "--max-body-mib", "1", "--max-prompts", "16") as live:
+    with serving(*flags, "--max-body-mib", "1", "--max-prompts", "16", forked=False) as live:
         yield live

@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from tests import fork_server
+from tests.fork_server import ENGINE, Fork
+
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "models" / "demo"
 ADMIN_KEY = "admin-secret"
@@ -38,7 +41,7 @@ class Answer:
 class Live:
     """A running server."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | Fork
     url: str
     log: list[str] = field(default_factory=list)
 
@@ -80,7 +83,8 @@ class Live:
         found = []
         for number in map(int, Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()):
             with suppress(OSError):  # it has ended meanwhile
-                if b"inlaid.worker.process" in Path(f"/proc/{number}/cmdline").read_bytes():
+                anew = b"inlaid.worker.process" in Path(f"/proc/{number}/cmdline").read_bytes()
+                if anew or Path(f"/proc/{number}/comm").read_text().strip() == ENGINE:
                     found.append(number)
         return found
 
@@ -91,17 +95,22 @@ def serving(
     command: str = "serve",
     environment: dict[str, str] | None = None,
     max_descriptors: int | None = None,
+    forked: bool = True,
+    engines: int = 1,
 ) -> Iterator[Live]:
-    """Run a server with these flags; it is stopped at the end, however the test went."""
-    limit = () if max_descriptors is None else ("bash", "-c", f'ulimit -n {max_descriptors}; exec "$@"', "bash")
-    process = subprocess.Popen(
-        [*limit, sys.executable, "-m", "inlaid", command, "--port", "0", *LIMITS, *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    """Run a server with these flags; it is stopped at the end, however the test went.
+
+    With `forked`, it and its first engines are forks that import nothing (`tests/fork_server.py`), unless it has an
+    environment or a limit of its own."""
+    ours = [sys.executable, "-m", "inlaid", command, "--port", "0", *LIMITS, *arguments]
+    given: Any = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}}
+    given |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process: subprocess.Popen[str] | Fork
+    if forked and environment is None and max_descriptors is None:
+        process = fork_server.popen(ours, **given, engines=engines)
+    else:
+        limit = () if max_descriptors is None else ("bash", "-c", f'ulimit -n {max_descriptors}; exec "$@"', "bash")
+        process = subprocess.Popen([*limit, *ours], **given)
     live = Live(process, "")
     try:
         assert process.stdout is not None

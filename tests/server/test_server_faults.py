@@ -188,7 +188,7 @@ def test_keys_a_full_queue_and_exit_when_the_engine_dies() -> None:
 
 
 def test_sigterm_lets_requests_finish_and_takes_no_new_ones() -> None:
-    with serving() as server:
+    with serving(forked=False) as server:
         stream = Stream(server, {**LONG, "max_tokens": 150})
         stream.event()
         server.process.send_signal(signal.SIGTERM)
