@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save, save_file
@@ -38,6 +38,7 @@ from inlaid.checkpoint import (
 )
 from inlaid.files import atomic_folder, hash_file, write_atomically
 from inlaid.tensorfiles import Stages, tensors_in, write_tensors
+from tests.examples import examples
 
 CPU = torch.device("cpu")
 
@@ -86,7 +87,7 @@ def write_folder(folder: Path, tensors: dict[str, torch.Tensor], metadata: dict 
     save_file(tensors, folder / "model.safetensors")
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.sampled_from(BITS), st.integers(1, 3), st.integers(1, 9), st.integers(0, 1), st.integers(0, 2**31))
 def test_pack_round_trip(bits: int, blocks: int, other: int, dim: int, seed: int) -> None:
     codes = torch.randint(0, 2**bits, (blocks * 32, other), generator=torch.Generator().manual_seed(seed))

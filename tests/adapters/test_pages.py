@@ -5,14 +5,15 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from inlaid.adapters.pages import PagePool
+from tests.examples import examples
 
 
 @given(st.lists(st.one_of(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(0, 30)), max_size=60))
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_whole_after_any_takes_and_gives(actions: list[list[int] | int]) -> None:
     pool = PagePool(200)
     held: list[tuple[list[int], list[int]]] = []

@@ -6,11 +6,12 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from inlaid.cluster.placement import PLACEMENTS, Multiplexed, Predicted, in_order, make_placement
 from inlaid.cluster.view import PREFIX_CHUNK, Ask, Prices, ReplicaView, prefix_keys
+from tests.examples import examples
 
 PRICES = Prices()
 
@@ -23,7 +24,7 @@ def ask(number: int, adapter: str | None = "a", prompt: int = 100, rank: int = 1
     return Ask(str(number), adapter, rank, prompt, 50.0)
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.lists(st.tuples(st.integers(0, 20), st.sampled_from(["send", "begin", "end"]), st.sampled_from("abc"))))
 def test_a_view_is_its_open_requests_and_nothing_else(events: list[tuple[int, str, str]]) -> None:
     view, open_asks, begun = views(1)[0], dict[str, Ask](), set[str]()

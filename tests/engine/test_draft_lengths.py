@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from inlaid.config import SpeculationConfig
@@ -13,6 +13,7 @@ from inlaid.engine.account import Account
 from inlaid.engine.draft_lengths import PRIOR_CHANCE, Acceptance, StepCosts, choose, grade
 from inlaid.engine.request import Batch, Request, SamplingParams, Work
 from inlaid.engine.speculation import Draft, Speculation
+from tests.examples import examples
 
 worths = st.lists(
     st.lists(st.floats(0.05, 0.99), max_size=4).map(lambda each: list(itertools.accumulate(each, lambda a, b: a * b))),
@@ -20,7 +21,7 @@ worths = st.lists(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(worths, st.floats(0.001, 0.5), st.integers(0, 12))
 def test_the_choice_is_the_best_of_all(worths: list[list[float]], slope: float, most: int) -> None:
     decodes = max(1, len(worths))

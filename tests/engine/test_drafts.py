@@ -13,6 +13,7 @@ from inlaid.engine.account import Account
 from inlaid.engine.drafts import BYTES_PER_TOKEN, LEAST_MATCH, PhraseBook, Phrases, Prompted, as_text
 from inlaid.engine.request import FinishReason, Request, SamplingParams
 from inlaid.engine.speculation import PHRASES, Speculation, TextDrafter
+from tests.examples import examples
 
 MANY = 1 << 22  # bytes
 
@@ -31,7 +32,7 @@ def tokens(text: str) -> list[int]:
     return list(map(ord, text))
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, 9))
 def test_own_text_is_copied_from_behind_an_earlier_place_with_the_same_tokens(text: list[int], most: int) -> None:
     guesses, match = Prompted(request(text)).find(most)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from inlaid.config import ConfigError, SpeculationConfig
@@ -16,6 +16,7 @@ from inlaid.engine.request import FinishReason, Request
 from inlaid.engine.speculation import Draft, Speculation, make_speculation, resolved
 from tests.engine.bench import ADAPTERS, Bench
 from tests.engine.fake_runner import EOS, FakeAdapters, generate
+from tests.examples import examples
 
 
 class Oracle:
@@ -181,7 +182,7 @@ requests = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     requests=requests,
     overlap=st.booleans(),

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from inlaid.kernels.assist import FEWEST_ROWS, Assistant, Factors, NoFerry, Profile, measure
 from tests.adapters.fake_lane import FakeFerry
+from tests.examples import examples
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     rows=st.integers(1, 40),
     begin=st.integers(0, 5),

@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from inlaid.kernels.backend import AdapterPages, Site
 from inlaid.kernels.cpu_lora import CpuLora
 from inlaid.kernels.native_lora import NativeLora
+from tests.examples import examples
 from tests.kernels.steps import MEMORY, make_step
 
 SITES = 14
@@ -57,7 +58,7 @@ def by_hand(pages: AdapterPages, x: torch.Tensor, slots: list[int], out: torch.T
     st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9)), min_size=1, max_size=12),
     st.lists(st.lists(st.integers(0, 5), min_size=3, max_size=3), min_size=4, max_size=4),
 )
-@settings(max_examples=40, deadline=None)
+@examples(40)
 def test_adapters_equal_a_loop_over_rows(
     make: Callable[[AdapterPages], CpuLora], sequences: list[tuple[int, int]], ranks: list[list[int]]
 ) -> None:

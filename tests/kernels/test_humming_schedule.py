@@ -7,10 +7,11 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from inlaid.kernels.humming_schedule import MOST_SLICES, Problem, schedule, slices_of
+from tests.examples import examples
 
 SHAPES = ((4096, 12288), (4096, 4096), (4096, 22016), (11008, 4096), (14336, 4096), (1024, 512), (1088, 512))
 
@@ -137,7 +138,7 @@ configs = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(configs, st.sampled_from(SHAPES), st.integers(1, 700))
 def test_slices_are_those_of_the_scheduler(config: dict[str, Any], shape: tuple[int, int], rows: int) -> None:
     problem = Problem(*shape, 128, 0, rows, 132)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from inlaid.program import Condition, Failure, Options, Program
 from inlaid.program.local import LocalPlan
 from tests.engine.fake_runner import generate
+from tests.examples import examples
 from tests.program.fake_host import FakeHost
 
 ADAPTERS = (None, "a", "b", "c")
@@ -92,7 +93,7 @@ ONE_BY_ONE = Options(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(programs(), OPTIONS, st.booleans(), st.sampled_from((400, 40)), st.sampled_from((100, 2)))
 def test_fused_equals_unfused_equals_one_after_another(
     drawn: tuple[Program, list[dict[str, Any]]], options: Options, overlap: bool, blocks: int, slots: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from inlaid.adapters.modes import CACHED, CPU_ASSIST, MODES, ON_DEMAND, PIPELINED
@@ -13,6 +13,7 @@ from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.sim.cost import CostModel
 from inlaid.sim.request_log import Arrival
 from inlaid.sim.simulate import Setup, simulate
+from tests.examples import examples
 
 COST = CostModel(name="flat", source="test", step=0.1, load_base=0.4)
 
@@ -64,7 +65,7 @@ def test_an_unknown_mode_is_refused() -> None:
     load=st.floats(0.001, 1.0),
     assist=st.sampled_from([0.0, 0.001]),
 )
-@settings(max_examples=80, deadline=None)
+@examples(80)
 def test_everyone_is_served_in_every_mode(
     mode: str, asks: list[tuple[float, int, int]], slots: int, load: float, assist: float
 ) -> None:
