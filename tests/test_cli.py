@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass
@@ -181,10 +182,8 @@ def test_flags_are_checked_before_the_model_is_loaded(
     assert "oading" not in said
 
 
-def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "inlaid", *arguments], input=stdin, capture_output=True, text=True, timeout=120
-    )
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "inlaid", *arguments], capture_output=True, text=True, timeout=120)
 
 
 def test_version() -> None:
@@ -206,13 +205,14 @@ def test_a_python_without_what_is_needed_is_one_line(tmp_path: Path) -> None:
     assert "-m pip install" in line
 
 
-def test_generate_answers_once() -> None:
+def test_generate_answers_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ("generate", "--adapter", "to_velar", "--max-tokens", "8", "--max-model-len", "128")
     once = run(*arguments, "--prompt", "hello there")
     assert once.returncode == 0, once.stderr
     assert once.stdout.strip()
-    chat = run(*arguments, stdin="hello there\n\nhello there\n")
-    assert chat.stdout.splitlines() == [once.stdout.strip("\n")] * 2
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello there\n\nhello there\n"))
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out.splitlines() == [once.stdout.strip("\n")] * 2
 
 
 @pytest.mark.parametrize(
@@ -224,11 +224,13 @@ def test_generate_answers_once() -> None:
         (("serve", "--port", "0", "--adapter", "nothing"), "NAME=PATH"),
     ],
 )
-def test_mistakes_are_answered_in_one_line(arguments: tuple[str, ...], sentence: str) -> None:
-    ended = run(*arguments)
-    assert ended.returncode == 2
-    assert sentence in ended.stderr.splitlines()[-1]
-    assert "Traceback" not in ended.stderr
+def test_mistakes_are_answered_in_one_line(
+    arguments: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert sentence in said.splitlines()[-1]
+    assert "Traceback" not in said
 
 
 def test_a_thousand_adapters_are_one_line() -> None:

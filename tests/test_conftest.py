@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.perf.marked import wait_until_gone
+from tests.test_processes import NO_PLUGINS
 
 ROOT = Path(__file__).parents[1]
 
@@ -54,8 +55,6 @@ PYTEST = (
     "-p",
     "tests.leftovers",
     "-p",
-    "no:schemathesis",
-    "-p",
     "no:cacheprovider",
     "-c",
     os.devnull,
@@ -68,7 +67,7 @@ def test_a_killed_test_run_leaves_no_process(tmp_path: Path, forks: tuple[str, .
     mark = uuid.uuid4().hex
     run = subprocess.Popen(
         [*PYTEST, *forks, "-s", "--rootdir", str(tmp_path), str(tmp_path / "test_server.py")],
-        env={**os.environ, "PERF_TEST_MARK": mark, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, **NO_PLUGINS, "PERF_TEST_MARK": mark, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         cwd=tmp_path,
     )
@@ -84,7 +83,7 @@ def test_a_killed_test_run_leaves_no_process(tmp_path: Path, forks: tuple[str, .
 def test_a_subprocess_that_outlives_its_loop_fails_the_test_that_left_it(tmp_path: Path) -> None:
     (tmp_path / "test_open.py").write_text(OPEN)
     command = [*PYTEST, "-q", "-rA", "--rootdir", str(tmp_path), str(tmp_path / "test_open.py")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **NO_PLUGINS, "PYTHONPATH": str(ROOT)}
     said = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True).stdout
     assert "ERROR test_open.py::test_leaves_one - Failed: the event loop was closed" in said
     assert "<_UnixSubprocessTransport pid=" in said

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+NO_PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # to import them takes longer than the tests
 
 # Each of the two waits for the other, which one process that runs them in turn would do for ever.
 WAITS = """
@@ -62,8 +63,8 @@ def made():
 
 def run(folder: Path, number: int, *flags: str) -> str:
     command = [sys.executable, "-m", "pytest", "-p", "tests.processes", "--processes", str(number), "-c", os.devnull]
-    command += ["-p", "no:schemathesis", "-p", "no:cacheprovider", "-q", "--timeout", "60", "--rootdir", ".", *flags]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    command += ["-p", "pytest_timeout", "-p", "no:cacheprovider", "-q", "--timeout", "60", "--rootdir", ".", *flags]
+    environment = {**os.environ, **NO_PLUGINS, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True).stdout
 
 

@@ -34,7 +34,7 @@ HOSTILE = "<img src=x onerror=window.hacked=1>"
 PROTO = "__proto__"
 ANSWER = " Hello <script>window.hacked=2</script> <img src=x onerror=window.hacked=3> and good bye."
 TENANTS = ("alpha", "beta", "<b onmouseover=window.hacked=4>tenant</b>")
-STEP_SECONDS = 0.012
+STEP_SECONDS = 0.04
 
 
 class _Runner:

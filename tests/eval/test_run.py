@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,8 +29,6 @@ from inlaid.model.spec import read_spec
 
 BASE = ROOT / "models/demo/base"
 ADAPTERS = ROOT / "models/demo/adapters"
-
-pytestmark = pytest.mark.together("forkserver")  # which imports for seconds
 
 
 def evaluate(folder: Path, *arguments: str) -> dict[str, Any]:
@@ -155,12 +155,17 @@ def of_another_base(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     }
 
 
-@pytest.mark.parametrize("backend", ["engine", "oracle"])
+ZERO = (zero_b, ("does no better than the base alone", "changes nothing"))
+FOREIGN = (of_another_base, ("does no better than the base alone",))
+
+
 @pytest.mark.parametrize(
-    ("change", "reasons"),
+    ("change", "reasons", "backend"),
     [
-        (zero_b, ("does no better than the base alone", "changes nothing")),
-        (of_another_base, ("does no better than the base alone",)),
+        (*ZERO, "engine"),
+        (*FOREIGN, "engine"),
+        (*ZERO, "oracle"),
+        pytest.param(*FOREIGN, "oracle", marks=pytest.mark.long),
     ],
 )
 def test_a_dead_or_foreign_adapter_is_found(
@@ -290,8 +295,11 @@ def test_examples_are_a_number(capsys: pytest.CaptureFixture[str]) -> None:
     assert "'-1' is not a number of 0 or more" in capsys.readouterr().err
 
 
-def test_a_subset_of_the_whole(tmp_path: Path) -> None:
+def test_a_subset_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long: bool) -> None:
     """A worker, quantizing, figures, and the oracle beside the engine: all answers the same."""
+    if not long and not torch.cuda.is_available():  # a worker that is forked imports nothing
+        forks = multiprocessing.get_context("fork")
+        monkeypatch.setattr(run, "multiprocessing", SimpleNamespace(get_context=lambda method: forks))
     arguments = ["--tasks", "to_velar", "--variants", "fp16,rtn", "--bits", "4", "--examples", "3",
                  "--calibration-tokens", "600", "--compare", "oracle"]  # fmt: skip
     assert run.main([*arguments, "--out", str(tmp_path / "report"), "--cache", str(tmp_path / "cache")]) == 0

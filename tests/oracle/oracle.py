@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,17 @@ def save_adapter(folder: Path, model: Path, seed: int, **settings: Any) -> None:
     base = AutoModelForCausalLM.from_pretrained(model)
     adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **settings))
     adapted.save_pretrained(folder)
+
+
+def save_adapters(folders: Iterable[Path], model: Path) -> None:
+    """Write random adapters of every kind, one after the other, over a model that is read once."""
+    base: Any = AutoModelForCausalLM.from_pretrained(model)
+    for index, folder in enumerate(folders):
+        torch.manual_seed(index)
+        config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **adapter_settings(index))
+        adapted = get_peft_model(base, config)
+        adapted.save_pretrained(folder)
+        base = adapted.unload()
 
 
 def prompts(count: int, seed: int, longest: int = 40) -> list[list[int]]:

@@ -25,11 +25,13 @@ from tests.oracle.oracle import (
     load_engine,
     prompts,
     save_adapter,
+    save_adapters,
     save_gptq,
     save_model,
     serve,
 )
 
+NUM_KINDS = 7  # of adapters, by `adapter_settings`
 NUM_ADAPTERS = 15  # and the base: sixteen requests, sixteen different models
 
 
@@ -56,11 +58,10 @@ class Case:
         ]
 
 
-def make_case(folder: Path, family: str) -> Case:
+def make_case(folder: Path, family: str, num_adapters: int = NUM_ADAPTERS) -> Case:
     save_model(folder / "model", family_config(family))
-    adapters = {f"a{index}": folder / f"a{index}" for index in range(NUM_ADAPTERS)}
-    for index, path in enumerate(adapters.values()):
-        save_adapter(path, folder / "model", index, **adapter_settings(index))
+    adapters = {f"a{index}": folder / f"a{index}" for index in range(num_adapters)}
+    save_adapters(adapters.values(), folder / "model")
     return Case(folder / "model", adapters, Judge(folder / "model", adapters))
 
 
@@ -75,10 +76,12 @@ def mistral(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sixteen_requests_of_many_adapters_in_one_batch(family: str, tmp_path: Path) -> None:
-    case = make_case(tmp_path, family)
+def test_requests_of_every_kind_of_adapter_in_one_batch(family: str, tmp_path: Path, long: bool) -> None:
+    """Sixteen requests of one family, and one for each kind and the base of the others."""
+    num_adapters = NUM_ADAPTERS if long or family == "llama" else NUM_KINDS
+    case = make_case(tmp_path, family, num_adapters)
     engine, loaded = case.engine()
-    requests = case.requests()
+    requests = case.requests(num_adapters + 1)
     answers = serve(engine, requests)
     for request in requests:
         case.judge.check(request, answers[request.id])

@@ -91,9 +91,16 @@ def test_labels_are_escaped(tmp_path: Path) -> None:
     assert "&lt;script&gt;" in page
 
 
-def test_pictures_are_written_beside_the_page(tmp_path: Path) -> None:
-    report(tmp_path, *[written(tmp_path, f"m/rate-{rate}", rate) for rate in (5.0, 10.0, 20.0)])
-    names = {path.name for path in tmp_path.glob("*.png")}
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a report of two policies at three rates, drawn."""
+    folder = tmp_path_factory.mktemp("drawn")
+    report(folder, *[written(folder, f"m/rate-{rate}/policy-{p}", rate) for p in "ab" for rate in (5.0, 10.0, 20.0)])
+    return folder
+
+
+def test_pictures_are_written_beside_the_page(drawn: Path) -> None:
+    names = {path.name for path in drawn.glob("*.png")}
     assert names == {
         f"report-{name}.png"
         for name in (
@@ -101,7 +108,7 @@ def test_pictures_are_written_beside_the_page(tmp_path: Path) -> None:
             "against-rate",
         )
     }  # fmt: skip
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.glob("*.png"))
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn.glob("*.png"))
 
 
 def test_without_matplotlib_the_tables_remain_and_it_is_said(
@@ -127,17 +134,15 @@ def test_what_is_no_run_is_one_clear_line(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-def test_a_real_browser_shows_it_whole(tmp_path: Path, width: int) -> None:
+def test_a_real_browser_shows_it_whole(drawn: Path, tmp_path: Path) -> None:
     """Every picture decoded and in view, no error, nothing fetched, no sideways scrolling of the page."""
     browser = find_browser()
     if browser is None:
         pytest.skip("no Chromium here: apt-get install chromium to let the report be looked at")
-    paths = [written(tmp_path, f"m/rate-{rate}/policy-{policy}", rate) for policy in "ab" for rate in (5.0, 10.0, 20.0)]
-    report(tmp_path, *paths)
-    url = (tmp_path / "report.html").as_uri()
+    url = (drawn / "report.html").as_uri()
 
-    async def look(page: Page) -> dict[str, Any]:
+    async def look(page: Page, width: int) -> dict[str, Any]:
+        page.requests.clear()
         await page.open(url, width)
         seen = {
             "images": await page.ask("[...document.images].map(i => [i.alt, i.naturalWidth, i.clientWidth])"),
@@ -151,11 +156,16 @@ def test_a_real_browser_shows_it_whole(tmp_path: Path, width: int) -> None:
         await page.ask("document.querySelector('details summary').click()")
         seen["opened"] = await page.ask("document.querySelector('details').open")
         seen["picture"] = await page.picture()
-        return seen | {"errors": page.errors, "requests": page.requests}
+        return seen | {"errors": page.errors, "requests": list(page.requests)}
 
-    profile = tmp_path / "profile"
-    profile.mkdir()
-    seen = asyncio.run(with_page(browser, profile, look))
+    async def look_twice(page: Page) -> dict[int, dict[str, Any]]:
+        return {width: await look(page, width) for width in (1280, 390)}
+
+    for width, seen in asyncio.run(with_page(browser, tmp_path, look_twice)).items():
+        check(width, seen, url)
+
+
+def check(width: int, seen: dict[str, Any], url: str) -> None:
     assert [name for name, _, _ in seen["images"]] == [
         "Rate", "TTFT over time", "Inter-token latency over time", "Distributions", "Service by tenant",
         "Against rate",
