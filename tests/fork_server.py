@@ -39,7 +39,7 @@ _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15  # linux/prctl.h
 
 @dataclass(frozen=True)
 class _Order:
-    """What a fork is to do: to be `python -m module …`, or to call a function."""
+    """The work of a fork: to be `python -m module …`, or to call a function."""
 
     module: str
     arguments: tuple[str, ...]
