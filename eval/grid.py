@@ -18,6 +18,7 @@ from eval.task import Example, Task
 from inlaid.adapters.peft import identity_of
 from inlaid.kv_format import AUTO
 from inlaid.progress import Bar
+from inlaid.text.tokenizer_files import as_transformers
 
 CHUNK = 1024  # questions asked at once, and lost at most by a kill
 
@@ -90,6 +91,7 @@ class Grid:
         self.cache = cache
         self.decoding = decoding
         self.identities = {name: identity_of(path) for name, path in adapters.items()}
+        self._known_questions: dict[tuple[str, str], list[Question]] = {}  # by task and tokenizer
 
     def run(self, base: Base, alone: bool = False) -> list[Cell]:
         """Return every task's cell on this base; with `alone`, those of the base without adapters too."""
@@ -130,7 +132,7 @@ class Grid:
         """Put the missing answers into the cache; return the adapters that could not be loaded."""
         if not wanted:
             return {}
-        tokenizer = _tokenizer(base.folder)
+        tokenizer, asked_with = as_transformers(base.folder), provenance.tokenizer_identity(base.folder)
         used = {adapter for _, adapter in wanted if adapter is not None}
         adapters = {name: path for name, path in self.adapters.items() if name in used}
         backend = self.open_backend(base.folder, adapters, base.kv)
@@ -139,12 +141,19 @@ class Grid:
             questions = [
                 (index, question, adapter)
                 for index, ((asked, adapter), _) in enumerate(able)
-                for question in asking.questions(asked.task, asked.examples, tokenizer)
+                for question in self._questions(asked, asked_with, tokenizer)
             ]
             self._ask_in_chunks(base, backend, questions, [key for _, key in able], tokenizer)
             return dict(backend.refused)
         finally:
             backend.close()
+
+    def _questions(self, asked: Asked, asked_with: str, tokenizer: Any) -> list[Question]:
+        """Return a task's questions as a tokenizer has them; the bases of a grid mostly share one."""
+        key = asked.fingerprint, asked_with
+        if key not in self._known_questions:
+            self._known_questions[key] = asking.questions(asked.task, asked.examples, tokenizer)
+        return self._known_questions[key]
 
     def _ask_in_chunks(
         self,
@@ -167,9 +176,3 @@ class Grid:
                     if len(answers[owner]) == left[owner]:
                         self.cache.put(keys[owner], answers[owner])
                 progress.update(len(chunk))
-
-
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)

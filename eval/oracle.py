@@ -15,13 +15,14 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch.nn.functional import log_softmax
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from eval.backend import Ask, BackendError, Graded, check_full
 from inlaid.adapters.peft import read_adapter
 from inlaid.checkpoint import Checkpoint, dequantize
 from inlaid.kv_format import AUTO
 from inlaid.model.spec import read_spec
+from inlaid.text.tokenizer_files import as_transformers
 
 MAX_TOKENS = 8192  # in one padded batch
 
@@ -142,7 +143,7 @@ def _ends(base: Path) -> frozenset[int]:
     config = base / "generation_config.json"
     found = json.loads(config.read_text()).get("eos_token_id") if config.exists() else None
     if found is None:
-        found = AutoTokenizer.from_pretrained(base).eos_token_id
+        found = as_transformers(base).eos_token_id
     return frozenset(() if found is None else found if isinstance(found, list) else [found])
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from inlaid.checkpoint import Checkpoint, QuantSpec, quantization_config, to_tensors
 from inlaid.files import atomic_folder
@@ -22,6 +21,7 @@ from inlaid.quant.calibration import CalibrationSettings, batches, load_calibrat
 from inlaid.quant.grid import Grid
 from inlaid.quant.hessian import block_hessians
 from inlaid.quant.solver import round_to_nearest
+from inlaid.text.tokenizer_files import as_transformers
 
 COPIED = (".json", ".jinja", ".model", ".txt")
 
@@ -57,7 +57,7 @@ def write_scaled(checkpoint: Checkpoint, hessians: Sequence[SiteHessian], grid: 
 def mixed_hessians(checkpoint: Checkpoint, files: Sequence[Path], settings: CalibrationSettings) -> list[SiteHessian]:
     """Return the Hessians of all files' data mixed, without adapters, of every site of the base."""
     model, found = BlockModel(checkpoint), []
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
+    tokenizer = as_transformers(checkpoint.path)
     data = [load_calibration(file, tokenizer, settings) for file in files]
     streams = [model.start(batches(calibration.fitting)) for calibration in data]
     for index in range(model.num_blocks):

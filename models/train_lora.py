@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from inlaid.checkpoint import Checkpoint
 from inlaid.files import hash_file
@@ -30,6 +30,7 @@ from inlaid.progress import Bar
 from inlaid.quant.calibration import Sequence as Tokens
 from inlaid.quant.calibration import encode, padded
 from inlaid.quant.examples import read_examples
+from inlaid.text.tokenizer_files import as_transformers
 from models.lora_files import TrainingState, is_done, write_adapter
 from models.plan import ALL_LINEAR
 from models.training import learning_rate, stack, stacked_linears
@@ -93,7 +94,7 @@ def seeded(*parts: object) -> torch.Generator:
 
 def read_tasks(base: Path, given: Sequence[str], settings: TrainSettings) -> list[TrainTask]:
     """Read NAME=FILE.jsonl of each task into tokens of the base's tokenizer."""
-    tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+    tokenizer = as_transformers(base)
     fingerprint = Checkpoint(base).fingerprint()
     tasks = []
     for text in given:

@@ -59,6 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "adapters.peft",
         "kernels.rounding_triton",
         "model.spec",
+        "text.tokenizer_files",
     },
     "report": set(),
     "workload": set(),

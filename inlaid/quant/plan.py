@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from inlaid.adapters.adapter import Adapter
 from inlaid.adapters.peft import former_identity_of, read_adapter
@@ -24,6 +23,7 @@ from inlaid.quant.gate import GateTask
 from inlaid.quant.record import Record
 from inlaid.quant.settings import DTYPES, Place, QuantizeError, Settings, TaskSource
 from inlaid.quant.stopwatch import Stopwatch
+from inlaid.text.tokenizer_files import as_transformers
 
 WEIGHING = 64  # sequences of each task that minimax-loss measures
 
@@ -156,6 +156,6 @@ class Plan:
 def read_tokenizer(base: Path) -> Any:
     """Return the tokenizer that lies beside the base's weights."""
     try:
-        return AutoTokenizer.from_pretrained(base, local_files_only=True)
-    except (OSError, ValueError) as error:
+        return as_transformers(base)
+    except Exception as error:  # its readers raise anything where a file is not what they expect
         raise QuantizeError(f"{base} holds no tokenizer that can be read; copy it beside the weights") from error

@@ -56,6 +56,22 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
     return _read_plain(folder, config) if generic and _is_plain(folder, config) else _read_other(folder, generic)
 
 
+def as_transformers(folder: Path) -> Any:
+    """Return the same tokenizer as one of transformers, for code that wants its methods: its ids are those that are
+    served, which transformers' own reading of a folder does not always give (SmolLM2's digits)."""
+    from transformers import PreTrainedTokenizerFast
+
+    files = read_tokenizer(folder)
+    kind: Any = PreTrainedTokenizerFast  # takes the tokenizer as it is
+    return kind(
+        tokenizer_object=files.fast,
+        chat_template=files.chat_template,
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=files.fast.encode_special_tokens,
+        **files.special_tokens,
+    )
+
+
 def _is_plain(folder: Path, config: Mapping[str, Any]) -> bool:
     """Tell whether a folder of a generic class can be read without transformers."""
     old = "added_tokens_decoder" not in config and any((folder / name).exists() for name in _OLD_FORMS)

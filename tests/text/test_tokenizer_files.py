@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from inlaid.text import tokenizer_files
 from inlaid.text.tokenizer import Tokenizer
-from inlaid.text.tokenizer_files import read_tokenizer
+from inlaid.text.tokenizer_files import as_transformers, read_tokenizer
 from tests.text import folders
 
 DEMO = Path(__file__).parents[2] / "models" / "demo" / "base"
@@ -28,10 +28,13 @@ def same(folder: Path) -> None:
     """Compare all that the product asks of a tokenizer with transformers."""
     ours, oracle = Tokenizer(folder), AutoTokenizer.from_pretrained(str(folder))
     backend: Any = oracle.backend_tokenizer
+    wrapped = as_transformers(folder)
+    assert (wrapped.chat_template, wrapped.eos_token_id) == (oracle.chat_template, oracle.eos_token_id)
     for text in TEXTS:
         for special in (True, False):
             ids = ours.encode(text, special)
             assert ids == oracle.encode(text, add_special_tokens=special), text
+            assert ids == wrapped(text, add_special_tokens=special)["input_ids"], text
             for skip in (True, False):
                 assert ours.decode(ids, skip) == backend.decode(ids, skip_special_tokens=skip), text
     assert ours.vocab_size == len(oracle)
