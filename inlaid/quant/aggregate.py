@@ -12,10 +12,11 @@
                 (it takes a positive one wherever any task has one) at full strength
     minimax     at each site, the weights of the mean are raised where a task's own relative error is largest, over a
                 few rounds of solving; the solution whose worst task is best is kept
-    minimax-loss  the same for the whole model: after each round the tasks' losses on calibration answers are measured,
-                and the weights (of trace-normalised Hessians, one for each task) raised where the loss has grown most.
-                Half of the weight always stays evenly spread, so that no task is given up for another. Rounds end when
-                no task's answers have become less likely by more than ENOUGH, or PATIENCE of them were in vain
+    minimax-loss  the best of several solutions for the whole model, by the tasks' losses on calibration answers: the
+                mean, then the trace-normalised mean, then whichever was better with the weights (one for each task)
+                raised where the loss has grown most. Half of the weight always stays evenly spread, so that no task is
+                given up for another. Rounds end when no task's answers have become less likely by more than ENOUGH, or
+                PATIENCE of those with raised weights were in vain
 
 The order of the tasks decides the order of the sums: callers bring them sorted, so that any history of additions and
 removals ends in the same bits.
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor
 
 from inlaid.quant.grid import Grid
+from inlaid.quant.replay import Launch, launch
 from inlaid.quant.solver import Solution, reconstruction_error, solve
 
 MINIMAX_LOSS = "minimax-loss"
@@ -45,13 +47,14 @@ Rest = Callable[[], object]
 
 @dataclass(frozen=True)
 class TaskHessian:
-    """One task's second moments at one site, read when asked for; the tokens that it stands for; its share of the
-    weights, which only minimax-loss reads.
+    """One task's second moments at one site, read when asked for; the tokens that it stands for; and what only
+    minimax-loss reads: its share of the weights, and whether the moments are divided by their trace first.
     """
 
     read: Callable[[], Tensor]
     tokens: float
     share: float = 1.0
+    by_trace: bool = True
 
 
 def combine(aggregation: str, tasks: Sequence[TaskHessian]) -> Tensor:
@@ -65,9 +68,14 @@ def combine(aggregation: str, tasks: Sequence[TaskHessian]) -> Tensor:
         return _weighted(tasks, [task.tokens / total for task in tasks])
     if aggregation in ("trace-mean", MINIMAX_LOSS):
         even = aggregation == "trace-mean"
-        shares = [1.0 if even else task.share for task in tasks]
-        traces = [max(float(task.read().trace()), 1e-30) for task in tasks]
-        return _weighted(tasks, [share / trace for share, trace in zip(shares, traces, strict=True)])
+        total_KK: Tensor | None = None
+        for task in tasks:
+            hessian_KK = task.read()
+            size = max(float(hessian_KK.trace()), 1e-30) if even or task.by_trace else 1.0
+            weighted_KK = hessian_KK * ((1.0 if even else task.share) / size)
+            total_KK = weighted_KK if total_KK is None else total_KK.add_(weighted_KK)
+        assert total_KK is not None
+        return total_KK
     if aggregation == "max-diag":
         return _largest_diagonal(tasks)
     if aggregation in ("max", "max-clip"):
@@ -79,16 +87,26 @@ def combine(aggregation: str, tasks: Sequence[TaskHessian]) -> Tensor:
 
 
 def solve_together(
-    aggregation: str, weight_KN: Tensor, tasks: Sequence[TaskHessian], grid: Grid, rest: Rest = lambda: None
+    aggregation: str,
+    weight_KN: Tensor,
+    tasks: Sequence[TaskHessian],
+    grid: Grid,
+    rest: Rest = lambda: None,
+    run: Launch = launch,
 ) -> Solution:
-    """Return one shared quantized weight for all tasks. `rest` is called between pieces of the work."""
+    """Return one shared quantized weight for all tasks. `rest` and `run` are those of `solve`."""
     if aggregation == "minimax":
-        return minimax(weight_KN, tasks, grid, rest=rest)
-    return solve(weight_KN, combine(aggregation, tasks), grid, rest)
+        return minimax(weight_KN, tasks, grid, rest=rest, run=run)
+    return solve(weight_KN, combine(aggregation, tasks), grid, rest, run)
 
 
 def minimax(
-    weight_KN: Tensor, tasks: Sequence[TaskHessian], grid: Grid, rounds: int = ROUNDS, rest: Rest = lambda: None
+    weight_KN: Tensor,
+    tasks: Sequence[TaskHessian],
+    grid: Grid,
+    rounds: int = ROUNDS,
+    rest: Rest = lambda: None,
+    run: Launch = launch,
 ) -> Solution:
     """Lower the worst task's relative error tr(dW H dWᵀ) / tr(W H Wᵀ) by re-weighting and solving again."""
     energies = [max(_energy(weight_KN, task), 1e-30) for task in tasks]
@@ -96,7 +114,7 @@ def minimax(
     best: tuple[float, Solution] | None = None
     for _ in range(rounds if len(tasks) > 1 else 1):
         hessian_KK = _weighted(tasks, [float(s) / e for s, e in zip(shares, energies, strict=True)])
-        solution = solve(weight_KN, hessian_KK, grid, rest)
+        solution = solve(weight_KN, hessian_KK, grid, rest, run)
         errors = relative_errors(weight_KN, solution, tasks, energies)
         if best is None or float(errors.max()) < best[0]:
             best = float(errors.max()), solution

@@ -18,7 +18,7 @@ from inlaid.checkpoint import QuantSpec
 from inlaid.model.spec import ModelSpec
 
 GROUP_SIZES = (128, 64, 32)  # of which the first that fits is the default
-CLIP_STEPS = tuple(1.0 - 0.05 * i for i in range(13))
+CLIP_STEPS = 13  # ranges that are tried, each by a twentieth of the whole one narrower
 
 
 class SolverError(ValueError):
@@ -86,25 +86,32 @@ class Grid:
 
 
 def find_grid(rows_GN: Tensor, importance_G: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Return scale and zero of one group for every output. The scale is a half-precision number, as it is stored."""
+    """Return scale and zero of one group for every output. The scale is a half-precision number, as it is stored;
+    infinite where a range is too large for one (`check_scales`). Nothing is read back from a GPU.
+    """
     low_N, high_N = rows_GN.amin(0).clamp(max=0), rows_GN.amax(0).clamp(min=0)
     if grid.symmetric:
         high_N = torch.maximum(high_N, -low_N)
         low_N = -high_N
-    if float(high_N.max() - low_N.min()) > 65504.0 * grid.max_code:
-        raise SolverError("weights are too large for the half-precision scales of the format")
-    best_scale_N, best_zero_N = _grid_of_range(low_N, high_N, grid)
     if not grid.clip:
-        return best_scale_N, best_zero_N
-    best_error_N = _weighted_error(rows_GN, importance_G, best_scale_N, best_zero_N, grid)
-    for step in CLIP_STEPS[1:]:
-        scale_N, zero_N = _grid_of_range(low_N * step, high_N * step, grid)
-        error_N = _weighted_error(rows_GN, importance_G, scale_N, zero_N, grid)
-        better_N = error_N < best_error_N
-        best_error_N = torch.where(better_N, error_N, best_error_N)
-        best_scale_N = torch.where(better_N, scale_N, best_scale_N)
-        best_zero_N = torch.where(better_N, zero_N, best_zero_N)
-    return best_scale_N, best_zero_N
+        return _grid_of_range(low_N, high_N, grid)
+    steps_C1 = (1.0 - 0.05 * torch.arange(CLIP_STEPS, device=rows_GN.device, dtype=torch.float64))[:, None]
+    steps_C1 = steps_C1.to(rows_GN.dtype)
+    scale_CN, zero_CN = _grid_of_range(low_N * steps_C1, high_N * steps_C1, grid)
+    if rows_GN.is_cuda:  # all at once: a CPU's caches hold one range, and a GPU launches one kernel for all
+        error_CN = _weighted_error(rows_GN, importance_G, scale_CN[:, None], zero_CN[:, None], grid)
+    else:
+        tried = zip(scale_CN, zero_CN, strict=True)
+        error_CN = torch.stack([_weighted_error(rows_GN, importance_G, *each, grid) for each in tried])
+    best_1N = error_CN.argmin(0, keepdim=True)
+    scale_N = torch.where(torch.isfinite(scale_CN[0]), scale_CN.gather(0, best_1N)[0], scale_CN[0])
+    return scale_N, zero_CN.gather(0, best_1N)[0]
+
+
+def check_scales(scales_GN: Tensor) -> None:
+    """Refuse steps that half precision does not hold."""
+    if not torch.isfinite(scales_GN).all():
+        raise SolverError("weights are too large for the half-precision scales of the format")
 
 
 def _grid_of_range(low_N: Tensor, high_N: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -126,7 +133,7 @@ def _stored(step_N: Tensor) -> Tensor:
 
 def _weighted_error(rows_GN: Tensor, importance_G: Tensor, scale_N: Tensor, zero_N: Tensor, grid: Grid) -> Tensor:
     quantized_GN = (nearest_codes(rows_GN, scale_N, zero_N, grid.max_code) - zero_N) * scale_N
-    return ((rows_GN - quantized_GN).square() * importance_G[:, None]).sum(0)
+    return ((rows_GN - quantized_GN).square() * importance_G[:, None]).sum(-2)
 
 
 def nearest_codes(w: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:

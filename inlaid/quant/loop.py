@@ -7,6 +7,8 @@ Memory holds one block, the Hessians of one block, and the hidden states of the 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,22 @@ from inlaid.quant.bank import Bank, Entry
 from inlaid.quant.calibration import batches
 from inlaid.quant.hessian import advance, block_hessians
 from inlaid.quant.plan import Plan
+from inlaid.quant.replay import Replays, launch
 from inlaid.quant.solver import Solution
 from inlaid.quant.warm import StoredSolution
 from inlaid.tensorfiles import write_tensors
 
 SiteHessians = dict[str, list[TaskHessian]]
 Members = dict[str, list[str]]  # the linears of each site
+HELD = 0.25  # of a GPU's memory for Hessians that are read from the bank in every round
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of the tasks' Hessians: shares that sum to 1, of trace-normalised Hessians or of plain ones."""
+
+    shares_T: Tensor
+    by_trace: bool = True
 
 
 class Progress:
@@ -36,6 +48,7 @@ class Progress:
         blocks = plan.model.num_blocks
         new = sum(not entry.complete(blocks) for entry in plan.entries(bank))  # tasks that run through every block
         passes = rounds * len(plan.tasks) if plan.settings.sequential else new
+        self.rounds = rounds
         self.done, self.total = 0, 2 + blocks * (rounds + passes)
         self._tell = plan.place.progress
 
@@ -61,9 +74,14 @@ class BlockLoop:
         """Solve every site anew, or, with `stored`, from that solution."""
         self._plan, self._bank, self._progress, self._stored = plan, bank, progress, stored
         self._model, self._settings, self._stopwatch = plan.model, plan.settings, plan.stopwatch
+        self._run = launch if plan.place.rest else Replays()  # a job that is to rest does so between its kernels
+        self._held: dict[tuple[Path, int, str], Tensor] = {}  # Hessians, where rounds read them again
+        self._room = 0
+        if self._model.device.type == "cuda" and stored is None and progress.rounds > 1:
+            self._room = int(HELD * torch.cuda.get_device_properties(self._model.device).total_memory)
 
-    def fill(self, folder: Path, shares_T: Tensor) -> list[dict[str, Any]]:
-        """Solve every block with these shares of the tasks; returns what each site cost."""
+    def fill(self, folder: Path, weights: Weights) -> list[dict[str, Any]]:
+        """Solve every block with these weights of the tasks; returns what each site cost."""
         self._start_streams()
         facts: list[dict[str, Any]] = []
         for index in range(self._model.num_blocks):
@@ -72,7 +90,7 @@ class BlockLoop:
                 if note.exists():
                     self._pass_written(block, index, folder)
                 else:
-                    tensors, solved = self._solve(block, index, shares_T)
+                    tensors, solved = self._solve(block, index, weights)
                     with self._stopwatch.part("writing"):
                         write_tensors(shard, tensors, {"format": "pt"})
                         write_atomically(note, json.dumps(solved).encode())
@@ -90,10 +108,10 @@ class BlockLoop:
                 with self._stopwatch.part("forward"):
                     task.streams = self._model.start(batches(task.calibration.fitting, weight))
 
-    def _solve(self, block: nn.Module, index: int, shares_T: Tensor) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    def _solve(self, block: nn.Module, index: int, weights: Weights) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         sequential, linears = self._settings.sequential, self._model.linears(index)
         make = self._fresh_hessians if sequential else self._banked_hessians
-        sites, members = make(block, index, shares_T.tolist())
+        sites, members = make(block, index, weights)
         tensors = self._untouched(index, set(linears))
         facts = []
         for site, hessians in sites.items():
@@ -121,7 +139,7 @@ class BlockLoop:
         grid, rest, more = self._settings.grid, self._stopwatch.rest, dict[str, float]()
         if self._stored is None:
             weights_KN = torch.cat(list(weights.values()), dim=1)
-            solution = solve_together(self._settings.aggregation, weights_KN, hessians, grid, rest)
+            solution = solve_together(self._settings.aggregation, weights_KN, hessians, grid, rest, self._run)
         else:
             solution, moved = self._stored.solve(index, site, weights, hessians, grid, rest)
             more = {"moved": moved}
@@ -139,7 +157,7 @@ class BlockLoop:
             advance(self._model, block, index, task.adapter, task.streams)
             self._progress.step(f"layer {index}, task {task.name}, resumed")
 
-    def _banked_hessians(self, block: nn.Module, index: int, shares: list[float]) -> tuple[SiteHessians, Members]:
+    def _banked_hessians(self, block: nn.Module, index: int, weights: Weights) -> tuple[SiteHessians, Members]:
         """Return every task's Hessians of a block, read from the bank; those that are not there are made first."""
         entries = self._plan.entries(self._bank)
         for task, entry in zip(self._plan.tasks, entries, strict=True):
@@ -153,26 +171,38 @@ class BlockLoop:
                     entry.write(index, made.hessians(), made.members, made.total)
             self._progress.step(f"layer {index}, task {task.name}")
         members = entries[0].members(index)
-        shared = list(zip(entries, shares, strict=True))
-        sites = {site: [self._banked(entry, share, index, site) for entry, share in shared] for site in members}
+        shared = list(zip(entries, weights.shares_T.tolist(), strict=True))
+        sites = {
+            site: [
+                TaskHessian(partial(self._read, entry, index, site), entry.tokens(index), share, weights.by_trace)
+                for entry, share in shared
+            ]
+            for site in members
+        }
         return sites, members
 
-    def _banked(self, entry: Entry, share: float, index: int, site: str) -> TaskHessian:
-        def read() -> Tensor:
-            with self._stopwatch.part("bank"):
-                return entry.read(index, site, self._model.device)
+    def _read(self, entry: Entry, index: int, site: str) -> Tensor:
+        """Read a Hessian from the bank, or from the device where rounds before this one left it."""
+        key = entry.path, index, site
+        if key in self._held:
+            return self._held[key]
+        with self._stopwatch.part("bank"):
+            hessian_KK = entry.read(index, site, self._model.device)
+        if hessian_KK.nbytes <= self._room:
+            self._room -= hessian_KK.nbytes
+            self._held[key] = hessian_KK
+        return hessian_KK
 
-        return TaskHessian(read, entry.tokens(index), share)
-
-    def _fresh_hessians(self, block: nn.Module, index: int, shares: list[float]) -> tuple[SiteHessians, Members]:
+    def _fresh_hessians(self, block: nn.Module, index: int, weights: Weights) -> tuple[SiteHessians, Members]:
         """Return every task's Hessians of a block as its quantized predecessors make them."""
         sites: SiteHessians = {}
         members: Members = {}
-        for task, share in zip(self._plan.tasks, shares, strict=True):
+        for task, share in zip(self._plan.tasks, weights.shares_T.tolist(), strict=True):
             made = block_hessians(self._model, block, index, task.adapter, task.streams, advance=False)
             members = made.members
             for site, hessian_KK in made.hessians().items():
-                sites.setdefault(site, []).append(_held(hessian_KK, made.total, share))
+                held = TaskHessian(partial(_itself, hessian_KK), made.total, share, weights.by_trace)
+                sites.setdefault(site, []).append(held)
             self._progress.step(f"layer {index}, task {task.name}")
         return sites, members
 
@@ -184,5 +214,5 @@ class BlockLoop:
         return {name: checkpoint.tensor(name) for name in names}
 
 
-def _held(hessian_KK: Tensor, tokens: float, share: float) -> TaskHessian:
-    return TaskHessian(lambda: hessian_KK, tokens, share)
+def _itself(hessian_KK: Tensor) -> Tensor:
+    return hessian_KK

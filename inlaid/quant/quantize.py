@@ -28,7 +28,7 @@ from inlaid.quant.aggregate import ENOUGH, LOSS_ROUNDS, MINIMAX_LOSS, PATIENCE, 
 from inlaid.quant.bank import Bank, bank_path
 from inlaid.quant.blocks import BlockModel
 from inlaid.quant.gate import GateTask, fits, quantized_losses, regressions, why_unfit
-from inlaid.quant.loop import BlockLoop, Progress
+from inlaid.quant.loop import BlockLoop, Progress, Weights
 from inlaid.quant.losses import Loss, recorded
 from inlaid.quant.plan import Plan, Task
 from inlaid.quant.publish import Publisher, check_target, only_job, read_record, recover, remove_partial
@@ -154,7 +154,7 @@ class _Job:
         self._progress = Progress(plan, self._bank, LOSS_ROUNDS if self._weighs else 1)
         self._loop = BlockLoop(plan, self._bank, self._progress, self._stored)
         self._weighed: dict[str, float] = {}  # nats an answer on the full-precision base
-        self._shares: dict[str, float] = {}
+        self._weights: Weights | None = None  # those that the folder is made with
 
     def run(self, known: Mapping[str, Any]) -> Record:
         """Make the folder; `known` are the records of tasks that have passed the gate before."""
@@ -201,42 +201,44 @@ class _Job:
     def _candidate(self) -> tuple[Path, Facts]:
         """Build the version that is to take the output's place; returns it and what its sites cost."""
         tasks = self._plan.tasks
-        shares_T = torch.ones(len(tasks), dtype=torch.float64) / len(tasks)
-        if self._stored is not None:
-            shares_T = self._stored.new_shares([task.name for task in tasks])
+        even_T = torch.ones(len(tasks), dtype=torch.float64) / len(tasks)
         if not self._weighs:
-            self._note_shares(shares_T)
-            return self._built(0, shares_T)
+            self._weights = Weights(even_T)
+            if self._stored is not None:
+                shares_T = self._stored.new_shares([task.name for task in tasks])
+                self._weights = Weights(shares_T, self._stored.by_trace)
+            return self._built(0, self._weights)
         full_T = self._weighing_losses(self._plan.model, self._weighed)
         self._weighed = {task.name: float(full) for task, full in zip(tasks, full_T, strict=True)}
         best: tuple[float, Path, Facts] | None = None
-        in_vain = 0  # rounds since the best
+        weights, in_vain = Weights(even_T, by_trace=False), 0  # rounds since the best, of those with raised weights
         for number in range(LOSS_ROUNDS):
-            partial, facts = self._built(number, shares_T)
+            partial, facts = self._built(number, weights)
             excess_T = (self._weighing_losses(self._plan.open(partial)) - full_T).clamp(min=0)
             beaten: Path | None = partial
-            in_vain += 1
+            in_vain += number > 1
             if best is None or float(excess_T.max()) < best[0]:
                 beaten = best[1] if best is not None else None
                 best, in_vain = (float(excess_T.max()), partial, facts), 0
-                self._note_shares(shares_T)
+                self._weights, last = weights, (weights, excess_T)
+            elif number > 1:
+                last = weights, excess_T  # raised from here on: from the best they would come out the same
             if beaten is not None:  # two folders at most: a killed run solves beaten rounds again, to the same bits
                 remove_partial(beaten)
             if best[0] <= ENOUGH or in_vain == PATIENCE:
                 break
-            shares_T = raised(shares_T, excess_T)
+            weights = Weights(even_T)
+            if number > 0:
+                weights = Weights(raised(last[0].shares_T, last[1]), last[0].by_trace)
         assert best is not None
         return best[1:]
 
-    def _built(self, number: int, shares_T: Tensor) -> tuple[Path, Facts]:
+    def _built(self, number: int, weights: Weights) -> tuple[Path, Facts]:
         partial = self._publisher.partial(number)
-        facts = self._loop.fill(partial, shares_T)
+        facts = self._loop.fill(partial, weights)
         with self._plan.stopwatch.part("writing"):
             self._publisher.complete(partial)
         return partial, facts
-
-    def _note_shares(self, shares_T: Tensor) -> None:
-        self._shares = {task.name: float(share) for task, share in zip(self._plan.tasks, shares_T, strict=True)}
 
     def _weighing_losses(self, model: BlockModel, known: Mapping[str, float] = MappingProxyType({})) -> Tensor:
         """Return nats an answer, task by task; those that are known already are not measured again."""
@@ -275,6 +277,9 @@ class _Job:
             }
             for task in plan.tasks
         }
+        assert self._weights is not None
+        shares = dict(zip(tasks, self._weights.shares_T.tolist(), strict=True))
         base = {"path": stored_path(plan.base, self._out), "fingerprint": plan.fingerprint}
         seconds = {part: round(spent, 4) for part, spent in sorted(plan.stopwatch.seconds.items())}
-        return Record(self._out, base, plan.settings, tasks, facts, seconds, shares=self._shares)
+        by_trace = self._weights.by_trace
+        return Record(self._out, base, plan.settings, tasks, facts, seconds, shares=shares, by_trace=by_trace)

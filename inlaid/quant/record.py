@@ -37,6 +37,7 @@ class Record:
     seconds: dict[str, float] = field(default_factory=dict)
     files: tuple[str, ...] = ()  # empty: version 1, which did not list them
     shares: dict[str, float] = field(default_factory=dict)  # of each task in the weights of minimax-loss
+    by_trace: bool = True  # whether those are the weights of trace-normalised Hessians
 
     @classmethod
     def read(cls, out: Path) -> Record:
@@ -53,7 +54,10 @@ class Record:
             if any(Path(name).name != name for name in files):
                 raise ValueError("it names files outside of its folder")
             shares = {str(name): float(share) for name, share in values.get("shares", {}).items()}
-            record = cls(out, values["base"], settings, values["tasks"], values["sites"], seconds, files, shares)
+            by_trace = bool(values.get("by_trace", True))
+            record = cls(
+                out, values["base"], settings, values["tasks"], values["sites"], seconds, files, shares, by_trace
+            )
             return record if version == VERSION else record._translated()
         except (FileNotFoundError, NotADirectoryError) as error:
             raise QuantizeError(f"{out} has no {RECORD}: only folders made by `inlaid quantize` have tasks") from error

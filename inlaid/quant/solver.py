@@ -14,14 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from math import gcd
 
 import torch
 from torch import Tensor
 
 from inlaid.checkpoint import QuantizedLinear, from_codes
-from inlaid.quant.grid import Grid, SolverError, find_grid, nearest_codes
+from inlaid.quant.grid import Grid, SolverError, check_scales, find_grid, nearest_codes
 from inlaid.quant.refine import refine
+from inlaid.quant.replay import Launch, launch
 from inlaid.quant.rounding import rounder
 
 BLOCK = 128
@@ -54,18 +56,41 @@ class Solution:
         return from_codes(self.codes_KN, self.zeros_GN, self.scales_GN, self.g_idx_K, grid.group_size, grid.bits)
 
 
-def solve(weight_KN: Tensor, hessian_KK: Tensor, grid: Grid, rest: Callable[[], object] = lambda: None) -> Solution:
+def solve(
+    weight_KN: Tensor, hessian_KK: Tensor, grid: Grid, rest: Callable[[], object] = lambda: None, run: Launch = launch
+) -> Solution:
     """Quantize a weight so that tr(dW H dWᵀ) is small. Computes in the weight's dtype, factorizes in float64. `rest` is
-    called between blocks.
+    called between blocks; `run` calls the passes over the inputs, or replays them.
     """
     _check(weight_KN, hessian_KK, grid)
     order_K = _order(weight_KN, hessian_KK.diagonal(), grid)
-    work_KN = weight_KN[order_K].contiguous()
     seen_KK = _seen(hessian_KK[order_K][:, order_K])
     spread_KK, damping = _spread(seen_KK, grid.damping)
-    spread_KK = spread_KK.to(work_KN.dtype)
-    groups = _Groups(weight_KN, _importance(hessian_KK.diagonal()[order_K], damping), order_K, grid)
+    importance_K = _importance(hessian_KK.diagonal()[order_K], damping)
+    seen_KK = seen_KK.to(weight_KN.dtype)
+    seen_KK.diagonal().add_(damping * seen_KK.diagonal().mean())
+    arguments = weight_KN.contiguous(), order_K, spread_KK.to(weight_KN.dtype), seen_KK, importance_K
+    codes_KN, scales_GN, zeros_GN, g_idx_K = run(("solve", grid), partial(_passes, grid=grid, rest=rest), arguments)
+    check_scales(scales_GN)
+    unrated = Solution(codes_KN, scales_GN.half(), zeros_GN.to(torch.uint8), g_idx_K, loss=0.0, damping=damping)
+    return rated(unrated, weight_KN, hessian_KK)
 
+
+def _passes(
+    weight_KN: Tensor,
+    order_K: Tensor,
+    spread_KK: Tensor,
+    damped_KK: Tensor,
+    importance_K: Tensor,
+    *,
+    grid: Grid,
+    rest: Callable[[], object],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return codes, scales, zeros and groups after GPTQ's pass and the refinement. Spread, damped Hessian and
+    importance are in the order of rounding. Nothing is read back from a GPU.
+    """
+    work_KN = weight_KN[order_K]
+    groups = _Groups(weight_KN, importance_K, order_K, grid)
     codes_KN = torch.empty_like(work_KN, dtype=torch.uint8)
     block = _block_size(grid)
     round_block = rounder(work_KN, grid.max_code)
@@ -78,19 +103,14 @@ def solve(weight_KN: Tensor, hessian_KK: Tensor, grid: Grid, rest: Callable[[], 
         work_KN[stop:].addmm_(spread_KK[start:stop, stop:].T, errors_BN, alpha=-1)
         rest()
 
-    scales_GN, zeros_GN = torch.stack(groups.scales), torch.stack(groups.zeros)
-    by_group_K = torch.argsort(groups.group_of_step_K, stable=True)  # static groups are scattered over the order
-    order_K, codes_KN = order_K[by_group_K], codes_KN[by_group_K]
-    seen_KK = seen_KK[by_group_K][:, by_group_K].to(work_KN.dtype)
-    seen_KK.diagonal().add_(damping * seen_KK.diagonal().mean())
-    refine(weight_KN[order_K], seen_KK, codes_KN, scales_GN, zeros_GN, grid.refine, block, round_block, rest)
-
+    scales_GN, zeros_GN, group_K = torch.stack(groups.scales), torch.stack(groups.zeros), groups.group_of_step_K
+    if groups.static:  # they are scattered over the order
+        by_group_K = torch.argsort(group_K, stable=True)
+        order_K, codes_KN, group_K = order_K[by_group_K], codes_KN[by_group_K], group_K[by_group_K]
+        damped_KK = damped_KK[by_group_K][:, by_group_K]
+    refine(weight_KN[order_K], damped_KK, codes_KN, scales_GN, zeros_GN, grid.refine, block, round_block, rest)
     in_place_K = torch.argsort(order_K)
-    g_idx_K = groups.group_of_step_K[by_group_K][in_place_K].to(torch.int32)
-    unrated = Solution(
-        codes_KN[in_place_K], scales_GN.half(), zeros_GN.to(torch.uint8), g_idx_K, loss=0.0, damping=damping
-    )
-    return rated(unrated, weight_KN, hessian_KK)
+    return codes_KN[in_place_K], scales_GN, zeros_GN, group_K[in_place_K].to(torch.int32)
 
 
 def improve(
@@ -129,6 +149,7 @@ def round_to_nearest(weight_KN: Tensor, grid: Grid) -> Solution:
         stop = min(start + block, len(weight_KN))
         scale_BN, zero_BN = groups.of(weight_KN, start, stop)
         codes_KN[start:stop] = nearest_codes(weight_KN[start:stop], scale_BN, zero_BN, grid.max_code).to(torch.uint8)
+    check_scales(torch.stack(groups.scales))
     scales_GN, zeros_GN = torch.stack(groups.scales).half(), torch.stack(groups.zeros).to(torch.uint8)
     return Solution(codes_KN, scales_GN, zeros_GN, groups.group_of_step_K.to(torch.int32), loss=0.0, damping=0.0)
 

@@ -24,7 +24,7 @@ class StoredSolution:
     """The version that a job starts from: its codes and steps, and the Hessians that they were solved for."""
 
     def __init__(self, record: Record, bank: Bank, threshold: float) -> None:
-        self.shares = record.even_shares() | record.shares
+        self.shares, self.by_trace = record.even_shares() | record.shares, record.by_trace
         self._checkpoint, self._threshold = Checkpoint(record.out), threshold
         self._aggregation = record.settings.aggregation
         self._entries: dict[str, Entry] = {
@@ -64,7 +64,9 @@ class StoredSolution:
         device = hessian_KK.device
         try:
             before = [
-                TaskHessian(partial(entry.read, index, site, device), entry.tokens(index), self.shares[name])
+                TaskHessian(
+                    partial(entry.read, index, site, device), entry.tokens(index), self.shares[name], self.by_trace
+                )
                 for name, entry in self._entries.items()
             ]
             before_KK = self._combined(before)

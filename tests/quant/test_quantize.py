@@ -198,18 +198,23 @@ def test_a_killed_run_leaves_the_old_and_resumes(
 def test_minimax_loss_solves_again_only_while_a_task_has_lost_much(
     tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fills: list[torch.Tensor] = []
+    fills: list[loop.Weights] = []
     real = loop.BlockLoop.fill
-    monkeypatch.setattr(loop.BlockLoop, "fill", lambda self, to, shares: fills.append(shares) or real(self, to, shares))
+    monkeypatch.setattr(loop.BlockLoop, "fill", lambda self, to, each: fills.append(each) or real(self, to, each))
     settings = replace(SETTINGS, aggregation="minimax-loss")
     monkeypatch.setattr(rail, "ENOUGH", 1e9)
     quantize(world.base, world.pick("a", "b"), settings, tmp_path / "out", gate=ANYWAY)
-    assert [shares.tolist() for shares in fills] == [[0.5, 0.5]]
+    assert [(each.shares_T.tolist(), each.by_trace) for each in fills] == [([0.5, 0.5], False)], "the plain mean"
+    assert not Record.read(tmp_path / "out").by_trace
+    fills.clear()
     monkeypatch.setattr(rail, "ENOUGH", -1.0)
     monkeypatch.setattr(rail, "PATIENCE", 1)
-    monkeypatch.setattr(rail, "LOSS_ROUNDS", 3)
-    quantize(world.base, world.pick("a", "b"), settings, tmp_path / "out", gate=ANYWAY)
-    assert len(fills) in (3, 4), "the first round is the best so far: a second follows, and a third if that is better"
+    monkeypatch.setattr(rail, "LOSS_ROUNDS", 4)
+    record = quantize(world.base, world.pick("a", "b"), settings, tmp_path / "out", gate=ANYWAY)
+    assert [each.by_trace for each in fills[:2]] == [False, True], "both means come first"
+    assert len(fills) in (3, 4), "a third round follows, and a fourth if that is better"
+    assert len({each.by_trace for each in fills[2:]}) == 1, "those with raised weights go on from the better mean"
+    assert any(record.shares == dict(zip("ab", each.shares_T.tolist(), strict=True)) for each in fills)
 
 
 @pytest.mark.parametrize("writer", ["write_atomically", "write_tensors"])

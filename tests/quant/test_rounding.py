@@ -10,6 +10,7 @@ import torch
 from inlaid.kernels import rounding_triton
 from inlaid.quant import solver
 from inlaid.quant.grid import Grid
+from inlaid.quant.replay import Replays
 from inlaid.quant.rounding import round_block, rounder
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,3 +55,18 @@ def test_solutions_of_the_kernel_and_of_the_loop_are_alike(
     launched = solver.solve(weight, hessian, grid)
     assert float((fused.codes_KN != launched.codes_KN).float().mean()) < 0.01
     assert fused.loss == pytest.approx(launched.loss, rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("bits", [4, 2])
+def test_replayed_passes_give_the_same_bits(bits: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    replays, grid = Replays(), Grid.of_width(bits, 64)
+    for _ in range(3):  # the first call captures, others replay with other numbers
+        x = torch.randn(2048, 576, generator=generator)
+        weight, hessian = torch.randn(576, 192, generator=generator).cuda(), (x.T @ x / len(x)).cuda()
+        launched, replayed = solver.solve(weight, hessian, grid), solver.solve(weight, hessian, grid, run=replays)
+        assert torch.equal(launched.codes_KN, replayed.codes_KN)
+        assert torch.equal(launched.scales_GN, replayed.scales_GN)
+        assert torch.equal(launched.g_idx_K, replayed.g_idx_K)
