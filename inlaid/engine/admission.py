@@ -33,6 +33,17 @@ class Admission:
         self._endings = endings
         self._seats = Seats(state)
 
+    def promote(self) -> None:
+        """Make requests senior that have waited as long as the policy lets later ones overtake them."""
+        state = self.state
+        grown = state.seniority.take(state.view.now - state.policy.seniority_s)
+        for request in grown:
+            request.senior = True
+            if not state.working_set.is_aside(state.progress[request.id]):
+                state.waiting.promote(request)
+        if grown:
+            state.nothing_fits = None
+
     def recall(self) -> None:
         """Put requests whose adapter has come back into the queue; end those whose adapter cannot come."""
         if not self.state.working_set.aside:
@@ -122,13 +133,13 @@ class Admission:
         """Take the first in the queue. If no further adapter may enter the batch and the policy groups by adapter, take
         the first of those that may, as long as the bound on overtaking allows."""
         state = self.state
-        if not state.working_set.full or not state.policy.groups_are_adapters:
+        first = state.waiting.peek(without) if state.working_set.full and state.policy.groups_of(None) else None
+        if first is None or state.working_set.has_room(first.adapter, first.senior):
             return state.waiting.pop(without)
-        first = state.waiting.peek(without)
-        blocked = first is not None and not state.working_set.has_room(first.adapter)
-        if first is not None and blocked and self._overtaken_too_often(state.progress[first.id]):
+        if self._overtaken_too_often(state.progress[first.id]):
             return None
-        return state.waiting.pop_among({*state.working_set.active, None}, without)
+        names = {name for adapter in (*state.working_set.active, None) for name in state.policy.groups_of(adapter)}
+        return state.waiting.pop_among(names, without)
 
     def _nothing_fits_still(self) -> bool:
         """Return True if the last look found no request that fits, and nothing has been freed or added since."""
@@ -207,7 +218,7 @@ class Admission:
         identity = request.adapter
         if identity is not None and closed_for not in (None, identity):
             return None
-        if state.working_set.state(identity) != READY or not state.working_set.has_room(identity):
+        if state.working_set.state(identity) != READY or not state.working_set.has_room(identity, request.senior):
             return None
         if progress.num_pending:
             return None  # preempted while a step was in flight: its token comes first
@@ -251,8 +262,7 @@ class Admission:
         self.num_admitted += 1
         state.limits.note_admitted(now, others_wait=len(state.waiting) > 0)
         self._charge_start(progress)
-        if state.working_set.enter(request.adapter):
-            state.waiting.touch(request.adapter)  # an adapter in the batch may move its group forward
+        state.working_set.enter(request.adapter)
 
     def _charge_start(self, progress: Progress) -> None:
         """Charge the cached prefix and, the first time, what the policy charges ahead."""

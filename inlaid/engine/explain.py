@@ -44,7 +44,7 @@ def _held_by(scheduler: Scheduler) -> str:
     if len(state.running) >= scheduler.config.max_num_seqs:
         return f"all {scheduler.config.max_num_seqs} seats are taken (--max-num-seqs)"
     if state.working_set.full:
-        return f"the batch holds {state.working_set.max_adapters} adapters, the most allowed"
+        return f"the batch holds {state.working_set.limit} adapters, the most allowed"
     if state.nothing_fits is not None:
         return "no KV blocks are free for it yet"
     return "next to start"

@@ -2,14 +2,15 @@
 
 A policy sorts requests into groups and answers two questions. `rank(request, view)` is a request's place in its group;
 it may not change while the request waits (ageing is written so that it does not: two requests age at the same pace, so
-their order is settled at arrival). `key(group, rank, view)` is that request's place among all; smaller goes first, and
-the last of the running is preempted when memory runs out. `prepay` says how many predicted output tokens to charge at
-admission. `verdict` lets a policy give a request up.
+their order is settled at arrival), unless its group changes too: when it is late, or senior. `key(group, rank, view)`
+is that request's place among all; smaller goes first, and the last of the running is preempted when memory runs out.
+`prepay` says how many predicted output tokens to charge at admission. `verdict` lets a policy give a request up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+import math
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
@@ -20,6 +21,7 @@ from inlaid.engine.request import Request
 
 Rank = tuple[float, ...]
 GO, LAST, REFUSE = "go", "last", "refuse"
+SENIOR, JUNIOR = 0.0, 1.0
 MAX_OPTION = 1e9  # of a policy's options: sort keys stay finite
 MIN_POSITIVE = 1e-3  # of those that something is divided by
 
@@ -71,7 +73,6 @@ class Policy:
     """First come, first served; the base of the others."""
 
     name: ClassVar[str] = "fcfs"
-    groups_are_adapters: ClassVar[bool] = False  # group is the adapter
     strict: ClassVar[bool] = False  # no request overtakes one that does not fit: the bound on unfairness needs it
 
     def group(self, request: Request) -> Hashable:
@@ -88,6 +89,15 @@ class Policy:
 
     def verdict(self, request: Request, view: View) -> str:
         return GO
+
+    def groups_of(self, adapter: str | None) -> Collection[Hashable]:
+        """Return the groups that hold all of an adapter's requests and no others, if there are such groups."""
+        return ()
+
+    @property
+    def seniority_s(self) -> float:
+        """Seconds of waiting after which a request is senior, and its group may be another."""
+        return math.inf
 
     def reason(self, before: Request, after: Request, view: View) -> str:
         """Say why one request goes before another, for people."""
@@ -111,16 +121,34 @@ class Priority(Policy):
 
 @dataclass(frozen=True)
 class Srtf(Policy):
-    """Shortest predicted remaining output first. Every second of waiting is worth `ageing` tokens, so a request with
-    prediction p is overtaken only by later ones that arrive within (p - their prediction) / ageing seconds of it."""
+    """Shortest predicted remaining output first, and every second of waiting is worth `ageing` tokens.
+
+    The bound on waiting: a request that has waited `seniority` seconds is senior. Seniors go before all others, in
+    order of arrival, so later requests overtake a request in its first `seniority` seconds only. From then on it waits
+    for what first come, first served would make it wait for too: earlier requests, and running ones that have to end.
+    """
 
     name: ClassVar[str] = "srtf"
     ageing: float = 2.0
+    seniority: float = 60.0
+
+    @property
+    def seniority_s(self) -> float:
+        return self.seniority
+
+    def group(self, request: Request) -> Hashable:
+        return request.senior
 
     def rank(self, request: Request, view: View) -> Rank:
-        return (view.lengths.remaining(request) + self.ageing * request.arrival,)
+        if request.senior:
+            return (SENIOR, request.arrival)
+        return (JUNIOR, view.lengths.remaining(request) + self.ageing * request.arrival)
 
     def reason(self, before: Request, after: Request, view: View) -> str:
+        if before.senior and not after.senior:
+            return f"has waited for more than {self.seniority:g} s"
+        if before.senior:
+            return super().reason(before, after, view)
         first, second = view.lengths.remaining(before), view.lengths.remaining(after)
         earlier = (after.arrival - before.arrival) * self.ageing
         return f"is predicted {first:.0f} tokens, this one {second:.0f}; its wait is worth {earlier:.0f} more"
@@ -128,29 +156,17 @@ class Srtf(Policy):
 
 @dataclass(frozen=True)
 class Inlaid(Srtf):
-    """Shortest remaining first, with a head start of `grouping` tokens for adapters in the running batch, so
-    that adapters are not swapped for a small gain; the scheduler holds at most beta adapters in a step (`beta` is put
-    into its max_tasks_per_step while this policy is on).
-
-    No request waits forever: with predictions in [0, P], a request that arrives more than (P + grouping) / ageing
-    seconds after another goes behind it, whatever its adapter. Those ahead are thus finitely many, and the bound on
-    overtaking ends the case where the adapters in the batch never make room."""
+    """Shortest remaining first among few tasks: at most `beta` adapters in a step, and while there are as many, those
+    waiting for one of them go first. A senior's adapter comes in beside them, so that srtf's bound on waiting holds."""
 
     name: ClassVar[str] = "inlaid"
-    groups_are_adapters: ClassVar[bool] = True
-    grouping: float = 64.0
     beta: int = 32
 
     def group(self, request: Request) -> Hashable:
-        return request.adapter
+        return (request.adapter, request.senior)
 
-    def key(self, group: Hashable, rank: Rank, view: View) -> Rank:
-        return (rank[0] - self.grouping, *rank[1:]) if group in view.active else rank
-
-    def reason(self, before: Request, after: Request, view: View) -> str:
-        text = super().reason(before, after, view)
-        ahead = before.adapter in view.active and after.adapter not in view.active
-        return f"{text}; its adapter is in the batch ({self.grouping:g} tokens)" if ahead else text
+    def groups_of(self, adapter: str | None) -> Collection[Hashable]:
+        return ((adapter, True), (adapter, False))
 
 
 @dataclass(frozen=True)

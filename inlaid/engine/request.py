@@ -121,6 +121,7 @@ class Request:
     limit: int = 0  # most tokens of prompt plus outputs
     stop_ids: frozenset[int] = frozenset()
     late: bool = False  # its deadline can no longer be met
+    senior: bool = False  # it has waited as long as the policy lets later ones overtake it
 
     @property
     def tenant(self) -> str:

@@ -36,6 +36,7 @@ from inlaid.engine.request import (
     Work,
 )
 from inlaid.engine.residency import AdapterDirectory
+from inlaid.engine.seniority import Seniority
 from inlaid.engine.speculation import Speculation
 from inlaid.engine.state import State
 from inlaid.engine.step_log import StepLog
@@ -137,11 +138,13 @@ class Scheduler:
 
     def set_policy(self, policy: Policy) -> None:
         """Change the order from the next step on; no request is dropped."""
-        most = self.config.max_tasks_per_step
-        most = min(most or policy.beta, policy.beta) if isinstance(policy, Inlaid) else most
-        self.state.working_set.max_adapters = most
-        self.state.nothing_fits = None
-        self.state.waiting.reorder(policy)
+        state = self.state
+        state.working_set.max_adapters = self.config.max_tasks_per_step
+        state.working_set.beta = policy.beta if isinstance(policy, Inlaid) else 0
+        state.nothing_fits = None
+        state.waiting.reorder(policy)
+        watched = state.progress.values() if policy.seniority_s < math.inf else ()
+        state.seniority = Seniority(progress.request for progress in watched)
 
     def add(self, new: NewRequest, now: float) -> Request:
         """Queue a request, or raise Refused."""
@@ -216,6 +219,7 @@ class Scheduler:
         """Return the next step's batch, or None if nothing can be computed now."""
         self.view.now = now
         self.ledger.note(now)
+        self.admission.promote()
         if self.admitting:
             self.admission.free_a_seat()
         preemptions = self.num_preemptions

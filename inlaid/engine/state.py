@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from inlaid.config import SchedulerConfig
@@ -13,6 +14,7 @@ from inlaid.engine.prefix import PrefixCache
 from inlaid.engine.progress import Progress
 from inlaid.engine.request import Request
 from inlaid.engine.residency import AdapterDirectory
+from inlaid.engine.seniority import Seniority
 from inlaid.engine.speculation import Speculation
 from inlaid.engine.step_time import StepTime
 from inlaid.engine.steps import Steps
@@ -36,6 +38,7 @@ class State:
     view: View
     waiting: WaitingQueue
     speculation: Speculation | None = None  # None: every decode is one token
+    seniority: Seniority = field(default_factory=Seniority)
     progress: dict[str, Progress] = field(default_factory=dict)  # of every request that has not ended, by id
     running: dict[str, Progress] = field(default_factory=dict)
     num_reserved: int = 0  # blocks that the running requests were admitted on
@@ -56,6 +59,8 @@ class State:
     def enqueue(self, request: Request) -> None:
         """Put a request into the queue, and look at the queue again."""
         self.waiting.push(request)
+        if self.policy.seniority_s < math.inf:
+            self.seniority.watch(request)
         self.nothing_fits = None
 
     def standing(self, request: Request) -> tuple[tuple[float, ...], int]:

@@ -35,7 +35,7 @@ class _Group:
 
 
 class WaitingQueue:
-    """A priority queue of requests. Removal is lazy: a request that no longer waits is skipped when met."""
+    """A priority queue of requests. Removal is lazy: an entry whose request waits there no more is skipped when met."""
 
     def __init__(self, policy: Policy, view: View) -> None:
         self.policy = policy
@@ -55,13 +55,22 @@ class WaitingQueue:
         """Iterate over the requests that wait, in no particular order."""
         for group in (*self._groups.values(), *self._own.values()):
             for _, _, request in group.entries:
-                if request.status is Status.WAITING:
+                if self._is_alive(request, group):
                     yield request
 
     def push(self, request: Request) -> None:
         """Add a request."""
         self._insert((self.policy.rank(request, self._view), request.order, request), self.policy.group(request))
         self._length += 1
+
+    def promote(self, request: Request) -> None:
+        """Move a request that is in the queue to another group: it has become senior."""
+        self.push(request)
+        self.discard(request)  # its entry in the group that it has left is dead
+
+    def _is_alive(self, request: Request, group: _Group) -> bool:
+        """Return False for an entry whose request has stopped waiting or has moved to another group."""
+        return request.status is Status.WAITING and self.policy.group(request) == group.name
 
     def _insert(self, entry: Entry, name: Hashable) -> None:
         if self._apart and (tenant := entry[2].tenant) in self._apart:
@@ -127,7 +136,7 @@ class WaitingQueue:
     def _front_group(self) -> _Group | None:
         """Return the group at the front of the heap, once its key there is current."""
         while self._front:
-            key, _, version, group = self._front[0]
+            key, order, version, group = self._front[0]
             if version != group.version:
                 heapq.heappop(self._front)
                 continue
@@ -141,10 +150,10 @@ class WaitingQueue:
                 else:
                     del self._own[group.name, group.tenant]
                 continue
-            current, order = self._key(group)
-            if key >= current:
+            current = self._key(group)
+            if (key, order) >= current:
                 return group
-            heapq.heapreplace(self._front, (current, order, version, group))
+            heapq.heapreplace(self._front, (*current, version, group))
         return None
 
     def _key(self, group: _Group) -> tuple[Rank, int]:
@@ -157,7 +166,7 @@ class WaitingQueue:
         return heapq.heappop(group.entries)[2]
 
     def discard(self, request: Request) -> None:
-        """Count out a request that was in the queue and has just stopped waiting, as its status says."""
+        """Count out an entry that has just died: its request has stopped waiting, as its status says, or has moved."""
         self._length -= 1
         self._num_dead += 1
         if self._num_dead > 64 + self._length:
@@ -190,7 +199,7 @@ class WaitingQueue:
         """Drop requests that no longer wait from the head of a group, and move those of tenants that are apart."""
         while group.entries:
             request = group.entries[0][2]
-            if request.status is not Status.WAITING:
+            if not self._is_alive(request, group):
                 heapq.heappop(group.entries)
                 self._num_dead -= 1
             elif self._apart and group.tenant is None and request.tenant in self._apart:

@@ -24,20 +24,20 @@ class WorkingSet:
         self.aside: dict[str, list[Progress]] = {}  # requests by the adapter that each waits for
         self.num_aside = 0
         self.max_adapters = 0  # distinct adapters in a step; 0: no limit
+        self.beta = 0  # the policy's limit, which seniors are not held to; 0: none
         self._adapters = adapters
         self._max_sum_of_ranks = max_sum_of_ranks
         self._max_wait = max_wait  # seconds that a request may be set aside, all in all
         self._sum_of_ranks = 0
 
-    def enter(self, identity: str | None) -> bool:
-        """Count one more running request with this adapter; return True if it is the first."""
+    def enter(self, identity: str | None) -> None:
+        """Count one more running request with this adapter."""
         count = self.active.get(identity, 0)
         self.active[identity] = count + 1
         if identity is not None:
             self._adapters.pin(identity)
             if count == 0:
                 self._sum_of_ranks += self._adapters.rank(identity)
-        return count == 0
 
     def leave(self, identity: str | None) -> None:
         """Count one running request less. The pin stays until no submitted step uses the adapter, see steps.py."""
@@ -50,14 +50,23 @@ class WorkingSet:
     @property
     def full(self) -> bool:
         """True if no further adapter may enter the batch."""
-        return bool(self.max_adapters) and len(self.active) - (None in self.active) >= self.max_adapters
+        return self._full(self.limit)
 
-    def has_room(self, identity: str | None) -> bool:
+    @property
+    def limit(self) -> int:
+        """Most distinct adapters in a step; 0: no limit."""
+        return min(self.beta or self.max_adapters, self.max_adapters or self.beta)
+
+    def _full(self, limit: int) -> bool:
+        return bool(limit) and len(self.active) - (None in self.active) >= limit
+
+    def has_room(self, identity: str | None, senior: bool = False) -> bool:
         """Check the limits on adapters and ranks for this adapter beside those in the batch; alone, any may run."""
         if identity is None or identity in self.active or not self._sum_of_ranks:
             return True
         ranks = self._max_sum_of_ranks
-        return not self.full and (not ranks or self._sum_of_ranks + self._adapters.rank(identity) <= ranks)
+        full = self._full(self.max_adapters if senior else self.limit)
+        return not full and (not ranks or self._sum_of_ranks + self._adapters.rank(identity) <= ranks)
 
     def state(self, identity: str | None) -> str | Refusal:
         """Return READY, LOADING, or why the adapter will not be on the device."""
@@ -77,6 +86,9 @@ class WorkingSet:
         progress.aside_since = now if progress.aside_since is None else progress.aside_since
         self.aside.setdefault(identity, []).append(progress)
         self.num_aside += 1
+
+    def is_aside(self, progress: Progress) -> bool:
+        return progress in self.aside.get(progress.request.adapter or "", ())
 
     def remove(self, progress: Progress) -> bool:
         """Take out a request that has ended; return False if it was not set aside."""

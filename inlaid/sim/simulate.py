@@ -32,7 +32,7 @@ class Setup:
     policy: str = "fcfs"
     num_tokens: int = 10_000  # KV memory, in tokens
     block_size: int = 16
-    lengths: str = "history"
+    lengths: str | Callable[[], Lengths] = "history"  # a predictor's name, or what makes one
     slots: int = 1_000_000  # adapters that fit on the device together
     adapter_mode: str = "on-demand"  # see sim/adapters.py
     ranks: dict[str, int] = field(default_factory=dict)
@@ -154,8 +154,10 @@ class Outcome:
     service: dict[str, float]
 
 
-def make_lengths(name: str, seed: int) -> Lengths:
-    """Make the predictor named `history`, `none`, `oracle`, or `noisy:0.5`."""
+def make_lengths(name: str | Callable[[], Lengths], seed: int) -> Lengths:
+    """Make the predictor named `history`, `none`, `oracle`, or `noisy:0.5`, or by calling what is given."""
+    if callable(name):
+        return name()
     kind, _, value = name.partition(":")
     if kind == "history":
         return Predictor()

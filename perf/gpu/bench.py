@@ -44,6 +44,7 @@ LIMITS: Mapping[str, float] = MappingProxyType({  # seconds of each stage
     "adapters-oversubscribed-mixed": 120, "adapters-oversubscribed-slots": 130, "adapters-all-resident": 100,
     "adapters-crossover": 150, "serve-tiny": 100, "serve-tiny-arrival": 100, "serve-oversubscribed-tiny": 100,
     "ranks-tiny": 100, "variants-tiny": 100, "determinism-tiny": 60, "startwarm-tiny": 60,
+    "headline-7b-13b": 290, "headline-7b": 200, "headline-13b": 200, "headline-tiny": 100,
     "cluster-8b": 420, "cluster-tiny": 200,
     "programs-7b": 300, "programs-8b": 300, "programs-tiny": 100, "speculation-7b": 240, "speculation-tiny": 100,
 })  # fmt: skip
@@ -88,6 +89,7 @@ def run_stage(name: str, out: Path, keep: Keep) -> dict[str, Any]:
         checks,
         cluster,
         demo,
+        headline,
         latency,
         micro,
         offline,
@@ -121,6 +123,7 @@ def run_stage(name: str, out: Path, keep: Keep) -> dict[str, Any]:
         "ranks": lambda: serving.ranks(rest.removesuffix("-mixed"), keep, uniform=not rest.endswith("-mixed")),
         "starts": lambda: starts.run(rest, keep),
         "cluster": lambda: cluster.run(rest, keep),
+        "headline": lambda: headline.run(rest, keep),
         "programs": lambda: programs.run(rest, keep),
         "speculation": lambda: speculation.run(rest, keep),
         "startwarm": lambda: serving.start_warm(rest, keep),

@@ -26,6 +26,7 @@ WRITERS = 16  # adapters written side by side
 SHAPES: Mapping[str, tuple[int, int, int, int, int, int, float]] = MappingProxyType(
     {  # as `config` unpacks them
         "7b": (4096, 11008, 32, 32, 32, 32000, 10000.0),  # Llama-2-7B
+        "13b": (5120, 13824, 40, 40, 40, 32000, 10000.0),  # Llama-2-13B
         "8b": (4096, 14336, 32, 32, 8, 128256, 500000.0),  # Llama-3-8B
         "135m": (576, 1536, 30, 9, 3, 49152, 100000.0),  # SmolLM2-135M, its head apart
         "tiny": (256, 512, 2, 4, 2, 2048, 10000.0),

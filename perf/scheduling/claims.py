@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from inlaid.engine.policy import parse_policy
 from inlaid.flags import Parser
 from inlaid.progress import Bar
 from inlaid.report.provenance import provenance
@@ -29,15 +30,16 @@ from inlaid.workload.suites import load_suite
 
 ABLATION = (  # what is left out, policy, lengths
     ("all of inlaid", "inlaid", "history"),
-    ("no grouping", "inlaid:grouping=0,beta=1000", "history"),
+    ("no limit on tasks", "inlaid:beta=1000", "history"),
     ("no prediction", "inlaid", "none"),
-    ("no shortest-first", "inlaid:ageing=1000000", "history"),
+    ("no shortest-first", "inlaid:seniority=0", "history"),
     ("beta 10", "inlaid:beta=10", "history"),
     ("no ageing", "inlaid:ageing=0", "history"),
+    ("no seniority", "inlaid:seniority=1000000", "history"),
     ("fcfs", "fcfs", "history"),
 )
-AGEING = (2.0, 4.0, 8.0, 16.0, 32.0)  # tokens that a second of waiting is worth; 2 is the default
-MOST_TOKENS, GROUPING = 1024, 64  # the longest that a prediction can be, and the head start of tasks in the batch
+SENIORITY = (0, 30, 60, 120, 1_000_000)  # seconds in which later requests may overtake one; 60 is the default
+BOUND_RATES = (6.5, 7.0)
 NOISE = ("oracle", "noisy:0.5", "noisy:2.0", "history", "none")
 
 
@@ -74,7 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("load", suite, rate, policy, "history") for rate in (5.5, 6.0, 6.5, 7.0, 7.5) for policy in ("fcfs", "inlaid")
     ]
     jobs += [("ablation", suite, 6.5, policy, lengths) for _, policy, lengths in ABLATION]
-    jobs += [("ageing", suite, 7.0, f"inlaid:ageing={ageing:g}", "history") for ageing in AGEING]
+    jobs += [
+        ("seniority", suite, rate, f"inlaid:seniority={seconds},beta={beta}", "history")
+        for rate in BOUND_RATES
+        for beta, seconds in (*((32, seconds) for seconds in SENIORITY), (10, 60), (10, 1_000_000))
+    ]
     jobs += [("noise", suite, 6.5, "inlaid", lengths) for lengths in NOISE]
     jobs += [
         ("tasks", load_suite(f"tasks-{count}"), 6.5, policy, "history")
@@ -107,10 +113,10 @@ def report(made: dict[str, Any], groups: dict[str, list[dict[str, Any]]]) -> str
         *_ratios(groups["load"]),
         "\n## Ablation (100 tasks, 6.5 requests per second)\n",
         _table([{**r, "variant": names[r["policy"], r["lengths"]]} for r in groups["ablation"]], ("variant",)),
-        "\n## What a second of waiting is worth (100 tasks, 7 requests per second)\n",
-        "A request is passed only by those that come within (its prediction - theirs + grouping) / ageing seconds of",
-        "it; the bound is that and the longest wait under fcfs, as everyone else is served in order of arrival.\n",
-        _table(_with_bounds(groups), ("policy", "bound s")),
+        "\n## What a bound on waiting costs (100 tasks)\n",
+        "Later requests overtake one in its first `seniority` seconds only. The bound is that and the longest wait",
+        "under fcfs, as from then on it waits for earlier ones only.\n",
+        _table(_with_bounds(groups), ("rate", "policy", "bound s")),
         "\n## Misprediction (inlaid, same load)\n",
         _table(groups["noise"], ("lengths",)),
         "\n## Number of tasks (6.5 requests per second)\n",
@@ -120,10 +126,16 @@ def report(made: dict[str, Any], groups: dict[str, list[dict[str, Any]]]) -> str
 
 
 def _with_bounds(groups: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Join fcfs at the same rate and inlaid for each ageing, with the bound on waiting."""
-    (fcfs,) = (r for r in groups["load"] if r["policy"] == "fcfs" and r["rate"] == groups["ageing"][0]["rate"])
-    bounds = [(MOST_TOKENS + GROUPING) / ageing + fcfs["max_ttft"] for ageing in AGEING]
-    return [{**fcfs, "bound s": "-"}, *({**r, "bound s": f"{b:.0f}"} for r, b in zip(groups["ageing"], bounds))]
+    """Join fcfs at each rate and inlaid for each bound on overtaking, with the bound on waiting."""
+    rows = []
+    for rate in BOUND_RATES:
+        (fcfs,) = (r for r in groups["load"] if r["policy"] == "fcfs" and r["rate"] == rate)
+        rows.append({**fcfs, "bound s": "-"})
+        for row in groups["seniority"]:
+            if row["rate"] == rate:
+                seconds = parse_policy(row["policy"]).seniority_s
+                rows.append({**row, "bound s": f"{seconds + fcfs['max_ttft']:.0f}" if seconds < 1e6 else "none"})
+    return rows
 
 
 def _table(rows: Sequence[dict[str, Any]], keys: tuple[str, ...]) -> str:

@@ -14,6 +14,7 @@ from inlaid.engine.predictor import Oracle
 from inlaid.engine.refusal import Refused
 from inlaid.engine.request import FinishReason
 from tests.engine.bench import ADAPTERS, Bench
+from tests.engine.fake_runner import FakeAdapters
 from tests.examples import examples
 
 
@@ -56,8 +57,8 @@ def test_a_long_request_ages_past_a_stream_of_short_ones() -> None:
     assert order.index("long") <= 6
 
 
-def test_without_ageing_it_would_starve() -> None:
-    bench = one_by_one("srtf:ageing=0")
+def test_with_neither_ageing_nor_seniority_it_would_starve() -> None:
+    bench = one_by_one("srtf:ageing=0,seniority=1000")
     bench.add("long", [1], max_tokens=40, ignore_eos=True, true_output_len=40)
     for number in range(40):
         bench.add(f"s{number}", [1], max_tokens=2, ignore_eos=True, true_output_len=2)
@@ -66,11 +67,11 @@ def test_without_ageing_it_would_starve() -> None:
     assert bench.scheduler.state.progress["long"].first_scheduled is None
 
 
-def test_inlaid_prefers_tasks_in_the_batch_by_a_head_start() -> None:
-    for grouping, order in (("100", ["run", "same", "other"]), ("0", ["run", "other", "same"])):
-        bench = Bench(policy=f"inlaid:grouping={grouping}", max_num_seqs=2, lengths=Oracle())
+def test_inlaid_takes_first_the_tasks_in_the_batch_while_no_other_may_enter() -> None:
+    for beta, order in (("1", ["run", "same", "other"]), ("2", ["run", "other", "same"])):
+        bench = Bench(policy=f"inlaid:beta={beta}", max_num_seqs=2, lengths=Oracle())
         bench.add("run", [1], "a", max_tokens=30, ignore_eos=True, true_output_len=30)
-        bench.add("one", [1], "b", max_tokens=4, ignore_eos=True, true_output_len=4)
+        bench.add("one", [1], "a", max_tokens=4, ignore_eos=True, true_output_len=4)
         for _ in range(2):  # the adapters come after the first
             bench.step()
         bench.add("other", [1], "c", max_tokens=5, ignore_eos=True, true_output_len=5)
@@ -78,30 +79,75 @@ def test_inlaid_prefers_tasks_in_the_batch_by_a_head_start() -> None:
         assert [id for id in order_of(bench) if id != "one"] == order
 
 
-@examples(40)
-@given(
-    jobs=st.lists(st.tuples(st.sampled_from(ADAPTERS), st.integers(1, 30), st.integers(0, 30)), min_size=2, max_size=20)
-)
-def test_inlaid_lets_only_those_pass_that_its_bound_allows(jobs: list[tuple[str, int, int]]) -> None:
-    """Whoever arrives later than (P + grouping) / ageing after a request does not start before it."""
-    ageing, grouping = 2.0, 16.0
-    bench = Bench(policy=f"inlaid:ageing={ageing},grouping={grouping}", max_num_seqs=1, lengths=Oracle())
+Jobs = list[tuple[str, int, int]]  # adapter, length and arrival
+jobs = st.lists(st.tuples(st.sampled_from(ADAPTERS), st.integers(1, 30), st.integers(0, 60)), min_size=2, max_size=24)
+
+
+def serve_jobs(policy: str, jobs: Jobs, **config: Any) -> dict[str, tuple[float, float]]:
+    """Serve jobs with every adapter on the device; return when each came and when it first ran."""
+    adapters = FakeAdapters(ADAPTERS)
+    adapters.resident = dict.fromkeys(ADAPTERS)
+    bench = Bench(policy=policy, lengths=Oracle(), adapters=adapters, **config)
     arrivals = sorted((when, place, task, length) for place, (task, length, when) in enumerate(jobs))
+    times: dict[str, tuple[float, float]] = {}
     while arrivals or bench.engine.has_work:
         while arrivals and arrivals[0][0] <= bench.time:
             _, place, task, length = arrivals.pop(0)
             bench.add(f"r{place}", [1], task, max_tokens=length, ignore_eos=True, true_output_len=length)
+        before = len(bench.runner.batches)
         bench.step()
-    requests = {w.request.id: w.request for batch in bench.runner.batches for w in batch.works}
-    started: dict[str, int] = {}
-    for batch in bench.runner.batches:
-        for work in batch.works:
-            started.setdefault(work.request.id, batch.step)
-    assert set(started) == set(bench.wanted)
-    for one in requests.values():
-        for other in requests.values():
-            if other.arrival > one.arrival + (30 + grouping) / ageing:
-                assert started[other.id] >= started[one.id]
+        for work in bench.runner.batches[-1].works if len(bench.runner.batches) > before else ():
+            times.setdefault(work.request.id, (work.request.arrival, bench.time))
+    bench.check_all()
+    assert set(times) == set(bench.wanted)
+    return times
+
+
+@examples(60)
+@given(
+    jobs=jobs,
+    policy=st.sampled_from(["srtf:seniority=8", "inlaid:seniority=8,beta=1", "inlaid:seniority=8,beta=3,ageing=0"]),
+    seats=st.integers(1, 3),
+)
+def test_no_later_request_starts_before_a_senior(jobs: Jobs, policy: str, seats: int) -> None:
+    """Later requests overtake one in its first `seniority` seconds only, however many tasks may be in a step."""
+    times = serve_jobs(policy, jobs, max_num_seqs=seats)
+    for arrival, start in times.values():
+        for other_arrival, other_start in times.values():
+            if other_arrival > arrival and other_start >= arrival + 8:
+                assert start <= other_start
+
+
+@examples(60)
+@given(jobs=jobs, policy=st.sampled_from(["srtf:seniority=8", "inlaid:seniority=8,beta=1"]))
+def test_nobody_waits_longer_than_the_bound_beyond_first_come_first_served(jobs: Jobs, policy: str) -> None:
+    """The bound is `seniority`, and the end of the answer that has the seat then."""
+    fcfs, ours = (serve_jobs(name, jobs, max_num_seqs=1) for name in ("fcfs", policy))
+    longest = max(length for _, length, _ in jobs)
+    for id, (arrival, start) in ours.items():
+        assert start - arrival <= fcfs[id][1] - arrival + 8 + longest
+
+
+def test_without_seniority_the_bound_does_not_hold() -> None:
+    jobs = [("a", 40, 0), *(("b", 2, when) for when in range(0, 60, 2))]
+    waits = {}
+    for seniority in (8, 1000):
+        arrival, start = serve_jobs(f"srtf:ageing=0,seniority={seniority}", jobs, max_num_seqs=1)["r0"]
+        waits[seniority] = start - arrival
+    assert waits[8] <= 8 + 2 + 1 < 50 < waits[1000]
+
+
+def test_a_preempted_request_becomes_senior_too() -> None:
+    bench = Bench(policy="srtf:seniority=6", max_num_seqs=1, lengths=Oracle())
+    bench.add("old", [1], max_tokens=20, ignore_eos=True, true_output_len=20)
+    bench.step()
+    bench.scheduler.preempt("old")
+    for number in range(20):
+        bench.add(f"s{number}", [1], max_tokens=2, ignore_eos=True, true_output_len=2)
+    bench.scheduler.set_policy(make_policy("fcfs"))
+    bench.scheduler.set_policy(make_policy("srtf", {"seniority": 6.0}))  # who waits is watched again
+    assert order_of(bench).index("old") <= 4
+    bench.check_all()
 
 
 def test_vtc_serves_tenants_alike_and_by_weight() -> None:
@@ -223,6 +269,7 @@ def test_switching_among_all_policies_drops_nobody() -> None:
         ("inlaid:beta=0", "above 0"),
         ("inlaid:beta=1.5", "whole number"),
         ("inlaid:ageing=nan", ">= 0"),
+        ("srtf:seniority=-1", ">= 0"),
         ("inlaid:gamma=1", "no option 'gamma'"),
         ("drr:quantum=0", "above 0"),
         ("srtf:ageing", "key=value"),

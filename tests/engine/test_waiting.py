@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from hypothesis import given
@@ -33,7 +34,8 @@ def queued(id: int, tenant: str, arrival: float) -> Request:
 Action = tuple[str, int]
 actions = st.lists(
     st.tuples(
-        st.sampled_from(["push", "pop", "without", "among", "look", "drop", "charge", "refund"]), st.integers(0, 4)
+        st.sampled_from(["push", "pop", "without", "among", "look", "drop", "charge", "refund", "promote"]),
+        st.integers(0, 4),
     ),
     max_size=60,
 )
@@ -52,7 +54,7 @@ def check_queue(name: str, steps: list[Action], change: Callable[[Ledger, str, b
     for number, (action, value) in enumerate(steps):
         tenant = f"t{value}"
         if action == "push":
-            waiting.append(queued(number, tenant, float(number)))
+            waiting.append(queued(number, tenant, float(number // 3)))  # ties go by order
             queue.push(waiting[-1])
         elif action == "pop":
             best = min(waiting, key=standing, default=None)
@@ -81,6 +83,11 @@ def check_queue(name: str, steps: list[Action], change: Callable[[Ledger, str, b
             gone = waiting.pop(value % len(waiting))
             gone.status = Status.FINISHED
             queue.discard(gone)
+        elif action == "promote" and waiting:
+            grown = waiting[value % len(waiting)]
+            if not grown.senior and policy.seniority_s < math.inf:
+                grown.senior = True
+                queue.promote(grown)
         elif action in ("charge", "refund"):
             change(ledger, tenant, action == "charge", queue)
         assert len(queue) == len(waiting)
@@ -88,7 +95,7 @@ def check_queue(name: str, steps: list[Action], change: Callable[[Ledger, str, b
 
 
 @examples(200)
-@given(name=st.sampled_from(["fcfs", "vtc", "lcf", "drr"]), steps=actions)
+@given(name=st.sampled_from(["fcfs", "vtc", "lcf", "drr", "srtf", "inlaid"]), steps=actions)
 def test_the_queue_gives_what_sorting_would(name: str, steps: list[Action]) -> None:
     def change(ledger: Ledger, tenant: str, up: bool, queue: WaitingQueue) -> None:
         account = ledger.account(tenant)

@@ -19,9 +19,9 @@ def resident(*names: str, ranks: int = 8) -> FakeAdapters:
 def test_counts_pins_and_ranks_follow_the_batch() -> None:
     adapters = resident("a", "b")
     working_set = WorkingSet(adapters, max_sum_of_ranks=15)
-    assert working_set.enter("a")
-    assert not working_set.enter("a")
-    assert working_set.enter(None)
+    working_set.enter("a")
+    working_set.enter("a")
+    working_set.enter(None)
     assert (working_set.active, adapters.pins) == ({"a": 2, None: 1}, {"a": 2})
     assert not working_set.has_room("b")
     assert working_set.has_room("a")

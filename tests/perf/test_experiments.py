@@ -36,7 +36,7 @@ def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_figure_has_a_template_and_a_demo_size() -> None:
     assert set(FULL) == {
-        "inlaid-tasks", "inlaid-slo", "vtc", "vtc-rate-limits", "toppings", "slora", "scaling",
+        "inlaid-tasks", "inlaid-slo", "inlaid-paper", "vtc", "vtc-rate-limits", "toppings", "slora", "scaling",
     }  # fmt: skip
     assert {f"demo-{name}" for name in FULL} < set(DEMOS)
 
