@@ -18,6 +18,7 @@ class Account:
     price: float = 0.0  # of an output token, where all cost the same
     charged: float = 0.0  # service without output tokens at this price
     virtual: float = 0.0  # counter without them
+    ahead: float = 0.0  # price of output tokens that were charged ahead and are still to come
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
@@ -38,3 +39,8 @@ class Account:
     @counter.setter
     def counter(self, value: float) -> None:
         self.virtual = value - self.output_tokens * self.price / self.weight
+
+    @property
+    def delivered(self) -> float:
+        """The counter without what was charged ahead for tokens that are still to come."""
+        return self.counter - self.ahead / self.weight

@@ -4,7 +4,9 @@ view read.
 A tenant has two amounts. `service` is exact: the tokens computed and delivered, at the prices of cost.py; tokens that
 came after the end of an answer's text are taken back. `counter` is the virtual time of fair policies (VTC, DRR):
 service over weight, lifted when a tenant comes back from idleness (which saves up no credit). Policies that charge
-predicted outputs charge the counter ahead and refund the rest.
+predicted outputs charge the counter ahead and refund the rest; a tenant that comes back is lifted to what others were
+delivered, not to what they were charged ahead: it has nothing in the batch yet, and would stay behind by as much as they
+have there.
 """
 
 from __future__ import annotations
@@ -120,7 +122,7 @@ class Ledger:
     def _lift(self, account: Account) -> None:
         lowest = self.lowest_backlogged() or self._last_departed
         if lowest is not None:
-            account.counter = max(account.counter, lowest.counter)
+            account.counter = max(account.counter, lowest.delivered)
 
     def lowest_backlogged(self) -> Account | None:
         """Return the waiting tenant with the smallest counter. An entry is re-keyed only when it reaches the top."""
@@ -170,8 +172,10 @@ class Ledger:
             self.total += cost
             account.charged += cost
             account.virtual += 0.0 if prepaid else cost / account.weight
+            account.ahead -= cost if prepaid else 0.0
         elif prepaid:
             account.virtual -= self._price / account.weight
+            account.ahead -= self._price
 
     def _charge(self, account: Account, cost: float) -> None:
         self.total += cost
@@ -189,6 +193,7 @@ class Ledger:
         count = last - first + 1
         cost = self.cost.output(num_prompt, first, last)
         begin = max(first, prepaid + 1)
+        account.ahead += self.cost.output(num_prompt, first, min(begin - 1, last)) if begin > first else 0.0
         counted = self.cost.output(num_prompt, begin, last) if begin <= last else 0.0
         account.output_tokens -= count
         self.num_output_tokens -= count
@@ -205,14 +210,18 @@ class Ledger:
     def prepay(self, request: Request, count: int) -> None:
         """Charge `count` predicted outputs ahead: on the counter only, as nothing is delivered yet."""
         self._prepaid[request.id] = count
-        request.account.virtual += self.cost.output(request.num_prompt, 1, count) / request.account.weight
+        cost = self.cost.output(request.num_prompt, 1, count)
+        request.account.virtual += cost / request.account.weight
+        request.account.ahead += cost
 
     def settle(self, request: Request) -> bool:
         """Give back what was prepaid for a request that ended after fewer outputs; return True if the counter fell."""
         prepaid, account = self._prepaid.pop(request.id, 0), request.account
         if prepaid <= request.num_outputs:
             return False
-        account.virtual -= self.cost.output(request.num_prompt, request.num_outputs + 1, prepaid) / account.weight
+        left = self.cost.output(request.num_prompt, request.num_outputs + 1, prepaid)
+        account.virtual -= left / account.weight
+        account.ahead -= left
         if account.num_waiting:
             self._rank(account)
         return True

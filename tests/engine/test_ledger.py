@@ -114,6 +114,23 @@ def test_a_tenant_back_from_idleness_is_lifted_to_who_waits_or_else_to_who_left_
     assert old.counter == 600
 
 
+@pytest.mark.parametrize("weight", [1.0, 4.0])
+def test_a_tenant_that_comes_back_is_lifted_to_what_others_were_delivered_not_to_what_they_pay_ahead(
+    weight: float,
+) -> None:
+    bench = Bench(policy="vtc:predict=oracle", max_num_seqs=2)
+    bench.scheduler.ledger.set_weights({"busy": weight})
+    for index in range(4):
+        bench.add(f"b{index}", [1, 2, 3], tenant="busy", max_tokens=20, ignore_eos=True, true_output_len=20)
+    for _ in range(5):
+        bench.step()
+    bench.add("new", [1], tenant="new", max_tokens=20, ignore_eos=True, true_output_len=20)
+    busy, new = (bench.scheduler.ledger.accounts[tenant] for tenant in ("busy", "new"))
+    assert busy.counter == 2 * (3 + 2 * 20) / weight
+    assert new.counter == busy.delivered == busy.service / weight < busy.counter
+    bench.run().check_all()
+
+
 def test_a_lift_never_lowers_and_a_preempted_tenant_is_not_lifted() -> None:
     ledger = Ledger()
     rich, poor = ledger.account("rich"), ledger.account("poor")
@@ -161,11 +178,11 @@ def test_a_failed_step_and_an_abort_give_back_what_was_charged_ahead(length: int
     bench.step()
     account = bench.scheduler.ledger.accounts["t"]
     assert account.counter == 3 + 2 * 20
-    assert account.service == 3 + 2
+    assert account.service == account.delivered == 3 + 2
     bench.step()
     bench.engine.abort("r")
     bench.run()
-    assert account.counter == account.service == 3 + 2 * 2
+    assert account.counter == account.service == account.delivered == 3 + 2 * 2
 
 
 def test_the_window_holds_what_was_served_in_it() -> None:
@@ -238,6 +255,7 @@ def test_charges_end_where_the_text_ends_whatever_the_timing(policy: str, cost: 
     assert stopped == pytest.approx(exact)
     assert ledger.total == pytest.approx(sum(account.service for account in ledger.accounts.values()))
     assert ledger.num_output_tokens == 30 + 5
+    assert all(account.ahead == pytest.approx(0.0, abs=1e-9) for account in ledger.accounts.values())
 
 
 def test_requests_in_which_no_stop_string_can_be_found_are_not_remembered() -> None:
