@@ -4,9 +4,8 @@ view read.
 A tenant has two amounts. `service` is exact: the tokens computed and delivered, at the prices of cost.py; tokens that
 came after the end of an answer's text are taken back. `counter` is the virtual time of fair policies (VTC, DRR):
 service over weight, lifted when a tenant comes back from idleness (which saves up no credit). Policies that charge
-predicted outputs charge the counter ahead and refund the rest; a tenant that comes back is lifted to what others were
-delivered, not to what they were charged ahead: it has nothing in the batch yet, and would stay behind by as much as they
-have there.
+predicted outputs charge the counter ahead and refund the rest. A tenant that comes back is lifted to what others were
+delivered, not to what they were charged ahead: it has nothing in the batch yet, and would stay behind by theirs.
 """
 
 from __future__ import annotations

@@ -47,6 +47,7 @@ BUFFERS_GIB = 1.5  # of a step, beside weights, adapters, keys and values
 PLACES = 32  # adapters of the largest rank that the memory for adapters holds
 START_LIMIT_S = 200.0
 SLO_FACTOR, LIGHT = 3.0, 0.25
+LEAST_REQUESTS = 10  # expected of a row
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ CASES: Mapping[str, Case] = MappingProxyType(
     {
         "7b": Case("7b", 24.0),  # the paper's card has as much
         "13b": Case("13b", 40.0, others=()),
-        "tiny": Case("tiny", 0.3, (2, 4), tasks=6, others=(2,), burst=6, seconds=0.3, light_s=0.2, max_num_seqs=4,
+        "tiny": Case("tiny", 0.3, (2, 4), tasks=6, others=(2,), burst=6, seconds=0.5, light_s=0.5, max_num_seqs=4,
                      max_tokens=8),
     }
 )  # fmt: skip
@@ -163,18 +164,9 @@ def _serve(
     loaded.engine.set_scheduler({"policy": policy})
     before, start = counts(loaded), clock()
     shifted = [Arrival(start + arrival.time, arrival.request) for arrival in trace]
-    done = replay(loaded.engine, shifted, store_ranks(loaded, trace), clock, cut=True)
+    done = replay(loaded.engine, shifted, clock, cut=True)
     found = {key: value - before[key] for key, value in counts(loaded).items()}
     return {"records": [_brief(record, start) for record in done.records], "loads": found["loads"]}
-
-
-def store_ranks(loaded: Loaded, trace: Sequence[Arrival]) -> dict[str, int]:
-    """Map the identities of the adapters of a trace, and their names, to their ranks."""
-    store, ranks = store_of(loaded), dict[str, int]()
-    for name in {arrival.request.adapter for arrival in trace if arrival.request.adapter is not None}:
-        identity = store.identity(name) or ""
-        ranks[name] = ranks[identity] = store.rank(identity)
-    return ranks
 
 
 def _brief(record: RequestRecord, start: float) -> tuple[str, float, float, float, int]:
@@ -307,6 +299,7 @@ class Comparison:
                 self._row(system, tasks, capacity, case.seconds, slo)
 
     def _row(self, system: System, tasks: int, rate: float, seconds: float, slo: float | None) -> dict[str, Any]:
+        rate = max(rate, LEAST_REQUESTS / seconds) if seconds else 0.0
         order = {"policy": system.policy, "tasks": tasks, "rate": rate, "seconds": seconds}
         seed = 1000 * tasks + round(seconds * 10)  # the same requests for every system
         found = ask(self._pipes[system.bits], order | {"seed": seed}, 60.0)
