@@ -4,8 +4,10 @@
 
 First each task's answers to some prompts are made and learned, as a server that has run for a while would have. Then
 the next prompts are answered with speculation and without, in turns, in a closed loop; answers are compared token for
-token. Times are of the processor, as the machine may be shared, and the clock's beside them. The acceptance of each
-step is kept as a trace, which the simulator serves at the step times that were measured of a 7B on an H200 (README).
+token. Times are of the processor, as the machine may be shared, and the clock's beside them.
+
+What the drafter would guess at each place of recorded answers is kept as a trace (`speculation-trace.json`), which the
+simulator serves at measured step times of this machine and of a 7B on an H200, and `perf/gpu/speculation.py` on a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,28 +27,21 @@ import torch
 from inlaid.config import AdapterConfig, CacheConfig, EngineConfig, SpeculationConfig
 from inlaid.engine.account import Account
 from inlaid.engine.engine import Engine, make_engine
-from inlaid.engine.request import NewRequest, Request, SamplingParams, Work
-from inlaid.engine.speculation import Speculation
+from inlaid.engine.request import FinishReason, NewRequest, Request, SamplingParams, Work
+from inlaid.engine.speculation import Draft, Speculation
 from inlaid.flags import Parser
 from inlaid.report.provenance import provenance
 from inlaid.report.tables import markdown
-from inlaid.sim.cost import CostModel
-from inlaid.sim.request_log import Arrival
-from inlaid.sim.simulate import Setup, simulate
-from inlaid.sim.traced import Acceptances
+from inlaid.sim.traced import NONE, Acceptances, Guesses
 from inlaid.text.encoder import RequestEncoder
 from inlaid.text.tokenizer import Tokenizer
 from inlaid.worker.build import Loaded, build_engine
+from perf.speculation_model import CONCURRENCIES, GUESSES, TRACE, h200, simulations, this_machine
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "models" / "demo"
-CONCURRENCIES = (1, 4, 16, 64)
 MAX_TOKENS = 120
-GUESSES = 8
-SIMULATED = 480  # tokens of a simulated answer: ten of the demo's, so that what is learned first counts as it should
-# Median milliseconds of a step of a 7B with 32 adapters by rows, `perf/results/h200-ac6fdf2.json`, stage offline-7b.
-H200_7B: Mapping[int, float] = MappingProxyType({1: 2.713, 16: 3.699, 64: 6.756})
-H200_HOST = 0.6  # milliseconds of host work that a step with drafts no longer hides; an upper guess, not measured
+TRACED = 8  # answers of each task in the trace
 
 
 @dataclass
@@ -71,6 +65,10 @@ class Prompts:
         self._encoder = RequestEncoder(Tokenizer(model.folder), model.vocab_size, model.max_model_len)
         self._lines = {task: (ROOT / "data" / task / "eval.jsonl").read_text().splitlines() for task in tasks}
 
+    @property
+    def tasks(self) -> Sequence[str]:
+        return list(self._lines)
+
     def take(self, first: int, count: int) -> list[Ask]:
         """Return prompts number `first` to `first + count` of every task, with the task's name."""
         return [
@@ -80,7 +78,7 @@ class Prompts:
         ]
 
 
-def config(speculation: str, length: str = "auto") -> EngineConfig:
+def config(speculation: str, length: str = "auto", guesses: int = GUESSES) -> EngineConfig:
     return EngineConfig(
         model=str(DEMO / "base"),
         device="cpu",
@@ -88,15 +86,15 @@ def config(speculation: str, length: str = "auto") -> EngineConfig:
         cache=CacheConfig(enable_prefix_caching=False),
         adapters=AdapterConfig(max_loras=12),
         speculation=SpeculationConfig(
-            speculation=speculation, num_speculative_tokens=GUESSES, speculation_length=length
+            speculation=speculation, num_speculative_tokens=guesses, speculation_length=length
         ),
     )
 
 
-def engine_on(loaded: Loaded, speculation: str, length: str = "auto") -> Engine:
+def engine_on(loaded: Loaded, speculation: str, length: str = "auto", guesses: int = GUESSES) -> Engine:
     """Return a fresh engine on the runner that is loaded."""
     return make_engine(
-        config(speculation, length),
+        config(speculation, length, guesses),
         loaded.engine.runner,
         time.monotonic,
         num_blocks=loaded.model.num_blocks,
@@ -167,57 +165,75 @@ def compared(plain: Side, fast: Side, asked: Sequence[list[Ask]], concurrency: i
 
 
 def traced(loaded: Loaded, prompts: Prompts, learned: int, asked: int) -> Acceptances:
-    """Return, by task, the guesses and how many were right of each decode, with every guess taken."""
-    side = Side(engine_on(loaded, "suffix", "fixed"))
-    closed_loop(side, prompts.take(0, learned), 64, "learn-trace")
-    found: dict[str, list[tuple[int, int]]] = {}
-    scheduler = side.engine.scheduler
-    commit = scheduler.commit
-
-    def noted(batch: Any, result: Any, now: float) -> Any:
-        sampled = iter(result.sampled)
-        for work in batch.works:
-            if work.samples:
-                one = next(sampled)
-                if work.is_decode:
-                    found.setdefault(work.request.adapter_name, []).append((len(work.draft), len(one.following)))
-        return commit(batch, result, now)
-
-    scheduler.commit = noted  # type: ignore[method-assign]
-    closed_loop(side, prompts.take(learned, asked), 16, "trace")
+    """Return, by task and answer, what the drafter guesses at each place, and how much of it is right. Answers are
+    those of plain decoding, and each is learned when it is whole."""
+    side = Side(engine_on(loaded, "off"))
+    asks = prompts.take(0, learned + asked)
+    answers = closed_loop(side, asks, 64, "trace")
+    speculation = Speculation(config("suffix").speculation)
+    found: dict[str, list[list[Guesses]]] = {}
+    for number, ((task, prompt), answer) in enumerate(zip(asks, answers.values(), strict=True)):
+        request = Request(
+            id=str(number), prompt=prompt, params=SamplingParams(), adapter=task, adapter_name=task,
+            account=Account("demo", 0), arrival=0.0, tokens=list(prompt), limit=len(prompt) + MAX_TOKENS,
+            stop_ids=frozenset(loaded.model.eos_ids), finish_reason=FinishReason.STOP,
+        )  # fmt: skip
+        is_traced = number >= learned * len(prompts.tasks)
+        places = [NONE]
+        for known, token in enumerate(answer[:-1], 1):
+            request.tokens.append(token)
+            if is_traced:
+                places.append(_guessed(speculation, request, answer[known:]))
+        if is_traced:
+            found.setdefault(task, []).append(places)
+        request.tokens = [*prompt, *answer]
+        speculation.end(request)
     return Acceptances(found)
 
 
-def h200() -> CostModel:
-    """Return the measured steps of a 7B on an H200 as a cost model: a line through 1 and 64 rows."""
-    slope = (H200_7B[64] - H200_7B[1]) / 63
-    return CostModel(name="h200-7b", source="median steps of h200-ac6fdf2.json", step=(H200_7B[1] - slope) / 1e3,
-                     decodes=slope / 1e3, prefill_tokens=2e-5)  # fmt: skip
+def _guessed(speculation: Speculation, request: Request, rest: Sequence[int]) -> Guesses:
+    """Return what is guessed where a request stands, given how its answer goes on."""
+    draft = speculation._draft(request, GUESSES)
+    if draft is None:
+        return NONE
+    right = next((at for at, (a, b) in enumerate(zip(draft.tokens, rest)) if a != b), min(len(draft.tokens), len(rest)))
+    return Guesses(len(draft.tokens), right, draft.source, draft.match)
 
 
-def simulated(acceptances: Acceptances, concurrency: int) -> dict[str, Any]:
-    """Serve answers side by side in the simulator at a 7B's step times, with the trace's drafts and without; each task
-    is first once."""
-    tasks = sorted(acceptances.by_adapter)
-    cost = replace(h200(), drafts=H200_HOST / 1e3)
-    seconds = {}
-    for name, trace in (("off", None), ("on", acceptances)):
-        setup = Setup(
-            cost, num_tokens=400_000, acceptances=trace, num_guesses=GUESSES, scheduler={"max_num_seqs": 256},
-            ranks=dict.fromkeys(tasks, 16), resident=tuple(tasks),
-        )  # fmt: skip
-        params = SamplingParams(max_tokens=2 * SIMULATED, temperature=0.0)
-        seconds[name] = sum(
-            simulate([
-                Arrival(0.0, NewRequest(
-                    id=str(i), prompt=[3] * 60, adapter=tasks[(first + i) % len(tasks)], true_output_len=SIMULATED,
-                    params=params,
-                ))
-                for i in range(concurrency)
-            ], setup).end
-            for first in range(len(tasks))
-        )  # fmt: skip
-    return {"concurrency": concurrency, "times_faster": round(seconds["off"] / seconds["on"], 3)}
+class _Wrong:
+    """Guesses as many tokens as may be."""
+
+    def draft(self, request: Request, most: int) -> Draft | None:
+        return Draft((5,) * most) if most else None
+
+    def end(self, request: Request) -> None:
+        """Do nothing: there is nothing to learn."""
+
+
+def step_times(loaded: Loaded, prompts: Prompts, tokens: int = 24) -> list[dict[str, float]]:
+    """Return median processor milliseconds of a step by requests and guesses of each."""
+    found = []
+    for requests in CONCURRENCIES:
+        asks = [prompts.take(100 + i // len(prompts.tasks), 1)[i % len(prompts.tasks)] for i in range(requests)]
+        for guesses in (0, 1, GUESSES):
+            engine = engine_on(loaded, "suffix", "fixed", max(1, guesses))
+            scheduler = engine.scheduler
+            if guesses:
+                assert scheduler.state.speculation is not None
+                scheduler.state.speculation.drafter = _Wrong()
+            else:
+                scheduler.state.speculation = None
+            params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+            for i, (task, prompt) in enumerate(asks):
+                engine.add(NewRequest(id=f"t{requests}-{guesses}-{i}", prompt=prompt, params=params, adapter=task))
+            taken = []
+            while engine.has_work:
+                begin = time.process_time()
+                outputs = engine.step()
+                if len(outputs) == requests:
+                    taken.append(time.process_time() - begin)
+            found.append({"requests": requests, "guesses": guesses, "ms": statistics.median(taken[2:-1]) * 1e3})
+    return found
 
 
 def host_cost(num_requests: int = 64, steps: int = 200) -> dict[str, float]:
@@ -248,6 +264,7 @@ def host_cost(num_requests: int = 64, steps: int = 200) -> dict[str, float]:
             for one in asked:
                 one.tokens.append(generator.randrange(size))
             works = [Work(one, len(one.tokens) - 1, 1, True) for one in asked]
+            speculation.begin(num_requests, None)
             speculation._now.pause = 0  # every step looks: the dearest case
             started = time.perf_counter()
             speculation.choose(works, 2048)
@@ -261,10 +278,19 @@ def report(learned: int, asked: int, rounds: int, concurrencies: Sequence[int]) 
     folders = {folder.name: str(folder) for folder in sorted((DEMO / "adapters").iterdir()) if folder.is_dir()}
     loaded = build_engine(config("off"), folders)
     prompts = Prompts(loaded, list(folders))
+    trace = traced(loaded, prompts, learned, TRACED)
+    trace.save(TRACE)
+    times = step_times(loaded, prompts)
     result: dict[str, Any] = {
         "what": f"the demo's {len(folders)} tasks, float32, greedy, up to {MAX_TOKENS} tokens, after {learned} answers "
         f"of each task; at most {GUESSES} guesses; prefix cache off",
         "host_microseconds_a_request_a_step_at_64": host_cost(),
+        "step_times": times,
+        "tokens_a_step_with_all_guesses": {name: round(each, 3) for name, each in trace.tokens_a_step().items()},
+        "simulated": {
+            "7B on an H200": simulations(h200(), trace, CONCURRENCIES, overlap=True),
+            "the demo on this CPU": simulations(this_machine(times), trace, CONCURRENCIES, overlap=False),
+        },
         "cpu": [],
     }
     plain, fast = Side(engine_on(loaded, "off")), Side(engine_on(loaded, "suffix"))
@@ -277,14 +303,6 @@ def report(learned: int, asked: int, rounds: int, concurrencies: Sequence[int]) 
         row = compared(plain, fast, asks, concurrency)
         result["cpu"].append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
-    acceptances = traced(loaded, prompts, learned, rounds * asked)
-    result["trace"] = acceptances.summary()
-    result["simulated_7b_on_h200"] = {
-        "what": f"the trace's drafts at the measured step times {dict(H200_7B)} ms by rows (32 adapters), a guess "
-        f"priced as a row, and {H200_HOST} ms of host work a step that drafts no longer hide; attention to several "
-        "queries not measured",
-        "rows": [simulated(acceptances, concurrency) for concurrency in concurrencies],
-    }
     return result | {"provenance": provenance(packages=("torch",)) | {"threads": 1, "seed": "none: greedy"}}
 
 
@@ -294,30 +312,40 @@ def as_markdown(result: Mapping[str, Any]) -> str:
         (
             row["concurrency"], row["tokens_a_step"], row["times_faster_in_processor_time"],
             row["times_faster_by_the_clock"], row["accepted"], f"{row['equal_answers']} of {row['answers']}",
-            simulated["times_faster"],
         )
-        for row, simulated in zip(result["cpu"], result["simulated_7b_on_h200"]["rows"], strict=True)
+        for row in result["cpu"]
     ]  # fmt: skip
-    head = (
-        "requests",
-        "tokens a step",
-        "times faster",
-        "by the clock",
-        "guesses right",
-        "equal answers",
-        "7B, simulated",
-    )
-    by_task = result["cpu"][0]["tokens_a_step_by_task"]
+    head = ("requests", "tokens a step", "times faster", "by the clock", "guesses right", "equal answers")
+    machines = result["simulated"]
+    simulated_rows = [
+        (row["concurrency"], machine, row["tokens_a_step"], row["times_faster"], row["times_faster_with_all_guesses"])
+        for machine, found in machines.items()
+        for row in found["rows"]
+    ]
+    everything = result["tokens_a_step_with_all_guesses"]
+    by_task = [
+        (task, value, *(found["times_faster_by_task_at_1"][task] for found in machines.values()))
+        for task, value in everything.items()
+    ]
+    mean = ("mean", round(statistics.mean(everything.values()), 3),
+            *(found["mean_over_tasks_at_1"] for found in machines.values()))  # fmt: skip
     rates = result["host_microseconds_a_request_a_step_at_64"]
+    times = [(one["requests"], one["guesses"], round(one["ms"], 2)) for one in result["step_times"]]
     return "\n\n".join(
         [
-            "# Speculation on a CPU",
+            "# Speculation on the demo's texts",
             f"{result['what']}. `python -m perf.speculation`; commit {result['provenance'].get('commit', '')}.",
+            "## Served on this CPU",
             markdown(head, rows, "r"),
-            "Times faster: processor seconds without speculation over those with it. 7B, simulated: "
-            + result["simulated_7b_on_h200"]["what"] + ".",
-            f"Tokens a step by task, at {result['cpu'][0]['concurrency']} request(s):",
-            markdown(("task", "tokens a step"), list(by_task.items())),
+            "Times faster: processor seconds without speculation over those with it.",
+            "## Simulated",
+            "Answers and drafts recorded on the demo (`speculation-trace.json`) at measured step times, on a virtual "
+            "clock: times as fast as without drafts.",
+            markdown(("requests", "machine", "tokens a step", "as many guesses as pay", "all guesses"), simulated_rows),
+            "One request, by task:",
+            markdown(("task", "tokens a step, all guesses", *machines), [*by_task, mean]),
+            "Step times of this CPU, processor milliseconds:",
+            markdown(("requests", "guesses of each", "ms"), times, "r"),
             "Host code, microseconds a request a step at 64 requests: "
             + ", ".join(f"{value} ({kind} text)" for kind, value in rates.items()) + ".",
         ]
@@ -329,7 +357,7 @@ def main() -> None:
     parser.add_argument("--learned", type=int, default=24, help="answers of each task that are learned first")
     parser.add_argument("--asked", type=int, default=4, help="prompts of each task in a round")
     parser.add_argument("--rounds", type=int, default=2, help="rounds, each side in turn")
-    parser.add_argument("--concurrencies", type=int, nargs="+", default=list(CONCURRENCIES), help="requests at a time")
+    parser.add_argument("--concurrencies", type=int, nargs="*", default=list(CONCURRENCIES), help="requests at a time")
     parser.add_argument("--out", type=Path, default=ROOT / "perf" / "results" / "speculation-cpu.json")
     arguments = parser.parse_args()
     result = report(arguments.learned, arguments.asked, arguments.rounds, arguments.concurrencies)

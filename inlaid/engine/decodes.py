@@ -16,13 +16,16 @@ class Decodes:
         self._state = state
         self._endings = endings
         self._num_awaiting = 0  # running requests that wait for deferred blocks in this step
+        self._num_held = 0  # requests that wait until the step in flight is seen, for drafts
 
     def schedule(self) -> tuple[list[Work], list[Work], int]:
         """Return works of one token, longer works, and the tokens left for new requests."""
         state = self._state
-        self._num_awaiting = 0
+        self._num_awaiting = self._num_held = 0
         preemptions = state.num_preemptions
         singles, unfinished = self._decode()
+        if self._num_held and not singles:
+            return [], [], 0  # prompts alone would be a step more: they come with the decodes
         if state.num_preemptions != preemptions:
             singles = self._still_running(singles)
         budget = state.config.max_num_batched_tokens - len(singles)
@@ -38,26 +41,30 @@ class Decodes:
 
     def _decode(self) -> tuple[list[Work], list[Progress]]:
         """Return one token's work for each decode, and the requests whose prompts are not computed yet."""
-        speculation = self._state.speculation
+        speculation, looking = self._state.speculation, False
         if speculation is not None:
-            speculation.begin(len(self._state.running))
+            running = self._state.running
+            alone = next(iter(running.values())).request if len(running) == 1 else None
+            speculation.begin(len(running), None if alone is None else alone.adapter)
+            looking = speculation.looking
         block_size = self._state.pool.block_size
         singles: list[Work] = []
         unfinished: list[Progress] = []
         for progress in list(self._state.running.values()):
             start = progress.num_computed
-            if start < progress.decode_until:
+            if start < progress.decode_until and not looking:
                 progress.num_computed = start + 1
                 singles.append(Work(progress.request, start, 1, True, True))
                 continue
             request = progress.request
             known, limit, must_see = len(request.tokens), request.limit, request.must_see
             if speculation is not None:
-                must_see = must_see or progress.drafted or speculation.wants(request)
+                must_see = must_see or progress.drafted or looking
             if start + 1 < known or progress.num_charged < len(request.prompt):
                 unfinished.append(progress)
                 continue
             if start >= known and (start + 1 >= limit or must_see):
+                self._num_held += looking
                 continue  # its newest token must be seen first, or is the last
             if start >= len(request.blocks) * block_size and not self._grow(progress):
                 continue

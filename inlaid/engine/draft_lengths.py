@@ -1,40 +1,43 @@
-"""Lengths of drafts that pay: how likely a guess is right, what a further row costs a step, and which guesses to take.
+"""Lengths of drafts that pay: how likely a guess is right, and which guesses to take at the price of a step's rows.
 
-A step of S decodes with E guesses takes base + slope * E seconds; both are learned from the steps that ran, for S
-within a power of two. A guess is worth the chance that it and all guesses before it are right. Guesses are taken, the
-likeliest first, as long as each brings more tokens a second than the step has without it. Where arithmetic decides,
-the slope is steep and no guess is taken.
+A guess is worth the chance that it and all guesses before it are right. Guesses are taken, the likeliest first, as long
+as tokens a second grow. `draft_costs.py` knows the price.
 """
 
 from __future__ import annotations
 
-import math
-from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from inlaid.engine.draft_costs import Curve
 
 MOST_KEYS = 4096  # adapters whose acceptance is remembered
 FORGETTING = 0.95  # weight of the past, for each guess checked: about twenty count
+FORGETTING_OF_ALL = 0.99  # the same for all adapters together: about a hundred
 PRIOR_GUESSES = 4.0
 PRIOR_CHANCE = (0.25, 0.35, 0.5, 0.65, 0.8)  # by length of match: below 2, below 4, below 8, below 16, longer
 NUM_GRADES = len(PRIOR_CHANCE)
-WINDOW = 16  # steps without guesses, and with them, that are remembered
-DOUBT_COST = 0.9  # what is left of a slope after a look that found it too steep
-DOUBT_CHANCE = 0.97  # what is left of a chance's distance from its prior after a look that found it too small
-FEWEST_STEPS = 3  # of each kind, before a slope is believed
+MOST_MATCHING = 128  # tokens: a longest match, and a longest draft behind it
+CLASSES = tuple(max(0, min(match.bit_length(), NUM_GRADES) - 1) for match in range(MOST_MATCHING))
+DOUBT = 0.97  # what is left of a chance's distance from its prior after a look that found it too small
+LEAST_MORE = 0.01  # tokens a second that a step's guesses must add, as a share
 
 Grade = int  # source * NUM_GRADES + class of the match
 
 
 def grade(source: int, match: int) -> Grade:
     """Return the class of a guess made from a match of so many tokens in a source (0: own text, 1: phrases)."""
-    return source * NUM_GRADES + min(match.bit_length(), NUM_GRADES) - 1
+    return source * NUM_GRADES + CLASSES[match]
 
 
 class Acceptance:
-    """The share of guesses that were right, by adapter and grade, in the recent past."""
+    """The share of guesses that were right, by adapter and grade, in the recent past. An adapter that is new begins
+    with the share of all."""
 
     def __init__(self, sources: int = 2) -> None:
         self._size = sources * NUM_GRADES
+        self._prior = list(PRIOR_CHANCE) * sources
+        self._of_all, self._weights_of_all = list(self._prior), [PRIOR_GUESSES] * self._size
         self._chances: OrderedDict[str | None, list[float]] = OrderedDict()
         self._weights: dict[str | None, list[float]] = {}
 
@@ -42,7 +45,7 @@ class Acceptance:
         """Return the chance of a guess by grade; it may be changed only by `note`."""
         found = self._chances.get(adapter)
         if found is None:
-            found = self._chances[adapter] = list(PRIOR_CHANCE) * (self._size // NUM_GRADES)
+            found = self._chances[adapter] = list(self._of_all)
             self._weights[adapter] = [PRIOR_GUESSES] * self._size
             if len(self._chances) > MOST_KEYS:
                 dropped, _ = self._chances.popitem(last=False)
@@ -52,100 +55,44 @@ class Acceptance:
     def note(self, adapter: str | None, source: int, match: int, num_guesses: int, num_right: int) -> None:
         """Learn from a draft: guesses behind the first wrong one say nothing."""
         self.chances(adapter)
-        chances, weights = self._chances[adapter], self._weights[adapter]
-        for place in range(min(num_right + 1, num_guesses)):
-            at = grade(source, match + place)
-            weight = weights[at] * FORGETTING + 1.0
-            chances[at] += ((place < num_right) - chances[at]) / weight
-            weights[at] = weight
+        own = self._chances[adapter], self._weights[adapter], FORGETTING
+        for chances, weights, forgetting in (own, (self._of_all, self._weights_of_all, FORGETTING_OF_ALL)):
+            for place in range(min(num_right + 1, num_guesses)):
+                at = grade(source, match + place)
+                weight = weights[at] * forgetting + 1.0
+                chances[at] += ((place < num_right) - chances[at]) / weight
+                weights[at] = weight
 
     def doubt(self, adapter: str | None) -> None:
         """Bring chances nearer to where they began, as no guess has confirmed them."""
         chances = self._chances.get(adapter, [])
         for at in range(len(chances)):
-            prior = PRIOR_CHANCE[at % NUM_GRADES]
-            chances[at] = prior + DOUBT_CHANCE * (chances[at] - prior)
+            prior = self._prior[at]
+            chances[at] = prior + DOUBT * (chances[at] - prior)
 
 
-class _Timing:
-    """The last steps of one size: seconds of those without guesses, and guesses and seconds of the others."""
-
-    __slots__ = ("base", "guessed", "last", "plain", "slope", "trust")
-
-    def __init__(self) -> None:
-        self.plain: deque[float] = deque(maxlen=WINDOW)
-        self.guessed: deque[tuple[int, float]] = deque(maxlen=WINDOW)
-        self.last = 0  # guesses of the newest step
-        self.trust = 1.0  # share of the slope that is believed
-        self.base, self.slope = 1.0, 0.0
-
-    def add(self, guesses: int, seconds: float) -> None:
-        self.last = guesses
-        if guesses:
-            self.guessed.append((guesses, seconds))
-            self.trust = 1.0
-        else:
-            self.plain.append(seconds)
-        if self.known:
-            self.base = max(1e-9, _median(self.plain))
-            self.slope = max(0.0, _median([(took - self.base) / count for count, took in self.guessed]))
-
-    @property
-    def known(self) -> bool:
-        return len(self.plain) >= FEWEST_STEPS and len(self.guessed) >= FEWEST_STEPS
+def least_worth(decodes: int, curve: Curve, floor: float) -> float:
+    """Return what a guess must be worth to be taken at all: less pays in no company."""
+    return max(floor, curve.slope * decodes / curve.look)
 
 
-def _median(values: Iterable[float]) -> float:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2]
-
-
-class StepCosts:
-    """Seconds of a step by its decodes and guesses, learned from the steps that ran. Medians, as the clock of a busy
-    machine tells more than the step took, now and then."""
-
-    def __init__(self) -> None:
-        self._timings: dict[int, _Timing] = {}  # by bit length of the number of decodes
-
-    def note(self, decodes: int, guesses: int, seconds: float) -> None:
-        """Learn from a step of decodes and their guesses alone."""
-        self._timings.setdefault(decodes.bit_length(), _Timing()).add(guesses, seconds)
-
-    def known(self, decodes: int) -> bool:
-        """Return True if the slope of steps of so many decodes is known."""
-        timing = self._timings.get(decodes.bit_length())
-        return timing is not None and timing.known
-
-    def doubt(self, decodes: int) -> None:
-        """Take a slope for less, as no step has confirmed it: in the end it is tried again."""
-        if self.known(decodes):
-            self._timings[decodes.bit_length()].trust *= DOUBT_COST
-
-    def of(self, decodes: int) -> tuple[float, float]:
-        """Return base and slope of steps of so many decodes. A slope that is not known is tried: it is 0 after a step
-        without guesses, and endless after a step with them, since only unlike steps tell it."""
-        timing = self._timings.get(decodes.bit_length())
-        if timing is None:
-            return 1.0, 0.0
-        if not timing.known:
-            return 1.0, math.inf if timing.last else 0.0
-        return timing.base, timing.slope * timing.trust
-
-
-def choose(worths: Sequence[Sequence[float]], decodes: int, base: float, slope: float, most: int) -> list[int]:
+def choose(worths: Sequence[Sequence[float]], decodes: int, curve: Curve, most: int) -> list[int]:
     """Return how many guesses of each draft pay, at most `most` in all.
 
     `worths` has for each draft the chances that its first, second, … guess counts, which fall along the draft.
     """
-    if slope * decodes >= base:  # not even a guess that is sure pays
-        return [0] * len(worths)
+    taken = [0] * len(worths)
     rows = [(worth, draft) for draft, each in enumerate(worths) for worth in each]
     rows.sort(reverse=True)
-    taken, tokens, seconds = [0] * len(worths), float(decodes), base
-    for worth, draft in rows[:most]:
+    tokens, seconds, slope = float(decodes), curve.first, curve.slope
+    best, count = (1.0 + LEAST_MORE) * decodes / curve.look, 0
+    for number, (worth, _) in enumerate(rows[: max(0, most)], 1):
         if worth * seconds <= slope * tokens:
             break
-        taken[draft] += 1
         tokens += worth
         seconds += slope
+        if tokens > best * seconds:
+            best, count = tokens / seconds, number
+    for _, draft in rows[:count]:
+        taken[draft] += 1
     return taken

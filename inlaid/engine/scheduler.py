@@ -232,9 +232,11 @@ class Scheduler:
             self.admission.fetch()
         if not singles and not prefills:
             return None
-        if self.state.speculation is not None and singles:
-            singles, prefills = self._with_drafts(self.state.speculation, singles, prefills)
-        return Batch(self.state.steps.begin(now), (*singles, *prefills), self.endings.take_released())
+        step, speculation = self.state.steps.begin(now), self.state.speculation
+        if speculation is not None and singles:
+            singles, prefills = self._with_drafts(speculation, singles, prefills)
+            speculation.begun(step)
+        return Batch(step, (*singles, *prefills), self.endings.take_released())
 
     def _with_drafts(
         self, speculation: Speculation, singles: list[Work], prefills: list[Work]
@@ -286,7 +288,7 @@ class Scheduler:
             self.state.steps.rest()
         self.state.step_time.note(batch.works, seconds)
         if self.state.speculation is not None:
-            self.state.speculation.note_step(batch, timing.busy)
+            self.state.speculation.note_step(batch, timing.busy, timing.overlapped)
             seconds /= max(1.0, num_made / max(1, len(batch.works)))  # policies count in steps of one token
         pace = self.view.seconds_per_step
         self.view.seconds_per_step = seconds if pace == 0 else 0.9 * pace + 0.1 * seconds

@@ -1,8 +1,8 @@
 """Speculation: which decodes of a step get a draft, and how long it is. The scheduler asks it once a step.
 
-With an overlapping runner a draft costs the overlap of its request: its newest token must be known before the draft is
-made, and how many guesses were right before the next step is made. So where drafts do not pay, at this number of
-decodes, looking for them pauses, and decodes overlap as ever.
+With an overlapping runner a look for drafts costs the overlap of its step: newest tokens must be known before drafts
+are made, and how many guesses were right before the next step is made. So all decodes are looked at in the same steps,
+and where drafts do not pay, looking for them pauses, and decodes overlap as ever.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ from typing import Any, Protocol
 import msgspec
 
 from inlaid.config import ConfigError, SpeculationConfig, check
-from inlaid.engine.draft_lengths import Acceptance, StepCosts, choose, grade
-from inlaid.engine.drafts import LONGEST_MATCH, PhraseBook, Prompted, as_text
+from inlaid.engine.draft_costs import SHORTEST_PAUSE, STALE, AllLooks, Looks, Prices, StepCosts
+from inlaid.engine.draft_lengths import CLASSES, NUM_GRADES, Acceptance, choose, least_worth
+from inlaid.engine.drafts import LONGEST_MATCH, OwnText, PhraseBook, Reader, as_text
 from inlaid.engine.request import Batch, FinishReason, Request, Work
 
-SHORTEST_PAUSE, LONGEST_PAUSE = 4, 256  # steps without a look, after looks in vain
-LOOKS = 8  # over which a gain is averaged
-LEAST_GAIN = 0.02  # of tokens a second; less is within the error of what is known
 MOST_COUNTED = 16  # adapters with counts of their own
-FEWEST_TRIED = 2  # guesses of a step that shall tell what a guess costs
+FEWEST_TRIED = 2  # guesses of a step that shall tell what a guess costs; or an eighth of the decodes
 LEAST_WORTH = 0.05  # a guess less likely than that is not made
 OWN, PHRASES, GRAMMAR = 0, 1, 2  # sources of drafts
 
@@ -56,23 +54,22 @@ class TextDrafter:
 
     def __init__(self, book: PhraseBook) -> None:
         self.book = book
-        self._own: dict[str, Prompted] = {}  # by request id
+        self._read: dict[str, tuple[Request, OwnText, Reader]] = {}  # by request id
 
     def draft(self, request: Request, most: int) -> Draft | None:
-        own = self._own.get(request.id)
-        if own is None:
-            own = self._own[request.id] = Prompted(request)
-        tail = own.text()[-LONGEST_MATCH:]
-        guesses, match = self.book.find(request, tail, most)
-        source = PHRASES
-        if match < LONGEST_MATCH:
-            found, length = own.find(most)
-            if length > match or not guesses:
-                guesses, match, source = found, length, OWN
-        return Draft(tuple(map(ord, guesses)), source, match) if guesses else None
+        found = self._read.get(request.id)
+        if found is None or found[0] is not request:
+            found = self._read[request.id] = (request, OwnText(request), self.book.reader(request))
+        _, own, reader = found
+        phrase, match = reader.find(self.book, most)
+        if match < LONGEST_MATCH or not phrase:
+            guesses, length = own.find(most)
+            if guesses and (length > match or not phrase):
+                return Draft(tuple(guesses), OWN, length)
+        return Draft(tuple(map(ord, phrase)), PHRASES, match) if phrase else None
 
     def end(self, request: Request) -> None:
-        self._own.pop(request.id, None)
+        self._read.pop(request.id, None)
         if request.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.book.learn(request, as_text(request.outputs))
 
@@ -86,25 +83,14 @@ class Counts:
     accepted: int = 0
 
 
-class _Looks:
-    """The mean gain of the last looks for drafts, and the pause after looks in vain."""
+@dataclass(slots=True)
+class _Plan:
+    """A step that is in flight: whether drafts were looked for, and how many guesses should be right."""
 
-    __slots__ = ("gain", "last", "pause")
-
-    def __init__(self) -> None:
-        self.gain = 10 * LEAST_GAIN
-        self.pause = 0  # steps left until the next look
-        self.last = SHORTEST_PAUSE // 2  # the last pause
-
-    def pauses_after(self, gain: float) -> bool:
-        """Take in what a look has gained, as a share of the step's tokens a second. Return True if a pause begins now,
-        each longer than the one before."""
-        self.gain += (gain - self.gain) / LOOKS
-        if self.gain >= LEAST_GAIN:
-            self.last = SHORTEST_PAUSE // 2
-            return False
-        self.pause = self.last = min(2 * self.last, LONGEST_PAUSE)
-        return True
+    looks: Looks
+    looked: bool
+    decodes: int = 0
+    expected: float = 0.0
 
 
 class Speculation:
@@ -122,26 +108,36 @@ class Speculation:
         self._acceptance = Acceptance(sources=3)
         self._costs = StepCosts()
         self._made: dict[str, Draft] = {}  # in flight, by request id
-        self._looks: dict[int, _Looks] = {}  # by bit length of the number of running requests
-        self._now = _Looks()
+        self._looks = AllLooks(SHORTEST_PAUSE if self._adaptive else 0)  # plain steps come first
+        self._now = self._looks.of(0, None)
+        self._plan = _Plan(self._now, False)
+        self._plans: dict[int, _Plan] = {}  # in flight, by step
         self._num_right = 0  # guesses of the step that ends now
 
-    def begin(self, num_running: int) -> None:
-        """Begin a step of so many running requests."""
-        self._now = self._looks.setdefault(num_running.bit_length(), _Looks())
+    def begin(self, num_running: int, adapter: str | None) -> None:
+        """Begin a step of so many running requests; `adapter` is that of a request alone."""
+        self._now = looks = self._looks.of(num_running, adapter)
+        if looks.pause == 0 and self._adaptive and not self._costs.of(num_running).has_plain:
+            looks.pause = SHORTEST_PAUSE  # there is nothing to compare with yet
 
-    def wants(self, request: Request) -> bool:
-        """Return True if drafts are looked for now, and this request may have one."""
-        return self._now.pause == 0 and self._may(request)
+    @property
+    def looking(self) -> bool:
+        """Return True if drafts are looked for in the step that begins: then newest tokens must be known."""
+        return self._now.pause == 0
 
     def _may(self, request: Request) -> bool:
         return request.speculation and request.account.tenant not in self._without
 
     def choose(self, singles: Sequence[Work], budget: int) -> dict[str, Draft]:
         """Return drafts for some of a step's decodes, by request id: at most `budget` guesses, as long as they pay."""
-        budget = max(0, budget)
-        if self._now.pause:
+        decodes = len(singles)
+        self._plan = plan = _Plan(self._now, self._now.pause == 0, decodes)
+        if not plan.looked:
             self._now.pause -= 1
+            return {}
+        prices = self._costs.of(decodes)
+        least = least_worth(decodes, prices.curve, LEAST_WORTH) if self._adaptive else 0.0
+        if least >= 1.0:  # not even a guess that is sure pays
             return {}
         found: list[tuple[Request, Draft]] = []
         worths: list[list[float]] = []
@@ -149,24 +145,18 @@ class Speculation:
             request = work.request
             known = len(request.tokens)
             most = min(self._most, request.limit - known - 1)
-            if most > 0 and work.samples and request.num_prompt <= work.start == known - 1 and self._may(request):
+            if most > 0 and work.samples and len(request.prompt) <= work.start == known - 1 and self._may(request):
                 draft = self._draft(request, most)
                 if draft is not None:
                     found.append((request, draft))
-                    worths.append(self._worths(request, draft))
-        if self._adaptive:
-            if not self._costs.known(len(singles)):
-                budget = min(budget, max(FEWEST_TRIED, len(singles) // 8))
-            base, slope = self._costs.of(len(singles))
-            lengths = choose(worths, len(singles), base, slope, budget)
-            if self._costs.known(len(singles)):
-                tokens = sum(sum(each[:length]) for each, length in zip(worths, lengths))
-                if self._gain(len(singles), sum(lengths), tokens) < LEAST_GAIN:
-                    lengths = [0] * len(lengths)
-                    if self._now.pauses_after(0.0):
-                        self._doubt(singles, found)
-        else:
+                    worths.append(self._worths(request, draft, least))
+        if not self._adaptive:
             lengths = _within([len(draft.tokens) for _, draft in found], budget)
+        else:
+            if not prices.known or prices.doubted:
+                budget = min(budget, max(FEWEST_TRIED, decodes // 8))
+            lengths = choose(worths, decodes, prices.curve, budget)
+            plan.expected = sum(sum(each[:length]) for each, length in zip(worths, lengths))
         return {request.id: draft.first(length) for (request, draft), length in zip(found, lengths) if length}
 
     def _draft(self, request: Request, most: int) -> Draft | None:
@@ -186,30 +176,24 @@ class Speculation:
         count = request.grammar.prepare(request.outputs, draft.tokens)
         return draft.first(count) if count else None
 
-    def _worths(self, request: Request, draft: Draft) -> list[float]:
+    def _worths(self, request: Request, draft: Draft, least: float) -> list[float]:
         """Return the chance of each guess that it and those before it are right, while that is likely enough."""
         chances, worth, worths = self._acceptance.chances(request.adapter), 1.0, []
-        for match in range(draft.match, draft.match + len(draft.tokens)):
-            worth *= chances[grade(draft.source, match)]
-            if worth < LEAST_WORTH:
+        first, match = draft.source * NUM_GRADES, draft.match
+        for at in CLASSES[match : match + len(draft.tokens)]:
+            worth *= chances[first + at]
+            if worth < least:
                 break
             worths.append(worth)
         return worths
 
-    def _gain(self, decodes: int, guesses: int, right: float) -> float:
-        """Return by what share so many right guesses raise the tokens a second of a step."""
-        base, slope = self._costs.of(decodes)
-        return (1.0 + right / decodes) * base / (base + slope * guesses) - 1.0
-
-    def _doubt(self, singles: Sequence[Work], found: Sequence[tuple[Request, Draft]]) -> None:
-        """Believe a little less in what spoke against guesses, so that in the end they are tried again."""
-        self._costs.doubt(len(singles))
-        for adapter in {request.adapter for request, _ in found}:
-            self._acceptance.doubt(adapter)
-
     def submitted(self, request: Request, draft: Draft) -> None:
         """Note the draft that a request has in the step being made."""
         self._made[request.id] = draft
+
+    def begun(self, step: int) -> None:
+        """Note the number of the step that has been made."""
+        self._plans[step] = self._plan
 
     def note_accepted(self, work: Work, num_right: int) -> None:
         """Learn how many guesses of a work's draft were right."""
@@ -232,15 +216,33 @@ class Speculation:
             name = "other"
         return self.by_adapter.setdefault(name, Counts())
 
-    def note_step(self, batch: Batch, seconds: float) -> None:
-        """Learn what a step has cost, if it had decodes only."""
-        works = batch.works
-        guesses = batch.num_tokens - len(works)
-        if works and guesses == sum(len(work.draft) for work in works):
-            self._costs.note(len(works), guesses, seconds)
-            if guesses and self._adaptive and self._costs.known(len(works)):
-                self._now.pauses_after(self._gain(len(works), guesses, self._num_right))
-        self._num_right = 0
+    def note_step(self, batch: Batch, seconds: float, overlapped: bool) -> None:
+        """Learn what a step has cost, if it had decodes only, and whether it paid to look for drafts. `overlapped`: the
+        host made it while the device computed the step before."""
+        plan, right, self._num_right = self._plans.pop(batch.step, None), self._num_right, 0
+        if plan is None:
+            return
+        works, decodes = batch.works, plan.decodes
+        guesses = sum(len(work.draft) for work in works)
+        prices = self._costs.of(decodes)
+        if works and batch.num_tokens == len(works) + guesses:
+            prices.add(guesses, seconds, overlapped)
+        if not plan.looked or not self._adaptive:
+            return
+        looks = plan.looks
+        expected = looks.hope(plan.expected, right) if guesses else 0.0
+        if prices.known or not guesses:
+            gain = (1.0 + expected / decodes) / prices.curve.of(guesses) - 1.0
+            if looks.note(gain):
+                self._doubt(prices, works)
+            elif prices.age >= STALE:
+                looks.pause, prices.age = SHORTEST_PAUSE, 0
+
+    def _doubt(self, prices: Prices, works: Sequence[Work]) -> None:
+        """Believe a little less in what spoke against guesses, so that in the end they are tried again."""
+        prices.doubt()
+        for adapter in {work.request.adapter for work in works}:
+            self._acceptance.doubt(adapter)
 
     def end(self, request: Request) -> None:
         """Forget a request that has ended, and learn its answer if drafts may be made from it."""

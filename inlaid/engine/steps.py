@@ -41,6 +41,7 @@ class Timing:
     busy: float  # the same with the host's work before it, if that kept the device waiting
     host: float  # of the host, to make and submit it
     waited: float | None  # by the host, for its end; None: the host made no other step meanwhile
+    overlapped: bool  # it was made while the device computed the step before
 
 
 class Steps:
@@ -84,7 +85,7 @@ class Steps:
         self._in_flight.remove(flight)
         waited = now - self._in_flight[-1].submitted if self._in_flight else None
         seconds, busy = now - max(flight.made, self._ended_at), now - max(flight.since, self._ended_at)
-        timing = Timing(seconds, busy, flight.submitted - flight.since, waited)
+        timing = Timing(seconds, busy, flight.submitted - flight.since, waited, flight.made < self._ended_at)
         self._ended_at = now
         oldest = self._in_flight[0].step if self._in_flight else self._last + 1
         over = [held for held in self._deferred if held.step < oldest]

@@ -40,7 +40,6 @@ class CostModel:
     adapter_rows: float = 0.0
     ranks: float = 0.0
     guesses: float = 0.0  # 0: as much as a decode
-    drafts: float = 0.0  # of a step with drafts: the host's work that such a step does not overlap
     host: float = 0.0  # of the host that makes a step while the device computes the one before,
     host_prompts: float = 0.0  # more if it has prompts, whose kernels are launched one by one,
     host_rows: float = 0.0  # for each sequence
@@ -63,8 +62,6 @@ class CostModel:
             + self.ranks * load.ranks
             + (self.guesses or self.decodes) * load.guesses
         )
-        if load.guesses:
-            seconds += self.drafts
         return max(self.floor, seconds, self.prompt_floor if load.prefills else 0.0)
 
     def host_seconds(self, load: Load) -> float:

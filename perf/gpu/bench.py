@@ -32,7 +32,7 @@ LIMITS: Mapping[str, float] = MappingProxyType({  # seconds of each stage
     "serve-7b": 200, "serve-8b": 170, "serve-7b-arrival": 150, "serve-8b-arrival": 120,
     "serve-7b-kv8": 200, "serve-7b-kvint8": 200, "serve-8b-kv8": 120, "serve-tiny-kv8": 100, "micro-kv_codes": 120,
     "serve-7b-unified": 150, "serve-7b-one": 150, "serve-8b-one": 120,
-    "latency-7b": 150, "latency-8b": 120, "tests-decode": 90,
+    "latency-7b": 150, "latency-8b": 120, "tests-decode": 90, "tests-drafts": 90,
     "serve-oversubscribed-8b": 280, "serve-oversubscribed-8b-largest": 280,
     "determinism-7b": 170, "startwarm-7b": 60, "ranks-7b": 160, "ranks-7b-mixed": 130,
     "exllama-7b": 170, "exllama-demo": 90, "soak": 110,
@@ -69,7 +69,8 @@ CALLS: Mapping[str, tuple[tuple[str, ...], ...]] = MappingProxyType({  # lanes, 
     ),
 })  # fmt: skip
 WORKERS = "8"
-TEST_PATHS = ("tests/kernels", "tests/runner/test_cuda_runner.py")
+TEST_PATHS = ("tests/kernels", "tests/runner/test_cuda_runner.py", "tests/runner/test_cuda_speculation.py")
+DRAFT_TESTS = ("tests/kernels/test_verify_triton.py", "tests/runner/test_cuda_speculation.py")
 
 
 def origin() -> dict[str, Any]:
@@ -105,7 +106,7 @@ def run_stage(name: str, out: Path, keep: Keep) -> dict[str, Any]:
 
     kind, _, rest = name.partition("-")
     stages: dict[str, Callable[[], dict[str, Any]]] = {
-        "tests": lambda: kernel_tests(keep, f"tests/kernels/test_{rest}.py") if rest else kernel_tests(keep),
+        "tests": lambda: kernel_tests(keep, *tests_of(rest)),
         "sweep": lambda: swept(rest, keep),
         "checks": lambda: checks.run(keep, LIMITS[name] - 25),
         "micro": lambda: micro.run(keep, tuple(rest.split("-")) if rest else tuple(micro.PARTS)),
@@ -150,6 +151,11 @@ def served(rest: str, keep: Keep) -> dict[str, Any]:
     if rest.startswith("oversubscribed-"):
         return serving.oversubscribed(shape, ranks, keep, largest=how == "largest")
     return serving.otherwise(how, shape, rows, ranks, keep) if how else serving.run(shape, rows, ranks, keep)
+
+
+def tests_of(name: str) -> tuple[str, ...]:
+    """Return the test files of a stage: those of drafts, that of one kernel, or none for all."""
+    return DRAFT_TESTS if name == "drafts" else (f"tests/kernels/test_{name}.py",) if name else ()
 
 
 def kernel_tests(keep: Keep, *paths: str) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from inlaid.config import SpeculationConfig
 from inlaid.engine.account import Account
-from inlaid.engine.draft_lengths import PRIOR_CHANCE, Acceptance, StepCosts, choose, grade
+from inlaid.engine.draft_costs import LONGEST_PAUSE, Curve, Looks, StepCosts, size_class
+from inlaid.engine.draft_lengths import LEAST_MORE, PRIOR_CHANCE, Acceptance, choose, grade
 from inlaid.engine.request import Batch, Request, SamplingParams, Work
 from inlaid.engine.speculation import Draft, Speculation
 from tests.examples import examples
@@ -22,23 +23,27 @@ worths = st.lists(
 
 
 @examples(50)
-@given(worths, st.floats(0.001, 0.5), st.integers(0, 12))
-def test_the_choice_is_the_best_of_all(worths: list[list[float]], slope: float, most: int) -> None:
-    decodes = max(1, len(worths))
+@given(worths, st.floats(0.001, 0.5), st.floats(0.0, 0.5), st.floats(0.0, 0.3), st.integers(0, 12))
+def test_the_choice_is_the_best_of_all(
+    worths: list[list[float]], slope: float, once: float, look: float, most: int
+) -> None:
+    decodes, curve = max(1, len(worths)), Curve(1.0 + look, 1.0 + look + once, slope)
 
     def rate(lengths: tuple[int, ...]) -> float:
-        tokens = decodes + sum(sum(each[:n]) for each, n in zip(worths, lengths))
-        return tokens / (1.0 + slope * sum(lengths))
+        return (decodes + sum(sum(each[:n]) for each, n in zip(worths, lengths))) / curve.of(sum(lengths))
 
-    taken = choose(worths, decodes, 1.0, slope, most)
+    taken = tuple(choose(worths, decodes, curve, most))
     ways = itertools.product(*(range(len(each) + 1) for each in worths))
     assert sum(taken) <= most
-    assert rate(tuple(taken)) == pytest.approx(max(rate(way) for way in ways if sum(way) <= most))
+    best = max(rate(way) for way in ways if sum(way) <= most)
+    none = rate((0,) * len(worths))
+    assert rate(taken) == pytest.approx(best if best > (1 + LEAST_MORE) * none else none)
 
 
 def test_free_rows_are_all_taken_and_dear_ones_never() -> None:
-    assert choose([[0.9, 0.5], [0.1]], 2, 1.0, 0.0, 99) == [2, 1]
-    assert choose([[0.9, 0.5], [0.1]], 2, 1.0, 0.5, 99) == [0, 0]
+    assert choose([[0.9, 0.5], [0.1]], 2, Curve(), 99) == [2, 1]
+    assert choose([[0.9, 0.5], [0.1]], 2, Curve(1.0, 1.0, 0.5), 99) == [0, 0]
+    assert choose([[0.9, 0.5]], 1, Curve(1.0, 3.0, 0.0), 99) == [0], "the step's own price counts"
 
 
 def test_acceptance_is_learned_by_adapter_and_grade() -> None:
@@ -50,33 +55,80 @@ def test_acceptance_is_learned_by_adapter_and_grade() -> None:
     for _ in range(60):
         acceptance.note("a", 1, 8, 2, 2)
     assert acceptance.chances("a")[grade(1, 8)] > 0.9
-    assert acceptance.chances("b")[grade(0, 4)] == before == PRIOR_CHANCE[2]
+    assert before == PRIOR_CHANCE[2]
 
 
-@pytest.mark.parametrize("slope", [0.0, 0.002, 0.02])
-def test_base_and_slope_are_learned_from_the_steps(slope: float) -> None:
+def test_an_adapter_that_is_new_begins_with_what_all_have_shown() -> None:
+    acceptance = Acceptance()
+    for _ in range(100):
+        acceptance.note("a", 0, 4, 1, 1)
+    assert acceptance.chances("new")[grade(0, 4)] > 0.9
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.2, 2.0])
+@pytest.mark.parametrize("once", [0.0, 0.5])
+def test_the_price_of_guesses_is_learned_from_the_steps(slope: float, once: float) -> None:
     costs = StepCosts()
-    assert costs.of(4)[1] == 0.0, "an unknown slope is tried"
     for step in range(40):
-        costs.note(4, step % 5, 0.01 + slope * (step % 5))
-    assert costs.of(4) == pytest.approx((0.01, slope), rel=1e-6, abs=1e-9)
+        guesses = step % 5
+        costs.of(4).add(guesses, 0.01 * (1 + slope * guesses + (once if guesses else 0)), overlapped=False)
+    curve = costs.of(4).curve
+    assert (curve.look, curve.first, curve.slope) == pytest.approx((1.0, 1.0 + once, slope), rel=1e-6, abs=1e-6)
 
 
-def test_a_hiccup_of_the_clock_does_not_decide() -> None:
-    costs = StepCosts()
-    for step in range(40):
-        costs.note(1, step % 4, 10.0 if step == 20 else 0.01)
-    assert costs.of(1)[1] < 0.01
+def test_with_overlap_a_look_has_a_price_of_its_own() -> None:
+    prices = StepCosts().of(2)
+    prices.add(0, 9.0, overlapped=False)
+    for _ in range(5):
+        prices.add(0, 1.0, overlapped=True)
+        prices.add(0, 1.2, overlapped=False)
+        prices.add(2, 1.6, overlapped=False)
+    assert (prices.curve.look, prices.curve.of(2)) == pytest.approx((1.2, 1.6))
 
 
-def test_a_slope_that_no_step_has_confirmed_for_long_is_doubted() -> None:
-    costs = StepCosts()
+def test_a_hiccup_of_the_clock_does_not_decide_nor_a_machine_that_gets_slower() -> None:
+    prices = StepCosts().of(1)
+    for step in range(400):
+        busy = 1.0 + step / 1000
+        guesses = step % 4
+        prices.add(guesses, busy * (1.0 + 0.1 * guesses) * (50.0 if step in (20, 77, 301) else 1.0), overlapped=False)
+    assert prices.curve.of(3) == pytest.approx(1.3, abs=0.05)
+
+
+def test_a_price_that_no_step_has_confirmed_for_long_is_doubted() -> None:
+    prices = StepCosts().of(4)
     for step in range(20):
-        costs.note(4, step % 5, 0.01 + 0.01 * (step % 5))
-    before = costs.of(4)[1]
+        prices.add(step % 5, 0.01 + 0.01 * (step % 5), overlapped=False)
+    before = prices.curve.slope
     for _ in range(30):
-        costs.doubt(4)
-    assert costs.of(4)[1] < 0.1 * before
+        prices.doubt()
+    assert prices.doubted
+    assert prices.curve.slope < 0.1 * before
+    prices.add(1, 0.02, overlapped=False)
+    assert prices.curve.slope == pytest.approx(before)
+
+
+def test_pauses_double_while_looks_are_in_vain_and_shrink_when_they_pay() -> None:
+    looks = Looks(0, 64)
+    pauses = []
+    while len(pauses) < 9:
+        if looks.note(0.0):
+            pauses.append(looks.pause)
+    assert pauses == [4, 8, 16, 32, 64, 128, 256, 256, LONGEST_PAUSE]
+    while not looks.note(0.5):
+        if looks._last <= 4:
+            break
+    while not looks.note(-0.5):
+        pass
+    assert looks.pause <= 8
+
+
+def test_sizes_of_a_class_lie_within_a_quarter_of_each_other() -> None:
+    classes = [size_class(count) for count in range(1, 300)]
+    assert classes == sorted(classes)
+    for count in range(1, 300):
+        together = [other for other in range(1, 300) if size_class(other) == size_class(count)]
+        assert max(together) <= 1.25 * min(together)
 
 
 class Fixed:
@@ -100,6 +152,7 @@ def run(row_seconds: float, right: int) -> tuple[int, int]:
     steps = guesses = 0
     while len(asked.tokens) < 3000:
         work = Work(asked, len(asked.tokens) - 1, 1, True)
+        speculation.begin(1, "a")
         draft = speculation.choose([work], 64).get("r")
         count = 0
         if draft is not None:
@@ -107,7 +160,8 @@ def run(row_seconds: float, right: int) -> tuple[int, int]:
             work = Work(asked, work.start, 1 + len(draft.tokens), True, draft=draft.tokens)
             count = min(right, len(draft.tokens))
             speculation.note_accepted(work, count)
-        speculation.note_step(Batch(steps, (work,)), 1.0 + row_seconds * len(work.draft))
+        speculation.begun(steps)
+        speculation.note_step(Batch(steps, (work,)), 1.0 + row_seconds * len(work.draft), overlapped=False)
         asked.tokens += [3] * (1 + count)
         steps, guesses = steps + 1, guesses + len(work.draft)
     return steps, guesses

@@ -18,10 +18,11 @@ from inlaid.runner.layout import Layouts
 from inlaid.runner.rows import Rows
 from inlaid.runner.staging import Staging
 from tests.oracle.oracle import ask, serve
-from tests.runner.test_cuda_runner import Bench, few_programs
+from tests.runner.test_cuda_runner import DEVICE, Bench, few_programs
 from tests.runner.test_speculation import Remembered
 
 __all__ = ["few_programs"]  # a fixture that every test here uses
+TOKENS = 4 if DEVICE.type == "cpu" else 24
 CONFIG = SpeculationConfig(speculation="suffix", num_speculative_tokens=3, speculation_length="fixed")
 
 
@@ -30,8 +31,8 @@ def test_answers_with_drafts_are_those_without(tmp_path: Path) -> None:
     bench = Bench(tmp_path, "llama-bias")
     prompt = [7, 8, 9, 7, 8]
     requests = [
-        ask("r0", prompt, "a0", max_tokens=4, logprobs=None),
-        ask("r1", prompt[1:], None, max_tokens=4, logprobs=None, temperature=1.0, seed=3, frequency_penalty=1.0),
+        ask("r0", prompt, "a0", max_tokens=TOKENS, logprobs=None),
+        ask("r1", prompt[1:], None, max_tokens=TOKENS, logprobs=None, temperature=1.0, seed=3, frequency_penalty=1.0),
     ]
     engine, _ = bench.engine()
     plain = {name: answer.tokens for name, answer in serve(engine, requests).items()}
