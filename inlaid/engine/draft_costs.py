@@ -3,16 +3,18 @@ look for drafts at all.
 
 All is counted in plain steps: steps of as many decodes in which nobody looked for drafts. With an overlapping runner a
 look costs the host's work, since the newest token must be known first; so a step without guesses has two prices. A step
-with E guesses takes first + slope * E. Medians, of ratios to plain steps of the same time: the clock of a busy machine
-tells more than the step took, now and then, and the machine is slower at one time than at another.
+with E guesses takes first + slope * E; of few rows, where another kernel may serve a row more, each number of rows up
+to a power of two has a price of its own. Medians, of ratios to plain steps of the same time: the clock of a busy
+machine tells more than the step took, now and then, and the machine is slower at one time than at another.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+FEW_ROWS = 16  # of a step whose prices are a table
 WINDOW, PLAIN = 15, 9  # steps of each kind that are remembered, and of plain ones
 FEWEST_STEPS = 3  # of a kind, before they are believed
 STALE = 96  # steps since the last plain one, after which some are made
@@ -28,19 +30,25 @@ MOST_KEYS = 1024  # numbers of decodes and adapters that pauses are known of
 
 @dataclass(frozen=True)
 class Curve:
-    """Seconds of a step with a look, in plain steps: `look` without guesses, first + slope * E with E guesses."""
+    """Seconds of a step with a look, in plain steps: `look` without guesses, those in `few` with few guesses, and
+    first + slope * E with E guesses else."""
 
     look: float = 1.0
     first: float = 1.0
     slope: float = 0.0
+    few: Sequence[float] = ()  # by the number of guesses, from 1
 
     def of(self, guesses: int) -> float:
         """Return what a step of so many guesses takes."""
-        return self.first + self.slope * guesses if guesses else self.look
+        if guesses <= len(self.few):
+            return self.few[guesses - 1] if guesses else self.look
+        return self.first + self.slope * guesses
 
     def doubted(self, trust: float) -> Curve:
         """Return the curve with a share of what guesses add."""
-        return Curve(self.look, self.look + trust * (self.first - self.look), trust * self.slope)
+        look = self.look
+        few = tuple(look + trust * (each - look) for each in self.few)
+        return Curve(look, look + trust * (self.first - look), trust * self.slope, few)
 
 
 FREE = Curve()
@@ -49,12 +57,13 @@ FREE = Curve()
 class Prices:
     """The last steps of one number of decodes: seconds of plain ones, and how much longer the others took."""
 
-    __slots__ = ("_base", "_guessed", "_looked", "_overlaps", "_plain", "_trust", "age", "curve")
+    __slots__ = ("_base", "_decodes", "_guessed", "_looked", "_overlaps", "_plain", "_trust", "age", "curve")
 
-    def __init__(self) -> None:
+    def __init__(self, decodes: int) -> None:
+        self._decodes = decodes
         self._plain: deque[float] = deque(maxlen=PLAIN)
         self._looked: deque[float] = deque(maxlen=WINDOW)
-        self._guessed: dict[int, deque[tuple[int, float]]] = {}  # by bit length of the guesses
+        self._guessed: dict[int, deque[tuple[int, float]]] = {}  # by `_kind`
         self._overlaps = False  # steps overlap when nobody looks: only those are plain
         self._base = 0.0
         self._trust = 1.0
@@ -74,7 +83,7 @@ class Prices:
         if len(self._plain) < FEWEST_STEPS:
             return
         if guesses:
-            kind = self._guessed.setdefault(guesses.bit_length(), deque(maxlen=WINDOW))
+            kind = self._guessed.setdefault(self._kind(guesses), deque(maxlen=WINDOW))
             kind.append((guesses, seconds / self._base))
             self._trust = 1.0
         else:
@@ -106,12 +115,29 @@ class Prices:
         if not self._guessed:
             self.curve = Curve(look, look)
             return
-        points = [
-            (_median(n for n, _ in kind), _median(ratio for _, ratio in kind), len(kind))
-            for kind in self._guessed.values()
-        ]
-        first, slope = _line(points, look)
-        self.curve = Curve(look, first, slope).doubted(self._trust)
+        points = {
+            number: (_median(n for n, _ in kind), _median(ratio for _, ratio in kind), len(kind))
+            for number, kind in self._guessed.items()
+        }
+        first, slope = _line(list(points.values()), look)
+        few = [self._price(guesses, points, first, slope) for guesses in range(1, 1 + FEW_ROWS - self._decodes)]
+        self.curve = Curve(look, first, slope, few).doubted(self._trust)
+
+    def _kind(self, guesses: int) -> int:
+        """Return what steps of one price share: of few rows, the power of two up to which those are; else the power of
+        two of guesses."""
+        rows = self._decodes + guesses
+        return (rows - 1).bit_length() if rows <= FEW_ROWS else FEW_ROWS + guesses.bit_length()
+
+    def _price(self, guesses: int, points: Mapping[int, tuple[float, float, int]], first: float, slope: float) -> float:
+        """Return the price of a step of few rows: its median, or the line's where it was not seen, but no more than of
+        the next smaller ones that were: so it is tried."""
+        seen = points.get(self._kind(guesses))
+        if seen is not None:
+            return seen[1]
+        smaller = [kind for kind in points if kind < self._kind(guesses)]
+        line = first + slope * guesses
+        return min(line, points[max(smaller)][1]) if smaller else line
 
 
 class StepCosts:
@@ -125,7 +151,7 @@ class StepCosts:
         size = size_class(decodes)
         prices = self._prices.get(size)
         if prices is None:
-            prices = self._prices[size] = Prices()
+            prices = self._prices[size] = Prices(decodes)
         return prices
 
 
@@ -188,7 +214,7 @@ def _median(values: Iterable[float]) -> float:
     return ordered[len(ordered) // 2]
 
 
-def _line(points: list[tuple[float, float, int]], look: float) -> tuple[float, float]:
+def _line(points: Sequence[tuple[float, float, int]], look: float) -> tuple[float, float]:
     """Return first and slope of the line nearest to (guesses, ratio, weight) that nowhere falls, nor begins below a
     step that only looked."""
     total = sum(weight for _, _, weight in points)

@@ -73,7 +73,7 @@ class Acceptance:
 
 def least_worth(decodes: int, curve: Curve, floor: float) -> float:
     """Return what a guess must be worth to be taken at all: less pays in no company."""
-    return max(floor, curve.slope * decodes / curve.look)
+    return floor if curve.few else max(floor, curve.slope * decodes / curve.look)
 
 
 def choose(worths: Sequence[Sequence[float]], decodes: int, curve: Curve, most: int) -> list[int]:
@@ -84,15 +84,15 @@ def choose(worths: Sequence[Sequence[float]], decodes: int, curve: Curve, most: 
     taken = [0] * len(worths)
     rows = [(worth, draft) for draft, each in enumerate(worths) for worth in each]
     rows.sort(reverse=True)
-    tokens, seconds, slope = float(decodes), curve.first, curve.slope
+    tokens, slope, price, num_few = float(decodes), curve.slope, curve.of, len(curve.few)
     best, count = (1.0 + LEAST_MORE) * decodes / curve.look, 0
     for number, (worth, _) in enumerate(rows[: max(0, most)], 1):
-        if worth * seconds <= slope * tokens:
-            break
+        seconds = price(number)
         tokens += worth
-        seconds += slope
         if tokens > best * seconds:
             best, count = tokens / seconds, number
+        elif number > num_few and worth * seconds <= slope * tokens:
+            break
     for _, draft in rows[:count]:
         taken[draft] += 1
     return taken

@@ -23,11 +23,14 @@ worths = st.lists(
 
 
 @examples(50)
-@given(worths, st.floats(0.001, 0.5), st.floats(0.0, 0.5), st.floats(0.0, 0.3), st.integers(0, 12))
+@given(
+    worths, st.floats(0.001, 0.5), st.floats(0.0, 0.5), st.floats(0.0, 0.3), st.integers(0, 12),
+    st.lists(st.floats(1.0, 2.0), max_size=6),
+)  # fmt: skip
 def test_the_choice_is_the_best_of_all(
-    worths: list[list[float]], slope: float, once: float, look: float, most: int
+    worths: list[list[float]], slope: float, once: float, look: float, most: int, few: list[float]
 ) -> None:
-    decodes, curve = max(1, len(worths)), Curve(1.0 + look, 1.0 + look + once, slope)
+    decodes, curve = max(1, len(worths)), Curve(1.0 + look, 1.0 + look + once, slope, few)
 
     def rate(lengths: tuple[int, ...]) -> float:
         return (decodes + sum(sum(each[:n]) for each, n in zip(worths, lengths))) / curve.of(sum(lengths))
@@ -71,9 +74,20 @@ def test_the_price_of_guesses_is_learned_from_the_steps(slope: float, once: floa
     costs = StepCosts()
     for step in range(40):
         guesses = step % 5
-        costs.of(4).add(guesses, 0.01 * (1 + slope * guesses + (once if guesses else 0)), overlapped=False)
-    curve = costs.of(4).curve
+        costs.of(16).add(guesses, 0.01 * (1 + slope * guesses + (once if guesses else 0)), overlapped=False)
+    curve = costs.of(16).curve
     assert (curve.look, curve.first, curve.slope) == pytest.approx((1.0, 1.0 + once, slope), rel=1e-6, abs=1e-6)
+
+
+def test_where_a_row_more_takes_another_kernel_the_price_is_a_table() -> None:
+    """The prices of a 7B on an H200 by rows, in steps of one row: 1, 2 and 4 rows are one kernel."""
+    table, prices = {1: 1.0, 2: 1.1, 4: 1.4, 8: 2.0, 16: 2.4}, StepCosts().of(1)
+    for step in range(200):
+        rows = 1 + step % 9
+        prices.add(rows - 1, next(took for most, took in table.items() if rows <= most), overlapped=False)
+    assert [prices.curve.of(guesses) for guesses in range(9)] == [1.0, 1.1, 1.4, 1.4, 2.0, 2.0, 2.0, 2.0, 2.4]
+    assert choose([[0.9, 0.7, 0.5, 0.4, 0.3]], 1, prices.curve, 9) == [3]
+    assert choose([[0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9]], 1, prices.curve, 9) == [7]
 
 
 def test_with_overlap_a_look_has_a_price_of_its_own() -> None:

@@ -48,7 +48,7 @@ def read(book: PhraseBook, request: Request, most: int) -> tuple[str, int]:
 def test_own_text_is_copied_from_behind_an_earlier_place_with_the_same_tokens(
     text: list[int], most: int, known: int
 ) -> None:
-    """Whether it is looked at all at once, or token by token from some place on."""
+    """Look at the text all at once, or token by token from some place on."""
     grown = request(text[:known])
     own = OwnText(grown)
     for token in text[known:]:

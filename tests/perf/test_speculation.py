@@ -78,7 +78,7 @@ class Busy(CostModel):
 
 @pytest.mark.parametrize("concurrency", CONCURRENCIES)
 def test_on_a_busy_machine_noise_is_not_taken_for_a_gain(trace: Acceptances, concurrency: int) -> None:
-    """What guesses cost is counted in steps of a quiet machine, as noise itself moves a short run by some percent."""
+    """Count what guesses cost in steps of a quiet machine, as noise itself moves a short run by some percent."""
     cost, overlap = MACHINES["cpu"]
     rates = []
     for seed in range(3):
