@@ -36,9 +36,8 @@ class Admission:
     def promote(self) -> None:
         """Make requests senior that have waited as long as the policy lets later ones overtake them."""
         state = self.state
-        grown = state.seniority.take(state.view.now - state.policy.seniority_s)
+        grown = state.seniority.promote(state.view.now - state.policy.seniority_s)
         for request in grown:
-            request.senior = True
             if not state.working_set.is_aside(state.progress[request.id]):
                 state.waiting.promote(request)
         if grown:

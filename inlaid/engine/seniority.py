@@ -33,12 +33,13 @@ class Seniority:
             self._entries = sorted({entry for entry in self._entries if _is_junior(entry[2])})
             self._most = max(MIN_LOOKED_THROUGH, 2 * len(self._entries))
 
-    def take(self, arrival: float) -> list[Request]:
-        """Take out the requests that came at this time or before."""
+    def promote(self, arrival: float) -> list[Request]:
+        """Make senior, and take out, the requests that came at this time or before."""
         taken: list[Request] = []
         while self._entries and (self._entries[0][0] <= arrival or not _is_junior(self._entries[0][2])):
             request = heapq.heappop(self._entries)[2]
-            if _is_junior(request) and request not in taken[-1:]:
+            if _is_junior(request):
+                request.senior = True
                 taken.append(request)
         return taken
 
