@@ -46,7 +46,8 @@ LIMITS: Mapping[str, float] = MappingProxyType({  # seconds of each stage
     "ranks-tiny": 100, "variants-tiny": 100, "determinism-tiny": 60, "startwarm-tiny": 60,
     "headline-7b-13b": 290, "headline-7b": 200, "headline-13b": 200, "headline-tiny": 100,
     "cluster-8b": 420, "cluster-tiny": 200,
-    "programs-7b": 300, "programs-8b": 300, "programs-tiny": 100, "speculation-7b": 240, "speculation-tiny": 100,
+    "programs-7b": 300, "programs-8b": 300, "programs-tiny": 100, "speculation-7b": 240, "speculation-7b-layers": 160,
+    "speculation-tiny": 100,
 })  # fmt: skip
 CALLS: Mapping[str, tuple[tuple[str, ...], ...]] = MappingProxyType({  # lanes, one for each GPU; "+" joins stages
     "house": (  # two GPUs: what is compared with expected.py's figures

@@ -285,14 +285,17 @@ def by_trace(loaded: Loaded, shape: str, vocab_size: int, report: dict[str, Any]
             print({name: round(one["ms_per_token"], 3) for name, one in found.items()}, flush=True)
 
 
-def run(shape: str, keep: Keep) -> dict[str, Any]:
-    """Measure the grid of guesses, then the trace."""
+def run(name: str, keep: Keep) -> dict[str, Any]:
+    """Measure the trace, then the grid of guesses, on a shape; SHAPE-layers: with a kernel for each operation."""
     begin = time.perf_counter()
-    loaded, spec = offline.load(shape, ADAPTERS[shape], speculation=settings("fixed"))
+    shape, _, kernel = name.partition("-")
+    changes = {"decode_kernel": kernel} if kernel else {}
+    loaded, spec = offline.load(shape, ADAPTERS[shape], speculation=settings("fixed"), **changes)
     report: dict[str, Any] = {
-        "shape": shape, "adapters": ADAPTERS[shape], "start_s": time.perf_counter() - begin, "rows": [], "traced": [],
+        "shape": shape, "decode_kernel": kernel or "auto", "adapters": ADAPTERS[shape],
+        "start_s": time.perf_counter() - begin, "rows": [], "traced": [],
     }  # fmt: skip
     print(f"start: {report['start_s']:.0f} s", flush=True)
-    grid(loaded, shape, spec.vocab_size, report, keep)
     by_trace(loaded, shape, spec.vocab_size, report, keep)
+    grid(loaded, shape, spec.vocab_size, report, keep)
     return report
