@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -15,6 +16,7 @@ from inlaid.cluster.view import Prices
 from inlaid.engine.step_log import Load as Load
 from inlaid.engine.step_log import Step as Step
 from inlaid.kv_format import AUTO, KVFormat
+from inlaid.sim.stairs import Stairs, seconds_at
 
 MACHINES = Path(__file__).parent / "machines"
 HEAD = 128  # numbers of a head of the models that the machines were measured with
@@ -44,25 +46,36 @@ class CostModel:
     host_prompts: float = 0.0  # more if it has prompts, whose kernels are launched one by one,
     host_rows: float = 0.0  # for each sequence
     host_tokens: float = 0.0  # and for each token of a prompt
+    decode_stairs: Stairs = ()  # instead of step, prefill_tokens, prefills and decodes, of steps without prompts
+    prompt_stairs: Stairs = ()  # and of those with prompts
     load_base: float = 0.0
     load_rank: float = 0.0
     assist: float = 0.0  # of the CPU's part of an adapter, all layers, for each row and rank; 0: not known
 
     def step_seconds(self, load: Load) -> float:
         seconds = (
-            self.step
-            + self.prefill_tokens * load.prefill_tokens
-            + self.prefills * load.prefills
-            + self.decodes * load.decodes
+            self._rows_seconds(load)
             + self.prompt_context * load.prompt_context
             + self.output_context * load.output_context
             + self.prefill_attention * load.prefill_attention
             + self.adapters * load.adapters
             + self.adapter_rows * load.adapter_rows
             + self.ranks * load.ranks
-            + (self.guesses or self.decodes) * load.guesses
         )
         return max(self.floor, seconds, self.prompt_floor if load.prefills else 0.0)
+
+    def _rows_seconds(self, load: Load) -> float:
+        """Return the seconds that the rows of a step take, whatever they attend to."""
+        stairs = self.prompt_stairs if load.prefills else self.decode_stairs
+        if stairs:
+            return seconds_at(stairs, load.prefill_tokens + load.decodes + load.guesses)
+        return (
+            self.step
+            + self.prefill_tokens * load.prefill_tokens
+            + self.prefills * load.prefills
+            + self.decodes * load.decodes
+            + (self.guesses or self.decodes) * load.guesses
+        )
 
     def host_seconds(self, load: Load) -> float:
         """Return what the host takes to make a step and to launch it."""
@@ -76,7 +89,12 @@ class CostModel:
     def scaled(self, factor: float, name: str) -> CostModel:
         """Return the same machine, slower or faster by a factor."""
         times = {f.name: getattr(self, f.name) * factor for f in fields(self) if f.type == "float"}
-        return CostModel(name=name, source=f"{self.source}, times {factor:g}", **times)
+        decodes, prompts = (
+            tuple((rows, seconds * factor) for rows, seconds in stairs)
+            for stairs in (self.decode_stairs, self.prompt_stairs)
+        )
+        source = f"{self.source}, times {factor:g}"
+        return CostModel(name=name, source=source, decode_stairs=decodes, prompt_stairs=prompts, **times)
 
     def with_keys_and_values(self, form: KVFormat) -> CostModel:
         """Return the machine, measured with keys and values of 16 bits, with those of another form to read."""
@@ -103,22 +121,22 @@ def prices_of(cost: CostModel) -> Prices:
     )
 
 
-def machine_facts(name: str) -> dict[str, str | float]:
+def machine_facts(name: str) -> dict[str, Any]:
     """Return all that a machine's file says, by its name (a10g, a100-13b, h100, h200) or the path of a fitted file."""
     path = Path(name) if name.endswith(".json") else MACHINES / f"{name}.json"
     if not path.exists():
         known = ", ".join(sorted(file.stem for file in MACHINES.glob("*.json")))
         raise ValueError(f"no machine {name!r}; known: {known}; or give the path of a file from inlaid.sim.fit")
     try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, str | float])
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except msgspec.DecodeError as error:
         raise ValueError(f"{path} is not a cost file: {error}") from error
 
 
 def load_cost(name: str) -> CostModel:
     """Load a machine's cost model by its name or the path of a fitted file."""
-    values = machine_facts(name)
+    facts, known = machine_facts(name), {f.name: f.type for f in fields(CostModel)}
     try:
-        return CostModel(**{k: v for k, v in values.items() if k in {f.name for f in fields(CostModel)}})  # type: ignore[arg-type]
-    except TypeError as error:
+        return msgspec.convert({key: value for key, value in facts.items() if key in known}, CostModel)
+    except msgspec.ValidationError as error:
         raise ValueError(f"{name} is not a cost file: {error}") from error

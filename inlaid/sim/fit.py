@@ -29,7 +29,10 @@ from inlaid.flags import Parser
 from inlaid.sim.ahead import HOST_TERMS, device_steps, host_steps, is_ahead, sure_decodes
 from inlaid.sim.ahead import LEAST as LEAST
 from inlaid.sim.cost import CostModel, Load, Step
+from inlaid.sim.stairs import Stairs, fit_stairs, values_at
 
+BESIDE = ("prompt_context", "output_context", "prefill_attention", "adapters", "adapter_rows", "ranks")
+WORTH = 0.8  # of the linear model's misfit: staircases that gain less are not worth their many numbers
 TERMS = ("step", *Load.__struct_fields__)
 Array = npt.NDArray[np.float64]
 
@@ -49,7 +52,7 @@ def fit(steps: Sequence[Step], name: str, source: str, load_base: float = 0.0, l
             steps = whole if len(whole) >= LEAST else steps
     made, prompts, rows, tokens = host
     return replace(
-        _fitted(steps, name, source),
+        _with_stairs(_fitted(steps, name, source), steps),
         load_base=load_base,
         load_rank=load_rank,
         host=made,
@@ -80,6 +83,45 @@ def _fitted(steps: Sequence[Step], name: str, source: str) -> CostModel:
     )
     terms = {term: float(value) for term, value in zip(TERMS, coefficients)}
     return CostModel(name=name, source=source, prompt_floor=floor, **terms)
+
+
+def _with_stairs(model: CostModel, steps: Sequence[Step], rounds: int = 4) -> CostModel:
+    """Let staircases of its rows take the place of a step's linear terms, where they explain steps that they have not
+    seen better: on a device that pads steps to the sizes of its graphs."""
+    seen = [step for place, step in enumerate(steps) if not _is_held_out(place)]
+    unseen = [step for place, step in enumerate(steps) if _is_held_out(place)]
+    if len(unseen) < LEAST or not any(step.load.prefills for step in seen):
+        return model
+    stepped, linear = (_misfit(each, unseen) for each in (_stepped(model, seen, rounds), model))
+    return _stepped(model, steps, rounds) if stepped < WORTH * linear else model
+
+
+def _misfit(model: CostModel, steps: Sequence[Step]) -> float:
+    return float(np.mean([abs(model.step_seconds(step.load) / step.seconds - 1.0) for step in steps]))
+
+
+def _stepped(model: CostModel, steps: Sequence[Step], rounds: int) -> CostModel:
+    """Fit staircases and the terms of attention and adapters in turns, each to what the others leave."""
+    loads = np.array([[getattr(step.load, term) for term in BESIDE] for step in steps], dtype=float)
+    rows = np.array([step.load.prefill_tokens + step.load.decodes + step.load.guesses for step in steps], dtype=float)
+    prompts = np.array([step.load.prefills > 0 for step in steps])
+    seconds = np.array([step.seconds for step in steps])
+    weights = 1.0 / np.maximum(np.array([model.step_seconds(step.load) for step in steps]), seconds.mean() / 10)
+    beside = np.array([getattr(model, term) for term in BESIDE])
+    stairs: dict[bool, Stairs] = {}
+    for _ in range(rounds):
+        left = seconds - loads @ beside
+        on_rows = np.zeros(len(steps))
+        for kind in (False, True):
+            mine = prompts == kind
+            if mine.any():
+                stairs[kind] = fit_stairs(rows[mine], left[mine], weights[mine])
+                on_rows[mine] = values_at(stairs[kind], rows[mine])
+        beside = _solve(loads, seconds - on_rows, weights)
+    found = {term: float(value) for term, value in zip(BESIDE, beside)}
+    return replace(
+        model, prompt_floor=0.0, decode_stairs=stairs.get(False, ()), prompt_stairs=stairs.get(True, ()), **found
+    )
 
 
 def _twice(rows: Array, seconds: Array) -> tuple[Array, Array]:

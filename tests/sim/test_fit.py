@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from inlaid.sim.cost import CostModel, Load, Step, load_cost
-from inlaid.sim.fit import _solve, errors, fit, fit_quickly, main, read_steps, write_steps
+from inlaid.sim.fit import _solve, errors, fit, fit_quickly, main, read_steps, write_cost, write_steps
+from inlaid.sim.stairs import fit_stairs, seconds_at
 
 
 def steps(model: CostModel, count: int, noise: float, seed: int = 0) -> list[Step]:
@@ -61,6 +62,35 @@ def test_the_least_that_a_step_with_prompts_takes_is_found(noise: float) -> None
     found = errors(model, steps(true, 500, 0.0, seed=1))
     assert abs(found["relative_error_of_sum"]) < 0.01 + noise / 3
     assert fit(steps(TRUE, 1000, noise), "m", "s").prompt_floor < 0.3 * true.prompt_floor
+
+
+def test_a_device_that_pads_steps_to_sizes_is_a_staircase(tmp_path: Path) -> None:
+    sizes = (32, 64, 128, 256, 512, 1024)
+
+    def padded(step: Step) -> Step:
+        size = next(size for size in sizes if size >= step.load.prefill_tokens + step.load.decodes)
+        beside = TRUE.prompt_context * step.load.prompt_context
+        return Step(1e-3 + 2e-5 * size + (2e-3 if step.load.prefills else 0.0) + beside, step.load)
+
+    measured = [padded(step) for step in steps(TRUE, 1500, 0.0)]
+    model = fit(measured, "m", "s")
+    assert {rows for rows, _ in model.prompt_stairs} >= {128, 256}
+    unseen = [padded(step) for step in steps(TRUE, 300, 0.0, seed=1)]
+    assert errors(model, unseen)["r_squared"] > 0.99
+    linear = replace(model, decode_stairs=(), prompt_stairs=())
+    assert errors(linear, unseen)["median_relative_error"] > 2 * errors(model, unseen)["median_relative_error"]
+    assert model.scaled(2.0, "slow").step_seconds(unseen[0].load) == pytest.approx(
+        2 * model.step_seconds(unseen[0].load)
+    )
+    write_cost(tmp_path / "padded.json", model, {}, {})
+    assert load_cost(str(tmp_path / "padded.json")) == model
+
+
+def test_a_staircase_never_falls_and_goes_on_in_proportion() -> None:
+    rows, seconds = np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 3.0, 2.0, 8.0])
+    stairs = fit_stairs(rows, seconds, np.ones(4))
+    assert stairs == ((1, 1.0), (3, 2.5), (4, 8.0))
+    assert [seconds_at(stairs, each) for each in (1, 2, 3, 4, 8)] == [1.0, 2.5, 2.5, 8.0, 16.0]
 
 
 def test_a_cost_is_never_negative_and_few_steps_are_refused() -> None:
