@@ -159,8 +159,7 @@ class AdapterConfig:
     adapter_mode: str = option(
         "on-demand",
         "how an adapter gets ready: cached (all are on the device from the start), on-demand (its requests start when "
-        "it is there), pipelined (when its first layers are), cpu-assist (at once; the CPU computes for the others)",
-        ("cached", "on-demand", "pipelined", "cpu-assist"),
+        "it is there), pipelined (when its first layers are)",
     )
     adapter_link_gbps: float = option(
         0.0,
@@ -172,9 +171,6 @@ class AdapterConfig:
     )
     pin_adapter: tuple[str, ...] = option(
         (), "name of an adapter that stays on the device once it is there, may be repeated; one place stays free"
-    )
-    adapter_workers: int = option(
-        0, "with cpu-assist on a GPU: threads that compute adapters on the CPU; 0: one for each core but two", least=0
     )
     require_eval: str = option(
         "",

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from inlaid.files import write_atomically
 from inlaid.flags import Parser
 from inlaid.report.plots import colours, legend, new_figure, save
 from inlaid.report.provenance import provenance
+from inlaid.report.tables import markdown
 
 RESULTS = Path(__file__).parent / "results"
 HIDDEN, MIDDLE, LAYERS = 4096, 11008, 32  # of a 7B
@@ -139,6 +141,41 @@ def rows_of(hosts: Sequence[Host], prompts: dict[int, float], launches: float) -
     ]
 
 
+def text(record: dict[str, Any]) -> str:
+    """Format the map: a table of GB/s by rank for each host, the best possible and, in brackets, as it was built."""
+    parts = [
+        "# Where the CPU's help would pay",
+        "GB/s of the bus from host memory to the device below which computing a cold adapter's part on the CPU saves "
+        "5% or more of the time to the first token, at best; in brackets with a GPU that launches its kernels one by "
+        f"one meanwhile, as the engine did ({record['launches_ms']:.0f} ms). A pinned copy over PCIe 5 x16 has about "
+        "50 GB/s, PCIe 4 25, PCIe 3 12. A 7B, adapters of every linear, a lone request. Made by "
+        f"`{record['command']}` at {record['commit']}; the method is in `perf/assist_map.py`, the figure is "
+        "assist-map.png.",
+    ]
+    for host, gflops in record["hosts"].items():
+        mine = [row for row in record["rows"] if row["host"] == host]
+        cells = {(row["rank"], row["prompt"]): f"{row['best_gbps']:g} ({row['launched_gbps']:g})" for row in mine}
+        lines = [[str(rank), *(cells[rank, prompt] for prompt in PROMPTS)] for rank in RANKS]
+        head = ("rank", *(f"{prompt} tokens" for prompt in PROMPTS))
+        parts += [f"## {host}: {gflops:,.0f} GFLOP/s", markdown(head, lines)]
+    helped = [
+        min(value for key, value in row.items() if key.startswith("cpu-assist")) for row in record["measured_cells"]
+    ]
+    others = [min(row["on-demand_ms"], row["pipelined_ms"]) for row in record["measured_cells"]]
+    wins = sum(a < b for a, b in zip(helped, others))
+    parts.append(
+        "Measured on an H100 before the mode was retired (h100-adapters.json): the CPU's help was faster than both "
+        f"other ways in {wins} of {len(helped)} cells of rank, prompt and a quiet or busy bus."
+    )
+    return (
+        "\n\n".join(
+            part if part.startswith("|") else fill(part, 120, break_long_words=False, break_on_hyphens=False)
+            for part in parts
+        )
+        + "\n"
+    )
+
+
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Draw the crossovers by rank, a panel for each host: below a line the CPU's help would pay."""
     hosts = list(dict.fromkeys(row["host"] for row in rows))
@@ -196,6 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "measured_cells": cells,
     }
     write_atomically(args.out, (json.dumps(record, indent=1) + "\n").encode())
+    args.out.with_suffix(".md").write_text(text(record))
     draw(args.out.with_suffix(""), rows)
     best = max(row["launched_gbps"] for row in rows)
     print(f"wrote {args.out}: with launches one by one the CPU's help pays on buses of {best:g} GB/s and less")

@@ -11,11 +11,9 @@ import torch
 
 from inlaid.adapters.held import Held, Resident
 from inlaid.adapters.loader import AnyLoader, Arrival, CudaLane, StreamLoader
-from inlaid.adapters.modes import CPU_ASSIST, NUM_GROUPS, groups_to_start
+from inlaid.adapters.modes import NUM_GROUPS, groups_to_start
 from inlaid.adapters.pages import Lender, PagePool
 from inlaid.adapters.tables import clear, copies, empty_pages, show, size
-from inlaid.kernels.assist import Factors
-from inlaid.kernels.backend import MODULES
 from inlaid.model.spec import ModelSpec
 
 
@@ -38,7 +36,7 @@ class DeviceMemory:
         self.space = PagePool(pool_elements)
         self.floor = pool_elements  # elements that it always has
         self.mode = mode
-        self._spec, self._now = spec, clock
+        self._now = clock
         self._loader = StreamLoader(CudaLane(device)) if loader is None and device.type == "cuda" else loader
         self._lender: Lender | None = None
         self._unit = self._borrowed_from = 0  # elements in a lent block, and where such blocks begin
@@ -133,29 +131,19 @@ class DeviceMemory:
             for target, source in (move for group in moves for move in group):
                 target.copy_(source)
             held.counts.seconds = self._now() - held.asked
-        self._show(held, resident, 0 if self.mode == CPU_ASSIST else self._num_groups)
+        show(self.pages, resident.slot, held.entries, resident.starts)
 
     def may_start(self, resident: Resident) -> bool:
         """Say whether so much of an adapter has landed that its requests may run."""
         arrival = resident.arrival
         return arrival is None or (arrival.error is None and arrival.landed >= self.groups_to_start)
 
-    def _show(self, held: Held, resident: Resident, groups: int) -> None:
-        resident.shown = groups
-        show(self.pages, resident.slot, held.entries, resident.starts, groups * self._layers_per_group)
-
     # Arrivals: what the forward asks while adapters are still coming
 
     def num_landed(self, slot: int) -> int:
-        """Count the layer groups that are in place; from now on the tables show them."""
+        """Count the layer groups that are in place."""
         arrival = self.arrival(slot)
-        if arrival is None:
-            return self._num_groups
-        landed, held = arrival.landed, self._at[slot]
-        assert held.resident is not None
-        if landed > held.resident.shown:
-            self._show(held, held.resident, landed)
-        return landed
+        return self._num_groups if arrival is None else arrival.landed
 
     def landed(self, slot: int, layer: int) -> bool:
         return self.num_landed(slot) > layer // self._layers_per_group
@@ -168,7 +156,6 @@ class DeviceMemory:
         arrival = self.arrival(slot)
         if arrival is not None:
             arrival.wait(layer // self._layers_per_group, seconds)
-            self.num_landed(slot)
 
     def arrival(self, slot: int) -> Arrival | None:
         held = self._at.get(slot)
@@ -176,15 +163,6 @@ class DeviceMemory:
 
     def num_bytes(self, slot: int) -> int:
         return self._at[slot].nbytes
-
-    def host_factors(self, slot: int, site: int) -> Factors | None:
-        """Return the matrices in host memory of an adapter that has not landed whole; None: it does not act there."""
-        held = self._at[slot]
-        assert held.flat is not None, "what the device is being loaded from stays in host memory"
-        entry = next((entry for entry in held.entries if entry.site == site), None)
-        if entry is None:
-            return None
-        return Factors(*entry.factors(held.flat, self._spec.module_shape(MODULES[site % len(MODULES)])), entry.scale)
 
     def check(self) -> None:
         """Assert that every slot and element is accounted for."""

@@ -23,7 +23,6 @@ class Resident:
     slot: int
     starts: list[int]
     arrival: Arrival | None = None  # None: it was copied at once
-    shown: int = 0  # layer groups that the device tables publish
 
 
 @dataclass

@@ -233,3 +233,19 @@ class CudaLane:
     def mark(self) -> Mark:
         event: torch.cuda.Event = self._stream.record_event()
         return _CudaMark(event)
+
+
+def copy_seconds(device: torch.device) -> Callable[[int], float]:
+    """Return a function from bytes to seconds of the bus from pinned memory, measured with one large copy."""
+    nbytes = 64 << 20
+    host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    times = []
+    for _ in range(4):
+        torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        there.copy_(host, non_blocking=True)
+        torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begin)
+    rate = nbytes / min(times)
+    return lambda wanted: wanted / rate

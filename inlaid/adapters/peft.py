@@ -147,8 +147,9 @@ def _check_kind(config: PeftConfig, base: BaseLinears | None) -> None:
     if base is None:
         raise AdapterError(f"{kind} is computed from the base's weights, which is done for serving only")
     if not base.scales_outputs and config.residual_init is None:
-        where = "on a CPU only, and not with --adapter-mode cpu-assist"
-        raise AdapterError(f"{kind} changes a linear's outputs, which is computed {where}; serve with --device cpu")
+        raise AdapterError(
+            f"{kind} changes a linear's outputs, which is computed on a CPU only; serve with --device cpu"
+        )
 
 
 def _outputs(

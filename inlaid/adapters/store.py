@@ -25,7 +25,6 @@ from inlaid.adapters.modes import CACHED, MODES, ON_DEMAND
 from inlaid.adapters.pages import Lender, PagePool
 from inlaid.adapters.registry import Registry
 from inlaid.adapters.residency import Residency
-from inlaid.kernels.assist import Factors
 from inlaid.kernels.backend import MODULES, AdapterPages
 from inlaid.model.spec import ModelSpec
 
@@ -280,9 +279,6 @@ class AdapterStore:
 
     def wait(self, slot: int, layer: int) -> None:
         self._device.wait(slot, layer, self._residency.max_seconds)
-
-    def host_factors(self, slot: int, site: int) -> Factors | None:
-        return self._device.host_factors(slot, site)
 
     def check(self) -> None:
         """Assert that every element, slot, byte and reference is accounted for."""

@@ -47,24 +47,19 @@ def size(entry: AdapterEntry) -> int:
     return entry.end - entry.a_start
 
 
-def show(
-    pages: AdapterPages, slot: int, entries: Sequence[AdapterEntry], starts: Sequence[int], num_layers: int
-) -> None:
-    """Publish an adapter's first `num_layers` layers in the device tables. Kernels follow them blindly; so where steps
-    start before an adapter is whole and do not wait for it, only the layers that have landed are published.
-    """
+def show(pages: AdapterPages, slot: int, entries: Sequence[AdapterEntry], starts: Sequence[int]) -> None:
+    """Publish an adapter in the device tables. Kernels follow them blindly: steps wait for layers that are coming."""
     table = np.zeros((pages.table.shape[1], 3), dtype=np.int64)
     if pages.outputs is not None:
         pages.outputs[slot] = -1
     scale = np.zeros(pages.table.shape[1], dtype=np.float32)
     for entry, start in zip(entries, starts, strict=True):
-        if entry.site < num_layers * len(MODULES):
-            table[entry.site] = start, start + entry.b_start - entry.a_start, entry.rank
-            scale[entry.site] = entry.scale
-            if entry.changes_outputs:
-                assert pages.outputs is not None, "refused when it was read"
-                places = [start + at - entry.a_start if at else -1 for at in (entry.out_scale, entry.out_bias)]
-                pages.outputs[slot, entry.site] = torch.tensor(places)
+        table[entry.site] = start, start + entry.b_start - entry.a_start, entry.rank
+        scale[entry.site] = entry.scale
+        if entry.changes_outputs:
+            assert pages.outputs is not None, "refused when it was read"
+            places = [start + at - entry.a_start if at else -1 for at in (entry.out_scale, entry.out_bias)]
+            pages.outputs[slot, entry.site] = torch.tensor(places)
     for target_row, row in ((pages.table, table), (pages.scale, scale)):
         host = torch.from_numpy(row)
         if pages.pool.device.type == "cuda":  # from pinned memory the copy does not hold up the step loop

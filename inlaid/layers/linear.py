@@ -53,7 +53,8 @@ class Linear:
         if self.lora is None or self.site is None or step.adapters < self.level:
             self._base(x_TK, product, workspace)
             return product
-        jobs = [] if step.arriving is None else step.arriving.before(x_TK, self.site)
+        if step.arriving is not None:
+            step.arriving.before(self.site)
         beside = workspace.side if x_TK.shape[0] >= SIDE_STREAM_ROWS else None
         if beside is not None:
             beside.wait_stream(torch.cuda.current_stream(x_TK.device))
@@ -64,8 +65,6 @@ class Linear:
         self._base(x_TK, product, workspace)
         if beside is not None:
             torch.cuda.current_stream(x_TK.device).wait_stream(beside)
-        if step.arriving is not None:
-            step.arriving.after(jobs, product.first)
         few = x_TK.shape[0] <= PENDING_ROWS
         pending = self.lora.defer(shrunk, self.reader == "norm") if few and not last else None
         if pending is not None:

@@ -12,7 +12,6 @@ on the logits that the graph leaves behind.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ from inlaid.engine.kv_cache import BlockPool
 from inlaid.engine.request import Batch, Request, StepResult, TokenLogprobs, Work
 from inlaid.engine.speculation import resolved
 from inlaid.kernels import fused_triton
-from inlaid.kernels.arriving import Arriving, rows_by_slot
+from inlaid.kernels.arriving import Arriving
 from inlaid.kernels.auto import AutoLinear
 from inlaid.kernels.backend import MODULES
 from inlaid.kernels.context import ALL_ADAPTERS, ATTENTION_ADAPTERS, NO_ADAPTERS
@@ -240,20 +239,16 @@ class CudaRunner:
         are short, wait for all of them, on the device, and so do prompts where that is quicker than launching every
         kernel."""
         arriving = self.arriving
-        if arriving is None or not step.adapters or not arriving.plan(self._rows_of(step)):
+        if arriving is None or not step.adapters or not arriving.plan(self._slots_of(step)):
             return None
         if step.prompts and not arriving.is_soon_whole():
             return arriving
         arriving.wait_for_all()
         return None
 
-    def _rows_of(self, step: StagedStep) -> dict[int, list[tuple[int, int]]]:
-        """Return the rows of each adapter slot in a step: one range among the decodes, one among the prompts."""
-        return rows_by_slot(
-            (slot, sum(work.num_tokens for work in group))
-            for works in (step.singles, step.prompts)
-            for slot, group in itertools.groupby(works, lambda work: self._slot(work.request))
-        )
+    def _slots_of(self, step: StagedStep) -> list[int]:
+        """Return the adapter slots in a step."""
+        return [self._slot(work.request) for work in (*step.singles, *step.prompts)]
 
     def _is_special(self, work: Work) -> bool:
         """Return whether the sampling kernels do not suffice."""

@@ -14,7 +14,7 @@ import torch
 from inlaid.adapters.store import AdapterStore
 from inlaid.engine.kv_cache import BlockPool
 from inlaid.engine.request import Batch, Request, Sampled, StepResult, TokenLogprobs, Work
-from inlaid.kernels.arriving import Arriving, rows_by_slot
+from inlaid.kernels.arriving import Arriving
 from inlaid.kernels.context import ALL_ADAPTERS, NO_ADAPTERS, OnHost, StepContext
 from inlaid.kernels.timed import StepSplit
 from inlaid.kernels.workspace import FreshMemory
@@ -146,10 +146,10 @@ class ModelRunner:
             num_prefills=len(works) - num_decodes,
             adapters=ALL_ADAPTERS if any(slots) else NO_ADAPTERS,
             on_host=OnHost(query_lens, tuple(lens), slots, self._decodes_go_on(works), num_drafted),
-            arriving=self._arriving_in(slots, query_lens),
+            arriving=self._arriving_in(slots),
         )
 
-    def _arriving_in(self, slots: Sequence[int], query_lens: Sequence[int]) -> Arriving | None:
+    def _arriving_in(self, slots: Sequence[int]) -> Arriving | None:
         """Return the adapters of this step that are still coming. Data derived from a slot that is not whole does not
         hold in the next step."""
         arriving, store = self.arriving, self.adapters
@@ -159,7 +159,7 @@ class ModelRunner:
         for slot in range(1, len(versions)):
             if not arriving.arrivals.all_landed(slot):
                 versions[slot] += 1
-        return arriving if arriving.plan(rows_by_slot(zip(slots, query_lens, strict=True))) else None
+        return arriving if arriving.plan(slots) else None
 
     def _decodes_go_on(self, works: Sequence[Work]) -> bool:
         """Remember this step's decodes; return whether they carry on those of the step before."""

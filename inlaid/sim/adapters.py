@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from inlaid.adapters.eviction import Claim, Eviction, in_order
-from inlaid.adapters.modes import CACHED, CPU_ASSIST, MODES, NUM_GROUPS, ON_DEMAND, PIPELINED, groups_to_start
+from inlaid.adapters.modes import CACHED, CPU_ASSIST, NUM_GROUPS, ON_DEMAND, PIPELINED, SIMULATED, groups_to_start
 from inlaid.engine.request import Batch
 from inlaid.sim.cost import CostModel
 
@@ -51,8 +51,8 @@ class SimAdapters:
         resident: Sequence[str] = (),
         mode: str = ON_DEMAND,
     ) -> None:
-        if mode not in MODES:
-            raise ValueError(f"unknown adapter mode {mode!r}; known: {', '.join(MODES)}")
+        if mode not in SIMULATED:
+            raise ValueError(f"unknown adapter mode {mode!r}; known: {', '.join(SIMULATED)}")
         self._cost = cost
         self._clock = clock
         self._slots = slots

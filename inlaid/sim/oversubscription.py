@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from inlaid.adapters.modes import CPU_ASSIST, MODES
+from inlaid.adapters.modes import CPU_ASSIST, SIMULATED
 from inlaid.report import tables
 from inlaid.sim.experiment import prepare
 from inlaid.sim.simulate import simulate
@@ -32,7 +32,7 @@ def compare(
         count = int((workload.engine.max_loras or 1) * ratio)
         adapters = msgspec.structs.replace(workload.adapters, count=count)
         experiment = prepare(msgspec.structs.replace(workload, adapters=adapters), seed, machine)
-        modes = [mode for mode in MODES if mode != CPU_ASSIST or experiment.setup.cost.assist]
+        modes = [mode for mode in SIMULATED if mode != CPU_ASSIST or experiment.setup.cost.assist]
         for mode in modes:
             outcome = simulate(experiment.trace, replace(experiment.setup, adapter_mode=mode, lengths="none"))
             first = [1e3 * record.ttft for record in outcome.records if record.ttft is not None]

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from inlaid.adapters.modes import why_not
 from inlaid.config import ConfigError, EngineConfig, check
 from inlaid.engine.intake import check_config
 from inlaid.engine.policy import parse_policy
@@ -28,6 +29,8 @@ def check_settings(config: EngineConfig, adapters: Iterable[str] = ()) -> None:
             f"--decode-kernel one reads keys and values of 16 bits, not --kv-cache-dtype "
             f"{config.cache.kv_cache_dtype}; use --decode-kernel layers or auto"
         )
+    if problem := why_not(config.adapters.adapter_mode):
+        raise ConfigError(problem)
     gate = config.adapters.require_eval
     if gate and not Path(gate).is_file():
         raise ConfigError(f"--require-eval {gate}: there is no such file; `python -m eval.run` writes one")

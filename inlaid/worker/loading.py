@@ -18,8 +18,8 @@ import torch
 from inlaid.adapters.adapter import Adapter
 from inlaid.adapters.base import BaseLinears
 from inlaid.adapters.gate import check
-from inlaid.adapters.loader import Loader
-from inlaid.adapters.modes import CPU_ASSIST, MODES, PIPELINED
+from inlaid.adapters.loader import Loader, copy_seconds
+from inlaid.adapters.modes import PIPELINED, why_not
 from inlaid.adapters.peft import read_adapter
 from inlaid.adapters.store import AdapterStore
 from inlaid.adapters.tables import default_pool_elements
@@ -27,8 +27,7 @@ from inlaid.checkpoint import Checkpoint
 from inlaid.config import AdapterConfig, ConfigError, EngineConfig
 from inlaid.engine.request import Grammar
 from inlaid.kernels.arriving import Arriving
-from inlaid.kernels.assist import Assistant, CudaFerry, NoFerry, Profile, cuda_copy_seconds, measure
-from inlaid.kernels.backend import MODULES, AdapterPages, Kernels
+from inlaid.kernels.backend import AdapterPages, Kernels
 from inlaid.kernels.cpu import cpu_kernels
 from inlaid.kernels.library import BuildError
 from inlaid.kernels.packed import native_kernels, packed_kernels
@@ -149,10 +148,9 @@ def adapter_reader(config: AdapterConfig, opened: OpenedModel) -> Callable[[str]
 def ungated_reader(config: AdapterConfig, opened: OpenedModel) -> Callable[[str], Adapter]:
     """Return a function that reads an adapter for this model and does not ask the accuracy gate."""
     on_gpu = opened.device.type == "cuda"
-    scales_outputs = not on_gpu and config.adapter_mode != CPU_ASSIST  # its helpers add to outputs, and do no more
 
     def read(path: str) -> Adapter:
-        base = BaseLinears(opened.base.folder, scales_outputs)  # the one that is served now
+        base = BaseLinears(opened.base.folder, scales_outputs=not on_gpu)  # the one that is served now
         return read_adapter(path, opened.spec, opened.dtype, config.max_lora_rank, pin=on_gpu, base=base)
 
     return read
@@ -175,7 +173,7 @@ def load_model(
     kernels = choose_kernels(config, device, adapters.pages, spec)
     split = StepSplit(kernels) if device.type == "cpu" else None
     kernels = kernels if split is None else split.kernels
-    arriving = make_arriving(config, spec, adapters, device, dtype)
+    arriving = make_arriving(config, spec, adapters, device)
     model = load(image or opened.checkpoint, spec, kernels, device, dtype, max_model_len, progress)
     if device.type == "cuda":
         from inlaid.runner.cuda_runner import CudaRunner
@@ -214,8 +212,8 @@ def make_store(
 ) -> AdapterStore:
     """Make room for adapters (with unified memory, the least that they have) and the way in which they come there."""
     mode, link = config.adapter_mode, config.adapter_link_gbps
-    if mode not in MODES:
-        raise ConfigError(f"adapter mode {mode!r} is unknown; known: {', '.join(MODES)}")
+    if problem := why_not(mode):
+        raise ConfigError(problem)
     if device.type == "cuda" and link:
         raise ConfigError("adapter_link_gbps stands in for a bus on machines without a GPU; leave it 0 on cuda")
     if min(link, config.max_cpu_adapter_gib, config.adapter_memory_gib) < 0 or config.adapter_timeout <= 0:
@@ -229,7 +227,7 @@ def make_store(
         dtype,
         config.max_cpu_loras,
         mode=mode,
-        loader=Loader(link) if device.type != "cuda" and (link or mode in (PIPELINED, CPU_ASSIST)) else None,
+        loader=Loader(link) if device.type != "cuda" and (link or mode == PIPELINED) else None,
         host_budget=int(config.max_cpu_adapter_gib * 2**30),
         read=read or partial(read_adapter, spec=spec, dtype=dtype, max_rank=config.max_lora_rank),
         max_seconds=config.adapter_timeout,
@@ -237,29 +235,11 @@ def make_store(
     )
 
 
-def make_arriving(
-    config: EngineConfig, spec: ModelSpec, store: AdapterStore, device: torch.device, dtype: torch.dtype
-) -> Arriving | None:
-    """Make what the forward asks where steps start before their adapters are whole; with cpu-assist, the CPU's helpers
-    too."""
-    mode, workers = config.adapters.adapter_mode, config.adapters.adapter_workers
-    if workers < 0:
-        raise ConfigError(f"adapter_workers is {workers}; give a number of threads, or 0 for a measured one")
-    if mode not in (PIPELINED, CPU_ASSIST):
+def make_arriving(config: EngineConfig, spec: ModelSpec, store: AdapterStore, device: torch.device) -> Arriving | None:
+    """Make what the forward asks where steps start before their adapters are whole."""
+    if config.adapters.adapter_mode != PIPELINED:
         return None
-    copy = cuda_copy_seconds(device) if device.type == "cuda" else None
-    if mode == PIPELINED:
-        return Arriving(store, spec.num_layers, seconds_for=copy)
-    if device.type != "cuda":
-        return Arriving(store, spec.num_layers, Assistant(NoFerry(dtype), Profile(workers)))
-    rows = max(config.scheduler.max_num_batched_tokens, config.scheduler.max_num_seqs)
-    widest = max(3 * spec.module_shape("q_proj")[0], 2 * spec.intermediate_size)  # of siblings together, at most
-    longest = max(spec.module_shape(module)[1] for module in MODULES)
-    ferry = CudaFerry(device, dtype, rows, longest, widest)
-    assert copy is not None
-    profile = measure(spec.hidden_size, workers, copy)
-    log.info("cpu-assist: %d workers, %d rows or more each", profile.workers, profile.rows_per_worker)
-    return Arriving(store, spec.num_layers, Assistant(ferry, profile), copy)
+    return Arriving(store, spec.num_layers, copy_seconds(device) if device.type == "cuda" else None)
 
 
 def choose_device(name: str) -> torch.device:

@@ -20,12 +20,11 @@ from typing import Any
 import torch
 
 from inlaid.adapters.adapter import Adapter
-from inlaid.adapters.modes import CPU_ASSIST, ON_DEMAND
+from inlaid.adapters.modes import ON_DEMAND
 from inlaid.adapters.peft import lay_out
 from inlaid.adapters.store import AdapterStore
 from inlaid.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig
 from inlaid.engine.request import NewRequest, SamplingParams
-from inlaid.kernels.assist import Assistant
 from inlaid.kernels.backend import MODULES
 from inlaid.model.spec import ModelSpec, spec_from_config
 from inlaid.worker.build import Loaded, build_engine
@@ -76,7 +75,7 @@ def make_adapters(spec: ModelSpec, count: int, ranks: Sequence[int], modules: Se
         yield replace(made[key], identity=f"random-{number}", path=f"random-{number}")
 
 
-def start(size: Size, mode: str, places: int, room: int, workers: int = 0) -> Loaded:
+def start(size: Size, mode: str, places: int, room: int) -> Loaded:
     """Build an engine without adapters; `room` is the elements of its adapter pool."""
     folder, on = ROOT / size.shape / "model", device()
     if not (folder / "tokenizer.json").exists():
@@ -93,7 +92,6 @@ def start(size: Size, mode: str, places: int, room: int, workers: int = 0) -> Lo
                 max_lora_rank=max(size.ranks),
                 adapter_mode=mode,
                 adapter_memory_gib=room * itemsize / 2**30,
-                adapter_workers=workers,
             ),
             scheduler=SchedulerConfig(max_num_seqs=256 if on.type == "cuda" else 8, max_num_batched_tokens=2048),
         ),
@@ -132,15 +130,14 @@ def empty(loaded: Loaded) -> None:
     assert not store.resident(), "an idle engine holds no adapter"
 
 
-def switch(loaded: Loaded, mode: str, helpers: Assistant | None) -> None:
-    """Make an idle engine, started with cpu-assist, work as if it had been started with `mode`.
+def switch(loaded: Loaded, mode: str) -> None:
+    """Make an idle engine, started with pipelined, work as if it had been started with `mode`.
 
-    A mode decides what the store waits for, whether steps ask layer by layer, and who computes meanwhile. The copies to
-    a GPU are the same in each; without a GPU, on-demand keeps the copying thread that it would not have."""
+    A mode decides what the store waits for, and whether steps ask layer by layer. The copies to a GPU are the same in
+    each; without a GPU, on-demand keeps the copying thread that it would not have."""
     runner: Any = loaded.engine.runner
     arriving = arriving_of(loaded)
     store_of(loaded).switch(mode)
-    arriving.assistant = helpers if mode == CPU_ASSIST else None
     runner.arriving, runner.set_aside = (None, arriving) if mode == ON_DEMAND else (arriving, None)
 
 

@@ -2,8 +2,8 @@
 
 load         milliseconds to bring one adapter to the device, by rank: from pageable memory, from pinned memory, and
              pipelined (until its first layer group is there, and until all are)
-modes        on-demand, pipelined and cpu-assist in turn on one engine, under Poisson arrivals over 512 adapters (Zipf
-             0.6, 1.0 and 1.4), and a burst of requests that each name an adapter which is not on the device
+modes        on-demand and pipelined in turn on one engine, under Poisson arrivals over 512 adapters (Zipf 0.6, 1.0
+             and 1.4), and a burst of requests that each name an adapter which is not on the device
 modes-cached  the same with every adapter on the device
 toppings     7B: the artifact's client, 60 requests one after another, each for an adapter of rank 64 that is not on the
              device, in each mode; and once more, all on the device
@@ -11,9 +11,9 @@ oversubscribed-mixed  8B: 256 adapters of mixed rank over places for 32, 64 at a
              same places
 oversubscribed-slots  8B: 32 to 1,024 adapters of rank 16 over 64 places, 64 at a time, Zipf 1.0
 all-resident  the same load over 1,000 adapters that are all on the device
-crossover    time to the first token of a lone request whose adapter is not there: rank x prompt x cores, on demand,
-             pipelined and with the CPU's help; also while other copies keep the bus busy. Every mode is measured as it
-             is: none waits for a whole adapter because that would be quicker (`patience` of kernels/arriving.py)
+crossover    time to the first token of a lone request whose adapter is not there: rank x prompt, on demand and
+             pipelined; also while other copies keep the bus busy. Every mode is measured as it is: none waits for a
+             whole adapter because that would be quicker (`patience` of kernels/arriving.py)
 
 512 adapters of rank 64 on q, k and v of a 7B are 48 GiB. On a card of 80 GB, of which an engine takes 0.85, weights,
 buffers and adapters leave 14 GiB for KV: 29,000 tokens. Requests have 285 on average and up to 1,133, and any 64 of
@@ -24,7 +24,6 @@ them that arrive in a row need 21,300 at their longest, so that no request waits
 from __future__ import annotations
 
 import json
-import os
 import random
 import sys
 import time
@@ -40,10 +39,9 @@ import torch
 
 from inlaid.adapters.adapter import Adapter
 from inlaid.adapters.loader import CudaLane, Loader, StreamLoader
-from inlaid.adapters.modes import CACHED, CPU_ASSIST, ON_DEMAND, PIPELINED
+from inlaid.adapters.modes import CACHED, ON_DEMAND, PIPELINED
 from inlaid.adapters.store import AdapterStore
 from inlaid.flags import Parser
-from inlaid.kernels.assist import Assistant, Profile
 from inlaid.model.spec import spec_from_config
 from inlaid.worker.build import Loaded
 from perf.assist_map import host_cores, host_gflops
@@ -68,7 +66,7 @@ from perf.gpu.adapter_engine import (
 )  # fmt: skip
 from perf.gpu.random_model import ATTENTION, EVERY_LINEAR, config
 
-MODES = (ON_DEMAND, PIPELINED, CPU_ASSIST)  # that one engine measures in turn
+MODES = (ON_DEMAND, PIPELINED)  # that one engine measures in turn
 QKV = ("q_proj", "k_proj", "v_proj")
 LOAD_RANKS = (8, 16, 32, 64, 128)
 MODES_7B = Size("7b", 512, 64, (64,), QKV)
@@ -77,7 +75,6 @@ MIXED_8B = Size("8b", 256, 32, (8, 16, 32, 64), prompt=256, output=128)
 SLOTS_8B = Size("8b", 1024, 64, (16,), prompt=256, output=128)
 CROSSOVER_7B = Size("7b", 1, 2, (16, 64, 128), EVERY_LINEAR)
 PROMPTS = (16, 256, 1024)
-CORES = (2, 8, 14)
 
 
 def nothing(report: dict[str, Any]) -> None:
@@ -141,11 +138,10 @@ def _synchronize() -> None:
 
 def modes(keep: Keep = nothing, size: Size = MODES_7B) -> dict[str, Any]:
     """Measure the modes in turn on one engine; each begins with no adapter on the device."""
-    loaded = start(size, CPU_ASSIST, size.places, pool_for(size, size.places))
-    helpers = arriving_of(loaded).assistant
+    loaded = start(size, PIPELINED, size.places, pool_for(size, size.places))
     report = _about(loaded, size, size.places)
     for mode in MODES:
-        switch(loaded, mode, helpers)
+        switch(loaded, mode)
         install(loaded, size, size.adapters)
         _mode(report, loaded, size, mode, keep)
     return report
@@ -162,12 +158,11 @@ def modes_cached(keep: Keep = nothing, size: Size = MODES_7B) -> dict[str, Any]:
 
 def toppings(keep: Keep = nothing, size: Size = TOPPINGS_7B, warm_up: int = 3) -> dict[str, Any]:
     """Serve requests one after another, as the artifact's client sends them, in each mode and then with all cached."""
-    loaded = start(size, CPU_ASSIST, size.places, pool_for(size, size.places))
-    helpers = arriving_of(loaded).assistant
+    loaded = start(size, PIPELINED, size.places, pool_for(size, size.places))
     report = {**_about(loaded, size, size.places), "host_gflops": host_gflops(), "host_cores": host_cores()}
     for mode in (*MODES, CACHED):
         if mode != CACHED:  # the adapters of the mode before are still there
-            switch(loaded, mode, helpers)
+            switch(loaded, mode)
             install(loaded, size, size.adapters)
         before, vocab = counts(loaded), loaded.model.vocab_size
         asks = closed(size, [f"a{number}" for number in range(size.adapters)])
@@ -255,23 +250,13 @@ def _measured(
 
 
 def crossover(
-    keep: Keep = nothing,
-    size: Size = CROSSOVER_7B,
-    prompts: Sequence[int] = PROMPTS,
-    cores: Sequence[int] = (),
-    repeats: int = 3,
+    keep: Keep = nothing, size: Size = CROSSOVER_7B, prompts: Sequence[int] = PROMPTS, repeats: int = 3
 ) -> dict[str, Any]:
-    """Time a lone request whose adapter is not on the device, by rank, prompt, mode and cores."""
-    available = len(os.sched_getaffinity(0))
-    cores = cores or [count for count in CORES if count <= available] or [1]
+    """Time a lone request whose adapter is not on the device, by rank, prompt and mode."""
     largest = replace(size, ranks=(max(size.ranks),))
-    loaded = start(largest, CPU_ASSIST, size.places, pool_for(largest, size.places))
-    measured: Assistant = arriving_of(loaded).assistant
+    loaded = start(largest, PIPELINED, size.places, pool_for(largest, size.places))
     patience, arriving_of(loaded).patience = arriving_of(loaded).patience, 0.0
-    ways: list[tuple[str, int]] = [(ON_DEMAND, 0), (PIPELINED, 0), *((CPU_ASSIST, count) for count in cores)]
-    report: dict[str, Any] = {"size": vars(size), "rows_per_worker": measured.profile.rows_per_worker, "rows": []}
-    report["patience_ms"] = patience * 1e3
-    helpers = {count: Assistant(measured.ferry, Profile(count, measured.profile.rows_per_worker)) for count in cores}
+    report: dict[str, Any] = {"size": vars(size), "rows": [], "patience_ms": patience * 1e3}
     spec = spec_from_config(config(size.shape))
     for busy in (False, True):
         with bus_traffic(busy):
@@ -279,12 +264,10 @@ def crossover(
                 (adapter,) = make_adapters(spec, 1, (rank,), size.modules)
                 for prompt in prompts:
                     row: dict[str, Any] = {"bus_busy": busy, "rank": rank, "prompt": prompt}
-                    for mode, count in ways:
-                        switch(loaded, mode, helpers.get(count))
-                        name = f"{mode}-{count}-cores" if count else mode
-                        row[f"{name}_ms"] = median(_cold(loaded, adapter, prompt, n) for n in range(repeats))
+                    for mode in MODES:
+                        switch(loaded, mode)
+                        row[f"{mode}_ms"] = median(_cold(loaded, adapter, prompt, n) for n in range(repeats))
                     _add(report, row, keep)
-    report["cpu_assist_wins"] = _wins(report["rows"])
     return report
 
 
@@ -294,16 +277,6 @@ def _cold(loaded: Loaded, adapter: Adapter, prompt: int, number: int) -> float:
     found = serve(loaded, [Ask("cold", prompt, 2)], loaded.model.vocab_size, seed=number)
     store_of(loaded).remove("cold")
     return float(found["ttft_mean_ms"])
-
-
-def _wins(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the cases in which cpu-assist, with any number of cores, is faster than both other modes."""
-    won = []
-    for row in rows:
-        helped = min(value for key, value in row.items() if key.startswith(CPU_ASSIST))
-        if helped < min(row[f"{ON_DEMAND}_ms"], row[f"{PIPELINED}_ms"]):
-            won.append({key: row[key] for key in ("bus_busy", "rank", "prompt")})
-    return won
 
 
 STAGES: Mapping[str, Callable[[Keep], dict[str, Any]]] = MappingProxyType(

@@ -1,9 +1,7 @@
 """The device's side of loading, without a device: copies that are made when the test says so, or when they have been
-asked for often enough; and a ferry whose rows are not there before it is waited for."""
+asked for often enough."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 
@@ -52,27 +50,3 @@ class FakeLane:
         while self.queue and (copy := self.queue.pop(0)) is not None:
             copy[0].copy_(copy[1])
         self.passed = min(self.passed + 1, self.num_marks)
-
-
-class FakeFerry:
-    """Whoever reads too early finds NaN."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.num_fetched = 0
-
-    def fetch(self, x_MK: torch.Tensor) -> tuple[torch.Tensor, Callable[[], None]]:
-        self.num_fetched += 1
-        host_MK = torch.full_like(x_MK, torch.nan)
-        return host_MK, lambda: void(host_MK.copy_(x_MK))
-
-    def room(self, rows: int, columns: int) -> torch.Tensor:
-        return torch.full((rows, columns), torch.nan, dtype=self.dtype)
-
-    def bring(self, delta_MN: torch.Tensor) -> torch.Tensor:
-        return delta_MN.clone()
-
-    def turn(self) -> None: ...
-
-
-def void(value: object) -> None: ...

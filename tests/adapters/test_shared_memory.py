@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from inlaid.adapters.adapter import Adapter, AdapterEntry
 from inlaid.adapters.loader import StreamLoader
-from inlaid.adapters.modes import CPU_ASSIST, ON_DEMAND, PIPELINED
+from inlaid.adapters.modes import ON_DEMAND, PIPELINED
 from inlaid.adapters.store import AdapterStore
 from inlaid.engine.kv_cache import BlockPool
 from tests.adapters.fake_lane import FakeLane
@@ -30,7 +30,7 @@ def adapter(number: int, sites: int) -> Adapter:
 class Sharing(RuleBasedStateMachine):
     """Requests that hold KV blocks and write them, cached prefixes, adapters that come, are used and go."""
 
-    @initialize(mode=st.sampled_from([ON_DEMAND, PIPELINED, CPU_ASSIST]))
+    @initialize(mode=st.sampled_from([ON_DEMAND, PIPELINED]))
     def begin(self, mode: str) -> None:
         self.lane = FakeLane()
         self.store = AdapterStore(

@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from inlaid.adapters.adapter import Adapter, AdapterEntry, AdapterError
 from inlaid.adapters.loader import Arrival, Clock, CopiedByHost, Copy, Loader, StreamLoader, Transfer
-from inlaid.adapters.modes import CACHED, CPU_ASSIST, MODES, PIPELINED
+from inlaid.adapters.modes import CACHED, MODES, PIPELINED
 from inlaid.adapters.store import AdapterStore
 from tests.adapters.fake_lane import FakeLane
 from tests.adapters.test_store import CPU, SPEC
@@ -43,7 +43,7 @@ class Storm(RuleBasedStateMachine):
     @initialize(mode=st.sampled_from(MODES), host=st.sampled_from([0, 2000]), slow=st.booleans(), streams=st.booleans())
     def begin(self, mode: str, host: int, slow: bool, streams: bool) -> None:
         self.disk: dict[str, Adapter] = {}
-        needed = slow or mode in (PIPELINED, CPU_ASSIST)
+        needed = slow or mode == PIPELINED
         self.lane = FakeLane() if needed and streams else None
         self.loader = StreamLoader(self.lane) if self.lane else ByHand() if needed else None
         self.store = AdapterStore(
@@ -161,12 +161,6 @@ class Storm(RuleBasedStateMachine):
                     start = int(store.pages.table[slot, site, 0])
                     assert store.pages.table[slot, site, 2] > 0
                     assert (store.pages.pool[start : start + 128] == value).all(), "a pinned adapter was overwritten"
-                elif store.mode == CPU_ASSIST:
-                    assert store.pages.table[slot, site, 2] == 0, "shown before it has landed"
-                    factors = store.host_factors(slot, site)
-                    assert factors is not None
-                    assert (factors.a_RK == value).all()
-                    assert (factors.b_NR == value).all()
 
     def teardown(self) -> None:
         if not hasattr(self, "store"):

@@ -16,7 +16,6 @@ from inlaid.adapters.modes import MODES
 from inlaid.adapters.store import AdapterStore
 from inlaid.config import ConfigError
 from inlaid.engine.request import FinishReason
-from inlaid.kernels.assist import Assistant
 from tests.cases import spread
 from tests.oracle.oracle import Judge, add_adapter, ask, load_engine, prompts, serve
 
@@ -33,7 +32,7 @@ def judge() -> Judge:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Count how often the forward pass waited for a layer group, and how often it computed from host memory."""
+    """Count how often the forward pass waited for a layer group."""
     counted: Counter[str] = Counter()
 
     def count(owner: type[Any], name: str) -> None:
@@ -46,7 +45,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         monkeypatch.setattr(owner, name, counting)
 
     count(CopiedByHost, "wait")
-    count(Assistant, "start")
     return counted
 
 
@@ -75,7 +73,6 @@ def test_tokens_are_the_same(judge: Judge, calls: Counter[str], mode: str) -> No
     evictions = sum(store.counts(store.identity(name) or "").evictions for name in ADAPTERS)
     assert (evictions > 0) == (mode != "cached")
     assert (calls["wait"] > 0) == (mode == "pipelined")
-    assert (calls["start"] > 0) == (mode == "cpu-assist")
 
 
 def test_cached_refuses_what_does_not_fit() -> None:
@@ -92,7 +89,7 @@ def test_cached_refuses_what_does_not_fit() -> None:
 
 
 def test_an_unknown_mode_is_refused() -> None:
-    with pytest.raises(ConfigError, match="known: cached, on-demand, pipelined, cpu-assist"):
+    with pytest.raises(ConfigError, match=r"known: cached, on-demand, pipelined$"):
         load_engine(DEMO / "base", adapters={"adapter_mode": "lazy"})
 
 
@@ -153,7 +150,7 @@ def test_a_host_budget_for_four_of_twelve_adapters(judge: Judge) -> None:
     assert store.host_bytes <= 4 * 2**20
 
 
-@pytest.mark.parametrize("mode", spread((("pipelined",), ("on-demand",), ("cpu-assist",)), every=3))
+@pytest.mark.parametrize("mode", spread((("pipelined",), ("on-demand",)), every=3))
 def test_tokens_are_the_same_in_unified_memory(judge: Judge, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     """Adapters have room for one and borrow from KV, which takes its blocks back for many prompts at once."""
     given_back: list[int] = []

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from inlaid.adapters.adapter import Adapter
 from inlaid.adapters.loader import StreamLoader
-from inlaid.adapters.modes import CACHED, CPU_ASSIST, MODES, PIPELINED
+from inlaid.adapters.modes import CACHED, MODES, PIPELINED
 from inlaid.adapters.peft import read_adapter
 from inlaid.adapters.store import AdapterStore
 from inlaid.checkpoint import Checkpoint
@@ -23,7 +23,6 @@ from inlaid.config import CacheConfig, EngineConfig, SchedulerConfig
 from inlaid.engine.engine import Engine, make_engine
 from inlaid.engine.request import FinishReason
 from inlaid.kernels.arriving import Arriving
-from inlaid.kernels.assist import Assistant, NoFerry, Profile
 from inlaid.kernels.cpu import cpu_kernels
 from inlaid.model.kv import KVLayout
 from inlaid.model.spec import read_spec
@@ -93,8 +92,7 @@ def machine(world: World) -> type[RuleBasedStateMachine]:
                 world.spec, places, elements, CPU, torch.float32, mode=mode, loader=StreamLoader(self.lane),
                 shared=unified,
             )  # fmt: skip
-            helper = Assistant(NoFerry(torch.float32), Profile()) if mode == CPU_ASSIST else None
-            arriving = Arriving(self.store, world.spec.num_layers, helper) if mode in (PIPELINED, CPU_ASSIST) else None
+            arriving = Arriving(self.store, world.spec.num_layers) if mode == PIPELINED else None
             self.engine = world.engine(self.store, unified, arriving)
             self.asked: dict[str, tuple[str | None, int]] = {}
             self.tokens: dict[str, list[int]] = {}

@@ -58,4 +58,5 @@ def test_the_command_writes_the_map_and_its_figure(tmp_path: Path, capsys: pytes
     assert record["hosts"]["elsewhere"] == 800.0
     assert all(row["launched_gbps"] <= row["best_gbps"] for row in record["rows"])
     assert out.with_suffix(".png").exists()
+    assert "## elsewhere: 800 GFLOP/s" in out.with_suffix(".md").read_text()
     assert "GB/s" in capsys.readouterr().out

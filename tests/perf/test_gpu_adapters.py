@@ -69,9 +69,9 @@ def test_modes() -> None:
     report = adapters.modes(size=TINY)
     found = rows(report)
     assert [row["mode"] for row in found] == [mode for mode in adapters.MODES for _ in range(4)]
-    assert [row.get("zipf") for row in found] == 3 * [0.6, 1.0, 1.4, None]
+    assert [row.get("zipf") for row in found] == 2 * [0.6, 1.0, 1.4, None]
     assert all(set(row) >= FIGURES for row in found)
-    assert [row["requests"] for row in found] == 3 * [10, 10, 10, 4]
+    assert [row["requests"] for row in found] == 2 * [10, 10, 10, 4]
     for mode in adapters.MODES:
         assert sum(row.get("loads", 0) for row in found if row["mode"] == mode) > 0
     assert "on-demand poisson 0.6 10 " in headline(report)
@@ -86,22 +86,20 @@ def test_mode_cached_loads_nothing_while_it_serves() -> None:
 
 @pytest.mark.parametrize("mode", adapters.MODES)
 def test_a_switched_engine_is_one_that_was_started_so(mode: str) -> None:
-    """Compare the groups to wait for, the first device tables and the helpers of both; no adapter is left behind."""
+    """Compare the groups to wait for and the first device tables of both; no adapter is left behind."""
     room = adapters.pool_for(TINY, TINY.places)
-    started, switched = (adapters.start(TINY, which, TINY.places, room) for which in (mode, "cpu-assist"))
+    started, switched = (adapters.start(TINY, which, TINY.places, room) for which in (mode, "pipelined"))
     adapters.install(switched, TINY, 6)
     asks = [adapters.Ask(f"a{i}", 5, 3) for i in range(6)]
     adapters.serve(switched, asks, switched.model.vocab_size)
     assert adapters.store_of(switched).resident()
-    adapters.switch(switched, mode, adapters.arriving_of(switched).assistant)
+    adapters.switch(switched, mode)
     adapters.install(switched, TINY, 6)
     ours, store = adapters.store_of(switched), adapters.store_of(started)
     assert ours.resident() == []
     assert adapters.counts(switched) == {"loads": 0, "evictions": 0, "hits": 0}
     assert (ours.mode, ours.groups_to_start) == (store.mode, store.groups_to_start)
     arriving = started.engine.runner.arriving  # type: ignore[attr-defined]
-    helps = arriving is not None and arriving.assistant is not None
-    assert (adapters.arriving_of(switched).assistant is not None) == helps
     assert (switched.engine.runner.arriving is not None) == (arriving is not None)  # type: ignore[attr-defined]
 
 
@@ -134,11 +132,9 @@ def test_oversubscription_and_its_plot(tmp_path: Path) -> None:
 
 def test_crossover() -> None:
     size = replace(TINY, adapters=1, places=2, ranks=(2, 4))
-    report = adapters.crossover(size=size, prompts=(3, 9), cores=(1, 2), repeats=1)
+    report = adapters.crossover(size=size, prompts=(3, 9), repeats=1)
     found = rows(report)
     assert [(row["bus_busy"], row["rank"], row["prompt"]) for row in found] == [
         (busy, rank, prompt) for busy in (False, True) for rank in (2, 4) for prompt in (3, 9)
     ]
-    ways = {"on-demand_ms", "pipelined_ms", "cpu-assist-1-cores_ms", "cpu-assist-2-cores_ms"}
-    assert all(ways <= set(row) for row in found)
-    assert all(won in [{key: row[key] for key in won} for row in found] for won in report["cpu_assist_wins"])
+    assert all({"on-demand_ms", "pipelined_ms"} <= set(row) for row in found)

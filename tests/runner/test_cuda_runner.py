@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed: pip install triton")
 
 from inlaid.adapters.loader import CudaLane, StreamLoader
-from inlaid.adapters.modes import CACHED, CPU_ASSIST, MODES, PIPELINED
+from inlaid.adapters.modes import CACHED, MODES, PIPELINED
 from inlaid.adapters.peft import read_adapter
 from inlaid.adapters.store import AdapterStore
 from inlaid.checkpoint import Checkpoint
@@ -24,7 +24,6 @@ from inlaid.engine.engine import Engine, make_engine
 from inlaid.engine.request import FinishReason, NewRequest
 from inlaid.kernels import attention_triton, fused_triton, lora_triton
 from inlaid.kernels.arriving import Arriving
-from inlaid.kernels.assist import Assistant, CudaFerry, Profile
 from inlaid.kernels.backend import Parts
 from inlaid.kernels.context import ALL_ADAPTERS, ATTENTION_ADAPTERS, NO_ADAPTERS
 from inlaid.kernels.cpu import DenseLinear, DensePacked, cpu_kernels
@@ -37,7 +36,7 @@ from inlaid.runner.cuda_kernels import cuda_kernels
 from inlaid.runner.cuda_runner import CudaRunner
 from inlaid.runner.graphs import Graphs
 from inlaid.runner.model_runner import ModelRunner
-from tests.adapters.fake_lane import FakeFerry, FakeLane
+from tests.adapters.fake_lane import FakeLane
 from tests.oracle.oracle import (
     Answer,
     Judge,
@@ -181,26 +180,22 @@ LONG_ON_CPU = pytest.mark.long if DEVICE.type == "cpu" else pytest.mark.gpu  # t
 @pytest.mark.parametrize(
     ("mode", "patient"),
     [
-        *(pytest.param(mode, False, marks=() if mode == CPU_ASSIST else LONG_ON_CPU) for mode in MODES),
-        pytest.param(CPU_ASSIST, True, marks=LONG_ON_CPU),
+        *(pytest.param(mode, False, marks=() if mode == PIPELINED else LONG_ON_CPU) for mode in MODES),
+        pytest.param(PIPELINED, True, marks=LONG_ON_CPU),
     ],
 )
 def test_adapters_that_are_still_coming(bench: Bench, mode: str, patient: bool) -> None:
     """Tokens are the same in every mode: prompts start before their adapters are whole, on the lane of a device or
-    of a test, and what has not landed is waited for there or computed by two threads from the host's copy; or, where
-    that would take longer, the step waits for the whole."""
+    of a test, and what has not landed is waited for there; or, where that would take longer, the step waits for the
+    whole."""
     spec, fake = read_spec(bench.model), FakeLane(patience=30)
     lane = CudaLane(DEVICE) if DEVICE.type == "cuda" else fake
     store = AdapterStore(
         spec, 3 if mode == CACHED else 2, 1 << 20, DEVICE, torch.float16, mode=mode, loader=StreamLoader(lane)
     )
-    ferry, assistant = FakeFerry(torch.float16), None
-    if mode == CPU_ASSIST:
-        hosts = CudaFerry(DEVICE, torch.float16, 24, 256, 512) if DEVICE.type == "cuda" else ferry
-        assistant = Assistant(hosts, Profile(2))
     arriving = None
-    if mode in (PIPELINED, CPU_ASSIST):
-        arriving = Arriving(store, spec.num_layers, assistant, lambda count: count * 1e-9)
+    if mode == PIPELINED:
+        arriving = Arriving(store, spec.num_layers, lambda count: count * 1e-9)
     engine, _ = bench.engine(store=store, arriving=arriving)
     if arriving is not None:
         arriving.patience = 1.0 if patient else 0.0
@@ -210,8 +205,7 @@ def test_adapters_that_are_still_coming(bench: Bench, mode: str, patient: bool) 
         bench.check(request, answers[request.id])
     store.check()
     if DEVICE.type == "cpu":
-        assert (ferry.num_fetched > 0) == (mode == CPU_ASSIST and not patient)
-        assert (fake.num_waits > 0) == (mode in (PIPELINED, CPU_ASSIST)), "decodes wait for the whole in both"
+        assert (fake.num_waits > 0) == (mode == PIPELINED), "decodes wait for the whole"
 
 
 @MANY_STEPS

@@ -86,7 +86,8 @@ def test_room_for_adapters_is_as_given(config: EngineConfig) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (AdapterConfig(adapter_mode="lazy"), "known: cached, on-demand, pipelined, cpu-assist"),
+        (AdapterConfig(adapter_mode="lazy"), "known: cached, on-demand, pipelined$"),
+        (AdapterConfig(adapter_mode="cpu-assist"), "is retired.*assist-map"),
         (AdapterConfig(adapter_link_gbps=1.0), "without a GPU; leave it 0 on cuda"),
         (AdapterConfig(max_cpu_adapter_gib=-1.0), "cannot be negative"),
         (AdapterConfig(adapter_timeout=0.0), "adapter_timeout must be above 0"),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inlaid.adapters.modes import CACHED, CPU_ASSIST, MODES, ON_DEMAND, PIPELINED
+from inlaid.adapters.modes import CACHED, CPU_ASSIST, ON_DEMAND, PIPELINED, SIMULATED
 from inlaid.engine.request import NewRequest, SamplingParams
 from inlaid.sim.cost import CostModel
 from inlaid.sim.request_log import Arrival
@@ -31,7 +31,7 @@ def ttft(mode: str, cost: CostModel = COST, *requests: NewRequest) -> dict[str, 
 
 def test_a_lone_request_waits_as_long_as_its_mode_says() -> None:
     """0.4 s of load in four groups, 0.1 s of prefill: all of the one, then of the other; or group after group."""
-    times = {mode: ttft(mode)["r"] for mode in MODES}
+    times = {mode: ttft(mode)["r"] for mode in SIMULATED}
     assert times[CACHED] == pytest.approx(0.1)
     assert times[ON_DEMAND] == pytest.approx(0.5, abs=1e-4)
     assert times[PIPELINED] == pytest.approx(0.425, abs=1e-4)
@@ -59,7 +59,7 @@ def test_an_unknown_mode_is_refused() -> None:
 
 
 @given(
-    mode=st.sampled_from(MODES),
+    mode=st.sampled_from(SIMULATED),
     asks=st.lists(st.tuples(st.floats(0, 3), st.integers(0, 5), st.integers(1, 4)), min_size=1, max_size=12),
     slots=st.integers(1, 3),
     load=st.floats(0.001, 1.0),
