@@ -81,8 +81,12 @@ def _fitted(steps: Sequence[Step], name: str, source: str) -> CostModel:
     _, floor, coefficients = min(
         (_above(rows, seconds, weights, prompts, least) for least in tried), key=lambda t: t[0]
     )
-    terms = {term: float(value) for term, value in zip(TERMS, coefficients)}
-    return CostModel(name=name, source=source, prompt_floor=floor, **terms)
+    return _with_terms(CostModel(name=name, source=source, prompt_floor=floor), TERMS, coefficients)
+
+
+def _with_terms(model: CostModel, terms: Sequence[str], values: Array) -> CostModel:
+    """Return a model with these values of its terms."""
+    return replace(model, **dict(zip(terms, values.tolist())))
 
 
 def _with_stairs(model: CostModel, steps: Sequence[Step], rounds: int = 4) -> CostModel:
@@ -118,10 +122,8 @@ def _stepped(model: CostModel, steps: Sequence[Step], rounds: int) -> CostModel:
                 stairs[kind] = fit_stairs(rows[mine], left[mine], weights[mine])
                 on_rows[mine] = values_at(stairs[kind], rows[mine])
         beside = _solve(loads, seconds - on_rows, weights)
-    found = {term: float(value) for term, value in zip(BESIDE, beside)}
-    return replace(
-        model, prompt_floor=0.0, decode_stairs=stairs.get(False, ()), prompt_stairs=stairs.get(True, ()), **found
-    )
+    stepped = replace(model, prompt_floor=0.0, decode_stairs=stairs.get(False, ()), prompt_stairs=stairs.get(True, ()))
+    return _with_terms(stepped, BESIDE, beside)
 
 
 def _twice(rows: Array, seconds: Array) -> tuple[Array, Array]:
@@ -152,7 +154,7 @@ def fit_quickly(steps: Sequence[Step], name: str) -> CostModel:
             coefficients[terms] = found
             break
         terms.pop(int(np.argmin(found * scale)))
-    return CostModel(name=name, source="fitted to steps", **{t: float(c) for t, c in zip(TERMS, coefficients)})
+    return _with_terms(CostModel(name=name, source="fitted to steps"), TERMS, coefficients)
 
 
 def _above(

@@ -74,7 +74,8 @@ def test_a_device_that_pads_steps_to_sizes_is_a_staircase(tmp_path: Path) -> Non
 
     measured = [padded(step) for step in steps(TRUE, 1500, 0.0)]
     model = fit(measured, "m", "s")
-    assert {rows for rows, _ in model.prompt_stairs} >= {128, 256}
+    for size in (64, 128, 256):
+        assert any(0.97 * size <= rows <= size for rows, _ in model.prompt_stairs), size
     unseen = [padded(step) for step in steps(TRUE, 300, 0.0, seed=1)]
     assert errors(model, unseen)["r_squared"] > 0.99
     linear = replace(model, decode_stairs=(), prompt_stairs=())
