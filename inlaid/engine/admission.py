@@ -37,10 +37,9 @@ class Admission:
         """Make requests senior that have waited as long as the policy lets later ones overtake them."""
         state = self.state
         grown = state.seniority.promote(state.view.now - state.policy.seniority_s)
-        for request in grown:
-            if not state.working_set.is_aside(state.progress[request.id]):
-                state.waiting.promote(request)
         if grown:
+            aside = state.working_set.is_aside
+            state.waiting.promote(request for request in grown if not aside(state.progress[request.id]))
             state.nothing_fits = None
 
     def recall(self) -> None:

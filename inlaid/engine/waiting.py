@@ -13,7 +13,7 @@ name have the same key for the same rank, so this changes no order.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
 
 from inlaid.engine.policy import Policy, Rank, View
 from inlaid.engine.request import Request, Status
@@ -63,10 +63,12 @@ class WaitingQueue:
         self._insert((self.policy.rank(request, self._view), request.order, request), self.policy.group(request))
         self._length += 1
 
-    def promote(self, request: Request) -> None:
-        """Move a request that is in the queue to another group: it has become senior."""
-        self.push(request)
-        self.discard(request)  # its entry in the group that it has left is dead
+    def promote(self, requests: Iterable[Request]) -> None:
+        """Move requests that are in the queue to other groups: they have become senior, all of these before."""
+        for request in requests:
+            self.push(request)
+            self._count_dead()  # its entry in the group that it has left
+        self._drop_dead()
 
     def _is_alive(self, request: Request, group: _Group) -> bool:
         """Return False for an entry whose request has stopped waiting or has moved to another group."""
@@ -166,9 +168,16 @@ class WaitingQueue:
         return heapq.heappop(group.entries)[2]
 
     def discard(self, request: Request) -> None:
-        """Count out an entry that has just died: its request has stopped waiting, as its status says, or has moved."""
+        """Count out a request that was in the queue and has just stopped waiting, as its status says."""
+        self._count_dead()
+        self._drop_dead()
+
+    def _count_dead(self) -> None:
         self._length -= 1
         self._num_dead += 1
+
+    def _drop_dead(self) -> None:
+        """Build the queue anew when most of its entries are dead. No request may be between two groups then."""
         if self._num_dead > 64 + self._length:
             self.reorder(self.policy)
 

@@ -87,7 +87,7 @@ def check_queue(name: str, steps: list[Action], change: Callable[[Ledger, str, b
             grown = waiting[value % len(waiting)]
             if not grown.senior and policy.seniority_s < math.inf:
                 grown.senior = True
-                queue.promote(grown)
+                queue.promote([grown])
         elif action in ("charge", "refund"):
             change(ledger, tenant, action == "charge", queue)
         assert len(queue) == len(waiting)
@@ -120,6 +120,22 @@ def test_requests_that_left_are_not_kept_forever() -> None:
     assert len(queue) == 1
     assert sum(len(group.entries) for group in queue._groups.values()) < 200
     assert queue.pop() is keeper
+
+
+def test_many_that_become_senior_at_once_are_counted_once() -> None:
+    queue = WaitingQueue(make_policy("inlaid"), View(Ledger()))
+    requests = [queued(number, "t", float(number)) for number in range(300)]
+    for request in requests:
+        queue.push(request)
+    for request in requests[:250]:
+        request.status = Status.FINISHED
+        queue.discard(request)
+    for request in requests[250:]:
+        request.senior = True
+    queue.promote(requests[250:])  # more entries are dead than alive: the queue is built anew
+    assert len(queue) == 50
+    assert sum(len(group.entries) for group in queue._groups.values()) < 120
+    assert [queue.pop() for _ in range(51)] == [*requests[250:], None]
 
 
 def test_changing_the_policy_keeps_everyone() -> None:
