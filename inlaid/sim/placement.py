@@ -42,6 +42,7 @@ class Kernel:
     prefill_more: float = 0.0
     slo: float = 0.04  # seconds per token
     replicas: int = 60
+    mixes: bool = False  # prefills take part in the steps of decodes, as many as have seats
     load_rank: float = 0.0  # seconds to bring an adapter to another replica, for each of its ranks
 
     def decode(self, ranks: Sequence[int]) -> float:
@@ -57,6 +58,10 @@ class Kernel:
     def now(self, batch: Occupancy) -> float:
         work = batch.size * batch.largest if self.padded else batch.ranks
         return self.base + self.per_row * batch.size + self.per_rank * work
+
+    def mixed(self, ranks: Sequence[int], fresh: int) -> float:
+        """Return the seconds of a step whose last `fresh` requests are prefills."""
+        return self.decode(ranks) + fresh * self.prefill_more
 
     def prefill(self, decode: float) -> float:
         """Return the seconds of a prefill beside requests whose decode step takes `decode`."""
@@ -98,7 +103,8 @@ class Occupancy:
 
 
 class Replica:
-    """One engine: at most MAX_BATCH running, the rest queued; a prefill takes a step of its own."""
+    """One engine: at most MAX_BATCH running, the rest queued; unless its kernel mixes them, a prefill takes a step of
+    its own."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
@@ -122,7 +128,12 @@ class Replica:
 
     def step(self, now: float) -> float:
         """Make the next step and return when it ends; every request in it then has one more token."""
-        if self.queue and len(self.running) < MAX_BATCH:
+        if self.kernel.mixes:
+            fresh = min(len(self.queue), MAX_BATCH - len(self.running))
+            self.running += [self.queue.popleft() for _ in range(fresh)]
+            end = now + self.kernel.mixed([call.rank for call in self.running], fresh)
+            self._made(self.running, end)
+        elif self.queue and len(self.running) < MAX_BATCH:
             self.running.append(self.queue.popleft())
             end = now + self.kernel.prefill(self.kernel.decode([call.rank for call in self.running]))
             self._made([self.running[-1]], end)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from inlaid.cluster.placement import make_placement
 from inlaid.report import tables
 from inlaid.report.plots import colours, legend, new_figure, save
 from inlaid.sim.cluster import simulate_cluster
-from inlaid.sim.cost import CostModel, load_cost, prices_of
+from inlaid.sim.cost import CostModel, Load, load_cost, prices_of
 from inlaid.sim.placement import DLORA, EXACT, MAX_BATCH, PADDED, Call, Kernel, choosers, functions_trace, run
 from inlaid.sim.plot import KINDS
 from inlaid.sim.request_log import Arrival, RequestRecord, as_arrivals
@@ -29,7 +30,7 @@ MIGRATES = "dlora-migration"
 RATES = (150.0, 200.0, 250.0, 300.0, 340.0)
 SECONDS = 20.0
 SEEDS = 3
-PROMPT = 64  # tokens, of our kernels' prefill
+PROMPT, OUTPUT = 64, 30  # tokens: of our kernels' prompts, and of answers when a step is made
 REPLICAS = 6  # with our kernels: they are several times as fast as the published ones
 SLACK = 1.5  # the objective of our kernels, as in the paper: so many times a full step without adapters
 SHARES = tuple(range(0, 101, 2))  # of requests, for the distributions
@@ -41,12 +42,35 @@ ABOUT = (
 ENGINES = {"random": "random", "most-idle": "least-loaded", "rank-aware": "rank-aware"}.items()  # names here and there
 
 
+@dataclass(frozen=True)
+class MachineKernel(Kernel):
+    """The kernels of a machine that was fitted to measured steps. Placement predicts with linear terms, as in the
+    paper; steps take what the machine says of all that is in them."""
+
+    cost: CostModel = field(kw_only=True)
+
+    def mixed(self, ranks: Sequence[int], fresh: int) -> float:
+        decodes, count = len(ranks) - fresh, len(ranks)
+        load = Load(
+            prefill_tokens=fresh * PROMPT,
+            prefills=fresh,
+            decodes=decodes,
+            prompt_context=decodes * PROMPT,
+            output_context=decodes * OUTPUT,
+            prefill_attention=fresh * PROMPT * PROMPT // 2,
+            adapters=count,
+            adapter_rows=count,
+            ranks=sum(ranks),
+        )
+        return self.cost.step_seconds(load)
+
+
 def ours(cost: CostModel) -> Kernel:
-    """Return the kernel of a machine that was fitted to measured steps."""
-    context = PROMPT * cost.prompt_context + 30 * cost.output_context
+    """Return the kernels of a machine that was fitted to measured steps."""
+    context = PROMPT * cost.prompt_context + OUTPUT * cost.output_context
     row = cost.decodes + context + cost.adapters + cost.adapter_rows
     full = cost.step + MAX_BATCH * (cost.decodes + context)
-    return Kernel(
+    return MachineKernel(
         "ours",
         cost.step,
         cost.ranks,
@@ -56,6 +80,8 @@ def ours(cost: CostModel) -> Kernel:
         prefill_more=cost.prefills + PROMPT * cost.prefill_tokens,
         slo=SLACK * full,
         replicas=REPLICAS,
+        mixes=True,
+        cost=cost,
         load_rank=cost.load_rank,
     )
 
