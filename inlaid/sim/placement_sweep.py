@@ -202,9 +202,9 @@ def draw_distributions(path: Path, rows: Sequence[Mapping[str, Any]], rate: floa
             ]
             axis.plot(np.mean(group, axis=0), np.array(SHARES) / 100, label=name, color=colour[name])
         axis.axvline(next(row["slo_ms"] for row in rows if row["kernel"] == kernel), color="black", linestyle="--")
-        axis.set_title(f"{kernel} kernels, {rate:g} requests/s")
+        axis.set_title(f"kernels: {kernel}, {rate:g} requests/s")
         axis.set_xlabel("ms per token, queueing included")
-        axis.set_xscale("log")
+        axis.set_xlim(0, 2.5 * next(row["slo_ms"] for row in rows if row["kernel"] == kernel))
         axis.set_ylim(0, 1)
     axes[0].set_ylabel("share of requests")
     legend(figure, axes, columns=4)

@@ -55,6 +55,25 @@ def test_a_run_writes_summary_and_records(fake: str, tmp_path: Path, backend: st
     assert all(record.output_len == 5 and 4 <= record.input_len <= 9 for record in records)
 
 
+def test_seconds_by_part_come_from_the_servers_log(
+    fake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, log = tmp_path / "run.json", tmp_path / "server.log"
+    lines = [
+        {"message": "request", "id": f"cmpl-perf-{n}", "queue_seconds": 0.01, "host_seconds": 0.001 * n}
+        for n in range(-2, 6)
+    ]
+    log.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    flags = ["--num-requests", "6", "--arrival", "burst", "--input", "fixed:4", "--output", "fixed:2"]
+    assert run(fake, *flags, "--server-log", str(log), "--out", str(out)) == 0
+    records = read_records(out.with_suffix(".jsonl"))
+    assert {record.index: record.spans["host"] for record in records} == {n: 0.001 * n for n in range(6)}
+    assert json.loads(out.read_text())["spans_ms"] == pytest.approx({"queue": 10.0, "host": 2.5})
+    (empty := tmp_path / "empty.log").write_text("INFO nothing\n")
+    assert run(fake, *flags, "--server-log", str(empty)) == 2
+    assert "has no line of these requests" in capsys.readouterr().err
+
+
 def test_slora_needs_names_and_then_works(fake: str, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--backend", "slora", "--num-requests", "5", "--arrival", "burst", "--prompt-format", "words"]
     assert run(fake, *flags) == 2
