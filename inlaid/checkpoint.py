@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from inlaid import __version__
-from inlaid.files import hash_file, read_bounded, write_atomically
+from inlaid.files import hash_file
 from inlaid.progress import Bar
-from inlaid.tensorfiles import CheckpointError, Stages, header_of
+from inlaid.tensorfiles import CheckpointError, Stages, read_json, tensor_files
 
 BITS = (2, 3, 4, 8)
 ZERO_FORMATS = ("gptq", "gptq_v2")
@@ -204,9 +205,9 @@ class Checkpoint:
     def __init__(self, path: str | Path, device: torch.device | None = None) -> None:
         self.path = Path(path)
         self._stages = None if device is None else Stages(device)
-        self.config: dict[str, Any] = _read_json(self.path / "config.json")
+        self.config: dict[str, Any] = read_json(self.path / "config.json")
         self.quantization = _quantization(self.path, self.config)
-        self._file_of = _index(self.path)
+        self._file_of = tensor_files(self.path)
         self._handles: dict[str, Any] = {}
         names = self._file_of
         self.linears: tuple[str, ...] = tuple(n[: -len(".qweight")] for n in names if n.endswith(".qweight"))
@@ -232,30 +233,46 @@ class Checkpoint:
         """Zero format that the metadata names; `linear` trusts the stored values first where they are unambiguous."""
         return str((self.quantization or {}).get("checkpoint_format") or "gptq")
 
-    def tensor(self, name: str) -> Tensor:
-        """Read a tensor as it is stored."""
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor without reading it."""
+        return tuple(self._handle(name).get_slice(name).get_shape())
+
+    def tensor(self, name: str, part: tuple[slice, ...] | None = None) -> Tensor:
+        """Read a tensor as it is stored, or a part of it and nothing else."""
+        handle, file = self._handle(name), self.path / self._file_of[name]
+        try:
+            if part is not None:
+                piece: Tensor = handle.get_slice(name)[part]
+                return piece if self._stages is None else piece.to(self._stages.device)
+            if self._stages is None:
+                tensor: Tensor = handle.get_tensor(name)
+                return tensor
+            return self._stages.read(file, name, handle.get_tensor)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} cannot be read ({error}); fetch it again") from error
+
+    def _handle(self, name: str) -> Any:
+        """Return the open file that holds a tensor."""
         if name not in self._file_of:
             raise CheckpointError(f"{self.path} has no tensor {name}")
         file = self._file_of[name]
         try:
             if file not in self._handles:
                 self._handles[file] = safe_open(str(self.path / file), framework="pt")
-            handle = self._handles[file]
-            if self._stages is None:
-                tensor: Tensor = handle.get_tensor(name)
-                return tensor
-            return self._stages.read(self.path / file, name, handle.get_tensor)
+            return self._handles[file]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.path / file} cannot be read ({error}); fetch it again") from error
 
-    def linear(self, name: str) -> QuantizedLinear:
-        """Read a quantized linear and resolve its zeros."""
+    def linear(self, name: str, read: Callable[[str], Tensor] | None = None) -> QuantizedLinear:
+        """Read a quantized linear, and resolve its zeros. `read` reads parts of its four tensors that make a linear
+        too, in the place of `tensor`."""
+        read = read or self.tensor
         if f"{name}.qweight" not in self._file_of:
             raise CheckpointError(f"{self.path}: {name} is not quantized in this checkpoint")
         assert self.quantization is not None
-        qweight, stored, scales = (self.tensor(f"{name}.{part}") for part in ("qweight", "qzeros", "scales"))
+        qweight, stored, scales = (read(f"{name}.{part}") for part in ("qweight", "qzeros", "scales"))
         group_size = int(self.quantization["group_size"])
-        bits, g_idx = self._bits_and_groups(name, qweight, stored, scales)
+        bits, g_idx = self._bits_and_groups(name, qweight, stored, scales, read)
         zeros = self._true_zeros(stored, bits)
         spec = QuantSpec(bits, group_size, True, False)
         inputs = g_idx.shape[0]
@@ -282,7 +299,9 @@ class Checkpoint:
                 digest.update(hash_file(self.path / file, bar.update).encode())
         return digest.hexdigest()
 
-    def _bits_and_groups(self, name: str, qweight: Tensor, stored: Tensor, scales: Tensor) -> tuple[int, Tensor]:
+    def _bits_and_groups(
+        self, name: str, qweight: Tensor, stored: Tensor, scales: Tensor, read: Callable[[str], Tensor]
+    ) -> tuple[int, Tensor]:
         """Return the bits, from the shapes (some writers vary them by module), and g_idx, from the file or in order."""
         assert self.quantization is not None
         bits = stored.shape[1] * 32 // scales.shape[1]
@@ -290,7 +309,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: {name} has codes of {bits} bits; 2, 3, 4 and 8 are supported")
         inputs = qweight.shape[0] * 32 // bits
         if f"{name}.g_idx" in self._file_of:
-            g_idx = self.tensor(f"{name}.g_idx").cpu()
+            g_idx = read(f"{name}.g_idx").cpu()
             if g_idx.shape != (inputs,):
                 raise CheckpointError(f"{self.path}: {name} has g_idx {tuple(g_idx.shape)} for {inputs} inputs")
             return bits, g_idx
@@ -331,23 +350,11 @@ def quantization_config(
     }
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(read_bounded(path))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist; give the folder of a Hugging Face model") from error
-    except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object")
-    return value
-
-
 def _quantization(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
     """Return the quantization's metadata, from config.json or quantize_config.json; None for a model without any."""
     found = config.get("quantization_config")
     if found is None and (path / "quantize_config.json").exists():
-        found = _read_json(path / "quantize_config.json")
+        found = read_json(path / "quantize_config.json")
     if found is None:
         return None
     if not isinstance(found, dict):
@@ -364,38 +371,3 @@ def _quantization(path: Path, config: dict[str, Any]) -> dict[str, Any] | None:
         if type(found.get(key)) is not int:
             raise CheckpointError(f"{path}: the quantization's metadata has no whole number {key!r}")
     return found
-
-
-def _index(path: Path) -> dict[str, str]:
-    """Map tensor names to files, read from the headers of the files."""
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        files = _named_in(index)
-    elif (path / "model.safetensors").exists():
-        files = ["model.safetensors"]
-    else:
-        files = sorted(file.name for file in path.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{path} holds no .safetensors file; other formats are not read, convert it first")
-    return {name: file for file in files for name in header_of(path / file)}
-
-
-def _named_in(index: Path) -> list[str]:
-    """Return the files that an index names. CheckpointError: one of them is not beside it."""
-    named = _read_json(index).get("weight_map")
-    values: list[Any] = list(named.values()) if isinstance(named, dict) else [None]
-    if not all(isinstance(value, str) and value == Path(value).name for value in values):
-        raise CheckpointError(f"{index} must have a weight_map from tensors to names of files beside it")
-    return sorted(set(values))
-
-
-def write_index(folder: Path) -> None:
-    """Write model.safetensors.index.json over all the safetensors files of a folder."""
-    weight_map: dict[str, str] = {}
-    size = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        for name, entry in header_of(file).items():
-            weight_map[name] = file.name
-            size += entry["data_offsets"][1] - entry["data_offsets"][0]
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    write_atomically(folder / "model.safetensors.index.json", json.dumps(index, indent=1).encode())

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from inlaid.files import atomic_file, open_unblocked
+from inlaid.files import atomic_file, open_unblocked, read_bounded, write_atomically
 
 MAX_HEADER_BYTES = 100_000_000
 _DTYPES = MappingProxyType({
@@ -62,7 +62,7 @@ class Stages:
     """
 
     def __init__(self, device: torch.device, size: int = 32 << 20) -> None:
-        self._device, self._size = device, size
+        self.device, self._size = device, size
         self._own = threading.local()
         self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
 
@@ -76,12 +76,12 @@ class Stages:
         entry = header[name]
         dtype = _DTYPES.get(entry["dtype"])
         if dtype is None:
-            return otherwise(name).to(self._device)
+            return otherwise(name).to(self.device)
         try:
             (start, end), wanted = entry["data_offsets"], math.prod(entry["shape"]) * dtype.itemsize
             if wanted != end - start or start < 0:
                 raise CheckpointError(f"{file}: {name} has {end - start} bytes, not the {wanted} of its shape")
-            made = torch.empty(entry["shape"], dtype=dtype, device=self._device)
+            made = torch.empty(entry["shape"], dtype=dtype, device=self.device)
         except TypeError as error:
             raise CheckpointError(f"{file}: what its header says of {name} makes no sense; fetch it again") from error
         if start < end:
@@ -90,7 +90,7 @@ class Stages:
 
     def _fill(self, target: Tensor, file: Path, start: int) -> None:
         if not hasattr(self._own, "stage"):
-            self._own.stage = torch.empty(self._size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+            self._own.stage = torch.empty(self._size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         stage: Tensor = self._own.stage
         with file.open("rb", buffering=0) as handle:
             handle.seek(start)
@@ -149,3 +149,51 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
             found = re.search(r"os error (\d+)", str(error))
             code = int(found[1]) if found else errno.EIO
             raise OSError(code, os.strerror(code), str(path)) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object of a JSON file of a model folder."""
+    try:
+        value = json.loads(read_bounded(path))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist; give the folder of a Hugging Face model") from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object")
+    return value
+
+
+def tensor_files(folder: Path) -> dict[str, str]:
+    """Map tensor names to files, read from the headers of the files."""
+    named = folder / "model.safetensors.index.json"
+    if named.exists():
+        files = _named_in(named)
+    elif (folder / "model.safetensors").exists():
+        files = ["model.safetensors"]
+    else:
+        files = sorted(file.name for file in folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder} holds no .safetensors file; other formats are not read, convert it first")
+    return {name: file for file in files for name in header_of(folder / file)}
+
+
+def _named_in(index: Path) -> list[str]:
+    """Return the files that an index names. CheckpointError: one of them is not beside it."""
+    named = read_json(index).get("weight_map")
+    values: list[Any] = list(named.values()) if isinstance(named, dict) else [None]
+    if not all(isinstance(value, str) and value == Path(value).name for value in values):
+        raise CheckpointError(f"{index} must have a weight_map from tensors to names of files beside it")
+    return sorted(set(values))
+
+
+def write_index(folder: Path) -> None:
+    """Write model.safetensors.index.json over all the safetensors files of a folder."""
+    weight_map: dict[str, str] = {}
+    size = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, entry in header_of(file).items():
+            weight_map[name] = file.name
+            size += entry["data_offsets"][1] - entry["data_offsets"][0]
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    write_atomically(folder / "model.safetensors.index.json", json.dumps(index, indent=1).encode())

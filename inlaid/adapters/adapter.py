@@ -64,7 +64,8 @@ class AdapterEntry:
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """A validated adapter in host memory, in the compute type. `identity` is the hash of its files."""
+    """A validated adapter in host memory, in the compute type. `identity` is the hash of its files. For a group of
+    devices `flat` holds each one's part, one behind the other, and the entries are those of a part."""
 
     identity: str
     path: str
@@ -80,6 +81,11 @@ class Adapter:
     @property
     def rank(self) -> int:
         return max(entry.rank for entry in self.entries)
+
+    @property
+    def num_elements(self) -> int:
+        """The elements that it takes on a device."""
+        return self.entries[-1].end
 
 
 def site_path(site: int) -> str:

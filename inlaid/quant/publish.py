@@ -21,13 +21,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from inlaid.checkpoint import write_index
 from inlaid.files import exchange, remove_unfinished, sync_directory, sync_folder, write_atomically
 from inlaid.quant.bank import bank_path, entry_key
 from inlaid.quant.plan import Plan
 from inlaid.quant.record import RECORD, Record
 from inlaid.quant.settings import QuantizeError
-from inlaid.tensorfiles import write_tensors
+from inlaid.tensorfiles import write_index, write_tensors
 
 log = logging.getLogger(__name__)
 

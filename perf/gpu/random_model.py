@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from inlaid.checkpoint import QuantSpec, quantization_config, to_tensors, write_index
+from inlaid.checkpoint import QuantSpec, quantization_config, to_tensors
 from inlaid.kernels.measure import random_weight
 from inlaid.model.spec import ModelSpec, module_path, spec_from_config
+from inlaid.tensorfiles import write_index
 
 WRITERS = 16  # adapters written side by side
 SHAPES: Mapping[str, tuple[int, int, int, int, int, int, float]] = MappingProxyType(
