@@ -4,17 +4,31 @@ Which adapter is to be here is the residency's decision; this carries it out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 
+from inlaid.adapters.adapter import AdapterEntry
 from inlaid.adapters.held import Held, Resident
 from inlaid.adapters.loader import AnyLoader, Arrival, CudaLane, StreamLoader
 from inlaid.adapters.modes import NUM_GROUPS, groups_to_start
 from inlaid.adapters.pages import Lender, PagePool
 from inlaid.adapters.tables import clear, copies, empty_pages, show, size
 from inlaid.model.spec import ModelSpec
+
+
+class Mirror(Protocol):
+    """The other devices of a tensor-parallel group, which have their parts of the same adapters at the same places."""
+
+    def upload(self, slot: int, entries: Sequence[AdapterEntry], starts: Sequence[int], flat: torch.Tensor) -> None:
+        """Bring each device its part of `flat`, then show it to steps on all; RuntimeError: on none."""
+        ...
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot, for all steps that follow."""
+        ...
 
 
 class DeviceMemory:
@@ -31,6 +45,7 @@ class DeviceMemory:
         loader: AnyLoader | None,
         clock: Callable[[], float],
         shared: bool,
+        mirror: Mirror | None = None,
     ) -> None:
         self.pages = empty_pages(spec, slots + 1, 0 if shared else pool_elements, device, dtype)
         self.space = PagePool(pool_elements)
@@ -39,6 +54,7 @@ class DeviceMemory:
         self._now = clock
         self._loader = StreamLoader(CudaLane(device)) if loader is None and device.type == "cuda" else loader
         self._lender: Lender | None = None
+        self._mirror = mirror
         self._unit = self._borrowed_from = 0  # elements in a lent block, and where such blocks begin
         self._at: dict[int, Held] = {}  # by slot
         self._free_slots = list(range(slots, 0, -1))
@@ -114,14 +130,18 @@ class DeviceMemory:
             self.space.give(start, size(entry))
         del self._at[resident.slot]
         clear(self.pages, resident.slot)
+        if self._mirror is not None:
+            self._mirror.clear(resident.slot)
         self._free_slots.append(resident.slot)
 
     # Bytes
 
     def upload(self, held: Held, flat: torch.Tensor) -> None:
-        """Copy an adapter to its place: by the loader, or at once."""
+        """Copy an adapter to its place: by the loader, or at once. RuntimeError: another device could not take it."""
         resident = held.resident
         assert resident is not None
+        if self._mirror is not None:
+            self._mirror.upload(resident.slot, held.entries, resident.starts, flat)
         held.counts.loads += 1
         held.asked = self._now()
         moves = copies(self.pages.pool, held.entries, resident.starts, flat, self._num_groups, self._layers_per_group)

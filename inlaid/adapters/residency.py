@@ -39,7 +39,7 @@ class Residency:
         if self.host.fetch(held, self._eviction.clock):
             assert held.flat is not None
             if self._place(held, self._idle()):
-                self.device.upload(held, held.flat)
+                self._upload(held, held.flat)
             else:
                 held.asked = None  # it waits for room, not for its bytes
         elif held.reading is not None and held.asked is None:
@@ -80,8 +80,16 @@ class Residency:
         """Load to the device at once, if there is room, or will be without the adapter that it replaces."""
         if not self._place(held, [] if instead_of is None else [instead_of]):
             return False
-        self.device.upload(held, flat)
+        self._upload(held, flat)
         return True
+
+    def _upload(self, held: Held, flat: torch.Tensor) -> None:
+        """Copy an adapter to its place. If a device of a group cannot take it, it is on none, and its requests end."""
+        try:
+            self.device.upload(held, flat)
+        except RuntimeError as error:
+            self.device.remove(held)
+            held.failed = error
 
     def drop(self, held: Held) -> None:
         """Give up its memory in all tiers."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from inlaid.adapters.adapter import Adapter, AdapterError
-from inlaid.adapters.device import DeviceMemory
+from inlaid.adapters.device import DeviceMemory, Mirror
 from inlaid.adapters.eviction import Eviction
 from inlaid.adapters.held import Counts, Held
 from inlaid.adapters.host import HostMemory, Read
@@ -48,14 +48,16 @@ class AdapterStore:
         max_seconds: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
         shared: bool = False,
+        mirror: Mirror | None = None,
     ) -> None:
-        """Make an empty store; with `shared`, `move_into` gives it memory, of which `pool_elements` are its own."""
+        """Make an empty store; with `shared`, `move_into` gives it memory, of which `pool_elements` are its own. A
+        `mirror` does on other devices what is done on this one."""
         on_gpu = device.type == "cuda"
         assert mode in (CACHED, ON_DEMAND) or loader is not None or on_gpu, f"{mode} needs a loader"
         assert read is not None or not host_budget, "what leaves host memory must be read again"
         self._registry = Registry(max_held)
         self._device = DeviceMemory(
-            spec, max_resident, pool_elements, device, dtype, mode, loader, clock, shared=shared
+            spec, max_resident, pool_elements, device, dtype, mode, loader, clock, shared=shared, mirror=mirror
         )
         self._host = HostMemory(self._registry.held, host_budget, read, pin=on_gpu)
         self._residency = Residency(self._device, self._host, Eviction(), max_seconds, clock)
@@ -320,12 +322,17 @@ class AdapterStore:
         self._registry.held[adapter.identity] = held
         self._residency.take(held, adapter.flat)
         replaced = going if going is not None and not going.references else None
-        if self.mode == CACHED and not self._residency.load_now(held, adapter.flat, replaced):
-            self._host.drop(self._registry.held.pop(adapter.identity))
-            raise AdapterError(
-                f"adapter {name!r} does not fit on the device beside {len(self._device.held)} others, which adapter "
-                "mode cached keeps there; raise --max-loras or --adapter-memory-gib, or choose another --adapter-mode"
-            )
+        if self.mode == CACHED:
+            fits = self._residency.load_now(held, adapter.flat, replaced)
+            if not fits or held.failed is not None:
+                self._host.drop(self._registry.held.pop(adapter.identity))
+                if held.failed is not None:
+                    raise AdapterError(f"adapter {name!r}: {held.failed}")
+                raise AdapterError(
+                    f"adapter {name!r} does not fit on the device beside {len(self._device.held)} others, which "
+                    "adapter mode cached keeps there; raise --max-loras or --adapter-memory-gib, or choose another "
+                    "--adapter-mode"
+                )
         return held
 
     def _keep(self, name: str, held: Held, keep: bool) -> None:
@@ -341,7 +348,7 @@ class AdapterStore:
         return [] if self.mode == CACHED else [held for held in self._registry.held.values() if held.kept - {name}]
 
     def _check_kept(self, name: str, adapter: Adapter, going: Held | None) -> None:
-        self._check_pins(name, self._registry.held.get(adapter.identity), adapter.flat.numel(), going)
+        self._check_pins(name, self._registry.held.get(adapter.identity), adapter.num_elements, going)
 
     def _check_pins(self, name: str, itself: Held | None, num_elements: int, going: Held | None) -> None:
         """Refuse to keep so many that some other adapter would never find a place."""
@@ -363,16 +370,16 @@ class AdapterStore:
 
     def _check_fits(self, name: str, adapter: Adapter) -> None:
         """Refuse an adapter that is larger than all the memory that it could ever have."""
-        need, budget = int(adapter.flat.nbytes), self._host.budget
+        need, budget = adapter.num_elements * self.pages.pool.element_size(), self._host.budget
         kept = sum(held.num_elements for held in self._kept_by_others(name))
-        if adapter.flat.numel() > self.floor - kept:
+        if adapter.num_elements > self.floor - kept:
             beside = f" beside {kept * self.pages.pool.element_size()} that are pinned" if kept else ""
             raise AdapterError(
                 f"adapter {name!r} needs {need} bytes of the {self.floor_bytes} for adapters{beside}; "
                 "raise --adapter-memory-gib"
             )
-        if budget and need > budget:
+        if budget and adapter.flat.nbytes > budget:
             raise AdapterError(
-                f"adapter {name!r} needs {need} bytes of the {budget} for adapters in host memory; "
+                f"adapter {name!r} needs {adapter.flat.nbytes} bytes of the {budget} for adapters in host memory; "
                 "raise --max-cpu-adapter-gib"
             )

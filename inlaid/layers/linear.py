@@ -13,8 +13,9 @@ import torch
 
 from inlaid.kernels.backend import MODULES, Gemm, GemmInParts, LoraBackend, Parts, Product, Site, Workspace
 from inlaid.kernels.context import ALL_ADAPTERS, ATTENTION_ADAPTERS, StepContext
+from inlaid.kernels.group import Group
 
-Reader = Literal["rope", "norm", "activation"]
+Reader = Literal["rope", "norm", "activation", "sum"]
 
 SIDE_STREAM_ROWS = 16  # with fewer rows a shrink is shorter than the detour
 PENDING_ROWS = 64  # with more rows an expansion of its own, which reads each adapter once, is faster
@@ -26,7 +27,8 @@ class Linear:
 
     `parts` are (backend, packed weight), side by side in the output: one when the siblings are fused, several when they
     could not be (different act-order permutations). `reader` names the operation that reads the product: a norm adds
-    split parts, and has one program for each row."""
+    split parts, and has one program for each row. With a `group` the weights are its members' shards by inputs, and
+    the product, adapters included, is summed over the members."""
 
     def __init__(
         self,
@@ -35,12 +37,14 @@ class Linear:
         site: Site | None = None,
         lora: LoraBackend | None = None,
         reader: Reader = "norm",
+        group: Group | None = None,
     ) -> None:
         self.parts = tuple(parts)
         self.bias_N = bias_N
         self.site = site
         self.lora = lora
-        self.reader = reader
+        self.reader: Reader = reader if group is None else "sum"
+        self.group = group
         self.in_features: int = self.parts[0][1].in_features
         self.out_features: int = sum(packed.out_features for _, packed in self.parts)
         in_attention = site is not None and site.first % len(MODULES) < MODULES.index("gate_proj")
@@ -48,7 +52,14 @@ class Linear:
 
     def __call__(self, x_TK: torch.Tensor, step: StepContext, workspace: Workspace, last: bool = False) -> Product:
         """Return the product; the expansion of few rows is left pending, unless the product is the `last` one, which
-        two readers may read."""
+        two readers may read, or is summed."""
+        product = self._multiply(x_TK, step, workspace, last or self.group is not None)
+        if self.group is not None:
+            self.group.sum(product.whole)
+        return product
+
+    def _multiply(self, x_TK: torch.Tensor, step: StepContext, workspace: Workspace, whole: bool) -> Product:
+        """Return the product of these weights and the adapters."""
         product = self._memory(x_TK.shape[0], workspace)
         if self.lora is None or self.site is None or step.adapters < self.level:
             self._base(x_TK, product, workspace)
@@ -66,7 +77,7 @@ class Linear:
         if beside is not None:
             torch.cuda.current_stream(x_TK.device).wait_stream(beside)
         few = x_TK.shape[0] <= PENDING_ROWS
-        pending = self.lora.defer(shrunk, self.reader == "norm") if few and not last else None
+        pending = self.lora.defer(shrunk, self.reader == "norm") if few and not whole else None
         if pending is not None:
             return replace(product, pending=pending)
         self.lora.expand(shrunk, product.first, step)

@@ -21,12 +21,14 @@ from inlaid.convert.folder import SUFFIX, converted
 from inlaid.files import write_atomically
 from inlaid.kernels.backend import MODULES, Gemm, HeadLinear, HeadNorms, Kernels, LinearBackend, Site
 from inlaid.kernels.cpu import DENSE
+from inlaid.kernels.group import Group
 from inlaid.layers.attention import Attention
 from inlaid.layers.embedding import Embedding, Head
 from inlaid.layers.linear import Linear, Reader
 from inlaid.layers.norm import RMSNorm
 from inlaid.layers.rotary import Rotary
 from inlaid.model.image import HEAD, WeightImage
+from inlaid.model.shard import BY_INPUTS, Shard, ShardReader
 from inlaid.model.spec import ModelSpec, module_path
 from inlaid.model.transformer import SIBLINGS, Block, Transformer
 from inlaid.progress import Bar
@@ -110,10 +112,12 @@ def load(
     dtype: torch.dtype,
     max_len: int | None = None,
     progress: bool = True,
+    group: Group | None = None,
 ) -> Transformer:
     """Build the model from a checkpoint, layer by layer, so that no more than one layer is in memory twice; or from an
-    image, whose memory it shares."""
-    began, loader = time.monotonic(), _Loader(checkpoint, spec, kernels, device, dtype)
+    image, whose memory it shares. With a `group`, of which `spec` is the whole model, only this member's shard is
+    read."""
+    began, loader = time.monotonic(), _Loader(checkpoint, spec, kernels, device, dtype, group)
     model = loader.build(max_len or spec.max_len, progress)
     spent = time.monotonic() - began
     log.info("start-up: weights %.1f s, of them %.1f waiting for the file", spent, loader.waited)
@@ -139,9 +143,16 @@ class _Loader:
         kernels: Kernels,
         device: torch.device,
         dtype: torch.dtype,
+        group: Group | None = None,
     ) -> None:
-        self.checkpoint = checkpoint
-        self.spec = spec
+        self.checkpoint: Checkpoint | WeightImage | ShardReader = checkpoint
+        self.spec, self.vocab_rows = spec, spec.vocab_size
+        if group is not None:
+            assert isinstance(checkpoint, Checkpoint), "an image holds whole weights"
+            shard = Shard(group.index, group.count)
+            self.checkpoint = ShardReader(checkpoint, spec, shard)
+            self.spec, self.vocab_rows = shard.spec(spec), shard.vocab_rows(spec)
+        self.group = group
         self.kernels = kernels
         self.device = device
         self.dtype = dtype
@@ -160,7 +171,7 @@ class _Loader:
     def _build(self, max_len: int, progress: bool, readers: ThreadPoolExecutor) -> Transformer:
         spec = self.spec
         linear = self.kernels.head or DENSE
-        embedding = self.tensor("model.embed_tokens.weight", (spec.vocab_size, spec.hidden_size), linear)
+        embedding = self.tensor("model.embed_tokens.weight", (self.vocab_rows, spec.hidden_size), linear)
         layers = Bar(range(spec.num_layers), desc="loading layers", disable=not progress, delay=1, leave=False)
         blocks = []
         for layer in layers:
@@ -175,7 +186,8 @@ class _Loader:
                 f"{_some(sorted(self.unused))}"
             )
         rotary = Rotary(spec.rope, spec.head_dim, max_len, self.device, self.dtype)
-        return Transformer(spec, self.kernels, Embedding(embedding, self.kernels.ops), blocks, norm, head, rotary)
+        embedded = Embedding(embedding, self.kernels.ops, self.group)
+        return Transformer(spec, self.kernels, embedded, blocks, norm, head, rotary)
 
     def head(self, embedding: torch.Tensor, linear: HeadLinear) -> Head:
         """Return the output head, which may share the embedding's weight."""
@@ -184,8 +196,9 @@ class _Loader:
             return Head(packed, linear)
         if self.spec.tied:
             self.unused.discard("lm_head.weight")
-            return Head(linear.pack(embedding), linear)
-        return Head(linear.pack(self.tensor("lm_head.weight", tuple(embedding.shape), linear)), linear)
+        else:
+            embedding = self.tensor("lm_head.weight", tuple(embedding.shape), linear)
+        return Head(linear.pack(embedding), linear, self.group, self.spec.vocab_size)
 
     def read_ahead(self, layer: int, readers: ThreadPoolExecutor) -> None:
         """Read a layer's quantized linears into memory, siblings fused, while earlier layers are repacked."""
@@ -227,7 +240,8 @@ class _Loader:
             ]
             whole_bias = torch.cat(filled)
         parts = self.parts(paths, shapes, site, whole_bias is not None)
-        return Linear(parts, whole_bias, site, self.kernels.lora, reader)
+        group = self.group if modules[0] in BY_INPUTS else None
+        return Linear(parts, whole_bias, site, self.kernels.lora, reader, group)
 
     def parts(
         self, paths: list[str], shapes: list[tuple[int, int]], site: Site, bias: bool
@@ -265,7 +279,7 @@ class _Loader:
         raise WeightError(f"no linear backend serves {weight.spec} on {self.device}: {'; '.join(reasons)}")
 
     def quantized(self, path: str, shape: tuple[int, int]) -> QuantizedLinear:
-        assert isinstance(self.checkpoint, Checkpoint), "an image holds packed weights"
+        assert not isinstance(self.checkpoint, WeightImage), "an image holds packed weights"
         self.unused.discard(path)
         weight = self.checkpoint.linear(path)
         if (weight.out_features, weight.in_features) != shape:

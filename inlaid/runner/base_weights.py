@@ -39,7 +39,7 @@ def kind(part: Any) -> Any:
         return tuple(map(kind, part))
     if isinstance(part, (Block, Attention, Linear, RMSNorm)) or is_dataclass(part):
         names = sorted(field.name for field in fields(part)) if is_dataclass(part) else sorted(vars(part))
-        chosen = (name for name in names if name not in ("kernels", "lora", "site"))
+        chosen = (name for name in names if name not in ("kernels", "lora", "site", "group"))
         return type(part), tuple(kind(getattr(part, name)) for name in chosen)
     return part if isinstance(part, (int, float, str, type(None))) else type(part)
 
@@ -71,7 +71,7 @@ def _walk(part: Any) -> Iterator[torch.Tensor]:
             yield from _walk(each)
     elif isinstance(part, (Attention, Linear, RMSNorm)):
         for name in sorted(vars(part)):
-            if name not in ("kernels", "lora", "site", "ops"):
+            if name not in ("kernels", "lora", "site", "ops", "group"):
                 yield from _walk(getattr(part, name))
     elif is_dataclass(part) and not isinstance(part, type):
         for each in fields(part):

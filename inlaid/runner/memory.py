@@ -25,7 +25,7 @@ def count_blocks(
         free, total = torch.cuda.mem_get_info(device)
         room = int(free - total * (1 - config.cache.gpu_memory_utilization)) - floor * each
     else:
-        room = int(config.cache.cpu_memory_gib * 2**30)
+        room = int(config.cache.cpu_memory_gib * 2**30) // config.tensor_parallel_size
     fitting = room // each
     if fitting < needed:
         raise ConfigError(

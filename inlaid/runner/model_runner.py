@@ -5,8 +5,9 @@ It runs on a CPU or any torch device, one step at a time.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,15 +16,23 @@ from inlaid.adapters.store import AdapterStore
 from inlaid.engine.kv_cache import BlockPool
 from inlaid.engine.request import Batch, Request, Sampled, StepResult, TokenLogprobs, Work
 from inlaid.kernels.arriving import Arriving
-from inlaid.kernels.context import ALL_ADAPTERS, NO_ADAPTERS, OnHost, StepContext
 from inlaid.kernels.timed import StepSplit
 from inlaid.kernels.workspace import FreshMemory
 from inlaid.kv_format import AUTO, KVFormat
 from inlaid.layers import sampler
 from inlaid.model.kv import KVLayout
 from inlaid.model.transformer import Transformer
-from inlaid.runner.sampling import SamplingState, folded, lines, not_finite, to_sampled
+from inlaid.runner.eager_step import EagerStep
+from inlaid.runner.sampling import SamplingState, folded, lines, not_finite, scored_pieces, to_sampled
 from inlaid.runner.unified import Unified
+
+
+class Members(Protocol):
+    """The other members of the group whose lead this runner is."""
+
+    def step(self, step: EagerStep) -> AbstractContextManager[None]:
+        """Let them compute a step beside the body. If the body raises, none of them waits for the rest of it."""
+        ...
 
 
 class ModelRunner:
@@ -44,8 +53,10 @@ class ModelRunner:
         arriving: Arriving | None = None,
         split: StepSplit | None = None,
         kv: KVFormat = AUTO,
+        members: Members | None = None,
     ) -> None:
-        """Make the KV cache too, in the form `kv`, unless `unified` brings it."""
+        """Make the KV cache too, in the form `kv`, unless `unified` brings it. With `members` the model is the lead's
+        shard."""
         self.model = model
         self.split = split  # of the time of steps; None: it cannot be measured here
         self.num_blocks = num_blocks
@@ -53,6 +64,7 @@ class ModelRunner:
         self.device = device
         self.adapters = adapters
         self.arriving = arriving
+        self.members = members
         layout = KVLayout(model.spec, block_size, dtype, kv)
         self.cache = layout.pages(num_blocks, device) if unified is None else unified.cache
         self.stride = 1 if unified is None else unified.stride  # a block's number in the caches, by the scheduler's
@@ -92,24 +104,26 @@ class ModelRunner:
         return replace(result, sampled=[of[work.request.id] for work in works if work.samples])
 
     def _run(self, works: Sequence[Work]) -> StepResult:
-        step, model, memory = self.context(works), self.model, self._workspace
-        last = model.forward(step, self.cache, memory)
-        sampling = [work for work in works if work.samples]
-        sampled: list[Sampled] = []
-        if sampling:
-            each = lines(sampling)
-            logits_SV = model.logits(model.hidden(last, memory, step.logit_rows_L), memory).float()
-            tokens_S, logprobs = sampler.sample(logits_SV, self.sampling.batch(each))
-            sampled = to_sampled(each, tokens_S, logprobs)
-            if each is not sampling:
-                sampled = folded(sampling, sampled)
-        prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
-        if any(work.request.params.prompt_logprobs is not None for work in works):
-            prompt_logprobs = self.sampling.prompt_logprobs(model, works, model.hidden(last, memory))
+        step, model, memory = self.lay_out(works), self.model, self._workspace
+        with nullcontext() if self.members is None else self.members.step(step):
+            context = step.context(self.block_size, self.device, self._arriving_in(step))
+            last = model.forward(context, self.cache, memory)
+            sampling = [work for work in works if work.samples]
+            sampled: list[Sampled] = []
+            if sampling:
+                each = lines(sampling)
+                logits_SV = model.logits(model.hidden(last, memory, context.logit_rows_L), memory).float()
+                tokens_S, logprobs = sampler.sample(logits_SV, self.sampling.batch(each))
+                sampled = to_sampled(each, tokens_S, logprobs)
+                if each is not sampling:
+                    sampled = folded(sampling, sampled)
+            prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
+            if any(work.request.params.prompt_logprobs is not None for work in works):
+                prompt_logprobs = self.sampling.prompt_logprobs(model, works, model.hidden(last, memory))
         return StepResult(sampled, prompt_logprobs, not_finite(sampling, sampled, prompt_logprobs))
 
-    def context(self, works: Sequence[Work]) -> StepContext:
-        """Return the step's metadata on the device and on the host."""
+    def lay_out(self, works: Sequence[Work]) -> EagerStep:
+        """Return the step's inputs on the host."""
         size = self.block_size
         lens = [work.start + work.num_tokens for work in works]
         table = np.zeros((len(works), -(-max(lens) // size)), dtype=np.int32)
@@ -119,37 +133,35 @@ class ModelRunner:
             table[row, :num_blocks] = np.array(work.request.blocks[:num_blocks]) * self.stride
             ids += work.request.tokens[work.start : length]
             ids += work.draft
-        query_lens = tuple(work.num_tokens for work in works)
+        query_lens = np.array([work.num_tokens for work in works], dtype=np.int32)
         starts = np.zeros(len(works) + 1, dtype=np.int32)
         np.cumsum(query_lens, out=starts[1:])
         rows = np.repeat(np.arange(len(works)), query_lens)
         first = np.fromiter((work.start for work in works), dtype=np.int64, count=len(works))
         positions = np.arange(len(ids)) - starts[rows] + first[rows]
-        slots = tuple(self._slot(work.request) for work in works)
         num_drafted = _num_decodes(works) if any(work.draft for work in works) else 0
-        num_decodes = 0 if num_drafted else _num_decodes(works)
         ends = [
             starts[row + 1] - 1 - back
             for row, work in enumerate(works)
             if work.samples
             for back in range(len(work.draft), -1, -1)
         ]
-        return StepContext(
-            ids_T=self._tensor(np.array(ids, dtype=np.int64)),
-            positions_T=self._tensor(positions),
-            kv_slots_T=self._tensor(table[rows, positions // size].astype(np.int64) * size + positions % size),
-            block_tables=self._tensor(table),
-            context_lens_S=self._tensor(np.array(lens, dtype=np.int32)),
-            logit_rows_L=self._tensor(np.array(ends, dtype=np.int64)),
-            block_size=size,
-            num_decodes=num_decodes,
-            num_prefills=len(works) - num_decodes,
-            adapters=ALL_ADAPTERS if any(slots) else NO_ADAPTERS,
-            on_host=OnHost(query_lens, tuple(lens), slots, self._decodes_go_on(works), num_drafted),
-            arriving=self._arriving_in(slots),
+        return EagerStep(
+            ids=np.array(ids, dtype=np.int64),
+            positions=positions,
+            kv_slots=table[rows, positions // size].astype(np.int64) * size + positions % size,
+            table=table,
+            context_lens=np.array(lens, dtype=np.int32),
+            query_lens=query_lens,
+            adapter_slots=np.array([self._slot(work.request) for work in works], dtype=np.int32),
+            logit_rows=np.array(ends, dtype=np.int64),
+            scored=np.array(scored_pieces(works), dtype=np.int64).reshape(-1, 2),
+            num_decodes=0 if num_drafted else _num_decodes(works),
+            num_drafted=num_drafted,
+            decodes_go_on=self._decodes_go_on(works),
         )
 
-    def _arriving_in(self, slots: Sequence[int]) -> Arriving | None:
+    def _arriving_in(self, step: EagerStep) -> Arriving | None:
         """Return the adapters of this step that are still coming. Data derived from a slot that is not whole does not
         hold in the next step."""
         arriving, store = self.arriving, self.adapters
@@ -159,7 +171,7 @@ class ModelRunner:
         for slot in range(1, len(versions)):
             if not arriving.arrivals.all_landed(slot):
                 versions[slot] += 1
-        return arriving if arriving.plan(slots) else None
+        return arriving if arriving.plan(step.adapter_slots.tolist()) else None
 
     def _decodes_go_on(self, works: Sequence[Work]) -> bool:
         """Remember this step's decodes; return whether they carry on those of the step before."""
@@ -172,9 +184,6 @@ class ModelRunner:
 
     def _slot(self, request: Request) -> int:
         return 0 if self.adapters is None else self.adapters.slot(request.adapter)
-
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device)
 
 
 def _num_decodes(works: Sequence[Work]) -> int:

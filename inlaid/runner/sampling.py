@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -155,13 +155,9 @@ class SamplingState:
     ) -> dict[str, list[TokenLogprobs]]:
         """Return log probabilities of positions start+1 .. start+num_tokens, as far as they are prompt."""
         found: dict[str, list[TokenLogprobs]] = {}
-        first = 0
-        for work in works:
-            request, wanted = work.request, work.request.params.prompt_logprobs
-            if wanted is not None:
-                targets = request.prompt[work.start + 1 : work.start + work.num_tokens + 1]
-                found[request.id] = self._logprobs_of(model, hidden_TD[first : first + len(targets)], targets, wanted)
-            first += work.num_tokens
+        for work, first, targets in _scored(works):
+            wanted = work.request.params.prompt_logprobs or 0
+            found[work.request.id] = self._logprobs_of(model, hidden_TD[first : first + len(targets)], targets, wanted)
         return found
 
     def _logprobs_of(
@@ -230,6 +226,25 @@ def folded(works: Sequence[Work], sampled: Sequence[Sampled]) -> list[Sampled]:
         made.append(accept(work, sampled[at : at + count]) if work.draft else sampled[at])
         at += count
     return made
+
+
+def _scored(works: Sequence[Work]) -> Iterator[tuple[Work, int, list[int]]]:
+    """Yield the works whose prompts are scored, with their first row of the step and the tokens that follow each."""
+    first = 0
+    for work in works:
+        request = work.request
+        if request.params.prompt_logprobs is not None:
+            yield work, first, request.prompt[work.start + 1 : work.start + work.num_tokens + 1]
+        first += work.num_tokens
+
+
+def scored_pieces(works: Sequence[Work]) -> list[tuple[int, int]]:
+    """Return the rows whose logits `prompt_logprobs` asks for, in its order: the first and the number of each piece."""
+    return [
+        (first + start, min(_PROMPT_LOGPROB_ROWS, len(targets) - start))
+        for _, first, targets in _scored(works)
+        for start in range(0, len(targets), _PROMPT_LOGPROB_ROWS)
+    ]
 
 
 def is_penalized(params: SamplingParams) -> bool:
