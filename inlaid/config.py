@@ -22,12 +22,13 @@ def option(
     least: float | None = None,
     most: float | None = None,
     section: str = "",
+    alias: str = "",
 ) -> Any:
     """Make a dataclass field that carries what the command line shows of it, and its range.
 
-    The help lists it and the fields after it under `section`.
+    The help lists it and the fields after it under `section`. The flag may also be called by its `alias`.
     """
-    about = {"help": help, "choices": choices, "least": least, "most": most, "section": section}
+    about = {"help": help, "choices": choices, "least": least, "most": most, "section": section, "alias": alias}
     return field(default=default, metadata=about)
 
 
@@ -243,6 +244,12 @@ class EngineConfig:
         ("auto", "one", "layers"),
     )
     enforce_eager: bool = option(False, "no CUDA graphs")
+    tensor_parallel_size: int = option(
+        1, "processes that compute the model together, each with its part of the weights", least=1, alias="-tp"
+    )
+    tensor_parallel_timeout: float = option(
+        60.0, "seconds that one of these processes may keep the others waiting; then the engine is restarted", least=0.1
+    )
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     adapters: AdapterConfig = field(default_factory=AdapterConfig)

@@ -71,7 +71,8 @@ def _add_flag(group: Any, each: Field[Any], hint: Any) -> None:
     else:
         kind = next(kind for kind in (get_args(hint) or (hint,)) if kind is not type(None))
         parse: Callable[[str], Any] = size if kind is int else kind
-        group.add_argument(flag, type=parse, choices=choices, metavar=None if choices else _KINDS[kind], **common)
+        names = [flag, each.metadata["alias"]] if each.metadata.get("alias") else [flag]
+        group.add_argument(*names, type=parse, choices=choices, metavar=None if choices else _KINDS[kind], **common)
 
 
 def size(text: str) -> int:

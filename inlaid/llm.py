@@ -52,6 +52,11 @@ class LLM:
         self.requests = RequestLoop(self.engine, self.tokenizer)
         self.ids = map(str, itertools.count())
 
+    def close(self) -> None:
+        """End the other processes of a tensor-parallel group; they also end with this one."""
+        if self._loaded.lead is not None:
+            self._loaded.lead.close()
+
     @property
     def adapters(self) -> list[str]:
         """The names of the adapters that are served."""

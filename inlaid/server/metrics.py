@@ -17,7 +17,7 @@ from inlaid.server.mirrors import EngineFigures, Renamed
 from inlaid.server.replica_figures import ReplicaFigures
 from inlaid.text.stream import Piece
 from inlaid.worker.interface import ReplicaState
-from inlaid.worker.messages import AdapterInfo, ModelInfo
+from inlaid.worker.messages import WAITED, AdapterInfo, ModelInfo
 
 OTHER = "other"  # adapters beyond the cap share this label
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -250,6 +250,12 @@ class _EngineGauges:
         self.kv_usage = self._gauge("vllm:kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1")
         self._kv_blocks = self._gauge("inlaid:kv_blocks_used", "KV blocks in use")
         self._kv_lent = self._gauge("inlaid:kv_blocks_lent", "KV blocks that adapters have borrowed")
+        self._waited = Gauge(
+            "inlaid:member_wait_seconds",
+            "Seconds that a member of the tensor-parallel group has waited for others",
+            ["member"],
+            registry=registry,
+        )
         self._up = self._gauge("inlaid:engine_up", "1 when the engine process serves")
         self._restarts = self._gauge("inlaid:engine_restarts", "Starts of the engine process after the first")
         self._lora_info = Gauge(
@@ -296,6 +302,8 @@ class _EngineGauges:
         self.kv_usage.labels(*labels).set(stats["kv_blocks_used"] / max(1, stats["kv_blocks"]))
         self._kv_blocks.labels(*labels).set(stats["kv_blocks_used"])
         self._kv_lent.labels(*labels).set(stats["kv_blocks_lent"])
+        for key in filter(lambda key: key.startswith(WAITED), stats):
+            self._waited.labels(key.removeprefix(WAITED)).set(stats[key])
         self._set_adapters(adapters, model)
 
     def _growth(self, key: str, value: float) -> float:

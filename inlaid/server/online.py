@@ -346,6 +346,11 @@ def with_changing_base(config: EngineConfig) -> EngineConfig:
     """Return the settings of an engine whose base will be replaced: no kernel may keep a copy of its weights."""
     if config.decode_kernel == "one":
         raise ConfigError("--decode-kernel one keeps a copy of the weights, which --online-tasks replaces; use layers")
+    if config.tensor_parallel_size > 1:
+        raise ConfigError(
+            "--online-tasks replaces the base of one process, not with --tensor-parallel-size; serve with 1, or "
+            "without --online-tasks"
+        )
     return replace(config, decode_kernel="layers")
 
 

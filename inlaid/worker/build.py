@@ -23,6 +23,7 @@ from inlaid.worker.messages import ModelInfo
 if TYPE_CHECKING:
     from inlaid.kernels.timed import StepSplit
     from inlaid.worker.bases import Bases
+    from inlaid.worker.lead import Lead
     from inlaid.worker.loading import LoadedModel
 
 log = logging.getLogger("inlaid.engine")
@@ -45,7 +46,10 @@ class Loaded:
     bases: Bases | None = None  # how another base comes; None: it cannot
     split: StepSplit | None = None  # of the time of steps; None: it is not measured
     floor: Callable[[], dict[str, float]] = dict  # of a step's time
-    prepare_image: Callable[[str], Callable[[], int]] | None = None  # see worker/images.py; None: it has no weights
+    prepare_image: Callable[[str], Callable[[], int]] | None = (
+        None  # see worker/images.py; None: it has no whole weights
+    )
+    lead: Lead | None = None  # of a tensor-parallel group
 
 
 def build_engine(config: EngineConfig, adapters: Mapping[str, str], *, strict: bool = True, image: str = "") -> Loaded:
@@ -58,11 +62,11 @@ def build_engine(config: EngineConfig, adapters: Mapping[str, str], *, strict: b
     from inlaid.worker.images import open_image, prepare_image, reader_from
     from inlaid.worker.loading import adapter_reader, load_model, open_model, ungated_reader
 
-    _leave_a_core_to_http()
+    _leave_a_core_to_http(config.tensor_parallel_size)
     imported = time.monotonic()
     opened = open_model(config)
     read = adapter_reader(config.adapters, opened)
-    mapped = open_image(config, opened, image)
+    mapped = open_image(config, opened, image) if opened.members == 1 else None
     ahead = _AHEAD if config.adapters.max_cpu_adapter_gib else None
     with Readers(adapters, reader_from(mapped, read), ahead) as readers:
         model = load_model(config, opened=opened, settle=readers.wait, image=mapped)
@@ -80,18 +84,24 @@ def build_engine(config: EngineConfig, adapters: Mapping[str, str], *, strict: b
             pool=model.runner.pool,
         )
         directory = LoraAdapters(config, model, read, ungated_reader(config.adapters, opened))
-        bases = Bases(config, model, engine, directory)
+        alone = model.lead is None
         loaded = Loaded(
             engine,
             _describe(config, model),
             directory,
             compile_grammar=model.grammars,
-            bases=bases,
+            bases=Bases(config, model, engine, directory) if alone else None,
             split=getattr(model.runner, "split", None),
             floor=partial(floor, model.runner.model, model.runner.device),
-            prepare_image=partial(prepare_image, config, model),
+            prepare_image=partial(prepare_image, config, model) if alone else None,
+            lead=model.lead,
         )
-        install(loaded, readers, strict)
+        try:
+            install(loaded, readers, strict)
+        except BaseException:
+            if model.lead is not None:
+                model.lead.close()
+            raise
     spent = process_age() - (time.monotonic() - began), imported - began, made - imported, time.monotonic() - made
     log.info("start-up: process %.1f s, imports %.1f s, model %.1f s, adapters %.1f s", *spent)
     return loaded
@@ -122,7 +132,7 @@ def install(loaded: Loaded, readers: Readers, strict: bool) -> None:
 def _describe(config: EngineConfig, model: LoadedModel) -> ModelInfo:
     from inlaid.model.kv import KVLayout
 
-    layout = KVLayout.of(model.spec, config.cache, model.dtype)
+    layout = KVLayout.of(model.runner.model.spec, config.cache, model.dtype)
     return ModelInfo(
         folder=str(model.folder),
         vocab_size=model.spec.vocab_size,
@@ -134,7 +144,7 @@ def _describe(config: EngineConfig, model: LoadedModel) -> ModelInfo:
         device=str(model.runner.device),
         dtype=str(model.dtype).removeprefix("torch."),
         kv_cache_dtype=layout.format.name,
-        kv_token_bytes=layout.token_bytes,
+        kv_token_bytes=layout.token_bytes * config.tensor_parallel_size,
         eos_ids=tuple(model.spec.eos_token_ids),
     )
 
@@ -147,10 +157,13 @@ def process_age() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
-def _leave_a_core_to_http() -> None:
-    """Let torch use all cores but one. Threads of a matmul wait for each other in busy loops: with one for every core,
-    the server beside this process makes each step many times slower. OMP_NUM_THREADS overrides this."""
+def _leave_a_core_to_http(members: int) -> None:
+    """Let torch use all cores but one, or this member's share of them. Threads of a matmul wait for each other in busy
+    loops: with one for every core, the server beside this process makes each step many times slower. OMP_NUM_THREADS
+    overrides this."""
     import torch
 
+    from inlaid.worker.lead import threads_for
+
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
+        torch.set_num_threads(threads_for(members))

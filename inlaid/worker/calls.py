@@ -17,7 +17,7 @@ from inlaid.engine.remote import RemoteCharges
 from inlaid.engine.step_log import Step
 from inlaid.worker import messages
 from inlaid.worker.build import Loaded
-from inlaid.worker.messages import AdapterInfo
+from inlaid.worker.messages import WAITED, AdapterInfo
 from inlaid.worker.profiling import Profiler
 from inlaid.worker.switch import SWITCH_CALLS, Switch
 from inlaid.worker.threads import Threads
@@ -46,7 +46,9 @@ class Queries:
         self._remote = RemoteCharges(loaded.engine.scheduler.ledger)
 
     def stats(self) -> dict[str, float]:
-        return self._loaded.engine.stats()
+        lead = self._loaded.lead
+        waited = [] if lead is None else lead.group.waited()
+        return self._loaded.engine.stats() | {f"{WAITED}{member}": seconds for member, seconds in enumerate(waited)}
 
     def flush_cache(self) -> None:
         self._loaded.engine.scheduler.pool.clear()

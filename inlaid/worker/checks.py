@@ -31,6 +31,10 @@ def check_settings(config: EngineConfig, adapters: Iterable[str] = ()) -> None:
         )
     if problem := why_not(config.adapters.adapter_mode):
         raise ConfigError(problem)
+    if config.tensor_parallel_size > 1 and config.decode_kernel == "one":
+        raise ConfigError(
+            "--decode-kernel one computes a whole model on one GPU, not with --tensor-parallel-size; use layers or auto"
+        )
     gate = config.adapters.require_eval
     if gate and not Path(gate).is_file():
         raise ConfigError(f"--require-eval {gate}: there is no such file; `python -m eval.run` writes one")

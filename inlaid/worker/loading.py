@@ -8,7 +8,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,15 +17,18 @@ import torch
 
 from inlaid.adapters.adapter import Adapter
 from inlaid.adapters.base import BaseLinears
+from inlaid.adapters.device import Mirror
 from inlaid.adapters.gate import check
 from inlaid.adapters.loader import Loader, copy_seconds
 from inlaid.adapters.modes import PIPELINED, why_not
 from inlaid.adapters.peft import read_adapter
+from inlaid.adapters.shard import divide
 from inlaid.adapters.store import AdapterStore
 from inlaid.adapters.tables import default_pool_elements
 from inlaid.checkpoint import Checkpoint
 from inlaid.config import AdapterConfig, ConfigError, EngineConfig
 from inlaid.engine.request import Grammar
+from inlaid.kernels import shared_group
 from inlaid.kernels.arriving import Arriving
 from inlaid.kernels.backend import AdapterPages, Kernels
 from inlaid.kernels.cpu import cpu_kernels
@@ -35,12 +38,14 @@ from inlaid.kernels.timed import StepSplit
 from inlaid.kv_format import AUTO, KVFormat, kv_format
 from inlaid.model.image import WeightImage
 from inlaid.model.kv import KVLayout
+from inlaid.model.shard import Shard, check_divides, quant_of
 from inlaid.model.spec import ModelSpec, read_spec
 from inlaid.model.weights import base_version, compute_dtype, fetch, load
 from inlaid.runner.memory import count_blocks
 from inlaid.runner.model_runner import ModelRunner
 from inlaid.runner.unified import unify
 from inlaid.text.grammar import GrammarCompiler, GrammarState
+from inlaid.worker.lead import Lead, MemberProcess, StartMember
 
 if TYPE_CHECKING:
     from inlaid.runner.cuda_runner import CudaRunner
@@ -77,11 +82,13 @@ class OpenedModel:
     dtype: torch.dtype
     base: ServedBase  # hashing takes seconds where its version is not known yet: beside the loading
     kv: KVFormat = AUTO
+    members: int = 1  # of the tensor-parallel group
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to be stepped, and the facts that the engine needs."""
+    """A model ready to be stepped, and the facts that the engine needs. `spec` is the whole model's; with a `lead` the
+    runner has a shard of it."""
 
     runner: ModelRunner | CudaRunner
     spec: ModelSpec
@@ -90,6 +97,7 @@ class LoadedModel:
     max_model_len: int
     adapters: AdapterStore
     grammars: GrammarFactory
+    lead: Lead | None = None
 
     @property
     def folder(self) -> Path:
@@ -125,10 +133,26 @@ def open_model(config: EngineConfig) -> OpenedModel:
     folder = fetch(config.model)
     spec = read_spec(folder)
     checkpoint = Checkpoint(folder, device if device.type == "cuda" else None)
+    members = config.tensor_parallel_size
+    if members > 1:
+        check_divides(spec, quant_of(checkpoint), members)
+        _check_group(config, device)
     version = ThreadPoolExecutor(1, "hash-weights").submit(base_version, checkpoint)
     base = ServedBase(folder, version)
     kv = kv_format(config.cache.kv_cache_dtype)
-    return OpenedModel(folder, checkpoint, spec, device, compute_dtype(config.dtype, spec, device), base, kv)
+    return OpenedModel(folder, checkpoint, spec, device, compute_dtype(config.dtype, spec, device), base, kv, members)
+
+
+def _check_group(config: EngineConfig, device: torch.device) -> None:
+    """Refuse a tensor-parallel group where there is none."""
+    if device.type == "cuda":
+        raise ConfigError(
+            f"--tensor-parallel-size {config.tensor_parallel_size}: models are divided among processes on CPUs only so "
+            "far; use --device cpu, or a replica on each GPU (inlaid cluster)"
+        )
+    reason = shared_group.why_not()
+    if reason is not None:
+        raise ConfigError(f"--tensor-parallel-size {config.tensor_parallel_size}: {reason}; serve with 1")
 
 
 def adapter_reader(config: AdapterConfig, opened: OpenedModel) -> Callable[[str], Adapter]:
@@ -151,7 +175,8 @@ def ungated_reader(config: AdapterConfig, opened: OpenedModel) -> Callable[[str]
 
     def read(path: str) -> Adapter:
         base = BaseLinears(opened.base.folder, scales_outputs=not on_gpu)  # the one that is served now
-        return read_adapter(path, opened.spec, opened.dtype, config.max_lora_rank, pin=on_gpu, base=base)
+        adapter = read_adapter(path, opened.spec, opened.dtype, config.max_lora_rank, pin=on_gpu, base=base)
+        return adapter if opened.members == 1 else divide(adapter, opened.spec, opened.members)
 
     return read
 
@@ -162,19 +187,45 @@ def load_model(
     opened: OpenedModel | None = None,
     settle: Callable[[], object] = lambda: None,
     image: WeightImage | None = None,
+    start_member: StartMember = MemberProcess,
 ) -> LoadedModel:
     """Load weights, from an image if one is given, and make KV pages, room for adapters and the runner. `settle`
-    returns when no other thread uses the device any more, which capturing graphs does not allow."""
+    returns when no other thread uses the device any more, which capturing graphs does not allow. The other members of
+    a tensor-parallel group are started by `start_member`."""
     opened = opened or open_model(config)
-    device, spec, dtype = opened.device, opened.spec, opened.dtype
+    if opened.members == 1:
+        return _load(config, opened, progress, settle, image, None)
+    at_folder = replace(config, model=str(opened.folder.resolve()), device=opened.device.type)
+    lead = Lead(at_folder, choose_max_len(config.max_model_len, opened.spec), start_member)
+    try:
+        return _load(config, opened, progress, settle, None, lead)
+    except BaseException:
+        lead.close()
+        raise
+
+
+def _load(
+    config: EngineConfig,
+    opened: OpenedModel,
+    progress: bool,
+    settle: Callable[[], object],
+    image: WeightImage | None,
+    lead: Lead | None,
+) -> LoadedModel:
+    """Load a model, or the lead's shard of it."""
+    device, dtype = opened.device, opened.dtype
+    spec = opened.spec if lead is None else Shard(0, lead.count).spec(opened.spec)
     max_model_len = choose_max_len(config.max_model_len, spec)
     read = ungated_reader(config.adapters, opened)
-    adapters = make_store(config.adapters, spec, device, dtype, config.cache.unified_memory, read)
+    adapters = make_store(config.adapters, spec, device, dtype, config.cache.unified_memory, read, lead)
     kernels = choose_kernels(config, device, adapters.pages, spec)
     split = StepSplit(kernels) if device.type == "cpu" else None
     kernels = kernels if split is None else split.kernels
     arriving = make_arriving(config, spec, adapters, device)
-    model = load(image or opened.checkpoint, spec, kernels, device, dtype, max_model_len, progress)
+    group = None if lead is None else lead.group
+    model = load(image or opened.checkpoint, opened.spec, kernels, device, dtype, max_model_len, progress, group)
+    if lead is not None:
+        lead.wait_until_loaded()
     if device.type == "cuda":
         from inlaid.runner.cuda_runner import CudaRunner
 
@@ -189,16 +240,19 @@ def load_model(
             unified = unify(layout, config.cache, num_blocks, max_model_len, adapters, device)
         runner = ModelRunner(
             model, num_blocks, config.cache.block_size, device, dtype, adapters, config.seed, unified, arriving, split,
-            layout.format,
+            layout.format, lead,
         )  # fmt: skip
+        if lead is not None:
+            lead.make_cache(num_blocks, 0 if unified is None else adapters.pages.pool.numel())
     return LoadedModel(
         runner=runner,
-        spec=spec,
+        spec=opened.spec,
         base=opened.base,
         dtype=dtype,
         max_model_len=max_model_len,
         adapters=adapters,
         grammars=GrammarFactory(opened.folder, spec.vocab_size, spec.eos_token_ids),
+        lead=lead,
     )
 
 
@@ -209,6 +263,7 @@ def make_store(
     dtype: torch.dtype,
     unified: bool = False,
     read: Callable[[str], Adapter] | None = None,
+    mirror: Mirror | None = None,
 ) -> AdapterStore:
     """Make room for adapters (with unified memory, the least that they have) and the way in which they come there."""
     mode, link = config.adapter_mode, config.adapter_link_gbps
@@ -218,11 +273,10 @@ def make_store(
         raise ConfigError("adapter_link_gbps stands in for a bus on machines without a GPU; leave it 0 on cuda")
     if min(link, config.max_cpu_adapter_gib, config.adapter_memory_gib) < 0 or config.adapter_timeout <= 0:
         raise ConfigError("adapter_link_gbps and sizes in GiB cannot be negative, and adapter_timeout must be above 0")
-    elements = int(config.adapter_memory_gib * 2**30) // dtype.itemsize
     return AdapterStore(
         spec,
         config.max_loras,
-        elements or default_pool_elements(spec, max(1, config.max_loras // 4) if unified else config.max_loras),
+        pool_elements(config, spec, dtype, unified),
         device,
         dtype,
         config.max_cpu_loras,
@@ -232,7 +286,14 @@ def make_store(
         read=read or partial(read_adapter, spec=spec, dtype=dtype, max_rank=config.max_lora_rank),
         max_seconds=config.adapter_timeout,
         shared=unified,
+        mirror=mirror,
     )
+
+
+def pool_elements(config: AdapterConfig, spec: ModelSpec, dtype: torch.dtype, unified: bool) -> int:
+    """Return the elements of the pool of adapters, with unified memory those that adapters always have."""
+    elements = int(config.adapter_memory_gib * 2**30) // dtype.itemsize
+    return elements or default_pool_elements(spec, max(1, config.max_loras // 4) if unified else config.max_loras)
 
 
 def make_arriving(config: EngineConfig, spec: ModelSpec, store: AdapterStore, device: torch.device) -> Arriving | None:

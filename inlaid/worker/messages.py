@@ -15,6 +15,7 @@ from inlaid.engine.request import FinishReason, NewRequest, Output
 
 _LENGTH = struct.Struct("<I")
 MAX_MESSAGE = 1 << 28
+WAITED = "member_wait_seconds_"  # in the figures of `stats`, before the number of a member of a tensor-parallel group
 _ENCODER = msgspec.msgpack.Encoder()
 
 

@@ -5,16 +5,13 @@ end closes.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import logging
 import math
-import os
 import select
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -23,7 +20,7 @@ from typing import Any
 from inlaid.engine.engine import Engine
 from inlaid.engine.refusal import Refusal, RefusalKind
 from inlaid.engine.request import FinishReason, NewRequest, Output
-from inlaid.worker import logs, messages, trim
+from inlaid.worker import lifetime, logs, messages, trim
 from inlaid.worker.build import Loaded
 from inlaid.worker.calls import Calls, refusal_of
 from inlaid.worker.compiling import Compilations
@@ -35,8 +32,6 @@ _PAUSE = 0.001  # seconds between looks at what is loading, when there is nothin
 _MAX_FAILURES = 8  # steps that fail in a row before the process looks whether the device still works
 _READ_SIZE = 1 << 20
 _REPORT_SECONDS = 0.1  # between two reports of the load
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_GRACE = 3.0  # seconds from the other end's closing to the end of this process, whatever it is doing
 
 
 class EngineProcess:
@@ -54,7 +49,7 @@ class EngineProcess:
     def run(self) -> int:
         """Serve until the other end closes, and return the exit status."""
         start, *early = self._first_messages()
-        threading.Thread(target=_end_with, args=(self._socket,), daemon=True).start()
+        lifetime.end_with(self._socket)
         try:
             more = {"image": start.image} if start.image else {}
             loaded = _factory(start.factory)(start.config, start.adapters, strict=start.strict, **more)
@@ -65,6 +60,8 @@ class EngineProcess:
         self._loaded, self._engine = loaded, loaded.engine
         self._report_at = 0.0 if start.report_load else math.inf
         self._calls = Calls(loaded, self._threads, self._send)
+        if loaded.lead is not None:
+            loaded.lead.on_end = self._threads.wake
         if loaded.compile_grammar is not None:
             self._compilations = Compilations(loaded.compile_grammar, self._threads, self._add)
         self._send(messages.Ready(model=loaded.model, adapters=loaded.adapters.list(), left_out=loaded.left_out))
@@ -91,6 +88,8 @@ class EngineProcess:
             self._engine.close()
         except OSError as error:
             log.error("what was learned about lengths could not be kept: %s", error)
+        if self._loaded.lead is not None:
+            self._loaded.lead.close()
 
     def _first_messages(self) -> list[Any]:
         """Return Start and what has come with it."""
@@ -109,6 +108,9 @@ class EngineProcess:
             pause = None if not engine.has_work else _PAUSE if engine.idle else 0
             if not self._receive(pause):
                 return 0
+            if self._loaded.lead is not None and (broken := self._loaded.lead.fault()) is not None:
+                self._send(messages.Fatal(message=broken))
+                return 1
             if not engine.has_work:
                 continue
             outputs = engine.step()
@@ -219,30 +221,12 @@ def _factory(name: str) -> Callable[..., Loaded]:
     return factory
 
 
-def _end_with(connection: socket.socket) -> None:
-    """End this process some seconds after the other end has closed, if a long load or step keeps it from ending."""
-    poller = select.poll()
-    poller.register(connection, select.POLLRDHUP if hasattr(select, "POLLRDHUP") else 0)
-    poller.poll()
-    time.sleep(_GRACE)
-    os._exit(0)
-
-
-def _end_with_parent() -> None:
-    """Let the kernel kill this process when the server ends, even while a library holds the interpreter's lock."""
-    parent = os.getppid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(0)  # the server has ended meanwhile
-
-
 def main() -> int:
     """Serve the socket that the server has passed on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logs.configure_child("engine")
-    _end_with_parent()
+    lifetime.end_with_parent()
     trim.keep_giving_back()
     connection = socket.socket(fileno=int(sys.argv[1]))
     for module in sys.argv[2:]:

@@ -44,6 +44,10 @@ class Threads:
         """Bring another base into memory, then do something with it on the loop's thread."""
         self._submit(self._stager, work, then)
 
+    def wake(self) -> None:
+        """Wake the loop, from any thread."""
+        os.write(self._wake, b"!")
+
     def finish(self) -> None:
         """Do what follows from finished work; the loop calls this when `woken` is readable."""
         os.read(self.woken, 4096)
@@ -53,6 +57,6 @@ class Threads:
     def _submit(self, pool: ThreadPoolExecutor, work: Work, then: Then) -> None:
         def wake(future: Future[Any]) -> None:
             self._done.append(partial(then, future))
-            os.write(self._wake, b"!")
+            self.wake()
 
         pool.submit(work).add_done_callback(wake)

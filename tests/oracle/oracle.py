@@ -36,6 +36,7 @@ from inlaid.checkpoint import (
 from inlaid.config import AdapterConfig, CacheConfig, EngineConfig, SchedulerConfig
 from inlaid.engine.engine import Engine, make_engine
 from inlaid.engine.request import NewRequest, Output, SamplingParams
+from inlaid.worker.lead import MemberProcess
 from inlaid.worker.loading import LoadedModel, load_model
 
 VOCAB = 199
@@ -164,15 +165,17 @@ def load_engine(model: Path, **changes: Any) -> tuple[Engine, LoadedModel]:
     """inlaid's engine in this process, on a clock that counts calls."""
     cache = CacheConfig(block_size=changes.pop("block_size", 4), num_blocks=changes.pop("num_blocks", 600))
     cache = replace(cache, enable_prefix_caching=changes.pop("prefix", True), **changes.pop("cache", {}))
+    start_member = changes.pop("start_member", MemberProcess)
     config = EngineConfig(
         model=str(model),
         device="cpu",
         max_model_len=changes.pop("max_model_len", 0),
         cache=cache,
+        **changes.pop("engine", {}),
         adapters=AdapterConfig(max_loras=changes.pop("max_loras", 32), **changes.pop("adapters", {})),
         scheduler=SchedulerConfig(**changes),
     )
-    loaded = load_model(config, progress=False)
+    loaded = load_model(config, progress=False, start_member=start_member)
     ticks = iter(range(10**9))
     unbound = replace(config, adapters=replace(config.adapters, adapter_timeout=math.inf))  # calls are no seconds
     engine = make_engine(
