@@ -60,7 +60,7 @@ def refusals(table: dict[str, Any], selected: Selected, feature: str) -> tuple[d
     for section, values in table.items():
         kept[section] = dict(values) if isinstance(values, dict) else values
         for key in list(kept[section]) if isinstance(values, dict) else ():
-            reason = REASONS.get(f"{section}.{key}") or _too_many_gpus(section, key, values[key])
+            reason = REASONS.get(f"{section}.{key}")
             if reason:
                 found[_shown(section, key, selected)] = reason
                 del kept[section][key]
@@ -69,10 +69,6 @@ def refusals(table: dict[str, Any], selected: Selected, feature: str) -> tuple[d
         if flag in FEATURE_FLAGS:
             found[f"features.{selected.feature}.{flag}"] = FEATURE_REASON
     return kept, ",".join(flag for flag in flags if flag not in FEATURE_FLAGS), found
-
-
-def _too_many_gpus(section: str, key: str, value: Any) -> str:
-    return "a model runs on one GPU here" if (section, key) == ("model", "tp_size") and value != 1 else ""
 
 
 def _shown(section: str, key: str, selected: Selected) -> str:

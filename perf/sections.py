@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, get_args
 
 import msgspec
 
@@ -91,7 +91,7 @@ class Model(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     random_adapters: RandomAdapters | None = None
     num_available_blocks: int | None = None
     num_hidden_layers: int | None = None
-    tp_size: Literal[1] = 1
+    tp_size: Annotated[int, msgspec.Meta(ge=1)] = 1
 
 
 class Dataset(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

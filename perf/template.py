@@ -200,6 +200,10 @@ def _server(
         if not flag:
             raise ValueError(f"num_available_blocks: a server of kind {kind} cannot be told how many blocks to have")
         arguments[flag] = point.model.num_available_blocks
+    if point.model.tp_size > 1:
+        if kind not in ("inlaid", "vllm"):
+            raise ValueError(f"tp_size: a server of kind {kind} cannot be told among how many GPUs to divide a model")
+        arguments["tensor-parallel-size"] = point.model.tp_size
     return ServerCommand(kind, model_path, adapters, policy, arguments)
 
 

@@ -96,6 +96,24 @@ class CostModel:
         source = f"{self.source}, times {factor:g}"
         return CostModel(name=name, source=source, decode_stairs=decodes, prompt_stairs=prompts, **times)
 
+    def divided(self, members: int, exchanges: float) -> CostModel:
+        """Return `members` such machines that serve one model together: each reads its shard of weights, KV and
+        adapters, and a step waits `exchanges` seconds for sums. What the host does for a step stays."""
+        if members == 1:
+            return self
+        part = self.scaled(1 / members, self.name)
+        kept = {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name.startswith("host") or f.name == "load_base"
+        }
+        decodes, prompts = (
+            tuple((rows, seconds + exchanges) for rows, seconds in stairs)
+            for stairs in (part.decode_stairs, part.prompt_stairs)
+        )
+        source = f"{self.source}, divided among {members}, whose sums take {exchanges:g} s a step"
+        return replace(
+            part, source=source, step=part.step + exchanges, decode_stairs=decodes, prompt_stairs=prompts, **kept
+        )
+
     def with_keys_and_values(self, form: KVFormat) -> CostModel:
         """Return the machine, measured with keys and values of 16 bits, with those of another form to read."""
         share = form.head_bytes(HEAD, 2) / AUTO.head_bytes(HEAD, 2)

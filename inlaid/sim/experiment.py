@@ -49,17 +49,24 @@ def prepare(
     num_tokens: int = 0,
     trace: list[Arrival] | None = None,
     kv: str = AUTO.name,
+    members: int = 1,
+    exchanges: float = 0.0,
 ) -> Experiment:
     """Prepare an experiment with the workload's own seed, machine and memory unless others are named.
 
-    In another form of keys and values, `kv`, the same memory holds more tokens, and they are read in less time.
+    In another form of keys and values, `kv`, the same memory holds more tokens, and they are read in less time. Several
+    `members` serve one model together, with the memory for tokens of all; a step's sums take `exchanges` seconds.
     """
     if seed is not None:
         workload = msgspec.structs.replace(workload, seed=seed)
     form = kv_format(kv)
-    cost: CostModel = load_cost(machine or workload.simulator.machine).with_keys_and_values(form)
+    cost: CostModel = (
+        load_cost(machine or workload.simulator.machine).with_keys_and_values(form).divided(members, exchanges)
+    )
     sizes = workload.engine
-    tokens = (num_tokens or sizes.kv_tokens or NUM_TOKENS) * AUTO.head_bytes(HEAD, 2) // form.head_bytes(HEAD, 2)
+    tokens = (
+        (num_tokens or sizes.kv_tokens or NUM_TOKENS) * members * AUTO.head_bytes(HEAD, 2) // form.head_bytes(HEAD, 2)
+    )
     setup = Setup(
         cost=cost,
         num_tokens=tokens,

@@ -256,9 +256,10 @@ def test_a_refused_key_can_be_dropped_by_naming_it(tmp_path: Path, monkeypatch: 
     assert "server.ibv_rate" not in point.refused
 
 
-def test_a_size_of_parallelism_that_is_not_offered_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_size_of_parallelism_is_the_servers_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     point = blitz(tmp_path, monkeypatch, BLITZ.replace('models = ["llama3_8b"]', 'models = ["qwen_72b"]'))
-    assert point.refused["models.qwen_72b.tp_size"] == "a model runs on one GPU here"
+    assert point.server.arguments == {"num-blocks": 8000, "tensor-parallel-size": 8}
+    assert not any("tp_size" in key for key in point.refused)
 
 
 def test_without_names_only_what_would_be_refused(tmp_path: Path) -> None:
