@@ -163,7 +163,7 @@ class Member:
         flat = self._adapter.view(pages.pool.dtype)
         for target, source in copies(pages.pool, command.entries, command.starts, flat, 1, layers)[0]:
             target.copy_(source)
-        show(pages, command.slot, command.entries, command.starts, layers)
+        show(pages, command.slot, command.entries, command.starts)
 
 
 def main() -> int:
