@@ -28,9 +28,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any, NoReturn
 
 ENGINE = "inlaid-engine"  # what the kernel calls a forked engine
+_CODE = "-c"
 _MOST_DESCRIPTORS = 1 << 16
 _MOST_BYTES = 1 << 17  # of an order
 _Output = IO[Any] | int | None  # as subprocess takes it: PIPE, STDOUT, a file or its descriptor
@@ -39,7 +41,7 @@ _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15  # linux/prctl.h
 
 @dataclass(frozen=True)
 class _Order:
-    """The work of a fork: to be `python -m module …`, or to call a function."""
+    """The work of a fork: to be `python -m module …` or `python -c code …`, or to call a function."""
 
     module: str
     arguments: tuple[str, ...]
@@ -152,15 +154,38 @@ def popen(
     text: bool = False,
     engines: int = 0,
 ) -> Fork | subprocess.Popen[Any]:
-    """Start `python -m MODULE …` in a fork. Its first `engines` engines, if it is to have some, are forks too."""
+    """Start `python -m MODULE …` in a fork, or `python -c CODE …`. Its first `engines` engines, if it is to have some,
+    are forks too."""
     server = of_this_process(os.getpid())
     python, flag, module, *arguments = command
-    assert (python, flag) == (sys.executable, "-m"), "a fork begins as a module of this Python"
+    assert python == sys.executable, "a fork is of this Python"
+    assert flag in ("-m", "-c"), "a fork begins as a module or as code"
     if server is None:
         return subprocess.Popen(command, cwd=cwd, env=env, stdout=stdout, stderr=stderr, text=text)
     given = dict(os.environ if env is None else env)
-    order = _Order(module, tuple(arguments), given, str(cwd or Path.cwd()), engines)
+    arguments = arguments if flag == "-m" else [module, *arguments]
+    order = _Order(module if flag == "-m" else _CODE, tuple(arguments), given, str(cwd or Path.cwd()), engines)
     return server.start(order, stdout, stderr, text)
+
+
+def run(
+    command: Sequence[str], *, check: bool = False, stdout: _Output = None, text: bool = False, **more: Any
+) -> subprocess.CompletedProcess[Any]:
+    """Run `python -m MODULE …` or `python -c CODE …` in a fork to its end, as subprocess.run does."""
+    with popen(command, stdout=stdout, text=text, **more) as process:
+        said = None if process.stdout is None else process.stdout.read()
+        done = subprocess.CompletedProcess(command, process.wait(), said)
+    if check:
+        done.check_returncode()
+    return done
+
+
+def stand_in(**options: Any) -> SimpleNamespace:
+    """Return what a module that starts Python by `subprocess` may have in its place."""
+    names = ("PIPE", "STDOUT", "DEVNULL", "TimeoutExpired")
+    return SimpleNamespace(
+        Popen=partial(popen, **options), run=run, **{name: getattr(subprocess, name) for name in names}
+    )
 
 
 def call(function: Callable[..., Any], *given: Any) -> Fork | None:
@@ -233,11 +258,19 @@ def _obey(order: _Order, out: int, err: int) -> int:
 
 def _run(module: str, arguments: Sequence[str]) -> int:
     """Do what `python -m module …` does, and return its exit code."""
+    if module == _CODE:
+        code, *arguments = arguments
+        sys.argv = [_CODE, *arguments]
+        return _exit_code(partial(exec, code, {"__name__": "__main__"}))
     sys.argv = [module, *arguments]
     if not hasattr(sys.modules.get(module), "__path__"):
         sys.modules.pop(module, None)  # it is read again, as the main module
+    return _exit_code(partial(runpy.run_module, module, run_name="__main__", alter_sys=True))
+
+
+def _exit_code(main: Callable[[], Any]) -> int:
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        main()
     except SystemExit as end:
         if end.code is None or isinstance(end.code, int):
             return end.code or 0

@@ -31,7 +31,7 @@ from inlaid.quant.hessian import block_hessians
 from inlaid.quant.solver import round_to_nearest, solve
 
 WORDS = "a b c d e f g h one two three four five six seven eight".split()
-CALIBRATION = CalibrationSettings(max_tokens=400)
+CALIBRATION = CalibrationSettings(max_tokens=200)
 
 
 @pytest.fixture(scope="module")

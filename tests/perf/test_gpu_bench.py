@@ -227,6 +227,7 @@ def test_the_unit_tests_of_a_gpu_are_counted_as_they_end(tmp_path: Path, monkeyp
 
 
 def test_tests_that_cannot_start_are_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "TEST_PATHS", (str(tmp_path / "nowhere"),))
+    (tmp_path / "conftest.py").write_text("raise RuntimeError('no tests')\n")
+    monkeypatch.setattr(bench, "TEST_PATHS", (str(tmp_path),))
     monkeypatch.setattr(bench, "WORKERS", "0")
     assert bench.kernel_tests(lambda part: None)["failed"]

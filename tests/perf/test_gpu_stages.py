@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,6 +89,7 @@ def test_an_adapter_that_cannot_be_written_is_said(tmp_path: Path) -> None:
 
 def test_quantizing_is_timed_as_a_user_runs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quant_speed, "ROOT", tmp_path)
+    monkeypatch.setattr(quant_speed, "subprocess", fork_server.stand_in())
     parser = quant_speed.options()
     default = parser.parse_args([])
     assert (default.shape, default.samples, default.length) == ("7b", 128, 2048)
@@ -312,8 +312,8 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(serving, "PROMPT", 24)
     monkeypatch.setattr(serving, "OUTPUT", 6)
     monkeypatch.setattr(serving, "ROOT", tmp_path)
-    forks = {"Popen": partial(fork_server.popen, engines=1), "STDOUT": subprocess.STDOUT}
-    monkeypatch.setattr(serving, "subprocess", SimpleNamespace(**forks, TimeoutExpired=subprocess.TimeoutExpired))
+    monkeypatch.setattr(serving, "subprocess", fork_server.stand_in(engines=1))
+    monkeypatch.setattr(starts, "subprocess", fork_server.stand_in())
     monkeypatch.setattr(serving, "DEVICE", ("--device", "cpu", "--dtype", "float32"))
     monkeypatch.setattr(offline, "DEVICE", "cpu")
     return tmp_path
@@ -429,7 +429,9 @@ def test_variants_take_one_step_after_the_other_apart(tiny: Bench, monkeypatch: 
     assert headline(found).startswith("1@2 1 us")
 
 
-def test_each_step_of_few_rows_is_measured_with_each_choice(tiny: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_step_of_few_rows_is_measured_with_each_choice(
+    tiny: Bench, monkeypatch: pytest.MonkeyPatch, long: bool
+) -> None:
     engine, _ = tiny.engine()
     runner = step.runner_of(engine)
     given: dict[str, Any] = {}
@@ -444,11 +446,12 @@ def test_each_step_of_few_rows_is_measured_with_each_choice(tiny: Bench, monkeyp
     monkeypatch.setattr(latency, "REPETITIONS", 1)
     monkeypatch.setattr(step, "time_step", lambda runner, replay: 1.0)
     kept: list[int] = []
-    found = latency.run("tiny", lambda part: kept.append(len(part["steps"][-1]["choices"])), ((2, 1, 3), (1, 0, 3)))
+    rows = ((2, 1, 3), (1, 0, 3)) if long else ((2, 1, 2),)  # and adapters, and context
+    found = latency.run("tiny", lambda part: kept.append(len(part["steps"][-1]["choices"])), rows)
     assert given == {"decode_kernel": "one"}
-    assert kept == [1, 2, 1, 2]
-    for entry, rows in zip(found["steps"], (2, 1), strict=True):
-        assert [choice["same_tokens"] for choice in entry["choices"]] == [rows, rows]
+    assert kept == [1, 2] * len(rows)
+    for entry, (count, _, _) in zip(found["steps"], rows, strict=True):
+        assert [choice["same_tokens"] for choice in entry["choices"]] == [count, count]
         assert all(choice["error"] == 0 and choice["same_bits"] == "1 of 1" for choice in entry["choices"])
     assert not engine.has_work
 

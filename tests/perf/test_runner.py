@@ -21,6 +21,7 @@ from perf.archive import Archive
 from perf.attempt import verdict
 from perf.process import ROOT
 from perf.runner import main
+from tests.perf.forked import Forked
 from tests.perf.marked import marked_processes, wait_until_gone
 
 GRID = """
@@ -47,6 +48,12 @@ adapters = ["a=/tmp", "b=/tmp", "c=/tmp"]
 num_requests = 12
 output = { value = 6 }
 """
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let server and client of a runner in this process be forks; with a warden they run in the grid that is killed."""
+    monkeypatch.setattr("perf.attempt.Supervised", Forked)
 
 
 @pytest.fixture(autouse=True)
@@ -98,10 +105,10 @@ def results(archive: Archive) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_a_grid_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path: Path, long: bool) -> None:
-    mark, calm_mark = uuid.uuid4().hex, uuid.uuid4().hex
+    mark = uuid.uuid4().hex
     grid = GRID if long else GRID.replace('["fcfs", "vtc"]', '"vtc"').replace("[60, 120, 240]", "[60, 240]")
-    calm = start(calm_mark, "--templates", str(saved(tmp_path / "calm", grid)))
     runner = start(mark, "--templates", str(saved(tmp_path / "killed", grid)))
     archive = wait_for_archive(tmp_path / "killed")
     for _ in range(3 if long else 2):
@@ -113,9 +120,8 @@ def test_a_grid_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path: Path
         runner.wait()
         runner = start(mark, "--checkpoint", str(archive.home))
     assert runner.wait(120) == 0
-    assert calm.wait(120) == 0
     assert wait_until_gone(mark) == []
-    assert wait_until_gone(calm_mark) == []
+    assert main(["--templates", str(saved(tmp_path / "calm", grid))]) == 0
     calm_results = results(archive_of(tmp_path / "calm"))
     assert len(calm_results) == (12 if long else 4)
     assert results(archive) == calm_results
@@ -136,6 +142,7 @@ def assert_nothing_ran_twice(archive: Archive) -> None:
             assert verdict(summary, archive.instance(point).max_failed_share), "a whole result was thrown away"
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_whole_result_without_its_line_is_adopted_and_a_cut_line_is_dropped(tmp_path: Path) -> None:
     """The two worst moments for a kill: before the checkpoint's line, and in the middle of it."""
     small = GRID.replace("[1, 3]", "3").replace("[60, 120, 240]", "240").replace('["fcfs", "vtc"]', '"vtc"')
@@ -161,6 +168,7 @@ def test_the_first_points_alone_are_a_quick_look(tmp_path: Path, capsys: pytest.
         assert "--first takes a number of 1 or more, and --templates" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("forked")
 def test_failures_are_recorded_and_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every third request fails: the point fails twice, is recorded, and is tried again on resume and by force."""
     small = GRID.replace("[1, 3]", "3").replace("[60, 120, 240]", "240").replace('["fcfs", "vtc"]', '"vtc"')
@@ -176,6 +184,7 @@ def test_failures_are_recorded_and_tried_again(tmp_path: Path, capsys: pytest.Ca
     assert len(archive.events()) == 5
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_server_that_dies_fails_the_point_at_once_with_its_last_words(tmp_path: Path) -> None:
     text = GRID.replace("itl-ms = 2", "no-such-flag = 2").replace("[60, 120, 240]", "240").replace("[1, 3]", "1")
     assert main(["--templates", str(saved(tmp_path, text.replace('["fcfs", "vtc"]', '"vtc"')))]) == 1
@@ -311,6 +320,7 @@ def test_the_config_wins_over_the_environment_and_is_recorded(
     assert record == {"set": {"LOG_LEVEL": "from the config"}, "replaced": {"LOG_LEVEL": "from the shell"}}
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_plot_that_fails_costs_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A matplotlib that cannot be imported as it should: the report says so, the run passes."""
     broken = tmp_path / "broken" / "matplotlib"

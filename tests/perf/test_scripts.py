@@ -43,7 +43,11 @@ def test_run_exp_measures_each_rate_once_and_reports(fake: str, tmp_path: Path) 
     assert json.loads((tmp_path / "rate-80.json").read_text())["failed"] == 0
     assert (tmp_path / "report.html").exists()
     stamp = (tmp_path / "rate-40.json").stat().st_mtime_ns
-    assert run("run_exp.sh", fake, "--no-progress", **settings).returncode == 0
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$2"\n')
+    python.chmod(0o755)
+    again = run("run_exp.sh", fake, "--no-progress", **settings, PYTHON=str(python))
+    assert again.stdout.split() == [b"perf.report"], "nothing is measured twice"
     assert (tmp_path / "rate-40.json").stat().st_mtime_ns == stamp
 
 

@@ -100,7 +100,7 @@ def loaded() -> Iterator[Loaded]:
 @pytest.mark.parametrize("policy", ["fcfs", "vtc"])
 def test_given_the_seconds_of_a_step_engine_and_simulator_agree(loaded: Loaded, policy: str) -> None:
     names = [info.name for info in loaded.adapters.list()]
-    trace = mixed_trace(names, loaded.model.vocab_size, duration=6.0, rate=8.0, seed=5)
+    trace = mixed_trace(names, loaded.model.vocab_size, duration=4.0, rate=8.0, seed=5)
     clock = CountedClock()
     agree(fresh_engine(loaded, policy, clock), clock, names, trace, policy)
 
@@ -165,7 +165,7 @@ def test_a_model_fitted_to_some_traffic_foretells_other() -> None:
 
 @pytest.mark.slow
 def test_the_same_trace_on_engine_and_simulator_agrees(loaded: Loaded) -> None:
-    plan = Plan(policies=("fcfs",), loads=(0.7,), seconds=2.0, rounds=1)
+    plan = Plan(policies=("fcfs",), loads=(0.7,), seconds=1.5, rounds=1)
     seen = []
     for _ in range(ATTEMPTS):
         (row,) = validate(loaded, plan).rows

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,13 +20,15 @@ def test_the_forecast_is_the_most_that_is_ever_held(held: list[tuple[int, int]])
     assert peak(held) == max(at_each_step)
 
 
-def test_vtc_swings_when_admission_comes_in_rounds_and_charging_ahead_stills_it() -> None:
+def test_vtc_swings_when_admission_comes_in_rounds_and_charging_ahead_stills_it(long: bool) -> None:
     ours = prepare(msgspec.structs.replace(load_suite("overload"), duration_s=300.0))
+    ours = replace(ours, setup=replace(ours.setup, max_paired_tenants=0))  # gaps between pairs are of no interest here
     theirs = with_vtc_admission(ours)
     seen = {
         (name, policy): difference(run(experiment, policy).records, ours.duration, {}).max()
         for name, experiment in (("ours", ours), ("theirs", theirs))
         for policy in ("vtc", "vtc:predict=oracle")
+        if long or (name, policy) != ("ours", "vtc:predict=oracle")
     }
-    assert seen["theirs", "vtc"] > 80
-    assert max(seen["theirs", "vtc:predict=oracle"], seen["ours", "vtc"], seen["ours", "vtc:predict=oracle"]) < 25
+    assert seen.pop(("theirs", "vtc")) > 80
+    assert max(seen.values()) < 25

@@ -28,8 +28,8 @@ def exit_code(function: Callable[..., None], *given: Any) -> int | None:
 
 
 def quantize_until(base: Path, out: Path, at: str, settings: str, tasks: list[str]) -> None:
-    """Quantize, minimax-loss in as many rounds as it may take; die where progress says `at`."""
-    rail.ENOUGH = -1.0
+    """Quantize, minimax-loss in as many rounds as it may take, three; die where progress says `at`."""
+    rail.ENOUGH, rail.LOSS_ROUNDS = -1.0, 3
 
     def progress(step: str, done: int, total: int) -> None:
         if at in f"{step}, {done}":

@@ -174,6 +174,7 @@ def test_a_killed_run_leaves_the_old_and_resumes(
     tmp_path: Path, world: World, sequential: bool, aggregation: str, at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rail, "ENOUGH", -1.0)
+    monkeypatch.setattr(rail, "LOSS_ROUNDS", 3)
     settings = replace(SETTINGS, sequential=sequential, aggregation=aggregation)
     expected = tmp_path / "expected"
     quantize(world.base, world.pick("a", "b"), settings, expected, gate=ANYWAY)

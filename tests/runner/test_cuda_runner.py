@@ -375,7 +375,7 @@ def test_linears_before_a_norm_may_leave_parts(bench: Bench, most: int, monkeypa
     probabilities of a prompt, and the last block's product before the head."""
     prompt = ask("prompt", [9, 8, 7, 6, 5, 4, 3], "a1", max_tokens=2, logprobs=1, prompt_logprobs=0)
     requests = [*mixed(2, max_tokens=2, logprobs=1), prompt]
-    whole = serve(bench.engine()[0], requests)
+    whole = serve(bench.engine(on_gpu=DEVICE.type == "cuda")[0], requests)  # the interpreter takes seconds for it
     real, offering = load, Offering(most)
 
     def loaded(*given: Any, **more: Any) -> Any:
