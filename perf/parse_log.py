@@ -27,7 +27,7 @@ PARTS = (
     "queue", "adapter", "adapter_read", "adapter_copy", "adapter_wait", "prefill", "decode", "host", "first_token",
 )  # fmt: skip
 _LINE = re.compile(r"\bINFO request (.*)$")
-_NUMBER = re.compile(r"perf-(-?\d+)$")  # in the id of a request that perf.client has sent
+_NUMBER = re.compile(r"^perf-(-?\d+)$")  # the name of a request that perf.client has sent
 _FIELD = re.compile(r'(\w+)=("(?:[^"\\]|\\.)*"|\S+)')
 
 
@@ -54,7 +54,7 @@ def seconds(fields: dict[str, Any]) -> dict[str, float]:
 
 def spans(path: Path) -> dict[int, dict[str, float]]:
     """Return the seconds by part of the requests that `perf.client` has sent, by their number; the last of each."""
-    numbered = ((_NUMBER.search(str(fields.get("id"))), fields) for fields in requests(path))
+    numbered = ((_NUMBER.search(str(fields.get("request_id"))), fields) for fields in requests(path))
     return {int(number[1]): seconds(fields) for number, fields in numbered if number is not None}
 
 

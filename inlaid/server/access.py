@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 _WARNINGS: Any = web.RequestKey("warnings", tuple) if hasattr(web, "RequestKey") else "warnings"
 _CLIENT_LEFT = 499  # nginx's number for it
 _MAX_PROMPT_CHARS = 1000
+_MAX_ID_CHARS = 128  # of the client's own name for a request
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -139,6 +140,7 @@ def _line(request: web.Request, note: _Note, status: int) -> dict[str, object]:
         outcome = client.outcome
         line |= {
             "id": client.id,
+            "request_id": request.headers.get("X-Request-Id", "")[:_MAX_ID_CHARS] or None,
             "model": client.model,
             "tenant": client.requests[0].tenant or None,
             "answers": len(client.requests),

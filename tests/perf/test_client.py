@@ -60,7 +60,7 @@ def test_seconds_by_part_come_from_the_servers_log(
 ) -> None:
     out, log = tmp_path / "run.json", tmp_path / "server.log"
     lines = [
-        {"message": "request", "id": f"cmpl-perf-{n}", "queue_seconds": 0.01, "host_seconds": 0.001 * n}
+        {"message": "request", "request_id": f"perf-{n}", "queue_seconds": 0.01, "host_seconds": 0.001 * n}
         for n in range(-2, 6)
     ]
     log.write_text("\n".join(map(json.dumps, lines)) + "\n")
@@ -70,8 +70,8 @@ def test_seconds_by_part_come_from_the_servers_log(
     assert {record.index: record.spans["host"] for record in records} == {n: 0.001 * n for n in range(6)}
     assert json.loads(out.read_text())["spans_ms"] == pytest.approx({"queue": 10.0, "host": 2.5})
     (empty := tmp_path / "empty.log").write_text("INFO nothing\n")
-    assert run(fake, *flags, "--server-log", str(empty)) == 2
-    assert "has no line of these requests" in capsys.readouterr().err
+    assert run(fake, *flags, "--server-log", str(empty)) == 0
+    assert "tells nothing of 6 of 6 requests" in capsys.readouterr().err
 
 
 def test_slora_needs_names_and_then_works(fake: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,9 +64,10 @@ def test_a_table_has_a_line_for_each_log(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_requests_of_the_client_are_known_by_their_numbers(tmp_path: Path) -> None:
-    ids = ("cmpl-perf-3", "chatcmpl-perf--1", "cmpl-else", "cmpl-perf-3")
+    ids = ("perf-3", "perf--1", "else", "perf-3")
     lines = [
-        {"message": "request", "id": name, "queue_seconds": 0.1 * n, "host_seconds": None} for n, name in enumerate(ids)
+        {"message": "request", "request_id": name, "queue_seconds": 0.1 * n, "host_seconds": None}
+        for n, name in enumerate(ids)
     ]
     (log := tmp_path / "server.log").write_text("\n".join(map(json.dumps, lines)))
     assert parse_log.spans(log) == {3: {"queue": pytest.approx(0.3)}, -1: {"queue": pytest.approx(0.1)}}

@@ -24,11 +24,18 @@ def line_of(server: Live, pattern: str) -> str:
 
 
 def test_an_answer_is_a_line_with_its_counts_and_without_its_text(server: Live) -> None:
-    answer = server.ask("POST", "/v1/completions", ASK | {"request_id": "log-1"})
+    answer = server.ask("POST", "/v1/completions", ASK | {"request_id": "log-1"}, {"X-Request-Id": "mine-1"})
     assert answer.status == 200
     line = line_of(server, "id=cmpl-log-1 ")
     assert line.startswith("INFO request method=POST path=/v1/completions status=200 seconds=")
-    for field in ("peer=127.0.0.1", "model=maths", "answers=1", "output_tokens=3", "finish=length"):
+    for field in (
+        "peer=127.0.0.1",
+        "request_id=mine-1",
+        "model=maths",
+        "answers=1",
+        "output_tokens=3",
+        "finish=length",
+    ):
         assert f" {field}" in line
     assert f" prompt_tokens={answer.json['usage']['prompt_tokens']} " in line
     assert "secret" not in line
