@@ -289,6 +289,7 @@ def report(learned: int, asked: int, rounds: int, concurrencies: Sequence[int]) 
         "tokens_a_step_with_all_guesses": {name: round(each, 3) for name, each in trace.tokens_a_step().items()},
         "simulated": {
             "7B on an H200": simulations(h200(), trace, CONCURRENCIES, overlap=True),
+            "7B on an H200, one kernel": simulations(h200("auto"), trace, CONCURRENCIES, overlap=True),
             "the demo on this CPU": simulations(this_machine(times), trace, CONCURRENCIES, overlap=False),
         },
         "cpu": [],

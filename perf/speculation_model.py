@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from inlaid.config import SpeculationConfig
+from inlaid.engine.step_log import Load
 from inlaid.sim.closed_loop import serve
 from inlaid.sim.cost import CostModel
 from inlaid.sim.traced import Acceptances
@@ -18,11 +20,16 @@ TRACE = RESULTS / "speculation-trace.json"
 CONCURRENCIES = (1, 4, 16, 64)
 GUESSES = 8
 ROUNDS = 8  # simulated answers of each task, or twice as many as requests at a time
-# Step times of a 7B with 32 adapters on an H200, from `perf/results/speculation-h200.json`: milliseconds of a plain
-# step by requests, of a row that a guess adds, and of the host's work before a step, which looks for drafts expose.
-H200_7B: Mapping[int, float] = MappingProxyType({1: 2.713, 4: 2.95, 16: 3.699, 64: 6.756})
-H200_GUESS = 0.064
-H200_HOST, H200_HOST_WORK = 0.35, 0.011
+# A 7B with 32 adapters on an H200, from `perf/results/speculation-h200.json`, in milliseconds: a plain step by
+# requests, with a kernel for each operation and with one kernel for few rows; what guesses add, by all tokens of the
+# step; steps with guesses that are one kernel, by tokens; and the host's work before a step, which a look exposes.
+PLAIN: Mapping[str, Mapping[int, float]] = MappingProxyType({
+    "layers": MappingProxyType({1: 2.73, 4: 3.02, 16: 3.70, 64: 6.69}),
+    "auto": MappingProxyType({1: 1.54, 2: 1.73, 4: 2.10, 5: 3.05, 16: 3.71, 64: 6.69}),
+})  # fmt: skip
+MORE: Mapping[int, float] = MappingProxyType({16: 0.0, 32: 0.37, 64: 1.07, 128: 1.5, 256: 3.9})
+ONE_KERNEL: Mapping[int, float] = MappingProxyType({2: 1.65, 4: 2.10})
+HOST, HOST_ROW = 0.34, 0.0225
 
 
 def settings(length: str) -> SpeculationConfig:
@@ -37,12 +44,39 @@ def curve(points: Mapping[int, float]) -> tuple[float, float]:
     return points[low] / 1e3 - slope * low, slope
 
 
-def h200() -> CostModel:
+@dataclass(frozen=True)
+class Measured(CostModel):
+    """Steps of the 7B on an H200: those of decodes by the tables, others by a line through them."""
+
+    kernel: str = "layers"
+
+    def step_seconds(self, load: Load) -> float:
+        if load.prefills:
+            return super().step_seconds(load)
+        rows, plain = load.decodes + load.guesses, PLAIN[self.kernel]
+        if not load.guesses:
+            return between(plain, load.decodes) / 1e3
+        if self.kernel == "auto" and rows <= max(ONE_KERNEL):
+            return next(took for most, took in ONE_KERNEL.items() if rows <= most) / 1e3
+        captured = next((took for most, took in MORE.items() if rows <= most), max(MORE.values()))
+        return (between(PLAIN["layers"], load.decodes) + captured) / 1e3
+
+
+def between(points: Mapping[int, float], size: int) -> float:
+    """Return the value at a size on the line between the points around it."""
+    sizes = sorted(points)
+    low = max(one for one in sizes if one <= size)
+    high = min((one for one in sizes if one >= size), default=low)
+    share = (size - low) / (high - low) if high > low else 0.0
+    return points[low] + share * (points[high] - points[low])
+
+
+def h200(kernel: str = "layers") -> CostModel:
     """Return the measured steps of a 7B on an H200 as a cost model."""
-    step, row = curve(H200_7B)
-    return CostModel(
-        name="h200-7b", source="perf/results/speculation-h200.json", step=step, decodes=row, prefill_tokens=2e-5,
-        guesses=H200_GUESS / 1e3, host=H200_HOST / 1e3, host_rows=H200_HOST_WORK / 1e3,
+    step, row = curve(PLAIN["layers"])
+    return Measured(
+        name=f"h200-7b-{kernel}", source="perf/results/speculation-h200.json", step=step, decodes=row,
+        prefill_tokens=2e-5, host=HOST / 1e3, host_rows=HOST_ROW / 1e3, kernel=kernel,
     )  # fmt: skip
 
 
@@ -82,8 +116,6 @@ def simulations(cost: CostModel, trace: Acceptances, concurrencies: Sequence[int
     """Simulate the mix of all tasks at several concurrencies, and each task alone at one request."""
     alone = {task: simulated(cost, trace, 1, overlap, (task,))["times_faster"] for task in sorted(trace.by_adapter)}
     return {
-        "step_times": {"step_ms": cost.step * 1e3, "request_ms": cost.decodes * 1e3, "guess_ms": cost.guesses * 1e3,
-                       "host_ms": cost.host * 1e3, "host_request_ms": cost.host_rows * 1e3},
         "rows": [simulated(cost, trace, concurrency, overlap) for concurrency in concurrencies],
         "times_faster_by_task_at_1": alone,
         "mean_over_tasks_at_1": round(statistics.mean(alone.values()), 3),

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 FEW_ROWS = 16  # of a step whose prices are a table
 WINDOW, PLAIN = 15, 9  # steps of each kind that are remembered, and of plain ones
 FEWEST_STEPS = 3  # of a kind, before they are believed
-STALE = 96  # steps since the last plain one, after which some are made
+STALE = 96  # steps since the last plain one, after which some are made; more where looks gain much
 DOUBT = 0.9  # what is left of a price after a look that found it too high
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 4, 256  # steps without a look, after looks in vain
 LEAST_GAIN = 0.02  # of tokens a second, as a share; less is within the error of what is known
 FIRST_GAIN = 0.1  # assumed before the first look
 LOOKS = 8  # over which a gain is averaged; fewer of many requests, whose luck evens out
+MANY = 8  # requests
 KEPT = 0.98  # of hopes and what became of them, after each step
 MOST_KEYS = 1024  # numbers of decodes and adapters that pauses are known of
 
@@ -57,10 +58,12 @@ FREE = Curve()
 class Prices:
     """The last steps of one number of decodes: seconds of plain ones, and how much longer the others took."""
 
-    __slots__ = ("_base", "_decodes", "_guessed", "_looked", "_overlaps", "_plain", "_trust", "age", "curve")
+    __slots__ = ("_base", "_decodes", "_guessed", "_looked", "_overlaps", "_plain", "_prior", "_trust", "age", "curve")
 
-    def __init__(self, decodes: int) -> None:
+    def __init__(self, decodes: int, prior: Curve = FREE) -> None:
+        """`prior`: what about as many decodes take."""
         self._decodes = decodes
+        self._prior = Curve(prior.look, prior.first, prior.slope)
         self._plain: deque[float] = deque(maxlen=PLAIN)
         self._looked: deque[float] = deque(maxlen=WINDOW)
         self._guessed: dict[int, deque[tuple[int, float]]] = {}  # by `_kind`
@@ -68,7 +71,7 @@ class Prices:
         self._base = 0.0
         self._trust = 1.0
         self.age = 0  # steps since the last plain one
-        self.curve = FREE
+        self.curve = self._prior
 
     def add(self, guesses: int, seconds: float, overlapped: bool) -> None:
         """Learn from a step. `overlapped`: the host made it while the device computed the one before."""
@@ -97,7 +100,7 @@ class Prices:
     @property
     def known(self) -> bool:
         """Return True if enough steps with guesses were seen."""
-        return sum(map(len, self._guessed.values())) >= FEWEST_STEPS
+        return sum(map(len, self._guessed.values())) >= (FEWEST_STEPS if self._decodes < MANY else FEWEST_STEPS - 1)
 
     @property
     def doubted(self) -> bool:
@@ -111,9 +114,11 @@ class Prices:
             self._fit()
 
     def _fit(self) -> None:
-        look = max(1.0, _median(self._looked)) if len(self._looked) >= FEWEST_STEPS else 1.0
-        if not self._guessed:
-            self.curve = Curve(look, look)
+        prior = self._prior
+        look = max(1.0, _median(self._looked)) if len(self._looked) >= FEWEST_STEPS else prior.look
+        if not self.known:
+            more = look - prior.look
+            self.curve = Curve(look, prior.first + more, prior.slope)
             return
         points = {
             number: (_median(n for n, _ in kind), _median(ratio for _, ratio in kind), len(kind))
@@ -134,10 +139,10 @@ class Prices:
         the next smaller ones that were: so it is tried."""
         seen = points.get(self._kind(guesses))
         if seen is not None:
-            return seen[1]
+            return max(1.0, seen[1])
         smaller = [kind for kind in points if kind < self._kind(guesses)]
         line = first + slope * guesses
-        return min(line, points[max(smaller)][1]) if smaller else line
+        return min(line, max(1.0, points[max(smaller)][1])) if smaller else line
 
 
 class StepCosts:
@@ -151,19 +156,22 @@ class StepCosts:
         size = size_class(decodes)
         prices = self._prices.get(size)
         if prices is None:
-            prices = self._prices[size] = Prices(decodes)
+            known = [(abs(other - size), other) for other, one in self._prices.items() if one.known]
+            nearest = self._prices[min(known)[1]].curve if known else FREE
+            prices = self._prices[size] = Prices(decodes, nearest)
         return prices
 
 
 class Looks:
     """Pauses after looks for drafts in vain, by what they gain: the mean of the last looks, in plain steps."""
 
-    __slots__ = ("_gain", "_hoped", "_last", "_right", "_weight", "pause")
+    __slots__ = ("_gain", "_growth", "_hoped", "_right", "_weight", "last", "pause")
 
     def __init__(self, pause: int, num_running: int) -> None:
         self.pause = pause  # steps left until the next look
+        self.last = 0  # the last pause after looks in vain; 0: looks pay
         self._weight = min(0.5, max(1.0, num_running / 4) / LOOKS)
-        self._last = SHORTEST_PAUSE // 2  # the last pause after looks in vain
+        self._growth = 2 if num_running < MANY else 4  # one look at many requests tells more
         self._gain = FIRST_GAIN
         self._hoped = self._right = 2.0  # guesses that should have been right, and that were
 
@@ -176,17 +184,25 @@ class Looks:
 
     def note(self, gain: float) -> bool:
         """Take in what a look has gained, as a share of a plain step's tokens a second. Return True if a pause begins,
-        which is twice the one before."""
+        longer than the one before."""
         self._gain += (gain - self._gain) * self._weight
         if self._gain >= LEAST_GAIN:
-            self._last = max(SHORTEST_PAUSE // 2, self._last // 2)
+            self.last = self.last // 2 if self.last > SHORTEST_PAUSE else 0
             return False
-        self.pause = self._last = min(2 * self._last, LONGEST_PAUSE)
+        self.pause = self.last = min(max(SHORTEST_PAUSE, self._growth * self.last), LONGEST_PAUSE)
         return True
+
+    def stale_after(self) -> float:
+        """Return after how many steps without a plain one some are made, to compare with."""
+        return STALE * (1.0 + 10.0 * self._gain)
+
+    def follow(self, fewer: Looks) -> None:
+        """Begin with the pause of fewer requests: where looks are in vain, they are for more requests."""
+        self.pause, self.last, self._gain = max(self.pause, fewer.last), fewer.last, min(self._gain, fewer._gain)
 
 
 class AllLooks:
-    """Looks by number of running requests; a request alone, by its adapter."""
+    """Looks by number of running requests, as a power of two; a request alone, by its adapter."""
 
     def __init__(self, first_pause: int) -> None:
         self._first_pause = first_pause
@@ -194,10 +210,14 @@ class AllLooks:
 
     def of(self, num_running: int, adapter: str | None) -> Looks:
         """Return the looks of steps of so many requests."""
-        key = size_class(num_running), adapter if num_running == 1 else None
+        bits = num_running.bit_length()
+        key = bits, adapter if num_running == 1 else None
         looks = self._looks.get(key)
         if looks is None:
             looks = self._looks[key] = Looks(self._first_pause, num_running)
+            fewer = [one for size in range(2, bits) if (one := self._looks.get((size, None))) is not None]
+            if fewer:
+                looks.follow(fewer[-1])
             if len(self._looks) > MOST_KEYS:
                 self._looks.popitem(last=False)
         return looks
@@ -216,7 +236,7 @@ def _median(values: Iterable[float]) -> float:
 
 def _line(points: Sequence[tuple[float, float, int]], look: float) -> tuple[float, float]:
     """Return first and slope of the line nearest to (guesses, ratio, weight) that nowhere falls, nor begins below a
-    step that only looked."""
+    step that only looked. One point alone does not tell which: half of what it adds is the step's."""
     total = sum(weight for _, _, weight in points)
     mean_x = sum(x * weight for x, _, weight in points) / total
     mean_y = sum(y * weight for _, y, weight in points) / total
@@ -228,4 +248,5 @@ def _line(points: Sequence[tuple[float, float, int]], look: float) -> tuple[floa
             return max(look, mean_y), 0.0
         if first >= look:
             return first, slope
-    return look, max(0.0, mean_y - look) / mean_x
+    more = max(0.0, mean_y - look) / 2
+    return (look + more, more / mean_x) if len(points) == 1 else (look, 2 * more / mean_x)

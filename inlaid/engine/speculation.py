@@ -14,14 +14,14 @@ from typing import Any, Protocol
 import msgspec
 
 from inlaid.config import ConfigError, SpeculationConfig, check
-from inlaid.engine.draft_costs import SHORTEST_PAUSE, STALE, AllLooks, Looks, Prices, StepCosts
+from inlaid.engine.draft_costs import SHORTEST_PAUSE, AllLooks, Looks, Prices, StepCosts
 from inlaid.engine.draft_lengths import CLASSES, NUM_GRADES, Acceptance, choose, least_worth
 from inlaid.engine.drafts import LONGEST_MATCH, OwnText, PhraseBook, Reader, as_text
 from inlaid.engine.request import Batch, FinishReason, Request, Work
 
 MOST_COUNTED = 16  # adapters with counts of their own
 FEWEST_TRIED = 2  # guesses of a step that shall tell what a guess costs; or an eighth of the decodes
-LEAST_WORTH = 0.05  # a guess less likely than that is not made
+LEAST_WORTH = 0.01  # a guess less likely than that is not made
 OWN, PHRASES, GRAMMAR = 0, 1, 2  # sources of drafts
 
 
@@ -235,7 +235,7 @@ class Speculation:
             gain = (1.0 + expected / decodes) / prices.curve.of(guesses) - 1.0
             if looks.note(gain):
                 self._doubt(prices, works)
-            elif prices.age >= STALE:
+            elif prices.age >= looks.stale_after():
                 looks.pause, prices.age = SHORTEST_PAUSE, 0
 
     def _doubt(self, prices: Prices, works: Sequence[Work]) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from inlaid.config import SpeculationConfig
 from inlaid.engine.account import Account
-from inlaid.engine.draft_costs import LONGEST_PAUSE, Curve, Looks, StepCosts, size_class
+from inlaid.engine.draft_costs import LONGEST_PAUSE, AllLooks, Curve, Looks, StepCosts, size_class
 from inlaid.engine.draft_lengths import LEAST_MORE, PRIOR_CHANCE, Acceptance, choose, grade
 from inlaid.engine.request import Batch, Request, SamplingParams, Work
 from inlaid.engine.speculation import Draft, Speculation
@@ -122,19 +122,45 @@ def test_a_price_that_no_step_has_confirmed_for_long_is_doubted() -> None:
     assert prices.curve.slope == pytest.approx(before)
 
 
-def test_pauses_double_while_looks_are_in_vain_and_shrink_when_they_pay() -> None:
-    looks = Looks(0, 64)
-    pauses = []
-    while len(pauses) < 9:
+def test_a_clock_that_stands_still_makes_guesses_no_cheaper_than_nothing() -> None:
+    prices = StepCosts().of(1)
+    for step in range(20):
+        prices.add(step % 4, 0.0, overlapped=False)
+    assert [prices.curve.of(guesses) for guesses in range(9)] == [1.0] * 9
+
+
+def pauses(looks: Looks, count: int) -> list[int]:
+    """Return the pauses of so many looks in vain."""
+    found: list[int] = []
+    while len(found) < count:
         if looks.note(0.0):
-            pauses.append(looks.pause)
-    assert pauses == [4, 8, 16, 32, 64, 128, 256, 256, LONGEST_PAUSE]
-    while not looks.note(0.5):
-        if looks._last <= 4:
-            break
-    while not looks.note(-0.5):
-        pass
-    assert looks.pause <= 8
+            found.append(looks.pause)
+    return found
+
+
+def test_pauses_grow_while_looks_are_in_vain_and_shrink_when_they_pay() -> None:
+    looks = Looks(0, 1)
+    assert pauses(looks, 8) == [4, 8, 16, 32, 64, 128, 256, LONGEST_PAUSE]
+    for _ in range(9):
+        assert not looks.note(1.0)
+    assert pauses(looks, 1) == [4]
+    assert pauses(Looks(0, 64), 5) == [4, 16, 64, 256, 256], "one look at many requests tells more"
+
+
+def test_where_looks_are_in_vain_they_are_rare_for_more_requests_from_the_start() -> None:
+    every = AllLooks(4)
+    pauses(every.of(16, None), 6)
+    assert every.of(64, None).pause == LONGEST_PAUSE
+    assert every.of(4, None).pause == 4
+    assert every.of(1, "a") is not every.of(1, "b")
+
+
+def test_steps_of_a_new_size_are_priced_as_those_nearest() -> None:
+    costs = StepCosts()
+    for step in range(40):
+        costs.of(16).add(20 * (step % 3), 1.0 + 0.01 * 20 * (step % 3), overlapped=False)
+    assert costs.of(20).curve.of(40) == pytest.approx(1.4)
+    assert not costs.of(20).known, "guesses are tried in small numbers first"
 
 
 def test_sizes_of_a_class_lie_within_a_quarter_of_each_other() -> None:

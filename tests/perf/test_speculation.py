@@ -13,20 +13,35 @@ from inlaid.engine.step_log import Load
 from inlaid.sim.closed_loop import Served, serve
 from inlaid.sim.cost import CostModel
 from inlaid.sim.traced import Acceptances
-from perf import speculation, speculation_model
+from perf import speculation
 from perf.speculation_model import CONCURRENCIES, RESULTS, TRACE, h200, settings, this_machine
 
 RECORDED = json.loads((RESULTS / "speculation-cpu.json").read_text())
-MACHINES = {"h200": (h200(), True), "cpu": (this_machine(RECORDED["step_times"]), False)}
+MACHINES = {
+    "layers": (h200(), True),
+    "one kernel": (h200("auto"), True),
+    "cpu": (this_machine(RECORDED["step_times"]), False),
+}
 
 
 def test_the_recorded_table_is_made_of_the_recorded_figures() -> None:
     assert speculation.as_markdown(RECORDED) == (RESULTS / "speculation-cpu.md").read_text()
 
 
-def test_a_machines_steps_are_those_that_were_measured() -> None:
-    steps = h200()
-    assert round(1e3 * (steps.step + steps.decodes), 3) == speculation_model.H200_7B[1]
+def test_the_tables_of_an_h200_are_what_was_measured() -> None:
+    """Steps with guesses were measured with the host's work before them, within what the captured sizes blur."""
+    stages = json.loads((RESULTS / "speculation-h200.json").read_text())["stages"]
+    for stage in stages.values():
+        found = stage["result"]
+        steps = h200(found["decode_kernel"])
+        for row in found["rows"]:
+            requests, guesses = row["concurrency"], row["guesses"]
+            plain = Load(decodes=requests)
+            assert 1e3 * steps.step_seconds(plain) == pytest.approx(row["plain"]["median_step_ms"], rel=0.05)
+            if row["wrong"] == "none" and (requests, guesses) != (64, 7):  # there are not as many rows
+                load = Load(decodes=requests, guesses=requests * guesses)
+                took = 1e3 * (steps.step_seconds(load) + steps.host_seconds(load))
+                assert took == pytest.approx(row["median_step_ms"], rel=0.15), (requests, guesses)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +51,7 @@ def trace() -> Acceptances:
 
 def served(trace: Acceptances, cost: CostModel, overlap: bool, concurrency: int) -> dict[str, Served]:
     """Serve eight answers of each task, without drafts, with as many as pay, and with all."""
-    number = max(96, 6 * concurrency)
+    number = max(96, 4 * concurrency)
     return {
         length: serve(
             cost, trace, concurrency, number, overlap=overlap, speculation=None if length == "off" else settings(length)
@@ -51,13 +66,13 @@ def test_no_load_is_served_slower_and_what_pays_is_taken(trace: Acceptances, mac
     found = served(trace, *MACHINES[machine], concurrency)
     assert found["auto"].tokens == found["off"].tokens
     assert found["auto"].rate >= 0.98 * found["off"].rate
-    assert found["auto"].rate >= 0.95 * found["fixed"].rate
+    assert found["auto"].rate >= 0.95 * max(found["fixed"].rate, found["off"].rate)
 
 
 def test_on_an_h200_a_request_alone_is_served_faster(trace: Acceptances) -> None:
     found = served(trace, h200(), True, 1)
-    assert found["auto"].rate >= 1.25 * found["off"].rate
-    assert found["auto"].steps < found["off"].steps / 1.5
+    assert found["auto"].rate >= 1.4 * found["off"].rate
+    assert found["auto"].steps <= found["off"].steps / 1.6
 
 
 class Busy(CostModel):
@@ -83,9 +98,9 @@ def test_on_a_busy_machine_noise_is_not_taken_for_a_gain(trace: Acceptances, con
     rates = []
     for seed in range(3):
         quiet = Counted(cost, seed)
-        on = serve(quiet, trace, concurrency, max(96, 6 * concurrency), overlap=overlap, speculation=settings("auto"))
+        on = serve(quiet, trace, concurrency, max(96, 4 * concurrency), overlap=overlap, speculation=settings("auto"))
         rates.append(on.tokens / quiet.total)
-    off = serve(cost, trace, concurrency, max(96, 6 * concurrency), overlap=overlap)
+    off = serve(cost, trace, concurrency, max(96, 4 * concurrency), overlap=overlap)
     assert sum(rates) / len(rates) >= 0.98 * off.rate
 
 
