@@ -190,7 +190,10 @@ def run(data: Mapping[str, Any], machine: str, planner: str, out: Path) -> dict[
     for model_name in selection["models"]:
         model = data["models"][model_name]
         if model.get("tp_size", 1) != 1:
-            raise ValueError(f"models.{model_name}.tp_size is {model['tp_size']}: a model runs on one GPU here so far")
+            raise ValueError(
+                f"models.{model_name}.tp_size is {model['tp_size']}: simulated replicas have one GPU each, whose "
+                "figures are of a model that fits there; select models of tp_size 1"
+            )
         router = router_of(data.get("router", {}), model)
         told |= without_meaning(data, model_name, reasons(planner))
         for dataset_name in selection["datasets"]:

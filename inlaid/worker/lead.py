@@ -35,6 +35,7 @@ from inlaid.worker import logs
 
 log = logging.getLogger("inlaid.engine")
 
+_TOLD = 2.0  # seconds until it is known how a member has ended
 _GRACE = 3.0  # seconds that members have to end by themselves
 
 
@@ -253,7 +254,7 @@ class Lead:
             reason = f"member {index} of the group has not answered within {seconds:g} s"
         except OSError as error:
             reason = f"member {index} of the group cannot be reached ({error.strerror or error})"
-        self._members[index - 1].join(0.2)  # how it has ended is known soon
+        self._members[index - 1].join(_TOLD)  # how it has ended is known soon
         reason = self._members[index - 1].ended or reason
         self._break(reason)
         raise GroupBroken(reason)

@@ -263,7 +263,9 @@ def test_what_does_not_divide_is_refused_at_once() -> None:
 
 
 def children() -> list[psutil.Process]:
-    return [each for each in psutil.Process().children() if "inlaid.worker.member" in " ".join(each.cmdline())]
+    """Return the processes of members, by their numbers."""
+    found = [each for each in psutil.Process().children() if "inlaid.worker.member" in each.cmdline()]
+    return sorted(found, key=lambda each: each.cmdline()[-1])
 
 
 def fails(engine: Engine, name: str) -> str:
@@ -277,7 +279,7 @@ def fails(engine: Engine, name: str) -> str:
 @pytest.mark.parametrize(
     ("members", "number", "reason"),
     [
-        (2, signal.SIGKILL, "member 1 of the group has ended (signal SIGKILL)"),
+        pytest.param(2, signal.SIGKILL, "member 1 of the group has ended (signal SIGKILL)", marks=pytest.mark.long),
         (4, signal.SIGSTOP, "member 1 of the group has not answered within 0.5 s"),
     ],
 )
