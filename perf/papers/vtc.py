@@ -25,6 +25,10 @@ def vtc(results: Results) -> Paper:
         return float(tenants["client-0"]["mean_ttft"])
 
     real = {name: of("real", name, "mean_difference") for name in ("fcfs", "lcf", "vtc", "vtc:predict=oracle")}
+    like = {
+        name: float(row(rows, suite="real", policy=name, way="like the artifact")["mean_difference"])
+        for name in ("vtc", "vtc:predict=oracle")
+    }
     page = "perf/results/sim-vtc-artifact.md"
     return Paper(
         "VTC: fairness in serving large language models (OSDI 2024)",
@@ -77,8 +81,14 @@ def vtc(results: Results) -> Paper:
                 "Known lengths make VTC fairer still",
                 "252 to 228",
                 f"{real['vtc']:.0f} to {real['vtc:predict=oracle']:.0f}: ours admits at every step, so there are no "
-                "rounds left for lengths to mend; with the artifact's rules they gain as they do there",
-                REFUTED if real["vtc:predict=oracle"] > real["vtc"] else REPRODUCED,
+                f"rounds left for lengths to mend; with the artifact's rules {like['vtc']:.0f} to "
+                f"{like['vtc:predict=oracle']:.0f}. A tenant that comes back must be lifted to what others were "
+                "delivered: lifted to what they were charged ahead, as in the artifact, it was 223",
+                REPRODUCED
+                if real["vtc:predict=oracle"] < real["vtc"]
+                else PARTLY
+                if like["vtc:predict=oracle"] < like["vtc"]
+                else REFUTED,
                 ("perf/results/sim-vtc-artifact.json", page),
             ),
             Claim("The same on a live server", "all suites on an A10G", "no run is recorded yet", NOT_YET),

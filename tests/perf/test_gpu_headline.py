@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton")
 
-from perf.gpu import headline, random_model
+from perf.gpu import headline, headline_table, random_model
 
 
 def test_three_systems_serve_the_same_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,3 +47,26 @@ def test_figures_of_records() -> None:
     assert found["output_tokens_per_second"] == 40 / 5.0
     assert found["mean_latency_s"] == pytest.approx((2 + 4 + 2) / 3)
     assert found["jct_s"] == pytest.approx((5 + 2) / 2)
+
+
+def test_the_table_sets_each_system_beside_s_lora_style_serving() -> None:
+    figures = {"output_tokens_per_second": 100.0, "mean_latency_s": 2.0, "jct_s": 4.0, "ttft_p99_ms": 9.0, "tasks": 100}
+    theirs = {"system": headline.SLORA.name, "rate": 5.0, "slo_attainment": 0.4, **figures}
+    ours = {
+        **theirs,
+        "system": "inlaid",
+        "output_tokens_per_second": 150.0,
+        "mean_latency_s": 1.0,
+        "slo_attainment": 0.8,
+    }
+    light = {"system": headline.SLORA.name, "rate": 1.0, **figures}  # it has no objective, and no counterpart
+    (better,) = headline_table.ratios([theirs, light, ours])
+    assert [better[name] for name, *_ in headline_table.PAPER] == [1.5, 2.0, 1.0, 2.0]
+    made = {
+        "gpu": "H200, 1",
+        "commit": "abc",
+        "command": "c",
+        "result": {"7b": {"rows": [theirs, light, ours]}, "write_s": 1},
+    }
+    text = headline_table.table(made)
+    assert "| 7b | 100 | 5 | inlaid | 1.50 | 2.00 | 1.00 | 2.00 |" in text
