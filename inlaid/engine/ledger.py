@@ -5,7 +5,7 @@ A tenant has two amounts. `service` is exact: the tokens computed and delivered,
 came after the end of an answer's text are taken back. `counter` is the virtual time of fair policies (VTC, DRR):
 service over weight, lifted when a tenant comes back from idleness (which saves up no credit). Policies that charge
 predicted outputs charge the counter ahead and refund the rest. A tenant that comes back is lifted to what others were
-delivered, not to what they were charged ahead: it has nothing in the batch yet, and would stay behind by theirs.
+delivered and what it paid ahead itself: lifted to all that they paid, it would stay behind by what they have running.
 """
 
 from __future__ import annotations
@@ -121,7 +121,8 @@ class Ledger:
     def _lift(self, account: Account) -> None:
         lowest = self.lowest_backlogged() or self._last_departed
         if lowest is not None:
-            account.counter = max(account.counter, lowest.delivered)
+            own = account.ahead / account.weight
+            account.counter = max(account.counter, lowest.delivered + own)
 
     def lowest_backlogged(self) -> Account | None:
         """Return the waiting tenant with the smallest counter. An entry is re-keyed only when it reaches the top."""
