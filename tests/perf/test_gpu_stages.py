@@ -471,7 +471,7 @@ def test_the_soak_says_by_how_much_a_token_led_the_one_in_its_place() -> None:
     loaded = soak.load("cpu")
     _, adapter, ids = soak.questions()[0]
     for number, (temperature, top_p) in enumerate(((0.0, 1.0), (1.3, 1.0), (1.3, 0.7))):
-        params = SamplingParams(max_tokens=8, temperature=temperature, top_p=top_p, seed=number + 5, ignore_eos=True)
+        params = SamplingParams(max_tokens=4, temperature=temperature, top_p=top_p, seed=number + 5, ignore_eos=True)
         request = NewRequest(id=f"r{number}", prompt=ids[: 6 + number], params=params, adapter=adapter)
         tokens = soak.alone(loaded.engine, request)
         assert soak.difference(loaded.engine, soak.Seen(request, tokens)) is None
