@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from inlaid.kernels.backend import MODULES
-from inlaid.model.spec import module_path
+from inlaid.model.spec import ModelSpec, module_path
 
 ALIGNMENT = 64  # elements; each matrix starts at a multiple, so that a kernel may load wide words
+# Sites of the embedding and the head, which no table of the device holds: rows that are replaced, and low rank.
+EMBEDDING_ROWS, HEAD_ROWS, EMBEDDING, HEAD = -4, -3, -2, -1
 _MAX_MESSAGE = 2000  # characters of a message: names from files may be of any length
 
 
@@ -34,7 +36,10 @@ def printable(text: str) -> str:
 @dataclass(frozen=True)
 class AdapterEntry:
     """One adapted linear: where A [rank, K] and B [N, rank] lie in the adapter's flat tensor, and what follows them:
-    the scale and the bias [N] of the linear's outputs, each 0 where there is none."""
+    the scale and the bias [N] of the linear's outputs, each 0 where there is none.
+
+    Where rows of the embedding or the head are replaced, the rank is 0, and A is `num_rows` rows for `tokens`, or for
+    all tokens where none is named."""
 
     site: int
     a_start: int
@@ -44,6 +49,8 @@ class AdapterEntry:
     scale: float
     out_scale: int = 0
     out_bias: int = 0
+    num_rows: int = 0
+    tokens: tuple[int, ...] = ()
 
     @property
     def fits_one_base(self) -> bool:
@@ -90,4 +97,15 @@ class Adapter:
 
 def site_path(site: int) -> str:
     """Return the module that a site number stands for."""
+    if site < 0:
+        return "model.embed_tokens" if site in (EMBEDDING, EMBEDDING_ROWS) else "lm_head"
     return module_path(site // len(MODULES), MODULES[site % len(MODULES)])
+
+
+def site_shape(spec: ModelSpec, site: int) -> tuple[int, int]:
+    """Return (outputs, inputs) of what a site number stands for."""
+    if site == EMBEDDING:
+        return spec.hidden_size, spec.vocab_size
+    if site == HEAD:
+        return spec.vocab_size, spec.hidden_size
+    return spec.module_shape(MODULES[site % len(MODULES)])

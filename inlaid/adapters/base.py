@@ -42,6 +42,12 @@ class BaseLinears:
         name = f"{site_path(site)}.bias"
         return self.checkpoint.tensor(name).float() if name in self.checkpoint else None
 
+    def vocabulary(self, part: str) -> Tensor:
+        """Return the weight [V, D] of embed_tokens or lm_head in fp32."""
+        tied = "lm_head.weight" not in self.checkpoint
+        name = "model.embed_tokens.weight" if tied or part != "lm_head" else "lm_head.weight"
+        return self.checkpoint.tensor(name).float()
+
 
 @dataclass(frozen=True, eq=False)
 class Outputs:

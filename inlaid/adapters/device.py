@@ -5,17 +5,19 @@ Which adapter is to be here is the residency's decision; this carries it out.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Protocol
 
 import torch
 
-from inlaid.adapters.adapter import AdapterEntry
+from inlaid.adapters.adapter import EMBEDDING, EMBEDDING_ROWS, HEAD, HEAD_ROWS, AdapterEntry, site_shape
 from inlaid.adapters.held import Held, Resident
 from inlaid.adapters.loader import AnyLoader, Arrival, CudaLane, StreamLoader
 from inlaid.adapters.modes import NUM_GROUPS, groups_to_start
 from inlaid.adapters.pages import Lender, PagePool
 from inlaid.adapters.tables import clear, copies, empty_pages, show, size
+from inlaid.kernels.vocabulary import Change, LowRank, Replaced, VocabularyChange
 from inlaid.model.spec import ModelSpec
 
 
@@ -51,7 +53,7 @@ class DeviceMemory:
         self.space = PagePool(pool_elements)
         self.floor = pool_elements  # elements that it always has
         self.mode = mode
-        self._now = clock
+        self._spec, self._now = spec, clock
         self._loader = StreamLoader(CudaLane(device)) if loader is None and device.type == "cuda" else loader
         self._lender: Lender | None = None
         self._mirror = mirror
@@ -183,6 +185,33 @@ class DeviceMemory:
 
     def num_bytes(self, slot: int) -> int:
         return self._at[slot].nbytes
+
+    # The embedding and the head
+
+    def vocabulary(self, slot: int) -> VocabularyChange | None:
+        """Return what the adapter in a slot does to the embedding and the head, if anything."""
+        held = self._at[slot]
+        assert held.resident is not None
+        if held.entries[0].site >= 0:  # such entries come first
+            return None
+        starts = zip(held.entries, held.resident.starts, strict=True)
+        found = {entry.site: self._change(entry, start, held.resident) for entry, start in starts if entry.site < 0}
+        embedding, head = (found.get(a) or found.get(b) for a, b in ((EMBEDDING, EMBEDDING_ROWS), (HEAD, HEAD_ROWS)))
+        return VocabularyChange(slot, embedding, head)
+
+    def _change(self, entry: AdapterEntry, start: int, resident: Resident) -> Change:
+        pool = self.pages.pool
+        if entry.rank:
+            flat = pool[start : start + size(entry)]
+            own = replace(entry, a_start=0, b_start=entry.b_start - entry.a_start)
+            return LowRank(*own.factors(flat, site_shape(self._spec, entry.site)), entry.scale)
+        width = self._spec.hidden_size
+        rows_nD = pool[start : start + entry.num_rows * width].view(entry.num_rows, width)
+        if not entry.tokens:
+            return Replaced(None, rows_nD)
+        if entry.site not in resident.tokens:
+            resident.tokens[entry.site] = torch.tensor(entry.tokens, device=pool.device)
+        return Replaced(resident.tokens[entry.site], rows_nD)
 
     def check(self) -> None:
         """Assert that every slot and element is accounted for."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from inlaid.adapters.adapter import AdapterError, site_path
+from inlaid.adapters.adapter import AdapterError, site_path, site_shape
 from inlaid.kernels.backend import MODULES
 from inlaid.model.spec import ModelSpec
 from inlaid.tensorfiles import CheckpointError, tensors_in
@@ -29,17 +29,14 @@ _FACTOR = re.compile(
     r"\.(?:(?P<factor>lora_[AB])(?:\.[^.]+)?\.weight|(?P<bias>lora_B(?:\.[^.]+)?\.bias)"
     r"|(?P<magnitude>lora_magnitude_vector(?:\.[^.]+)??(?:\.weight)?))"
 )
-_SAVED_WHOLE = (
-    "which PEFT saves beside an adapter when the vocabulary was resized or save_embedding_layers is set; if it was not "
-    "trained, save the adapter again with save_embedding_layers=False. Served are adapters of linear layers only"
-)
 _FOREIGN = (
-    ("modules_to_save", "modules_to_save is not supported"),
-    ("embed_tokens.weight", f"it is the whole embedding, {_SAVED_WHOLE}"),
-    ("lm_head.weight", f"it is the whole output head, {_SAVED_WHOLE}"),
-    ("lora_embedding", "adapters of the embedding are not supported"),
-    ("embed_tokens", "adapters of the embedding are not supported"),
-    ("lm_head", "adapters of the output head are not supported"),
+    (
+        "norm.weight",
+        "norms trained beside an adapter (modules_to_save) are not supported: all rows of a step share one",
+    ),
+    ("modules_to_save", "modules_to_save is supported for embed_tokens and lm_head"),
+    ("embed_tokens", "of the embedding LoRA factors, trained tokens and whole weights are served, and no more"),
+    ("lm_head", "of the output head LoRA factors, trained tokens and whole weights are served, and no more"),
     (".bias", "adapters with biases are not supported"),
 )
 
@@ -71,7 +68,7 @@ def pair(tensors: Mapping[str, Tensor], spec: ModelSpec, vector: str | None = No
         missing = sorted({A, B, vector or A} - set(found[site]))
         if missing:
             raise AdapterError(f"{site_path(site)} has no {missing[0]}")
-        factors[site] = _check_shape(site, found[site][A], found[site][B], spec)
+        factors[site] = check_shape(site, found[site][A], found[site][B], spec)
         if vector is not None:
             vectors[site] = _check_vector(site, vector, found[site][vector], spec)
     return factors, vectors
@@ -104,8 +101,9 @@ def _place(name: str, spec: ModelSpec) -> tuple[int, str]:
     return layer * len(MODULES) + MODULES.index(module), part
 
 
-def _check_shape(site: int, a: Tensor, b: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor]:
-    outputs, inputs = spec.module_shape(MODULES[site % len(MODULES)])
+def check_shape(site: int, a: Tensor, b: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor]:
+    """Return A and B; AdapterError: they are not made for this base."""
+    outputs, inputs = site_shape(spec, site)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != inputs or b.shape[0] != outputs:
         raise AdapterError(
             f"{site_path(site)} has A {tuple(a.shape)} and B {tuple(b.shape)}, "

@@ -23,6 +23,7 @@ class Resident:
     slot: int
     starts: list[int]
     arrival: Arrival | None = None  # None: it was copied at once
+    tokens: dict[int, torch.Tensor] = field(default_factory=dict)  # whose rows are replaced, by site, on the device
 
 
 @dataclass

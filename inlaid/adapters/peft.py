@@ -1,9 +1,10 @@
 """The only reader of PEFT folders, for serving, quantizing and evaluating alike: it makes an Adapter of a folder, or
 refuses it with its reason. Safetensors only. It touches no shared state, so it may run in a thread.
 
-An adapter is refused, never used in part: every tensor must be a LoRA factor of a linear that the base has, every
-module that the config targets must have both factors, and every setting that would change the result and is not
-computed here is named. The config is read first; of the weights no more is read than config and base account for.
+An adapter is refused, never used in part: every tensor must be a LoRA factor of a linear that the base has or a change
+of its embedding or head (`vocabulary.py`), every module that the config targets must have both factors, and every
+setting that would change the result and is not computed here is named. The config is read first; of the weights no more
+is read than config and base account for.
 
 The identity of an adapter is sha256(sha256(adapter_config.json) + adapter_model.safetensors). The inner hash has a
 fixed length, so no bytes can move from one file to the other without changing it.
@@ -22,10 +23,12 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
-from inlaid.adapters.adapter import ALIGNMENT, Adapter, AdapterEntry, AdapterError, site_path
+from inlaid.adapters import vocabulary
+from inlaid.adapters.adapter import ALIGNMENT, EMBEDDING, HEAD, Adapter, AdapterEntry, AdapterError, site_path
 from inlaid.adapters.base import BaseLinears, Outputs, dora_outputs, with_residual
 from inlaid.adapters.factors import BIAS, MAGNITUDE, Factors, Vectors, check_values, pair, parse_weights
 from inlaid.adapters.peft_config import PeftConfig, check_targets, parse_config
+from inlaid.adapters.vocabulary import Rows
 from inlaid.kernels.backend import MODULES
 from inlaid.model.spec import ModelSpec
 
@@ -112,25 +115,32 @@ def _read(
     config_bytes = _read_config(folder)
     config = parse_config(config_bytes)
     _check_kind(config, base)
-    paths = {site: site_path(site) for site in range(spec.num_sites)}
-    targeted = {site for site, site_name in paths.items() if config.is_target(site_name)}
+    paths = {site: site_path(site) for site in (EMBEDDING, HEAD, *range(spec.num_sites))}
+    targeted = {site for site, site_name in paths.items() if site >= 0 and config.is_target(site_name)}
+    targeted |= set(config.low_rank())
     ranks = {site: config.rank_of(paths[site]) for site in targeted}
     opened = time.perf_counter()
-    weight_bytes = _read_weights(folder, _max_tensor_bytes(spec, ranks, max_rank), _max_header_bytes(spec))
+    weight_bytes = _read_weights(folder, _max_tensor_bytes(config, spec, ranks, max_rank), _max_header_bytes(spec))
     in_file = time.perf_counter() - opened
     if _check_files(folder) != before:
         raise AdapterError("its files changed while they were read; load it when they are at rest")
-    factors, vectors = pair(parse_weights(weight_bytes), spec, MAGNITUDE if config.dora else _bias(config))
+    others, found = vocabulary.split(parse_weights(weight_bytes))
+    parts = vocabulary.read(found, config, spec, base)
+    factors, vectors = pair(others, spec, MAGNITUDE if config.dora else _bias(config))
+    if parts.factors and (config.dora or config.lora_bias or config.residual_init):
+        raise AdapterError("of the embedding and the head plain LoRA is served: no DoRA, lora_bias, PiSSA or OLoRA")
+    factors = {**parts.factors, **factors}
     check_targets(config, targeted, set(factors), paths)
     _check_ranks(config, factors, max_rank)
     scales = {site: config.scale_of(paths[site], a.shape[0]) for site, (a, _) in factors.items()}
     if not allow_noop:
-        _refuse_without_effect(factors, scales)
+        _refuse_without_effect(factors, scales, bool(parts.rows))
     outputs = _outputs(config, base, factors, scales, vectors)
     if config.residual_init is not None and base is not None:
         for site, (a, b) in factors.items():
             factors[site] = with_residual(base, site, a, b, scales[site], config.residual_init)
-    adapter = lay_out(_identity(config_bytes, weight_bytes), str(folder), factors, scales, dtype, pin, outputs)
+    identity = _identity(config_bytes, weight_bytes)
+    adapter = lay_out(identity, str(folder), factors, scales, dtype, pin, outputs, parts.rows)
     check_values(adapter.flat, factors, scales, dtype)
     return replace(adapter, check_seconds=time.perf_counter() - began - in_file)
 
@@ -164,11 +174,13 @@ def _outputs(
     }
 
 
-def _refuse_without_effect(factors: Factors, scales: Mapping[int, float]) -> None:
+def _refuse_without_effect(factors: Factors, scales: Mapping[int, float], has_rows: bool) -> None:
     """Refuse an adapter that changes nothing, and say which of its parts is zero."""
+    if has_rows:
+        return
     if all(scale == 0 for scale in scales.values()):
         raise AdapterError("lora_alpha is 0, so it changes nothing; set the lora_alpha that it was trained with")
-    if all(scales[site] == 0 or not b.any() for site, (_, b) in factors.items()):
+    if all(scales[site] == 0 or not (b.any() and (site != EMBEDDING or a.any())) for site, (a, b) in factors.items()):
         raise AdapterError("every B is zero, so it changes nothing; it looks untrained")
 
 
@@ -202,12 +214,13 @@ def _read_config(folder: Path) -> bytes:
     return file.read_bytes()
 
 
-def _max_tensor_bytes(spec: ModelSpec, ranks: Mapping[int, int], max_rank: int) -> int:
+def _max_tensor_bytes(config: PeftConfig, spec: ModelSpec, ranks: Mapping[int, int], max_rank: int) -> int:
     """Bound the bytes of an adapter's tensors by its ranks, whatever their type."""
     features = {module: sum(spec.module_shape(module)) for module in MODULES}
-    return _WIDEST_TYPE * sum(
-        (min(rank, max_rank) + 1) * features[MODULES[site % len(MODULES)]] for site, rank in ranks.items()
+    linears = sum(
+        (min(rank, max_rank) + 1) * features[MODULES[site % len(MODULES)]] for site, rank in ranks.items() if site >= 0
     )
+    return _WIDEST_TYPE * (linears + vocabulary.max_elements(config, spec, max_rank))
 
 
 def _max_header_bytes(spec: ModelSpec) -> int:
@@ -248,10 +261,14 @@ def lay_out(
     dtype: torch.dtype,
     pin: bool,
     outputs: Mapping[int, Outputs] = MappingProxyType({}),
+    rows: Mapping[int, Rows] = MappingProxyType({}),
 ) -> Adapter:
     """Put all matrices and vectors, by site, into one flat tensor, aligned, so that the adapter moves to the device in
     one copy."""
     entries, end = [], 0
+    for site, one in rows.items():  # first, as a step begins with the embedding
+        start, end = end, end + _aligned(one.rows_nD.numel())
+        entries.append(AdapterEntry(site, start, end, end, 0, 0.0, num_rows=len(one.rows_nD), tokens=one.tokens))
     for site, (a, b) in factors.items():
         a_start = end
         b_start = a_start + _aligned(a.numel())
@@ -260,9 +277,13 @@ def lay_out(
         for vector in _vectors(outputs.get(site)):
             starts.append(0 if vector is None else end)
             end += 0 if vector is None else _aligned(vector.numel())
-        entries.append(AdapterEntry(site, a_start, b_start, end, a.shape[0], scales[site], *starts))
+        out_scale, out_bias = starts
+        entries.append(AdapterEntry(site, a_start, b_start, end, a.shape[0], scales[site], out_scale, out_bias))
     flat = torch.zeros(end, dtype=dtype, pin_memory=pin)
-    for entry in entries:
+    for entry in entries[: len(rows)]:
+        rows_nD = rows[entry.site].rows_nD
+        flat[entry.a_start : entry.a_start + rows_nD.numel()] = rows_nD.reshape(-1).to(dtype)
+    for entry in entries[len(rows) :]:
         a, b = factors[entry.site]
         flat[entry.a_start : entry.a_start + a.numel()] = a.reshape(-1).to(dtype)
         flat[entry.b_start : entry.b_start + b.numel()] = b.reshape(-1).to(dtype)

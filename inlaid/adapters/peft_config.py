@@ -8,10 +8,10 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from inlaid.adapters.adapter import AdapterError
+from inlaid.adapters.adapter import EMBEDDING, HEAD, AdapterError, site_path
 from inlaid.adapters.base import RESIDUAL_INITS
 from inlaid.adapters.pattern import Effort, Pattern, PatternError
 from inlaid.kernels.backend import MODULES
@@ -22,16 +22,15 @@ _HARMLESS = frozenset({
     "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
     "loftq_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
     "alpha_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora", "bias", "use_dora",
-    "lora_bias",
+    "lora_bias", "modules_to_save", "trainable_token_indices",
 })  # fmt: skip
 _REASONS = (
-    ("modules_to_save", "modules_to_save (whole layers trained beside the adapter) is not supported"),
     ("fan_in_fan_out", "fan_in_fan_out is for Conv1D layers, which the base does not have"),
-    ("trainable_token_indices", "trained embeddings (trainable_token_indices) are not supported"),
     ("layer_replication", "layer_replication changes the base and is not supported"),
     ("alora_invocation_tokens", "activated LoRA (alora_invocation_tokens) is not supported"),
     ("target_parameters", "target_parameters is not supported; only linear modules are adapted"),
 )
+EMBED, LM_HEAD = "embed_tokens", "lm_head"
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # others change the base weights too
 _INITS = (*_PLAIN_INITS, *RESIDUAL_INITS)
 
@@ -52,6 +51,13 @@ class PeftConfig:
     dora: bool = False
     lora_bias: bool = False
     residual_init: str | None = None  # what was taken out of the base when training began
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # trained ones, of EMBED and LM_HEAD
+    saved: frozenset[str] = frozenset()  # of EMBED and LM_HEAD, those saved whole
+
+    def low_rank(self) -> tuple[int, ...]:
+        """Return the sites of the embedding and the head that have LoRA factors. "all-linear" leaves both out."""
+        sites = () if self.targets is None else (EMBEDDING, HEAD)
+        return tuple(site for site in sites if self.is_target(site_path(site)))
 
     def is_target(self, path: str) -> bool:
         """Apply PEFT's rule: a string is a pattern for the whole path, a list holds endings, which layers narrow."""
@@ -118,6 +124,8 @@ def parse_config(data: bytes) -> PeftConfig:
         dora=bool(config.get("use_dora")),
         lora_bias=bool(config.get("lora_bias")),
         residual_init=init if (init := config.get("init_lora_weights")) in RESIDUAL_INITS else None,
+        tokens=_tokens(config),
+        saved=_saved(config),
     )
 
 
@@ -132,6 +140,38 @@ def check_targets(config: PeftConfig, targeted: set[int], adapted: set[int], pat
         raise AdapterError(f"the config targets {paths[bare[0]]} but there are no tensors for it ({len(bare)} such)")
     if stray:
         raise AdapterError(f"there are tensors for {paths[stray[0]]}, which the config does not target ({len(stray)})")
+
+
+def _tokens(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the trained tokens by part of the vocabulary; a plain list is of the embedding."""
+    given = config.get("trainable_token_indices") or {}
+    by_name = {EMBED: given} if isinstance(given, list) else given
+    found: dict[str, tuple[int, ...]] = {}
+    for name, tokens in by_name.items() if isinstance(by_name, dict) else [("", None)]:
+        part = str(name).removeprefix("model.")
+        whole = isinstance(tokens, list) and all(type(token) is int for token in tokens)
+        if part not in (EMBED, LM_HEAD) or not whole or not tokens:
+            raise AdapterError(
+                f"trainable_token_indices {_shown(given)} is not supported; give a list of tokens, or one each for "
+                f"{EMBED} and {LM_HEAD}"
+            )
+        found[part] = tuple(tokens)
+    return found
+
+
+def _saved(config: Mapping[str, Any]) -> frozenset[str]:
+    """Return the parts of the vocabulary that are saved whole. Other modules are refused."""
+    given = config.get("modules_to_save") or []
+    names = given if isinstance(given, list) else [given]
+    parts = {str(name).removeprefix("model.") for name in names}
+    if others := sorted(parts - {EMBED, LM_HEAD}):
+        raise AdapterError(
+            f"modules_to_save {_shown(others[0])} is not supported: whole copies of {EMBED} and {LM_HEAD} are served, "
+            "and every other layer is shared by all rows of a step"
+        )
+    if parts and config.get("ensure_weight_tying"):
+        raise AdapterError("modules_to_save with ensure_weight_tying is not supported; save both layers apart")
+    return frozenset(parts)
 
 
 def _settings(data: bytes) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from inlaid.adapters.adapter import Adapter
+from inlaid.adapters.adapter import Adapter, AdapterError
 from inlaid.adapters.base import Outputs
 from inlaid.adapters.factors import Factors
 from inlaid.adapters.peft import lay_out
@@ -23,7 +23,12 @@ from inlaid.model.spec import ModelSpec
 
 def divide(adapter: Adapter, spec: ModelSpec, count: int) -> Adapter:
     """Return an adapter of `count` members: `flat` holds their parts one behind the other, and the entries are those of
-    each part. `spec` is the whole model's."""
+    each part. `spec` is the whole model's. AdapterError: it changes the embedding or the head."""
+    if any(entry.site < 0 for entry in adapter.entries):
+        raise AdapterError(
+            f"adapter {adapter.path}: it changes the embedding or the head, which --tensor-parallel-size {count} "
+            "divides; serve it with 1"
+        )
     parts = [_part(adapter, spec, Shard(index, count)) for index in range(count)]
     flat = torch.cat([part.flat for part in parts])
     flat = flat.pin_memory() if adapter.flat.is_pinned() else flat

@@ -10,12 +10,12 @@ and `host` (memory), `eviction` (the rule).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
-from inlaid.adapters.adapter import Adapter, AdapterError
+from inlaid.adapters.adapter import Adapter, AdapterError, site_path
 from inlaid.adapters.device import DeviceMemory, Mirror
 from inlaid.adapters.eviction import Eviction
 from inlaid.adapters.held import Counts, Held
@@ -26,6 +26,7 @@ from inlaid.adapters.pages import Lender, PagePool
 from inlaid.adapters.registry import Registry
 from inlaid.adapters.residency import Residency
 from inlaid.kernels.backend import MODULES, AdapterPages
+from inlaid.kernels.vocabulary import VocabularyChange
 from inlaid.model.spec import ModelSpec
 
 
@@ -171,6 +172,10 @@ class AdapterStore:
         """Return what it changes: for each module, of all that the base has, its layers, ranks and scales."""
         found: dict[str, dict[str, Any]] = {module: {"layers": [], "ranks": [], "scales": []} for module in MODULES}
         for entry in self._held(identity).entries:
+            if entry.site < 0:
+                name = site_path(entry.site).removeprefix("model.")
+                found[name] = {"layers": [], "ranks": [entry.rank or entry.num_rows], "scales": [entry.scale or 1.0]}
+                continue
             part = found[MODULES[entry.site % len(MODULES)]]
             part["layers"].append(entry.site // len(MODULES))
             part["ranks"].append(entry.rank)
@@ -255,6 +260,10 @@ class AdapterStore:
         resident = self._held(identity).resident
         assert resident is not None, f"adapter {identity[:12]} was scheduled but is not on the device"
         return resident.slot
+
+    def vocabulary(self, slots: Iterable[int]) -> list[VocabularyChange]:
+        """List the changes of the embedding and the head by the adapters in these slots."""
+        return [change for slot in sorted(set(slots)) if slot and (change := self._device.vocabulary(slot))]
 
     def resident(self) -> list[str]:
         """Return the identities on the device."""

@@ -54,6 +54,8 @@ def show(pages: AdapterPages, slot: int, entries: Sequence[AdapterEntry], starts
         pages.outputs[slot] = -1
     scale = np.zeros(pages.table.shape[1], dtype=np.float32)
     for entry, start in zip(entries, starts, strict=True):
+        if entry.site < 0:  # the embedding or the head: the runner asks the store
+            continue
         table[entry.site] = start, start + entry.b_start - entry.a_start, entry.rank
         scale[entry.site] = entry.scale
         if entry.changes_outputs:
@@ -91,8 +93,13 @@ def copies(
     for begin, end in _runs(entries, starts, sites):
         start, stop = entries[begin].a_start, entries[end - 1].end
         piece = pool[starts[begin] : starts[begin] + stop - start]
-        groups[entries[begin].site // sites].append((piece, flat[start:stop]))
+        groups[_group(entries[begin], sites)].append((piece, flat[start:stop]))
     return groups
+
+
+def _group(entry: AdapterEntry, sites: int) -> int:
+    """Return the layer group with which an entry comes: those of the embedding and the head with the first."""
+    return max(0, entry.site // sites)
 
 
 def _runs(entries: Sequence[AdapterEntry], starts: Sequence[int], sites: int) -> list[tuple[int, int]]:
@@ -104,7 +111,7 @@ def _runs(entries: Sequence[AdapterEntry], starts: Sequence[int], sites: int) ->
         if (
             index == len(entries)
             or starts[index] != starts[index - 1] + size(entries[index - 1])
-            or entries[index].site // sites != entries[begin].site // sites
+            or _group(entries[index], sites) != _group(entries[begin], sites)
         ):
             runs.append((begin, index))
             begin = index

@@ -14,8 +14,10 @@ import torch
 if TYPE_CHECKING:
     from inlaid.kernels.arriving import Arriving
     from inlaid.kernels.lora_triton import Segments
+    from inlaid.kernels.vocabulary import Vocabulary
 
 NO_ADAPTERS, ATTENTION_ADAPTERS, ALL_ADAPTERS = 0, 1, 2  # levels: the linears that may have adapters in a step
+VOCABULARY_ADAPTERS = 3  # and the embedding or the head, which no graph has
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class StepContext:
     on_host: OnHost | None = None
     on_device: OnDevice | None = None
     arriving: Arriving | None = None  # adapters of this step that are still coming; never in a captured step
+
+    vocabulary: Vocabulary | None = None  # adapters of the embedding and the head; never in a captured step
 
     attention_plan: Any = None
     lora_plan: Any = None

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 
 from inlaid.kernels.backend import HeadLinear, Ops, Product, Workspace
 from inlaid.kernels.context import StepContext
+from inlaid.kernels.cpu import rms_norm
 from inlaid.kernels.group import Group
+from inlaid.kernels.vocabulary import tokens_of
 from inlaid.layers.norm import RMSNorm
 
 
@@ -27,24 +29,20 @@ class Embedding:
             rows_TD = self._rows(step, norm.weight_D.dtype, self.group)
             zeros_TD = torch.zeros_like(rows_TD)
             return zeros_TD, norm.add(Product(rows_TD), zeros_TD, workspace)
-        return self.ops.embed_norm(step, self.weight_VD, norm.weight_D, norm.eps, workspace)
+        residual_TD, normed_TD = self.ops.embed_norm(step, self.weight_VD, norm.weight_D, norm.eps, workspace)
+        if step.vocabulary is not None:
+            step.vocabulary.embed(step, residual_TD)
+            normed_TD.copy_(rms_norm(residual_TD, norm.weight_D, norm.eps))
+        return residual_TD, normed_TD
 
     def _rows(self, step: StepContext, dtype: torch.dtype, group: Group) -> torch.Tensor:
         """Return the rows of the step's tokens, each of which one member has."""
-        places_T = _ids(step) - group.index * len(self.weight_VD)
+        places_T = tokens_of(step) - group.index * len(self.weight_VD)
         own_T = (places_T >= 0) & (places_T < len(self.weight_VD))
         rows_TD = F.embedding(places_T.masked_fill(~own_T, 0), self.weight_VD).to(dtype)
         rows_TD = rows_TD.masked_fill(~own_T[:, None], 0)
         group.sum(rows_TD)
         return rows_TD
-
-
-def _ids(step: StepContext) -> torch.Tensor:
-    """Return the ids of the step's tokens, of which those that the host has not seen are on the device."""
-    if step.on_device is None:
-        return step.ids_T
-    sources_T, newest_R = step.on_device.sources_T, step.on_device.newest_R
-    return torch.where(sources_T < 0, step.ids_T, newest_R[sources_T.clamp_min(0)])
 
 
 class Head:

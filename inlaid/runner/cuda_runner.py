@@ -31,8 +31,9 @@ from inlaid.kernels import fused_triton
 from inlaid.kernels.arriving import Arriving
 from inlaid.kernels.auto import AutoLinear
 from inlaid.kernels.backend import MODULES
-from inlaid.kernels.context import ALL_ADAPTERS, ATTENTION_ADAPTERS, NO_ADAPTERS
+from inlaid.kernels.context import ALL_ADAPTERS, ATTENTION_ADAPTERS, NO_ADAPTERS, VOCABULARY_ADAPTERS
 from inlaid.kernels.verify_triton import MAX_QUERIES
+from inlaid.kernels.vocabulary import Vocabulary, head_of
 from inlaid.layers import sampler
 from inlaid.model.kv import KVCache, KVLayout
 from inlaid.model.transformer import Transformer
@@ -227,12 +228,17 @@ class CudaRunner:
     ) -> dict[str, list[TokenLogprobs]]:
         """Run the step kernel by kernel; return the log probabilities of prompts where they are wanted."""
         context = self.step.context(step.layout, step.adapters, arriving)
+        works = [*step.singles, *step.prompts]
+        if step.adapters == VOCABULARY_ADAPTERS and context.on_device is not None:
+            changes = self.adapters.vocabulary(self._slot(work.request) for work in works)
+            context.vocabulary = Vocabulary(changes, context.on_device.adapter_slots_T)
         last = self.step.forward(step.layout, context)
         self.step.sample(step.layout, context, last)
         if not wants_prompt:
             return {}
         hidden_TD = self.model.hidden(last, self.step.workspace)
-        return self.sampling.prompt_logprobs(self.model, [*step.singles, *step.prompts], hidden_TD)
+        heads = [head_of(context.vocabulary, self._slot(work.request)) for work in works]
+        return self.sampling.prompt_logprobs(self.model, works, hidden_TD, heads)
 
     def _arriving_in(self, step: StagedStep) -> Arriving | None:
         """Return adapters that are still coming, where a step with prompts asks for them layer by layer. Decodes, which
@@ -305,8 +311,10 @@ class CudaRunner:
         if identity is None:
             return NO_ADAPTERS
         if identity not in self._levels:
-            attention_only = all(site % len(MODULES) < 4 for site in self.adapters.sites(identity))
-            self._levels[identity] = ATTENTION_ADAPTERS if attention_only else ALL_ADAPTERS
+            sites = self.adapters.sites(identity)
+            attention_only = all(site % len(MODULES) < 4 for site in sites)
+            linears = ATTENTION_ADAPTERS if attention_only else ALL_ADAPTERS
+            self._levels[identity] = VOCABULARY_ADAPTERS if min(sites) < 0 else linears
         return self._levels[identity]
 
     def _pinned(self, size: int) -> torch.Tensor:

@@ -101,7 +101,7 @@ class DeviceStep:
 
     def forward(self, layout: Layout, step: StepContext) -> LastSum:
         """Run all blocks, as one kernel where there is one for such a step."""
-        if self.decode is None or not self.in_one_kernel(layout) or step.arriving is not None:
+        if self.decode is None or not self.in_one_kernel(layout) or step.arriving or step.vocabulary:
             return self.model.forward(step, self.cache, self.workspace)
         product, residual = (
             self.workspace.take(name, layout.tokens, self.model.spec.hidden_size) for name in ("norm", "residual")
@@ -117,6 +117,8 @@ class DeviceStep:
         """Compute the logits of the wanted rows and sample their tokens into `sampled` and `newest`."""
         hidden_LD = self.model.hidden(last, self.workspace, step.logit_rows_L)
         logits_LV = self.model.logits(hidden_LD, self.workspace)
+        if step.vocabulary is not None:
+            step.vocabulary.head(hidden_LD, logits_LV, step.logit_rows_L)
 
         def piece(name: str) -> torch.Tensor:
             return layout.view(self.meta, name)

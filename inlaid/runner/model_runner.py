@@ -17,6 +17,7 @@ from inlaid.engine.kv_cache import BlockPool
 from inlaid.engine.request import Batch, Request, Sampled, StepResult, TokenLogprobs, Work
 from inlaid.kernels.arriving import Arriving
 from inlaid.kernels.timed import StepSplit
+from inlaid.kernels.vocabulary import Vocabulary, head_of
 from inlaid.kernels.workspace import FreshMemory
 from inlaid.kv_format import AUTO, KVFormat
 from inlaid.layers import sampler
@@ -107,19 +108,24 @@ class ModelRunner:
         step, model, memory = self.lay_out(works), self.model, self._workspace
         with nullcontext() if self.members is None else self.members.step(step):
             context = step.context(self.block_size, self.device, self._arriving_in(step))
+            context.vocabulary = self._vocabulary(step)
             last = model.forward(context, self.cache, memory)
             sampling = [work for work in works if work.samples]
             sampled: list[Sampled] = []
             if sampling:
                 each = lines(sampling)
-                logits_SV = model.logits(model.hidden(last, memory, context.logit_rows_L), memory).float()
-                tokens_S, logprobs = sampler.sample(logits_SV, self.sampling.batch(each))
+                hidden_SD = model.hidden(last, memory, context.logit_rows_L)
+                logits_SV = model.logits(hidden_SD, memory)
+                if context.vocabulary is not None:
+                    context.vocabulary.head(hidden_SD, logits_SV, context.logit_rows_L)
+                tokens_S, logprobs = sampler.sample(logits_SV.float(), self.sampling.batch(each))
                 sampled = to_sampled(each, tokens_S, logprobs)
                 if each is not sampling:
                     sampled = folded(sampling, sampled)
             prompt_logprobs: dict[str, list[TokenLogprobs]] = {}
             if any(work.request.params.prompt_logprobs is not None for work in works):
-                prompt_logprobs = self.sampling.prompt_logprobs(model, works, model.hidden(last, memory))
+                heads = [head_of(context.vocabulary, self._slot(work.request)) for work in works]
+                prompt_logprobs = self.sampling.prompt_logprobs(model, works, model.hidden(last, memory), heads)
         return StepResult(sampled, prompt_logprobs, not_finite(sampling, sampled, prompt_logprobs))
 
     def lay_out(self, works: Sequence[Work]) -> EagerStep:
@@ -160,6 +166,14 @@ class ModelRunner:
             num_drafted=num_drafted,
             decodes_go_on=self._decodes_go_on(works),
         )
+
+    def _vocabulary(self, step: EagerStep) -> Vocabulary | None:
+        """Return what the adapters of this step do to the embedding and the head."""
+        changes = [] if self.adapters is None else self.adapters.vocabulary(step.adapter_slots.tolist())
+        if not changes:
+            return None
+        slots = torch.from_numpy(np.repeat(step.adapter_slots, step.query_lens))
+        return Vocabulary(changes, slots.to(self.device))
 
     def _arriving_in(self, step: EagerStep) -> Arriving | None:
         """Return the adapters of this step that are still coming. Data derived from a slot that is not whole does not

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from inlaid.engine.request import Request, Sampled, SamplingParams, TokenLogprobs, Work, accept
+from inlaid.kernels.vocabulary import Change, change_logits
 from inlaid.kernels.workspace import FreshMemory
 from inlaid.layers import sampler
 from inlaid.layers.sampler import NOT_FINITE, SamplingBatch, seed_key
@@ -151,24 +152,28 @@ class SamplingState:
         )
 
     def prompt_logprobs(
-        self, model: Transformer, works: Sequence[Work], hidden_TD: torch.Tensor
+        self, model: Transformer, works: Sequence[Work], hidden_TD: torch.Tensor, heads: Sequence[Change | None]
     ) -> dict[str, list[TokenLogprobs]]:
-        """Return log probabilities of positions start+1 .. start+num_tokens, as far as they are prompt."""
+        """Return log probabilities of positions start+1 .. start+num_tokens, as far as they are prompt. `heads` are the
+        changes of the head by each work's adapter."""
         found: dict[str, list[TokenLogprobs]] = {}
+        head_of = {work.request.id: head for work, head in zip(works, heads, strict=True)}
         for work, first, targets in _scored(works):
-            wanted = work.request.params.prompt_logprobs or 0
-            found[work.request.id] = self._logprobs_of(model, hidden_TD[first : first + len(targets)], targets, wanted)
+            wanted, key = work.request.params.prompt_logprobs or 0, work.request.id
+            hidden_QD = hidden_TD[first : first + len(targets)]
+            found[key] = self._logprobs_of(model, hidden_QD, targets, wanted, head_of[key])
         return found
 
     def _logprobs_of(
-        self, model: Transformer, hidden_QD: torch.Tensor, targets: list[int], num_top: int
+        self, model: Transformer, hidden_QD: torch.Tensor, targets: list[int], num_top: int, head: Change | None
     ) -> list[TokenLogprobs]:
         memory = FreshMemory(hidden_QD.device, hidden_QD.dtype)
         made: list[TokenLogprobs] = []
         for start in range(0, len(targets), _PROMPT_LOGPROB_ROWS):
             part = targets[start : start + _PROMPT_LOGPROB_ROWS]
-            logits_LV = model.logits(hidden_QD[start : start + len(part)], memory).float()
-            logprobs = sampler.logprobs(logits_LV, torch.tensor(part, device=self.device), num_top)
+            logits_LV = model.logits(hidden_QD[start : start + len(part)], memory)
+            change_logits(head, hidden_QD[start : start + len(part)], logits_LV)
+            logprobs = sampler.logprobs(logits_LV.float(), torch.tensor(part, device=self.device), num_top)
             made += _to_host(part, logprobs, [num_top] * len(part))
         return made
 

@@ -1,5 +1,6 @@
 """Kinds of adapters that do more than add B A to a linear, exact against peft on a CPU: DoRA, biases of B, PiSSA and
-OLoRA unconverted, ranks above 256. Each is refused where it cannot be computed."""
+OLoRA unconverted, ranks above 256, changes of the embedding and the head. Each is refused where it cannot be computed.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +39,19 @@ KINDS: dict[str, dict[str, Any]] = {
     "olora": {"r": 4, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": "olora", "lora_alpha": 2},
     "rank 300": {"r": 300, "target_modules": ["q_proj", "down_proj"], "lora_alpha": 20},
 }
+VOCABULARY: dict[str, dict[str, Any]] = {
+    "head": {"r": 4, "target_modules": ["q_proj", "lm_head"]},
+    "embedding": {"r": 3, "target_modules": ["embed_tokens"], "use_rslora": True},
+    "both": {"r": 4, "target_modules": ["embed_tokens", "lm_head", "down_proj"]},
+    "tokens": {"r": 4, "target_modules": ["q_proj"], "trainable_token_indices": [5, 9, 30]},
+    "tokens of each": {
+        "r": 4,
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": {"embed_tokens": [5, 12], "lm_head": [7]},
+    },
+    "whole head": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "whole embedding": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+}
 PROMPTS = [[5, 9, 11, 30, 7], [40, 3, 8], [12] * 20]
 
 
@@ -50,9 +64,11 @@ def train(base: Path, folder: Path, seed: int, **settings: Any) -> Path:
     """Write an adapter whose parameters were moved at random from where peft begins."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base)
-    wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **{"lora_alpha": 8, **settings}))
-    for name, parameter in wrapped.named_parameters():
-        if "lora_" in name:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a tied head is adapted alone
+        wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **{"lora_alpha": 8, **settings}))
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn_like(parameter) * (1 + parameter.detach().abs().mean())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft 0.21 takes the bias of B for a shard
@@ -64,7 +80,7 @@ def train(base: Path, folder: Path, seed: int, **settings: Any) -> Path:
 def folders(base: Path) -> dict[str, Path]:
     return {
         kind: train(base, base.parent / kind.replace(" ", "-"), seed, **settings)
-        for seed, (kind, settings) in enumerate(KINDS.items())
+        for seed, (kind, settings) in enumerate((KINDS | VOCABULARY).items())
     }
 
 
@@ -75,9 +91,15 @@ def llm(base: Path, folders: dict[str, Path]) -> LLM:
     return LLM(str(base), adapters, config=config)
 
 
+def by_peft(base: Path, folder: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+
+
 def oracle(base: Path, folder: Path, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
     """Return peft's greedy tokens and the log probabilities of the first."""
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+    model = by_peft(base, folder)
     ids = torch.tensor([prompt])
     with torch.no_grad():
         first = model(input_ids=ids).logits[0, -1].log_softmax(-1)
@@ -86,7 +108,7 @@ def oracle(base: Path, folder: Path, prompt: list[int]) -> tuple[list[int], torc
     return ids[0, len(prompt) :].tolist(), first
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS | VOCABULARY)
 def test_each_kind_is_what_peft_computes(kind: str, base: Path, folders: dict[str, Path], llm: LLM) -> None:
     params = SamplingParams(max_tokens=8, ignore_eos=True, temperature=0, logprobs=5)
     plain = llm.generate([PROMPTS[0]], params)[0]
@@ -107,8 +129,9 @@ def test_those_that_decompose_the_base_are_known_before_they_are_read(folders: d
 def test_kinds_share_a_batch(llm: LLM) -> None:
     """Each row of a step has its own adapter's outputs, fused siblings and all."""
     params = SamplingParams(max_tokens=8, ignore_eos=True, temperature=0)
-    alone = {kind: llm.generate([PROMPTS[0]], params, kind)[0].tokens for kind in KINDS}
-    together = llm.generate([PROMPTS[0]] * len(KINDS), params, list(KINDS))
+    kinds = list(KINDS | VOCABULARY)
+    alone = {kind: llm.generate([PROMPTS[0]], params, kind)[0].tokens for kind in kinds}
+    together = llm.generate([PROMPTS[0]] * len(kinds), params, kinds)
     assert [answer.tokens for answer in together] == list(alone.values())
 
 
@@ -130,6 +153,51 @@ def test_a_dora_adapter_has_the_norms_of_the_quantized_base(tmp_path: Path) -> N
     assert llm.generate([PROMPTS[0]], params, "dora")[0].tokens == tokens
     with pytest.raises(AdapterError, match="which a quantized one does not tell; serve it"):
         read(train(base, tmp_path / "pissa", 0, **KINDS["pissa"]), base, BaseLinears(out, True))
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+    base = write_base(tmp_path_factory.mktemp("untied") / "base")
+    kinds = ("both", "tokens", "whole head")
+    return base, {kind: train(base, base.parent / kind.replace(" ", "-"), 1, **VOCABULARY[kind]) for kind in kinds}
+
+
+def test_an_untied_head_is_changed_by_its_own_tensors_alone(untied: tuple[Path, dict[str, Path]]) -> None:
+    base, folders = untied
+    llm = LLM(str(base), {kind: str(folder) for kind, folder in folders.items()}, max_model_len=64)
+    params = SamplingParams(max_tokens=8, ignore_eos=True, temperature=0, prompt_logprobs=0)
+    for kind, folder in folders.items():
+        answer = llm.generate([PROMPTS[0]], params, kind)[0]
+        assert answer.tokens == oracle(base, folder, PROMPTS[0])[0]
+        with torch.no_grad():
+            logprobs = by_peft(base, folder)(input_ids=torch.tensor([PROMPTS[0]])).logits[0].log_softmax(-1)
+        assert answer.prompt_logprobs is not None
+        for at, found in enumerate(answer.prompt_logprobs[1:]):
+            assert found is not None
+            assert found.logprob == pytest.approx(float(logprobs[at, PROMPTS[0][at + 1]]), abs=1e-4)
+
+
+def test_a_change_of_the_vocabulary_is_checked(untied: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
+    base, folders = untied
+    linears = BaseLinears(base, True)
+    with pytest.raises(AdapterError, match="computed for serving only"):
+        read(folders["both"], base)
+    other = write_base(tmp_path / "other", seed=5)
+    with pytest.raises(AdapterError, match=r"base_layer.weight is not this base's weight"):
+        read(folders["both"], other, BaseLinears(other, True))
+    folder = Path(shutil.copytree(folders["tokens"], tmp_path / "tokens"))
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"trainable_token_indices": [5, 9]}, "where the config and the base account for"),
+        ({"trainable_token_indices": [5, 9, 96]}, "not below 96"),
+        ({"trainable_token_indices": [5, 5, 9]}, "names a token twice"),
+        ({"trainable_token_indices": {"norm": [1]}}, "is not supported; give a list"),
+        ({"trainable_token_indices": [5], "modules_to_save": ["embed_tokens"]}, "changed in two ways at once"),
+        ({"trainable_token_indices": None, "modules_to_save": None}, "for embed_tokens, which the config does not"),
+        ({"modules_to_save": ["norm"]}, "modules_to_save 'norm' is not supported"),
+    ]
+    for settings, said in cases:
+        with pytest.raises(AdapterError, match=said):
+            read(edit_config(folder, **settings), base, linears)
 
 
 def read(folder: Path, base: Path, linears: BaseLinears | None = None, rank: int = 256) -> Any:

@@ -130,7 +130,7 @@ def nested(depth: int) -> list[Any]:
 
 REFUSED_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"use_dora": True}, "DoRA is computed from the base"),
-    ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ({"modules_to_save": ["lm_head"]}, "names lm_head but there is no tensor of its weight"),
     ({"bias": "all"}, "bias 'all'"),
     ({"fan_in_fan_out": True}, "Conv1D"),
     ({"lora_bias": True}, "lora_bias is computed from"),
@@ -139,7 +139,7 @@ REFUSED_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"peft_type": None}, "peft_type None"),
     ({"init_lora_weights": "pissa_niter_16"}, "changes the base weights"),
     ({"layer_replication": [[0, 2]]}, "layer_replication"),
-    ({"trainable_token_indices": [1]}, "trained embeddings"),
+    ({"trainable_token_indices": [1]}, "names embed_tokens but there is no tensor of its trained tokens"),
     ({"alora_invocation_tokens": [1]}, "alora"),
     ({"target_parameters": ["x"]}, "target_parameters"),
     ({"some_new_method": {"k": 1}}, "some_new_method"),
@@ -156,7 +156,7 @@ REFUSED_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"target_modules": []}, "target_modules"),
     ({"target_modules": ["q_proj"]}, r"tensors for model\.layers\.0\.self_attn\.v_proj, which the config does not"),
     ({"target_modules": [*QV, "k_proj"]}, r"targets model\.layers\.0\.self_attn\.k_proj but there are no tensors"),
-    ({"target_modules": [*QV, "lm_head"]}, "'lm_head' is none of the base's"),
+    ({"target_modules": [*QV, "lm_head"]}, "names lm_head but there is no tensor of its lora_A"),
     ({"target_modules": "["}, "not a regular expression"),
     ({"layers_to_transform": 1, "layers_pattern": 5}, "layers_pattern is 5"),
     ({"layers_to_transform": 1, "layers_pattern": "q_proj|k_proj"}, "layers_pattern 'q_proj|k_proj' is not supported"),
@@ -202,9 +202,12 @@ def put(name: str, value: Any) -> Any:
 REFUSED_WEIGHTS: list[tuple[Any, str]] = [
     (without(B0), "q_proj has no lora_B"),
     (without(A0), "q_proj has no lora_A"),
-    (put("base_model.model.lm_head.lora_A.weight", torch.zeros(4, 16)), "output head"),
+    (put("base_model.model.lm_head.lora_A.weight", torch.zeros(4, 16)), "tensors for lm_head, which the config"),
     (put("base_model.model.lm_head.weight", torch.zeros(4, 16)), "the whole output head.*save_embedding_layers=False"),
-    (put("base_model.model.model.embed_tokens.lora_embedding_A", torch.zeros(4, 50)), "embedding"),
+    (
+        put("base_model.model.model.embed_tokens.lora_embedding_A", torch.zeros(4, 50)),
+        "tensors for embed_tokens, which the config",
+    ),
     (put(A0.replace("lora_A.weight", "lora_magnitude_vector"), torch.zeros(16)), "DoRA"),
     (put(B0.replace("weight", "bias"), torch.zeros(16)), "biases"),
     (put(A0.replace("layers.0", "layers.7"), torch.zeros(4, 16)), "no such module"),

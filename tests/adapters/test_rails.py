@@ -55,7 +55,7 @@ def test_the_demo_has_one_identity_on_all_rails() -> None:
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"init_lora_weights": "pissa_niter_4"}, "changes the base weights"),
     ({"use_dora": True, "lora_bias": True}, "DoRA"),
-    ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ({"modules_to_save": ["norm"]}, "modules_to_save"),
     ({"alpha_pattern": {"q_proj": math.nan}}, "finite"),
     ({"lora_alpha": 1e30}, "amplifies"),
     ({"unheard_of": 1}, "unheard_of"),

@@ -4,6 +4,7 @@ Triton's interpreter, step by step; graphs and streams need the real thing."""
 from __future__ import annotations
 
 import sys
+import warnings
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton")
 
+from inlaid.adapters.base import BaseLinears
 from inlaid.adapters.loader import CudaLane, StreamLoader
 from inlaid.adapters.modes import CACHED, MODES, PIPELINED
 from inlaid.adapters.peft import read_adapter
@@ -157,6 +159,35 @@ def test_mixed_adapters_chunked_prompts_and_decodes(bench: Bench) -> None:
     answers = serve(engine, requests)
     for request in requests:
         bench.check(request, answers[request.id])
+
+
+def test_adapters_of_the_embedding_and_the_head(bench: Bench, tmp_path: Path) -> None:
+    """Trained tokens, and LoRA factors of both, beside a plain adapter: steps with them run kernel by kernel."""
+    engine, runner = bench.engine()
+    assert runner.adapters is not None
+    kinds: dict[str, dict[str, Any]] = {
+        "factors": {"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+        "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [5, 7]},
+    }
+    judges = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a tied head that is adapted alone
+        for name, settings in kinds.items():
+            save_adapter(tmp_path / name, bench.model, seed=5, r=4, **settings)
+            base = BaseLinears(bench.model, scales_outputs=False)
+            runner.adapters.add(name, read_adapter(tmp_path / name, read_spec(bench.model), torch.float16, base=base))
+            judges[name] = Judge(bench.model, {name: tmp_path / name})
+    prompt = [5, 9, 7, 30]
+    requests = [ask(name, prompt, name, max_tokens=2, logprobs=None) for name in (*kinds, "a0")]
+    answers = serve(engine, requests)
+    for request in requests:
+        judge = judges.get(request.id, bench.judge)
+        logits = judge.logits([*prompt, *answers[request.id].tokens], request.id)
+        for place, token in enumerate(answers[request.id].tokens):
+            row = logits[len(prompt) - 1 + place]
+            assert float(row.max() - row[token]) < NEAR_TIE * max(1.0, float(row.abs().max())), request.id
+    assert isinstance(runner, CudaRunner)
+    assert runner.num_eager_steps > 0
 
 
 def test_tokens_are_the_same_in_unified_memory(bench: Bench) -> None:
