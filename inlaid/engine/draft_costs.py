@@ -165,13 +165,14 @@ class StepCosts:
 class Looks:
     """Pauses after looks for drafts in vain, by what they gain: the mean of the last looks, in plain steps."""
 
-    __slots__ = ("_gain", "_growth", "_hoped", "_right", "_weight", "last", "pause")
+    __slots__ = ("_gain", "_growth", "_hoped", "_right", "_shortest", "_weight", "last", "pause")
 
     def __init__(self, pause: int, num_running: int) -> None:
         self.pause = pause  # steps left until the next look
         self.last = 0  # the last pause after looks in vain; 0: looks pay
         self._weight = min(0.5, max(1.0, num_running / 4) / LOOKS)
-        self._growth = 2 if num_running < MANY else 4  # one look at many requests tells more
+        # One look at many requests tells more, and costs more.
+        self._growth, self._shortest = (2, SHORTEST_PAUSE) if num_running < MANY else (4, 4 * SHORTEST_PAUSE)
         self._gain = FIRST_GAIN
         self._hoped = self._right = 2.0  # guesses that should have been right, and that were
 
@@ -187,9 +188,9 @@ class Looks:
         longer than the one before."""
         self._gain += (gain - self._gain) * self._weight
         if self._gain >= LEAST_GAIN:
-            self.last = self.last // 2 if self.last > SHORTEST_PAUSE else 0
+            self.last = self.last // 2 if self.last > self._shortest else 0
             return False
-        self.pause = self.last = min(max(SHORTEST_PAUSE, self._growth * self.last), LONGEST_PAUSE)
+        self.pause = self.last = min(max(self._shortest, self._growth * self.last), LONGEST_PAUSE)
         return True
 
     def stale_after(self) -> float:

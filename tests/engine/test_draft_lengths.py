@@ -144,7 +144,7 @@ def test_pauses_grow_while_looks_are_in_vain_and_shrink_when_they_pay() -> None:
     for _ in range(9):
         assert not looks.note(1.0)
     assert pauses(looks, 1) == [4]
-    assert pauses(Looks(0, 64), 5) == [4, 16, 64, 256, 256], "one look at many requests tells more"
+    assert pauses(Looks(0, 64), 4) == [16, 64, 256, 256], "one look at many requests tells more"
 
 
 def test_where_looks_are_in_vain_they_are_rare_for_more_requests_from_the_start() -> None:

@@ -69,6 +69,15 @@ def test_no_load_is_served_slower_and_what_pays_is_taken(trace: Acceptances, mac
     assert found["auto"].rate >= 0.95 * max(found["fixed"].rate, found["off"].rate)
 
 
+@pytest.mark.parametrize("kernel", ["layers", "auto"])
+@pytest.mark.parametrize(("concurrency", "number"), [(4, 24), (16, 32), (64, 128)])
+def test_what_is_learned_first_costs_little(trace: Acceptances, kernel: str, concurrency: int, number: int) -> None:
+    """Serve as few requests as the H200's first round had: some hundred steps."""
+    off = serve(h200(kernel), trace, concurrency, number, overlap=True)
+    on = serve(h200(kernel), trace, concurrency, number, overlap=True, speculation=settings("auto"))
+    assert on.rate >= 0.98 * off.rate
+
+
 def test_on_an_h200_a_request_alone_is_served_faster(trace: Acceptances) -> None:
     found = served(trace, h200(), True, 1)
     assert found["auto"].rate >= 1.4 * found["off"].rate
