@@ -19,6 +19,7 @@ from inlaid.engine.request import Grammar, NewRequest, Output, Request, Sampling
 from inlaid.engine.speculation import Draft, Speculation
 from inlaid.worker.build import Loaded, build_engine
 
+VOCABULARY = 1024  # of the demo
 DEMO = Path(__file__).parents[2] / "models" / "demo"
 CONFIG = EngineConfig(
     model=str(DEMO / "base"),
@@ -40,7 +41,7 @@ class Remembered:
     def draft(self, request: Request, most: int) -> Draft | None:
         known = self.answers[request.id][request.num_outputs :][:most]
         first = request.num_outputs
-        tokens = tuple(t + 1 if (first + i) % self.wrong == 0 else t for i, t in enumerate(known))
+        tokens = tuple(t ^ 1 if (first + i) % self.wrong == 0 else t for i, t in enumerate(known))  # a token, too
         return Draft(tokens, match=4) if tokens else None
 
     def end(self, request: Request) -> None:
@@ -65,15 +66,17 @@ def engine(loaded: Loaded, speculation: Speculation | None) -> Engine:
 
 def answers(engine: Engine, requests: Sequence[NewRequest]) -> dict[str, list[Output]]:
     found: dict[str, list[Output]] = {request.id: [] for request in requests}
-    for request in requests:
-        engine.add(request)
-    while engine.has_work:
-        for output in engine.step():
-            assert output.refusal is None, output.refusal
-            found[output.id].append(output)
+    try:
+        for request in requests:
+            engine.add(request)
+        while engine.has_work:
+            for output in engine.step():
+                assert output.refusal is None, output.refusal
+                found[output.id].append(output)
+    finally:
+        for request in requests:  # the next engine on this runner has requests of the same ids
+            engine.runner.sampling.forget(request.id)
     engine.scheduler.check_whole()
-    for request in requests:  # the next engine on this runner has requests of the same ids
-        engine.runner.sampling.forget(request.id)
     return found
 
 
@@ -191,6 +194,11 @@ def test_any_mix_of_requests_is_answered_as_without_speculation(loaded: Loaded, 
         ],
         wrong,
     )
+
+
+def test_guesses_beside_the_last_token_of_the_vocabulary_are_tokens(loaded: Loaded) -> None:
+    params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True, logit_bias={VOCABULARY - 1: 100.0})
+    assert check(loaded, asked(loaded, params), 2).total.accepted > 0
 
 
 def test_drafts_of_its_own_text_and_of_answers_before_are_used(loaded: Loaded) -> None:
