@@ -104,7 +104,10 @@ def read(
     for site, one in made.rows.items():
         _check_rows(site, one, spec)
     if made and base is None:
-        raise AdapterError("the embedding or the head is changed, which is computed for serving only")
+        raise AdapterError(
+            "it changes the embedding or the head (lm_head), which is computed for serving only; quantize without it, "
+            "and serve it on the result"
+        )
     return made
 
 

@@ -180,7 +180,7 @@ def test_an_untied_head_is_changed_by_its_own_tensors_alone(untied: tuple[Path, 
 def test_a_change_of_the_vocabulary_is_checked(untied: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
     base, folders = untied
     linears = BaseLinears(base, True)
-    with pytest.raises(AdapterError, match="computed for serving only"):
+    with pytest.raises(AdapterError, match="computed for serving only; quantize without it"):
         read(folders["both"], base)
     other = write_base(tmp_path / "other", seed=5)
     with pytest.raises(AdapterError, match=r"base_layer.weight is not this base's weight"):

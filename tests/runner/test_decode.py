@@ -57,7 +57,7 @@ def step() -> Any:
 
 
 def test_small_steps_of_decodes_are_one_kernel(step: Any) -> None:
-    layouts, context = Layouts(64, 8, 4), SimpleNamespace(arriving=None)
+    layouts, context = Layouts(64, 8, 4), SimpleNamespace(arriving=None, vocabulary=None)
     for count in (1, 2, 4, 8):
         step.forward(layouts.decodes(count), context)
     step.forward(layouts.prompts(64), context)
@@ -71,7 +71,7 @@ def decode_of(position: int) -> Any:
 
 def test_a_step_with_a_long_context_runs_by_layers(step: Any) -> None:
     """Each number of rows has its own limit, and a graph of either way is captured."""
-    layouts, context = Layouts(64, 8, 4, longest=FakeKernel.longest), SimpleNamespace(arriving=None)
+    layouts, context = Layouts(64, 8, 4, longest=FakeKernel.longest), SimpleNamespace(arriving=None, vocabulary=None)
     for positions, ran in (((7,), [1]), ((8,), []), ((1, 3), [2]), ((4, 1), []), ((1, 1, 1), [4]), ((0, 2, 0), [])):
         step.decode.ran.clear()
         layout = layouts.choose([decode_of(position) for position in positions], [], len(positions), True)
@@ -111,9 +111,9 @@ def test_auto_takes_no_more_than_its_share_of_the_memory(
 
 def test_steps_run_by_layers_without_a_kernel_or_with_adapters_on_their_way(step: Any) -> None:
     layout = Layouts(64, 8, 4).decodes(1)
-    step.forward(layout, SimpleNamespace(arriving=object()))
+    step.forward(layout, SimpleNamespace(arriving=object(), vocabulary=None))
     step.decode = None
-    step.forward(layout, SimpleNamespace(arriving=None))
+    step.forward(layout, SimpleNamespace(arriving=None, vocabulary=None))
     assert step.layers == 2
 
 

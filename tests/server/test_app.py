@@ -42,6 +42,7 @@ async def _answer_to(sent: bytes, config: ServerConfig, end: bytes) -> bytes:
 
     stub: Any = Stub()
     stub.config = config
+    stub.traces = None
 
     async def read(request: web.Request) -> web.Response:
         answer = web.Response(text=str(len(await read_body(request, config.body_timeout))))
