@@ -108,17 +108,17 @@ class Prices:
         return self._trust < 1.0
 
     def doubt(self) -> None:
-        """Take guesses for cheaper than they were, as no step has confirmed it: in the end they are tried again."""
-        if self.known:
-            self._trust *= DOUBT
-            self._fit()
+        """Take guesses for cheaper than they were, here or in steps of other sizes, as no step has confirmed it: in the
+        end they are tried again."""
+        self._trust *= DOUBT
+        self._fit()
 
     def _fit(self) -> None:
         prior = self._prior
         look = max(1.0, _median(self._looked)) if len(self._looked) >= FEWEST_STEPS else prior.look
         if not self.known:
             more = look - prior.look
-            self.curve = Curve(look, prior.first + more, prior.slope)
+            self.curve = Curve(look, prior.first + more, prior.slope).doubted(self._trust)
             return
         points = {
             number: (_median(n for n, _ in kind), _median(ratio for _, ratio in kind), len(kind))

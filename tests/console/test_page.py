@@ -128,13 +128,16 @@ def test_residency_says_what_more_memory_would_bring(open_page: Callable[..., An
     assert serious(page) == []
 
 
-def test_every_panel_can_be_used_by_all_and_shows_figures(open_page: Callable[..., Any]) -> None:
+def test_every_panel_can_be_used_by_all_and_shows_figures(open_page: Callable[..., Any], long: bool) -> None:
     page = open_page(color_scheme="light")
+    in_dark = (*PANELS, "adapters/adapter-0000") if long else ("overview", "adapters")  # colours come from one list
     for panel in (*PANELS, "adapters/adapter-0000"):
         page.emulate_media(color_scheme="light")
         show(page, panel)
         page.wait_for_selector("main h1:visible")
         assert serious(page) == [], panel
+        if panel not in in_dark:
+            continue
         page.emulate_media(color_scheme="dark")
         assert serious(page, "color-contrast") == [], f"{panel} in dark"  # the rest is the same in all colours
     show(page, "load")
